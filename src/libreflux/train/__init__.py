@@ -1,0 +1,1 @@
+"""Training: `loop.fit` is the page to read first."""

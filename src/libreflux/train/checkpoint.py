@@ -1,0 +1,252 @@
+"""Checkpoints of a run: complete or absent, verified, numbered by finished steps, never ordered by name or date.
+
+    RUN/recipe.json                                   what this run was started with
+    RUN/metrics.jsonl                                 one line per finished step
+    RUN/checkpoints/step-00000500/adapter.safetensors      only what is trained
+                                 /optimizer.safetensors
+                                 /state.json
+                                 /manifest.json            sizes and hashes, written last
+    RUN/adapter.safetensors                           the result, when the last step is done
+
+A checkpoint is staged beside its final name and appears by one rename, so that a process killed at any moment leaves
+either the whole of it or nothing. Deleting one works the other way round: it is renamed away first.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from libreflux import files
+from libreflux.errors import RunError
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+FOLDER = "checkpoints"
+ADAPTER = "adapter.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+RECIPE = "recipe.json"
+METRICS = "metrics.jsonl"
+
+# Recipe keys that never reach a trained number: they may change between one start of a run and the next.
+FREE_KEYS = ("out", "cache", "samples", "save")
+
+_NAME = re.compile(r"step-(\d{8,})")
+
+Writer = Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One complete checkpoint folder.
+
+    Attributes:
+        step: finished optimizer steps.
+        path: the folder.
+    """
+
+    step: int
+    path: Path
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / ADAPTER
+
+    @property
+    def optimizer(self) -> Path:
+        return self.path / OPTIMIZER
+
+    def state(self) -> dict[str, Any]:
+        """The contents of state.json.
+
+        Raises:
+            RunError: it was written by a later schema.
+        """
+        state: dict[str, Any] = json.loads((self.path / STATE).read_text(encoding="utf-8"))
+        if state.get("schema") != SCHEMA:
+            raise RunError(
+                f"checkpoint schema {state.get('schema')!r} is not {SCHEMA}",
+                where=self.path,
+                mend="resume with the libreflux version that wrote it",
+            )
+        return state
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """RUN/checkpoints/step-00000500 for step 500."""
+    return run / FOLDER / f"step-{step:08d}"
+
+
+def write(run: Path, step: int, writers: Mapping[str, Writer], state: Mapping[str, Any]) -> Checkpoint:
+    """Writes one checkpoint: all of it or, if the process dies, none of it.
+
+    Args:
+        run: the run folder.
+        step: finished optimizer steps.
+        writers: file name -> function that writes that file at the path it is given.
+        state: JSON-able facts; `schema` and `step` are added.
+    """
+    final = step_folder(run, step)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with files.staged_dir(final) as folder:
+        for name, writer in writers.items():
+            writer(folder / name)
+        text = json.dumps({"schema": SCHEMA, "step": step, **state}, indent=1, sort_keys=True)
+        (folder / STATE).write_text(text + "\n", encoding="utf-8")
+        files.write_manifest(folder)
+    return Checkpoint(step, final)
+
+
+def listed(run: Path) -> list[Checkpoint]:
+    """The checkpoint folders of a run by ascending step, not verified."""
+    folder = run / FOLDER
+    if not folder.is_dir():
+        return []
+    found = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
+    return sorted((Checkpoint(int(match[1]), path) for match, path in found), key=lambda checkpoint: checkpoint.step)
+
+
+def latest(run: Path) -> Checkpoint | None:
+    """The highest step whose files agree with their manifest, or None. Damaged ones above it are named in a warning."""
+    for checkpoint in reversed(listed(run)):
+        try:
+            files.verify_manifest(checkpoint.path)
+        except RunError as damage:
+            log.warning("%s is not used: %s", checkpoint.path.name, damage)
+            continue
+        return checkpoint
+    return None
+
+
+def recover(run: Path) -> Checkpoint | None:
+    """`latest`, after sweeping away what a killed process left: unfinished stages and deletions; damaged checkpoints
+    above the latest are renamed `damaged-…`, so that the resumed run can write its own. Call it with the run locked.
+    """
+    folder = run / FOLDER
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.name.startswith(".") and path.is_dir():
+                shutil.rmtree(path)
+    newest = latest(run)
+    for checkpoint in listed(run):
+        if newest is None or checkpoint.step > newest.step:
+            aside = folder / f"damaged-{checkpoint.path.name}"
+            if aside.exists():
+                shutil.rmtree(aside)
+            os.rename(checkpoint.path, aside)
+    return newest
+
+
+def doomed(steps: Iterable[int], keep: int, keep_every: int | None) -> list[int]:
+    """The steps to delete: all but the newest `keep` (≥ 1) and the multiples of `keep_every` (None or 0: no such)."""
+    ordered = sorted(steps)
+    return [step for step in ordered[: -max(keep, 1)] if not (keep_every and step % keep_every == 0)]
+
+
+def prune(run: Path, keep: int, keep_every: int | None) -> list[int]:
+    """Deletes the checkpoints that `doomed` names and returns their steps."""
+    by_step = {checkpoint.step: checkpoint.path for checkpoint in listed(run)}
+    steps = doomed(by_step, keep, keep_every)
+    for step in steps:
+        path = by_step[step]
+        gone = path.with_name(f".deleted-{path.name}")
+        os.rename(path, gone)
+        shutil.rmtree(gone)
+    return steps
+
+
+# ---- the recipe of a run ------------------------------------------------------------------------------------------
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> leaf value, e.g. {"data.0.path": "photos"}; empty containers are leaves."""
+    if isinstance(tree, Mapping) and tree:
+        items: Iterable[tuple[Any, Any]] = tree.items()
+    elif isinstance(tree, (list, tuple)) and tree:
+        items = enumerate(tree)
+    else:
+        return {prefix: list(tree) if isinstance(tree, tuple) else tree}
+    leaves: dict[str, Any] = {}
+    for name, value in items:
+        leaves.update(flat(value, f"{prefix}.{name}" if prefix else str(name)))
+    return leaves
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The dotted keys in which two resolved recipes would train different numbers, sorted.
+
+    FREE_KEYS do not count, nor does `steps` under a constant schedule as long as it grows: step k is then the same.
+    """
+    before, after = flat(old), flat(new)
+    keys = [name for name in sorted({*before, *after}) if before.get(name, ...) != after.get(name, ...)]
+    keys = [name for name in keys if name.split(".")[0] not in FREE_KEYS]
+    if before.get("optimizer.schedule") == "constant":
+        keys = [name for name in keys if name != "steps"]
+    return keys
+
+
+def claim(run: Path, recipe: Mapping[str, Any]) -> None:
+    """Writes RUN/recipe.json for a new run, or checks that this recipe continues the one that is there.
+
+    Args:
+        run: the run folder, locked.
+        recipe: the resolved recipe, JSON-able.
+
+    Raises:
+        RunError: a key that reaches the trained numbers has changed; the line names old and new values.
+    """
+    path = run / RECIPE
+    recipe = json.loads(json.dumps(recipe))
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        if old == recipe:
+            return
+        keys = changed_keys(old, recipe)
+        if keys:
+            before, after = flat(old), flat(recipe)
+            told = ", ".join(f"{key} ({before.get(key)!r} -> {after.get(key)!r})" for key in keys)
+            raise RunError(
+                f"the recipe has changed since this run began: {told}",
+                where=run,
+                mend="restore these keys to resume, or choose another `out`",
+            )
+    elif listed(run):
+        raise RunError(
+            f"there are checkpoints but no {RECIPE}", where=run, mend="choose another `out`, or put the file back"
+        )
+    files.atomic_write_json(path, recipe)
+
+
+# ---- the result and the metrics -----------------------------------------------------------------------------------
+
+
+def publish(run: Path, checkpoint: Checkpoint) -> Path:
+    """Copies the adapter of the last checkpoint to RUN/adapter.safetensors, atomically."""
+    result = run / ADAPTER
+    files.atomic_write_bytes(result, checkpoint.adapter.read_bytes())
+    return result
+
+
+def rewind_metrics(run: Path, step: int) -> None:
+    """Drops the lines of RUN/metrics.jsonl after `step` and a torn last line: those steps are trained again."""
+    path = run / METRICS
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            number = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if number <= step:
+            kept.append(line + "\n")
+    files.atomic_write_text(path, "".join(kept))

@@ -1,0 +1,78 @@
+"""What training minimises: conditional flow matching, in fp32, one number per picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from libreflux import keyed
+from libreflux.flow.path import interpolate, velocity_target
+from libreflux.model.latents import image_ids, pack
+from libreflux.model.text import TextConditioning
+from libreflux.model.velocity import velocity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one forward pass is given.
+
+    Attributes:
+        latents: [B, C, h, w] fp32, normalised as the transformer expects them.
+        noise: [B, C, h, w] fp32, standard normal.
+        sigma: [B] fp32 in (0, 1).
+        text: B prompts; an empty prompt where the caption was dropped.
+        sample_ids: B names, for messages.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    sigma: Tensor
+    text: TextConditioning
+    sample_ids: Sequence[str]
+
+
+def keyed_noise(shape: Sequence[int], seed: int, *index: int | str) -> Tensor:
+    """Standard normal noise, fp32 on the CPU, a function of (seed, "noise", index…) alone.
+
+    Args:
+        shape: of one sample, e.g. [C, h, w].
+        seed: the recipe's seed.
+        index: what tells this noise from any other of the run, e.g. the sample id and the epoch.
+    """
+    return torch.randn(tuple(shape), generator=keyed.generator(seed, "noise", *index), dtype=torch.float32)
+
+
+def flow_matching_loss(
+    transformer: torch.nn.Module,
+    batch: Batch,
+    *,
+    guidance: float | None = None,
+    autocast: torch.dtype | None = None,
+) -> Tensor:
+    """|velocity(x_sigma, sigma, text) - (noise - x0)|², mean over the latent numbers of each picture.
+
+    Lipman et al. 2022 (arXiv 2210.02747), eq. 23 with sigma_min = 0 and time running from data (sigma 0) to noise
+    (sigma 1), the convention of FLUX. Path, target and difference are fp32; only the transformer runs in less.
+
+    Args:
+        transformer: the network, adapted or not.
+        batch: B pictures, all of one size.
+        guidance: the value for a network with a guidance embedding, None for one without.
+        autocast: the dtype in which the transformer's matrix products run, None for the dtype of its weights.
+
+    Returns:
+        [B] fp32. Weigh it by the pictures of the whole optimizer step; a short unit then counts for what it holds.
+
+    Raises:
+        ModelError: guidance is given to a network without guidance embedding, or is missing for one with it.
+    """
+    device, (height, width) = batch.latents.device, batch.latents.shape[-2:]
+    x_sigma = pack(interpolate(batch.latents, batch.noise, batch.sigma))
+    target = pack(velocity_target(batch.latents, batch.noise))
+    ids = image_ids(height, width).to(device)
+    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        predicted = velocity(transformer, x_sigma, batch.sigma, batch.text, ids, guidance=guidance)
+    return (predicted.to(target.dtype) - target).square().mean(dim=(1, 2))

@@ -1,0 +1,172 @@
+"""Checkpoints are complete or absent, found by step, pruned by rule; a changed recipe is named key by key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from libreflux.errors import RunError
+from libreflux.train import checkpoint
+
+
+def _write(run: Path, step: int, adapter: bytes = b"weights") -> checkpoint.Checkpoint:
+    writers = {
+        checkpoint.ADAPTER: lambda path: path.write_bytes(adapter) and None,
+        checkpoint.OPTIMIZER: lambda path: path.write_bytes(b"moments") and None,
+    }
+    return checkpoint.write(run, step, writers, {"note": "n"})
+
+
+def test_latest_is_the_highest_step_not_the_last_name_or_date(tmp_path: Path) -> None:
+    for step in (1000, 123456789, 999, 20):  # written in this order; as names 123456789 sorts before 00000999
+        _write(tmp_path, step)
+    assert [c.step for c in checkpoint.listed(tmp_path)] == [20, 999, 1000, 123456789]
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None and newest.step == 123456789
+    assert newest.state() == {"schema": 1, "step": 123456789, "note": "n"}
+
+
+def test_no_run_folder_has_no_latest(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path / "nowhere") is None
+    assert checkpoint.recover(tmp_path / "nowhere") is None
+
+
+def test_a_failing_writer_leaves_nothing_that_counts(tmp_path: Path) -> None:
+    def fails(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    _write(tmp_path, 1)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write(tmp_path, 2, {checkpoint.ADAPTER: fails}, {})
+    assert [c.step for c in checkpoint.listed(tmp_path)] == [1]
+    checkpoint.recover(tmp_path)
+    assert [path.name for path in (tmp_path / checkpoint.FOLDER).iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "no manifest"])
+def test_a_damaged_checkpoint_is_passed_over_and_put_aside(tmp_path: Path, damage: str) -> None:
+    _write(tmp_path, 1)
+    _write(tmp_path, 2)
+    target = _write(tmp_path, 3)
+    if damage == "flip":
+        target.adapter.write_bytes(b"weighty")
+    elif damage == "cut":
+        target.adapter.write_bytes(b"weig")
+    elif damage == "missing":
+        target.optimizer.unlink()
+    else:
+        (target.path / "manifest.json").unlink()
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None and newest.step == 2
+    again = checkpoint.recover(tmp_path)
+    assert again == newest
+    assert [c.step for c in checkpoint.listed(tmp_path)] == [1, 2]
+    _write(tmp_path, 3)  # the resumed run can write its own
+    last = checkpoint.latest(tmp_path)
+    assert last is not None and last.step == 3
+
+
+def test_recover_sweeps_what_a_killed_process_left(tmp_path: Path) -> None:
+    _write(tmp_path, 1)
+    folder = tmp_path / checkpoint.FOLDER
+    for name in (".step-00000002.abc", ".deleted-step-00000000"):
+        (folder / name).mkdir()
+        (folder / name / checkpoint.ADAPTER).write_bytes(b"half")
+    (folder / "notes").mkdir()  # the user's own folder stays
+    checkpoint.recover(tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["notes", "step-00000001"]
+
+
+@given(
+    steps=st.sets(st.integers(1, 60), max_size=20),
+    keep=st.integers(1, 5),
+    every=st.one_of(st.none(), st.integers(0, 12)),
+)
+def test_pruning_keeps_the_newest_and_the_multiples(steps: set[int], keep: int, every: int | None) -> None:
+    doomed = set(checkpoint.doomed(steps, keep, every))
+    kept = steps - doomed
+    newest = set(sorted(steps)[-keep:])
+    assert newest <= kept
+    assert kept == newest | {step for step in steps if every and step % every == 0}
+
+
+def test_pruning_a_rolling_run_equals_pruning_once(tmp_path: Path) -> None:
+    for step in range(1, 13):
+        _write(tmp_path, step)
+        checkpoint.prune(tmp_path, keep=2, keep_every=5)
+    assert [c.step for c in checkpoint.listed(tmp_path)] == [5, 10, 11, 12]
+    assert not [path for path in (tmp_path / checkpoint.FOLDER).iterdir() if path.name.startswith(".")]
+
+
+RECIPE = {
+    "schema": 1,
+    "steps": 10,
+    "data": [{"path": "photos", "captions": {}}],
+    "optimizer": {"learning_rate": 1e-4, "betas": (0.9, 0.99), "schedule": "constant"},
+    "save": {"every": 5},
+    "out": "runs/a",
+}
+
+
+def _with(**changes: object) -> dict[str, object]:
+    return {**json.loads(json.dumps(RECIPE)), **changes}
+
+
+def test_the_same_recipe_resumes(tmp_path: Path) -> None:
+    checkpoint.claim(tmp_path, RECIPE)
+    checkpoint.claim(tmp_path, _with())  # tuples become lists in JSON and must still compare equal
+
+
+def test_a_changed_recipe_is_refused_by_key_with_both_values(tmp_path: Path) -> None:
+    checkpoint.claim(tmp_path, RECIPE)
+    before = (tmp_path / checkpoint.RECIPE).read_bytes()
+    changed = _with(optimizer={**RECIPE["optimizer"], "learning_rate": 2e-4}, data=[{"path": "scans", "captions": {}}])  # type: ignore[dict-item]
+    with pytest.raises(RunError) as refusal:
+        checkpoint.claim(tmp_path, changed)
+    line = str(refusal.value)
+    assert "optimizer.learning_rate (0.0001 -> 0.0002)" in line
+    assert "data.0.path ('photos' -> 'scans')" in line
+    assert "betas" not in line and "mend:" in line
+    assert (tmp_path / checkpoint.RECIPE).read_bytes() == before
+
+
+def test_a_key_that_appears_or_vanishes_is_a_change() -> None:
+    extra = _with(batch=4)
+    assert checkpoint.changed_keys(RECIPE, extra) == ["batch"]
+    assert checkpoint.changed_keys(extra, RECIPE) == ["batch"]
+    weighted = _with(data=[{"path": "photos", "captions": {"short": 1.0}}])
+    assert checkpoint.changed_keys(RECIPE, weighted) == ["data.0.captions", "data.0.captions.short"]
+
+
+def test_what_trains_no_number_may_change(tmp_path: Path) -> None:
+    checkpoint.claim(tmp_path, RECIPE)
+    checkpoint.claim(tmp_path, _with(save={"every": 2}, out="elsewhere", steps=20))
+    assert json.loads((tmp_path / checkpoint.RECIPE).read_text())["steps"] == 20
+
+
+def test_steps_may_not_change_under_a_schedule_that_reads_them() -> None:
+    cosine = _with(optimizer={**RECIPE["optimizer"], "schedule": "cosine"})  # type: ignore[dict-item]
+    assert checkpoint.changed_keys(cosine, {**cosine, "steps": 20}) == ["steps"]
+
+
+def test_checkpoints_without_a_recipe_are_refused(tmp_path: Path) -> None:
+    _write(tmp_path, 1)
+    with pytest.raises(RunError, match=r"no recipe\.json"):
+        checkpoint.claim(tmp_path, RECIPE)
+
+
+def test_metrics_after_the_checkpoint_and_a_torn_line_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / checkpoint.METRICS
+    path.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n{"step": 3, "loss": 0.3}\n{"step": 4, "lo')
+    checkpoint.rewind_metrics(tmp_path, 2)
+    assert path.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n'
+
+
+def test_publish_copies_the_bytes(tmp_path: Path) -> None:
+    done = _write(tmp_path, 7, adapter=b"the result")
+    assert checkpoint.publish(tmp_path, done).read_bytes() == b"the result"
