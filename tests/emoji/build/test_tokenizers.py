@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+
 from libreflux.emoji.build.tokenizers import build_clip_tokenizer, build_t5_tokenizer
 from libreflux.errors import ModelError
 

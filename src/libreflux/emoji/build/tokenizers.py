@@ -1,7 +1,7 @@
 """Small T5 and CLIP tokenizers fitted to a set of captions, in the formats that transformers' own classes load.
 
 Both give every known word one token where the vocabulary has room, and spell unknown words in characters. T5: Unigram
-(Kudo 2018), ids 0 `<pad>`, 1 `</s>`, 2 `<unk>`. CLIP: byte-level BPE with `</w>` in OpenAI's id order, so no text is ever unknown.
+(Kudo 2018), ids 0 `<pad>`, 1 `</s>`, 2 `<unk>`. CLIP: byte-level BPE with `</w>`, ids in OpenAI's order, nothing unknown.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ CLIP_BOS, CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
 def build_t5_tokenizer(captions: Iterable[str], out: Path, vocab_size: int, max_tokens: int = 512) -> T5Tokenizer:
     """Write a T5 tokenizer for these captions into the folder `out` and return it as reloaded from there.
 
-    Text is folded with sentencepiece's `nmt_nfkc_cf` (NFKC, lower case). The vocabulary is `<pad>`, `</s>`, `<unk>`, "▁",
-    then words with a leading "▁" by falling frequency, then printable ASCII and the captions' other characters, which spell
-    what is not a known word; `</s>` is appended to every text, `▁` marks a word's start.
+    Text is folded with sentencepiece's `nmt_nfkc_cf` (NFKC, lower case). The vocabulary is `<pad>`, `</s>`, `<unk>`,
+    "▁" (the start of a word), the words with their "▁" by falling frequency, then printable ASCII and the captions'
+    other characters, which spell what is not a known word. `</s>` is appended to every text.
 
     Args:
         captions: the texts to cover.
@@ -58,7 +58,7 @@ def build_t5_tokenizer(captions: Iterable[str], out: Path, vocab_size: int, max_
     kept = [(word, count) for word, count in ranked if word not in characters][:room]
     total = sum(words.values()) or 1
     floor = math.log(1 / total) - FALLBACK_LOGIT
-    # A character that is itself a frequent piece (", " and "-" between words) still costs its floor: it has no competitor.
+    # Punctuation inside a word costs the floor too, however frequent: nothing competes with it.
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), (SPACE, floor)]
     vocab += [(word, math.log(count / total)) for word, count in kept]
     vocab += [(character, floor) for character in characters]
@@ -77,9 +77,9 @@ def build_t5_tokenizer(captions: Iterable[str], out: Path, vocab_size: int, max_
 def build_clip_tokenizer(captions: Iterable[str], out: Path, vocab_size: int) -> CLIPTokenizer:
     """Write a CLIP tokenizer for these captions into the folder `out` and return it as reloaded from there.
 
-    Byte-level BPE, lower-cased by CLIP's own normaliser. Ids as OpenAI's: 256 bytes, 256 bytes that end a word, merges, then
-    `<|startoftext|>` and `<|endoftext|>` (the last two ids, so that eos is both the largest id and `eos_token_id`; it is also
-    the padding, as in CLIP-L). 77 tokens at most.
+    Byte-level BPE, lower-cased by CLIP's own normaliser. Ids as OpenAI's: 256 bytes, 256 bytes that end a word, merges,
+    then `<|startoftext|>` and `<|endoftext|>`; eos is thus the largest id, and also the padding, as in CLIP-L. A
+    CLIPTextConfig for it needs `eos_token_id=tokenizer.eos_token_id`. 77 tokens at most.
 
     Args:
         captions: the texts to learn merges from.
@@ -96,7 +96,7 @@ def build_clip_tokenizer(captions: Iterable[str], out: Path, vocab_size: int) ->
     template = CLIPTokenizer().backend_tokenizer
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer, learner.pre_tokenizer = template.normalizer, template.pre_tokenizer
-    # The trainer counts only the characters it met towards its size, so it may learn more than fits; the cut below is exact.
+    # The trainer counts only characters that it met towards its size, so it may learn too many; the cut below is exact.
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=1,
@@ -130,7 +130,7 @@ def _byte_alphabet() -> list[str]:
 
 
 def _case_folding() -> normalizers.Normalizer:
-    """sentencepiece's compiled `nmt_nfkc_cf` table: of all normalisers the only one that T5Tokenizer keeps on reload."""
+    """sentencepiece's compiled `nmt_nfkc_cf` table: the only kind of normaliser that T5Tokenizer keeps on reload."""
     import tempfile
 
     import sentencepiece

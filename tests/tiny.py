@@ -1,0 +1,121 @@
+"""A complete FLUX-shaped model with random weights, small enough for a test: the real classes, written as a real folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from libreflux.emoji.build.tokenizers import build_clip_tokenizer, build_t5_tokenizer
+
+CAPTIONS = [
+    "a red apple on blue",
+    "a fox left of a rocket, on yellow",
+    "apple, red, blue background",
+    "a small green frog sits under a tall tree, and the sky behind it is a calm and even orange",
+]
+
+INDEX = {
+    "_class_name": "FluxPipeline",
+    "_diffusers_version": "0.42.1",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+FACTS = {
+    "schema": 1,
+    "text_padding": "drop",
+    "max_tokens": 512,
+    "steps": 4,
+    "guidance": 3.0,
+    "shift": 1.0,
+    "guidance_embeds": False,
+    "licence": "apache-2.0",
+    "lineage": {},
+}
+
+
+def tiny_transformer(seed: int = 0, guidance_embeds: bool = False) -> FluxTransformer2DModel:
+    """1 double + 2 single blocks, 2 heads x 16, text 24 wide, pooled 16 wide, 16 latent channels."""
+    torch.manual_seed(seed)
+    return FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 6, 6),
+        guidance_embeds=guidance_embeds,
+    ).eval()
+
+
+def tiny_vae(seed: int = 0) -> AutoencoderKL:
+    """16 latent channels, 8 pixels per latent, FLUX's scale and shift, 32 px by default."""
+    torch.manual_seed(seed)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 8, 8),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=2,
+        sample_size=32,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+
+
+def make_tiny_model(path: Path, seed: int = 0) -> Path:
+    """Write the model into `path` (created) and return it: seven parts, model_index.json, libreflux.json."""
+    path.mkdir(parents=True, exist_ok=True)
+    t5_tokenizer = build_t5_tokenizer(CAPTIONS, path / "tokenizer_2", 256)
+    clip_tokenizer = build_clip_tokenizer(CAPTIONS, path / "tokenizer", 640)
+    tiny_transformer(seed).save_pretrained(path / "transformer")
+    tiny_vae(seed).save_pretrained(path / "vae")
+    torch.manual_seed(seed)
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5_tokenizer),
+            d_model=24,
+            d_kv=8,
+            d_ff=32,
+            num_layers=2,
+            num_heads=3,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+    t5.save_pretrained(path / "text_encoder_2")
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(clip_tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            projection_dim=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            initializer_factor=20.0,
+            bos_token_id=clip_tokenizer.bos_token_id,
+            eos_token_id=clip_tokenizer.eos_token_id,
+            pad_token_id=clip_tokenizer.pad_token_id,
+        )
+    )
+    clip.save_pretrained(path / "text_encoder")
+    FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(path / "scheduler")
+    (path / "model_index.json").write_text(json.dumps(INDEX, indent=2))
+    (path / "libreflux.json").write_text(json.dumps(FACTS, indent=2))
+    return path
