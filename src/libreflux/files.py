@@ -1,0 +1,209 @@
+"""Every byte that must survive a power cut or a SIGKILL: atomic writes, staged folders, manifests, locks.
+
+The rule is always the same: write beside the target, fsync the bytes, rename once, fsync the folder. A reader sees the old
+state or the new one, never a part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from libreflux.errors import RunError
+
+if TYPE_CHECKING:
+    import torch
+
+MANIFEST = "manifest.json"
+LOCK = ".lock"
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Replaces ``path`` by ``data`` in one rename; the parent folder is created."""
+
+    def fill(temporary: Path) -> None:
+        temporary.write_bytes(data)
+
+    _replace(path, fill)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Replaces ``path`` by ``text`` in UTF-8, line ends as given."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_json(path: Path, value: Any) -> None:
+    """Replaces ``path`` by ``value`` as indented JSON; NaN and infinities are a ValueError, they are not JSON."""
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def atomic_save_safetensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Replaces ``path`` by a safetensors file; tensors are detached, made contiguous and moved to the CPU first."""
+    from safetensors.torch import save_file
+
+    ready = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+
+    def fill(temporary: Path) -> None:
+        save_file(ready, temporary, metadata=dict(metadata) if metadata else None)
+
+    _replace(path, fill)
+
+
+@contextlib.contextmanager
+def staged_dir(final: Path) -> Iterator[Path]:
+    """Gives an empty folder beside ``final``; when the block ends well it is synced and renamed to ``final``.
+
+    An exception in the block removes it. What a killed process left behind is removed by the next ``staged_dir`` of the same
+    target: a live one holds a lock on its folder, a dead one cannot.
+
+    Raises:
+        RunError: ``final`` exists.
+    """
+    final = Path(final)
+    _refuse_existing(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _sweep_abandoned(final)
+    staging = final.parent / f".{final.name}.staging-{secrets.token_hex(4)}"
+    staging.mkdir()
+    holder = os.open(staging, os.O_RDONLY)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        yield staging
+        _sync_tree(staging)
+        _refuse_existing(final)
+        os.rename(staging, final)
+        _sync(final.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    finally:
+        os.close(holder)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """Lists every file below ``folder`` with its size and SHA-256 in ``manifest.json``; call it last."""
+    listed = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / MANIFEST
+    }
+    atomic_write_json(folder / MANIFEST, {"schema": 1, "files": listed})
+
+
+def verify_manifest(folder: Path) -> None:
+    """Checks every listed file's size and SHA-256; files that the manifest does not list are left alone.
+
+    Raises:
+        RunError: no manifest, an unreadable one, or a file that is missing or differs, named.
+    """
+    mend = "remove this folder and use an older one"
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        listed = {str(name): (int(row["size"]), str(row["sha256"])) for name, row in manifest["files"].items()}
+    except FileNotFoundError:
+        raise RunError("incomplete: it has no manifest", where=folder, mend=mend) from None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise RunError(f"unreadable manifest ({error})", where=path, mend=mend) from None
+    if manifest.get("schema") != 1:
+        raise RunError(f"manifest schema {manifest.get('schema')!r} is not 1", where=path, mend="update libreflux")
+    for name, (size, digest) in listed.items():
+        file = folder / name
+        if not file.is_file():
+            raise RunError("listed in the manifest but missing", where=file, mend=mend)
+        if file.stat().st_size != size:
+            raise RunError(f"damaged: {file.stat().st_size} bytes instead of {size}", where=file, mend=mend)
+        if sha256_file(file) != digest:
+            raise RunError("damaged: its SHA-256 is not the manifest's", where=file, mend=mend)
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Holds ``folder`` (created if need be) for one process; the system frees it when the holder ends, however it ends.
+
+    Raises:
+        RunError: somebody else holds it; their process id is named.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            raise RunError(
+                f"in use by process {holder}", where=folder, mend="wait for it, stop it, or choose another folder"
+            ) from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        # The file stays when the lock goes: removing it would let two processes lock two files of one name.
+        yield
+    finally:
+        os.close(handle)
+
+
+def _replace(path: Path, fill: Callable[[Path], None]) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.tmp-{secrets.token_hex(4)}"
+    try:
+        fill(temporary)
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def _refuse_existing(final: Path) -> None:
+    if os.path.lexists(final):
+        raise RunError("already exists", where=final, mend="choose another name or remove it")
+
+
+def _sweep_abandoned(final: Path) -> None:
+    for leftover in final.parent.glob(f".{final.name}.staging-*"):
+        try:
+            handle = os.open(leftover, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue  # alive
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+        finally:
+            os.close(handle)
+
+
+def _sync_tree(folder: Path) -> None:
+    for root, _, names in os.walk(folder):
+        for name in names:
+            _sync(Path(root) / name)
+        _sync(Path(root))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

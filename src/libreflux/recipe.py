@@ -1,0 +1,371 @@
+"""A run's recipe: one pydantic tree, read from YAML and dotted overrides; what nobody knows is refused. No torch here.
+
+Paths in a recipe are relative to the folder that the command runs in. Every field's description is the one that the help,
+the documentation and the error lines reuse.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from libreflux import recipe_yaml
+from libreflux.errors import RecipeError
+
+
+def _whole(value: Any) -> Any:
+    """2e4 and 20_000.0 are whole numbers to a reader; true is none."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "a whole number is wanted")
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _real(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "a number is wanted")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Real = Annotated[float, BeforeValidator(_real), Field(allow_inf_nan=False)]
+
+
+def _later(value: Any, *names: str) -> Any:
+    """Refuses what the design names and this version does not do."""
+    if value in names:
+        raise ValueError(f"{value!r} is not supported yet")
+    return value
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True, protected_namespaces=())
+
+
+class DataSource(_Section):
+    """One folder of captioned pictures."""
+
+    path: str = Field(description="folder of PNG, JPEG and WebP pictures with side-car .txt or metadata.jsonl captions")
+    repeats: Whole = Field(default=1, ge=1, description="how often an epoch shows each picture")
+    captions: dict[str, Real] | list[Real] | None = Field(
+        default=None,
+        description="weights of the captions, by their name in metadata.jsonl or by line; default: all alike",
+    )
+    caption_dropout: Real = Field(default=0.1, ge=0, le=1, description="share of visits that see the empty prompt")
+    crops_per_picture: Whole = Field(
+        default=1, ge=1, le=64, description="cached crops of each picture; 1 is the centre"
+    )
+    background: str = Field(default="white", description="colour laid under transparent pictures")
+
+    @field_validator("captions")
+    @classmethod
+    def _weights(cls, value: dict[str, float] | list[float] | None) -> dict[str, float] | list[float] | None:
+        weights = list(value.values()) if isinstance(value, dict) else value
+        if weights is not None and (any(weight < 0 for weight in weights) or not sum(weights) > 0):
+            raise ValueError("caption weights must be zero or more, and one of them above zero")
+        return value
+
+    @field_validator("background")
+    @classmethod
+    def _colour(cls, value: str) -> str:
+        from PIL import ImageColor
+
+        try:
+            ImageColor.getrgb(value)
+        except ValueError:
+            raise ValueError(f"{value!r} is no colour; write a name such as white, or #rrggbb") from None
+        return value
+
+
+class TargetSpec(_Section):
+    """Which layers an adapter factor applies to."""
+
+    layers: str = Field(min_length=1, description="pattern of layer names, e.g. transformer_blocks.{0-7}.attn.**")
+    factor: Whole = Field(default=8, ge=1, description="LoKr factor: larger is smaller and cheaper")
+
+
+class AdapterSpec(_Section):
+    """What is trained on top of the frozen base."""
+
+    kind: Literal["lokr"] = Field(default="lokr", description="lokr")
+    init: Literal["perturbed", "ones", "kaiming"] = Field(default="perturbed", description="start of the LoKr matrices")
+    scale: Real = Field(default=1e-3, gt=0, description="norm of a perturbed start relative to the base weight's")
+    targets: tuple[TargetSpec, ...] = Field(
+        default=(TargetSpec(layers="**", factor=8),), min_length=1, description="ordered patterns, the first match wins"
+    )
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _kind(cls, value: Any) -> Any:
+        return _later(value, "lora")
+
+
+class SigmaSpec(_Section):
+    """The law of the training noise level sigma."""
+
+    law: Literal["beta", "uniform"] = Field(default="beta", description="beta or uniform")
+    alpha: Real = Field(default=2.0, gt=0, description="first parameter of the Beta law")
+    beta: Real = Field(default=2.0, gt=0, description="second parameter of the Beta law")
+    stratified: bool = Field(default=True, description="one draw per stratum over the whole batch, shuffled")
+    uniform_floor: Real = Field(default=0.0, ge=0, le=1, description="share of uniform mixed in; only 0 so far")
+
+    @field_validator("law", mode="before")
+    @classmethod
+    def _law(cls, value: Any) -> Any:
+        return _later(value, "logit-normal", "logit_normal")
+
+    @field_validator("uniform_floor")
+    @classmethod
+    def _floor(cls, value: float) -> float:
+        if value:
+            raise ValueError("a uniform floor above 0 is not supported yet")
+        return value
+
+
+class OptimizerSpec(_Section):
+    """AdamW and its learning rate."""
+
+    kind: Literal["adamw", "adamw_bf16"] = Field(
+        default="adamw_bf16", description="adamw (fp32), or adamw_bf16 (bf16 weights, stochastic rounding)"
+    )
+    learning_rate: Real = Field(default=1e-4, gt=0, description="peak learning rate")
+    weight_decay: Real = Field(default=0.01, ge=0, description="decoupled weight decay")
+    betas: tuple[Real, Real] = Field(default=(0.9, 0.999), description="decay rates of the two moments")
+    warmup: Whole = Field(default=0, ge=0, description="steps of linear warm-up")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        default="constant", description="after the warm-up: constant, or falling to zero at the last step"
+    )
+    clip: Real | None = Field(default=1.0, gt=0, description="largest norm of the whole gradient; null: no clipping")
+
+    @field_validator("betas")
+    @classmethod
+    def _betas(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("both betas must be in [0, 1)")
+        return value
+
+
+class SampleSpec(_Section):
+    """Pictures drawn while training."""
+
+    every: Whole = Field(default=500, ge=0, description="steps between sample pictures; 0: none")
+    at_start: bool = Field(default=False, description="also before the first step")
+    prompts: tuple[str, ...] = Field(default=(), description="what to draw")
+    guidance: tuple[Real, ...] = Field(
+        default=(3.0,), min_length=1, description="guidance scales to draw each prompt at"
+    )
+    seed: Whole = Field(default=42, ge=0, description="seed of the sample pictures")
+
+
+class SaveSpec(_Section):
+    """Checkpoints."""
+
+    every: Whole = Field(default=500, ge=1, description="steps between checkpoints; the last step is always saved")
+    keep: Whole = Field(default=4, ge=1, description="how many of the newest stay")
+    keep_every: Whole | None = Field(default=None, ge=1, description="steps whose multiples stay for good")
+
+
+class Recipe(_Section):
+    """Everything a training run is a function of."""
+
+    schema_version: Literal[1] = Field(default=1, alias="schema", description="version of this format")
+    model: str = Field(default="emoji-base", description="model that is adapted: a name, a folder, a hub id")
+    base: Literal["fp32", "bf16"] = Field(default="bf16", description="precision of the frozen base: bf16 or fp32")
+    objective: Literal["flow"] = Field(default="flow", description="flow: plain flow matching")
+    text_padding: Literal["drop", "trim"] = Field(
+        default="drop", description="drop: no padding anywhere; trim: T5 sees it"
+    )
+    data: tuple[DataSource, ...] = Field(min_length=1, description="folders of captioned pictures")
+    resolution: Whole = Field(ge=16, le=8192, description="side of the training crops in pixels")
+    crop: Literal["square"] = Field(default="square", description="square")
+    adapter: AdapterSpec = Field(default_factory=AdapterSpec, description="what is trained")
+    sigmas: SigmaSpec = Field(default_factory=SigmaSpec, description="law of the noise level")
+    batch: Whole = Field(default=1, ge=1, description="pictures per forward pass on each device")
+    accumulate: Whole = Field(default=1, ge=1, description="forward passes per step")
+    steps: Whole = Field(ge=1, description="optimizer steps of the whole run")
+    optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec, description="AdamW and its learning rate")
+    samples: SampleSpec = Field(default_factory=SampleSpec, description="pictures drawn while training")
+    save: SaveSpec = Field(default_factory=SaveSpec, description="checkpoints")
+    seed: Whole = Field(default=0, ge=0, lt=2**63, description="seed of everything random")
+    threads: Whole | None = Field(default=None, ge=1, description="CPU threads; default: as many as torch chooses")
+    out: str = Field(min_length=1, description="run folder")
+    cache: str | None = Field(default=None, min_length=1, description="folder of the prepared data; default: out/cache")
+
+    @field_validator("base", "objective", "text_padding", mode="before")
+    @classmethod
+    def _not_yet(cls, value: Any) -> Any:
+        return _later(value, "int8", "distil", "keep", "bias")
+
+    @field_validator("resolution", mode="before")
+    @classmethod
+    def _one_resolution(cls, value: Any) -> Any:
+        if isinstance(value, list) and len(value) > 1:
+            raise ValueError("several resolutions are not supported yet; give one")
+        return value[0] if isinstance(value, list) and value else value
+
+    @field_validator("resolution")
+    @classmethod
+    def _packable(cls, value: int) -> int:
+        if value % 16:
+            raise ValueError(f"{value} is not a multiple of 16 (8 of the VAE, 2 of the packing)")
+        return value
+
+    @field_validator("crop", mode="before")
+    @classmethod
+    def _one_crop(cls, value: Any) -> Any:
+        for one in value if isinstance(value, list) else [value]:
+            _later(one, "aspect", "closest", "preserve", "random")
+        return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _later_keys(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "ema" in value:
+            raise ValueError("ema: averages are not supported yet; remove this key")
+        return value
+
+    @property
+    def cache_dir(self) -> Path:
+        """Folder of the prepared data."""
+        return Path(self.cache) if self.cache else Path(self.out) / "cache"
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, defaults included, as plain JSON values."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML that ``load_recipe`` reads back to an equal one."""
+        return recipe_yaml.dump(self.resolved())
+
+    def decisive(self) -> dict[str, Any]:
+        """The resolved keys that decide the trained numbers: what a resumed run may not change.
+
+        Where things are written, what is drawn and how often is saved do not; nor does the number of steps when the
+        learning rate does not depend on it.
+        """
+        kept = {name: value for name, value in self.resolved().items() if name not in _INDECISIVE}
+        if self.optimizer.schedule == "constant":
+            del kept["steps"]
+        return kept
+
+    def fingerprint(self) -> str:
+        """SHA-256 over :meth:`decisive`, as 64 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()
+
+
+_INDECISIVE = frozenset({"out", "cache", "samples", "save"})
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Dotted keys whose values differ between two resolved recipes, in the order of ``old``, then of ``new``."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    absent = object()
+    return [key for key in {**before, **after} if before.get(key, absent) != after.get(key, absent)]
+
+
+def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe from YAML and lays ``a.b=c`` overrides over it; values of overrides are YAML too.
+
+    List items are named by their number (``data.0.path=photos``); one past the end appends.
+
+    Raises:
+        RecipeError: unreadable file or override, unknown key (with the nearest known one), or bad value.
+    """
+    where = str(path) if path is not None else "recipe"
+    tree: Any = {}
+    if path is not None:
+        try:
+            tree = recipe_yaml.parse(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecipeError("no such recipe", where=path, mend="check the path") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"cannot be read ({error})", where=path) from None
+        except yaml.YAMLError as error:
+            raise RecipeError(f"not valid YAML: {error}", where=path, mend="correct that line") from None
+        tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise RecipeError("a recipe is a mapping of keys to values", where=where, mend="start lines with `key: value`")
+    for override in overrides:
+        recipe_yaml.override(tree, override)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, where) from None
+
+
+def _explain(error: ValidationError, where: str) -> RecipeError:
+    faults = error.errors()
+    fault = next((one for one in faults if one["type"] == "extra_forbidden"), faults[0])
+    # A union's own tags (`dict[...]`, `list[...]`) are no keys of the user's.
+    path = [part for part in fault["loc"] if isinstance(part, int) or not re.search(r"[\[\]()-]", part)]
+    key = ".".join(map(str, path))
+    mend = None
+    if fault["type"] == "extra_forbidden":
+        what, mend = "unknown key", _nearest(path)
+    elif fault["type"] == "missing":
+        what, mend = "this key is needed", _description(path)
+    else:
+        what = str(fault["msg"]).removeprefix("Value error, ")
+        if fault["type"] not in ("value_error", "missing") and not isinstance(fault["input"], dict):
+            what += f", not {fault['input']!r}"
+    if len(faults) > 1:
+        what += f" (and {len(faults) - 1} more)"
+    return RecipeError(what, where=f"{where}: {key}" if key else where, mend=mend)
+
+
+def _nearest(path: Sequence[str | int]) -> str:
+    wrong = str(path[-1])
+    section = _section(path[:-1])
+    here = [field.alias or name for name, field in section.model_fields.items()]
+    if close := difflib.get_close_matches(wrong, here, 1, 0.6):
+        return f"did you mean {close[0]!r}?"
+    everywhere = {key.rsplit(".", 1)[-1]: key for key in _known_keys(Recipe)}
+    if close := difflib.get_close_matches(wrong, everywhere, 1, 0.75):
+        return f"did you mean {everywhere[close[0]]!r}?"
+    return f"the keys here are {', '.join(here)}"
+
+
+def _description(path: Sequence[str | int]) -> str | None:
+    field = _section(path[:-1]).model_fields.get(str(path[-1]))
+    return f"add it: {field.description}" if field else None
+
+
+_SECTIONS: dict[str, type[_Section]] = {
+    "data": DataSource,
+    "adapter": AdapterSpec,
+    "targets": TargetSpec,
+    "sigmas": SigmaSpec,
+    "optimizer": OptimizerSpec,
+    "samples": SampleSpec,
+    "save": SaveSpec,
+}
+
+
+def _section(path: Sequence[str | int]) -> type[_Section]:
+    names = [part for part in path if isinstance(part, str)]
+    return _SECTIONS.get(names[-1], Recipe) if names else Recipe
+
+
+def _known_keys(section: type[_Section], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        spelling = field.alias or name
+        yield prefix + spelling
+        if spelling in _SECTIONS:
+            yield from _known_keys(_SECTIONS[spelling], f"{prefix}{spelling}.")
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list | tuple) else None
+    if items is None or not tree:
+        yield prefix, tree
+        return
+    for name, value in items:
+        yield from _leaves(value, f"{prefix}.{name}" if prefix else str(name))
