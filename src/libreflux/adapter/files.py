@@ -1,0 +1,274 @@
+"""Reading, writing and attaching adapter files, in LyCORIS' names.
+
+A tensor is called `lycoris_<layer name with _ for .>.` and then `lokr_w1`, `lokr_w2` or `alpha`. That spelling cannot be
+undone without the model, so our files also carry a key map (JSON: prefix -> layer name) in the safetensors metadata;
+files without one are matched by spelling the model's own layer names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from libreflux.adapter.init import Kind, init_lokr
+from libreflux.adapter.layers import AdaptedLinear, LoKr, delta_from_tensors, features, linears
+from libreflux.adapter.targets import Resolved
+from libreflux.errors import AdapterError
+
+PREFIX = "lycoris_"
+SCHEMA = "1"
+
+
+def lycoris_name(layer: str) -> str:
+    """LyCORIS' prefix of a layer's tensors."""
+    return PREFIX + layer.replace(".", "_")
+
+
+class Adapter:
+    """The adapted layers of one adapter on one transformer; the transformer itself is frozen.
+
+    Attributes:
+        layers: layer name -> AdaptedLinear, in the model's order.
+    """
+
+    def __init__(self, transformer: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
+        self.transformer = transformer
+        self.layers = dict(layers)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(`<layer name>.lokr_w1`, parameter) pairs, in the model's order."""
+        for name, layer in self.layers.items():
+            for suffix, parameter in layer.delta.named_parameters():
+                yield f"{name}.{suffix}", parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def key_map(self) -> dict[str, str]:
+        """LyCORIS prefix -> layer name."""
+        return {lycoris_name(name): name for name in self.layers}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """LyCORIS name -> tensor, sharing storage with the parameters."""
+        return {
+            f"{lycoris_name(name)}.{suffix}": tensor
+            for name, layer in self.layers.items()
+            for suffix, tensor in layer.delta.tensors().items()
+        }
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy back what `state_dict` gave, to the bit.
+
+        Raises:
+            AdapterError: a missing or leftover key, or another shape or dtype.
+        """
+        own = self.state_dict()
+        missing, leftover = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+        if missing or leftover:
+            raise AdapterError(
+                f"missing {_some(missing)}; leftover {_some(leftover)}",
+                mend="load it with the recipe it was trained by",
+            )
+        for key, tensor in tensors.items():
+            if (tensor.shape, tensor.dtype) != (own[key].shape, own[key].dtype):
+                found, wanted = f"{tuple(tensor.shape)} {tensor.dtype}", f"{tuple(own[key].shape)} {own[key].dtype}"
+                raise AdapterError(f"is {found}, should be {wanted}", where=key)
+        for key, tensor in tensors.items():
+            own[key].copy_(tensor)
+
+    def detach(self) -> None:
+        """Take the adapter off again; other adapters on the same layers stay."""
+        for name, layer in self.layers.items():
+            parent, child = _parent(self.transformer, name)
+            at: nn.Module = getattr(parent, child)
+            if at is layer:
+                setattr(parent, child, layer.base)
+                continue
+            while isinstance(at, AdaptedLinear) and at.base is not layer:
+                at = at.base
+            if not isinstance(at, AdaptedLinear):
+                raise AdapterError("this adapter is not attached here any more", where=name)
+            at.base = layer.base
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter on disk, read into memory.
+
+    Attributes:
+        where: the file, for errors.
+        tensors: LyCORIS name -> tensor.
+        metadata: the safetensors metadata, strings.
+    """
+
+    where: str
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+    def by_layer(self, layer_names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+        """Layer name -> suffix -> tensor, for the model that has these linears.
+
+        Raises:
+            AdapterError: a tensor belongs to no layer, or its spelling fits two.
+        """
+        known = _spellings(layer_names)
+        stored: dict[str, str] = json.loads(self.metadata.get("key_map", "{}"))
+        layers: dict[str, dict[str, Tensor]] = {}
+        leftover = []
+        for key, tensor in self.tensors.items():
+            prefix, _, suffix = key.partition(".")
+            names = known.get(prefix, [])
+            if stored.get(prefix) in names:
+                names = [stored[prefix]]
+            if len(names) > 1:
+                raise AdapterError(f"{prefix} could be {' or '.join(names)}", where=self.where)
+            if not names or not suffix:
+                leftover.append(key)
+            else:
+                layers.setdefault(names[0], {})[suffix] = tensor
+        if leftover:
+            raise AdapterError(
+                f"tensors that fit no linear layer of this model: {_some(leftover)}",
+                where=self.where,
+                mend="attach it to the kind of model it was trained on",
+            )
+        return layers
+
+
+def _spellings(layer_names: Iterable[str]) -> dict[str, list[str]]:
+    known: dict[str, list[str]] = {}
+    for name in layer_names:
+        known.setdefault(lycoris_name(name), []).append(name)
+    return known
+
+
+def _some(keys: Sequence[str], count: int = 3) -> str:
+    more = f" and {len(keys) - count} more" if len(keys) > count else ""
+    return (", ".join(keys[:count]) or "nothing") + more
+
+
+def _parent(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, child = name.rpartition(".")
+    return root.get_submodule(path), child
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    first = next(chain(module.parameters(), module.buffers()), None)
+    return None if first is None else first.device
+
+
+def attach(
+    transformer: nn.Module,
+    resolved: Sequence[Resolved],
+    *,
+    dtype: torch.dtype = torch.float32,
+    init: Kind = "perturbed",
+    seed: int = 0,
+    scale: float = 1e-3,
+) -> Adapter:
+    """Freeze a transformer and put a new LoKr on each resolved layer.
+
+    Args:
+        transformer: any module whose linears were resolved.
+        resolved: from `targets.resolve`.
+        dtype: of the adapter's parameters, fp32 or bf16.
+        init: see `init.init_lokr`.
+        seed: of the run.
+        scale: of the perturbed init.
+
+    Returns:
+        The adapter, whose parameters are the only ones that require gradients.
+    """
+    found = linears(transformer)
+    layers: dict[str, AdaptedLinear] = {}
+    for row in resolved:
+        base = found.get(row.name)
+        if base is None or features(base) != (row.in_features, row.out_features):
+            raise AdapterError("was resolved for another model", where=row.name, mend="resolve the targets again")
+        delta = LoKr(row.in_features, row.out_features, row.factor, dtype=dtype, device=_device(base))
+        layers[row.name] = AdaptedLinear(base, delta)
+        init_lokr(layers[row.name], init, seed, row.name, scale)
+    return _install(transformer, layers)
+
+
+def _install(transformer: nn.Module, layers: Mapping[str, AdaptedLinear]) -> Adapter:
+    transformer.requires_grad_(False)
+    for name, layer in layers.items():
+        parent, child = _parent(transformer, name)
+        setattr(parent, child, layer)
+    return Adapter(transformer, layers)
+
+
+def save_adapter(adapter: Adapter, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write an adapter file, atomically.
+
+    Args:
+        adapter: attached or not.
+        path: ends in .safetensors.
+        metadata: further strings for the file (model, hashes, steps); `schema` and `key_map` are ours.
+    """
+    from libreflux.files import atomic_save_safetensors
+
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in adapter.state_dict().items()}
+    key_map = json.dumps(adapter.key_map(), sort_keys=True)
+    atomic_save_safetensors(tensors, path, {**(metadata or {}), "schema": SCHEMA, "key_map": key_map})
+
+
+def load_adapter(path: Path | str) -> AdapterFile:
+    """Read an adapter file: ours, or one of lycoris-lora's.
+
+    Raises:
+        AdapterError: no such file, not safetensors, no LyCORIS tensors in it, or a later schema.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise AdapterError("no such adapter file", where=path, mend="give a .safetensors file")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            metadata = dict(file.metadata() or {})
+    except safetensors.SafetensorError as error:
+        raise AdapterError(f"not a whole safetensors file ({error})", where=path, mend="copy it again") from error
+    if metadata.get("schema", SCHEMA) != SCHEMA:
+        raise AdapterError(
+            f"schema {metadata['schema']} is newer than this version", where=path, mend="update libreflux"
+        )
+    foreign = [key for key in tensors if not key.startswith(PREFIX)]
+    if foreign or not tensors:
+        raise AdapterError(
+            f"tensors without the LyCORIS prefix {PREFIX}: {_some(foreign)}",
+            where=path,
+            mend="other spellings: not yet",
+        )
+    return AdapterFile(str(path), tensors, metadata)
+
+
+def attach_file(
+    transformer: nn.Module, path: Path | str, weight: float = 1.0, *, dtype: torch.dtype | None = None
+) -> Adapter:
+    """Freeze a transformer and put an adapter file on it.
+
+    Args:
+        transformer: the model.
+        path: an adapter file.
+        weight: strength of the adapter.
+        dtype: of the adapter's parameters; None keeps the file's.
+
+    Raises:
+        AdapterError: the file is broken, or does not fit this model; the model is then as before.
+    """
+    found = linears(transformer)
+    layers = {}
+    for name, tensors in load_adapter(path).by_layer(found).items():
+        base = found[name]
+        delta = delta_from_tensors(tensors, *features(base), f"{path}, {name}", dtype=dtype)
+        layers[name] = AdaptedLinear(base, delta.to(device=_device(base)), weight)
+    return _install(transformer, {name: layers[name] for name in found if name in layers})

@@ -1,0 +1,80 @@
+"""First values of a LoKr: Kaiming, ones, or the perturbed normal of the LibreFLUX recipe."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from libreflux import keyed
+from libreflux.adapter.layers import AdaptedLinear, LoKr, dense_weight
+from libreflux.errors import AdapterError
+
+Kind = Literal["kaiming", "ones", "perturbed"]
+
+
+def kaiming_w1(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """U(-1/sqrt(b), 1/sqrt(b)) of shape [a, b]: torch's Kaiming-uniform with a = sqrt(5), which is LyCORIS' start."""
+    bound = 1 / math.sqrt(shape[1])
+    return (2 * torch.rand(shape, generator=generator) - 1) * bound
+
+
+def perturbed_w2(weight: Tensor, shape: tuple[int, int], scale: float, generator: torch.Generator) -> Tensor:
+    """Normal noise standardised exactly to mean scale * mean(W) and (population) std scale * std(W).
+
+    With w1 = 1, delta = kron(1, w2) repeats w2 in every tile, so ||delta|| / ||W|| = scale without any further step
+    (LibreFLUX' perturbed-normal init, whose first rescaling its second one cancels).
+
+    Args:
+        weight: W [out, in].
+        shape: of w2, [c, d].
+        scale: norm of the delta relative to W's.
+        generator: CPU generator.
+
+    Returns:
+        [c, d] fp32 on W's device. A w2 of one entry is scale * mean(W).
+    """
+    std, mean = torch.std_mean(weight.float(), correction=0)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    spread, centre = torch.std_mean(noise, correction=0)
+    noise = (noise - centre) / spread if noise.numel() > 1 else torch.zeros_like(noise)
+    return scale * (mean + std * noise.to(device=weight.device, dtype=torch.float32))
+
+
+def init_lokr(layer: AdaptedLinear, kind: Kind, seed: int, name: str, scale: float = 1e-3) -> None:
+    """Give a layer's LoKr its first values, a function of (seed, name) only.
+
+    Args:
+        layer: adapted with a LoKr; `perturbed` needs a floating-point base.
+        kind: `kaiming`: w1 uniform, w2 = 0. `ones`: w1 = 1, w2 = 0. `perturbed`: w1 = 1, w2 = `perturbed_w2`. The first
+            two leave the model's function as it is.
+        seed: of the run.
+        name: of the layer.
+        scale: of `perturbed`, > 0.
+
+    Raises:
+        AdapterError: unknown kind, a LoRA, a scale that is not positive, or a quantised base under `perturbed`.
+    """
+    delta = layer.delta
+    if not isinstance(delta, LoKr):
+        raise AdapterError("only LoKr has these initial values", where=name)
+    generator = keyed.generator(seed, "adapter-init", name)
+    a, b = delta.lokr_w1.shape
+    c, d = delta.lokr_w2.shape
+    with torch.no_grad():
+        if kind == "kaiming":
+            delta.lokr_w1.copy_(kaiming_w1((a, b), generator))
+            delta.lokr_w2.zero_()
+        elif kind == "ones":
+            delta.lokr_w1.fill_(1.0)
+            delta.lokr_w2.zero_()
+        elif kind == "perturbed":
+            if not scale > 0:
+                raise AdapterError(f"init scale {scale} must be positive", where=name, mend="use init: ones for none")
+            delta.lokr_w1.fill_(1.0)
+            delta.lokr_w2.copy_(perturbed_w2(dense_weight(layer.base, name), (c, d), scale, generator))
+        else:
+            known = ", ".join(get_args(Kind))
+            raise AdapterError(f"init {kind!r} is unknown", where=name, mend=f"use one of {known}")

@@ -1,0 +1,202 @@
+"""Which layer gets which factor: ordered patterns over dotted layer names, whole-name match, first match wins.
+
+Grammar of a pattern: literal parts joined by dots; `*` stands for one part (inside a part, for any characters but a
+dot); `**` for any number of parts, none included; `{0-7}` or `{1,3,8-11}` for exactly these whole numbers. There are no
+other special characters: `[8-15]`, which fnmatch reads as one character of "8", "1-1", "5", is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from libreflux.adapter.layers import lokr_shapes, parameter_count
+from libreflux.errors import AdapterError
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One row of a recipe's `adapter.targets`."""
+
+    layers: str
+    """Pattern over dotted layer names."""
+    factor: int
+    """Size of the small Kronecker factor; -1: the most square split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """What one layer of the model gets."""
+
+    name: str
+    factor: int
+    in_features: int
+    out_features: int
+    w1: tuple[int, int]
+    w2: tuple[int, int]
+    parameters: int
+    pattern: str
+
+
+def _numbers(body: str, pattern: str) -> list[int]:
+    """The integers of `0-7` or `1,3,8-11`, in order."""
+    numbers: list[int] = []
+    for item in body.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", item)
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise AdapterError(
+                f"{{{body}}} is not a list of whole numbers or rising ranges",
+                where=f"pattern {pattern!r}",
+                mend="write {0-7} or {1,3,8-11}",
+            )
+        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return numbers
+
+
+def compile_pattern(pattern: str) -> tuple[re.Pattern[str], list[list[int]]]:
+    """A regular expression for whole names, with one group per brace, and the numbers that each brace lists.
+
+    Raises:
+        AdapterError: the pattern breaks the grammar.
+    """
+    odd = re.sub(r"\{[^{}]*\}|[A-Za-z0-9_.*-]", "", pattern)
+    parts = pattern.split(".") if not odd else []
+    if odd or not pattern or "" in _BRACES.sub("0", pattern).split("."):
+        raise AdapterError(
+            f"cannot read {odd[0]!r} in it" if odd else "it has an empty part",
+            where=f"pattern {pattern!r}",
+            mend="use names, *, ** and integer ranges such as {0-7}",
+        )
+    braces: list[list[int]] = []
+    regex, glue = "", ""
+    for index, part in enumerate(parts):
+        if part == "**":
+            last = index == len(parts) - 1
+            if last:
+                regex += r"(?:\.[^.]+)*" if regex and glue else r"(?:[^.]+\.)*[^.]+"
+            else:
+                regex += glue + r"(?:[^.]+\.)*"
+                glue = ""
+            continue
+        if "**" in part:
+            raise AdapterError("** stands only for whole parts", where=f"pattern {pattern!r}", mend="write a.**.b")
+        piece, end = "", 0
+        for brace in _BRACES.finditer(part):
+            numbers = _numbers(brace[1], pattern)
+            braces.append(numbers)
+            piece += _literal(part[end : brace.start()]) + "(" + "|".join(map(str, numbers)) + ")"
+            end = brace.end()
+        regex += glue + piece + _literal(part[end:])
+        glue = r"\."
+    return re.compile(regex), braces
+
+
+def _literal(text: str) -> str:
+    return "[^.]*".join(map(re.escape, text.split("*"))) if text != "*" else "[^.]+"
+
+
+def _shape(name: str) -> str:
+    """A name or pattern with its numbers made `*`, so that near spellings are compared, not block numbers."""
+    return _NUMBER.sub("*", _BRACES.sub("*", name))
+
+
+def _near(pattern: str, names: Iterable[str]) -> str:
+    shapes = list(dict.fromkeys(map(_shape, names)))
+    near = difflib.get_close_matches(_shape(pattern), shapes, n=3, cutoff=0.3) or shapes[:3]
+    return "near names: " + ", ".join(near)
+
+
+def resolve(names_of_linears: Sequence[tuple[str, int, int]], targets: Sequence[Target]) -> list[Resolved]:
+    """The layers that the patterns choose, in the model's order.
+
+    Args:
+        names_of_linears: (name, in_features, out_features) of every linear, e.g. from `layers.linear_shapes`.
+        targets: ordered; the first pattern that matches a layer gives its factor.
+
+    Raises:
+        AdapterError: a pattern breaks the grammar, matches no linear, lists a number that matches none, or is wholly
+            hidden by earlier ones.
+    """
+    if not targets:
+        raise AdapterError("no targets: nothing would be trained", mend='add {layers: "**", factor: 8} to the targets')
+    names = [name for name, _, _ in names_of_linears]
+    owner: dict[str, Target] = {}
+    for target in targets:
+        where = f"pattern {target.layers!r}"
+        regex, braces = compile_pattern(target.layers)
+        matches = {name: match for name in names if (match := regex.fullmatch(name))}
+        if not matches:
+            raise AdapterError("matches no linear layer of this model", where=where, mend=_near(target.layers, names))
+        for group, numbers in enumerate(braces, start=1):
+            unused = sorted(set(numbers) - {int(match[group]) for match in matches.values()})
+            if unused:
+                mend = f"list only numbers the model has; {_near(target.layers, names)}"
+                raise AdapterError(f"no layer has a number of {_ranges(unused)}", where=where, mend=mend)
+        fresh = [name for name in matches if name not in owner]
+        if not fresh:
+            hiding = list(dict.fromkeys(owner[name].layers for name in matches))
+            raise AdapterError(f"all it matches is taken by earlier {hiding}", where=where, mend="put it before them")
+        owner |= dict.fromkeys(fresh, target)
+    rows = []
+    for name, in_features, out_features in names_of_linears:
+        if name in owner:
+            factor = owner[name].factor
+            w1, w2 = lokr_shapes(in_features, out_features, factor)
+            rows.append(
+                Resolved(
+                    name=name,
+                    factor=factor,
+                    in_features=in_features,
+                    out_features=out_features,
+                    w1=w1,
+                    w2=w2,
+                    parameters=parameter_count(in_features, out_features, factor),
+                    pattern=owner[name].layers,
+                )
+            )
+    return rows
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return "{" + ",".join(f"{low}-{high}" if high > low else str(low) for low, high in runs) + "}"
+
+
+def table(resolved: Sequence[Resolved]) -> str:
+    """The resolved layers as aligned text: like layers of several blocks share a row, the total comes last."""
+    groups: dict[tuple[object, ...], list[Resolved]] = {}
+    for row in resolved:
+        groups.setdefault((_NUMBER.sub("#", row.name, count=1), row.factor, row.w1, row.w2), []).append(row)
+    lines = [("layer", "count", "factor", "out x in", "w1", "w2", "parameters")]
+    for (shape, *_), rows in groups.items():
+        numbers = [int(match[0]) for row in rows if (match := _NUMBER.search(row.name))]
+        first = rows[0]
+        lines.append(
+            (
+                str(shape).replace("#", _ranges(numbers), 1) if len(rows) > 1 else first.name,
+                str(len(rows)),
+                str(first.factor),
+                f"{first.out_features} x {first.in_features}",
+                f"{first.w1[0]} x {first.w1[1]}",
+                f"{first.w2[0]} x {first.w2[1]}",
+                f"{sum(row.parameters for row in rows):,}",
+            )
+        )
+    lines.append(("total", str(len(resolved)), "", "", "", "", f"{sum(row.parameters for row in resolved):,}"))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
