@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from libreflux.errors import RunError
+from libreflux.recipe import Recipe
 from libreflux.train import checkpoint
 
 
-def _write(run: Path, step: int, adapter: bytes = b"weights") -> checkpoint.Checkpoint:
+def _write(run: Path, step: int, value: float = 1.0) -> checkpoint.Checkpoint:
     writers = {
-        checkpoint.ADAPTER: lambda path: path.write_bytes(adapter) and None,
-        checkpoint.OPTIMIZER: lambda path: path.write_bytes(b"moments") and None,
+        name: partial(save_file, {"w": torch.full((3,), value)}) for name in (checkpoint.ADAPTER, checkpoint.OPTIMIZER)
     }
     return checkpoint.write(run, step, writers, {"note": "n"})
 
@@ -54,9 +58,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_put_aside(tmp_path: Path, damag
     _write(tmp_path, 2)
     target = _write(tmp_path, 3)
     if damage == "flip":
-        target.adapter.write_bytes(b"weighty")
+        raw = bytearray(target.adapter.read_bytes())
+        raw[-1] ^= 1
+        target.adapter.write_bytes(raw)
     elif damage == "cut":
-        target.adapter.write_bytes(b"weig")
+        target.adapter.write_bytes(target.adapter.read_bytes()[:-1])
     elif damage == "missing":
         target.optimizer.unlink()
     else:
@@ -103,31 +109,21 @@ def test_pruning_a_rolling_run_equals_pruning_once(tmp_path: Path) -> None:
     assert not [path for path in (tmp_path / checkpoint.FOLDER).iterdir() if path.name.startswith(".")]
 
 
-RECIPE = {
-    "schema": 1,
-    "steps": 10,
-    "data": [{"path": "photos", "captions": {}}],
-    "optimizer": {"learning_rate": 1e-4, "betas": (0.9, 0.99), "schedule": "constant"},
-    "save": {"every": 5},
-    "out": "runs/a",
-}
-
-
-def _with(**changes: object) -> dict[str, object]:
-    return {**json.loads(json.dumps(RECIPE)), **changes}
+def _recipe(**changes: object) -> Recipe:
+    base = {"data": [{"path": "photos"}], "resolution": 32, "steps": 10, "out": "runs/a"}
+    return Recipe.model_validate({**base, **changes})
 
 
 def test_the_same_recipe_resumes(tmp_path: Path) -> None:
-    checkpoint.claim(tmp_path, RECIPE)
-    checkpoint.claim(tmp_path, _with())  # tuples become lists in JSON and must still compare equal
+    checkpoint.claim(tmp_path, _recipe())
+    checkpoint.claim(tmp_path, _recipe())
 
 
 def test_a_changed_recipe_is_refused_by_key_with_both_values(tmp_path: Path) -> None:
-    checkpoint.claim(tmp_path, RECIPE)
+    checkpoint.claim(tmp_path, _recipe(optimizer={"learning_rate": 1e-4}))
     before = (tmp_path / checkpoint.RECIPE).read_bytes()
-    changed = _with(optimizer={**RECIPE["optimizer"], "learning_rate": 2e-4}, data=[{"path": "scans", "captions": {}}])  # type: ignore[dict-item]
     with pytest.raises(RunError) as refusal:
-        checkpoint.claim(tmp_path, changed)
+        checkpoint.claim(tmp_path, _recipe(optimizer={"learning_rate": 2e-4}, data=[{"path": "scans"}]))
     line = str(refusal.value)
     assert "optimizer.learning_rate (0.0001 -> 0.0002)" in line
     assert "data.0.path ('photos' -> 'scans')" in line
@@ -135,29 +131,35 @@ def test_a_changed_recipe_is_refused_by_key_with_both_values(tmp_path: Path) -> 
     assert (tmp_path / checkpoint.RECIPE).read_bytes() == before
 
 
-def test_a_key_that_appears_or_vanishes_is_a_change() -> None:
-    extra = _with(batch=4)
-    assert checkpoint.changed_keys(RECIPE, extra) == ["batch"]
-    assert checkpoint.changed_keys(extra, RECIPE) == ["batch"]
-    weighted = _with(data=[{"path": "photos", "captions": {"short": 1.0}}])
-    assert checkpoint.changed_keys(RECIPE, weighted) == ["data.0.captions", "data.0.captions.short"]
+def test_a_source_that_is_added_is_a_change(tmp_path: Path) -> None:
+    checkpoint.claim(tmp_path, _recipe())
+    with pytest.raises(RunError, match=r"data\.1\.path \(absent -> 'scans'\)"):
+        checkpoint.claim(tmp_path, _recipe(data=[{"path": "photos"}, {"path": "scans"}]))
 
 
 def test_what_trains_no_number_may_change(tmp_path: Path) -> None:
-    checkpoint.claim(tmp_path, RECIPE)
-    checkpoint.claim(tmp_path, _with(save={"every": 2}, out="elsewhere", steps=20))
+    checkpoint.claim(tmp_path, _recipe())
+    checkpoint.claim(tmp_path, _recipe(save={"every": 2}, out="elsewhere", steps=20))
     assert json.loads((tmp_path / checkpoint.RECIPE).read_text())["steps"] == 20
 
 
-def test_steps_may_not_change_under_a_schedule_that_reads_them() -> None:
-    cosine = _with(optimizer={**RECIPE["optimizer"], "schedule": "cosine"})  # type: ignore[dict-item]
-    assert checkpoint.changed_keys(cosine, {**cosine, "steps": 20}) == ["steps"]
+def test_steps_may_not_change_under_a_schedule_that_reads_them(tmp_path: Path) -> None:
+    cosine = {"schedule": "cosine"}
+    checkpoint.claim(tmp_path, _recipe(optimizer=cosine))
+    with pytest.raises(RunError, match=r"steps \(10 -> 20\)"):
+        checkpoint.claim(tmp_path, _recipe(optimizer=cosine, steps=20))
+
+
+def test_a_torn_recipe_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / checkpoint.RECIPE).write_text('{"schema": 1, "mod')
+    with pytest.raises(RunError, match="cannot be read as a recipe"):
+        checkpoint.claim(tmp_path, _recipe())
 
 
 def test_checkpoints_without_a_recipe_are_refused(tmp_path: Path) -> None:
     _write(tmp_path, 1)
     with pytest.raises(RunError, match=r"no recipe\.json"):
-        checkpoint.claim(tmp_path, RECIPE)
+        checkpoint.claim(tmp_path, _recipe())
 
 
 def test_metrics_after_the_checkpoint_and_a_torn_line_are_dropped(tmp_path: Path) -> None:
@@ -168,5 +170,21 @@ def test_metrics_after_the_checkpoint_and_a_torn_line_are_dropped(tmp_path: Path
 
 
 def test_publish_copies_the_bytes(tmp_path: Path) -> None:
-    done = _write(tmp_path, 7, adapter=b"the result")
-    assert checkpoint.publish(tmp_path, done).read_bytes() == b"the result"
+    done = _write(tmp_path, 7, value=0.5)
+    assert checkpoint.publish(tmp_path, done).read_bytes() == done.adapter.read_bytes()
+    assert load_file(tmp_path / checkpoint.ADAPTER)["w"].tolist() == [0.5] * 3
+
+
+def test_equal_tensors_and_metadata_are_equal_bytes(tmp_path: Path) -> None:
+    tensors = {"b": torch.arange(5.0), "a": torch.ones(3, dtype=torch.bfloat16)}
+    metadata = {name: f'"{name}" \u00fc\n' for name in "qwertyuiop"}  # ten keys: 3.6 million orders
+    written = []
+    for number in range(3):
+        path = tmp_path / f"{number}.safetensors"
+        save_file(tensors, path, metadata=dict(metadata))
+        checkpoint.sort_metadata(path)
+        written.append(path.read_bytes())
+        with safe_open(path, framework="pt") as file:
+            assert file.metadata() == metadata
+            assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
+    assert written[0] == written[1] == written[2]

@@ -26,6 +26,7 @@ from typing import Any
 
 from libreflux import files
 from libreflux.errors import RunError
+from libreflux.recipe import Recipe, differences
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +37,6 @@ OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 RECIPE = "recipe.json"
 METRICS = "metrics.jsonl"
-
-# Recipe keys that never reach a trained number: they may change between one start of a run and the next.
-FREE_KEYS = ("out", "cache", "samples", "save")
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -100,10 +98,29 @@ def write(run: Path, step: int, writers: Mapping[str, Writer], state: Mapping[st
     with files.staged_dir(final) as folder:
         for name, writer in writers.items():
             writer(folder / name)
+            if name.endswith(".safetensors"):
+                sort_metadata(folder / name)
         text = json.dumps({"schema": SCHEMA, "step": step, **state}, indent=1, sort_keys=True)
         (folder / STATE).write_text(text + "\n", encoding="utf-8")
         files.write_manifest(folder)
     return Checkpoint(step, final)
+
+
+def sort_metadata(path: Path) -> None:
+    """Puts the metadata of a safetensors file into sorted order, in place, so that equal contents are equal bytes.
+
+    safetensors 0.8 writes them in the order of a randomly seeded hash map, another one in every process.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(raw) > size:
+            raise ValueError(f"{path}: the header grew from {size} to {len(raw)} bytes")
+        file.seek(8)
+        file.write(raw.ljust(size))
 
 
 def listed(run: Path) -> list[Checkpoint]:
@@ -167,63 +184,47 @@ def prune(run: Path, keep: int, keep_every: int | None) -> list[int]:
 # ---- the recipe of a run ------------------------------------------------------------------------------------------
 
 
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> leaf value, e.g. {"data.0.path": "photos"}; empty containers are leaves."""
-    if isinstance(tree, Mapping) and tree:
-        items: Iterable[tuple[Any, Any]] = tree.items()
-    elif isinstance(tree, (list, tuple)) and tree:
-        items = enumerate(tree)
-    else:
-        return {prefix: list(tree) if isinstance(tree, tuple) else tree}
-    leaves: dict[str, Any] = {}
-    for name, value in items:
-        leaves.update(flat(value, f"{prefix}.{name}" if prefix else str(name)))
-    return leaves
-
-
-def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The dotted keys in which two resolved recipes would train different numbers, sorted.
-
-    FREE_KEYS do not count, nor does `steps` under a constant schedule as long as it grows: step k is then the same.
-    """
-    before, after = flat(old), flat(new)
-    keys = [name for name in sorted({*before, *after}) if before.get(name, ...) != after.get(name, ...)]
-    keys = [name for name in keys if name.split(".")[0] not in FREE_KEYS]
-    if before.get("optimizer.schedule") == "constant":
-        keys = [name for name in keys if name != "steps"]
-    return keys
-
-
-def claim(run: Path, recipe: Mapping[str, Any]) -> None:
+def claim(run: Path, recipe: Recipe) -> None:
     """Writes RUN/recipe.json for a new run, or checks that this recipe continues the one that is there.
 
     Args:
         run: the run folder, locked.
-        recipe: the resolved recipe, JSON-able.
+        recipe: as resolved now; what does not decide the trained numbers (`Recipe.decisive`) may have changed.
 
     Raises:
-        RunError: a key that reaches the trained numbers has changed; the line names old and new values.
+        RunError: a decisive key has changed; the line names it with its old and new value.
     """
     path = run / RECIPE
-    recipe = json.loads(json.dumps(recipe))
     if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        if old == recipe:
-            return
-        keys = changed_keys(old, recipe)
+        before, after = _read_recipe(path).decisive(), recipe.decisive()
+        keys = differences(before, after)
         if keys:
-            before, after = flat(old), flat(recipe)
-            told = ", ".join(f"{key} ({before.get(key)!r} -> {after.get(key)!r})" for key in keys)
-            raise RunError(
-                f"the recipe has changed since this run began: {told}",
-                where=run,
-                mend="restore these keys to resume, or choose another `out`",
-            )
+            told = ", ".join(f"{key} ({_at(before, key)} -> {_at(after, key)})" for key in keys)
+            mend = "restore these keys to resume, or choose another `out`"
+            raise RunError(f"the recipe has changed since this run began: {told}", where=run, mend=mend)
     elif listed(run):
-        raise RunError(
-            f"there are checkpoints but no {RECIPE}", where=run, mend="choose another `out`, or put the file back"
-        )
-    files.atomic_write_json(path, recipe)
+        mend = "choose another `out`, or put the file back"
+        raise RunError(f"there are checkpoints but no {RECIPE}", where=run, mend=mend)
+    files.atomic_write_json(path, recipe.resolved())
+
+
+def _read_recipe(path: Path) -> Recipe:
+    try:
+        return Recipe.model_validate_json(path.read_bytes())
+    except ValueError as error:
+        lines = str(error).splitlines()
+        mend = "restore the file, or choose another `out`"
+        raise RunError(f"cannot be read as a recipe ({lines[0]})", where=path, mend=mend) from None
+
+
+def _at(tree: Any, dotted: str) -> str:
+    """The value under a dotted key, or `absent`."""
+    for name in dotted.split("."):
+        try:
+            tree = tree[int(name)] if isinstance(tree, list | tuple) else tree[name]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return "absent"
+    return repr(tree)
 
 
 # ---- the result and the metrics -----------------------------------------------------------------------------------
