@@ -1,0 +1,34 @@
+"""libreflux: sets distilled FLUX models free, and trains, merges and samples what comes of it.
+
+    import libreflux
+
+    pipe = libreflux.LibreFluxPipeline.from_pretrained("emoji-base")
+    pipe("a red apple on blue", guidance_scale=3, seeds=[1]).images[0].save("apple.png")
+
+Importing this package loads no torch; `LibreFluxPipeline` and `open_model` come in when they are first asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from libreflux.model.family import open_model
+    from libreflux.sample.pipeline import LibreFluxPipeline
+
+__version__ = "0.1.0"
+__all__ = ["LibreFluxPipeline", "__version__", "open_model"]
+
+_LAZY = {"LibreFluxPipeline": "libreflux.sample.pipeline", "open_model": "libreflux.model.family"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
