@@ -1,7 +1,7 @@
 """Small T5 and CLIP tokenizers fitted to a set of captions, in the formats that transformers' own classes load.
 
 Both give every known word one token where the vocabulary has room, and spell unknown words in characters. T5: Unigram
-(Kudo 2018), ids 0 `<pad>`, 1 `</s>`, 2 `<unk>`. CLIP: byte-level BPE with `</w>`, ids in OpenAI's order, nothing unknown.
+(Kudo 2018), ids 0 `<pad>`, 1 `</s>`, 2 `<unk>`. CLIP: byte-level BPE with `</w>`, ids in OpenAI's order, never unknown.
 """
 
 from __future__ import annotations

@@ -1,0 +1,42 @@
+"""Make the emoji family from nothing: `python -m libreflux.emoji.build STAGE --work DIR`, resumable at every stage.
+
+Stages in order: vae, latents, base, decoder, export. Each is a no-op when its result is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m libreflux.emoji.build", description=__doc__)
+    parser.add_argument("stage", choices=["vae", "latents", "base", "decoder", "export", "all"])
+    parser.add_argument("--work", type=Path, required=True, help="folder for states and latents")
+    parser.add_argument("--steps", type=int, default=None, help="steps of the base or decoder stage")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args(argv)
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    from libreflux.emoji.build import base, vae
+
+    if args.stage in ("vae", "all"):
+        model = vae.train(args.work)
+        print(f"held-out PSNR {vae.psnr(model):.2f} dB")
+    if args.stage in ("latents", "all"):
+        base.make_latents(args.work)
+    if args.stage in ("base", "all"):
+        base.train(args.work, steps=args.steps or base.STEPS)
+    if args.stage in ("decoder", "all"):
+        model = vae.train(args.work, decoder_steps=args.steps or vae.DECODER_STEPS)
+        print(f"held-out PSNR {vae.psnr(model):.2f} dB")
+    if args.stage in ("export", "all"):
+        print(base.export(args.work))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""What every stage of the build shares: AdamW with a fp32 average, saved every few minutes, resumed by the same command."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+def cosine(step: int, steps: int, warmup: int = 50) -> float:
+    """Warm-up, then a half cosine to 2 %."""
+    import math
+
+    return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def trapezoid(step: int, steps: int, warmup: int = 100, cooldown: float = 0.35) -> float:
+    """Warm-up, constant, then a linear fall over the last `cooldown` of the steps."""
+    return min(1.0, (step + 1) / warmup, max(0.01, (1 - step / steps) / cooldown))
+
+
+class Stage:
+    """Named parameters with AdamW states and an exponential average in fp32; one safetensors file holds all of it.
+
+    Args:
+        file: where the state is kept (`*.safetensors`); written to a sibling first, then renamed.
+        average: decay of the average per step; its early steps use (1+t)/(10+t), so that the start is forgotten.
+    """
+
+    def __init__(
+        self, file: Path, modules: dict[str, torch.nn.Module], *, lr: float, average: float, weight_decay: float = 0.0
+    ) -> None:
+        self.file, self.lr, self.decay, self.step = file, lr, average, 0
+        self.parameters = {
+            f"{part}.{name}": parameter
+            for part, module in modules.items()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+        )
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.seconds = 0.0
+
+    def resume(self) -> bool:
+        if not self.file.exists():
+            return False
+        with safe_open(self.file, "pt") as saved:
+            meta = saved.metadata()
+            for name, parameter in self.parameters.items():
+                parameter.data.copy_(saved.get_tensor(f"value/{name}"))
+                self.average[name].copy_(saved.get_tensor(f"average/{name}"))
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(meta["step"])),
+                    "exp_avg": saved.get_tensor(f"first/{name}").clone(),
+                    "exp_avg_sq": saved.get_tensor(f"second/{name}").clone(),
+                }
+        self.step, self.seconds = int(meta["step"]), float(meta["seconds"])
+        return True
+
+    def save(self) -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        for name, parameter in self.parameters.items():
+            state = self.optimizer.state[parameter]
+            tensors[f"value/{name}"] = parameter.detach().contiguous()
+            tensors[f"average/{name}"] = self.average[name].contiguous()
+            tensors[f"first/{name}"] = state["exp_avg"].contiguous()
+            tensors[f"second/{name}"] = state["exp_avg_sq"].contiguous()
+        staged = self.file.with_suffix(".part")
+        save_file(tensors, staged, {"step": str(self.step), "seconds": f"{self.seconds:.1f}"})
+        os.replace(staged, self.file)
+
+    def run(
+        self, steps: int, loss: Callable[[int], torch.Tensor], shape: Callable[[int, int], float], *, every: int = 200
+    ) -> Iterator[int]:
+        """Train to `steps`, yielding after each save; the loss is a function of the step number alone."""
+        log = self.file.with_suffix(".jsonl")
+        began, mean = time.perf_counter(), 0.0
+        while self.step < steps:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * shape(self.step, steps)
+            value = loss(self.step)
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            decay = min(self.decay, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+            mean += (value.item() - mean) / (self.step % 20 + 1)
+            self.step += 1
+            now = time.perf_counter()
+            self.seconds, began = self.seconds + now - began, now
+            if self.step % 20 == 0:
+                row = {"step": self.step, "loss": round(mean, 5), "seconds": round(self.seconds, 1)}
+                with log.open("a") as lines:
+                    lines.write(json.dumps(row) + "\n")
+                print(f"{self.file.stem} {self.step}/{steps} loss {mean:.4f} {self.seconds / self.step:.3f} s/step", flush=True)
+                mean = 0.0
+            if self.step % every == 0 or self.step == steps:
+                self.save()
+                yield self.step
+
+    def use_average(self) -> None:
+        """Put the averaged values into the modules (for saving a model, after training)."""
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(self.average[name])

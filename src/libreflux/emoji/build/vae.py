@@ -1,0 +1,120 @@
+"""Stage 1: the emoji family's AutoencoderKL: 16 channels, ÷8, no attention; 64 px crops first, whole pictures at the end.
+
+After `encoder` the encoder is frozen (latents are made from it); `decoder` goes on with the decoder alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from libreflux import keyed
+from libreflux.emoji import compose
+from libreflux.emoji.build.stage import Stage, cosine
+
+CROP_STEPS, WHOLE_STEPS = 620, 260
+DECODER_STEPS = 1500
+CROP_BATCH, WHOLE_BATCH = 32, 8
+LATENT_STD = 0.05  # of the posterior, in units of the raw latents: the noise the decoder is trained to forgive
+
+
+def make() -> AutoencoderKL:
+    """The autoencoder, its posterior's standard deviation fixed at `LATENT_STD`."""
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 96),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=8,
+        sample_size=compose.SIDE,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    with torch.no_grad():
+        vae.encoder.conv_out.weight[16:] = 0
+        vae.encoder.conv_out.bias[16:] = 2 * np.log(LATENT_STD)
+    return vae
+
+
+def pictures(seed: int, indices: range, crop: int | None = None) -> Tensor:
+    """[B, 3, H, W] in [-1, 1], channels last: composed pictures, or one random crop of `crop` px of each."""
+    out = []
+    for index in indices:
+        picture = np.asarray(compose.render(compose.scene(seed, index, pairs=0.3)))
+        if crop:
+            y, x = keyed.rng(seed, "vae-crop", index).integers(compose.SIDE - crop + 1, size=2)
+            picture = picture[y : y + crop, x : x + crop]
+        out.append(picture)
+    pixels = torch.from_numpy(np.stack(out)).float().div_(127.5).sub_(1)
+    return rearrange(pixels, "b h w c -> b c h w").contiguous(memory_format=torch.channels_last)
+
+
+def _edges(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x[..., 1:, :] - x[..., :-1, :], x[..., :, 1:] - x[..., :, :-1]
+
+
+def reconstruction(output: Tensor, target: Tensor) -> Tensor:
+    """L1 plus L1 of the finite differences at three scales, and a little squared error (what PSNR measures)."""
+    loss = F.l1_loss(output, target) + 2 * F.mse_loss(output, target)
+    for _ in range(3):
+        loss = loss + 0.5 * sum(F.l1_loss(a, b) for a, b in zip(_edges(output), _edges(target), strict=True))
+        output, target = F.avg_pool2d(output, 2), F.avg_pool2d(target, 2)
+    return loss
+
+
+def loss_at(vae: AutoencoderKL, step: int, seed: int) -> Tensor:
+    whole = step >= CROP_STEPS
+    batch = WHOLE_BATCH if whole else CROP_BATCH
+    pixels = pictures(seed, range(step * 64, step * 64 + batch), None if whole else 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        mean = vae.encoder(pixels)[:, :16].float()
+        noise = torch.randn(mean.shape, generator=keyed.generator(seed, "vae-noise", step))
+        output = vae.decoder(mean + LATENT_STD * noise).float()
+    return reconstruction(output, pixels) + 1e-3 * mean.square().mean()
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKL, count: int = 200, seed: int = 1) -> float:
+    """Mean PSNR in dB over held-out pictures (8-bit range, after rounding to pixels)."""
+    total = 0.0
+    for start in range(0, count, 20):
+        pixels = pictures(seed, range(start, start + 20))
+        output = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
+        error = ((output - pixels) * 127.5).round().square().mean(dim=(1, 2, 3))
+        total += (10 * torch.log10(255**2 / error.clamp_min(1e-9))).sum().item()
+    return total / count
+
+
+@torch.no_grad()
+def fit_scale(vae: AutoencoderKL, count: int = 400, seed: int = 2) -> None:
+    """Set `shift_factor` and `scaling_factor` so that normalised latents have mean 0 and standard deviation 1."""
+    means = [vae.encode(pictures(seed, range(i, i + 20))).latent_dist.mean for i in range(0, count, 20)]
+    latents = torch.cat(means)
+    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+
+
+def train(work: Path, *, seed: int = 0, decoder_steps: int = 0) -> AutoencoderKL:
+    """Train (or resume) and return the averaged autoencoder in fp32; `work/vae.safetensors` keeps the state."""
+    vae = make().to(memory_format=torch.channels_last)
+    stage = Stage(work / "vae.safetensors", {"vae": vae}, lr=2e-3, average=0.99)
+    stage.resume()
+    for _ in stage.run(CROP_STEPS + WHOLE_STEPS, lambda step: loss_at(vae, step, seed), cosine, every=100):
+        pass
+    stage.use_average()
+    if decoder_steps:
+        vae.encoder.requires_grad_(False)
+        refine = Stage(work / "vae-decoder.safetensors", {"decoder": vae.decoder}, lr=1e-3, average=0.998)
+        refine.resume()
+        start = CROP_STEPS
+        for _ in refine.run(decoder_steps, lambda step: loss_at(vae, start + step, seed + 7), cosine, every=100):
+            pass
+        refine.use_average()
+    return vae

@@ -1,0 +1,43 @@
+"""Every refusal that a user can meet: what was wrong, where, and the mend, on one line; the command line exits with 2."""
+
+from __future__ import annotations
+
+
+class LibrefluxError(Exception):
+    """A user's mistake or a broken input, never a bug of ours.
+
+    Args:
+        what: what is wrong, a clause without a final stop.
+        where: the file, key, layer or sample it was found in.
+        mend: what to do about it.
+    """
+
+    def __init__(self, what: str, *, where: object | None = None, mend: str | None = None) -> None:
+        self.what, self.where, self.mend = what, where, mend
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        line = f"{self.where}: {self.what}" if self.where is not None else self.what
+        if self.mend:
+            line += f"; mend: {self.mend}"
+        return " ".join(line.split())
+
+
+class RecipeError(LibrefluxError):
+    """A recipe key or value."""
+
+
+class DataError(LibrefluxError):
+    """A picture, caption, folder or cache."""
+
+
+class ModelError(LibrefluxError):
+    """A model folder, its facts or its parts."""
+
+
+class AdapterError(LibrefluxError):
+    """An adapter file, pattern or target layer."""
+
+
+class RunError(LibrefluxError):
+    """A run folder: its lock, checkpoints or recipe."""
