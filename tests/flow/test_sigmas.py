@@ -39,7 +39,7 @@ def test_beta_icdf_is_monotone_and_inverts_the_cdf(a: float, b: float) -> None:
     p = torch.linspace(0, 1, 201, dtype=torch.float64)
     sigma = Beta(alpha=a, beta=b).icdf(p)
     assert sigma[0] < 1e-15 and sigma[-1] > 1 - 1e-15
-    assert bool((sigma.diff() >= 0).all())
+    assert bool((sigma.diff() >= -1e-11).all())  # below the accuracy of 1e-9
     # F can rise by more than the tolerance between neighbouring doubles (a = 0.1 near 1): ask that p lies between them.
     around = torch.tensor(1e-9, dtype=torch.float64)
     assert bool((beta_cdf((sigma - around).clamp(0, 1), a, b) <= p + 1e-9).all())

@@ -102,6 +102,8 @@ def beta_icdf(p: Tensor, alpha: float, beta: float) -> Tensor:
     p = p.double()
     upper = p > 0.5
     target = torch.where(upper, 1 - p, p)
+    end = target <= 0
+    target = torch.where(end, torch.full_like(p, 0.5), target)  # solved, then thrown away: Newton crawls towards 0
     one, other = torch.full_like(p, alpha), torch.full_like(p, beta)
     a, b = torch.where(upper, other, one), torch.where(upper, one, other)
     log_beta = math.lgamma(alpha) + math.lgamma(beta) - math.lgamma(alpha + beta)
@@ -117,7 +119,7 @@ def beta_icdf(p: Tensor, alpha: float, beta: float) -> Tensor:
         x = following
         if bool((moved <= 1e-12).all()):
             break
-    x = torch.where(target <= 0, torch.zeros_like(x), x)
+    x = torch.where(end, torch.zeros_like(x), x)
     return torch.where(upper, 1 - x, x)
 
 

@@ -1,0 +1,36 @@
+# Needs make and Python >= 3.11 with venv; everything else comes into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint
+
+help:
+	@echo 'make install   the package, editable, with its pinned dependencies, into $(VENV)'
+	@echo 'make demo      install, then train, merge and show: out/demo/index.html'
+	@echo 'make test      install, then the test suite'
+	@echo 'make lint      install, then ruff and mypy'
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo 'Python >= 3.11 is needed: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install -c constraints.txt -b constraints.txt -e '.[dev,plots]'
+	@touch $@
+
+demo: install
+	$(BIN)/libreflux demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy src
