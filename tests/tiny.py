@@ -1,4 +1,4 @@
-"""A complete FLUX-shaped model with random weights, small enough for a test: the real classes, written as a real folder."""
+"""A complete FLUX-shaped model with random weights, small enough for a test: real classes, a real folder."""
 
 from __future__ import annotations
 

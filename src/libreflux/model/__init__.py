@@ -1,0 +1,1 @@
+"""The FLUX family, on disk and in memory."""

@@ -1,0 +1,156 @@
+"""What must be known of a model besides its weights: `libreflux.json`, and a table for known hub ids."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from libreflux.errors import ModelError
+from libreflux.files import atomic_write_json
+
+logger = logging.getLogger(__name__)
+
+FACTS_FILE = "libreflux.json"
+PADDINGS = ("drop", "trim", "bias", "keep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """The facts of one model, as in `libreflux.json`.
+
+    Attributes:
+        schema: version of this file's format, 1.
+        text_padding: "drop", "trim", "bias" or "keep": how its text conditioning was trained.
+        max_tokens: the most T5 tokens it reads, and the length padded to under all but "drop".
+        steps: sampling steps it is used with by default.
+        guidance: default guidance scale; the embedded one where `guidance_embeds`, else classifier-free guidance.
+        shift: shift of the sigma ladder; None is FLUX.1-dev's rule, by the number of image tokens.
+        guidance_embeds: it has the guidance embedding of a guidance-distilled model.
+        licence: SPDX id or name; merges inherit it.
+        lineage: base, adapters, hashes, steps: whatever the maker of the file knew.
+    """
+
+    schema: int = 1
+    text_padding: str = "drop"
+    max_tokens: int = 512
+    steps: int = 28
+    guidance: float = 3.0
+    shift: float | None = 1.0
+    guidance_embeds: bool = False
+    licence: str = "unknown"
+    lineage: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def from_dict(values: Any, where: object) -> Facts:
+        """Checks and builds; raises ModelError naming the key."""
+        mend = f"write it as libreflux does: {', '.join(_TYPES)}"
+        if not isinstance(values, dict):
+            raise ModelError("is not a JSON object", where=where, mend=mend)
+        if values.get("schema") != 1:
+            raise ModelError(f"schema {values.get('schema')!r} is not 1", where=where, mend="update libreflux")
+        if unknown := sorted(set(values) - set(_TYPES)):
+            raise ModelError(f"unknown key {unknown[0]!r}", where=where, mend=mend)
+        if missing := [name for name in _TYPES if name not in values]:
+            raise ModelError(f"key {missing[0]!r} is missing", where=where, mend=mend)
+        for name, wanted in _TYPES.items():
+            value = values[name]
+            if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+                raise ModelError(f"{name} has the wrong type: {value!r}", where=where, mend=mend)
+        facts = Facts(**values)
+        facts._check_ranges(where)
+        return facts
+
+    def _check_ranges(self, where: object) -> None:
+        checks = {
+            "text_padding": self.text_padding in PADDINGS,
+            "max_tokens": self.max_tokens >= 1,
+            "steps": self.steps >= 1,
+            "guidance": math.isfinite(self.guidance) and self.guidance >= 0,
+            "shift": self.shift is None or (math.isfinite(self.shift) and self.shift > 0),
+        }
+        for name, good in checks.items():
+            if not good:
+                raise ModelError(
+                    f"{name} cannot be {getattr(self, name)!r}", where=where, mend="see docs or mend the file"
+                )
+
+
+_TYPES: dict[str, Any] = {
+    "schema": int,
+    "text_padding": str,
+    "max_tokens": int,
+    "steps": int,
+    "guidance": (int, float),
+    "shift": (int, float, type(None)),
+    "guidance_embeds": bool,
+    "licence": str,
+    "lineage": dict,
+}
+
+_SCHNELL = Facts(text_padding="keep", max_tokens=256, steps=4, guidance=1.0, shift=1.0, licence="apache-2.0")
+_DEV = Facts(
+    text_padding="keep",
+    max_tokens=512,
+    steps=28,
+    guidance=3.5,
+    shift=None,
+    guidance_embeds=True,
+    licence="flux-1-dev-non-commercial-license",
+)
+
+KNOWN: dict[str, Facts] = {
+    "black-forest-labs/FLUX.1-schnell": _SCHNELL,
+    "black-forest-labs/FLUX.1-dev": _DEV,
+    "jimmycarter/LibreFLUX": Facts(
+        text_padding="bias", max_tokens=512, steps=28, guidance=3.5, shift=1.0, licence="apache-2.0"
+    ),
+    "ostris/OpenFLUX.1": Facts(
+        text_padding="keep", max_tokens=512, steps=30, guidance=3.5, shift=1.0, licence="apache-2.0"
+    ),
+}
+
+
+def read_facts(folder: Path) -> Facts:
+    """The facts in a model folder's `libreflux.json`.
+
+    Raises:
+        ModelError: no such file, or one that is not ours.
+    """
+    path = folder / FACTS_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            "no such file", where=path, mend="open the model with open_model, which finds its facts"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"unreadable ({error})", where=path, mend="restore the file") from None
+    return Facts.from_dict(values, path)
+
+
+def write_facts(folder: Path, facts: Facts) -> None:
+    """Writes `libreflux.json` into a model folder."""
+    atomic_write_json(folder / FACTS_FILE, dataclasses.asdict(facts))
+
+
+def find_facts(name: str, folder: Path, *, guidance_embeds: bool) -> Facts:
+    """The facts of a model: its own file, the table's row for a known hub id, or the nearest row with a notice.
+
+    Args:
+        name: as the user named it, perhaps `org/name@revision`.
+        folder: where it is.
+        guidance_embeds: as of its transformer's config: what tells dev from schnell.
+    """
+    if (folder / FACTS_FILE).exists():
+        return read_facts(folder)
+    known = {hub_id.lower(): facts for hub_id, facts in KNOWN.items()}.get(name.partition("@")[0].lower())
+    if known is not None:
+        return known
+    nearest, like = (_DEV, "FLUX.1-dev") if guidance_embeds else (_SCHNELL, "FLUX.1-schnell")
+    logger.warning("%s has no %s: taken for a model like %s", name, FACTS_FILE, like)
+    return nearest

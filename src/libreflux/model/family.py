@@ -1,0 +1,241 @@
+"""Open and save a model of the FLUX family: a diffusers folder plus `libreflux.json`."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+from libreflux.errors import LibrefluxError, ModelError
+from libreflux.files import atomic_write_json, sha256_file, staged_dir
+from libreflux.model.facts import Facts, find_facts, read_facts, write_facts
+from libreflux.model.locate import PARTS, locate
+from libreflux.model.text import TextEncoders
+
+__all__ = ["Facts", "Model", "locate", "open_model", "read_facts", "save_model", "weights_hash", "write_facts"]
+
+ALL = ("transformer", "vae", "text")
+
+_INDEX: dict[str, Any] = {
+    "_class_name": "FluxPipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+@dataclass
+class Model:
+    """A model in memory; a part that was not asked for is None.
+
+    Attributes:
+        facts: see `Facts`.
+        scheduler: diffusers' own, for pipelines other than ours; ours follows `facts.shift`.
+        name: what the user called it.
+        path: its folder; None for a model that was built in memory.
+    """
+
+    facts: Facts
+    transformer: FluxTransformer2DModel | None = None
+    vae: AutoencoderKL | None = None
+    text: TextEncoders | None = None
+    scheduler: FlowMatchEulerDiscreteScheduler = field(default_factory=FlowMatchEulerDiscreteScheduler)
+    name: str = "unnamed"
+    path: Path | None = None
+
+
+def open_model(
+    name: str | Path,
+    *,
+    parts: Sequence[str] = ALL,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Model:
+    """Load a model, in evaluation mode.
+
+    Args:
+        name: see `locate`.
+        parts: any of "transformer", "vae", "text".
+        dtype: of the weights; None keeps what is stored.
+        device: where to.
+
+    Raises:
+        ModelError: no such model, a part of another kind, or a damaged one.
+    """
+    if unknown := set(parts) - set(ALL):
+        raise ValueError(f"unknown parts {sorted(unknown)}, wanted some of {ALL}")
+    path = locate(name)
+    config = _json(path / "transformer" / "config.json")
+    if config.get("_class_name") != "FluxTransformer2DModel":
+        raise ModelError(
+            f"its transformer is a {config.get('_class_name')}", where=path, mend="use a model of the FLUX.1 family"
+        )
+    model = Model(
+        facts=find_facts(str(name), path, guidance_embeds=bool(config.get("guidance_embeds", False))),
+        name=str(name),
+        path=path,
+    )
+    if model.facts.guidance_embeds != bool(config.get("guidance_embeds", False)):
+        raise ModelError(
+            "guidance_embeds in libreflux.json is not the transformer's", where=path, mend="correct the file"
+        )
+    with _quiet():
+        if (path / "scheduler").is_dir():
+            with _part(path / "scheduler"):
+                model.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(path / "scheduler")
+        if "transformer" in parts:
+            model.transformer = _diffusers_part(FluxTransformer2DModel, path / "transformer", dtype).to(device)
+        if "vae" in parts:
+            model.vae = _diffusers_part(AutoencoderKL, path / "vae", dtype).to(device)
+        if "text" in parts:
+            model.text = _text(path, dtype).to(device)
+    return model
+
+
+def save_model(model: Model, out: Path) -> Path:
+    """Write a model as a folder that `open_model` and diffusers' `FluxPipeline.from_pretrained` load.
+
+    Parts that are not in memory are copied from `model.path`. The folder appears complete or not at all.
+
+    Raises:
+        ModelError: a part is neither in memory nor on disk.
+        RunError: `out` exists.
+    """
+    with staged_dir(Path(out)) as staging, _quiet():
+        live = _live_parts(model)
+        for part in PARTS:
+            if part in live:
+                live[part].save_pretrained(staging / part)
+            elif model.path is not None and (model.path / part).is_dir():
+                shutil.copytree(model.path / part, staging / part)  # follows the hub cache's links
+            else:
+                raise ModelError(f"has no {part} to save", where=model.name, mend="open it with all its parts")
+        index = {**_INDEX, "_diffusers_version": diffusers.__version__}
+        atomic_write_json(staging / "model_index.json", index)
+        write_facts(staging, model.facts)
+    return Path(out)
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 over the transformer's safetensors files of a model folder, names included: which weights drew a picture."""
+    digest = hashlib.sha256()
+    for file in sorted((folder / "transformer").glob("*.safetensors")):
+        digest.update(f"{file.name}:{sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _live_parts(model: Model) -> dict[str, Any]:
+    live: dict[str, Any] = {"transformer": model.transformer, "vae": model.vae, "scheduler": model.scheduler}
+    if model.text is not None:
+        live |= {part: getattr(model.text, part) for part in PARTS if part.startswith(("text_encoder", "tokenizer"))}
+    return {name: part for name, part in live.items() if part is not None}
+
+
+def _diffusers_part(kind: Any, folder: Path, dtype: torch.dtype | None) -> Any:
+    """A diffusers model whose every tensor came from the file; diffusers itself only warns of missing ones."""
+    with _part(folder):
+        part, found = kind.from_pretrained(
+            folder, torch_dtype=dtype or _stored_dtype(folder), use_safetensors=True, output_loading_info=True
+        )
+    _check_keys(folder, found, ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    return part.requires_grad_(False).eval()
+
+
+def _text(path: Path, dtype: torch.dtype | None) -> TextEncoders:
+    encoders = []
+    for kind, part in ((CLIPTextModel, "text_encoder"), (T5EncoderModel, "text_encoder_2")):
+        with _part(path / part):
+            encoder, found = kind.from_pretrained(
+                path / part, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+            )
+        # Unexpected keys are left to transformers: full T5 and CLIP files carry decoders and position ids.
+        _check_keys(path / part, found, ("missing_keys", "mismatched_keys", "error_msgs"))
+        encoders.append(encoder.requires_grad_(False).eval())
+    with _part(path / "tokenizer"):
+        clip_tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer")
+    with _part(path / "tokenizer_2"):
+        t5_tokenizer = T5Tokenizer.from_pretrained(path / "tokenizer_2")
+    return TextEncoders(clip_tokenizer, encoders[0], t5_tokenizer, encoders[1])
+
+
+def _check_keys(folder: Path, found: dict[str, Any], kinds: Sequence[str]) -> None:
+    for kind in kinds:
+        if found.get(kind):
+            names = [str(key) for key in found[kind]]
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ModelError(
+                f"{kind.replace('_', ' ')}: {min(names)}{more}", where=folder, mend="the weights and config.json differ"
+            )
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of the part's first floating tensor."""
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in sorted(tensors.keys()):
+                dtype = tensors.get_slice(name).get_dtype()
+                if dtype in _DTYPES:
+                    return _DTYPES[dtype]
+    return torch.float32
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    with _part(path):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+        return values
+
+
+@contextlib.contextmanager
+def _part(where: Path) -> Iterator[None]:
+    """Whatever diffusers, transformers or safetensors say of a broken part, on one line."""
+    try:
+        yield
+    except LibrefluxError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        raise ModelError(
+            f"cannot be loaded ({type(error).__name__}: {lines[0] if lines else 'no reason given'})",
+            where=where,
+            mend="the file is missing or damaged: copy or download it again",
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of diffusers and transformers; they flicker by in a second."""
+    switches = [
+        (kind.utils.logging.is_progress_bar_enabled(), kind.utils.logging) for kind in (diffusers, transformers)
+    ]
+    for _, switch in switches:
+        switch.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for was_on, switch in switches:
+            if was_on:
+                switch.enable_progress_bar()

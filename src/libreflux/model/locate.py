@@ -1,0 +1,113 @@
+"""From what a user calls a model to a folder: emoji models, local folders, hub ids."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from pathlib import Path
+
+from libreflux.errors import ModelError
+from libreflux.model.facts import FACTS_FILE
+
+WEIGHTS = Path(__file__).resolve().parent.parent / "emoji" / "weights"
+EMOJI = ("emoji-base", "emoji-schnell", "emoji-libre")
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+# Only what the parts need: no Python, and not the single-file copies of the weights that lie beside the parts.
+_WANTED = ["model_index.json", FACTS_FILE] + [
+    f"{part}/{pattern}" for part in PARTS for pattern in ("*.json", "*.safetensors", "*.model", "*.txt")
+]
+
+
+def locate(name: str | Path) -> Path:
+    """The folder of a model.
+
+    Args:
+        name: "emoji-base" and its kin; a local folder; or a hub id "org/name" with an optional "@revision". A hub id is
+            downloaded once, safetensors, JSON and tokenizer files only, and found without the network after that. The
+            network is touched for nothing else: a name without "/" and one below an existing local folder are never hub ids.
+
+    Raises:
+        ModelError: there is no such model, or the download failed.
+    """
+    text = str(name)
+    path = Path(text).expanduser()
+    if text in EMOJI and not path.exists():
+        path = WEIGHTS / text
+        if not path.is_dir():
+            here = sorted(child.name for child in WEIGHTS.glob("*") if child.is_dir())
+            raise ModelError(
+                f"this installation does not contain {text}", mend=f"use {' or '.join(here) or 'another model'}"
+            )
+    if path.is_dir():
+        return _checked(path)
+    if path.exists():
+        raise ModelError("single files are not supported yet", where=path, mend="give a diffusers folder or a hub id")
+    if not _HUB_ID.fullmatch(text) or Path(text).parts[0] in (".", "..") or Path(text).parent.is_dir():
+        raise ModelError(f"no such model: {text}", mend=_suggestion(text))
+    return _checked(_download(text))
+
+
+def _checked(folder: Path) -> Path:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ModelError("not a model: it has no model_index.json", where=folder, mend="give a diffusers FLUX folder")
+    for part in ("transformer", "vae"):
+        if not (folder / part).is_dir():
+            raise ModelError(f"incomplete: it has no {part} folder", where=folder, mend="give a diffusers FLUX folder")
+    return folder
+
+
+def _suggestion(text: str) -> str:
+    near = difflib.get_close_matches(text, EMOJI, n=1)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"use {EMOJI[0]}, an existing folder, or a hub id like org/name"
+
+
+def _download(text: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    hub_id, _, revision = text.partition("@")
+    try:
+        stored = Path(
+            huggingface_hub.snapshot_download(
+                hub_id, revision=revision or None, allow_patterns=_WANTED, local_files_only=True
+            )
+        )
+    except (LocalEntryNotFoundError, ValueError, OSError):
+        stored = None
+    if stored is not None and _complete(stored):
+        return stored
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, revision=revision or None, allow_patterns=_WANTED))
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"no folder of this name, and it cannot be had from the hub ({reason})",
+            where=text,
+            mend="mend the path, or check the id, the network and whether the model needs a login",
+        ) from None
+
+
+def _complete(folder: Path) -> bool:
+    """Whether an earlier download got to its end: every part is there, with every shard its index names."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        shards = [
+            table.parent / shard
+            for table in folder.glob("*/*.safetensors.index.json")
+            for shard in set(json.loads(table.read_text(encoding="utf-8"))["weight_map"].values())
+        ]
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+    wanted = [part for part in PARTS if isinstance(index.get(part), list) and index[part][0] is not None]
+    weighty = [part for part in wanted if not part.startswith("tokenizer") and part != "scheduler"]
+    return (
+        all((folder / part).is_dir() for part in wanted)
+        and all(any((folder / part).glob("*.safetensors*")) for part in weighty)
+        and all(shard.is_file() for shard in shards)
+    )

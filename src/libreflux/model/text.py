@@ -1,0 +1,193 @@
+"""Prompts to what FLUX is conditioned on: T5's tokens, ragged, and CLIP's pooled vector.
+
+Padding values (see DESIGN, decision 2). `drop`: no padding reaches T5 or FLUX. `trim`: T5 sees its prompt padded to
+`max_tokens` without a mask, as BFL runs it, and FLUX sees the prompt's own tokens only. `keep` and `bias` come later.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
+
+from libreflux.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED_PADDING = ("drop", "trim")
+KNOWN_PADDING = (*SUPPORTED_PADDING, "bias", "keep")
+TOKENS_PER_PASS = 8192  # how many T5 tokens one forward pass takes, over all its prompts
+
+
+@dataclass(frozen=True)
+class TextConditioning:
+    """What the transformer sees of B prompts.
+
+    Attributes:
+        tokens: B tensors [S_i, D], T5's last hidden state, without padding; S_i >= 1.
+        pooled: [B, P], CLIP's last hidden state at its end-of-text token.
+    """
+
+    tokens: list[Tensor]
+    pooled: Tensor
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != self.pooled.shape[0]:
+            raise ValueError(f"{len(self.tokens)} token sequences, {self.pooled.shape[0]} pooled vectors")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens per prompt."""
+        return [sequence.shape[0] for sequence in self.tokens]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextConditioning:
+        """The same on another device or in another dtype; None leaves it."""
+        tokens = [sequence.to(device=device, dtype=dtype) for sequence in self.tokens]
+        return TextConditioning(tokens, self.pooled.to(device=device, dtype=dtype))
+
+    @staticmethod
+    def cat(parts: Sequence[TextConditioning]) -> TextConditioning:
+        """All prompts of all parts, in order; lengths may differ."""
+        return TextConditioning(
+            [sequence for part in parts for sequence in part.tokens], torch.cat([part.pooled for part in parts])
+        )
+
+    def index(self, which: Sequence[int]) -> TextConditioning:
+        """The prompts at these positions, in this order, repeats allowed."""
+        return TextConditioning([self.tokens[i] for i in which], self.pooled[list(which)])
+
+    def repeat(self, times: int) -> TextConditioning:
+        """Each prompt `times` times in a row: a, a, b, b."""
+        return self.index([i for i in range(len(self)) for _ in range(times)])
+
+    def padded(self) -> tuple[Tensor, Tensor | None]:
+        """One batch: (tokens [B, max S_i, D] with zeros behind, mask bool [B, max S_i] or None when lengths agree)."""
+        lengths = self.lengths
+        if len(set(lengths)) == 1:
+            return torch.stack(self.tokens), None
+        embeds = torch.nn.utils.rnn.pad_sequence(self.tokens, batch_first=True)
+        ends = torch.tensor(lengths, device=embeds.device)
+        return embeds, torch.arange(embeds.shape[1], device=embeds.device) < ends[:, None]
+
+
+class TextEncoders:
+    """CLIP and T5 with their tokenizers, frozen.
+
+    Args:
+        tokenizer: CLIP's.
+        text_encoder: CLIP.
+        tokenizer_2: T5's.
+        text_encoder_2: T5.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: CLIPTextModel,
+        tokenizer_2: PreTrainedTokenizerBase,
+        text_encoder_2: T5EncoderModel,
+    ) -> None:
+        self.tokenizer, self.text_encoder = tokenizer, text_encoder
+        self.tokenizer_2, self.text_encoder_2 = tokenizer_2, text_encoder_2
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEncoders:
+        """Moves both encoders, in place."""
+        for encoder in (self.text_encoder, self.text_encoder_2):
+            torch.nn.Module.to(encoder, device=device, dtype=dtype)
+        return self
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], *, padding: str, max_tokens: int) -> TextConditioning:
+        """Encode prompts; "" is a prompt like another (T5: its end token alone). A result depends on its own prompt only.
+
+        T5 reads up to `max_tokens` tokens, its end token included; what is longer is cut, with a warning. CLIP reads the
+        first 77 of its own tokens, as FLUX does: it gives the pooled vector alone.
+
+        Args:
+            prompts: B texts.
+            padding: "drop" or "trim".
+            max_tokens: T5's limit, and under "trim" the length to which it is padded.
+
+        Raises:
+            ModelError: an unknown padding, or one that is not supported yet.
+        """
+        check_padding(padding)
+        ids = [self._t5_ids(prompt, max_tokens) for prompt in prompts]
+        return TextConditioning(self._t5(ids, max_tokens if padding == "trim" else None), self._clip(prompts))
+
+    def _t5_ids(self, prompt: str, max_tokens: int) -> list[int]:
+        # verbose=False: the tokenizer's own remark on length would come before ours, without its mend.
+        ids = self.tokenizer_2(prompt, verbose=False).input_ids
+        if len(ids) <= max_tokens:
+            return ids
+        logger.warning(
+            "prompt has %d tokens, the model reads %d: the last %d are cut from %r",
+            len(ids),
+            max_tokens,
+            len(ids) - max_tokens,
+            prompt if len(prompt) <= 60 else prompt[:57] + "...",
+        )
+        return [*ids[: max_tokens - 1], self.tokenizer_2.eos_token_id]
+
+    def _t5(self, ids: list[list[int]], pad_to: int | None) -> list[Tensor]:
+        """T5's last hidden state per prompt, each batch of one length, so that no mask is needed."""
+        device = self.text_encoder_2.device
+        pad = self.tokenizer_2.pad_token_id
+        found: dict[int, Tensor] = {}
+        for batch in _equal_lengths(ids, pad_to):
+            width = pad_to or len(ids[batch[0]])
+            rows = [ids[i] + [pad] * (width - len(ids[i])) for i in batch]
+            hidden = self.text_encoder_2(input_ids=torch.tensor(rows, device=device)).last_hidden_state
+            for i, row in zip(batch, hidden, strict=True):
+                found[i] = row[: len(ids[i])].clone()  # a view would keep the padding of the whole batch alive
+        return [found[i] for i in range(len(ids))]
+
+    def _clip(self, prompts: Sequence[str]) -> Tensor:
+        device = self.text_encoder.device
+        limit = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+        pooled = []
+        for start in range(0, len(prompts), 64):
+            ids = self.tokenizer(
+                list(prompts[start : start + 64]),
+                padding="max_length",
+                max_length=limit,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids.to(device)
+            hidden = self.text_encoder(input_ids=ids).last_hidden_state
+            # Not `pooler_output`: it looks for config.eos_token_id, and falls silently to position 0 (the same vector for
+            # every prompt) when that is not the tokenizer's. CLIP pads with the end token, so the first one is the end.
+            end = (ids == self.tokenizer.eos_token_id).int().argmax(dim=-1)
+            pooled.append(hidden[torch.arange(len(ids), device=device), end])
+        if not pooled:
+            return torch.zeros(0, self.text_encoder.config.hidden_size, device=device, dtype=self.text_encoder.dtype)
+        return torch.cat(pooled)
+
+
+def check_padding(padding: str) -> None:
+    """Raises ModelError unless this text padding can be encoded."""
+    if padding not in KNOWN_PADDING:
+        raise ModelError(f"unknown text padding {padding!r}", mend=f"use one of {', '.join(SUPPORTED_PADDING)}")
+    if padding not in SUPPORTED_PADDING:
+        raise ModelError(
+            f"text padding {padding!r} is not supported yet",
+            mend=f"set text_padding to {' or '.join(SUPPORTED_PADDING)}, in the recipe or in libreflux.json",
+        )
+
+
+def _equal_lengths(ids: list[list[int]], pad_to: int | None) -> Iterator[list[int]]:
+    """Positions in `ids`, in batches of one length, at most TOKENS_PER_PASS tokens each."""
+    groups: dict[int, list[int]] = {}
+    for i, row in enumerate(ids):
+        groups.setdefault(pad_to or len(row), []).append(i)
+    for length, members in sorted(groups.items()):
+        size = max(1, TOKENS_PER_PASS // length)
+        for start in range(0, len(members), size):
+            yield members[start : start + size]
