@@ -132,7 +132,7 @@ def save_model(model: Model, out: Path) -> Path:
 
 
 def weights_hash(folder: Path) -> str:
-    """SHA-256 over the transformer's safetensors files of a model folder, names included: which weights drew a picture."""
+    """SHA-256 over the transformer's safetensors files, names included: which weights drew a picture."""
     digest = hashlib.sha256()
     for file in sorted((folder / "transformer").glob("*.safetensors")):
         digest.update(f"{file.name}:{sha256_file(file)}\n".encode())

@@ -12,7 +12,7 @@ from libreflux.errors import ModelError
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Normalised mean of the posterior, z = (mu - shift) * scale (SPEC b): no noise, so that a cache is a pure function.
+    """Normalised mean of the posterior, z = (mu - shift) * scale (SPEC b): no noise, so a cache is a pure function.
 
     Args:
         vae: FLUX's or one of its shape.

@@ -27,7 +27,7 @@ def locate(name: str | Path) -> Path:
     Args:
         name: "emoji-base" and its kin; a local folder; or a hub id "org/name" with an optional "@revision". A hub id is
             downloaded once, safetensors, JSON and tokenizer files only, and found without the network after that. The
-            network is touched for nothing else: a name without "/" and one below an existing local folder are never hub ids.
+            network is touched for nothing else: no name without "/" is a hub id, none below an existing local folder.
 
     Raises:
         ModelError: there is no such model, or the download failed.

@@ -105,10 +105,10 @@ class TextEncoders:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], *, padding: str, max_tokens: int) -> TextConditioning:
-        """Encode prompts; "" is a prompt like another (T5: its end token alone). A result depends on its own prompt only.
+        """Encode prompts; "" is one like another (T5: its end token alone). A result depends on its own prompt only.
 
-        T5 reads up to `max_tokens` tokens, its end token included; what is longer is cut, with a warning. CLIP reads the
-        first 77 of its own tokens, as FLUX does: it gives the pooled vector alone.
+        T5 reads up to `max_tokens` tokens, its end token included; what is longer is cut, with a warning. CLIP reads
+        the first 77 of its own tokens, as FLUX does: it gives the pooled vector alone.
 
         Args:
             prompts: B texts.
@@ -162,8 +162,8 @@ class TextEncoders:
                 return_tensors="pt",
             ).input_ids.to(device)
             hidden = self.text_encoder(input_ids=ids).last_hidden_state
-            # Not `pooler_output`: it looks for config.eos_token_id, and falls silently to position 0 (the same vector for
-            # every prompt) when that is not the tokenizer's. CLIP pads with the end token, so the first one is the end.
+            # Not `pooler_output`: it looks for config.eos_token_id, and falls silently to position 0 (one vector for
+            # all prompts) when that is not the tokenizer's. CLIP pads with the end token, so the first one is the end.
             end = (ids == self.tokenizer.eos_token_id).int().argmax(dim=-1)
             pooled.append(hidden[torch.arange(len(ids), device=device), end])
         if not pooled:

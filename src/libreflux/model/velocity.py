@@ -28,9 +28,9 @@ def velocity(
 ) -> Tensor:
     """The model's velocity v(x_sigma, sigma, text) = E[noise - x0 | ...] at B samples.
 
-    Text goes in without padding: the batch is as wide as its longest prompt, shorter ones are masked, and there is no mask
-    at all when lengths agree. Masking is the same as trimming (SPEC a): text ids are all zero, image queries see keys only,
-    and nothing reads a padded row.
+    Text goes in without padding: the batch is as wide as its longest prompt, shorter ones are masked, and there is no
+    mask at all when lengths agree. Masking is the same as trimming (SPEC a): text ids are all zero, image queries see
+    keys only, and nothing reads a padded row.
 
     Args:
         transformer: FLUX's; its weights' dtype is that of the computation, unless autocast says otherwise.
@@ -76,8 +76,8 @@ def _attention_mask(text_mask: Tensor, image_tokens: int) -> Tensor:
 def _fp32_timestep(transformer: nn.Module, timestep: Tensor) -> Iterator[None]:
     """Within the block, `time_text_embed` gets `timestep` instead of what diffusers rounds to the hidden dtype.
 
-    In bf16, autocast included, diffusers' own path leaves 126 sigmas in [0.5, 1). The hook is installed once and stays; it
-    acts only inside this block, and a context variable keeps threads apart.
+    In bf16, autocast included, diffusers' own path leaves 126 sigmas in [0.5, 1). The hook is installed once and
+    stays; it acts only inside this block, and a context variable keeps threads apart.
     """
     embed: nn.Module = transformer.time_text_embed  # type: ignore[assignment]
     if _supply_timestep not in embed._forward_pre_hooks.values():
