@@ -1,7 +1,7 @@
 """Reading, writing and attaching adapter files, in LyCORIS' names.
 
-A tensor is called `lycoris_<layer name with _ for .>.` and then `lokr_w1`, `lokr_w2` or `alpha`. That spelling cannot be
-undone without the model, so our files also carry a key map (JSON: prefix -> layer name) in the safetensors metadata;
+A tensor is called `lycoris_<layer name with _ for .>.` and then `lokr_w1`, `lokr_w2` or `alpha`. That spelling cannot
+be undone without the model, so our files also carry a key map (JSON: prefix -> layer name) in the safetensors metadata;
 files without one are matched by spelling the model's own layer names.
 """
 
@@ -21,6 +21,7 @@ from libreflux.adapter.init import Kind, init_lokr
 from libreflux.adapter.layers import AdaptedLinear, LoKr, delta_from_tensors, features, linears
 from libreflux.adapter.targets import Resolved
 from libreflux.errors import AdapterError
+from libreflux.files import atomic_save_safetensors
 
 PREFIX = "lycoris_"
 SCHEMA = "1"
@@ -215,8 +216,6 @@ def save_adapter(adapter: Adapter, path: Path, metadata: Mapping[str, str] | Non
         path: ends in .safetensors.
         metadata: further strings for the file (model, hashes, steps); `schema` and `key_map` are ours.
     """
-    from libreflux.files import atomic_save_safetensors
-
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in adapter.state_dict().items()}
     key_map = json.dumps(adapter.key_map(), sort_keys=True)
     atomic_save_safetensors(tensors, path, {**(metadata or {}), "schema": SCHEMA, "key_map": key_map})
