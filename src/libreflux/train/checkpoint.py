@@ -237,6 +237,30 @@ def publish(run: Path, checkpoint: Checkpoint) -> Path:
     return result
 
 
+class Metrics:
+    """Appends lines to RUN/metrics.jsonl, each written through at once.
+
+    Args:
+        run: the run folder.
+        step: finished steps; lines after it, and a torn last line, are dropped first: those steps are trained again.
+    """
+
+    def __init__(self, run: Path, step: int) -> None:
+        self._path = run / METRICS
+        rewind_metrics(run, step)
+
+    def __enter__(self) -> Metrics:
+        self._file = open(self._path, "a", encoding="utf-8", buffering=1)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Appends one JSON object; `step` is one of its keys."""
+        self._file.write(json.dumps(line) + "\n")
+
+
 def rewind_metrics(run: Path, step: int) -> None:
     """Drops the lines of RUN/metrics.jsonl after `step` and a torn last line: those steps are trained again."""
     path = run / METRICS

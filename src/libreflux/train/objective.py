@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from libreflux import keyed
@@ -15,39 +15,23 @@ from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """What one forward pass is given.
-
-    Attributes:
-        latents: [B, C, h, w] fp32, normalised as the transformer expects them.
-        noise: [B, C, h, w] fp32, standard normal.
-        sigma: [B] fp32 in (0, 1).
-        text: B prompts; an empty prompt where the caption was dropped.
-        sample_ids: B names, for messages.
-    """
-
-    latents: Tensor
-    noise: Tensor
-    sigma: Tensor
-    text: TextConditioning
-    sample_ids: Sequence[str]
-
-
 def keyed_noise(shape: Sequence[int], seed: int, *index: int | str) -> Tensor:
     """Standard normal noise, fp32 on the CPU, a function of (seed, "noise", index…) alone.
 
     Args:
         shape: of one sample, e.g. [C, h, w].
         seed: the recipe's seed.
-        index: what tells this noise from any other of the run, e.g. the sample id and the epoch.
+        index: what tells this noise from any other of the run, e.g. sample id, step and slot.
     """
     return torch.randn(tuple(shape), generator=keyed.generator(seed, "noise", *index), dtype=torch.float32)
 
 
 def flow_matching_loss(
-    transformer: torch.nn.Module,
-    batch: Batch,
+    transformer: FluxTransformer2DModel,
+    latents: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    text: TextConditioning,
     *,
     guidance: float | None = None,
     autocast: torch.dtype | None = None,
@@ -59,9 +43,12 @@ def flow_matching_loss(
 
     Args:
         transformer: the network, adapted or not.
-        batch: B pictures, all of one size.
+        latents: [B, C, h, w], x0, normalised as the transformer expects them.
+        noise: [B, C, h, w], standard normal.
+        sigma: [B] fp32 in (0, 1).
+        text: B prompts; an empty prompt where the caption was dropped.
         guidance: the value for a network with a guidance embedding, None for one without.
-        autocast: the dtype in which the transformer's matrix products run, None for the dtype of its weights.
+        autocast: the dtype in which the network's matrix products run, None for the dtype of its weights.
 
     Returns:
         [B] fp32. Weigh it by the pictures of the whole optimizer step; a short unit then counts for what it holds.
@@ -69,10 +56,10 @@ def flow_matching_loss(
     Raises:
         ModelError: guidance is given to a network without guidance embedding, or is missing for one with it.
     """
-    device, (height, width) = batch.latents.device, batch.latents.shape[-2:]
-    x_sigma = pack(interpolate(batch.latents, batch.noise, batch.sigma))
-    target = pack(velocity_target(batch.latents, batch.noise))
-    ids = image_ids(height, width).to(device)
-    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        predicted = velocity(transformer, x_sigma, batch.sigma, batch.text, ids, guidance=guidance)
+    height, width = latents.shape[-2:]
+    x_sigma = pack(interpolate(latents, noise, sigma))
+    target = pack(velocity_target(latents, noise))
+    ids = image_ids(height, width, device=latents.device)
+    with torch.autocast(latents.device.type, dtype=autocast, enabled=autocast is not None):
+        predicted = velocity(transformer, x_sigma, sigma, text, ids, guidance=guidance)
     return (predicted.to(target.dtype) - target).square().mean(dim=(1, 2))

@@ -1,0 +1,88 @@
+"""What a run tells of itself while it works; training never imports whoever listens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import FluxTransformer2DModel
+
+from libreflux.adapter.targets import Resolved
+from libreflux.model.facts import Facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """A run that is about to take its first step, new or resumed.
+
+    Attributes:
+        run: the run folder.
+        step: steps already finished; 0 for a new run.
+        steps: of the whole run.
+        pictures: samples of one epoch, repeats counted.
+        facts: of the base model.
+        resolved: the adapted layers.
+    """
+
+    run: Path
+    step: int
+    steps: int
+    pictures: int
+    facts: Facts
+    resolved: Sequence[Resolved]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepInfo:
+    """One finished optimizer step.
+
+    Attributes:
+        step: finished steps, this one included.
+        steps: of the whole run.
+        epoch: from 0.
+        loss: mean over the step's pictures.
+        gradient_norm: before clipping.
+        learning_rate: that this step used.
+        seconds: wall time of the step.
+        sample_ids: the step's pictures, in slot order.
+        sigmas: the noise level of each.
+        losses: the loss of each.
+    """
+
+    step: int
+    steps: int
+    epoch: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    seconds: float
+    sample_ids: Sequence[str]
+    sigmas: Sequence[float]
+    losses: Sequence[float]
+
+    @property
+    def pictures_per_second(self) -> float:
+        return len(self.sample_ids) / self.seconds if self.seconds > 0 else 0.0
+
+
+class Callbacks:
+    """Override what is wanted; by default nothing is told."""
+
+    def on_prepare(self, done: int, total: int) -> None:
+        """Pictures and captions are being checked and encoded."""
+
+    def on_start(self, started: Started) -> None:
+        """Everything is loaded and the adapter is attached."""
+
+    def on_step(self, info: StepInfo) -> None:
+        """An optimizer step is finished, not yet saved."""
+
+    def on_sample(self, step: int, transformer: FluxTransformer2DModel) -> None:
+        """Time for sample pictures after `step` steps; the transformer is the live one, leave it as it is.
+
+        The checkpoint of `step`, if one is due, is already written. A run that is resumed at `step` calls this again.
+        """
+
+    def on_save(self, step: int, folder: Path) -> None:
+        """A checkpoint is complete."""

@@ -1,0 +1,201 @@
+"""fit(): from a recipe to a trained adapter. The same call again resumes, to the bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from libreflux import __version__, files
+from libreflux.adapter.files import attach, load_adapter, save_adapter
+from libreflux.adapter.layers import linear_shapes
+from libreflux.adapter.targets import Target, resolve
+from libreflux.data.batches import Batches
+from libreflux.data.prepare import prepare_recipe
+from libreflux.errors import ModelError, RunError
+from libreflux.model.family import open_model, weights_hash
+from libreflux.recipe import Recipe
+from libreflux.train import checkpoint
+from libreflux.train.callbacks import Callbacks, StepInfo
+from libreflux.train.checkpoint import Checkpoint
+from libreflux.train.interrupt import Interrupted, StopRequest
+from libreflux.train.optimizer import make_optimizer, parameter_dtype
+from libreflux.train.step import Training
+
+log = logging.getLogger(__name__)
+
+BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def fit(recipe: Recipe, callbacks: Callbacks | None = None) -> Path:
+    """Trains what the recipe says, from where its run folder stands.
+
+    Every random number is a function of (seed, purpose, step or sample), so a run that was stopped or killed at any
+    moment ends with the same bytes as one that was not, on the same machine and thread count.
+
+    Args:
+        recipe: see `recipe.Recipe`; `recipe.out` is the run folder.
+        callbacks: who listens.
+
+    Returns:
+        RUN/adapter.safetensors.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM; the step was finished and saved.
+        RunError: another process holds the run folder, the recipe, data or base have changed since the run began, or
+            the loss is not finite.
+        LibrefluxError: a fault of the model, the data or the targets; see its kinds.
+    """
+    callbacks = callbacks or Callbacks()
+    run = Path(recipe.out)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        mend = "start it without torchrun; raise `accumulate` for a larger batch"
+        raise RunError("training on several processes is not supported yet", where="WORLD_SIZE", mend=mend)
+    with files.lock(run):
+        checkpoint.claim(run, recipe)
+        newest = checkpoint.recover(run)
+        if newest is not None and newest.step > recipe.steps:
+            mend = f"set steps to at least {newest.step}, or choose another `out`"
+            raise RunError(f"step {newest.step} is done already, beyond steps: {recipe.steps}", where=run, mend=mend)
+        if newest is None or newest.step < recipe.steps:
+            if recipe.threads is not None:
+                torch.set_num_threads(recipe.threads)
+            newest = _train(_open(recipe, run, newest, callbacks), callbacks)
+        return checkpoint.publish(run, newest)
+
+
+def _train(training: Training, callbacks: Callbacks) -> Checkpoint:
+    """Steps from where `training` stands to the recipe's last; returns the checkpoint of that."""
+    recipe, first = training.recipe, training.step
+    callbacks.on_start(training.started())
+    saved: Checkpoint | None = None
+    with StopRequest() as stop, checkpoint.Metrics(training.run, first) as metrics:
+        if _sample_due(recipe, first):
+            callbacks.on_sample(first, training.transformer)
+        while training.step < recipe.steps:
+            if stop.signum is None:
+                info = training.take_step()
+                metrics.write(_metrics_line(info))
+                callbacks.on_step(info)
+            last = training.step == recipe.steps
+            if last or stop.signum is not None or training.step % recipe.save.every == 0:
+                saved = _save(training, callbacks)
+            if stop.signum is not None:
+                raise Interrupted(stop.signum, training.step, training.run)
+            if _sample_due(recipe, training.step):
+                callbacks.on_sample(training.step, training.transformer)
+    assert saved is not None
+    return saved
+
+
+def _sample_due(recipe: Recipe, step: int) -> bool:
+    if step == 0:
+        return recipe.samples.at_start
+    return recipe.samples.every > 0 and step % recipe.samples.every == 0
+
+
+def _metrics_line(info: StepInfo) -> dict[str, Any]:
+    return {
+        "step": info.step,
+        "epoch": info.epoch,
+        "loss": info.loss,
+        "gradient_norm": info.gradient_norm,
+        "learning_rate": info.learning_rate,
+        "pictures_per_second": round(info.pictures_per_second, 4),
+    }
+
+
+def _open(recipe: Recipe, run: Path, newest: Checkpoint | None, callbacks: Callbacks) -> Training:
+    """Base, adapter, data and optimizer, as they were after `newest`, or as they are at the start."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batches = prepare_recipe(recipe, device=device, progress=callbacks.on_prepare)
+    model = open_model(recipe.model, parts=("transformer",), dtype=BASE_DTYPES[recipe.base], device=device)
+    if model.transformer is None or model.path is None:
+        raise ModelError("has no transformer on disk", where=recipe.model, mend="use a complete model")
+    targets = [Target(layers=target.layers, factor=target.factor) for target in recipe.adapter.targets]
+    resolved = resolve(linear_shapes(model.transformer), targets)
+    adapter = attach(
+        model.transformer,
+        resolved,
+        dtype=parameter_dtype(recipe.optimizer),
+        init=recipe.adapter.init,
+        seed=recipe.seed,
+        scale=recipe.adapter.scale,
+    )
+    training = Training(
+        recipe=recipe,
+        run=run,
+        transformer=model.transformer,
+        facts=model.facts,
+        resolved=resolved,
+        adapter=adapter,
+        optimizer=make_optimizer(recipe.optimizer, adapter.named_parameters(), recipe.seed),
+        batches=batches,
+        device=device,
+        identity={"model_hash": weights_hash(model.path), "data_hash": _data_hash(batches)},
+    )
+    if newest is not None:
+        _restore(training, newest)
+    return training
+
+
+def _restore(training: Training, newest: Checkpoint) -> None:
+    state = newest.state()
+    for key, thing in (("model_hash", "weights of the base model"), ("data_hash", "pictures, captions or encoders")):
+        if state[key] != training.identity[key]:
+            mend = "put them back as they were, or choose another `out`"
+            raise RunError(f"the {thing} have changed since this run began", where=newest.path, mend=mend)
+    here = _machine()
+    for key, value in here.items():
+        if state[key] != value:
+            log.warning(
+                "resumed with %s %s instead of %s: the result may differ in its last bits", key, value, state[key]
+            )
+    training.adapter.load_state_dict(load_adapter(newest.adapter).tensors)
+    training.optimizer.load_state_tensors(load_file(newest.optimizer))
+    training.step = newest.step
+
+
+def _save(training: Training, callbacks: Callbacks) -> Checkpoint:
+    recipe, step = training.recipe, training.step
+    metadata = {
+        "model": recipe.model,
+        "model_hash": training.identity["model_hash"],
+        "recipe": recipe.fingerprint(),
+        "step": str(step),
+        "text_padding": recipe.text_padding,
+        "licence": training.facts.licence,
+        "libreflux": __version__,
+    }
+    written = checkpoint.write(
+        training.run,
+        step,
+        {
+            checkpoint.ADAPTER: lambda path: save_adapter(training.adapter, path, metadata),
+            checkpoint.OPTIMIZER: lambda path: files.atomic_save_safetensors(
+                training.optimizer.state_dict_tensors(), path
+            ),
+        },
+        {"recipe": recipe.fingerprint(), **training.identity, **_machine()},
+    )
+    checkpoint.prune(training.run, recipe.save.keep, recipe.save.keep_every)
+    callbacks.on_save(step, written.path)
+    return written
+
+
+def _machine() -> dict[str, Any]:
+    """What the last bits of a result depend on besides the recipe."""
+    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def _data_hash(batches: Batches) -> str:
+    """SHA-256 over what sample numbers stand for: pictures, captions, encoders."""
+    items = [(sample.id, sample.captions, sample.kinds, repeat) for _, sample, repeat, _ in batches._items]
+    text = json.dumps([items, batches.cache.settings], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

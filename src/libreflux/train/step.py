@@ -1,0 +1,155 @@
+"""One optimizer step: which pictures, which noise, which loss, which gradient."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+
+from libreflux import keyed
+from libreflux.adapter.files import Adapter
+from libreflux.adapter.targets import Resolved
+from libreflux.data.batches import Batches
+from libreflux.data.order import Unit, step_plan
+from libreflux.errors import RunError
+from libreflux.flow.sigmas import Law, independent, make_law, stratified
+from libreflux.model.facts import Facts
+from libreflux.recipe import Recipe, SigmaSpec
+from libreflux.train.callbacks import Started, StepInfo
+from libreflux.train.objective import flow_matching_loss, keyed_noise
+from libreflux.train.optimizer import Optimizer, clip_grad_norm, lr_at
+
+# A network with a guidance embedding is trained at guidance 1, the plain conditional velocity (no guidance to imitate).
+TRAINING_GUIDANCE = 1.0
+
+
+def draw_sigmas(spec: SigmaSpec, count: int, seed: int, step: int) -> Tensor:
+    """The noise levels of one step, [count] fp32 in slot order: a function of (seed, "sigma", step).
+
+    Args:
+        spec: the recipe's law.
+        count: pictures of the step over all ranks and accumulated passes; fewer at an epoch's short end.
+        seed: the recipe's.
+        step: from 0.
+    """
+    law: Law = make_law("beta", alpha=spec.alpha, beta=spec.beta) if spec.law == "beta" else make_law(spec.law)
+    draw = stratified if spec.stratified else independent
+    return draw(law, count, keyed.generator(seed, "sigma", step))
+
+
+def accumulate_gradient(total: Tensor, parameters: Iterable[nn.Parameter]) -> None:
+    """Adds the parameters' gradients to a flat fp32 vector [P], in their order, and forgets them.
+
+    In fp32 whatever the parameters' dtype: eight passes summed in bf16 would each be rounded to 8 bits.
+    """
+    offset = 0
+    for parameter in parameters:
+        if parameter.grad is not None:
+            total[offset : offset + parameter.numel()] += parameter.grad.reshape(-1)
+            parameter.grad = None
+        offset += parameter.numel()
+
+
+def require_finite(losses: Tensor, sample_ids: Sequence[str], step: int) -> None:
+    """Raises RunError naming the pictures whose loss, of [B], is not finite."""
+    bad = [sample for sample, loss in zip(sample_ids, losses.tolist(), strict=True) if not math.isfinite(loss)]
+    if bad:
+        mend = "look at these pictures and captions, or lower optimizer.learning_rate"
+        raise RunError(f"the loss of picture {', '.join(bad)} is not finite", where=f"step {step + 1}", mend=mend)
+
+
+@dataclass
+class Training:
+    """A run in memory. `step` counts finished optimizer steps.
+
+    Attributes:
+        identity: hashes of what a resumed run must find unchanged.
+    """
+
+    recipe: Recipe
+    run: Path
+    transformer: FluxTransformer2DModel
+    facts: Facts
+    resolved: Sequence[Resolved]
+    adapter: Adapter
+    optimizer: Optimizer
+    batches: Batches
+    device: str
+    identity: dict[str, str]
+    step: int = 0
+
+    def started(self) -> Started:
+        return Started(
+            run=self.run,
+            step=self.step,
+            steps=self.recipe.steps,
+            pictures=len(self.batches),
+            facts=self.facts,
+            resolved=self.resolved,
+        )
+
+    def take_step(self) -> StepInfo:
+        """One optimizer step: accumulate × batch pictures (fewer at an epoch's end), each counting alike."""
+        recipe, step, begun = self.recipe, self.step, time.perf_counter()
+        units = step_plan(recipe.seed, step, len(self.batches), 1, recipe.batch, recipe.accumulate)
+        sigmas = draw_sigmas(recipe.sigmas, units[0].total, recipe.seed, step)
+        parameters = list(self.adapter.parameters())
+        gradient = torch.zeros(sum(parameter.numel() for parameter in parameters), device=self.device)
+        sample_ids: list[str] = []
+        losses: list[float] = []
+        for unit in units:
+            if unit.items:
+                ids, of_unit = self._backward(unit, sigmas)
+                accumulate_gradient(gradient, parameters)
+                sample_ids += ids
+                losses += of_unit.tolist()
+        try:
+            norm = clip_grad_norm(gradient, recipe.optimizer.clip)
+        except RunError as error:
+            raise RunError(
+                error.what, where=f"step {step + 1}, pictures {', '.join(sample_ids)}", mend=error.mend
+            ) from None
+        learning_rate = lr_at(
+            step,
+            learning_rate=recipe.optimizer.learning_rate,
+            steps=recipe.steps,
+            warmup=recipe.optimizer.warmup,
+            schedule=recipe.optimizer.schedule,
+        )
+        self.optimizer.step(learning_rate, gradient)
+        self.step += 1
+        return StepInfo(
+            step=self.step,
+            steps=recipe.steps,
+            epoch=units[0].epoch,
+            loss=math.fsum(losses) / len(losses),
+            gradient_norm=norm,
+            learning_rate=learning_rate,
+            seconds=time.perf_counter() - begun,
+            sample_ids=sample_ids,
+            sigmas=sigmas.tolist(),
+            losses=losses,
+        )
+
+    def _backward(self, unit: Unit, sigmas: Tensor) -> tuple[Sequence[str], Tensor]:
+        """Leaves the unit's share of the step's gradient in the parameters; returns sample ids and losses [B]."""
+        batch, seed = self.batches.batch(unit), self.recipe.seed
+        named = zip(batch.sample_ids, unit.slots, strict=True)
+        noise = torch.stack([keyed_noise(batch.latents.shape[1:], seed, name, self.step, slot) for name, slot in named])
+        losses = flow_matching_loss(
+            self.transformer,
+            batch.latents.to(self.device),
+            noise.to(self.device),
+            sigmas[list(unit.slots)].to(self.device),
+            batch.text.to(self.device),
+            guidance=TRAINING_GUIDANCE if self.facts.guidance_embeds else None,
+        )
+        require_finite(losses.detach(), batch.sample_ids, self.step)
+        (losses.sum() / unit.total).backward()
+        return batch.sample_ids, losses.detach()
