@@ -1,7 +1,7 @@
 """Every byte that must survive a power cut or a SIGKILL: atomic writes, staged folders, manifests, locks.
 
-The rule is always the same: write beside the target, fsync the bytes, rename once, fsync the folder. A reader sees the old
-state or the new one, never a part.
+The rule is always the same: write beside the target, fsync the bytes, rename once, fsync the folder. A reader sees
+the old state or the new one, never a part.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def atomic_save_safetensors(
 def staged_dir(final: Path) -> Iterator[Path]:
     """Gives an empty folder beside ``final``; when the block ends well it is synced and renamed to ``final``.
 
-    An exception in the block removes it. What a killed process left behind is removed by the next ``staged_dir`` of the same
+    An exception in the block removes it. What a killed process left behind is removed by the next ``staged_dir`` of
+    the same
     target: a live one holds a lock on its folder, a dead one cannot.
 
     Raises:

@@ -1,7 +1,7 @@
 """A run's recipe: one pydantic tree, read from YAML and dotted overrides; what nobody knows is refused. No torch here.
 
-Paths in a recipe are relative to the folder that the command runs in. Every field's description is the one that the help,
-the documentation and the error lines reuse.
+Paths in a recipe are relative to the folder that the command runs in. Every field's description is the one that the
+help, the documentation and the error lines reuse.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Pictures and captions → batches: sources → crops and captions → cache → order → batches."""
