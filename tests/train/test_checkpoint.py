@@ -83,9 +83,12 @@ def test_recover_sweeps_what_a_killed_process_left(tmp_path: Path) -> None:
     for name in (".step-00000002.abc", ".deleted-step-00000000"):
         (folder / name).mkdir()
         (folder / name / checkpoint.ADAPTER).write_bytes(b"half")
+    (tmp_path / f".{checkpoint.ADAPTER}.tmp-0b6424b5").write_bytes(b"half")
+    (tmp_path / ".mine").write_bytes(b"")
     (folder / "notes").mkdir()  # the user's own folder stays
     checkpoint.recover(tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["notes", "step-00000001"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", checkpoint.FOLDER]
 
 
 @given(

@@ -145,10 +145,15 @@ def latest(run: Path) -> Checkpoint | None:
 
 
 def recover(run: Path) -> Checkpoint | None:
-    """`latest`, after sweeping away what a killed process left: unfinished stages and deletions; damaged checkpoints
-    above the latest are renamed `damaged-…`, so that the resumed run can write its own. Call it with the run locked.
+    """`latest`, after sweeping away what a killed process left: unfinished files, stages and deletions.
+
+    Damaged checkpoints above the latest are renamed `damaged-…`, so that the resumed run can write its own. Call it with
+    the run locked.
     """
     folder = run / FOLDER
+    for name in (ADAPTER, RECIPE, METRICS):
+        for path in run.glob(f".{name}.tmp-*"):
+            path.unlink()
     if folder.is_dir():
         for path in folder.iterdir():
             if path.name.startswith(".") and path.is_dir():

@@ -1,0 +1,49 @@
+"""Five small captioned pictures, and recipes that train on them in about a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+PICTURES = 5
+
+
+@pytest.fixture(scope="session")
+def pictures_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for number in range(PICTURES):
+        Image.fromarray(random.integers(0, 256, (40, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        captions = ("a red apple on blue", f"a small green frog, {'very ' * number}calm")
+        (folder / f"{number}.txt").write_text("\n".join(captions), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def recipe_tree(tiny_model_dir: Path, pictures_dir: Path) -> Callable[..., dict[str, Any]]:
+    """A recipe for a run folder, as plain values; keywords replace top-level keys."""
+
+    def tree(out: Path, **changes: Any) -> dict[str, Any]:
+        return {
+            "model": str(tiny_model_dir),
+            "base": "fp32",
+            "data": [{"path": str(pictures_dir)}],
+            "resolution": 32,
+            "adapter": {"targets": [{"layers": "**", "factor": 4}]},
+            "batch": 2,
+            "steps": 6,
+            "optimizer": {"kind": "adamw", "learning_rate": 1e-3},
+            "samples": {"every": 0},
+            "save": {"every": 2, "keep": 2},
+            "threads": 1,
+            "cache": str(out.parent / "cache"),
+            "out": str(out),
+            **changes,
+        }
+
+    return tree
