@@ -14,7 +14,6 @@ import libreflux
 
 ROOT = Path(libreflux.__file__).parent
 GROUND = {"recipe", "files", "keyed", "errors"}
-LIGHT = GROUND | {"", "__main__", "cli"}
 BELOW: dict[str, set[str]] = {
     "errors": set(),
     "keyed": set(),
@@ -49,7 +48,7 @@ def module_name(path: Path) -> str:
 
 
 def imports(tree: ast.AST, path: Path, *, top_only: bool = False) -> Iterator[str]:
-    """Dotted names imported by a file, `from a import b` as a.b; with `top_only`, what importing the file itself runs."""
+    """Dotted names a file imports, `from a import b` as a.b; with `top_only`, those that importing the file runs."""
     stack = list(ast.iter_child_nodes(tree))
     while stack:
         node = stack.pop()
@@ -106,16 +105,28 @@ def test_flow_imports_only_torch(path: Path) -> None:
     assert tops <= set(sys.stdlib_module_names) | {"torch", "libreflux"}
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in FILES if room(module_name(p)) in LIGHT], ids=lambda path: str(path.relative_to(ROOT))
-)
-def test_light_files_load_no_heavy_library_when_imported(path: Path) -> None:
-    source = path.read_text(encoding="utf-8")
-    heavy = {"torch", "diffusers", "transformers", "accelerate", "einops", "safetensors", "matplotlib"}
-    tops = {name.split(".")[0] for name in imports(ast.parse(source), path, top_only=True)}
-    # `files` may know safetensors' numpy-free core, never torch.
-    assert not tops & (heavy - ({"safetensors"} if room(module_name(path)) == "files" else set()))
-    assert our_rooms(path, source, top_only=True) <= LIGHT | {"", "emoji"}
+def loaded_at_import(starts: set[str]) -> dict[str, set[str]]:
+    """Our modules that importing these runs, each with the top names of what it imports at once itself."""
+    paths = {module_name(path): path for path in FILES}
+    todo, seen = list(starts), dict[str, set[str]]()
+    while todo:
+        name = todo.pop()
+        if name in seen or name not in paths:
+            continue
+        found = set(imports(ast.parse(paths[name].read_text(encoding="utf-8")), paths[name], top_only=True))
+        seen[name] = {one.split(".")[0] for one in found}
+        for one in (one for one in found if one.split(".")[0] == "libreflux"):
+            parts = one.split(".")
+            todo.extend(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    return seen
+
+
+def test_the_ground_and_the_command_line_load_no_heavy_library_when_imported() -> None:
+    heavy = {"torch", "diffusers", "transformers", "accelerate", "einops", "safetensors", "matplotlib", "scipy"}
+    loaded = loaded_at_import({"libreflux.__main__", *(f"libreflux.{name}" for name in GROUND)})
+    assert {"libreflux", "libreflux.cli.app", "libreflux.recipe"} <= set(loaded)
+    assert not {name: tops & heavy for name, tops in loaded.items() if tops & heavy}
+    assert loaded_at_import({"libreflux.flow.path"})["libreflux.flow.path"] >= {"torch"}
 
 
 def test_the_reader_sees_wrong_arrows() -> None:

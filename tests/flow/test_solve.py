@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def end(steps: int, x: torch.Tensor, shift: float = 1.0) -> torch.Tensor:
 def test_euler_converges_with_first_order(shift: float) -> None:
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)
     errors = [(end(n, x, shift) - exact_end(x)).abs().max().item() for n in (100, 200, 400, 800)]
-    orders = [math.log2(coarse / fine) for coarse, fine in zip(errors[:-1], errors[1:], strict=True)]
+    orders = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
     assert all(0.9 < order < 1.1 for order in orders), orders
     assert errors[-1] < 0.01
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def cfg(v_cond: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022, in the form v_u + g (v_c - v_u)): 1 is the conditional velocity, 0 the other.
+    """Classifier-free guidance (Ho & Salimans 2022), v_u + g (v_c - v_u): 1 is the conditional velocity, 0 the other.
 
     Args:
         v_cond: velocity under the prompt, [B, …].

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
-    """sigma' = s sigma / (1 + (s - 1) sigma) (Esser et al. 2024, eq. 23); s > 1 spends more steps on noise, 0 and 1 stay."""
+    """sigma' = s sigma / (1 + (s - 1) sigma) (Esser et al. 2024, eq. 23); s > 1 spends more steps on noise."""
     if not shift > 0:
         raise ValueError(f"shift is {shift}, wanted more than 0")
     return shift * sigmas / (1 + (shift - 1) * sigmas)

@@ -1,8 +1,8 @@
 """Training laws of sigma, drawn through their inverse distribution functions in shuffled strata.
 
-A law is its inverse CDF. One optimizer step uses count = world x batch x accumulate sigmas: the unit interval is cut into
-that many strata, each gives exactly one draw, and a permutation shared by all ranks deals them to slots, so that no rank
-and no picture is tied to one noise band (with a fixed deal over 7 ranks, rank 0 averages sigma 0.155 and rank 6 0.845).
+A law is its inverse CDF. One optimizer step uses count = world x batch x accumulate sigmas: the unit interval is cut
+into that many strata, each gives exactly one draw, and a permutation shared by all ranks deals them to slots, so that
+no rank and no picture is tied to one noise band (dealt in order over 7 ranks, rank 0 averages sigma 0.155, rank 6 0.845).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Beta:
                 raise ValueError(f"{name} is {value}, wanted 0.1 to 100")
 
     def icdf(self, p: Tensor) -> Tensor:
-        """Closed form for (2, 2), else a bracketed Newton iteration, within 1e-9 of the exact inverse. See `Law.icdf`."""
+        """Closed form for (2, 2), else a bracketed Newton iteration, within 1e-9 of the inverse. See `Law.icdf`."""
         p = p.double()
         if (self.alpha, self.beta) == (2, 2):
             return beta_2_2_icdf(p)
@@ -54,12 +54,12 @@ class Beta:
 
 
 def beta_2_2_icdf(p: Tensor) -> Tensor:
-    """The root in [0, 1] of 3 s^2 - 2 s^3 = p, by the trigonometric solution of the cubic: 1/2 - sin(asin(1 - 2p) / 3)."""
+    """The root in [0, 1] of 3 s^2 - 2 s^3 = p, by the trigonometric solution: 1/2 - sin(asin(1 - 2p) / 3)."""
     return (0.5 - torch.sin(torch.asin(1 - 2 * p) / 3)).clamp(0, 1)
 
 
 def _beta_fraction(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The continued fraction of the incomplete beta function (DLMF 8.17.22), by Lentz's method; fast for x < (a+1)/(a+b+2)."""
+    """Continued fraction of the incomplete beta function (DLMF 8.17.22), Lentz's method; fast for x < (a+1)/(a+b+2)."""
     floor = torch.full_like(x, 1e-300)
 
     def guarded(value: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def _beta_fraction(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def beta_cdf(x: Tensor, a: float | Tensor, b: float | Tensor) -> Tensor:
-    """The regularised incomplete beta function I_x(a, b) in fp64; x in [0, 1] of any shape (DLMF 8.17.2, 8.17.4, 8.17.22)."""
+    """The regularised incomplete beta function I_x(a, b) in fp64; x in [0, 1], any shape (DLMF 8.17.2, 8.17.4)."""
     x = x.double()
     a, b = (torch.as_tensor(value, dtype=torch.float64).expand_as(x) for value in (a, b))
     log_beta = torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
@@ -127,7 +127,7 @@ LAWS: dict[str, Callable[..., Law]] = {"beta": Beta, "uniform": Uniform}
 
 
 def make_law(kind: str, **params: float) -> Law:
-    """The law of this name ("beta", "uniform") with its parameters; ValueError for an unknown name or a value out of range."""
+    """The law "beta" (alpha, beta) or "uniform"; ValueError for an unknown name or a value out of range."""
     if kind not in LAWS:
         raise ValueError(f"no sigma law {kind!r}, known: {', '.join(sorted(LAWS))}")
     return LAWS[kind](**params)

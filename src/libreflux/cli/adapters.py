@@ -1,0 +1,56 @@
+"""What the verbs read from adapter arguments and files."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from libreflux.errors import AdapterError
+
+if TYPE_CHECKING:
+    from libreflux.adapter.files import AdapterFile
+    from libreflux.model.facts import Facts
+
+
+def adapter_argument(text: str) -> tuple[str, float]:
+    """`FILE` or `FILE:weight`: the path and its weight, 1 when none is given.
+
+    Raises:
+        AdapterError: the weight is no finite number.
+    """
+    path, colon, weight = text.rpartition(":")
+    if not colon or weight.endswith(".safetensors") or "/" in weight:
+        return text, 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not path or not math.isfinite(value):
+        raise AdapterError(f"{weight!r} is no weight", where=text, mend="write FILE.safetensors:0.8")
+    return path, value
+
+
+def load_arguments(texts: Iterable[str]) -> list[tuple[AdapterFile, float]]:
+    """The files that adapter arguments name, read, each with its weight; see `adapter_argument`."""
+    chosen = [adapter_argument(text) for text in texts]
+
+    from libreflux.adapter.files import load_adapter
+
+    return [(load_adapter(path), weight) for path, weight in chosen]
+
+
+def adapted_facts(facts: Facts, files: Sequence[tuple[AdapterFile, float]]) -> Facts:
+    """The base's facts under adapters: the text padding is the one that they were trained with, where they say so.
+
+    Raises:
+        AdapterError: two of them were trained with different text paddings.
+    """
+    said = {file.metadata["text_padding"]: file.where for file, _ in files if "text_padding" in file.metadata}
+    if len(said) > 1:
+        (one, first), (other, second), *_ = said.items()
+        raise AdapterError(
+            f"trained with text padding {other}, but {first} with {one}", where=second, mend="use one of the two"
+        )
+    return dataclasses.replace(facts, text_padding=next(iter(said))) if said else facts

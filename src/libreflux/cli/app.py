@@ -1,0 +1,67 @@
+"""The verbs, and what becomes of errors: a user's mistake is one line and exit code 2, a bug keeps its traceback."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+import libreflux
+from libreflux.cli import demo_data, generate, merge, prepare, train
+from libreflux.errors import LibrefluxError
+
+app = typer.Typer(
+    name="libreflux",
+    help="Sets distilled FLUX models free: prepares data, trains adapters, merges them, draws with true guidance.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+"""Click's ClickException, wherever this version of typer keeps it."""
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"libreflux {libreflux.__version__}")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+app.command("generate")(generate.generate)
+app.command("prepare")(prepare.prepare)
+app.command("train")(train.train)
+app.command("merge")(merge.merge)
+app.command("demo-data")(demo_data.demo_data)
+
+
+def _refuse(line: str) -> NoReturn:
+    print(f"libreflux: error: {line}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def main() -> NoReturn:
+    """Run the command line and exit: 0 done, 2 the user's mistake, 130 or 143 stopped by a signal, 1 a bug."""
+    try:
+        code = app(prog_name="libreflux", standalone_mode=False)
+    except LibrefluxError as error:
+        _refuse(str(error))
+    except typer.Abort:
+        sys.exit(130)
+    except _UsageError as error:
+        message = " ".join(str(getattr(error, "format_message", error.__str__)()).split())
+        context = getattr(error, "ctx", None)
+        _refuse(f"{message} See {context.command_path if context else 'libreflux'} --help")
+    sys.exit(code if isinstance(code, int) else 0)

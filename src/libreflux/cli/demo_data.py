@@ -1,0 +1,29 @@
+"""`libreflux demo-data OUT`: the emoji pictures as an ordinary captioned folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from libreflux.errors import DataError
+
+
+def demo_data(
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist yet.", show_default=False)],
+    count: Annotated[int, typer.Option(min=1, help="Number of pictures.")] = 400,
+    seed: Annotated[int, typer.Option(min=0, help="Other seeds compose other pictures.")] = 0,
+) -> None:
+    """Write composed emoji pictures with captions: PNG, side-car .txt and metadata.jsonl."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError("already exists", where=out, mend="choose another name or remove it")
+    from libreflux.cli.progress import progress
+    from libreflux.emoji import compose
+    from libreflux.files import staged_dir
+
+    if out.is_dir():
+        out.rmdir()
+    with staged_dir(out) as staging, progress("composing", "picture") as report:
+        compose.write_folder(staging, count, seed, progress=report)
+    typer.echo(f"{count} pictures with captions in {out}")

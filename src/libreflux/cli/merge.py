@@ -1,0 +1,57 @@
+"""`libreflux merge MODEL ADAPTER[:w]… --out DIR`: a new model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from libreflux.errors import RunError
+
+
+def merge(
+    model: Annotated[str, typer.Argument(help="Model to start from: name, folder or hub id.", show_default=False)],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER[:WEIGHT]...", help="Adapter files and their weights (1).", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the new model; it must not exist yet.", show_default=False)],
+) -> None:
+    """Add adapters to a model's weights, in fp32, rounded once, and save a new model."""
+    if out.exists():
+        raise RunError("already exists", where=out, mend="choose another name or remove it")
+
+    from libreflux.adapter.merge import merge_many
+    from libreflux.cli.adapters import adapted_facts, load_arguments
+    from libreflux.files import sha256_file
+    from libreflux.model.family import open_model, save_model, weights_hash
+
+    files = load_arguments(adapters)
+    base = open_model(model, parts=("transformer",))
+    assert base.transformer is not None and base.path is not None
+    changed = merge_many(base.transformer, files)
+    lineage: dict[str, Any] = {
+        "base": model,
+        "base_sha256": weights_hash(base.path),
+        "adapters": [
+            {
+                "file": Path(file.where).name,
+                "sha256": sha256_file(Path(file.where)),
+                "weight": weight,
+                **_origin(file.metadata),
+            }
+            for file, weight in files
+        ],
+    }
+    if base.facts.lineage:
+        lineage["base_lineage"] = base.facts.lineage
+    base.facts = dataclasses.replace(adapted_facts(base.facts, files), lineage=lineage)
+    save_model(base, out)
+    typer.echo(f"{len(changed)} layers changed, saved in {out}")
+
+
+def _origin(metadata: dict[str, str]) -> dict[str, str]:
+    """What an adapter file says of its own making, without the key map."""
+    return {key: value for key, value in sorted(metadata.items()) if key not in ("key_map", "schema", "format")}

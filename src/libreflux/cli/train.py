@@ -1,0 +1,77 @@
+"""`libreflux train RECIPE [key=value…]`: trains; the same command resumes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from libreflux.errors import RecipeError
+
+if TYPE_CHECKING:
+    from libreflux.recipe import Recipe
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change.", show_default=False),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved recipe and the adapted layers, train nothing.")
+    ] = False,
+) -> None:
+    """Train an adapter. Stop it at any time: the same command goes on from the last checkpoint."""
+    from libreflux.recipe import load_recipe
+
+    resolved = load_recipe(recipe, overrides or [])
+    _check_law(resolved)
+    if dry_run:
+        typer.echo(resolved.to_yaml())
+        typer.echo(layer_table(resolved))
+        return
+
+    from libreflux.cli.training import ShowTraining
+    from libreflux.train.interrupt import Interrupted
+    from libreflux.train.loop import fit
+
+    with ShowTraining(resolved) as shown:
+        try:
+            adapter = fit(resolved, shown)
+        except Interrupted as stopped:
+            code = stopped.exit_code
+            message = str(stopped)
+        else:
+            code, message = 0, f"adapter: {adapter}"
+    typer.echo(message, err=code != 0)
+    sys.exit(code)
+
+
+def _check_law(recipe: Recipe) -> None:
+    from libreflux.flow.sigmas import make_law
+
+    spec = recipe.sigmas
+    try:
+        make_law(spec.law, **({"alpha": spec.alpha, "beta": spec.beta} if spec.law == "beta" else {}))
+    except ValueError as error:
+        raise RecipeError(str(error), where="sigmas", mend="2 and 2 is a good start") from None
+
+
+def layer_table(recipe: Recipe) -> str:
+    """The layers that a recipe adapts, resolved against the model's configuration; no weight is loaded."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+
+    from libreflux.adapter.layers import linear_shapes
+    from libreflux.adapter.targets import Target, resolve, table
+    from libreflux.model.family import locate
+
+    config = json.loads((locate(recipe.model) / "transformer" / "config.json").read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config(config)
+    targets = [Target(layers=target.layers, factor=target.factor) for target in recipe.adapter.targets]
+    return table(resolve(linear_shapes(transformer), targets))

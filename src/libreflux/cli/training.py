@@ -1,0 +1,109 @@
+"""What a training run shows of itself: progress, the layer table, sample pictures. Training knows none of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import typer
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from PIL import Image
+
+from libreflux.adapter.targets import table
+from libreflux.cli.progress import Report, progress
+from libreflux.data.cache import Cache
+from libreflux.model.facts import Facts
+from libreflux.model.family import open_model
+from libreflux.recipe import Recipe
+from libreflux.sample.grid import sheet
+from libreflux.sample.metadata import save_png
+from libreflux.sample.pipeline import LibreFluxPipeline
+from libreflux.train.callbacks import Callbacks, Started, StepInfo
+
+
+class ShowTraining(Callbacks):
+    """Progress on stderr, sample sheets in RUN/samples/step-00000500.png; a context, so that its bar ends with it.
+
+    Args:
+        recipe: the run's.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.losses: list[float] = []
+        self._bars = ExitStack()
+        self._report: Report | None = None
+        self._doing = ""
+        self._facts: Facts | None = None
+        self._vae: AutoencoderKL | None = None
+
+    def __enter__(self) -> ShowTraining:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.close()
+
+    def on_prepare(self, done: int, total: int) -> None:
+        self._bar("preparing", "item")(done, total)
+
+    def on_start(self, started: Started) -> None:
+        self._bars.close()
+        self._doing = ""
+        self._facts = dataclasses.replace(started.facts, text_padding=self.recipe.text_padding)
+        typer.echo(table(started.resolved), err=True)
+        begun = f"resumes after step {started.step}" if started.step else "begins"
+        line = f"{begun}: {started.steps} steps, {started.pictures} pictures an epoch, run folder {started.run}"
+        typer.echo(line, err=True)
+        if started.step:
+            self._bar("training", "step")(started.step, started.steps)
+
+    def on_step(self, info: StepInfo) -> None:
+        self.losses.append(info.loss)
+        recent = self.losses[-50:]
+        note = f"loss {sum(recent) / len(recent):.4f}, {info.pictures_per_second:.3g} pictures/s"
+        self._bar("training", "step")(info.step, info.steps, note)
+
+    def on_sample(self, step: int, transformer: FluxTransformer2DModel) -> None:
+        wanted = self.recipe.samples
+        if not wanted.prompts:
+            return
+        picture = self.sample_sheet(transformer)
+        save_png(picture, Path(self.recipe.out) / "samples" / f"step-{step:08d}.png")
+
+    def sample_sheet(self, transformer: FluxTransformer2DModel) -> Image.Image:
+        """The recipe's sample prompts (rows) at its guidance scales (columns), drawn with a live transformer."""
+        wanted, cache = self.recipe.samples, Cache(self.recipe.cache_dir)
+        if self._vae is None:
+            opened = open_model(self.recipe.model, parts=("vae",), dtype=torch.float32, device=transformer.device)
+            self._vae = opened.vae
+        assert self._vae is not None
+        pipe = LibreFluxPipeline(transformer=transformer, vae=self._vae, facts=self._facts)
+        pipe.set_progress_bar_config(disable=True)
+        rows: list[list[Any]] = [
+            [
+                pipe(
+                    prompt_conditioning=cache.text([prompt]),
+                    negative_conditioning=cache.text([""]),
+                    guidance_scale=guidance,
+                    height=self.recipe.resolution,
+                    width=self.recipe.resolution,
+                    seeds=[wanted.seed],
+                ).images[0]
+                for guidance in wanted.guidance
+            ]
+            for prompt in wanted.prompts
+        ]
+        return sheet(rows, list(wanted.prompts), [f"guidance {guidance:g}" for guidance in wanted.guidance])
+
+    def _bar(self, what: str, unit: str) -> Report:
+        if self._doing != what or self._report is None:
+            self._bars.close()
+            self._report = self._bars.enter_context(progress(what, unit))
+            self._doing = what
+        return self._report
