@@ -35,6 +35,7 @@ SIZES = {"small": 0.42, "medium": 0.64, "large": 0.88}  # side of the subject ov
 PLACES = {"centre": (0.5, 0.5), "left": (0.0, 0.5), "right": (1.0, 0.5), "top": (0.5, 0.0), "bottom": (0.5, 1.0)}
 RELATIONS = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}  # from the first to the second
 PAIR_SIZE = 0.48
+PLURALS = ("grapes", "cherries", "fries", "pancakes", "books", "scissors", "glasses")
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,13 @@ def render(what: Scene, side: int = SIDE) -> Image.Image:
 
 
 def _a(name: str) -> str:
-    if name in ("grapes", "cherries", "fries", "pancakes", "books", "scissors", "glasses", "popcorn", "corn", "bread"):
+    if name in PLURALS or name in ("popcorn", "corn", "bread", "cheese", "broccoli"):
         return name
     return ("an " if name[0] in "aeiou" and not name.startswith("uni") else "a ") + name
 
 
 def _is(name: str) -> str:
-    return "are" if name in ("grapes", "cherries", "fries", "pancakes", "books", "scissors", "glasses") else "is"
+    return "are" if name in PLURALS else "is"
 
 
 def short_caption(what: Scene) -> str:

@@ -82,7 +82,7 @@ class Stage:
     ) -> Iterator[int]:
         """Train to `steps`, yielding after each save; the loss is a function of the step number alone."""
         log = self.file.with_suffix(".jsonl")
-        began, mean = time.perf_counter(), 0.0
+        began, total, counted = time.perf_counter(), 0.0, 0
         while self.step < steps:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * shape(self.step, steps)
@@ -93,16 +93,16 @@ class Stage:
             self.optimizer.zero_grad(set_to_none=True)
             decay = min(self.decay, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
-            mean += (value.item() - mean) / (self.step % 20 + 1)
+            total, counted = total + value.item(), counted + 1
             self.step += 1
             now = time.perf_counter()
             self.seconds, began = self.seconds + now - began, now
             if self.step % 20 == 0:
+                mean, total, counted = total / counted, 0.0, 0
                 row = {"step": self.step, "loss": round(mean, 5), "seconds": round(self.seconds, 1)}
                 with log.open("a") as lines:
                     lines.write(json.dumps(row) + "\n")
                 print(f"{self.file.stem} {self.step}/{steps} loss {mean:.4f} {self.seconds / self.step:.3f} s/step", flush=True)
-                mean = 0.0
             if self.step % every == 0 or self.step == steps:
                 self.save()
                 yield self.step

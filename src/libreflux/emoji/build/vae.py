@@ -118,3 +118,23 @@ def train(work: Path, *, seed: int = 0, decoder_steps: int = 0) -> AutoencoderKL
             pass
         refine.use_average()
     return vae
+
+
+def reached(work: Path) -> int:
+    """Steps that the decoder stage has behind it; 0 before it."""
+    return int(_metadata(work / "vae-decoder.safetensors", "step", 0))
+
+
+def scale_of(work: Path) -> dict[str, float]:
+    """`shift_factor` and `scaling_factor` as the latents were made with."""
+    file = work / "latents.safetensors"
+    return {"shift_factor": _metadata(file, "shift", 0.0), "scaling_factor": _metadata(file, "scale", 1.0)}
+
+
+def _metadata(file: Path, key: str, default: float) -> float:
+    from safetensors import safe_open
+
+    if not file.exists():
+        return default
+    with safe_open(file, "pt") as saved:
+        return float(saved.metadata()[key])
