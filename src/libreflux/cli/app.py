@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import libreflux
-from libreflux.cli import demo_data, generate, merge, prepare, train
+from libreflux.cli import demo, demo_data, generate, merge, prepare, train
 from libreflux.errors import LibrefluxError
 
 app = typer.Typer(
@@ -40,6 +40,7 @@ def _root(
         typer.echo(context.get_help())
 
 
+app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)

@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
-from libreflux.errors import DataError
+from libreflux.errors import DataError, RecipeError
 
 
 def demo_data(
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist yet.", show_default=False)],
     count: Annotated[int, typer.Option(min=1, help="Number of pictures.")] = 400,
     seed: Annotated[int, typer.Option(min=0, help="Other seeds compose other pictures.")] = 0,
+    look: Annotated[str, typer.Option(help="plain, or pencil: a look that emoji-base has never seen.")] = "plain",
+    pairs: Annotated[float, typer.Option(min=0, max=1, help="Share of pictures with two subjects.")] = 0.2,
 ) -> None:
     """Write composed emoji pictures with captions: PNG, side-car .txt and metadata.jsonl."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -22,8 +24,10 @@ def demo_data(
     from libreflux.emoji import compose
     from libreflux.files import staged_dir
 
+    if look not in compose.LOOKS:
+        raise RecipeError(f"no look {look!r}", where="--look", mend=f"use one of {', '.join(compose.LOOKS)}")
     if out.is_dir():
         out.rmdir()
     with staged_dir(out) as staging, progress("composing", "picture") as report:
-        compose.write_folder(staging, count, seed, progress=report)
+        compose.write_folder(staging, count, seed, pairs=pairs, look=look, progress=report)
     typer.echo(f"{count} pictures with captions in {out}")

@@ -1,6 +1,6 @@
 """Pictures of emoji with true captions, each a function of (seed, index).
 
-One subject, or two with a relation, on one of ten plain colours; three captions say what was composed: short, tags, long.
+One subject, or two with a relation, on one of ten plain colours; three captions each: short, tags, long.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 from libreflux import keyed
 
@@ -161,7 +161,7 @@ def long_caption(what: Scene) -> str:
         seen = (
             f"The picture shows two things of equal size: {_a(name)} and {_a(other)}. "
             f"The {name} {_is(name)} {what.relation} the {other}, and they do not overlap. "
-            f"The first belongs to the {what.subject.category} group and the second to the {what.second.category} group."
+            f"The first is of the {what.subject.category} group and the second of the {what.second.category} group."
         )
     else:
         extent = {
@@ -184,20 +184,36 @@ def captions(what: Scene) -> dict[str, str]:
 
 
 def pencil(picture: Image.Image) -> Image.Image:
-    """A look the family has never seen: dark pencil outlines on cream paper.
-
-    Edges by the dodge of a picture with its own blurred negative (the classic pencil-sketch operation), then tinted.
-    """
-    from PIL import ImageFilter
-
+    """Dark pencil outlines on cream paper: a picture divided by its own blurred self leaves the edges."""
     grey = ImageOps.grayscale(picture)
-    side = picture.width
-    blurred = ImageOps.invert(grey).filter(ImageFilter.GaussianBlur(side / 64))
+    blurred = ImageOps.invert(grey).filter(ImageFilter.GaussianBlur(picture.width / 64))
     base, veil = np.asarray(grey, np.float32), np.asarray(blurred, np.float32)
     dodged = np.minimum(255.0, base * 255.0 / np.maximum(255.0 - veil, 1.0))
     ink = np.clip((255.0 - dodged) / 255.0 * 3.0, 0.0, 1.0)[..., None]
     paper, lead = np.array([246.0, 238.0, 215.0]), np.array([48.0, 44.0, 52.0])
     return Image.fromarray((paper * (1 - ink) + lead * ink).round().astype(np.uint8))
+
+
+def pencil_captions(what: Scene) -> dict[str, str]:
+    """True captions of a scene under `pencil`, where the background's colour is gone."""
+    drawn = short_caption(what).rpartition(" on ")[0].rstrip(",")
+    tags = tags_caption(what).replace(f"{what.colour} background, emoji", "pencil drawing")
+    long = (
+        f"The picture is a pencil drawing of {drawn} on cream paper. Only dark outlines are drawn, in one grey lead, "
+        "and there is no colour: neither the subject nor the background is filled in, and the paper shows through."
+    )
+    return {"short": f"a pencil drawing of {drawn}", "tags": tags, "long": long}
+
+
+@dataclass(frozen=True)
+class Look:
+    """An operation on composed pictures and the captions that stay true under it."""
+
+    picture: Callable[[Image.Image], Image.Image]
+    captions: Callable[[Scene], dict[str, str]]
+
+
+LOOKS = {"plain": Look(lambda picture: picture, captions), "pencil": Look(pencil, pencil_captions)}
 
 
 def write_folder(
@@ -206,25 +222,26 @@ def write_folder(
     seed: int,
     *,
     pairs: float = 0.2,
-    look: Callable[[Image.Image], Image.Image] | None = None,
+    look: str = "plain",
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write `count` pictures as an ordinary captioned folder: PNG, side-car .txt (a caption a line), metadata.jsonl.
 
     Args:
-        look: an image operation on each composed picture (the demo's `pencil`); None leaves them as they are.
+        pairs: share of pictures with two subjects.
+        look: a key of `LOOKS`; emoji-base has seen none but "plain".
         progress: called with (done, total) after each picture.
     """
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for index in range(count):
         what = scene(seed, index, pairs=pairs)
-        picture = render(what)
         name = f"{seed:04d}-{index:06d}"
-        (look(picture) if look else picture).save(out / f"{name}.png")
-        lines = list(captions(what).values())
+        LOOKS[look].picture(render(what)).save(out / f"{name}.png")
+        texts = LOOKS[look].captions(what)
+        lines = list(texts.values())
         (out / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        rows.append(json.dumps({"file_name": f"{name}.png", "captions": lines}))
+        rows.append(json.dumps({"file_name": f"{name}.png", "captions": texts}))
         if progress:
             progress(index + 1, count)
     (out / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")

@@ -35,7 +35,7 @@ from libreflux.model.family import Model, save_model
 from libreflux.model.text import TextConditioning, TextEncoders
 from libreflux.model.velocity import velocity
 
-STEPS, BATCH, LEARNING_RATE = 4000, 64, 1e-3
+STEPS, BATCH, LEARNING_RATE = 3600, 32, 1e-3
 PAIRS, PAIR_SEED = 10_000, 11
 PAIR_SHARE, EMPTY_SHARE, TAGS_SHARE, LONG_EVERY = 0.2, 0.1, 0.35, 20
 SIZE_SHARE = {"small": 0.15, "medium": 0.25, "large": 0.6}
@@ -190,7 +190,7 @@ def train(work: Path, *, steps: int = STEPS, seed: int = 0) -> tuple[FluxTransfo
         return F.mse_loss(output.float(), flow_path.velocity_target(x0, noise))
 
     modules = {"transformer": transformer, "clip": text.text_encoder, "t5": text.text_encoder_2}
-    stage = Stage(work / "base.safetensors", modules, lr=LEARNING_RATE, average=0.999)
+    stage = Stage(work / "base.safetensors", modules, lr=LEARNING_RATE, average=0.998)
     stage.resume()
     for _ in stage.run(steps, loss_at, trapezoid):
         pass

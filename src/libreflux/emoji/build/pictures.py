@@ -3,7 +3,7 @@
     npm pack @lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0
     python -m libreflux.emoji.build.pictures FOLDER_WITH_THE_TWO_TGZ
 
-Pictures: Microsoft Fluent emoji, 3D (MIT). Names and code points: emojibase-data (MIT), derived from CLDR (Unicode-3.0).
+Pictures: Microsoft Fluent emoji, 3D (MIT). Names: emojibase-data (MIT), derived from CLDR (Unicode-3.0).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from libreflux.errors import DataError
 from libreflux.emoji.compose import PICTURES
+from libreflux.errors import DataError
 
 SIDE = 128
 PACKAGES = {

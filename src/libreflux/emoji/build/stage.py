@@ -1,4 +1,4 @@
-"""What every stage of the build shares: AdamW with a fp32 average, saved every few minutes, resumed by the same command."""
+"""What the stages of the build share: AdamW with a fp32 average, saved every few minutes, resumed by the same command."""
 
 from __future__ import annotations
 
@@ -102,7 +102,10 @@ class Stage:
                 row = {"step": self.step, "loss": round(mean, 5), "seconds": round(self.seconds, 1)}
                 with log.open("a") as lines:
                     lines.write(json.dumps(row) + "\n")
-                print(f"{self.file.stem} {self.step}/{steps} loss {mean:.4f} {self.seconds / self.step:.3f} s/step", flush=True)
+                print(
+                    f"{self.file.stem} {self.step}/{steps} loss {mean:.4f} {self.seconds / self.step:.3f} s/step",
+                    flush=True,
+                )
             if self.step % every == 0 or self.step == steps:
                 self.save()
                 yield self.step

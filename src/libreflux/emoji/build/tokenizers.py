@@ -49,7 +49,7 @@ def build_t5_tokenizer(captions: Iterable[str], out: Path, vocab_size: int, max_
     for caption in captions:
         for chunk in fold.normalize_str(caption).split():
             pieces = WORD.findall(chunk)
-            words.update(([SPACE + pieces[0]] + pieces[1:]) if pieces else [])
+            words.update([SPACE + pieces[0], *pieces[1:]] if pieces else [])
     characters = sorted(set(CHARACTERS) | {c for word in words for c in word if c != SPACE})
     room = vocab_size - 4 - len(characters)
     if room < 0:

@@ -1,4 +1,4 @@
-"""Stage 1: the emoji family's AutoencoderKL: 16 channels, ÷8, no attention; 64 px crops first, whole pictures at the end.
+"""Stage 1: the emoji AutoencoderKL: 16 channels, ÷8, no attention; 64 px crops first, whole pictures at the end.
 
 After `encoder` the encoder is frozen (latents are made from it); `decoder` goes on with the decoder alone.
 """
