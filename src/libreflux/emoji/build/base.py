@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from libreflux import keyed
 from libreflux.emoji import compose
@@ -74,7 +74,9 @@ def make_latents(work: Path) -> Path:
 
 
 def build_tokenizers(folder: Path) -> tuple[Any, Any]:
-    """(CLIP's, T5's), fitted to the captions of all scenes of one subject and of a tenth of the pairs."""
+    """(CLIP's, T5's), fitted to the captions of all scenes of one subject and of a tenth of the pairs; made once."""
+    if (folder / "tokenizer" / "tokenizer.json").exists() and (folder / "tokenizer_2" / "tokenizer.json").exists():
+        return CLIPTokenizer.from_pretrained(folder / "tokenizer"), T5Tokenizer.from_pretrained(folder / "tokenizer_2")
     singles, pairs = scenes()
     corpus = [text for scene in [*singles, *pairs[::10]] for text in compose.captions(scene).values()]
     clip = build_clip_tokenizer(corpus, folder / "tokenizer", 1600)

@@ -1,4 +1,4 @@
-"""What the stages of the build share: AdamW with a fp32 average, saved every few minutes, resumed by the same command."""
+"""What the stages of the build share: AdamW with a fp32 average, saved now and then, resumed by the same command."""
 
 from __future__ import annotations
 
