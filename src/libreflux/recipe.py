@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -302,10 +301,14 @@ def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Reci
 
 
 def _explain(error: ValidationError, where: str) -> RecipeError:
-    faults = error.errors()
-    fault = next((one for one in faults if one["type"] == "extra_forbidden"), faults[0])
-    # A union's own tags (`dict[...]`, `list[...]`) are no keys of the user's.
-    path = [part for part in fault["loc"] if isinstance(part, int) or not re.search(r"[\[\]()-]", part)]
+    faults: dict[tuple[str | int, ...], Any] = {}
+    for one in error.errors():
+        faults.setdefault(_key_path(one["loc"]), one)
+    # A list with a wrong item is also told to be too short: only the innermost faults count.
+    inner = {
+        path: one for path, one in faults.items() if not any(path == other[: len(path)] != other for other in faults)
+    }
+    path, fault = min(inner.items(), key=lambda item: item[1]["type"] != "extra_forbidden")
     key = ".".join(map(str, path))
     mend = None
     if fault["type"] == "extra_forbidden":
@@ -314,11 +317,16 @@ def _explain(error: ValidationError, where: str) -> RecipeError:
         what, mend = "this key is needed", _description(path)
     else:
         what = str(fault["msg"]).removeprefix("Value error, ")
-        if fault["type"] not in ("value_error", "missing") and not isinstance(fault["input"], dict):
+        if fault["type"] != "value_error" and not isinstance(fault["input"], dict):
             what += f", not {fault['input']!r}"
-    if len(faults) > 1:
-        what += f" (and {len(faults) - 1} more)"
+    if len(inner) > 1:
+        what += f" (and {len(inner) - 1} more)"
     return RecipeError(what, where=f"{where}: {key}" if key else where, mend=mend)
+
+
+def _key_path(loc: Sequence[str | int]) -> tuple[str | int, ...]:
+    """Without the tags of a union (`dict[…]`, `list[…]`), which are no keys of the user's."""
+    return tuple(part for part in loc if isinstance(part, int) or part == loc[-1] or "[" not in part)
 
 
 def _nearest(path: Sequence[str | int]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,6 +71,15 @@ class Batches:
     def __len__(self) -> int:
         """Samples per epoch, repeats counted."""
         return len(self._items)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over what sample numbers stand for: pictures, captions, repeats, crops and the cache's settings."""
+        items = [
+            (sample.id, sample.captions, weights, repeat, source.crops_per_picture, source.background)
+            for source, sample, repeat, weights in self._items
+        ]
+        text = json.dumps([items, self._resolution, self.cache.settings], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def batch(self, unit: Unit) -> Batch:
         """The pictures and prompts of one unit.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from einops import rearrange
@@ -66,7 +66,7 @@ def prepare(
     out: Path,
     prompts: Sequence[str] = (),
     device: str = "cpu",
-    precision: str = "float32",
+    precision: Literal["float32", "bfloat16"] = "float32",
     progress: Progress | None = None,
 ) -> tuple[Cache, list[tuple[DataSource, list[Sample]]]]:
     """Encodes every crop and every distinct caption that ``out`` does not hold yet.
@@ -94,12 +94,13 @@ def prepare(
     out = Path(out)
     check_padding(text_padding)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
-    folder = family.locate(str(model))
+    opened = family.open_model(model, parts=())  # its facts and folder alone
+    folder = family.locate(model)
     digests = Digests(out / "digests.json")
     sources = read_sources(data, digests.sha256)
     for source, samples in sources:
         check_weights(source, samples)
-    max_tokens = family.read_facts(folder).max_tokens
+    max_tokens = opened.facts.max_tokens
     settings: dict[str, Any] = {
         "schema": 1,
         **encoder_digests(folder, digests),
@@ -125,8 +126,8 @@ def prepare(
         left_crops, left_texts = _missing(Cache(out, partial=True), settings, crops, texts)
         bar.advance(len(crops) - len(left_crops) + len(texts) - len(left_texts))
         digests.save()
-        _encode_crops(left_crops, resolution, folder, dtype, device, writer, bar)
-        _encode_texts(left_texts, text_padding, max_tokens, folder, dtype, device, writer, bar)
+        _encode_crops(left_crops, resolution, model, dtype, device, writer, bar)
+        _encode_texts(left_texts, text_padding, max_tokens, model, dtype, device, writer, bar)
     return Cache(out), sources
 
 
@@ -193,13 +194,19 @@ def _check_pictures(pictures: list[Path], resolution: int, bar: _Bar) -> None:
 
 
 def _encode_crops(
-    crops: list[_Crop], resolution: int, folder: Path, dtype: torch.dtype, device: str, writer: CacheWriter, bar: _Bar
+    crops: list[_Crop],
+    resolution: int,
+    model: str | Path,
+    dtype: torch.dtype,
+    device: str,
+    writer: CacheWriter,
+    bar: _Bar,
 ) -> None:
     if not crops:
         return
-    vae = family.open_model(str(folder), parts=("vae",), dtype=dtype, device=device).vae
+    vae = family.open_model(model, parts=("vae",), dtype=dtype, device=device).vae
     if vae is None:
-        raise ModelError("this model has no VAE", where=folder, mend="use a complete model")
+        raise ModelError("this model has no VAE", where=model, mend="use a complete model")
     for part in _parts(crops):
         found: dict[tuple[str, str], torch.Tensor] = {}
         image, opened = None, None
@@ -219,7 +226,7 @@ def _encode_texts(
     texts: list[str],
     text_padding: str,
     max_tokens: int,
-    folder: Path,
+    model: str | Path,
     dtype: torch.dtype,
     device: str,
     writer: CacheWriter,
@@ -227,9 +234,9 @@ def _encode_texts(
 ) -> None:
     if not texts:
         return
-    encoders = family.open_model(str(folder), parts=("text",), dtype=dtype, device=device).text
+    encoders = family.open_model(model, parts=("text",), dtype=dtype, device=device).text
     if encoders is None:
-        raise ModelError("this model has no text encoders", where=folder, mend="use a complete model")
+        raise ModelError("this model has no text encoders", where=model, mend="use a complete model")
     for part in _parts(texts):
         text = encoders.encode(part, padding=text_padding, max_tokens=max_tokens)
         writer.add_texts(part, text.to(device="cpu", dtype=torch.bfloat16))

@@ -9,6 +9,7 @@ twice counts once.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,13 +54,16 @@ def read_folder(path: Path | str, digest: Callable[[Path], str] = sha256_file) -
         DataError: no such folder, no picture in it, an unreadable picture, a picture without a caption, a listed file
             that is missing, or a format that is not read; the first of them, named.
     """
-    folder = Path(path)
+    folder = Path(os.path.normpath(Path(path).expanduser()))
     if not folder.is_dir():
         raise DataError("no such folder", where=folder, mend="check data.path")
     pictures = list(_pictures(folder))
     if not pictures:
         raise DataError("no PNG, JPEG or WebP picture in this folder", where=folder, mend="check data.path")
     listed = _read_metadata(folder)
+    for stray in sorted(listed.keys() - set(pictures)):
+        mend = "list files of this folder that are not hidden"
+        raise DataError(f"listed in {METADATA} but not read from {folder}", where=stray, mend=mend)
     merged: dict[str, tuple[Path, dict[str, str]]] = {}
     for picture in pictures:
         captions = dict(listed.get(picture, {}))
@@ -107,7 +111,7 @@ def _read_sidecar(picture: Path) -> list[str]:
     path = picture.with_suffix(".txt")
     if not path.is_file():
         return []
-    captions = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
+    captions = [line.strip() for line in _read_text(path).split("\n") if line.strip()]
     if not captions:
         raise DataError("this caption file is empty", where=path, mend="write one caption per line")
     return captions
@@ -119,7 +123,7 @@ def _read_metadata(folder: Path) -> dict[Path, dict[str, str]]:
     for path in _visible(folder):
         if path.name != METADATA:
             continue
-        for number, line in enumerate(_read_text(path).splitlines(), 1):
+        for number, line in enumerate(_read_text(path).split("\n"), 1):
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
@@ -137,7 +141,7 @@ def _read_row(folder: Path, line: str, where: str) -> tuple[Path, list[tuple[str
         raise DataError(f"not valid JSON ({error})", where=where, mend="write one JSON object per line") from None
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
         raise DataError("no file_name in this line", where=where, mend='write {"file_name": "a.png", "text": "…"}')
-    picture = folder / row["file_name"]
+    picture = Path(os.path.normpath(folder / row["file_name"]))
     if not picture.is_file():
         raise DataError(
             f"listed file {row['file_name']!r} is missing", where=where, mend="put it back or remove the line"

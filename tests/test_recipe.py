@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from libreflux import recipe_yaml
+from libreflux.errors import RecipeError
+from libreflux.recipe import Recipe, differences, load_recipe
+
+LEAST = ["data.0.path=photos", "resolution=512", "steps=10", "out=runs/a"]
+DESIGN = """
+schema: 1
+model: black-forest-labs/FLUX.1-schnell
+base: bf16
+objective: flow
+text_padding: drop
+data:
+  - {path: photos, repeats: 1, captions: {short: 0.3, long: 0.7}, caption_dropout: 0.1, crops_per_picture: 2}
+resolution: [512]
+crop: [square]
+adapter:
+  kind: lokr
+  init: perturbed
+  targets:
+    - {layers: "transformer_blocks.{0-7}.attn.**", factor: 4}
+    - {layers: "single_transformer_blocks.**", factor: 8}
+sigmas: {law: beta, alpha: 2.0, beta: 2.0, stratified: true, uniform_floor: 0.0}
+batch: 1
+accumulate: 8
+steps: 2e4
+optimizer: {kind: adamw_bf16, learning_rate: 1e-4, weight_decay: 0.01, warmup: 200, schedule: constant}
+samples: {every: 500, at_start: true, prompts: ["a red apple on blue"], guidance: [1, 3.5], seed: 42}
+save: {every: 500, keep: 4, keep_every: 5000}
+seed: 0
+out: runs/first
+"""
+
+
+@pytest.fixture
+def design(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(DESIGN)
+    return path
+
+
+def refusal(*overrides: str, path: Path | None = None) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides if path else [*LEAST, *overrides])
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+def test_the_designs_recipe_is_read(design: Path) -> None:
+    recipe = load_recipe(design)
+    assert recipe.optimizer.learning_rate == 1e-4
+    assert recipe.steps == 20000
+    assert recipe.resolution == 512
+    assert recipe.data[0].captions == {"short": 0.3, "long": 0.7}
+    assert [target.factor for target in recipe.adapter.targets] == [4, 8]
+    assert recipe.cache_dir == Path("runs/first/cache")
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.e-4", ".1e-3", "+1e-4", "0.0001", '"1e-4"'])
+def test_numbers_mean_what_they_look_like(text: str) -> None:
+    assert load_recipe(None, [*LEAST, f"optimizer.learning_rate={text}"]).optimizer.learning_rate == 1e-4
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.recursive(st.text() | st.integers() | st.floats(allow_nan=False) | st.booleans() | st.none(), st.lists))
+def test_yaml_reads_back_what_it_wrote(value: Any) -> None:
+    assert recipe_yaml.parse(recipe_yaml.dump({"key": value})) == {"key": value}
+
+
+def test_a_resolved_recipe_reads_back_equal(design: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(design, ["samples.prompts=['1e5', 'yes', 'a: b']"])
+    assert recipe.samples.prompts == ("1e5", "yes", "a: b")
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    again = load_recipe(tmp_path / "again.yaml")
+    assert again == recipe
+    assert again.resolved()["schema"] == 1
+    assert again.fingerprint() == recipe.fingerprint()
+    assert Recipe.model_validate(recipe.resolved()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("optimiser.learning_rate=1", "optimiser: unknown key; mend: did you mean 'optimizer'?"),
+        ("optimizer.learning_rte=1", "optimizer.learning_rte: unknown key; mend: did you mean 'learning_rate'?"),
+        ("learning_rte=1", "learning_rte: unknown key; mend: did you mean 'optimizer.learning_rate'?"),
+        ("data.0.caption_dropot=1", "data.0.caption_dropot: unknown key; mend: did you mean 'caption_dropout'?"),
+        ("adapter.targets=[{layer: x}]", "adapter.targets.0.layer: unknown key"),
+        ("optimizer.learning-rate=1", "optimizer.learning-rate: unknown key; mend: did you mean 'learning_rate'?"),
+        ("zzz=1", "zzz: unknown key; mend: the keys here are schema, model,"),
+    ],
+)
+def test_a_misspelt_key_is_named_with_the_nearest(override: str, told: str) -> None:
+    assert refusal(override).startswith(f"recipe: {told}")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "base=int8",
+        "objective=distil",
+        "text_padding=keep",
+        "text_padding=bias",
+        "resolution=[512, 1024]",
+        "crop=[square, aspect]",
+        "crop=random",
+        "adapter.kind=lora",
+        "sigmas.law=logit-normal",
+        "sigmas.uniform_floor=0.05",
+        "ema=[0.05, 0.1]",
+    ],
+)
+def test_what_comes_later_is_refused_as_such(override: str) -> None:
+    line = refusal(override)
+    assert "not supported yet" in line
+    assert override.partition("=")[0] in line
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("schema=2", "schema"),
+        ("steps=0", "steps"),
+        ("steps=1.5", "steps"),
+        ("steps=many", "'many'"),
+        ("batch=true", "whole number"),
+        ("resolution=500", "multiple of 16"),
+        ("resolution=[]", "resolution"),
+        ("data=[]", "data"),
+        ("data.0.repeats=0", "data.0.repeats"),
+        ("data.0.caption_dropout=1.5", "data.0.caption_dropout"),
+        ("data.0.captions={short: -1}", "zero or more"),
+        ("data.0.captions=[0, 0]", "above zero"),
+        ("data.0.background=octarine", "'octarine' is no colour"),
+        ("optimizer.learning_rate=0", "optimizer.learning_rate"),
+        ("optimizer.learning_rate=.nan", "optimizer.learning_rate"),
+        ("optimizer.betas=[0.9, 1.0]", "[0, 1)"),
+        ("optimizer=3", "optimizer"),
+        ("seed=-1", "seed"),
+        ("seed.x=1", "seed"),
+        ("out=", "out"),
+    ],
+)
+def test_a_bad_value_is_named(override: str, told: str) -> None:
+    assert told in refusal(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("steps", "not an override; mend: write key=value"),
+        ("=3", "not an override"),
+        ("data.5.path=x", "'5' is no item of a list of 1"),
+        ("data.path=x", "'path' is no item of a list of 1"),
+        ("steps.more.deep=1", "steps is a value, it has no keys"),
+        ("steps=[1", "not valid YAML"),
+    ],
+)
+def test_a_bad_override_is_named(override: str, told: str) -> None:
+    assert told in refusal(override)
+
+
+def test_overrides_reach_into_lists_and_append(design: Path) -> None:
+    recipe = load_recipe(
+        design, ["data.1.path=more", "data.0.repeats=3", "adapter.targets.1.factor=16", "samples.prompts.0=a fox"]
+    )
+    assert [(source.path, source.repeats) for source in recipe.data] == [("photos", 3), ("more", 1)]
+    assert [target.factor for target in recipe.adapter.targets] == [4, 16]
+    assert recipe.samples.prompts == ("a fox",)
+
+
+def test_what_is_missing_is_named_with_its_meaning() -> None:
+    with pytest.raises(RecipeError, match=r"data: this key is needed .*folders of captioned pictures"):
+        load_recipe(None, ["steps=1"])
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("seed: 1\nseed: 2\n", "'seed' twice"),
+        ("a: [1\n", "not valid YAML"),
+        ("- 1\n", "a recipe is a mapping"),
+        ("1: 2\n", "not text"),
+        ("model: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
+    ],
+)
+def test_bad_yaml_is_one_line_with_the_file(tmp_path: Path, content: str, told: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    line = refusal(path=path)
+    assert line.startswith(str(path))
+    assert told in line
+
+
+def test_unreadable_recipes_are_one_line(tmp_path: Path) -> None:
+    assert "no such recipe" in refusal(path=tmp_path / "none.yaml")
+    assert "cannot be read" in refusal(path=tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"model: caf\xe9\n")
+    assert "cannot be read" in refusal(path=tmp_path / "latin.yaml")
+
+
+def test_the_fingerprint_follows_what_decides_the_numbers() -> None:
+    base = load_recipe(None, LEAST)
+    for harmless in ("out=runs/b", "cache=c", "samples.every=7", "save.keep=9", "steps=99"):
+        assert load_recipe(None, [*LEAST, harmless]).fingerprint() == base.fingerprint(), harmless
+    for decisive in ("seed=1", "batch=2", "model=x", "data.0.repeats=2", "optimizer.clip=null", "adapter.scale=2e-3"):
+        assert load_recipe(None, [*LEAST, decisive]).fingerprint() != base.fingerprint(), decisive
+    falling = [*LEAST, "optimizer.schedule=cosine"]
+    assert load_recipe(None, falling).fingerprint() != load_recipe(None, [*falling, "steps=99"]).fingerprint()
+
+
+def test_differences_name_dotted_keys() -> None:
+    old = load_recipe(None, LEAST).resolved()
+    new = load_recipe(None, [*LEAST, "optimizer.warmup=5", "data.0.captions=[1]", "data.1.path=x"]).resolved()
+    keys = differences(old, new)
+    assert "optimizer.warmup" in keys
+    assert "data.0.captions" in keys
+    assert "data.1.path" in keys
+    assert differences(old, old) == []
+    assert not [key for key in keys if not key.startswith(("optimizer.warmup", "data.0.captions", "data.1"))]
+
+
+def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    yield model
+    for field in model.model_fields.values():
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from sections(kind)
+
+
+def test_every_key_says_what_it_is() -> None:
+    seen = list(sections(Recipe))
+    assert len(seen) == 8
+    for section in seen:
+        for name, field in section.model_fields.items():
+            assert field.description, f"{section.__name__}.{name}"
+
+
+def test_recipes_are_read_without_torch() -> None:
+    code = f"import sys, libreflux.recipe as r; r.load_recipe(None, {LEAST}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_dumper_is_safe() -> None:
+    with pytest.raises(yaml.YAMLError):
+        recipe_yaml.dump(object())
