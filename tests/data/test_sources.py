@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from libreflux import files
+from libreflux.data.captions import caption_weights, check_weights, choose
+from libreflux.data.sources import Sample, read_folder
+from libreflux.errors import DataError
+from libreflux.recipe import DataSource
+
+
+def picture(path: Path, seed: int = 0, size: tuple[int, int] = (40, 32)) -> Path:
+    """A picture of noise, another one for each seed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def listed(folder: Path, *rows: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        read_folder(folder)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+def by_name(folder: Path) -> dict[str, Sample]:
+    return {sample.path.name: sample for sample in read_folder(folder)}
+
+
+def test_side_cars_give_a_caption_per_line(tmp_path: Path) -> None:
+    for index, name in enumerate(["a.png", "b.JPG", "c.jpeg", "deep/d.webp"]):
+        picture(tmp_path / name, index).with_suffix(".txt").write_text(
+            f"\ufeff caption {name} \r\n\nsecond\u2028half\n", encoding="utf-8"
+        )
+    (tmp_path / "README.md").write_text("not a picture")
+    picture(tmp_path / ".hidden" / "x.png")
+    samples = by_name(tmp_path)
+    assert set(samples) == {"a.png", "b.JPG", "c.jpeg", "d.webp"}
+    for name, sample in samples.items():
+        assert sample.captions == (f"caption {'deep/' if name == 'd.webp' else ''}{name}", "second\u2028half")
+        assert sample.kinds == ("", "")
+        assert sample.id == files.sha256_file(sample.path)[:32]
+
+
+def test_metadata_gives_texts_lists_and_names(tmp_path: Path) -> None:
+    for index, name in enumerate("abcde"):
+        picture(tmp_path / f"{name}.png", index)
+    picture(tmp_path / "deep" / "f.png", 5)
+    listed(
+        tmp_path,
+        {"file_name": "a.png", "text": "one", "width": 40},
+        {"file_name": "./b.png", "prompt": ["one", "two"]},
+        {"file_name": "deep/../c.png", "captions": {"short": "one", "long": ["two", "three"]}},
+        {"file_name": "d.png", "caption": "said twice", "text": "said twice"},
+        {"file_name": "e.png", "text": "line\nbreak"},
+    )
+    listed(tmp_path / "deep", {"file_name": "f.png", "caption": "deep"})
+    samples = by_name(tmp_path)
+    assert samples["a.png"].captions == ("one",)
+    assert samples["b.png"].captions == ("one", "two")
+    assert samples["c.png"].captions == ("one", "two", "three")
+    assert samples["c.png"].kinds == ("short", "long", "long")
+    assert samples["d.png"].captions == ("said twice",)
+    assert samples["e.png"].captions == ("line break",)
+    assert samples["f.png"].captions == ("deep",)
+
+
+def test_both_spellings_join_without_repeating(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png").with_suffix(".txt").write_text("one\ntwo\n")
+    listed(tmp_path, {"file_name": "a.png", "captions": {"short": "one"}})
+    [sample] = read_folder(tmp_path)
+    assert dict(zip(sample.captions, sample.kinds, strict=True)) == {"one": "short", "two": ""}
+
+
+def test_the_same_picture_twice_is_one_sample(tmp_path: Path) -> None:
+    first = picture(tmp_path / "a.png")
+    first.with_suffix(".txt").write_text("one\n")
+    shutil.copy(first, tmp_path / "b.png")
+    (tmp_path / "b.txt").write_text("two\none\n")
+    [sample] = read_folder(tmp_path)
+    assert sample.captions == ("one", "two")
+
+
+def test_order_and_ids_follow_content_not_names(tmp_path: Path) -> None:
+    for index in range(6):
+        picture(tmp_path / "x" / f"{index}.png", index).with_suffix(".txt").write_text(f"{index}\n")
+        picture(tmp_path / "y" / f"{9 - index}.png", index).with_suffix(".txt").write_text(f"{index}\n")
+    x, y = read_folder(tmp_path / "x"), read_folder(tmp_path / "y")
+    assert [(sample.id, sample.captions) for sample in x] == [(sample.id, sample.captions) for sample in y]
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ('{"file_name": "gone.png", "text": "x"}', "line 2: listed file 'gone.png' is missing; mend:"),
+        ('{"file_name": "notes.md", "text": "x"}', "line 2: listed file 'notes.md' is not a PNG"),
+        ('{"file_name": ".hidden/b.png", "text": "x"}', ".hidden/b.png: listed in metadata.jsonl but not read"),
+        ('{"text": "x"}', "line 2: no file_name in this line; mend:"),
+        ("[1]", "line 2: no file_name in this line"),
+        ('{"file_name": "a.png"', "line 2: not valid JSON"),
+        ('{"file_name": "a.png", "label": 3}', "line 2: no caption in this line; mend: add one of text, prompt"),
+        ('{"file_name": "a.png", "text": ""}', "line 2: text: '' is no caption"),
+        ('{"file_name": "a.png", "text": null}', "line 2: text: None is no caption"),
+        ('{"file_name": "a.png", "captions": {"long": [3]}}', "line 2: captions.long: 3 is no caption"),
+    ],
+)
+def test_a_bad_line_is_named_by_number(tmp_path: Path, row: str, told: str) -> None:
+    picture(tmp_path / "a.png")
+    picture(tmp_path / ".hidden" / "b.png")
+    (tmp_path / "notes.md").write_text("x")
+    (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.png", "text": "fine"}}\n{row}\n')
+    assert told in refusal(tmp_path)
+
+
+def test_a_picture_without_a_caption_is_named_with_the_mend(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png").with_suffix(".txt").write_text("fine\n")
+    bare = picture(tmp_path / "b.png", 1)
+    assert refusal(tmp_path).startswith(f"{bare}: this picture has no caption; mend: write a .txt of the same name")
+    bare.with_suffix(".txt").write_text(" \n")
+    assert "b.txt: this caption file is empty" in refusal(tmp_path)
+    bare.with_suffix(".txt").write_bytes(b"caf\xe9\n")
+    assert "b.txt: cannot be read as UTF-8" in refusal(tmp_path)
+
+
+def test_what_is_not_read_is_refused_not_skipped(tmp_path: Path) -> None:
+    assert "no such folder" in refusal(tmp_path / "none")
+    assert "no PNG, JPEG or WebP picture" in refusal(tmp_path)
+    picture(tmp_path / "a.png").with_suffix(".txt").write_text("fine\n")
+    picture(tmp_path / "b.bmp")
+    assert "b.bmp: .bmp pictures are not supported yet; mend: convert it" in refusal(tmp_path)
+    (tmp_path / "b.bmp").unlink()
+    (tmp_path / "metadata.csv").write_text("file_name,text\n")
+    assert "metadata.csv: not supported yet" in refusal(tmp_path)
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "b.png").write_text("<html>")
+    (tmp_path / "b.txt").write_text("fine\n")
+    assert "b.png: unreadable picture (not a PNG, JPEG or WebP); mend:" in refusal(tmp_path)
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "b.png", save_all=True, append_images=frames[1:])
+    assert "b.png: a moving picture (2 frames)" in refusal(tmp_path)
+
+
+def sample(*captions: tuple[str, str]) -> Sample:
+    return Sample("id", Path("a.png"), tuple(text for text, _ in captions), tuple(kind for _, kind in captions))
+
+
+def test_caption_weights_by_name_and_by_line() -> None:
+    three = sample(("a", "short"), ("b", "long"), ("c", "long"))
+    named = DataSource(path=".", captions={"short": 0.3, "long": 0.7})
+    assert caption_weights(named, three) == pytest.approx([0.3, 0.35, 0.35])
+    assert caption_weights(DataSource(path=".", captions=[1, 2]), three) == [1, 2, 0]
+    assert caption_weights(DataSource(path="."), three) is None
+    check_weights(named, [three])
+
+
+def test_caption_weights_that_cannot_be_used_are_refused() -> None:
+    named = DataSource(path="photos", captions={"short": 0.3, "logn": 0.7})
+    with pytest.raises(DataError, match=r"photos: no caption is named 'logn'; mend: the names here: long, short"):
+        check_weights(named, [sample(("a", "short"), ("b", "long"))])
+    with pytest.raises(DataError, match="3 caption weights, but at most 2 captions"):
+        check_weights(DataSource(path=".", captions=[1, 1, 1]), [sample(("a", ""), ("b", ""))])
+    short = DataSource(path=".", captions={"short": 1})
+    with pytest.raises(DataError, match=r"a\.png: no caption that data\.captions gives a weight"):
+        check_weights(short, [sample(("a", "short")), sample(("b", "long"))])
+
+
+VISITS = 4000
+
+
+def test_captions_are_chosen_as_weighted_and_dropped_as_told() -> None:
+    chosen = [choose(["a", "b", "c"], [0.2, 0.0, 0.8], 0.1, 7, "sample", visit) for visit in range(VISITS)]
+    # Five standard deviations of a binomial share at 4,000 draws are below 0.04.
+    assert chosen.count(None) / VISITS == pytest.approx(0.1, abs=0.04)
+    assert chosen.count(0) / VISITS == pytest.approx(0.9 * 0.2, abs=0.04)
+    assert chosen.count(1) == 0
+    alike = [choose(["a", "b", "c"], None, 0.0, 7, "sample", visit) for visit in range(VISITS)]
+    for index in range(3):
+        assert alike.count(index) / VISITS == pytest.approx(1 / 3, abs=0.04)
+    assert {choose(["a"], None, 1.0, 7, "s", visit) for visit in range(50)} == {None}
+
+
+def test_a_choice_depends_on_seed_sample_and_visit_alone() -> None:
+    def choices(seed: int, name: str) -> list[int | None]:
+        return [choose(["a", "b", "c"], None, 0.1, seed, name, visit) for visit in range(40)]
+
+    first = choices(0, "x")
+    assert choices(1, "x") != first
+    assert choices(0, "y") != first
+    assert choices(0, "x") == first
+
+
+def test_dropout_and_choice_are_independent() -> None:
+    """The same visits with and without dropout see the same caption wherever it is not dropped."""
+    for visit in range(200):
+        dropped = choose(["a", "b", "c"], [1, 2, 3], 0.5, 0, "x", visit)
+        assert dropped in (None, choose(["a", "b", "c"], [1, 2, 3], 0.0, 0, "x", visit))
