@@ -1,0 +1,235 @@
+"""Opening and saving: folders that diffusers loads too, facts, and one clear line for every wrong model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from safetensors.torch import load_file, save_file
+
+from libreflux.errors import ModelError, RunError
+from libreflux.model.facts import KNOWN, find_facts
+from libreflux.model.family import Facts, locate, open_model, read_facts, save_model, weights_hash, write_facts
+from libreflux.model.latents import image_ids
+from libreflux.model.velocity import velocity
+from tiny import tiny_transformer
+
+
+@pytest.fixture
+def copy_dir(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(tiny_model_dir, tmp_path / "copy"))
+
+
+def test_a_saved_model_opens_equal_and_in_diffusers(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = open_model(tiny_model_dir)
+    assert model.transformer is not None and model.text is not None and model.vae is not None
+    with torch.no_grad():
+        model.transformer.proj_out.bias += 1  # a model that differs from the folder it came from
+    model.facts = dataclasses.replace(model.facts, steps=7, lineage={"base": "tiny"})
+    again = open_model(save_model(model, tmp_path / "saved"))
+    pipe = FluxPipeline.from_pretrained(tmp_path / "saved")
+    assert again.facts == model.facts == read_facts(tmp_path / "saved")
+    assert again.transformer is not None and again.text is not None and again.vae is not None
+    for ours, back, theirs in (
+        (model.transformer, again.transformer, pipe.transformer),
+        (model.vae, again.vae, pipe.vae),
+        (model.text.text_encoder, again.text.text_encoder, pipe.text_encoder),
+        (model.text.text_encoder_2, again.text.text_encoder_2, pipe.text_encoder_2),
+    ):
+        assert ours.state_dict().keys() == back.state_dict().keys() == theirs.state_dict().keys()
+        for name, tensor in ours.state_dict().items():
+            assert torch.equal(tensor, back.state_dict()[name]) and torch.equal(tensor, theirs.state_dict()[name])
+
+    # Without padding, diffusers' prompts and transformer give our velocity.
+    prompt = "a fox on blue"
+    text = again.text.encode([prompt], padding="drop", max_tokens=512)
+    embeds, pooled, _ = pipe.encode_prompt(prompt, None, max_sequence_length=text.lengths[0])
+    packed, ids, sigma = torch.randn(1, 4, 64), image_ids(4, 4), torch.tensor([0.3])
+    with torch.no_grad():
+        expected = pipe.transformer(packed, embeds, pooled, sigma, ids, torch.zeros(embeds.shape[1], 3)).sample
+    torch.testing.assert_close(velocity(again.transformer, packed, sigma, text, ids), expected, atol=1e-5, rtol=0)
+
+
+def test_parts_not_opened_are_copied(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = open_model(tiny_model_dir, parts=["transformer"])
+    assert model.vae is None and model.text is None
+    out = save_model(model, tmp_path / "deep" / "out")
+    for file in sorted(tiny_model_dir.rglob("*.safetensors")):
+        name = file.relative_to(tiny_model_dir)
+        ours, theirs = load_file(out / name), load_file(file)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours), name
+    open_model(out)
+
+
+def test_saving_is_all_or_nothing(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = open_model(tiny_model_dir, parts=["transformer"])
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(RunError, match="already exists"):
+        save_model(model, tmp_path / "taken")
+    model.path = None
+    with pytest.raises(ModelError, match="has no vae to save"):
+        save_model(model, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
+def test_dtype_is_kept_or_asked_for(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = open_model(tiny_model_dir, dtype=torch.bfloat16)
+    assert model.transformer is not None and model.text is not None and model.vae is not None
+    out = save_model(model, tmp_path / "half")
+    kept = open_model(out)
+    assert kept.transformer is not None and kept.text is not None and kept.vae is not None
+    parts = (kept.transformer, kept.vae, kept.text.text_encoder, kept.text.text_encoder_2)
+    assert {p.dtype for part in parts for p in part.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad or part.training for part in parts for p in part.parameters())
+    wide = open_model(out, parts=["transformer"], dtype=torch.float32).transformer
+    assert wide is not None and wide.dtype == torch.float32
+
+
+def test_weights_hash_tells_weights_apart(copy_dir: Path, tiny_model_dir: Path) -> None:
+    assert weights_hash(copy_dir) == weights_hash(tiny_model_dir)
+    tiny_transformer(seed=1).save_pretrained(copy_dir / "transformer")
+    assert weights_hash(copy_dir) != weights_hash(tiny_model_dir)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("emoji-bass", "no such model: emoji-bass; mend: did you mean emoji-base"),
+        ("nothing", "no such model: nothing; mend: use emoji-base, an existing folder, or a hub id"),
+        ("./runs/nothing", "no such model"),
+        ("/runs/nothing", "no such model"),
+        ("a/b/c", "no such model"),
+        ("org/", "no such model"),
+        ("", "no such model|not a model"),
+        ("nobody/nothing", "nobody/nothing: no folder of this name, and it cannot be had from the hub"),
+        ("nobody/nothing@main", "it cannot be had from the hub"),
+    ],
+)
+def test_wrong_names_give_one_line(name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=message) as caught:
+        locate(name)
+    assert "mend: " in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_typo_below_an_existing_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ModelError, match="no such model: runs/frist"):
+        locate("runs/frist")
+
+
+def test_what_is_no_model_folder(tmp_path: Path, copy_dir: Path) -> None:
+    with pytest.raises(ModelError, match=r"no model_index\.json"):
+        locate(tmp_path)
+    (tmp_path / "x.safetensors").touch()
+    with pytest.raises(ModelError, match="single files are not supported yet"):
+        locate(tmp_path / "x.safetensors")
+    shutil.rmtree(copy_dir / "vae")
+    with pytest.raises(ModelError, match="has no vae folder"):
+        locate(copy_dir)
+
+
+def test_damage_is_named(copy_dir: Path) -> None:
+    weights = copy_dir / "transformer" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:5000])
+    with pytest.raises(ModelError, match=r"copy/transformer: cannot be loaded .*; mend: "):
+        open_model(copy_dir)
+
+    weights.write_bytes(whole)
+    tensors = load_file(weights)
+    bias = tensors.pop("proj_out.bias")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"missing keys: proj_out\.bias"):
+        open_model(copy_dir)
+    save_file({**tensors, "proj_out.bias": bias, "stray.weight": bias.clone()}, weights, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"unexpected keys: stray\.weight"):
+        open_model(copy_dir)
+    save_file({**tensors, "proj_out.bias": bias[:8].clone()}, weights, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"copy/transformer: "):
+        open_model(copy_dir)
+    weights.write_bytes(whole)
+    open_model(copy_dir)
+
+    clip = copy_dir / "text_encoder" / "model.safetensors"
+    tensors = load_file(clip)
+    lost = next(name for name in tensors if "final_layer_norm" in name)
+    save_file({k: v for k, v in tensors.items() if k != lost}, clip, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"copy/text_encoder: missing keys: .*final_layer_norm"):
+        open_model(copy_dir, parts=["text"])
+    (copy_dir / "transformer" / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"config.json: cannot be loaded"):
+        open_model(copy_dir)
+
+
+def test_another_kind_of_transformer_is_refused(copy_dir: Path) -> None:
+    path = copy_dir / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "SD3Transformer2DModel"}))
+    with pytest.raises(
+        ModelError, match=r"its transformer is a SD3Transformer2DModel; mend: use a model of the FLUX\.1"
+    ):
+        open_model(copy_dir)
+
+
+def test_facts_round_trip(tmp_path: Path) -> None:
+    facts = Facts(text_padding="trim", max_tokens=256, guidance=2.5, shift=None, licence="mit", lineage={"a": [1]})
+    write_facts(tmp_path, facts)
+    assert read_facts(tmp_path) == facts
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stepz": 3}, "unknown key 'stepz'"),
+        ({"steps": None}, "steps has the wrong type"),
+        ({"steps": 0}, "steps cannot be 0"),
+        ({"steps": True}, "steps has the wrong type"),
+        ({"text_padding": "dorp"}, "text_padding cannot be 'dorp'"),
+        ({"guidance": -1}, "guidance cannot be -1"),
+        ({"shift": 0}, "shift cannot be 0"),
+        ({"schema": 2}, "schema 2 is not 1; mend: update libreflux"),
+    ],
+)
+def test_wrong_facts_are_named(copy_dir: Path, change: dict, message: str) -> None:
+    path = copy_dir / "libreflux.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ModelError, match=message) as caught:
+        open_model(copy_dir)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_and_broken_facts(copy_dir: Path) -> None:
+    path = copy_dir / "libreflux.json"
+    values = json.loads(path.read_text())
+    del values["licence"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(ModelError, match="key 'licence' is missing"):
+        open_model(copy_dir)
+    path.write_text("not json")
+    with pytest.raises(ModelError, match="unreadable"):
+        open_model(copy_dir)
+    path.write_text(json.dumps(values | {"licence": "mit", "guidance_embeds": True}))
+    with pytest.raises(ModelError, match=r"guidance_embeds in libreflux\.json is not the transformer's"):
+        open_model(copy_dir)
+
+
+def test_facts_of_foreign_models(copy_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A known hub id has its row; an unknown model has the nearest one, and says so."""
+    (copy_dir / "libreflux.json").unlink()
+    schnell = KNOWN["black-forest-labs/FLUX.1-schnell"]
+    assert find_facts("Black-Forest-Labs/FLUX.1-schnell@abc", copy_dir, guidance_embeds=False) is schnell
+    assert find_facts("jimmycarter/LibreFLUX", copy_dir, guidance_embeds=False).text_padding == "bias"
+    assert caplog.text == ""
+    with caplog.at_level(logging.WARNING):
+        assert open_model(copy_dir, parts=[]).facts == schnell
+    assert "taken for a model like FLUX.1-schnell" in caplog.text
+    dev = find_facts("x", copy_dir, guidance_embeds=True)
+    assert dev.guidance_embeds and dev.shift is None and dev.max_tokens == 512

@@ -1,0 +1,271 @@
+"""The pipeline: against diffusers' own on equal terms, and what diffusers' cannot do, against two passes by hand."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor
+
+from libreflux.errors import ModelError, RecipeError
+from libreflux.flow.guidance import cfg
+from libreflux.flow.schedule import ladder
+from libreflux.model.facts import Facts
+from libreflux.model.family import Model, open_model
+from libreflux.model.latents import image_ids, pack
+from libreflux.model.text import TextConditioning
+from libreflux.model.velocity import velocity
+from libreflux.sample.metadata import png_bytes
+from libreflux.sample.pipeline import LibreFluxPipeline, choose_seeds, guided_velocity, noise
+from tiny import tiny_transformer
+
+LONG, SHORT = "a small green frog sits under a tall tree, and the sky behind it is orange", "a fox"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir: Path) -> Model:
+    return open_model(tiny_model_dir)
+
+
+@pytest.fixture
+def pipe(model: Model) -> LibreFluxPipeline:
+    made = LibreFluxPipeline.from_model(model)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+class Calls:
+    """The batch sizes of the transformer's calls while the block runs."""
+
+    def __init__(self, pipe: LibreFluxPipeline) -> None:
+        self.pipe, self.batches = pipe, []  # type: tuple[LibreFluxPipeline, list[int]]
+
+    def __enter__(self) -> list[int]:
+        def count(module, args, kwargs):
+            self.batches.append(kwargs["hidden_states"].shape[0])
+
+        self.handle = self.pipe.transformer.register_forward_pre_hook(count, with_kwargs=True)
+        return self.batches
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_equals_diffusers_flux_pipeline_where_nothing_is_padded(
+    pipe: LibreFluxPipeline, tiny_model_dir: Path, scale: float
+) -> None:
+    theirs = FluxPipeline.from_pretrained(tiny_model_dir)
+    theirs.set_progress_bar_config(disable=True)
+    text, negative = pipe.encode_prompt("a red apple on blue"), pipe.encode_prompt("a fox on the rocket")
+    assert text.lengths == negative.lengths  # diffusers takes no others
+    expected = theirs(
+        prompt_embeds=text.tokens[0][None],
+        pooled_prompt_embeds=text.pooled,
+        negative_prompt_embeds=negative.tokens[0][None],
+        negative_pooled_prompt_embeds=negative.pooled,
+        true_cfg_scale=scale,
+        latents=pack(noise([7], 16, 4, 6)),
+        height=32,
+        width=48,
+        num_inference_steps=4,
+        output_type="pt",
+    ).images
+    ours = pipe(
+        "a red apple on blue",
+        "a fox on the rocket",
+        height=32,
+        width=48,
+        guidance_scale=scale,
+        num_inference_steps=4,
+        seeds=7,
+        output_type="pt",
+    ).images
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0)
+    other = pipe("a fox", height=32, width=48, guidance_scale=scale, seeds=7, output_type="pt").images
+    assert (other - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("scale", "skip", "batches"), [
+    (1.0, 0, [2] * 5),
+    (3.0, 0, [4] * 5),
+    (3.0, 2, [2, 2, 4, 4, 4]),
+    (3.0, 5, [2] * 5),
+    (3.0, 99, [2] * 5),
+    (0.0, 0, [4] * 5),
+])  # fmt: skip
+def test_passes(pipe: LibreFluxPipeline, scale: float, skip: int, batches: list[int]) -> None:
+    with Calls(pipe) as seen:
+        pipe([LONG, SHORT], guidance_scale=scale, no_cfg_until=skip, num_inference_steps=5, seeds=0)
+    assert seen == batches
+
+
+def test_guidance_one_does_not_read_the_negative(pipe: LibreFluxPipeline) -> None:
+    a, b = (pipe(SHORT, n, guidance_scale=1.0, seeds=1, output_type="latent").images for n in ("", "a rocket"))
+    assert torch.equal(a, b)
+    a, b = (pipe(SHORT, n, guidance_scale=2.0, seeds=1, output_type="latent").images for n in ("", "a rocket"))
+    assert (a - b).abs().max() > 1e-3
+
+
+def test_one_batch_of_unequal_lengths_is_two_passes(pipe: LibreFluxPipeline) -> None:
+    positive, negative = pipe.encode_prompt([LONG, SHORT]), pipe.encode_prompt(["", LONG + " on blue"])
+    assert len(set(positive.lengths + negative.lengths)) == 4
+    ids, x = image_ids(4, 4), torch.randn(2, 4, 64)
+    with torch.no_grad():
+        one = guided_velocity(pipe.transformer, positive, negative, ids, scale=4.0)(x, 0.7)
+        sigma = torch.full((2,), 0.7)
+        v_cond = torch.cat([velocity(pipe.transformer, x[[i]], sigma[:1], positive.index([i]), ids) for i in range(2)])
+        v_unc = torch.cat([velocity(pipe.transformer, x[[i]], sigma[:1], negative.index([i]), ids) for i in range(2)])
+    torch.testing.assert_close(one, cfg(v_cond, v_unc, 4.0), atol=1e-5, rtol=0)
+
+
+def test_guidance_one_equals_the_formula_at_one(pipe: LibreFluxPipeline) -> None:
+    single = pipe(LONG, guidance_scale=1.0, seeds=3, output_type="latent").images
+    nearly = pipe(LONG, guidance_scale=1.0 + 1e-6, seeds=3, output_type="latent").images
+    torch.testing.assert_close(single, nearly, atol=1e-4, rtol=0)
+
+
+def test_the_whole_loop_by_hand(pipe: LibreFluxPipeline) -> None:
+    """One prompt, guidance 2.5 from step 1 on, 3 steps, shift 1: Euler as the equations have it."""
+    out = pipe(SHORT, LONG, guidance_scale=2.5, no_cfg_until=1, num_inference_steps=3, seeds=5, output_type="latent")
+    positive, negative = pipe.encode_prompt(SHORT), pipe.encode_prompt(LONG)
+    x, ids, sigmas = pack(noise([5], 16, 4, 4)), image_ids(4, 4), [1.0, 2 / 3, 1 / 3, 0.0]
+    with torch.no_grad():
+        for i in range(3):
+            sigma = torch.tensor([sigmas[i]])
+            v = velocity(pipe.transformer, x, sigma, positive, ids)
+            if i >= 1:
+                v_uncond = velocity(pipe.transformer, x, sigma, negative, ids)
+                v = v_uncond + 2.5 * (v - v_uncond)
+            x = x + (sigmas[i + 1] - sigmas[i]) * v
+    torch.testing.assert_close(pack(out.images), x, atol=1e-5, rtol=0)
+
+
+def test_same_seed_same_bytes(pipe: LibreFluxPipeline) -> None:
+    first, second, other = (png_bytes(pipe(SHORT, seeds=seed).images[0]) for seed in (11, 11, 12))
+    assert first == second != other
+
+
+def test_a_picture_does_not_depend_on_its_batch(pipe: LibreFluxPipeline) -> None:
+    together = pipe([LONG, SHORT, "a rocket"], seeds=[5, 6, 7], guidance_scale=3.0, output_type="latent").images
+    for i, (prompt, seed) in enumerate([(LONG, 5), (SHORT, 6), ("a rocket", 7)]):
+        alone = pipe(prompt, seeds=[seed], guidance_scale=3.0, output_type="latent").images
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=0)
+    assert torch.equal(noise([5, 6], 16, 4, 4)[1], noise([6], 16, 4, 4)[0])
+    assert not torch.equal(noise([5], 16, 4, 4), noise([6], 16, 4, 4))
+
+
+def test_pictures_per_prompt_keep_their_own_text(pipe: LibreFluxPipeline) -> None:
+    """Prompts of different lengths, each with its negative: tokens, masks, pooled and negatives repeat together."""
+    out = pipe([LONG, SHORT], ["", "a rocket"], num_images_per_prompt=2, seeds=20, output_type="latent")
+    assert out.seeds == [20, 21, 22, 23]
+    order = [(LONG, "", 20), (LONG, "", 21), (SHORT, "a rocket", 22), (SHORT, "a rocket", 23)]
+    for i, (prompt, negative, seed) in enumerate(order):
+        alone = pipe(prompt, negative, seeds=seed, output_type="latent").images
+        torch.testing.assert_close(out.images[i : i + 1], alone, atol=1e-5, rtol=0)
+
+
+def test_ready_conditioning_needs_no_encoders(pipe: LibreFluxPipeline, model: Model) -> None:
+    text, empty = pipe.encode_prompt([LONG, SHORT]), pipe.encode_prompt("")
+    expected = pipe([LONG, SHORT], seeds=1, output_type="latent").images
+    bare = LibreFluxPipeline.from_model(Model(model.facts, model.transformer, model.vae))
+    bare.set_progress_bar_config(disable=True)
+    out = bare(prompt_conditioning=text, negative_conditioning=empty, seeds=1, output_type="latent")
+    assert torch.equal(out.images, expected)
+    with pytest.raises(ModelError, match="no text encoders; mend: pass prompt_conditioning"):
+        bare(SHORT)
+    with pytest.raises(ModelError, match="opened without transformer or vae"):
+        LibreFluxPipeline.from_model(Model(model.facts))
+
+
+def test_a_transformer_in_training_is_left_as_it_was(pipe: LibreFluxPipeline, model: Model) -> None:
+    live = tiny_transformer().train().requires_grad_(True)
+    before = copy.deepcopy(live.state_dict())
+    text = pipe.encode_prompt([SHORT])
+    bare = LibreFluxPipeline.from_model(Model(model.facts, live, model.vae))
+    bare.set_progress_bar_config(disable=True)
+    bare(prompt_conditioning=text, guidance_scale=1.0, seeds=0)
+    assert live.training and all(p.requires_grad and p.grad is None for p in live.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in live.state_dict().items())
+    velocity(live, torch.randn(1, 4, 64), torch.tensor([0.5]), text, image_ids(4, 4)).sum().backward()  # still trains
+
+
+def test_defaults_are_the_models_own(model: Model) -> None:
+    facts = Facts(steps=3, guidance=1.0, shift=2.0)
+    pipe = LibreFluxPipeline.from_model(Model(facts, model.transformer, model.vae, model.text))
+    pipe.set_progress_bar_config(disable=True)
+    sigmas: list[float] = []
+    with Calls(pipe) as seen:
+        out = pipe(SHORT, callback_on_step=lambda step: sigmas.append(step.sigma))
+    assert seen == [1, 1, 1] and sigmas == ladder(3, 2.0)[:-1].tolist()
+    assert out.images[0].size == (32, 32) and len(out.seeds) == 1
+    shifted = LibreFluxPipeline.from_model(Model(Facts(steps=2, shift=None), model.transformer, model.vae, model.text))
+    shifted.set_progress_bar_config(disable=True)
+    sigmas.clear()
+    shifted(SHORT, guidance_scale=1.0, callback_on_step=lambda step: sigmas.append(step.sigma))
+    assert 0.5 < sigmas[1] < 0.65  # dev's rule, e^mu slightly below 1.65 for 4 tokens
+
+
+def test_a_guidance_distilled_model_gets_its_embedded_guidance(model: Model) -> None:
+    dev = tiny_transformer(guidance_embeds=True)
+    facts = Facts(steps=2, guidance=3.5, guidance_embeds=True)
+    pipe = LibreFluxPipeline.from_model(Model(facts, dev, model.vae, model.text))
+    pipe.set_progress_bar_config(disable=True)
+    guidance: list[Tensor] = []
+    dev.register_forward_pre_hook(lambda m, a, kwargs: guidance.append(kwargs["guidance"]), with_kwargs=True)
+    default = pipe(SHORT, seeds=0, output_type="latent").images
+    assert [g.tolist() for g in guidance] == [[3.5], [3.5]]  # embedded, in single passes: no CFG unless asked for
+    assert not torch.equal(default, pipe(SHORT, embedded_guidance=1.0, seeds=0, output_type="latent").images)
+
+
+def test_seeds() -> None:
+    assert choose_seeds(5, None, 3) == [5, 6, 7]
+    assert choose_seeds([9, 2], None, 2) == [9, 2]
+    one, again = (choose_seeds(None, torch.Generator().manual_seed(1), 3) for _ in range(2))
+    assert one == again and len(set(one)) == 3
+    each = choose_seeds(None, [torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)], 2)
+    assert each == [one[0], one[0]]
+    assert choose_seeds(None, None, 4) != choose_seeds(None, None, 4)
+    with pytest.raises(RecipeError, match="2 seeds for 3 pictures"):
+        choose_seeds([1, 2], None, 3)
+
+
+def test_from_pretrained_and_a_bf16_model(tiny_model_dir: Path) -> None:
+    pipe = LibreFluxPipeline.from_pretrained(tiny_model_dir, dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.transformer.dtype == torch.bfloat16 and pipe.facts.steps == 4
+    x: list[Tensor] = []
+    pixels = pipe(SHORT, seeds=1, output_type="pt", callback_on_step=lambda step: x.append(step.x)).images
+    assert {t.dtype for t in x} == {torch.float32} and pixels.dtype == torch.float32  # accumulated in fp32
+    assert pixels.shape == (1, 3, 32, 32) and 0 <= pixels.min() < pixels.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"height": 40}, "height: cannot be 40; mend: use a multiple of 16"),
+        ({"width": 0}, "width: cannot be 0"),
+        ({"num_inference_steps": 0}, "num_inference_steps: cannot be 0"),
+        ({"guidance_scale": -1.0}, "guidance_scale: cannot be -1.0"),
+        ({"guidance_scale": float("nan")}, "guidance_scale: cannot be nan"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt: cannot be 0"),
+        ({"no_cfg_until": -1}, "no_cfg_until: cannot be -1"),
+        ({"output_type": "np"}, "output_type: cannot be 'np'"),
+        ({"seeds": [1, 2]}, "2 seeds for 1 pictures"),
+        ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
+        ({"prompt": None}, "no prompt"),
+        ({"prompt": []}, "no prompt"),
+        ({"prompt_conditioning": TextConditioning([torch.zeros(1, 24)], torch.zeros(1, 16))}, "both prompt and its"),
+    ],
+)
+def test_wrong_values_are_named(pipe: LibreFluxPipeline, values: dict, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        pipe(**({"prompt": SHORT} | values))
+
+
+def test_embedded_guidance_without_embedding_is_refused(pipe: LibreFluxPipeline) -> None:
+    with pytest.raises(ModelError, match="no guidance embedding"):
+        pipe(SHORT, embedded_guidance=3.5)
