@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from libreflux.errors import RecipeError
+from libreflux.errors import LibrefluxError, RecipeError
 
 if TYPE_CHECKING:
     from libreflux.recipe import Recipe
@@ -30,16 +33,18 @@ def train(
 
     resolved = load_recipe(recipe, overrides or [])
     _check_law(resolved)
+    layers = layer_table(resolved)
     if dry_run:
         typer.echo(resolved.to_yaml())
-        typer.echo(layer_table(resolved))
+        typer.echo(layers)
         return
+    typer.echo(layers, err=True)
 
     from libreflux.cli.training import ShowTraining
     from libreflux.train.interrupt import Interrupted
     from libreflux.train.loop import fit
 
-    with ShowTraining(resolved) as shown:
+    with _no_empty_run(Path(resolved.out)), ShowTraining(resolved) as shown:
         try:
             adapter = fit(resolved, shown)
         except Interrupted as stopped:
@@ -49,6 +54,23 @@ def train(
             code, message = 0, f"adapter: {adapter}"
     typer.echo(message, err=code != 0)
     sys.exit(code)
+
+
+@contextmanager
+def _no_empty_run(run: Path) -> Iterator[None]:
+    """A run that is refused before its first result leaves no folder behind, if there was none before."""
+    existed = run.exists()
+    try:
+        yield
+    except LibrefluxError:
+        from libreflux import files
+        from libreflux.train.checkpoint import RECIPE
+
+        if not existed and run.is_dir():
+            with files.lock(run):
+                if {path.name for path in run.iterdir()} <= {files.LOCK, RECIPE}:
+                    shutil.rmtree(run)
+        raise
 
 
 def _check_law(recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""What a training run shows of itself: progress, the layer table, sample pictures. Training knows none of it."""
+"""What a training run shows of itself: progress and sample pictures. Training knows none of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import typer
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from PIL import Image
 
-from libreflux.adapter.targets import table
 from libreflux.cli.progress import Report, progress
 from libreflux.data.cache import Cache
 from libreflux.model.facts import Facts
@@ -56,7 +55,6 @@ class ShowTraining(Callbacks):
         self._bars.close()
         self._doing = ""
         self._facts = dataclasses.replace(started.facts, text_padding=self.recipe.text_padding)
-        typer.echo(table(started.resolved), err=True)
         begun = f"resumes after step {started.step}" if started.step else "begins"
         line = f"{begun}: {started.steps} steps, {started.pictures} pictures an epoch, run folder {started.run}"
         typer.echo(line, err=True)

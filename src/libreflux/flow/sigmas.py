@@ -2,7 +2,7 @@
 
 A law is its inverse CDF. One optimizer step uses count = world x batch x accumulate sigmas: the unit interval is cut
 into that many strata, each gives exactly one draw, and a permutation shared by all ranks deals them to slots, so that
-no rank and no picture is tied to one noise band (dealt in order over 7 ranks, rank 0 averages sigma 0.155, rank 6 0.845).
+no rank and no picture is tied to one noise band (dealt in order over 7 ranks, rank 0 averages sigma 0.155, 6 0.845).
 """
 
 from __future__ import annotations

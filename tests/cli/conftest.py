@@ -1,0 +1,76 @@
+"""One way to run the command line, in this process, and one small trained run for all tests of its verbs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from libreflux.cli import main
+from libreflux.emoji import compose
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+def run(*args: object) -> Result:
+    """`libreflux ARGS`: exit code, stdout and stderr. An exception that would print a traceback is raised."""
+    out, err = io.StringIO(), io.StringIO()
+    argv = ["libreflux", *map(str, args)]
+    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            return Result(int(end.code or 0), out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session", name="run")
+def run_fixture() -> Callable[..., Result]:
+    return run
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five composed pictures with captions."""
+    return compose.write_folder(tmp_path_factory.mktemp("data") / "pictures", 5, 1)
+
+
+RECIPE = """\
+model: {model}
+base: fp32
+data: [{{path: {pictures}}}]
+resolution: 32
+adapter: {{targets: [{{layers: "transformer_blocks.*.attn.**", factor: 4}}]}}
+batch: 2
+steps: 3
+optimizer: {{learning_rate: 1e-2}}
+samples: {{every: 3, prompts: ["a red apple"], guidance: [1, 3]}}
+save: {{every: 2}}
+out: {out}
+"""
+
+
+@pytest.fixture(scope="session")
+def recipe(tiny_model_dir: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    path = folder / "r.yaml"
+    path.write_text(RECIPE.format(model=tiny_model_dir, pictures=pictures, out=folder / "run"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(recipe: Path) -> Path:
+    """The adapter that `libreflux train` made."""
+    result = run("train", recipe)
+    assert result.code == 0, result.err
+    return recipe.parent / "run" / "adapter.safetensors"

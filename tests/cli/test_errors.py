@@ -1,0 +1,119 @@
+"""A user's mistake: one line with the mend on stderr, exit code 2, and nothing written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from libreflux.cli import generate as generate_verb
+
+
+def refused(result, *parts: str) -> None:
+    lines = result.err.strip().splitlines()
+    assert result.code == 2
+    assert len(lines) == 1, result.err
+    assert lines[0].startswith("libreflux: error: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An empty working folder that must be as it was afterwards."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.txt").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+    yield tmp_path
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["generate"], ["Missing argument", "libreflux generate --help"]),
+        (["genrate", "x"], ["No such command", "genrate"]),
+        (["generate", "x", "--stepz", "3"], ["--stepz"]),
+        (["generate", "x", "--steps", "0"], ["--steps"]),
+        (["generate", "x", "--model", "no/such/model/here"], ["no such model", "mend"]),
+        (["generate", "x", "--model", "emoji-bas"], ["did you mean emoji-base?"]),
+        (["generate", "x", "--model", "MODEL", "--adapter", "no.safetensors"], ["no such adapter file", "mend"]),
+        (["generate", "x", "--model", "MODEL", "--adapter", "a.safetensors:much"], ["'much' is no weight"]),
+        (["generate", "x", "--model", "MODEL", "--adapter", "file.txt"], ["file.txt", "safetensors"]),
+        (["generate", "x", "--width", "100"], ["--width", "use 96"]),
+        (["generate", "x", "--out", "a.jpg"], ["a.jpg", "mend"]),
+        (["generate", "x", "y", "--out", "a.png"], ["2 pictures do not fit one file"]),
+        (["merge", "MODEL", "no.safetensors", "--out", "m"], ["no such adapter file"]),
+        (["merge", "MODEL", "no.safetensors", "--out", "full"], ["already exists", "full"]),
+        (["merge", "MODEL", "--out", "m"], ["Missing argument"]),
+        (["demo-data", "full"], ["already exists"]),
+        (["demo-data", "d", "--count", "0"], ["--count"]),
+        (["prepare", "nowhere", "--out", "c", "--model", "MODEL"], ["nowhere", "no such folder"]),
+        (["prepare", "PICTURES", "--out", "c", "--model", "MODEL", "--resolution", "100"], ["100", "16"]),
+        (["prepare", "PICTURES", "--out", "c", "--model", "MODEL", "--text-padding", "keep"], ["not supported yet"]),
+        (["train", "no.yaml"], ["no.yaml", "no such recipe"]),
+        (["train", "RECIPE", "out=o", "optimizer.learning_rat=1e-4"], ["unknown key", "learning_rate"]),
+        (["train", "RECIPE", "out=o", "sigmas.alpha=1000"], ["sigmas", "alpha is 1000"]),
+        (["train", "RECIPE", "out=o", "model=no/such/model/here"], ["no such model"]),
+        (["train", "RECIPE", "out=o", "adapter.targets.0.layers=transformer_block.**"], ["matches no linear layer"]),
+        (["train", "RECIPE", "out=o", "data.0.path=nowhere"], ["nowhere", "no such folder"]),
+        (["train", "RECIPE", "out=o", "base=int8"], ["base", "not supported yet"]),
+    ],
+    ids=lambda value: " ".join(value[:2])[:40] + str(len(value)) if isinstance(value, list) else None,
+)
+def test_refusals(
+    run: Callable, place: Path, tiny_model_dir: Path, pictures: Path, recipe: Path, args: list[str], parts: list[str]
+) -> None:
+    names = {"MODEL": str(tiny_model_dir), "PICTURES": str(pictures), "RECIPE": str(recipe)}
+    result = run(*(names.get(arg, arg) for arg in args))
+    if args[0] == "train" and "data.0.path=nowhere" in args:  # the layer table comes first
+        result = type(result)(result.code, result.out, result.err.splitlines()[-1])
+    refused(result, *parts)
+
+
+@pytest.mark.parametrize("fault", ["caption", "picture"])
+def test_broken_data_is_named_and_nothing_is_left(
+    run: Callable, place: Path, recipe: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory, fault: str
+) -> None:
+    data = tmp_path_factory.mktemp("broken") / "data"
+    shutil.copytree(pictures, data)
+    (data / "metadata.jsonl").unlink()
+    victim = sorted(data.glob("*.png"))[2]
+    if fault == "caption":
+        victim.with_suffix(".txt").unlink()
+    else:
+        victim.write_bytes(victim.read_bytes()[:200])
+    result = run("train", recipe, "out=o", f"data.0.path={data}")
+    last = result.err.splitlines()[-1]
+    assert result.code == 2
+    assert last.startswith("libreflux: error: ") and victim.name in last and "mend" in last
+
+
+def test_a_bug_keeps_its_traceback(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(generate_verb, "_targets", broken)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        run("generate", "x")
+
+
+def test_the_process_exits_with_2_and_prints_no_traceback(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "libreflux", "generate", "x", "--out", "x.gif"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("libreflux: error: x.gif: ") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import libreflux
+from libreflux.sample.metadata import read_origin
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"), dtype=np.int16)
+
+
+def test_version_and_help(run: Callable) -> None:
+    assert run("--version").out.strip() == f"libreflux {libreflux.__version__}"
+    for verb in ("generate", "prepare", "train", "merge", "demo-data"):
+        assert verb in run().out
+        assert "Usage" in run(verb, "--help").out
+
+
+def test_the_same_command_draws_the_same_bytes_and_the_png_says_how(
+    run: Callable, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    args = ["generate", "a red apple on blue", "--model", tiny_model_dir, "--seed", 1, "--negative", "fox", "--out"]
+    for name in ("a.png", "b.png"):
+        assert run(*args, tmp_path / name).code == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert run(*args[:4], "--seed", 2, "--out", tmp_path / "c.png").code == 0
+    assert (pixels(tmp_path / "a.png") != pixels(tmp_path / "c.png")).any()
+    origin = read_origin(tmp_path / "a.png")
+    assert (origin.prompt, origin.negative, origin.seed) == ("a red apple on blue", "fox", 1)
+    assert (origin.steps, origin.guidance) == (4, 3.0)  # the model's facts
+    assert (origin.width, origin.height) == Image.open(tmp_path / "a.png").size
+    assert len(origin.hashes["transformer"]) == 64
+
+
+def test_a_picture_depends_on_its_prompt_and_seed_alone(run: Callable, tiny_model_dir: Path, tmp_path: Path) -> None:
+    common = ["--model", tiny_model_dir, "--steps", 2, "--width", 48, "--height", 32]
+    many = run("generate", "a fox", "a red apple", "--count", 2, "--seed", 5, *common, "--out", tmp_path / "many")
+    assert many.code == 0
+    assert sorted(path.name for path in (tmp_path / "many").iterdir()) == [
+        "001-a-fox-seed5.png",
+        "001-a-fox-seed6.png",
+        "002-a-red-apple-seed5.png",
+        "002-a-red-apple-seed6.png",
+    ]
+    assert many.out.splitlines() == [str(path) for path in sorted((tmp_path / "many").iterdir())]
+    assert run("generate", "a red apple", "--seed", 6, *common, "--out", tmp_path / "one.png").code == 0
+    last = tmp_path / "many" / "002-a-red-apple-seed6.png"
+    assert (tmp_path / "one.png").read_bytes() == last.read_bytes()
+    assert Image.open(last).size == (48, 32)
+
+
+def test_dry_run_prints_recipe_and_layers_and_writes_nothing(run: Callable, recipe: Path, tmp_path: Path) -> None:
+    result = run("train", recipe, "--dry-run", f"out={tmp_path / 'o'}", "optimizer.learning_rate=3e-4")
+    assert result.code == 0
+    text, _, table = result.out.partition("\nlayer ")
+    resolved = yaml.safe_load(text)
+    assert resolved["optimizer"]["learning_rate"] == 3e-4 and resolved["steps"] == 3
+    assert "transformer_blocks.0.attn.to_q" in table and "total" in table and "norm1" not in table
+    assert not (tmp_path / "o").exists()
+
+
+def test_train_writes_adapter_and_samples_and_then_has_nothing_to_do(
+    run: Callable, recipe: Path, trained: Path
+) -> None:
+    run_folder = trained.parent
+    sample = Image.open(run_folder / "samples" / "step-00000003.png")
+    assert sample.width > 2 * 32  # two guidance scales beside each other
+    before = trained.read_bytes()
+    again = run("train", recipe)
+    assert again.code == 0 and str(trained) in again.out
+    assert trained.read_bytes() == before
+
+
+def test_an_interrupted_run_exits_as_signalled_and_resumes_to_the_same_bytes(
+    run: Callable, recipe: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from libreflux.cli.training import ShowTraining
+
+    told = ShowTraining.on_step
+
+    def interrupt(self: ShowTraining, info: object) -> None:
+        told(self, info)  # type: ignore[arg-type]
+        if info.step == 1:  # type: ignore[attr-defined]
+            signal.raise_signal(signal.SIGINT)
+
+    args = ["train", recipe, f"out={tmp_path / 'o'}", f"cache={trained.parent / 'cache'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(ShowTraining, "on_step", interrupt)
+        stopped = run(*args)
+    assert stopped.code == 130 and "resumes" in stopped.err
+    assert run(*args).code == 0
+    assert (tmp_path / "o" / "adapter.safetensors").read_bytes() == trained.read_bytes()
+
+
+def test_merging_equals_attaching(run: Callable, tiny_model_dir: Path, trained: Path, tmp_path: Path) -> None:
+    merged = run("merge", tiny_model_dir, f"{trained}:0.5", "--out", tmp_path / "merged")
+    assert merged.code == 0, merged.err
+    facts = json.loads((tmp_path / "merged" / "libreflux.json").read_text())
+    (row,) = facts["lineage"]["adapters"]
+    assert row["weight"] == 0.5 and row["step"] == "3" and len(row["sha256"]) == 64
+    draw = ["generate", "a fox", "--seed", 3, "--guidance", 2, "--steps", 3]
+    attached = ["--model", tiny_model_dir, "--adapter", f"{trained}:0.5", "--out", tmp_path / "attached.png"]
+    assert run(*draw, *attached).code == 0
+    assert run(*draw, "--model", tmp_path / "merged", "--out", tmp_path / "merged.png").code == 0
+    assert run(*draw, "--model", tiny_model_dir, "--out", tmp_path / "base.png").code == 0
+    apart = np.abs(pixels(tmp_path / "attached.png") - pixels(tmp_path / "merged.png"))
+    moved = np.abs(pixels(tmp_path / "attached.png") - pixels(tmp_path / "base.png"))
+    assert apart.max() <= 1
+    assert moved.max() > 1
+    again = run("merge", tiny_model_dir, trained, "--out", tmp_path / "merged")
+    assert again.code == 2 and "already exists" in again.err
+
+
+def test_an_adapter_brings_its_text_padding(run: Callable, tiny_model_dir: Path, trained: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    keep = tmp_path / "keep"
+    shutil.copytree(tiny_model_dir, keep)
+    facts = json.loads((keep / "libreflux.json").read_text()) | {"text_padding": "keep"}
+    (keep / "libreflux.json").write_text(json.dumps(facts))
+    assert run("generate", "a fox", "--model", keep, "--out", tmp_path / "x.png").code == 2
+    assert run("generate", "a fox", "--model", keep, "--adapter", trained, "--out", tmp_path / "x.png").code == 0
+    with safe_open(trained, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        other = tmp_path / "trim.safetensors"
+        save_file(tensors, other, {**file.metadata(), "text_padding": "trim"})
+    clash = run("merge", keep, trained, other, "--out", tmp_path / "m")
+    assert clash.code == 2 and "text padding" in clash.err and not (tmp_path / "m").exists()
+
+
+def test_prepare_again_finds_nothing_to_do(run: Callable, tiny_model_dir: Path, pictures: Path, tmp_path: Path) -> None:
+    args = ["prepare", pictures, "--out", tmp_path / "cache", "--model", tiny_model_dir, "--resolution", 32]
+    first = run(*args)
+    assert first.code == 0 and "5 pictures prepared" in first.out
+    shards = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.safetensors")}
+    assert shards and run(*args).code == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.safetensors")} == shards
+    other = run(*args[:-1], 48)
+    assert other.code == 2 and "resolution" in other.err
+
+
+def test_demo_data_is_an_ordinary_folder_and_a_function_of_its_seed(run: Callable, tmp_path: Path) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert run("demo-data", tmp_path / name, "--count", 3, "--seed", seed).code == 0
+    contents = {name: sorted(path.read_bytes() for path in (tmp_path / name).iterdir()) for name in ("a", "b", "c")}
+    assert contents["a"] == contents["b"] != contents["c"]
+    assert len(list((tmp_path / "a").glob("*.png"))) == len(list((tmp_path / "a").glob("*.txt"))) == 3
