@@ -23,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from libreflux.errors import LibrefluxError
 from libreflux.recipe import Recipe
 from libreflux.train.callbacks import Callbacks, Started, StepInfo
@@ -118,6 +120,7 @@ def one(recipe: dict[str, Any], moment: dict[str, Any], rival: bool) -> dict[str
 
 
 def main(path: Path) -> None:
+    Image.init()  # loads the plug-ins of Pillow here, once, instead of in every child
     runs = json.loads(path.read_text(encoding="utf-8"))
     print(json.dumps([one(run["recipe"], dict(run["moment"] or {}), run.get("rival", False)) for run in runs]))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -117,52 +116,63 @@ def _recipe(**changes: object) -> Recipe:
     return Recipe.model_validate({**base, **changes})
 
 
+def _begun(run: Path, **changes: object) -> None:
+    checkpoint.claim(run, _recipe(**changes))
+    _write(run, 1)
+
+
 def test_the_same_recipe_resumes(tmp_path: Path) -> None:
-    checkpoint.claim(tmp_path, _recipe())
-    checkpoint.claim(tmp_path, _recipe())
+    _begun(tmp_path)
+    checkpoint.check_recipe(tmp_path, _recipe())
 
 
 def test_a_changed_recipe_is_refused_by_key_with_both_values(tmp_path: Path) -> None:
-    checkpoint.claim(tmp_path, _recipe(optimizer={"learning_rate": 1e-4}))
-    before = (tmp_path / checkpoint.RECIPE).read_bytes()
+    _begun(tmp_path, optimizer={"learning_rate": 1e-4})
     with pytest.raises(RunError) as refusal:
-        checkpoint.claim(tmp_path, _recipe(optimizer={"learning_rate": 2e-4}, data=[{"path": "scans"}]))
+        checkpoint.check_recipe(tmp_path, _recipe(optimizer={"learning_rate": 2e-4}, data=[{"path": "scans"}]))
     line = str(refusal.value)
     assert "optimizer.learning_rate (0.0001 -> 0.0002)" in line
     assert "data.0.path ('photos' -> 'scans')" in line
     assert "betas" not in line and "mend:" in line
-    assert (tmp_path / checkpoint.RECIPE).read_bytes() == before
 
 
 def test_a_source_that_is_added_is_a_change(tmp_path: Path) -> None:
-    checkpoint.claim(tmp_path, _recipe())
+    _begun(tmp_path)
     with pytest.raises(RunError, match=r"data\.1\.path \(absent -> 'scans'\)"):
-        checkpoint.claim(tmp_path, _recipe(data=[{"path": "photos"}, {"path": "scans"}]))
+        checkpoint.check_recipe(tmp_path, _recipe(data=[{"path": "photos"}, {"path": "scans"}]))
 
 
 def test_what_trains_no_number_may_change(tmp_path: Path) -> None:
-    checkpoint.claim(tmp_path, _recipe())
-    checkpoint.claim(tmp_path, _recipe(save={"every": 2}, out="elsewhere", steps=20))
-    assert json.loads((tmp_path / checkpoint.RECIPE).read_text())["steps"] == 20
+    _begun(tmp_path)
+    checkpoint.check_recipe(tmp_path, _recipe(save={"every": 2}, out="elsewhere", steps=20))
 
 
 def test_steps_may_not_change_under_a_schedule_that_reads_them(tmp_path: Path) -> None:
     cosine = {"schedule": "cosine"}
-    checkpoint.claim(tmp_path, _recipe(optimizer=cosine))
+    _begun(tmp_path, optimizer=cosine)
     with pytest.raises(RunError, match=r"steps \(10 -> 20\)"):
-        checkpoint.claim(tmp_path, _recipe(optimizer=cosine, steps=20))
+        checkpoint.check_recipe(tmp_path, _recipe(optimizer=cosine, steps=20))
+
+
+def test_a_run_that_saved_nothing_may_change_its_mind(tmp_path: Path) -> None:
+    checkpoint.claim(tmp_path, _recipe(batch=1))
+    checkpoint.check_recipe(tmp_path, _recipe(batch=2))
+    (tmp_path / checkpoint.ADAPTER).write_bytes(b"a result whose checkpoints were deleted")
+    with pytest.raises(RunError, match=r"batch \(1 -> 2\)"):
+        checkpoint.check_recipe(tmp_path, _recipe(batch=2))
 
 
 def test_a_torn_recipe_file_is_refused(tmp_path: Path) -> None:
+    _begun(tmp_path)
     (tmp_path / checkpoint.RECIPE).write_text('{"schema": 1, "mod')
     with pytest.raises(RunError, match="cannot be read as a recipe"):
-        checkpoint.claim(tmp_path, _recipe())
+        checkpoint.check_recipe(tmp_path, _recipe())
 
 
 def test_checkpoints_without_a_recipe_are_refused(tmp_path: Path) -> None:
     _write(tmp_path, 1)
     with pytest.raises(RunError, match=r"no recipe\.json"):
-        checkpoint.claim(tmp_path, _recipe())
+        checkpoint.check_recipe(tmp_path, _recipe())
 
 
 def test_metrics_after_the_checkpoint_and_a_torn_line_are_dropped(tmp_path: Path) -> None:

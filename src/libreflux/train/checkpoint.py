@@ -147,8 +147,8 @@ def latest(run: Path) -> Checkpoint | None:
 def recover(run: Path) -> Checkpoint | None:
     """`latest`, after sweeping away what a killed process left: unfinished files, stages and deletions.
 
-    Damaged checkpoints above the latest are renamed `damaged-…`, so that the resumed run can write its own. Call it with
-    the run locked.
+    Damaged checkpoints above the latest are renamed `damaged-…`, so that the resumed run can write its own. Call it
+    with the run locked.
     """
     folder = run / FOLDER
     for name in (ADAPTER, RECIPE, METRICS):
@@ -189,8 +189,8 @@ def prune(run: Path, keep: int, keep_every: int | None) -> list[int]:
 # ---- the recipe of a run ------------------------------------------------------------------------------------------
 
 
-def claim(run: Path, recipe: Recipe) -> None:
-    """Writes RUN/recipe.json for a new run, or checks that this recipe continues the one that is there.
+def check_recipe(run: Path, recipe: Recipe) -> None:
+    """Checks that this recipe continues the run that is there, if one has saved anything yet.
 
     Args:
         run: the run folder, locked.
@@ -200,17 +200,22 @@ def claim(run: Path, recipe: Recipe) -> None:
         RunError: a decisive key has changed; the line names it with its old and new value.
     """
     path = run / RECIPE
-    if path.exists():
-        before, after = _read_recipe(path).decisive(), recipe.decisive()
-        keys = differences(before, after)
-        if keys:
-            told = ", ".join(f"{key} ({_at(before, key)} -> {_at(after, key)})" for key in keys)
-            mend = "restore these keys to resume, or choose another `out`"
-            raise RunError(f"the recipe has changed since this run began: {told}", where=run, mend=mend)
-    elif listed(run):
+    if not listed(run) and not (run / ADAPTER).exists():
+        return
+    if not path.exists():
         mend = "choose another `out`, or put the file back"
         raise RunError(f"there are checkpoints but no {RECIPE}", where=run, mend=mend)
-    files.atomic_write_json(path, recipe.resolved())
+    before, after = _read_recipe(path).decisive(), recipe.decisive()
+    keys = differences(before, after)
+    if keys:
+        told = ", ".join(f"{key} ({_at(before, key)} -> {_at(after, key)})" for key in keys)
+        mend = "restore these keys to resume, or choose another `out`"
+        raise RunError(f"the recipe has changed since this run began: {told}", where=run, mend=mend)
+
+
+def claim(run: Path, recipe: Recipe) -> None:
+    """Writes RUN/recipe.json, once the recipe has passed `check_recipe` and everything it names was found."""
+    files.atomic_write_json(run / RECIPE, recipe.resolved())
 
 
 def _read_recipe(path: Path) -> Recipe:

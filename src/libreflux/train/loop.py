@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file
 
 from libreflux import __version__, files
 from libreflux.adapter.files import attach, load_adapter, save_adapter
 from libreflux.adapter.layers import linear_shapes
-from libreflux.adapter.targets import Target, resolve
+from libreflux.adapter.targets import Resolved, Target, resolve
 from libreflux.data.batches import Batches
 from libreflux.data.prepare import prepare_recipe
 from libreflux.errors import ModelError, RunError
@@ -58,38 +61,50 @@ def fit(recipe: Recipe, callbacks: Callbacks | None = None) -> Path:
         mend = "start it without torchrun; raise `accumulate` for a larger batch"
         raise RunError("training on several processes is not supported yet", where="WORLD_SIZE", mend=mend)
     with files.lock(run):
-        checkpoint.claim(run, recipe)
+        checkpoint.check_recipe(run, recipe)
         newest = checkpoint.recover(run)
         if newest is not None and newest.step > recipe.steps:
             mend = f"set steps to at least {newest.step}, or choose another `out`"
             raise RunError(f"step {newest.step} is done already, beyond steps: {recipe.steps}", where=run, mend=mend)
         if newest is None or newest.step < recipe.steps:
-            if recipe.threads is not None:
-                torch.set_num_threads(recipe.threads)
-            newest = _train(_open(recipe, run, newest, callbacks), callbacks)
+            with _threads(recipe.threads):
+                newest = _train(_open(recipe, run, newest, callbacks), callbacks)
         return checkpoint.publish(run, newest)
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """torch's CPU threads for a while; None leaves them."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _train(training: Training, callbacks: Callbacks) -> Checkpoint:
     """Steps from where `training` stands to the recipe's last; returns the checkpoint of that."""
     recipe, first = training.recipe, training.step
+    checkpoint.claim(training.run, recipe)
     callbacks.on_start(training.started())
     saved: Checkpoint | None = None
     with StopRequest() as stop, checkpoint.Metrics(training.run, first) as metrics:
         if _sample_due(recipe, first):
             callbacks.on_sample(first, training.transformer)
-        while training.step < recipe.steps:
-            if stop.signum is None:
-                info = training.take_step()
-                metrics.write(_metrics_line(info))
-                callbacks.on_step(info)
-            last = training.step == recipe.steps
-            if last or stop.signum is not None or training.step % recipe.save.every == 0:
+        while training.step < recipe.steps and stop.signum is None:
+            info = training.take_step()
+            metrics.write(_metrics_line(info))
+            callbacks.on_step(info)
+            if training.step % recipe.save.every == 0 or training.step == recipe.steps:
                 saved = _save(training, callbacks)
-            if stop.signum is not None:
-                raise Interrupted(stop.signum, training.step, training.run)
-            if _sample_due(recipe, training.step):
+            if _sample_due(recipe, training.step) and stop.signum is None:
                 callbacks.on_sample(training.step, training.transformer)
+        if training.step > (saved.step if saved else first):
+            saved = _save(training, callbacks)
+        if stop.signum is not None and training.step < recipe.steps:
+            raise Interrupted(stop.signum, training.step, training.run)
     assert saved is not None
     return saved
 
@@ -111,15 +126,29 @@ def _metrics_line(info: StepInfo) -> dict[str, Any]:
     }
 
 
+def resolve_layers(recipe: Recipe) -> list[Resolved]:
+    """The layers that a recipe adapts, from the model's configuration alone: no weight is loaded.
+
+    Raises:
+        ModelError: no such model.
+        AdapterError: a pattern that matches nothing; see `adapter.targets.resolve`.
+    """
+    path = open_model(recipe.model, parts=()).path
+    assert path is not None
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(path / "transformer"))
+    targets = [Target(layers=target.layers, factor=target.factor) for target in recipe.adapter.targets]
+    return resolve(linear_shapes(transformer), targets)
+
+
 def _open(recipe: Recipe, run: Path, newest: Checkpoint | None, callbacks: Callbacks) -> Training:
     """Base, adapter, data and optimizer, as they were after `newest`, or as they are at the start."""
+    resolved = resolve_layers(recipe)  # first: a misspelt pattern should not cost an hour of preparing
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batches = prepare_recipe(recipe, device=device, progress=callbacks.on_prepare)
     model = open_model(recipe.model, parts=("transformer",), dtype=BASE_DTYPES[recipe.base], device=device)
     if model.transformer is None or model.path is None:
         raise ModelError("has no transformer on disk", where=recipe.model, mend="use a complete model")
-    targets = [Target(layers=target.layers, factor=target.factor) for target in recipe.adapter.targets]
-    resolved = resolve(linear_shapes(model.transformer), targets)
     adapter = attach(
         model.transformer,
         resolved,
