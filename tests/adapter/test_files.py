@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from libreflux.adapter.files import Adapter, AdapterFile, attach, attach_file, load_adapter, save_adapter
-from libreflux.adapter.layers import AdaptedLinear, LoKr, linear_shapes, linears
+from libreflux.adapter.layers import AdaptedLinear, LoKr, dense_weight, linear_shapes, linears
 from libreflux.adapter.merge import merge, merge_many
 from libreflux.adapter.targets import Target, resolve
 from libreflux.errors import AdapterError
@@ -214,7 +214,8 @@ def test_our_files_give_equal_outputs_there(model: FluxTransformer2DModel, tmp_p
 def test_lora_files(model: FluxTransformer2DModel, tmp_path: Path) -> None:
     path, name = tmp_path / "lora.safetensors", "single_transformer_blocks.0.proj_mlp"
     linear = linears(model)[name]
-    down, up = torch.randn(2, linear.in_features), torch.randn(linear.out_features, 2)  # type: ignore[arg-type]
+    assert isinstance(linear, nn.Linear)
+    down, up = torch.randn(2, linear.in_features), torch.randn(linear.out_features, 2)
     key = "lycoris_" + name.replace(".", "_")
     save_file({f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(1.0)}, path)
     weight = linear.weight.detach().clone()
@@ -230,7 +231,7 @@ def test_merge_is_fp32_and_rounds_once(model: FluxTransformer2DModel) -> None:
     adapter = attached(model)
     adapter.detach()
     model.to(torch.bfloat16)
-    before = {name: linear.weight.detach().clone() for name, linear in linears(model).items()}  # type: ignore[operator]
+    before = {name: dense_weight(linear, name).clone() for name, linear in linears(model).items()}
     biases = {key: tensor.clone() for key, tensor in model.state_dict().items() if not key.endswith("weight")}
     tensors = adapter.state_dict()
     changed = merge_many(model, [(tensors, 0.3), (adapter, 0.004)])
@@ -239,9 +240,10 @@ def test_merge_is_fp32_and_rounds_once(model: FluxTransformer2DModel) -> None:
         expected = before[name].float()
         if name in adapter.layers:
             delta = adapter.layers[name].delta
+            assert isinstance(delta, LoKr)
             product = torch.kron(delta.lokr_w1, delta.lokr_w2).detach()
             expected = expected + 0.3 * product + 0.004 * product
-        assert linear.weight.equal(expected.bfloat16()), name  # type: ignore[operator]
+        assert dense_weight(linear, name).equal(expected.bfloat16()), name
     for key, tensor in biases.items():
         assert model.state_dict()[key].equal(tensor)
 

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from libreflux.adapter.init import init_lokr
-from libreflux.adapter.layers import AdaptedLinear, LoKr, delta_weight
+from libreflux.adapter.layers import AdaptedLinear, LoKr, delta_weight, dense_weight
 from libreflux.errors import AdapterError
 
 
-def layer(in_features: int = 256, out_features: int = 192, factor: int = 4, dtype: torch.dtype = torch.float32):
+def layer(
+    in_features: int = 256, out_features: int = 192, factor: int = 4, dtype: torch.dtype = torch.float32
+) -> AdaptedLinear:
     torch.manual_seed(0)
     base = nn.Linear(in_features, out_features)
     with torch.no_grad():
@@ -21,13 +23,18 @@ def layer(in_features: int = 256, out_features: int = 192, factor: int = 4, dtyp
     return AdaptedLinear(base, LoKr(in_features, out_features, factor, dtype=dtype))
 
 
+def w2_of(adapted: AdaptedLinear) -> torch.Tensor:
+    assert isinstance(adapted.delta, LoKr)
+    return adapted.delta.lokr_w2.detach()
+
+
 @pytest.mark.parametrize("size", [(256, 192, 4), (30, 42, 4), (16, 16, 1), (13, 7, 4)])
 @pytest.mark.parametrize("scale", [1e-3, 0.1])
 def test_perturbed_has_the_moments_of_w(size: tuple[int, int, int], scale: float) -> None:
     adapted = layer(*size)
     init_lokr(adapted, "perturbed", 0, "x", scale)
-    w, w2 = adapted.base.weight.detach(), adapted.delta.lokr_w2.detach()
-    assert adapted.delta.lokr_w1.eq(1).all()
+    w, w2 = dense_weight(adapted.base, "x"), w2_of(adapted)
+    assert isinstance(adapted.delta, LoKr) and bool(adapted.delta.lokr_w1.eq(1).all())
     assert w2.double().mean().item() == pytest.approx(scale * w.double().mean().item(), rel=1e-4)
     assert w2.double().std(correction=0).item() == pytest.approx(scale * w.double().std(correction=0).item(), rel=1e-5)
     assert (delta_weight(adapted.delta).norm() / w.norm()).item() == pytest.approx(scale, rel=1e-5)
@@ -53,6 +60,7 @@ def test_kaiming_is_lycoris_start() -> None:
     """U(-1/sqrt(b), 1/sqrt(b)), which torch calls kaiming_uniform_(a=sqrt(5)): b = 64 with 64 x 64 numbers."""
     adapted = layer(64 * 64, 64 * 64, 64)
     init_lokr(adapted, "kaiming", 0, "x")
+    assert isinstance(adapted.delta, LoKr)
     w1 = adapted.delta.lokr_w1.detach()
     reference = nn.init.kaiming_uniform_(torch.empty(64, 64), a=math.sqrt(5))
     assert w1.abs().max() <= 1 / 8 and reference.abs().max() <= 1 / 8
@@ -62,12 +70,12 @@ def test_kaiming_is_lycoris_start() -> None:
 
 
 def test_keyed_by_seed_and_name() -> None:
-    results = []
+    results: list[torch.Tensor] = []
     for seed, name in ((0, "a"), (0, "a"), (1, "a"), (0, "b")):
         adapted = layer()
         torch.manual_seed(len(results))  # the global generator must not matter
         init_lokr(adapted, "perturbed", seed, name)
-        results.append(adapted.delta.lokr_w2.detach().clone())
+        results.append(w2_of(adapted).clone())
     assert results[0].equal(results[1])
     assert not results[0].equal(results[2])
     assert not results[0].equal(results[3])
@@ -77,7 +85,7 @@ def test_bf16_adapter_on_a_bf16_base() -> None:
     adapted = layer(dtype=torch.bfloat16)
     adapted.base.bfloat16()
     init_lokr(adapted, "perturbed", 0, "x")
-    ratio = delta_weight(adapted.delta).norm() / adapted.base.weight.float().norm()
+    ratio = delta_weight(adapted.delta).norm() / dense_weight(adapted.base, "x").float().norm()
     assert ratio.item() == pytest.approx(1e-3, rel=1e-3)
 
 

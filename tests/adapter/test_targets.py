@@ -37,8 +37,11 @@ def naive(parts: list[str], names: list[str]) -> bool:
     if not names:
         return False
     brace = re.fullmatch(r"\{(\d+)-(\d+)\}", parts[0])
-    fits = names[0].isdigit() and int(brace[1]) <= int(names[0]) <= int(brace[2]) if brace else None
-    return (fits if brace else parts[0] in ("*", names[0])) and naive(parts[1:], names[1:])
+    if brace:
+        fits = names[0].isdigit() and int(brace[1]) <= int(names[0]) <= int(brace[2])
+    else:
+        fits = parts[0] in ("*", names[0])
+    return fits and naive(parts[1:], names[1:])
 
 
 PARTS = st.sampled_from(["a", "bc", "*", "**", "{0-2}", "{8-11}", "1", "10"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from libreflux.train.optimizer import (
     stochastic_round_,
 )
 
+Kind = Literal["adamw", "adamw_bf16"]
 COPIES = 4096  # equal numbers with independent rounding: their mean is the expectation over seeds
 
 
@@ -49,7 +51,7 @@ def reference(start: Tensor, grads: Tensor, learning_rate: float, **options: flo
 
 def bf16_copies(start: Tensor, grads: Tensor, learning_rate: float, **options: float) -> AdamWBF16:
     parameter = nn.Parameter(start.to(torch.bfloat16).repeat(COPIES, 1))
-    adamw = AdamWBF16([("w", parameter)], 3, **options)
+    adamw = AdamWBF16([("w", parameter)], 3, **options)  # type: ignore[arg-type]
     for grad in grads:
         adamw.step(learning_rate, grad.repeat(COPIES))
     return adamw
@@ -159,7 +161,7 @@ def test_rounding_noise_is_uniform_and_keyed() -> None:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw_bf16"])
-def test_resume_is_bit_exact(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_is_bit_exact(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BUCKET", 100)  # several buckets
     spec = OptimizerSpec(kind=kind)
 
@@ -196,7 +198,7 @@ def test_resume_is_bit_exact(kind: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw_bf16"])
-def test_buckets_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buckets_change_nothing(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bucketed arithmetic and its plain twin, one parameter at a time, agree to rounding of fp32."""
     spec, results = OptimizerSpec(kind=kind), []
     for size in (1, 1 << 22):
