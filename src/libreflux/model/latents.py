@@ -28,9 +28,12 @@ def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """The picture of latents [B, C, h, w]: [B, 3, 8h, 8w], about [-1, 1] and not clipped, in the VAE's dtype."""
+    """The picture of latents [B, C, h, w]: [B, 3, 8h, 8w], about [-1, 1] and not clipped, in the VAE's dtype.
+
+    The latents must be where the VAE computes, which under diffusers' offloading is not `vae.device`.
+    """
     shift, scale = _normalisation(vae)
-    return vae.decode((latents.to(vae.device) / scale + shift).to(vae.dtype)).sample
+    return vae.decode((latents / scale + shift).to(vae.dtype)).sample
 
 
 def stride(vae: AutoencoderKL) -> int:

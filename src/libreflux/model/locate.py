@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from libreflux.errors import ModelError
 from libreflux.model.facts import FACTS_FILE
@@ -69,28 +71,37 @@ def _suggestion(text: str) -> str:
 
 def _download(text: str) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     hub_id, _, revision = text.partition("@")
+    wanted: dict[str, Any] = {"repo_id": hub_id, "revision": revision or None, "allow_patterns": _WANTED}
+    with contextlib.suppress(Exception):  # nothing stored, or an older client's cache: then ask the hub
+        stored = Path(huggingface_hub.snapshot_download(**wanted, local_files_only=True))
+        if _complete(stored):
+            return stored
     try:
-        stored = Path(
-            huggingface_hub.snapshot_download(
-                hub_id, revision=revision or None, allow_patterns=_WANTED, local_files_only=True
-            )
-        )
-    except (LocalEntryNotFoundError, ValueError, OSError):
-        stored = None
-    if stored is not None and _complete(stored):
-        return stored
-    try:
-        return Path(huggingface_hub.snapshot_download(hub_id, revision=revision or None, allow_patterns=_WANTED))
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return Path(huggingface_hub.snapshot_download(**wanted))
+    except Exception as error:  # the client's own, its HTTP library's, the disk's: no common ancestor
         raise ModelError(
-            f"no folder of this name, and it cannot be had from the hub ({reason})",
+            f"no folder of this name, and it cannot be had from the hub ({_reason(error)})",
             where=text,
             mend="mend the path, or check the id, the network and whether the model needs a login",
-        ) from None
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    from huggingface_hub import errors
+
+    known = {
+        errors.GatedRepoError: "its owner asks for a login and consent",
+        errors.RepositoryNotFoundError: "no such model there, or a private one",
+        errors.RevisionNotFoundError: "no such revision there",
+        errors.LocalEntryNotFoundError: "not downloaded before, and the hub cannot be reached",
+    }
+    for kind, words in known.items():
+        if isinstance(error, kind):
+            return words
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _complete(folder: Path) -> bool:
