@@ -35,7 +35,7 @@ from libreflux.train.loop import fit
 class Teller(Callbacks):
     """Tells the parent when training starts, and stands still at the moment."""
 
-    def __init__(self, moment: dict[str, Any], tell: Callable[[bytes], None]) -> None:
+    def __init__(self, moment: dict[str, Any], tell: Callable[[bytes], object]) -> None:
         self.moment, self.tell, self.step, self.hooked = moment, tell, 0, False
 
     def stand(self) -> None:
@@ -68,7 +68,7 @@ class Teller(Callbacks):
 
 
 def child(recipe: dict[str, Any], moment: dict[str, Any], pipe: int) -> int:
-    teller = Teller(moment, lambda line: os.write(pipe, line) and None)
+    teller = Teller(moment, lambda line: os.write(pipe, line))
     if "event" in moment:
         sys.addaudithook(teller.watch)
     try:
