@@ -1,4 +1,4 @@
-"""Every refusal that a user can meet: what was wrong, where, and the mend, on one line; the command line exits with 2."""
+"""Every refusal that a user can meet: what was wrong, where, and the mend, on one line, with exit code 2."""
 
 from __future__ import annotations
 
