@@ -6,7 +6,6 @@ help, the documentation and the error lines reuse.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from libreflux import recipe_yaml
+from libreflux import recipe_faults, recipe_yaml
 from libreflux.errors import RecipeError
 
 
@@ -297,77 +296,7 @@ def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Reci
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, where) from None
-
-
-def _explain(error: ValidationError, where: str) -> RecipeError:
-    faults: dict[tuple[str | int, ...], Any] = {}
-    for one in error.errors():
-        faults.setdefault(_key_path(one["loc"]), one)
-    # A list with a wrong item is also told to be too short: only the innermost faults count.
-    inner = {
-        path: one for path, one in faults.items() if not any(path == other[: len(path)] != other for other in faults)
-    }
-    path, fault = min(inner.items(), key=lambda item: item[1]["type"] != "extra_forbidden")
-    key = ".".join(map(str, path))
-    mend = None
-    if fault["type"] == "extra_forbidden":
-        what, mend = "unknown key", _nearest(path)
-    elif fault["type"] == "missing":
-        what, mend = "this key is needed", _description(path)
-    else:
-        what = str(fault["msg"]).removeprefix("Value error, ")
-        if fault["type"] != "value_error" and not isinstance(fault["input"], dict):
-            what += f", not {fault['input']!r}"
-    if len(inner) > 1:
-        what += f" (and {len(inner) - 1} more)"
-    return RecipeError(what, where=f"{where}: {key}" if key else where, mend=mend)
-
-
-def _key_path(loc: Sequence[str | int]) -> tuple[str | int, ...]:
-    """Without the tags of a union (`dict[…]`, `list[…]`), which are no keys of the user's."""
-    return tuple(part for part in loc if isinstance(part, int) or part == loc[-1] or "[" not in part)
-
-
-def _nearest(path: Sequence[str | int]) -> str:
-    wrong = str(path[-1])
-    section = _section(path[:-1])
-    here = [field.alias or name for name, field in section.model_fields.items()]
-    if close := difflib.get_close_matches(wrong, here, 1, 0.6):
-        return f"did you mean {close[0]!r}?"
-    everywhere = {key.rsplit(".", 1)[-1]: key for key in _known_keys(Recipe)}
-    if close := difflib.get_close_matches(wrong, everywhere, 1, 0.75):
-        return f"did you mean {everywhere[close[0]]!r}?"
-    return f"the keys here are {', '.join(here)}"
-
-
-def _description(path: Sequence[str | int]) -> str | None:
-    field = _section(path[:-1]).model_fields.get(str(path[-1]))
-    return f"add it: {field.description}" if field else None
-
-
-_SECTIONS: dict[str, type[_Section]] = {
-    "data": DataSource,
-    "adapter": AdapterSpec,
-    "targets": TargetSpec,
-    "sigmas": SigmaSpec,
-    "optimizer": OptimizerSpec,
-    "samples": SampleSpec,
-    "save": SaveSpec,
-}
-
-
-def _section(path: Sequence[str | int]) -> type[_Section]:
-    names = [part for part in path if isinstance(part, str)]
-    return _SECTIONS.get(names[-1], Recipe) if names else Recipe
-
-
-def _known_keys(section: type[_Section], prefix: str = "") -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        spelling = field.alias or name
-        yield prefix + spelling
-        if spelling in _SECTIONS:
-            yield from _known_keys(_SECTIONS[spelling], f"{prefix}{spelling}.")
+        raise recipe_faults.explain(error, where, Recipe) from None
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

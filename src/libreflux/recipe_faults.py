@@ -1,0 +1,87 @@
+"""What pydantic says of a bad recipe, as one line that names the key and the mend."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from libreflux.errors import RecipeError
+
+Section = type[BaseModel]
+
+
+def explain(error: ValidationError, where: str, root: Section) -> RecipeError:
+    """The most telling fault, an unknown key before others, and how many more there are.
+
+    Args:
+        error: of validating a tree against ``root``.
+        where: the recipe's file.
+        root: whose keys are known.
+    """
+    faults: dict[tuple[str | int, ...], Any] = {}
+    for one in error.errors():
+        faults.setdefault(_key_path(one["loc"]), one)
+    # A list with a wrong item is also told to be too short: only the innermost faults count.
+    inner = {
+        path: one for path, one in faults.items() if not any(path == other[: len(path)] != other for other in faults)
+    }
+    path, fault = min(inner.items(), key=lambda item: item[1]["type"] != "extra_forbidden")
+    key = ".".join(map(str, path))
+    mend = None
+    if fault["type"] == "extra_forbidden":
+        what, mend = "unknown key", _nearest(path, root)
+    elif fault["type"] == "missing":
+        what, mend = "this key is needed", f"add it: {_keys(_section(path[:-1], root))[str(path[-1])].description}"
+    else:
+        what = str(fault["msg"]).removeprefix("Value error, ")
+        if fault["type"] != "value_error" and not isinstance(fault["input"], dict):
+            what += f", not {fault['input']!r}"
+    if len(inner) > 1:
+        what += f" (and {len(inner) - 1} more)"
+    return RecipeError(what, where=f"{where}: {key}" if key else where, mend=mend)
+
+
+def _key_path(loc: Sequence[str | int]) -> tuple[str | int, ...]:
+    """Without the tags of a union (`dict[…]`, `list[…]`), which are no keys of the user's."""
+    return tuple(part for part in loc if isinstance(part, int) or part == loc[-1] or "[" not in part)
+
+
+def _nearest(path: Sequence[str | int], root: Section) -> str:
+    wrong, here = str(path[-1]), list(_keys(_section(path[:-1], root)))
+    if close := difflib.get_close_matches(wrong, here, 1, 0.6):
+        return f"did you mean {close[0]!r}?"
+    everywhere = {key.rsplit(".", 1)[-1]: key for key in _dotted_keys(root)}
+    if close := difflib.get_close_matches(wrong, everywhere, 1, 0.75):
+        return f"did you mean {everywhere[close[0]]!r}?"
+    return f"the keys here are {', '.join(here)}"
+
+
+def _keys(section: Section) -> dict[str, Any]:
+    """Fields by the spelling that a recipe uses."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
+
+
+def _inside(annotation: Any) -> Section | None:
+    """The section that a field holds, or a list of."""
+    for kind in (annotation, *typing.get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _section(path: Sequence[str | int], root: Section) -> Section:
+    for part in path:
+        field = _keys(root).get(str(part))
+        root = (_inside(field.annotation) if field else None) or root
+    return root
+
+
+def _dotted_keys(section: Section, prefix: str = "") -> Iterator[str]:
+    for name, field in _keys(section).items():
+        yield prefix + name
+        if inside := _inside(field.annotation):
+            yield from _dotted_keys(inside, f"{prefix}{name}.")
