@@ -201,3 +201,20 @@ def test_sha256_of_a_file(tmp_path: Path) -> None:
     # FIPS 180-2, appendix B.1
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert files.sha256_file(tmp_path / "abc") == expected
+
+
+def test_equal_tensors_and_metadata_are_equal_bytes(tmp_path: Path) -> None:
+    import torch
+    from safetensors import safe_open
+
+    tensors = {"b": torch.arange(5.0), "a": torch.ones(3, dtype=torch.bfloat16)}
+    metadata = {name: f'"{name}" \u00fc\n' for name in "qwertyuiop"}  # ten keys: 3.6 million orders
+    written = []
+    for number in range(3):
+        path = tmp_path / f"{number}.safetensors"
+        files.atomic_save_safetensors(tensors, path, metadata)
+        written.append(path.read_bytes())
+        with safe_open(path, framework="pt") as file:
+            assert file.metadata() == metadata
+            assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
+    assert written[0] == written[1] == written[2]

@@ -48,15 +48,36 @@ def atomic_write_json(path: Path, value: Any) -> None:
 def atomic_save_safetensors(
     tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Replaces ``path`` by a safetensors file; tensors are detached, made contiguous and moved to the CPU first."""
+    """Replaces ``path`` by a safetensors file; tensors are detached, made contiguous and moved to the CPU first.
+
+    Equal contents give equal bytes.
+    """
     from safetensors.torch import save_file
 
     ready = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
 
     def fill(temporary: Path) -> None:
         save_file(ready, temporary, metadata=dict(metadata) if metadata else None)
+        _sort_metadata(temporary)
 
     _replace(path, fill)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Puts the metadata of a safetensors file into sorted order, in place, so that equal contents are equal bytes.
+
+    safetensors 0.8 writes them in the order of a randomly seeded hash map, another one in every process.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(raw) > size:
+            raise ValueError(f"{path}: the header grew from {size} to {len(raw)} bytes")
+        file.seek(8)
+        file.write(raw.ljust(size))
 
 
 @contextlib.contextmanager

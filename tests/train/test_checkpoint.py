@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from libreflux.errors import RunError
@@ -186,18 +185,3 @@ def test_publish_copies_the_bytes(tmp_path: Path) -> None:
     done = _write(tmp_path, 7, value=0.5)
     assert checkpoint.publish(tmp_path, done).read_bytes() == done.adapter.read_bytes()
     assert load_file(tmp_path / checkpoint.ADAPTER)["w"].tolist() == [0.5] * 3
-
-
-def test_equal_tensors_and_metadata_are_equal_bytes(tmp_path: Path) -> None:
-    tensors = {"b": torch.arange(5.0), "a": torch.ones(3, dtype=torch.bfloat16)}
-    metadata = {name: f'"{name}" \u00fc\n' for name in "qwertyuiop"}  # ten keys: 3.6 million orders
-    written = []
-    for number in range(3):
-        path = tmp_path / f"{number}.safetensors"
-        save_file(tensors, path, metadata=dict(metadata))
-        checkpoint.sort_metadata(path)
-        written.append(path.read_bytes())
-        with safe_open(path, framework="pt") as file:
-            assert file.metadata() == metadata
-            assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
-    assert written[0] == written[1] == written[2]

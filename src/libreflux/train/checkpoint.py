@@ -98,29 +98,10 @@ def write(run: Path, step: int, writers: Mapping[str, Writer], state: Mapping[st
     with files.staged_dir(final) as folder:
         for name, writer in writers.items():
             writer(folder / name)
-            if name.endswith(".safetensors"):
-                sort_metadata(folder / name)
         text = json.dumps({"schema": SCHEMA, "step": step, **state}, indent=1, sort_keys=True)
         (folder / STATE).write_text(text + "\n", encoding="utf-8")
         files.write_manifest(folder)
     return Checkpoint(step, final)
-
-
-def sort_metadata(path: Path) -> None:
-    """Puts the metadata of a safetensors file into sorted order, in place, so that equal contents are equal bytes.
-
-    safetensors 0.8 writes them in the order of a randomly seeded hash map, another one in every process.
-    """
-    with open(path, "r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        if "__metadata__" in header:
-            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(raw) > size:
-            raise ValueError(f"{path}: the header grew from {size} to {len(raw)} bytes")
-        file.seek(8)
-        file.write(raw.ljust(size))
 
 
 def listed(run: Path) -> list[Checkpoint]:
