@@ -145,7 +145,8 @@ def test_killed_prepares_end_like_an_unbroken_one(
     out = tmp_path / "cache"
     script = Path(__file__).parent / "killed_prepares.py"
     command = [sys.executable, str(script), str(tiny_model_dir), str(pictures), str(out), json.dumps(MOMENTS)]
-    waiting = {**os.environ, "OMP_WAIT_POLICY": "passive"}  # spinning threads of many processes starve one another
+    # As many threads as here, or the last bits differ; waiting ones sleep, or many processes starve one another.
+    waiting = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "OMP_WAIT_POLICY": "passive"}
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=waiting).stdout
     statuses = json.loads(output.splitlines()[-1])
     assert statuses == [[moment, signal.SIGKILL if moment != "none" else 0] for moment in MOMENTS]
