@@ -34,7 +34,7 @@ schema: 1
 model: {model}
 data:
   - path: {data}
-    captions: {{short: 0.6, tags: 0.3, long: 0.1}}
+    captions: {{short: 0.7, tags: 0.3, long: 0}}   # one long caption would widen its whole batch
     caption_dropout: 0.1               # the empty prompt is learnt too: guidance needs it
 resolution: 128
 adapter:
