@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -85,15 +84,7 @@ def _check_law(recipe: Recipe) -> None:
 
 def layer_table(recipe: Recipe) -> str:
     """The layers that a recipe adapts, resolved against the model's configuration; no weight is loaded."""
-    import torch
-    from diffusers import FluxTransformer2DModel
+    from libreflux.adapter.targets import table
+    from libreflux.train.loop import resolve_layers
 
-    from libreflux.adapter.layers import linear_shapes
-    from libreflux.adapter.targets import Target, resolve, table
-    from libreflux.model.family import locate
-
-    config = json.loads((locate(recipe.model) / "transformer" / "config.json").read_text(encoding="utf-8"))
-    with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config(config)
-    targets = [Target(layers=target.layers, factor=target.factor) for target in recipe.adapter.targets]
-    return table(resolve(linear_shapes(transformer), targets))
+    return table(resolve_layers(recipe))

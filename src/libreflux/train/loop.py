@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -19,7 +17,6 @@ from libreflux import __version__, files
 from libreflux.adapter.files import attach, load_adapter, save_adapter
 from libreflux.adapter.layers import linear_shapes
 from libreflux.adapter.targets import Resolved, Target, resolve
-from libreflux.data.batches import Batches
 from libreflux.data.prepare import prepare_recipe
 from libreflux.errors import ModelError, RunError
 from libreflux.model.family import open_model, weights_hash
@@ -167,7 +164,7 @@ def _open(recipe: Recipe, run: Path, newest: Checkpoint | None, callbacks: Callb
         optimizer=make_optimizer(recipe.optimizer, adapter.named_parameters(), recipe.seed),
         batches=batches,
         device=device,
-        identity={"model_hash": weights_hash(model.path), "data_hash": _data_hash(batches)},
+        identity={"model_hash": weights_hash(model.path), "data_hash": batches.fingerprint()},
     )
     if newest is not None:
         _restore(training, newest)
@@ -221,10 +218,3 @@ def _save(training: Training, callbacks: Callbacks) -> Checkpoint:
 def _machine() -> dict[str, Any]:
     """What the last bits of a result depend on besides the recipe."""
     return {"torch": torch.__version__, "threads": torch.get_num_threads()}
-
-
-def _data_hash(batches: Batches) -> str:
-    """SHA-256 over what sample numbers stand for: pictures, captions, encoders."""
-    items = [(sample.id, sample.captions, sample.kinds, repeat) for _, sample, repeat, _ in batches._items]
-    text = json.dumps([items, batches.cache.settings], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
