@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
@@ -35,7 +36,9 @@ from libreflux.model.family import Model, save_model
 from libreflux.model.text import TextConditioning, TextEncoders
 from libreflux.model.velocity import velocity
 
-STEPS, BATCH, LEARNING_RATE = 3600, 32, 1e-3
+STEPS, BATCH = 4000, 48
+RATE, MATRIX_RATE = 1e-3, 1e-2  # of AdamW and of Muon
+EDGE = ("embed_tokens", "shared", "embedding", "attention_bias", "x_embedder", "norm_out", "transformer.proj_out")
 PAIRS, PAIR_SEED = 10_000, 11
 PAIR_SHARE, EMPTY_SHARE, TAGS_SHARE, LONG_EVERY = 0.2, 0.1, 0.35, 20
 SIZE_SHARE = {"small": 0.15, "medium": 0.25, "large": 0.6}
@@ -186,18 +189,23 @@ def train(work: Path, *, steps: int = STEPS, seed: int = 0) -> tuple[FluxTransfo
         draw = keyed.generator(seed, "sigma", step)
         law = Uniform() if step % 8 == 7 else Beta()  # one step in eight keeps the rare ends trained
         sigma = stratified(law, BATCH, draw)
-        with torch.autocast("cpu", torch.bfloat16):
+        # Plain attention: at 84 tokens its backward takes half the time of the fused one (21 against 38 ms a layer).
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             conditioning = condition(text, captions)
             output = velocity(transformer, flow_path.interpolate(x0, noise, sigma), sigma, conditioning, ids)
         return F.mse_loss(output.float(), flow_path.velocity_target(x0, noise))
 
     modules = {"transformer": transformer, "clip": text.text_encoder, "t5": text.text_encoder_2}
-    stage = Stage(work / "base.safetensors", modules, lr=LEARNING_RATE, average=0.998)
+    stage = _stage(work, modules)
     stage.resume()
     for _ in stage.run(steps, loss_at, trapezoid):
         pass
     stage.use_average()
     return transformer, text
+
+
+def _stage(work: Path, modules: dict[str, nn.Module]) -> Stage:
+    return Stage(work / "base.safetensors", modules, lr=RATE, matrix_lr=MATRIX_RATE, average=0.998, edge=EDGE)
 
 
 def export(work: Path, out: Path = WEIGHTS, *, steps: int | None = None) -> Path:
@@ -206,7 +214,7 @@ def export(work: Path, out: Path = WEIGHTS, *, steps: int | None = None) -> Path
 
     transformer, text = make_transformer(), make_text(work / "tokenizers")
     modules = {"transformer": transformer, "clip": text.text_encoder, "t5": text.text_encoder_2}
-    stage = Stage(work / "base.safetensors", modules, lr=0.0, average=0.0)
+    stage = _stage(work, modules)
     if not stage.resume():
         raise FileNotFoundError(work / "base.safetensors")
     stage.use_average()

@@ -1,4 +1,4 @@
-"""What the stages of the build share: AdamW with a fp32 average, saved now and then, resumed by the same command."""
+"""What the stages of the build share: Muon and AdamW, a fp32 average, states saved and resumed by the same command."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from libreflux.emoji.build.muon import Muon
 
 
 def cosine(step: int, steps: int, warmup: int = 50) -> float:
@@ -26,26 +28,40 @@ def trapezoid(step: int, steps: int, warmup: int = 100, cooldown: float = 0.35) 
 
 
 class Stage:
-    """Named parameters with AdamW states and an exponential average in fp32; one safetensors file holds all of it.
+    """Named parameters, their optimiser states and an exponential average in fp32, all in one safetensors file.
 
     Args:
         file: where the state is kept (`*.safetensors`); written to a sibling first, then renamed.
+        lr: of AdamW, which trains vectors and the modules that `edge` names.
+        matrix_lr: of Muon, which trains every other parameter of two dimensions or more.
+        edge: parts of parameter names: embeddings and the layers at either end, which Muon is not for.
         average: decay of the average per step; its early steps use (1+t)/(10+t), so that the start is forgotten.
     """
 
     def __init__(
-        self, file: Path, modules: dict[str, torch.nn.Module], *, lr: float, average: float, weight_decay: float = 0.0
+        self,
+        file: Path,
+        modules: dict[str, torch.nn.Module],
+        *,
+        lr: float,
+        matrix_lr: float,
+        average: float,
+        edge: tuple[str, ...] = (),
     ) -> None:
-        self.file, self.lr, self.decay, self.step = file, lr, average, 0
+        self.file, self.decay, self.step = file, average, 0
         self.parameters = {
             f"{part}.{name}": parameter
             for part, module in modules.items()
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         }
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
-        )
+        matrices = {n: p for n, p in self.parameters.items() if p.ndim > 1 and not any(part in n for part in edge)}
+        others = [p for name, p in self.parameters.items() if name not in matrices]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            Muon(matrices.values(), lr=matrix_lr),
+            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True),
+        ]
+        self.rates = [matrix_lr, lr]
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.seconds = 0.0
 
@@ -57,22 +73,25 @@ class Stage:
             for name, parameter in self.parameters.items():
                 parameter.data.copy_(saved.get_tensor(f"value/{name}"))
                 self.average[name].copy_(saved.get_tensor(f"average/{name}"))
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(meta["step"])),
-                    "exp_avg": saved.get_tensor(f"first/{name}").clone(),
-                    "exp_avg_sq": saved.get_tensor(f"second/{name}").clone(),
-                }
+            for optimizer in self.optimizers:
+                for name, parameter in self._of(optimizer):
+                    optimizer.state[parameter] = {
+                        key: saved.get_tensor(f"{key}/{name}").clone()
+                        for key in ("step", "exp_avg", "exp_avg_sq")
+                        if f"{key}/{name}" in saved.keys()  # noqa: SIM118 (a file's keys, no dictionary's)
+                    }
         self.step, self.seconds = int(meta["step"]), float(meta["seconds"])
         return True
 
     def save(self) -> None:
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in self.parameters.items():
-            state = self.optimizer.state[parameter]
             tensors[f"value/{name}"] = parameter.detach().contiguous()
             tensors[f"average/{name}"] = self.average[name].contiguous()
-            tensors[f"first/{name}"] = state["exp_avg"].contiguous()
-            tensors[f"second/{name}"] = state["exp_avg_sq"].contiguous()
+        for optimizer in self.optimizers:
+            for name, parameter in self._of(optimizer):
+                for key, value in optimizer.state[parameter].items():
+                    tensors[f"{key}/{name}"] = value.contiguous()
         staged = self.file.with_suffix(".part")
         save_file(tensors, staged, {"step": str(self.step), "seconds": f"{self.seconds:.1f}"})
         os.replace(staged, self.file)
@@ -84,13 +103,14 @@ class Stage:
         log = self.file.with_suffix(".jsonl")
         began, total, counted = time.perf_counter(), 0.0, 0
         while self.step < steps:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * shape(self.step, steps)
+            for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
+                optimizer.param_groups[0]["lr"] = rate * shape(self.step, steps)
             value = loss(self.step)
             value.backward()
             torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             decay = min(self.decay, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
             total, counted = total + value.item(), counted + 1
@@ -109,6 +129,10 @@ class Stage:
             if self.step % every == 0 or self.step == steps:
                 self.save()
                 yield self.step
+
+    def _of(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.Tensor]]:
+        own = {id(parameter) for parameter in optimizer.param_groups[0]["params"]}
+        return [(name, parameter) for name, parameter in self.parameters.items() if id(parameter) in own]
 
     def use_average(self) -> None:
         """Put the averaged values into the modules (for saving a model, after training)."""

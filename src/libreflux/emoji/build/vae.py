@@ -11,15 +11,17 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from libreflux import keyed
 from libreflux.emoji import compose
 from libreflux.emoji.build.stage import Stage, cosine
 
-CROP_STEPS, WHOLE_STEPS = 620, 260
+CROP_STEPS, WHOLE_STEPS = 1200, 500
 DECODER_STEPS = 1500
+MATRIX_RATE = 6e-3  # of Muon
+EDGE = ("conv_in", "conv_out")
 CROP_BATCH, WHOLE_BATCH = 32, 8
 LATENT_STD = 0.05  # of the posterior, in units of the raw latents: the noise the decoder is trained to forgive
 
@@ -70,14 +72,14 @@ def reconstruction(output: Tensor, target: Tensor) -> Tensor:
     return loss
 
 
-def loss_at(vae: AutoencoderKL, step: int, seed: int) -> Tensor:
+def loss_at(encode: nn.Module, decode: nn.Module, step: int, seed: int) -> Tensor:
     whole = step >= CROP_STEPS
     batch = WHOLE_BATCH if whole else CROP_BATCH
     pixels = pictures(seed, range(step * 64, step * 64 + batch), None if whole else 64)
     with torch.autocast("cpu", torch.bfloat16):
-        mean = vae.encoder(pixels)[:, :16].float()
+        mean = encode(pixels)[:, :16].float()
         noise = torch.randn(mean.shape, generator=keyed.generator(seed, "vae-noise", step))
-        output = vae.decoder(mean + LATENT_STD * noise).float()
+        output = decode(mean + LATENT_STD * noise).float()
     return reconstruction(output, pixels) + 1e-3 * mean.square().mean()
 
 
@@ -104,17 +106,21 @@ def fit_scale(vae: AutoencoderKL, count: int = 400, seed: int = 2) -> None:
 def train(work: Path, *, seed: int = 0, decoder_steps: int = 0) -> AutoencoderKL:
     """Train (or resume) and return the averaged autoencoder in fp32; `work/vae.safetensors` keeps the state."""
     vae = make().to(memory_format=torch.channels_last)
-    stage = Stage(work / "vae.safetensors", {"vae": vae}, lr=2e-3, average=0.99)
+    encode, decode = torch.compile(vae.encoder), torch.compile(vae.decoder)
+    stage = Stage(work / "vae.safetensors", {"vae": vae}, lr=2e-3, matrix_lr=MATRIX_RATE, average=0.99, edge=EDGE)
     stage.resume()
-    for _ in stage.run(CROP_STEPS + WHOLE_STEPS, lambda step: loss_at(vae, step, seed), cosine, every=100):
+    for _ in stage.run(CROP_STEPS + WHOLE_STEPS, lambda step: loss_at(encode, decode, step, seed), cosine, every=100):
         pass
     stage.use_average()
     if decoder_steps:
         vae.encoder.requires_grad_(False)
-        refine = Stage(work / "vae-decoder.safetensors", {"decoder": vae.decoder}, lr=1e-3, average=0.998)
+        file, parts = work / "vae-decoder.safetensors", {"decoder": vae.decoder}
+        refine = Stage(file, parts, lr=1e-3, matrix_lr=MATRIX_RATE / 2, average=0.998, edge=EDGE)
         refine.resume()
-        start = CROP_STEPS
-        for _ in refine.run(decoder_steps, lambda step: loss_at(vae, start + step, seed + 7), cosine, every=100):
+        after = CROP_STEPS
+        for _ in refine.run(
+            decoder_steps, lambda step: loss_at(encode, decode, after + step, seed + 7), cosine, every=100
+        ):
             pass
         refine.use_average()
     return vae

@@ -1,0 +1,70 @@
+"""The build's optimiser against torch's, and its stages resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from libreflux.emoji.build.muon import Muon, orthogonalise
+from libreflux.emoji.build.stage import Stage, cosine
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 48), (2, 48, 16), (1, 8, 8)])
+def test_orthogonalised_matrices_keep_their_directions_and_lose_their_scales(shape: tuple[int, ...]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+    spread = s.clamp_min(0.1 * s.max())  # nothing near singular: a few steps cannot lift that
+    found = orthogonalise(u @ torch.diag_embed(spread) @ vh).double()
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.4 and values.max() < 1.4
+    rotated = u.mT @ found @ vh.mT
+    off = rotated - torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1))
+    assert off.abs().max() < 0.05
+
+
+def test_muon_follows_torchs() -> None:
+    start = torch.randn(24, 64, generator=torch.Generator().manual_seed(1))
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    own = Muon([ours], lr=1e-2)
+    reference = torch.optim.Muon(
+        [theirs], lr=1e-2, weight_decay=0.0, momentum=0.95, ns_steps=4, adjust_lr_fn="match_rms_adamw"
+    )
+    for step in range(5):
+        gradient = torch.randn(24, 64, generator=torch.Generator().manual_seed(10 + step))
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        own.step()
+        reference.step()
+    moved = (theirs - start).norm()
+    assert (ours - theirs).norm() < 0.02 * moved
+
+
+def _stage(file: Path) -> tuple[nn.Module, Stage]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 3, 3, padding=1))
+    return net, Stage(file, {"net": net}, lr=1e-3, matrix_lr=1e-2, average=0.9, edge=("net.3",))
+
+
+def test_a_stopped_stage_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    def train(file: Path, limit: int) -> nn.Module:
+        net, stage = _stage(file)
+        stage.resume()
+
+        def loss(step: int) -> torch.Tensor:
+            x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+            return (net(x) - x).square().mean()
+
+        for reached in stage.run(6, loss, cosine, every=2):
+            if reached == limit:
+                break
+        stage.use_average()
+        return net
+
+    whole = train(tmp_path / "whole.safetensors", 6)
+    train(tmp_path / "parts.safetensors", 2)
+    train(tmp_path / "parts.safetensors", 4)
+    resumed = train(tmp_path / "parts.safetensors", 6)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
