@@ -41,6 +41,7 @@ __all__ = [
     "TargetSpec",
     "differences",
     "load_recipe",
+    "read_recipe",
 ]
 
 
@@ -66,6 +67,7 @@ class Recipe(Section):
     samples: SampleSpec = Field(default_factory=SampleSpec, description="pictures drawn while training")
     save: SaveSpec = Field(default_factory=SaveSpec, description="checkpoints")
     seed: Whole = Field(default=0, ge=0, lt=2**63, description="seed of everything random")
+    device: str = Field(default="auto", min_length=1, description="auto, cpu, cuda, cuda:N or mps")
     threads: Whole | None = Field(default=None, ge=1, description="CPU threads; default: as many as torch chooses")
     out: str = Field(min_length=1, description="run folder")
     cache: str | None = Field(default=None, min_length=1, description="folder of the prepared data; default: out/cache")
@@ -132,7 +134,7 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()
 
 
-_INDECISIVE = frozenset({"out", "cache", "samples", "save"})
+_INDECISIVE = frozenset({"out", "cache", "samples", "save", "device"})
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -150,18 +152,24 @@ def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Reci
     Raises:
         RecipeError: unreadable file or override, unknown key (with the nearest known one), or bad value.
     """
-    where = str(path) if path is not None else "recipe"
-    tree: Any = {}
-    if path is not None:
-        try:
-            tree = recipe_yaml.parse(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RecipeError("no such recipe", where=path, mend="check the path") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"cannot be read ({error})", where=path) from None
-        except yaml.YAMLError as error:
-            raise RecipeError(f"not valid YAML: {error}", where=path, mend="correct that line") from None
-        tree = {} if tree is None else tree
+    if path is None:
+        return read_recipe("", "recipe", overrides)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError("no such recipe", where=path, mend="check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot be read ({error})", where=path, mend="give a YAML file in UTF-8") from None
+    return read_recipe(text, str(path), overrides)
+
+
+def read_recipe(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
+    """`load_recipe` of YAML in memory; ``where`` is what errors call it."""
+    try:
+        tree: Any = recipe_yaml.parse(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"not valid YAML: {error}", where=where, mend="correct that line") from None
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise RecipeError("a recipe is a mapping of keys to values", where=where, mend="start lines with `key: value`")
     for override in overrides:

@@ -40,6 +40,8 @@ def explain(error: ValidationError, where: str, root: Section) -> RecipeError:
         what = str(fault["msg"]).removeprefix("Value error, ")
         if fault["type"] != "value_error" and not isinstance(fault["input"], dict):
             what += f", not {fault['input']!r}"
+        field = _field(path, root)
+        mend = f"{path[-1]} is {field.description}" if field is not None else None
     if len(inner) > 1:
         what += f" (and {len(inner) - 1} more)"
     return RecipeError(what, where=f"{where}: {key}" if key else where, mend=mend)
@@ -70,6 +72,15 @@ def _inside(annotation: Any) -> Section | None:
     for kind in (annotation, *typing.get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind
+    return None
+
+
+def _field(path: Sequence[str | int], root: Section) -> Any:
+    """The innermost field on the way to a value; None at the root."""
+    names = [index for index, part in enumerate(path) if isinstance(part, str)]
+    for index in reversed(names):
+        if found := _keys(_section(path[:index], root)).get(str(path[index])):
+            return found
     return None
 
 

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from libreflux.cli.adapters import adapter_argument
+from libreflux.adapter.files import AdapterFile
+from libreflux.cli.adapters import adapted_facts, adapter_argument, notice_other_base
 from libreflux.cli.progress import clock, rate
 from libreflux.errors import AdapterError
+from libreflux.model.facts import KNOWN, freed
 
 
 @pytest.mark.parametrize(
@@ -31,3 +33,23 @@ def test_bad_weights_are_refused(text: str) -> None:
 def test_clock_and_rate() -> None:
     assert [clock(s) for s in (0, 75, 3700)] == ["0:00", "1:15", "1:01:40"]
     assert (rate(2.5, "step"), rate(0.25, "step"), rate(0, "step")) == ("2.5 steps/s", "4 s/step", "")
+
+
+def test_what_is_trained_on_a_few_step_student_is_drawn_as_a_free_model() -> None:
+    schnell = KNOWN["black-forest-labs/FLUX.1-schnell"]
+    free = freed(schnell)
+    assert (free.steps, free.guidance, free.max_tokens) == (28, 3.5, 512)
+    assert freed(free) == free and freed(KNOWN["black-forest-labs/FLUX.1-dev"]) == KNOWN["black-forest-labs/FLUX.1-dev"]
+    said = {"text_padding": "drop", "max_tokens": "512", "sampling_steps": "28", "guidance": "3.5"}
+    facts = adapted_facts(schnell, [(AdapterFile("a", {}, said), 1.0)])
+    assert (facts.text_padding, facts.steps, facts.guidance, facts.max_tokens) == ("drop", 28, 3.5, 512)
+    assert adapted_facts(schnell, [(AdapterFile("lycoris", {}, {}), 1.0)]) == schnell
+
+
+def test_other_weights_under_an_adapter_are_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    files = [(AdapterFile("a.safetensors", {}, {"model_hash": "1" * 64, "model": "emoji-base"}), 1.0)]
+    notice_other_base("1" * 64, files)
+    assert not caplog.records
+    notice_other_base("2" * 64, files)
+    (record,) = caplog.records
+    assert "1111111111" in record.getMessage() and "2222222222" in record.getMessage()

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from libreflux.errors import AdapterError
+
+logger = logging.getLogger(__name__)
+
+ADAPTED: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "text_padding": ("text_padding", str),
+    "max_tokens": ("max_tokens", int),
+    "steps": ("sampling_steps", int),
+    "guidance": ("guidance", float),
+}
+"""The facts that training decides: their keys in an adapter's metadata, and their types."""
 
 if TYPE_CHECKING:
     from libreflux.adapter.files import AdapterFile
@@ -42,7 +53,7 @@ def load_arguments(texts: Iterable[str]) -> list[tuple[AdapterFile, float]]:
 
 
 def adapted_facts(facts: Facts, files: Sequence[tuple[AdapterFile, float]]) -> Facts:
-    """The base's facts under adapters: the text padding is the one that they were trained with, where they say so.
+    """The base's facts under adapters: text padding, tokens, steps and guidance as they were trained for.
 
     Raises:
         AdapterError: two of them were trained with different text paddings.
@@ -53,4 +64,18 @@ def adapted_facts(facts: Facts, files: Sequence[tuple[AdapterFile, float]]) -> F
         raise AdapterError(
             f"trained with text padding {other}, but {first} with {one}", where=second, mend="use one of the two"
         )
-    return dataclasses.replace(facts, text_padding=next(iter(said))) if said else facts
+    for file, _ in files:
+        given = {name: kind(file.metadata[key]) for name, (key, kind) in ADAPTED.items() if key in file.metadata}
+        facts = dataclasses.replace(facts, **given)
+    return facts
+
+
+def notice_other_base(base_hash: str, files: Sequence[tuple[AdapterFile, float]]) -> None:
+    """Says when an adapter was trained on other weights than these: allowed, and good to know."""
+    for file, _ in files:
+        trained_on = file.metadata.get("model_hash", base_hash)
+        if trained_on != base_hash:
+            logger.warning(
+                "%s was trained on other weights (%s of %s) than these (%s)",
+                file.where, trained_on[:10], file.metadata.get("model", "an unnamed model"), base_hash[:10],
+            )  # fmt: skip

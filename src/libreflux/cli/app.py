@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Annotated, NoReturn
 
@@ -21,6 +22,19 @@ app = typer.Typer(
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 """Click's ClickException, wherever this version of typer keeps it."""
+
+_PLACES = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
+"""What the file system says of a place that the user named; any other OSError is a bug of ours."""
 
 
 def _version(asked: bool) -> None:
@@ -59,6 +73,10 @@ def main() -> NoReturn:
         code = app(prog_name="libreflux", standalone_mode=False)
     except LibrefluxError as error:
         _refuse(str(error))
+    except OSError as error:
+        if error.errno not in _PLACES or error.filename is None:
+            raise
+        _refuse(f"{error.filename}: {error.strerror}; mend: name another place, or make room or rights there")
     except typer.Abort:
         sys.exit(130)
     except _UsageError as error:

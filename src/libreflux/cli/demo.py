@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from libreflux.errors import RunError
+from libreflux.errors import LibrefluxError, RunError
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from libreflux.flow.solve import Step
+    from libreflux.recipe import Recipe
 
 MODEL = "emoji-base"
 PICTURES = 400
@@ -62,21 +66,27 @@ def demo(
     Interrupted, the same command goes on where it was.
     """
     from libreflux.cli import demo_page
-    from libreflux.recipe import load_recipe
+    from libreflux.files import atomic_write_text
+    from libreflux.recipe import read_recipe
+    from libreflux.train.checkpoint import check_recipe
 
     if out.exists() and not out.is_dir():
         raise RunError("is a file", where=out, mend="name a folder with --out")
-    data, run, model = out / "pictures", out / "run", out / "model"
+    data, run, model, recipe_file = out / "pictures", out / "run", out / "model", out / "recipe.yaml"
+    if model.exists() and not _made_here(model):
+        raise RunError("is not a demo's model", where=model, mend="name another folder with --out")
+    if recipe_file.exists() and not recipe_file.read_text("utf-8").startswith(RECIPE.partition("\n")[0]):
+        raise RunError("is not a demo's recipe", where=recipe_file, mend="name another folder with --out")
+    quoted = {name: json.dumps(str(path), ensure_ascii=False) for name, path in (("data", data), ("out", run))}
+    text = RECIPE.format(model=MODEL, steps=steps, **quoted)
+    recipe = read_recipe(text, str(recipe_file))
+    check_recipe(run, recipe)
+    atomic_write_text(recipe_file, text)
     times: dict[str, float] = {}
 
     _say(f"1/5 {pictures} pictures of a look that {MODEL} has never seen, in {data}")
     with _timed(times, "composing the pictures"):
         _write_pictures(data, pictures)
-
-    out.mkdir(parents=True, exist_ok=True)
-    recipe_file = out / "recipe.yaml"
-    recipe_file.write_text(RECIPE.format(model=MODEL, data=data, steps=steps, out=run), encoding="utf-8")
-    recipe = load_recipe(recipe_file)
 
     _say("2/5 drawing with the model as it is")
     with _timed(times, "drawing before"):
@@ -94,19 +104,35 @@ def demo(
     with _timed(times, "drawing after"):
         after = _draw(str(model), "after")
 
-    commands = [
-        f"libreflux demo-data {data} --count {pictures} --seed {SEED} --look pencil --pairs 0",
-        f"libreflux prepare {data} --out {run / 'cache'}",
-        f"libreflux train {recipe_file}",
-        f"libreflux merge {MODEL} {adapter} --out {model}",
-        f'libreflux generate "{PROMPTS[0]}" --model {model} --guidance 3 --seed {SEED} --out {out / "one.png"}',
-    ]
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     page = demo_page.write(
         out, before=before, after=after, prompts=PROMPTS, guidance=GUIDANCE, examples=sorted(data.glob("*.png"))[:8],
-        losses=losses, times=times, commands=commands, recipe=recipe_file.read_text("utf-8"),
+        losses=losses, times=times, commands=_by_hand(out, pictures), recipe=text,
     )  # fmt: skip
     _say(f"done in {sum(times.values()) / 60:.1f} minutes: open {page}")
+
+
+def _by_hand(out: Path, pictures: int) -> list[str]:
+    """Commands that do the demo again, into a folder of their own."""
+    hand = out / "by-hand"
+    data, run, model = hand / "pictures", hand / "run", hand / "model"
+    words: list[list[object]] = [
+        ["demo-data", data, "--count", pictures, "--seed", SEED, "--look", "pencil", "--pairs", 0],
+        ["train", out / "recipe.yaml", f"data.0.path={data}", f"out={run}"],
+        ["merge", MODEL, run / "adapter.safetensors", "--out", model],
+        ["generate", PROMPTS[0], "--model", model, "--guidance", 3, "--seed", SEED, "--out", hand / "one.png"],
+    ]
+    return [shlex.join(["libreflux", *map(str, line)]) for line in words]
+
+
+def _made_here(model: Path) -> bool:
+    """Whether a folder holds a model merged from the demo's own base and look."""
+    from libreflux.model.family import read_facts
+
+    try:
+        return read_facts(model).lineage.get("base") == MODEL
+    except LibrefluxError:
+        return False
 
 
 def _say(line: str) -> None:
@@ -135,15 +161,13 @@ def _write_pictures(data: Path, count: int) -> None:
     demo_data(data, count, SEED, "pencil", 0.0)
 
 
-def _train(recipe: object) -> Path:
+def _train(recipe: Recipe) -> Path:
     import sys
 
     from libreflux.cli.training import ShowTraining
-    from libreflux.recipe import Recipe
     from libreflux.train.interrupt import Interrupted
     from libreflux.train.loop import fit
 
-    assert isinstance(recipe, Recipe)
     with ShowTraining(recipe) as shown:
         try:
             return fit(recipe, shown)
@@ -163,25 +187,19 @@ def _merge(adapter: Path, model: Path) -> None:
 
 def _draw(model: str, what: str) -> list[list[Image.Image]]:
     """Rows of prompts, columns of `GUIDANCE`."""
-    import torch
-
+    from libreflux.cli.drawing import open_for_drawing
     from libreflux.cli.progress import progress
-    from libreflux.model.family import open_model
-    from libreflux.sample.pipeline import LibreFluxPipeline
 
-    opened = open_model(model, device="cuda" if torch.cuda.is_available() else "cpu")
-    assert opened.vae is not None
-    opened.vae.float()
-    pipe = LibreFluxPipeline.from_model(opened)
-    pipe.set_progress_bar_config(disable=True)
+    opened = open_for_drawing(model)
     steps, columns = opened.facts.steps, []
     with progress(f"drawing {what}", "step") as report:
         for number, guidance in enumerate(GUIDANCE):
 
-            def done(step: object, number: int = number) -> None:
-                index: int = step.index  # type: ignore[attr-defined]
-                report(number * steps + index + 1, len(GUIDANCE) * steps)
+            def on_step(step: Step, number: int = number) -> None:
+                report(number * steps + step.index + 1, len(GUIDANCE) * steps)
 
-            drawn = pipe(list(PROMPTS), guidance_scale=guidance, seeds=[SEED] * len(PROMPTS), callback_on_step=done)
+            drawn = opened.pipe(
+                list(PROMPTS), guidance_scale=guidance, seeds=[SEED] * len(PROMPTS), callback_on_step=on_step
+            )
             columns.append(drawn.images)
     return [list(row) for row in zip(*columns, strict=True)]

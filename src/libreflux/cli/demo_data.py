@@ -26,8 +26,12 @@ def demo_data(
 
     if look not in compose.LOOKS:
         raise RecipeError(f"no look {look!r}", where="--look", mend=f"use one of {', '.join(compose.LOOKS)}")
+    out = out.absolute()
     if out.is_dir():
-        out.rmdir()
+        try:
+            out.rmdir()  # empty: the finished folder takes its place by a rename
+        except OSError as error:
+            raise DataError(f"cannot be replaced ({error.strerror})", where=out, mend="name a new folder") from None
     with staged_dir(out) as staging, progress("composing", "picture") as report:
         compose.write_folder(staging, count, seed, pairs=pairs, look=look, progress=report)
     typer.echo(f"{count} pictures with captions in {out}")

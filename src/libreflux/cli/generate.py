@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -29,6 +30,7 @@ def generate(
     count: Annotated[int, typer.Option(min=1, help="Pictures per prompt, seeds counting up.")] = 1,
     width: Annotated[int | None, typer.Option(min=16, help="Pixels, a multiple of 16; default: the model's.")] = None,
     height: Annotated[int | None, typer.Option(min=16, help="Pixels, a multiple of 16; default: the model's.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     out: Annotated[Path, typer.Option(help="A .png file for one picture, else a folder; replaced.")] = Path("out"),
 ) -> None:
     """Draw pictures. The same command draws the same bytes, and each PNG says how it was made."""
@@ -38,43 +40,28 @@ def generate(
     wanted = [(prompt, seed + index) for prompt in prompts for index in range(count)]
     targets = _targets(out, prompts, wanted)
 
-    import torch
-
-    from libreflux.adapter.files import attach_file
-    from libreflux.cli.adapters import adapted_facts, load_arguments
+    from libreflux.cli.drawing import open_for_drawing
     from libreflux.cli.progress import progress
-    from libreflux.files import sha256_file
-    from libreflux.model.family import open_model, weights_hash
+    from libreflux.flow.solve import Step
     from libreflux.sample.metadata import Origin, save_png, versions
-    from libreflux.sample.pipeline import LibreFluxPipeline
 
-    files = load_arguments(adapter or ())
-    opened = open_model(model, device="cuda" if torch.cuda.is_available() else "cpu")
-    assert opened.transformer is not None and opened.vae is not None and opened.path is not None
-    opened.facts = adapted_facts(opened.facts, files)
-    dtype = str(opened.transformer.dtype).removeprefix("torch.")
-    hashes = {"transformer": weights_hash(opened.path)}
-    for file, weight in files:
-        attach_file(opened.transformer, file.where, weight)
-        hashes[f"{Path(file.where).name}:{weight:g}"] = sha256_file(Path(file.where))
-    opened.vae.float()  # small beside the transformer, and bf16 would leave bands in flat colours
-    pipe = LibreFluxPipeline.from_model(opened)
-    pipe.set_progress_bar_config(disable=True)
+    opened = open_for_drawing(model, adapter or (), device)
     facts = opened.facts
     steps = facts.steps if steps is None else steps
     if guidance is None:
         guidance = 1.0 if facts.guidance_embeds else facts.guidance
     embedded = facts.guidance if facts.guidance_embeds else None
+    drawn = 0
 
     with progress("drawing", "step") as report:
+
+        def on_step(step: Step) -> None:
+            note = f"picture {drawn + 1}" if len(wanted) > 1 else ""
+            report(drawn * steps + step.index + 1, len(wanted) * steps, note)
+
         # One by one: a picture's last bits depend on who shares its batch.
-        for index, ((prompt, own_seed), target) in enumerate(zip(wanted, targets, strict=True)):
-
-            def done(step: object, before: int = index * steps, picture: str = f"picture {index + 1}") -> None:
-                number: int = step.index  # type: ignore[attr-defined]
-                report(before + number + 1, len(wanted) * steps, picture if len(wanted) > 1 else "")
-
-            (image,) = pipe(
+        for (prompt, own_seed), target in zip(wanted, targets, strict=True):
+            (image,) = opened.pipe(
                 prompt,
                 negative,
                 height=height,
@@ -84,7 +71,7 @@ def generate(
                 no_cfg_until=no_cfg_until,
                 embedded_guidance=embedded,
                 seeds=[own_seed],
-                callback_on_step=done,
+                callback_on_step=on_step,
             ).images
             origin = Origin(
                 prompt=prompt,
@@ -97,12 +84,14 @@ def generate(
                 model=model,
                 no_cfg_until=no_cfg_until,
                 embedded_guidance=embedded,
-                dtype=dtype,
-                hashes=hashes,
+                dtype=opened.dtype,
+                hashes=opened.hashes,
+                adapters=opened.adapters,
                 versions=versions(),
             )
             save_png(image, target, origin)
             typer.echo(str(target))
+            drawn += 1
 
 
 def _targets(out: Path, prompts: list[str], wanted: list[tuple[str, int]]) -> list[Path]:
@@ -111,6 +100,9 @@ def _targets(out: Path, prompts: list[str], wanted: list[tuple[str, int]]) -> li
     Raises:
         RecipeError: several pictures for one file, a file that is no PNG, or a file where a folder is needed.
     """
+    above = next(folder for folder in out.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise RecipeError("is a file, not a folder", where=above, mend="name another place with --out")
     if out.suffix and not out.is_dir():
         if out.suffix.lower() != ".png":
             raise RecipeError(f"{out.suffix} is not written", where=out, mend="name a .png file or a folder")

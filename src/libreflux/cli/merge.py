@@ -24,17 +24,19 @@ def merge(
         raise RunError("already exists", where=out, mend="choose another name or remove it")
 
     from libreflux.adapter.merge import merge_many
-    from libreflux.cli.adapters import adapted_facts, load_arguments
+    from libreflux.cli.adapters import adapted_facts, load_arguments, notice_other_base
     from libreflux.files import sha256_file
     from libreflux.model.family import open_model, save_model, weights_hash
 
     files = load_arguments(adapters)
     base = open_model(model, parts=("transformer",))
     assert base.transformer is not None and base.path is not None
+    base_hash = weights_hash(base.path)
+    notice_other_base(base_hash, files)
     changed = merge_many(base.transformer, files)
     lineage: dict[str, Any] = {
         "base": model,
-        "base_sha256": weights_hash(base.path),
+        "base_sha256": base_hash,
         "adapters": [
             {
                 "file": Path(file.where).name,

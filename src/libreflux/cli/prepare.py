@@ -18,6 +18,7 @@ def prepare(
     resolution: Annotated[int, typer.Option(min=16, help="Side of the square crops in pixels.")] = 128,
     text_padding: Annotated[str, typer.Option(help="drop or trim.")] = "drop",
     crops_per_picture: Annotated[int, typer.Option(min=1, help="Cached crops of each picture.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps: where the encoders run.")] = "auto",
     background: Annotated[str, typer.Option(help="Colour laid under transparent pictures.")] = "white",
 ) -> None:
     """Encode pictures and captions once; run again, it continues or finds nothing left to do."""
@@ -25,6 +26,7 @@ def prepare(
 
     source = {"crops_per_picture": crops_per_picture, "background": background}
     overrides = {"model": model, "resolution": resolution, "text_padding": text_padding, "cache": out, "out": out}
+    overrides |= {"device": device}
     overrides |= {"steps": 1}  # a recipe has them; preparing does not
     for index, folder in enumerate(data):
         overrides |= {f"data.{index}.path": folder}
@@ -33,9 +35,10 @@ def prepare(
 
     from libreflux.cli.progress import progress
     from libreflux.data.prepare import prepare_recipe
+    from libreflux.model.device import pick_device
 
     with progress("preparing", "item") as report:
-        batches = prepare_recipe(recipe, progress=report)
+        batches = prepare_recipe(recipe, device=str(pick_device(recipe.device)), progress=report)
     typer.echo(f"{len(batches)} pictures prepared in {out}; train with cache={out}")
 
 

@@ -32,12 +32,11 @@ def train(
 
     resolved = load_recipe(recipe, overrides or [])
     _check_law(resolved)
-    layers = layer_table(resolved)
     if dry_run:
+        layers = layer_table(resolved)
         typer.echo(resolved.to_yaml())
         typer.echo(layers)
         return
-    typer.echo(layers, err=True)
 
     from libreflux.cli.training import ShowTraining
     from libreflux.train.interrupt import Interrupted

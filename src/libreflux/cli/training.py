@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +12,7 @@ import typer
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from PIL import Image
 
+from libreflux.adapter.targets import table
 from libreflux.cli.progress import Report, progress
 from libreflux.data.cache import Cache
 from libreflux.model.facts import Facts
@@ -54,7 +54,8 @@ class ShowTraining(Callbacks):
     def on_start(self, started: Started) -> None:
         self._bars.close()
         self._doing = ""
-        self._facts = dataclasses.replace(started.facts, text_padding=self.recipe.text_padding)
+        self._facts = started.facts
+        typer.echo(table(started.resolved), err=True)
         begun = f"resumes after step {started.step}" if started.step else "begins"
         line = f"{begun}: {started.steps} steps, {started.pictures} pictures an epoch, run folder {started.run}"
         typer.echo(line, err=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import sqlite3
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ INDEX = "index.sqlite3"
 SHARDS = "shards"
 MEND = "run `libreflux prepare` again"
 _OPEN_SHARDS = 64
+_OURS = re.compile(r"(latents|texts)-\d{8}\.safetensors|\.(latents|texts)-\d{8}\.safetensors\.tmp-.*")
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
     "CREATE TABLE IF NOT EXISTS shards (name TEXT PRIMARY KEY, size INTEGER NOT NULL)",
@@ -171,7 +173,7 @@ class CacheWriter:
     def _sweep(self) -> None:
         named = {name for (name,) in self._index.execute("SELECT name FROM shards")}
         for path in (self.folder / SHARDS).iterdir():
-            if path.name not in named:
+            if path.name not in named and _OURS.fullmatch(path.name):
                 path.unlink()
 
 

@@ -25,6 +25,7 @@ from libreflux.data.digests import Digests, encoder_digests
 from libreflux.data.sources import Sample, read_sources
 from libreflux.errors import ModelError
 from libreflux.model import family, latents
+from libreflux.model.facts import freed
 from libreflux.model.text import check_padding
 from libreflux.recipe import DataSource, Recipe
 
@@ -100,7 +101,7 @@ def prepare(
     sources = read_sources(data, digests.sha256)
     for source, samples in sources:
         check_weights(source, samples)
-    max_tokens = opened.facts.max_tokens
+    max_tokens = freed(opened.facts).max_tokens
     settings: dict[str, Any] = {
         "schema": 1,
         **encoder_digests(folder, digests),

@@ -115,6 +115,17 @@ KNOWN: dict[str, Facts] = {
 }
 
 
+def freed(facts: Facts) -> Facts:
+    """What a model is used with once plain flow matching has trained it: 28 steps, guidance 3.5, 512 tokens.
+
+    Only a few-step student changes (8 steps or fewer, drawn without guidance): its own defaults are those of its
+    distillation, which the training undoes.
+    """
+    if facts.guidance_embeds or facts.steps > 8 or facts.guidance != 1.0:
+        return facts
+    return dataclasses.replace(facts, steps=28, guidance=3.5, max_tokens=max(facts.max_tokens, 512))
+
+
 def read_facts(folder: Path) -> Facts:
     """The facts in a model folder's `libreflux.json`.
 

@@ -38,6 +38,13 @@ _INDEX: dict[str, Any] = {
     "vae": ["diffusers", "AutoencoderKL"],
 }
 
+_MENDS = {
+    "FluxTransformer2DModelWithMasking": (
+        "the published LibreFLUX weights need text padding bias, which is not supported yet; "
+        "start from black-forest-labs/FLUX.1-schnell"
+    )
+}
+
 
 @dataclass
 class Model:
@@ -79,12 +86,12 @@ def open_model(
     """
     if unknown := set(parts) - set(ALL):
         raise ValueError(f"unknown parts {sorted(unknown)}, wanted some of {ALL}")
-    path = locate(name)
+    path = locate(name, weights=False)
     config = _json(path / "transformer" / "config.json")
     if config.get("_class_name") != "FluxTransformer2DModel":
-        raise ModelError(
-            f"its transformer is a {config.get('_class_name')}", where=path, mend="use a model of the FLUX.1 family"
-        )
+        mend = _MENDS.get(str(config.get("_class_name")), "use a model of the FLUX.1 family")
+        raise ModelError(f"its transformer is a {config.get('_class_name')}", where=path, mend=mend)
+    path = locate(name) if parts else path
     model = Model(
         facts=find_facts(str(name), path, guidance_embeds=bool(config.get("guidance_embeds", False))),
         name=str(name),

@@ -22,14 +22,17 @@ _WANTED = ["model_index.json", FACTS_FILE] + [
     f"{part}/{pattern}" for part in PARTS for pattern in ("*.json", "*.safetensors", "*.model", "*.txt")
 ]
 
+_SMALL = [pattern for pattern in _WANTED if not pattern.endswith(".safetensors")]
 
-def locate(name: str | Path) -> Path:
+
+def locate(name: str | Path, *, weights: bool = True) -> Path:
     """The folder of a model.
 
     Args:
         name: "emoji-base" and its kin; a local folder; or a hub id "org/name" with an optional "@revision". A hub id is
             downloaded once, safetensors, JSON and tokenizer files only, and found without the network after that. The
             network is touched for nothing else: no name without "/" is a hub id, none below an existing local folder.
+        weights: False: of a hub id only what is small is wanted, configurations and tokenizers.
 
     Raises:
         ModelError: there is no such model, or the download failed.
@@ -49,7 +52,7 @@ def locate(name: str | Path) -> Path:
         raise ModelError("single files are not supported yet", where=path, mend="give a diffusers folder or a hub id")
     if not _HUB_ID.fullmatch(text) or Path(text).parts[0] in (".", "..") or Path(text).parent.is_dir():
         raise ModelError(f"no such model: {text}", mend=_suggestion(text))
-    return _checked(_download(text))
+    return _checked(_download(text, weights))
 
 
 def _checked(folder: Path) -> Path:
@@ -69,14 +72,18 @@ def _suggestion(text: str) -> str:
     return f"use {EMOJI[0]}, an existing folder, or a hub id like org/name"
 
 
-def _download(text: str) -> Path:
+def _download(text: str, weights: bool) -> Path:
     import huggingface_hub
 
     hub_id, _, revision = text.partition("@")
-    wanted: dict[str, Any] = {"repo_id": hub_id, "revision": revision or None, "allow_patterns": _WANTED}
+    wanted: dict[str, Any] = {
+        "repo_id": hub_id,
+        "revision": revision or None,
+        "allow_patterns": _WANTED if weights else _SMALL,
+    }
     with contextlib.suppress(Exception):  # nothing stored, or an older client's cache: then ask the hub
         stored = Path(huggingface_hub.snapshot_download(**wanted, local_files_only=True))
-        if _complete(stored):
+        if _complete(stored, weights):
             return stored
     try:
         return Path(huggingface_hub.snapshot_download(**wanted))
@@ -104,7 +111,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _complete(folder: Path) -> bool:
+def _complete(folder: Path, weights: bool) -> bool:
     """Whether an earlier download got to its end: every part is there, with every shard its index names."""
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
@@ -116,6 +123,8 @@ def _complete(folder: Path) -> bool:
     except (OSError, ValueError, KeyError, AttributeError):
         return False
     wanted = [part for part in PARTS if isinstance(index.get(part), list) and index[part][0] is not None]
+    if not weights:
+        return all((folder / part).is_dir() for part in wanted)
     weighty = [part for part in wanted if not part.startswith("tokenizer") and part != "scheduler"]
     return (
         all((folder / part).is_dir() for part in wanted)

@@ -33,6 +33,7 @@ class Origin:
         embedded_guidance: of a guidance-distilled model; None for others.
         dtype: of the transformer's weights.
         hashes: name (e.g. "transformer") to SHA-256.
+        adapters: file, sha256 and weight of each adapter, in order.
         versions: package to version.
     """
 
@@ -49,6 +50,7 @@ class Origin:
     embedded_guidance: float | None = None
     dtype: str = "float32"
     hashes: dict[str, str] = field(default_factory=dict)
+    adapters: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
     def parameters(self) -> str:
@@ -66,6 +68,8 @@ class Origin:
         }
         if "transformer" in self.hashes:
             facts["Model hash"] = self.hashes["transformer"][:10]
+        if self.adapters:
+            facts["Adapters"] = " ".join(f"{row['file']}:{row['weight']:g}" for row in self.adapters)
         facts["Version"] = f"libreflux {self.versions.get('libreflux', '?')}"
         lines.append(", ".join(f"{name}: {value}" for name, value in facts.items()))
         return "\n".join(lines)

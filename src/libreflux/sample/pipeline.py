@@ -21,7 +21,7 @@ from libreflux.flow.guidance import cfg
 from libreflux.flow.schedule import ladder, shift_for_tokens
 from libreflux.flow.solve import Step, euler
 from libreflux.model import latents as latent_space
-from libreflux.model.facts import Facts
+from libreflux.model.facts import Facts, write_facts
 from libreflux.model.family import Model, open_model
 from libreflux.model.text import TextConditioning, TextEncoders
 from libreflux.model.velocity import velocity
@@ -120,6 +120,11 @@ class LibreFluxPipeline(DiffusionPipeline):
     def default_size(self) -> int:
         """Pixels per side that the VAE was made for, in multiples of 16."""
         return max(16, int(self.vae.config.sample_size) // 16 * 16)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # type: ignore[override]
+        """diffusers' own, and the facts beside it, so that `from_pretrained` draws alike."""
+        super().save_pretrained(save_directory, **options)
+        write_facts(Path(save_directory), self.facts)
 
     def encode_prompt(self, prompts: str | Sequence[str]) -> TextConditioning:
         """Prompts to conditioning, under the model's own text padding.

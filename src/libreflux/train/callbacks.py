@@ -21,7 +21,7 @@ class Started:
         step: steps already finished; 0 for a new run.
         steps: of the whole run.
         pictures: samples of one epoch, repeats counted.
-        facts: of the base model.
+        facts: of the model that is trained: the base's, freed of a distillation's own defaults.
         resolved: the adapted layers.
     """
 
@@ -81,7 +81,7 @@ class Callbacks:
     def on_sample(self, step: int, transformer: FluxTransformer2DModel) -> None:
         """Time for sample pictures after `step` steps; the transformer is the live one, leave it as it is.
 
-        The checkpoint of `step`, if one is due, is already written. A run that is resumed at `step` calls this again.
+        The checkpoint of `step` is not yet written. A run that is resumed at `step` calls this again.
         """
 
     def on_save(self, step: int, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from pathlib import Path
@@ -51,6 +52,8 @@ class StopRequest:
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
         self._restore()
+        # os.write: a handler may run in the middle of anything, a print to the same stream included.
+        os.write(2, b"\nfinishing this step and saving; once more to stop at once\n")
 
     def _restore(self) -> None:
         for signum, handler in self._previous.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from libreflux.adapter.layers import linear_shapes
 from libreflux.adapter.targets import Resolved, Target, resolve
 from libreflux.data.prepare import prepare_recipe
 from libreflux.errors import ModelError, RunError
+from libreflux.model.device import pick_device
+from libreflux.model.facts import freed
 from libreflux.model.family import open_model, weights_hash
 from libreflux.recipe import Recipe
 from libreflux.train import checkpoint
@@ -94,10 +97,12 @@ def _train(training: Training, callbacks: Callbacks) -> Checkpoint:
             info = training.take_step()
             metrics.write(_metrics_line(info))
             callbacks.on_step(info)
-            if training.step % recipe.save.every == 0 or training.step == recipe.steps:
-                saved = _save(training, callbacks)
-            if _sample_due(recipe, training.step) and stop.signum is None:
+            last = training.step == recipe.steps
+            # Drawn before it is saved: a run that is killed in between trains this step again, and draws it.
+            if _sample_due(recipe, training.step) and (last or stop.signum is None):
                 callbacks.on_sample(training.step, training.transformer)
+            if last or training.step % recipe.save.every == 0:
+                saved = _save(training, callbacks)
         if training.step > (saved.step if saved else first):
             saved = _save(training, callbacks)
         if stop.signum is not None and training.step < recipe.steps:
@@ -141,7 +146,7 @@ def resolve_layers(recipe: Recipe) -> list[Resolved]:
 def _open(recipe: Recipe, run: Path, newest: Checkpoint | None, callbacks: Callbacks) -> Training:
     """Base, adapter, data and optimizer, as they were after `newest`, or as they are at the start."""
     resolved = resolve_layers(recipe)  # first: a misspelt pattern should not cost an hour of preparing
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(pick_device(recipe.device))
     batches = prepare_recipe(recipe, device=device, progress=callbacks.on_prepare)
     model = open_model(recipe.model, parts=("transformer",), dtype=BASE_DTYPES[recipe.base], device=device)
     if model.transformer is None or model.path is None:
@@ -158,7 +163,7 @@ def _open(recipe: Recipe, run: Path, newest: Checkpoint | None, callbacks: Callb
         recipe=recipe,
         run=run,
         transformer=model.transformer,
-        facts=model.facts,
+        facts=dataclasses.replace(freed(model.facts), text_padding=recipe.text_padding),
         resolved=resolved,
         adapter=adapter,
         optimizer=make_optimizer(recipe.optimizer, adapter.named_parameters(), recipe.seed),
@@ -177,12 +182,11 @@ def _restore(training: Training, newest: Checkpoint) -> None:
         if state[key] != training.identity[key]:
             mend = "put them back as they were, or choose another `out`"
             raise RunError(f"the {thing} have changed since this run began", where=newest.path, mend=mend)
-    here = _machine()
+    here = _machine(training.device)
     for key, value in here.items():
-        if state[key] != value:
-            log.warning(
-                "resumed with %s %s instead of %s: the result may differ in its last bits", key, value, state[key]
-            )
+        if state.get(key) != value:
+            before = state.get(key)
+            log.warning("resumed with %s %s instead of %s: the result may differ in its last bits", key, value, before)
     training.adapter.load_state_dict(load_adapter(newest.adapter).tensors)
     training.optimizer.load_state_tensors(load_file(newest.optimizer))
     training.step = newest.step
@@ -195,7 +199,10 @@ def _save(training: Training, callbacks: Callbacks) -> Checkpoint:
         "model_hash": training.identity["model_hash"],
         "recipe": recipe.fingerprint(),
         "step": str(step),
-        "text_padding": recipe.text_padding,
+        "text_padding": training.facts.text_padding,
+        "max_tokens": str(training.facts.max_tokens),
+        "sampling_steps": str(training.facts.steps),
+        "guidance": str(training.facts.guidance),
         "licence": training.facts.licence,
         "libreflux": __version__,
     }
@@ -208,13 +215,14 @@ def _save(training: Training, callbacks: Callbacks) -> Checkpoint:
                 training.optimizer.state_dict_tensors(), path
             ),
         },
-        {"recipe": recipe.fingerprint(), **training.identity, **_machine()},
+        {"recipe": recipe.fingerprint(), **training.identity, **_machine(training.device)},
     )
     checkpoint.prune(training.run, recipe.save.keep, recipe.save.keep_every)
     callbacks.on_save(step, written.path)
     return written
 
 
-def _machine() -> dict[str, Any]:
+def _machine(device: str) -> dict[str, Any]:
     """What the last bits of a result depend on besides the recipe."""
-    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    chip = torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": f"{device} ({chip})"}

@@ -45,11 +45,15 @@ SIZE_SHARE = {"small": 0.15, "medium": 0.25, "large": 0.6}
 WEIGHTS = Path(compose.__file__).parent / "weights" / "emoji-base"
 
 
+def layouts() -> list[tuple[str, str]]:
+    """Every (size, place) of a lone subject; a large one has room in the centre only."""
+    return [(size, place) for size in SIZES for place in PLACES if size != "large" or place == "centre"]
+
+
 @cache
 def scenes() -> tuple[list[Scene], list[Scene]]:
     """(every scene of one subject, `PAIRS` scenes of two): few enough that no picture is encoded twice."""
-    sizes = [(size, place) for size in SIZES for place in PLACES if size != "large" or place == "centre"]
-    singles = [Scene(s, c, size, place) for s, c, (size, place) in itertools.product(subjects(), COLOURS, sizes)]
+    singles = [Scene(s, c, size, place) for s, c, (size, place) in itertools.product(subjects(), COLOURS, layouts())]
     return singles, [compose.scene(PAIR_SEED, i, pairs=1.0) for i in range(PAIRS)]
 
 
@@ -153,16 +157,16 @@ def batch_at(step: int, seed: int) -> tuple[list[int], list[str]]:
     """(rows of the latents, captions) of one step; every `LONG_EVERY`-th step has long captions only."""
     rng = keyed.rng(seed, "emoji-base", step)
     singles, pairs = scenes()
-    sizes = [i for i, scene in enumerate(singles[:11])]
-    share = np.array([SIZE_SHARE[singles[i].size] for i in sizes])
-    counts = np.array([sum(other.size == singles[i].size for other in singles[:11]) for i in sizes])
+    sizes = [size for size, _ in layouts()]
+    share = np.array([SIZE_SHARE[size] / sizes.count(size) for size in sizes])
     rows, texts = [], []
     for _ in range(BATCH):
         if rng.random() < PAIR_SHARE:
             row = int(rng.integers(len(pairs)))
             scene, row = pairs[row], len(singles) + row
         else:
-            row = int(rng.integers(len(singles) // 11)) * 11 + int(rng.choice(11, p=share / counts))
+            group = int(rng.integers(len(singles) // len(sizes)))
+            row = group * len(sizes) + int(rng.choice(len(sizes), p=share))
             scene = singles[row]
         if rng.random() < EMPTY_SHARE:
             caption = ""
@@ -238,10 +242,12 @@ def export(work: Path, out: Path = WEIGHTS, *, steps: int | None = None) -> Path
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         name="emoji-base",
     )
-    staged = out.with_name(out.name + ".new")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.parent.mkdir(parents=True, exist_ok=True)
-    save_model(model, staged)
-    shutil.rmtree(out, ignore_errors=True)
-    staged.rename(out)
+    fresh, old = out.with_name(f"{out.name}.new"), out.with_name(f"{out.name}.old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    save_model(model, fresh)
+    if out.exists():
+        out.rename(old)
+    fresh.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
     return out

@@ -1,0 +1,61 @@
+"""What `generate` and `demo` share: a model, perhaps with adapters, opened for drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from libreflux.adapter.files import attach_file
+from libreflux.cli.adapters import adapted_facts, load_arguments, notice_other_base
+from libreflux.errors import ModelError
+from libreflux.files import sha256_file
+from libreflux.model.device import pick_device
+from libreflux.model.facts import Facts
+from libreflux.model.family import open_model, weights_hash
+from libreflux.model.text import check_padding
+from libreflux.sample.pipeline import LibreFluxPipeline
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A pipeline and what a picture's record says of it.
+
+    Attributes:
+        pipe: ready to draw.
+        facts: the model's, under its adapters.
+        dtype: of the transformer's weights.
+        hashes: "transformer" to its SHA-256.
+        adapters: file name, SHA-256 and weight of each adapter, in order.
+    """
+
+    pipe: LibreFluxPipeline
+    facts: Facts
+    dtype: str
+    hashes: dict[str, str]
+    adapters: list[dict[str, Any]] = field(default_factory=list)
+
+
+def open_for_drawing(model: str, adapters: Iterable[str] = (), device: str = "auto") -> Opened:
+    """Open a model with adapter arguments (`FILE[:WEIGHT]`); whatever can be refused is, before weights are loaded."""
+    place, files = pick_device(device), load_arguments(adapters)
+    facts = adapted_facts(open_model(model, parts=()).facts, files)
+    check_padding(facts.text_padding)
+    opened = open_model(model, device=place)
+    if opened.transformer is None or opened.vae is None or opened.path is None:
+        raise ModelError("has no transformer or no VAE", where=model, mend="use a complete model")
+    opened.facts = facts
+    dtype = str(opened.transformer.dtype).removeprefix("torch.")
+    transformer_hash = weights_hash(opened.path)
+    notice_other_base(transformer_hash, files)
+    for file, weight in files:
+        attach_file(opened.transformer, file.where, weight)
+    opened.vae.float()  # small beside the transformer, and bf16 would leave bands in flat colours
+    pipe = LibreFluxPipeline.from_model(opened)
+    pipe.set_progress_bar_config(disable=True)
+    rows = [
+        {"file": Path(file.where).name, "sha256": sha256_file(Path(file.where)), "weight": weight}
+        for file, weight in files
+    ]
+    return Opened(pipe, facts, dtype, {"transformer": transformer_hash}, rows)
