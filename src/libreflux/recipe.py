@@ -21,6 +21,7 @@ from libreflux.recipe_sections import (
     AdapterSpec,
     DataSource,
     OptimizerSpec,
+    Real,
     SampleSpec,
     SaveSpec,
     Section,
@@ -66,11 +67,19 @@ class Recipe(Section):
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec, description="AdamW and its learning rate")
     samples: SampleSpec = Field(default_factory=SampleSpec, description="pictures drawn while training")
     save: SaveSpec = Field(default_factory=SaveSpec, description="checkpoints")
+    guidance: Real | None = Field(
+        default=None, ge=0, description="embedded guidance to train at, for a model that has one (FLUX.1-dev)"
+    )
     seed: Whole = Field(default=0, ge=0, lt=2**63, description="seed of everything random")
     device: str = Field(default="auto", min_length=1, description="auto, cpu, cuda, cuda:N or mps")
     threads: Whole | None = Field(default=None, ge=1, description="CPU threads; default: as many as torch chooses")
     out: str = Field(min_length=1, description="run folder")
     cache: str | None = Field(default=None, min_length=1, description="folder of the prepared data; default: out/cache")
+
+    @field_validator("out", "cache")
+    @classmethod
+    def _home(cls, value: str | None) -> str | None:
+        return value and str(Path(value).expanduser())
 
     @field_validator("base", "objective", "text_padding", mode="before")
     @classmethod

@@ -148,7 +148,7 @@ class SampleSpec(Section):
     every: Whole = Field(default=500, ge=0, description="steps between sample pictures; 0: none")
     at_start: bool = Field(default=False, description="also before the first step")
     prompts: tuple[str, ...] = Field(default=(), description="what to draw")
-    guidance: tuple[Real, ...] = Field(
+    guidance: tuple[Annotated[Real, Field(ge=0)], ...] = Field(
         default=(3.0,), min_length=1, description="guidance scales to draw each prompt at"
     )
     seed: Whole = Field(default=42, ge=0, description="seed of the sample pictures")

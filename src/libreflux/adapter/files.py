@@ -121,7 +121,7 @@ class AdapterFile:
             AdapterError: a tensor belongs to no layer, or its spelling fits two.
         """
         known = _spellings(layer_names)
-        stored: dict[str, str] = json.loads(self.metadata.get("key_map", "{}"))
+        stored = self._key_map()
         layers: dict[str, dict[str, Tensor]] = {}
         leftover = []
         for key, tensor in self.tensors.items():
@@ -142,6 +142,12 @@ class AdapterFile:
                 mend="attach it to the kind of model it was trained on",
             )
         return layers
+
+    def _key_map(self) -> dict[str, str]:
+        try:
+            return {str(prefix): str(name) for prefix, name in json.loads(self.metadata.get("key_map", "{}")).items()}
+        except (ValueError, AttributeError):
+            raise AdapterError("unreadable key_map in its metadata", where=self.where, mend="copy it again") from None
 
 
 def _spellings(layer_names: Iterable[str]) -> dict[str, list[str]]:

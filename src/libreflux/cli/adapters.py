@@ -58,6 +58,8 @@ def adapted_facts(facts: Facts, files: Sequence[tuple[AdapterFile, float]]) -> F
     Raises:
         AdapterError: two of them were trained with different text paddings.
     """
+    from libreflux.model.facts import Facts
+
     said = {file.metadata["text_padding"]: file.where for file, _ in files if "text_padding" in file.metadata}
     if len(said) > 1:
         (one, first), (other, second), *_ = said.items()
@@ -65,8 +67,11 @@ def adapted_facts(facts: Facts, files: Sequence[tuple[AdapterFile, float]]) -> F
             f"trained with text padding {other}, but {first} with {one}", where=second, mend="use one of the two"
         )
     for file, _ in files:
-        given = {name: kind(file.metadata[key]) for name, (key, kind) in ADAPTED.items() if key in file.metadata}
-        facts = dataclasses.replace(facts, **given)
+        try:
+            given = {name: kind(file.metadata[key]) for name, (key, kind) in ADAPTED.items() if key in file.metadata}
+        except ValueError as error:
+            raise AdapterError(f"damaged metadata ({error})", where=file.where, mend="copy it again") from None
+        facts = Facts.from_dict(dataclasses.asdict(facts) | given, file.where)
     return facts
 
 

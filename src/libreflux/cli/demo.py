@@ -73,7 +73,7 @@ def demo(
     if out.exists() and not out.is_dir():
         raise RunError("is a file", where=out, mend="name a folder with --out")
     data, run, model, recipe_file = out / "pictures", out / "run", out / "model", out / "recipe.yaml"
-    if model.exists() and not _made_here(model):
+    if model.exists() and not _made_here(model, run / "adapter.safetensors"):
         raise RunError("is not a demo's model", where=model, mend="name another folder with --out")
     if recipe_file.exists() and not recipe_file.read_text("utf-8").startswith(RECIPE.partition("\n")[0]):
         raise RunError("is not a demo's recipe", where=recipe_file, mend="name another folder with --out")
@@ -125,13 +125,15 @@ def _by_hand(out: Path, pictures: int) -> list[str]:
     return [shlex.join(["libreflux", *map(str, line)]) for line in words]
 
 
-def _made_here(model: Path) -> bool:
-    """Whether a folder holds a model merged from the demo's own base and look."""
-    from libreflux.model.family import read_facts
+def _made_here(model: Path, adapter: Path) -> bool:
+    """Whether a folder holds the model that was merged from this adapter."""
+    from libreflux.files import sha256_file
+    from libreflux.model.facts import read_facts
 
     try:
-        return read_facts(model).lineage.get("base") == MODEL
-    except LibrefluxError:
+        rows = read_facts(model).lineage.get("adapters", [])
+        return adapter.is_file() and [row["sha256"] for row in rows] == [sha256_file(adapter)]
+    except (LibrefluxError, KeyError, TypeError):
         return False
 
 

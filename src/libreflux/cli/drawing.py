@@ -51,7 +51,6 @@ def open_for_drawing(model: str, adapters: Iterable[str] = (), device: str = "au
     notice_other_base(transformer_hash, files)
     for file, weight in files:
         attach_file(opened.transformer, file.where, weight)
-    opened.vae.float()  # small beside the transformer, and bf16 would leave bands in flat colours
     pipe = LibreFluxPipeline.from_model(opened)
     pipe.set_progress_bar_config(disable=True)
     rows = [

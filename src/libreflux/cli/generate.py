@@ -100,7 +100,7 @@ def _targets(out: Path, prompts: list[str], wanted: list[tuple[str, int]]) -> li
     Raises:
         RecipeError: several pictures for one file, a file that is no PNG, or a file where a folder is needed.
     """
-    above = next(folder for folder in out.absolute().parents if os.path.lexists(folder))
+    above = next((folder for folder in out.absolute().parents if os.path.lexists(folder)), Path("/"))
     if not above.is_dir():
         raise RecipeError("is a file, not a folder", where=above, mend="name another place with --out")
     if out.suffix and not out.is_dir():

@@ -8,22 +8,20 @@ from libreflux.errors import RunError
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of a name: "auto" (CUDA, else Apple's MPS, else the CPU), or what torch calls one, e.g. "cuda:1".
+    """The device of a name: "auto" (CUDA, else the CPU), or what torch calls one, e.g. "cuda:1" or "mps".
 
     Raises:
         RunError: no such device on this machine.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise RunError(f"{name!r} is no device", where="device", mend="use auto, cpu, cuda, cuda:N or mps") from None
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(_has_mps())}.get(device.type, 0)
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(
+        device.type, 0
+    )
     if (device.index or 0) >= count:
         raise RunError(f"this machine has no {name}", where="device", mend="use auto or cpu")
     return device
-
-
-def _has_mps() -> bool:
-    return torch.backends.mps.is_available()

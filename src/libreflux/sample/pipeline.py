@@ -89,13 +89,16 @@ class LibreFluxPipeline(DiffusionPipeline):
 
     @classmethod
     def from_model(cls, model: Model) -> LibreFluxPipeline:
-        """A pipeline over an opened model; its text encoders may be absent, its transformer and VAE may not."""
+        """A pipeline over an opened model; its text encoders may be absent, its transformer and VAE may not.
+
+        The VAE becomes fp32: it is small beside the transformer, and bf16 would leave bands in flat colours.
+        """
         if model.transformer is None or model.vae is None:
             raise ModelError(f"{model.name} was opened without transformer or vae", mend="open it with both parts")
         text = model.text
         return cls(
             transformer=model.transformer,
-            vae=model.vae,
+            vae=model.vae.float(),
             scheduler=model.scheduler,
             tokenizer=text and text.tokenizer,
             text_encoder=text and text.text_encoder,

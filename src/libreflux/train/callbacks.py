@@ -81,7 +81,7 @@ class Callbacks:
     def on_sample(self, step: int, transformer: FluxTransformer2DModel) -> None:
         """Time for sample pictures after `step` steps; the transformer is the live one, leave it as it is.
 
-        The checkpoint of `step` is not yet written. A run that is resumed at `step` calls this again.
+        The checkpoint of `step`, if one is due, is already written. A run that is resumed at `step` calls this again.
         """
 
     def on_save(self, step: int, folder: Path) -> None:

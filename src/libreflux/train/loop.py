@@ -19,9 +19,9 @@ from libreflux.adapter.files import attach, load_adapter, save_adapter
 from libreflux.adapter.layers import linear_shapes
 from libreflux.adapter.targets import Resolved, Target, resolve
 from libreflux.data.prepare import prepare_recipe
-from libreflux.errors import ModelError, RunError
+from libreflux.errors import ModelError, RecipeError, RunError
 from libreflux.model.device import pick_device
-from libreflux.model.facts import freed
+from libreflux.model.facts import Facts, freed
 from libreflux.model.family import open_model, weights_hash
 from libreflux.recipe import Recipe
 from libreflux.train import checkpoint
@@ -98,11 +98,10 @@ def _train(training: Training, callbacks: Callbacks) -> Checkpoint:
             metrics.write(_metrics_line(info))
             callbacks.on_step(info)
             last = training.step == recipe.steps
-            # Drawn before it is saved: a run that is killed in between trains this step again, and draws it.
-            if _sample_due(recipe, training.step) and (last or stop.signum is None):
-                callbacks.on_sample(training.step, training.transformer)
             if last or training.step % recipe.save.every == 0:
                 saved = _save(training, callbacks)
+            if _sample_due(recipe, training.step) and (last or stop.signum is None):
+                callbacks.on_sample(training.step, training.transformer)
         if training.step > (saved.step if saved else first):
             saved = _save(training, callbacks)
         if stop.signum is not None and training.step < recipe.steps:
@@ -133,10 +132,17 @@ def resolve_layers(recipe: Recipe) -> list[Resolved]:
 
     Raises:
         ModelError: no such model.
+        RecipeError: a guidance-embedded model without `guidance`, or `guidance` for any other.
         AdapterError: a pattern that matches nothing; see `adapter.targets.resolve`.
     """
-    path = open_model(recipe.model, parts=()).path
+    opened = open_model(recipe.model, parts=())
+    path = opened.path
     assert path is not None
+    if opened.facts.guidance_embeds and recipe.guidance is None:
+        mend = "set the value to train and draw at, e.g. guidance: 1.0"
+        raise RecipeError("this model has a guidance embedding", where="guidance", mend=mend)
+    if recipe.guidance is not None and not opened.facts.guidance_embeds:
+        raise RecipeError("this model has no guidance embedding", where="guidance", mend="remove this key")
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(path / "transformer"))
     targets = [Target(layers=target.layers, factor=target.factor) for target in recipe.adapter.targets]
@@ -147,6 +153,8 @@ def _open(recipe: Recipe, run: Path, newest: Checkpoint | None, callbacks: Callb
     """Base, adapter, data and optimizer, as they were after `newest`, or as they are at the start."""
     resolved = resolve_layers(recipe)  # first: a misspelt pattern should not cost an hour of preparing
     device = str(pick_device(recipe.device))
+    if device.startswith("mps"):
+        raise RunError("training on MPS is not supported yet", where="device", mend="set device: cpu")
     batches = prepare_recipe(recipe, device=device, progress=callbacks.on_prepare)
     model = open_model(recipe.model, parts=("transformer",), dtype=BASE_DTYPES[recipe.base], device=device)
     if model.transformer is None or model.path is None:
@@ -163,7 +171,7 @@ def _open(recipe: Recipe, run: Path, newest: Checkpoint | None, callbacks: Callb
         recipe=recipe,
         run=run,
         transformer=model.transformer,
-        facts=dataclasses.replace(freed(model.facts), text_padding=recipe.text_padding),
+        facts=_trained_facts(model.facts, recipe),
         resolved=resolved,
         adapter=adapter,
         optimizer=make_optimizer(recipe.optimizer, adapter.named_parameters(), recipe.seed),
@@ -174,6 +182,12 @@ def _open(recipe: Recipe, run: Path, newest: Checkpoint | None, callbacks: Callb
     if newest is not None:
         _restore(training, newest)
     return training
+
+
+def _trained_facts(facts: Facts, recipe: Recipe) -> Facts:
+    """What the trained model is drawn with: freed, under the recipe's padding, at the guidance that it embedded."""
+    guidance = facts.guidance if recipe.guidance is None else recipe.guidance
+    return dataclasses.replace(freed(dataclasses.replace(facts, guidance=guidance)), text_padding=recipe.text_padding)
 
 
 def _restore(training: Training, newest: Checkpoint) -> None:

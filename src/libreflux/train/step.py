@@ -25,9 +25,6 @@ from libreflux.train.callbacks import Started, StepInfo
 from libreflux.train.objective import flow_matching_loss, keyed_noise
 from libreflux.train.optimizer import Optimizer, clip_grad_norm, lr_at
 
-# A network with a guidance embedding is trained at guidance 1, the plain conditional velocity (no guidance to imitate).
-TRAINING_GUIDANCE = 1.0
-
 
 def draw_sigmas(spec: SigmaSpec, count: int, seed: int, step: int) -> Tensor:
     """The noise levels of one step, [count] fp32 in slot order: a function of (seed, "sigma", step).
@@ -148,7 +145,7 @@ class Training:
             noise.to(self.device),
             sigmas[list(unit.slots)].to(self.device),
             batch.text.to(self.device),
-            guidance=TRAINING_GUIDANCE if self.facts.guidance_embeds else None,
+            guidance=self.recipe.guidance,
         )
         require_finite(losses.detach(), batch.sample_ids, self.step)
         (losses.sum() / unit.total).backward()

@@ -1,6 +1,6 @@
 """Make the emoji family from nothing: `python -m libreflux.emoji.build STAGE --work DIR`, resumable at every stage.
 
-Stages in order: vae, latents, base, decoder, export. Each is a no-op when its result is there.
+Stages in order: vae, latents, base, decoder, export, check (an unlabelled sheet in DIR, to be read by eye). Each is a no-op when its result is there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m libreflux.emoji.build", description=__doc__)
-    parser.add_argument("stage", choices=["vae", "latents", "base", "decoder", "export", "all"])
+    parser.add_argument("stage", choices=["vae", "latents", "base", "decoder", "export", "check", "all"])
     parser.add_argument("--work", type=Path, required=True, help="folder for states and latents")
     parser.add_argument("--steps", type=int, default=None, help="steps of the base or decoder stage")
     parser.add_argument("--threads", type=int, default=2)
@@ -35,6 +35,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"held-out PSNR {vae.psnr(model):.2f} dB")
     if args.stage in ("export", "all"):
         print(base.export(args.work))
+    if args.stage in ("check", "all"):
+        from libreflux.emoji.build import check
+
+        print(check.draw(args.work))
     return 0
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from libreflux.emoji.build.muon import Muon
+from libreflux.files import atomic_save_safetensors
 
 
 def cosine(step: int, steps: int, warmup: int = 50) -> float:
@@ -22,7 +21,7 @@ def cosine(step: int, steps: int, warmup: int = 50) -> float:
     return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def trapezoid(step: int, steps: int, warmup: int = 100, cooldown: float = 0.35) -> float:
+def trapezoid(step: int, steps: int, warmup: int = 100, cooldown: float = 0.65) -> float:
     """Warm-up, constant, then a linear fall over the last `cooldown` of the steps."""
     return min(1.0, (step + 1) / warmup, max(0.01, (1 - step / steps) / cooldown))
 
@@ -92,9 +91,7 @@ class Stage:
             for name, parameter in self._of(optimizer):
                 for key, value in optimizer.state[parameter].items():
                     tensors[f"{key}/{name}"] = value.contiguous()
-        staged = self.file.with_suffix(".part")
-        save_file(tensors, staged, {"step": str(self.step), "seconds": f"{self.seconds:.1f}"})
-        os.replace(staged, self.file)
+        atomic_save_safetensors(tensors, self.file, {"step": str(self.step), "seconds": f"{self.seconds:.1f}"})
 
     def run(
         self, steps: int, loss: Callable[[int], torch.Tensor], shape: Callable[[int, int], float], *, every: int = 200
