@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  || { echo 'Python >= 3.11 is needed: make PYTHON=/path/to/python3.11' >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install -c constraints.txt -b constraints.txt -e '.[dev,plots]'
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --compile-bytecode -c constraints.txt -b constraints.txt -e '.[dev,plots]'
 	@touch $@
 
 demo: install

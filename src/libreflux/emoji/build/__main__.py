@@ -1,6 +1,7 @@
 """Make the emoji family from nothing: `python -m libreflux.emoji.build STAGE --work DIR`, resumable at every stage.
 
-Stages in order: vae, latents, base, decoder, export, check (an unlabelled sheet in DIR, to be read by eye). Each is a no-op when its result is there.
+Stages in order: vae, latents, base, decoder, export, check (an unlabelled sheet in DIR, to be read by eye).
+Each of the first five is a no-op when its result is there.
 """
 
 from __future__ import annotations
