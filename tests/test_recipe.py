@@ -258,3 +258,11 @@ def test_recipes_are_read_without_torch() -> None:
 def test_the_dumper_is_safe() -> None:
     with pytest.raises(yaml.YAMLError):
         recipe_yaml.dump(object())
+
+
+def test_a_comment_in_an_override_is_refused_not_dropped() -> None:
+    assert "begins a comment" in refusal("out=my demo #2")
+    assert load_recipe(None, [*LEAST, 'out="my demo #2"']).out == "my demo #2"
+    for text in ("plain/path", "my demo #2", "yes", "1e-4", "a: b", "- x", "", "ü'\""):
+        assert recipe_yaml.parse(recipe_yaml.scalar(text)) == text
+    assert recipe_yaml.scalar("plain/path") == "plain/path"

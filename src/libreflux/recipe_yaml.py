@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from typing import Any
 
@@ -21,6 +22,15 @@ def dump(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+def scalar(text: str) -> str:
+    """A text as YAML that ``parse`` reads back to it; quoted only when it must be."""
+    try:
+        plain = parse(text) == text
+    except yaml.YAMLError:
+        plain = False
+    return text if plain else json.dumps(text, ensure_ascii=False)
+
+
 def override(tree: dict[str, Any], text: str) -> None:
     """Lays one ``a.b.0.c=value`` over ``tree`` in place; the value is YAML, list items go by number, the next appends.
 
@@ -30,6 +40,8 @@ def override(tree: dict[str, Any], text: str) -> None:
     key, equals, written = text.partition("=")
     if not equals or not key.strip():
         raise RecipeError("not an override", where=text, mend="write key=value, e.g. optimizer.learning_rate=1e-4")
+    if " #" in written and written.lstrip()[:1] not in ("'", '"', "[", "{"):
+        raise RecipeError("` #` begins a comment in YAML", where=text, mend="quote the value")
     try:
         value = parse(written)
     except yaml.YAMLError as error:

@@ -68,6 +68,7 @@ def demo(
     from libreflux.cli import demo_page
     from libreflux.files import atomic_write_text
     from libreflux.recipe import read_recipe
+    from libreflux.recipe_yaml import scalar
     from libreflux.train.checkpoint import check_recipe
 
     if out.exists() and not out.is_dir():
@@ -77,8 +78,7 @@ def demo(
         raise RunError("is not a demo's model", where=model, mend="name another folder with --out")
     if recipe_file.exists() and not recipe_file.read_text("utf-8").startswith(RECIPE.partition("\n")[0]):
         raise RunError("is not a demo's recipe", where=recipe_file, mend="name another folder with --out")
-    quoted = {name: json.dumps(str(path), ensure_ascii=False) for name, path in (("data", data), ("out", run))}
-    text = RECIPE.format(model=MODEL, steps=steps, **quoted)
+    text = RECIPE.format(model=MODEL, data=scalar(str(data)), steps=steps, out=scalar(str(run)))
     recipe = read_recipe(text, str(recipe_file))
     check_recipe(run, recipe)
     atomic_write_text(recipe_file, text)
@@ -114,11 +114,13 @@ def demo(
 
 def _by_hand(out: Path, pictures: int) -> list[str]:
     """Commands that do the demo again, into a folder of their own."""
+    from libreflux.recipe_yaml import scalar
+
     hand = out / "by-hand"
     data, run, model = hand / "pictures", hand / "run", hand / "model"
     words: list[list[object]] = [
         ["demo-data", data, "--count", pictures, "--seed", SEED, "--look", "pencil", "--pairs", 0],
-        ["train", out / "recipe.yaml", f"data.0.path={data}", f"out={run}"],
+        ["train", out / "recipe.yaml", f"data.0.path={scalar(str(data))}", f"out={scalar(str(run))}"],
         ["merge", MODEL, run / "adapter.safetensors", "--out", model],
         ["generate", PROMPTS[0], "--model", model, "--guidance", 3, "--seed", SEED, "--out", hand / "one.png"],
     ]
