@@ -65,6 +65,7 @@ def test_dry_run_prints_recipe_and_layers_and_writes_nothing(run: Callable, reci
     resolved = yaml.safe_load(text)
     assert resolved["optimizer"]["learning_rate"] == 3e-4 and resolved["steps"] == 3
     assert "transformer_blocks.0.attn.to_q" in table and "total" in table and "norm1" not in table
+    assert "device memory at its peak" in table and "512 tokens" in table
     assert not (tmp_path / "o").exists()
 
 

@@ -24,7 +24,7 @@ def train(
         typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change.", show_default=False),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved recipe and the adapted layers, train nothing.")
+        bool, typer.Option("--dry-run", help="Print the resolved recipe, its layers, memory and disk; train nothing.")
     ] = False,
 ) -> None:
     """Train an adapter. Stop it at any time: the same command goes on from the last checkpoint."""
@@ -33,9 +33,10 @@ def train(
     resolved = load_recipe(recipe, overrides or [])
     _check_law(resolved)
     if dry_run:
-        layers = layer_table(resolved)
+        layers, memory = layer_table(resolved), memory_table(resolved)
         typer.echo(resolved.to_yaml())
         typer.echo(layers)
+        typer.echo(f"\n{memory}")
         return
 
     from libreflux.cli.training import ShowTraining
@@ -87,3 +88,15 @@ def layer_table(recipe: Recipe) -> str:
     from libreflux.train.loop import resolve_layers
 
     return table(resolve_layers(recipe))
+
+
+def memory_table(recipe: Recipe) -> str:
+    """Memory and disk by part, at the model's longest prompt; no weight is loaded."""
+    from libreflux.model.facts import freed
+    from libreflux.model.family import open_model
+    from libreflux.train.estimate import estimate_recipe
+
+    tokens = freed(open_model(recipe.model, parts=()).facts).max_tokens
+    found = estimate_recipe(recipe, text_tokens=tokens)
+    kept = recipe.save.keep + (recipe.steps // recipe.save.keep_every if recipe.save.keep_every else 0)
+    return f"memory, estimated for prompts of {tokens} tokens\n{found.table(kept)}"

@@ -1,0 +1,236 @@
+"""Memory and disk of a run before any weight is loaded: one step is traced without numbers.
+
+The step runs on torch's meta device, where every operation happens and nothing is computed, and what is alive is
+counted storage by storage: what an adapter, a mask, an int8 base or checkpointing keeps for backward is found, not
+assumed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from libreflux.adapter.files import attach
+from libreflux.adapter.targets import Resolved
+from libreflux.model.family import open_model
+from libreflux.model.text import TextConditioning
+from libreflux.recipe import Recipe
+from libreflux.train.loop import BASE_DTYPES, resolve_layers
+from libreflux.train.objective import flow_matching_loss
+from libreflux.train.optimizer import BUCKET, parameter_dtype
+
+MIB = 2**20
+UPDATE_BYTES = 30  # per element of the optimizer's largest bucket: fp32 copies of parameter, moments and noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Bytes by part; `total` is the peak on the device, without what importing torch takes.
+
+    Attributes:
+        weights: the frozen base.
+        adapter: the trained parameters.
+        moments: the optimizer's two.
+        gradient: the flat fp32 sum over accumulated passes.
+        activations: peak of one forward and backward pass, the parameters' own gradients included.
+        update: what the optimizer needs on top for a moment, after the activations are gone.
+        averages: fp32 averages of the adapter, on the CPU.
+        checkpoint: one checkpoint on disk.
+    """
+
+    weights: int
+    adapter: int
+    moments: int
+    gradient: int
+    activations: int
+    update: int
+    averages: int
+    checkpoint: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapter + self.moments + self.gradient + max(self.activations, self.update)
+
+    def table(self, kept: int) -> str:
+        """Aligned text; `kept` is how many checkpoints stay on disk."""
+        rows = [
+            ("base weights", self.weights),
+            ("adapter", self.adapter),
+            ("optimizer moments", self.moments),
+            ("gradient", self.gradient),
+            ("activations, largest batch", self.activations),
+            ("device memory at its peak", self.total),
+            ("averages (in CPU memory)", self.averages),
+            (f"disk, {kept} checkpoints", kept * self.checkpoint),
+        ]
+        return "\n".join(f"{name:<28}{size / MIB:>12,.0f} MiB" for name, size in rows)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operations inside the context create, while they are alive.
+
+    Attributes:
+        live: now.
+        peak: the most so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for leaf in tree_leaves((args, kwargs)):  # what was there before is not ours to count
+            if isinstance(leaf, Tensor):
+                self._known.add(leaf.untyped_storage()._cdata)
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._count(leaf)
+        return out
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def meta_transformer(config: dict[str, Any], dtype: torch.dtype) -> FluxTransformer2DModel:
+    """A transformer of this configuration whose weights take no memory."""
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config(config)
+    nn.Module.to(transformer, dtype)  # diffusers' own `to` warns of modules to keep in fp32; FLUX has none
+    return transformer.eval()
+
+
+def estimate_recipe(recipe: Recipe, *, text_tokens: int) -> Estimate:
+    """`estimate` of a recipe, from its model's configuration alone.
+
+    Args:
+        text_tokens: of the longest prompt.
+    """
+    path = open_model(recipe.model, parts=()).path
+    assert path is not None
+    config = FluxTransformer2DModel.load_config(path / "transformer")
+    side = recipe.resolution // 8
+    return estimate(
+        meta_transformer(config, BASE_DTYPES[recipe.base]),
+        resolve_layers(recipe),
+        adapter_dtype=parameter_dtype(recipe.optimizer),
+        batch=recipe.batch,
+        latent_size=(side, side),
+        text_tokens=text_tokens,
+        guidance=recipe.guidance,
+    )
+
+
+def estimate(
+    transformer: FluxTransformer2DModel,
+    resolved: Sequence[Resolved],
+    *,
+    adapter_dtype: torch.dtype,
+    batch: int,
+    latent_size: tuple[int, int],
+    text_tokens: int,
+    averages: int = 0,
+    guidance: float | None = None,
+) -> Estimate:
+    """What training this adapter takes.
+
+    Args:
+        transformer: on the meta device, see `meta_transformer`; it is adapted in place.
+        resolved: the layers to adapt.
+        adapter_dtype: fp32 or bf16; the moments' too.
+        batch: pictures per forward pass.
+        latent_size: (h, w) of the largest latents.
+        text_tokens: of the longest prompt.
+        averages: how many fp32 averages are tracked.
+        guidance: for a model with a guidance embedding.
+    """
+    weights = _bytes([*transformer.parameters(), *transformer.buffers()])
+    adapter = attach(transformer, resolved, dtype=adapter_dtype, init="ones")
+    parameters = list(adapter.parameters())
+    count, own = sum(parameter.numel() for parameter in parameters), _bytes(parameters)
+    return Estimate(
+        weights=weights,
+        adapter=own,
+        moments=2 * own,
+        gradient=4 * count,
+        activations=trace_pass(transformer, batch, latent_size, text_tokens, guidance),
+        update=UPDATE_BYTES * min(count, max(BUCKET, *(parameter.numel() for parameter in parameters))),
+        averages=averages * 4 * count,
+        checkpoint=3 * own + averages * 4 * count,
+    )
+
+
+def trace_pass(
+    transformer: FluxTransformer2DModel,
+    batch: int,
+    latent_size: tuple[int, int],
+    text_tokens: int,
+    guidance: float | None = None,
+) -> int:
+    """Peak bytes that one forward and backward pass of an adapted meta transformer has alive at a time."""
+    config = transformer.config
+    latents = torch.empty(batch, config.in_channels // 4, *latent_size, device="meta")
+    dtype = next(parameter.dtype for name, parameter in transformer.named_parameters() if "norm_q" in name)
+    text = TextConditioning(
+        [torch.empty(text_tokens, config.joint_attention_dim, device="meta", dtype=dtype) for _ in range(batch)],
+        torch.empty(batch, config.pooled_projection_dim, device="meta", dtype=dtype),
+    )
+    sigma = torch.empty(batch, device="meta")
+    with _attention_in_tiles(), LiveBytes() as live:
+        losses = flow_matching_loss(transformer, latents, torch.empty_like(latents), sigma, text, guidance=guidance)
+        losses.sum().backward()
+    for parameter in transformer.parameters():
+        parameter.grad = None
+    return live.peak
+
+
+@contextmanager
+def _attention_in_tiles() -> Iterator[None]:
+    """Attention that keeps its inputs, its output and a logarithm per row, as fused kernels do on CPU and CUDA."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        out: Tensor = _TiledAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
+        return out
+
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention):
+        yield
+
+
+class _TiledAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(saved) for saved in ctx.saved_tensors[:3])
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
