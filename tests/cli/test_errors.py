@@ -64,7 +64,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (["train", "RECIPE", "out=o", "model=no/such/model/here"], ["no such model"]),
         (["train", "RECIPE", "out=o", "adapter.targets.0.layers=transformer_block.**"], ["matches no linear layer"]),
         (["train", "RECIPE", "out=o", "data.0.path=nowhere"], ["nowhere", "no such folder"]),
-        (["train", "RECIPE", "out=o", "base=int8"], ["base", "not supported yet"]),
+        (["train", "RECIPE", "out=o", "base=int4"], ["base", "int8"]),
     ],
     ids=lambda value: " ".join(value[:2])[:40] + str(len(value)) if isinstance(value, list) else None,
 )
