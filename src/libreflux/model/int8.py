@@ -22,6 +22,7 @@ from libreflux.errors import ModelError
 KEPT = ("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out")
 
 _LARGEST = 127
+_AT_ONCE = 2**22  # weights widened to fp32 together: the temporaries stay at 32 MB, and the heap without large holes
 
 
 def quantise_weight(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
@@ -42,12 +43,17 @@ def quantise_weight(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tenso
     """
     if weight.ndim != 2 or not weight.is_floating_point():
         raise ModelError(f"is {weight.dtype} {tuple(weight.shape)}, not a floating-point matrix", where=name)
-    wide = weight.detach().float()
-    low, high = wide.aminmax(dim=1)
-    scale = _up_to_bf16(torch.maximum(high, -low) / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+    q = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    rows = max(1, _AT_ONCE // weight.shape[1])
+    for part, of_q, of_scale in zip(weight.detach().split(rows), q.split(rows), scale.split(rows), strict=True):
+        wide = part.float()
+        low, high = wide.aminmax(dim=1)
+        of_scale.copy_(_up_to_bf16(torch.maximum(high, -low) / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny))
+        of_q.copy_((wide / of_scale[:, None]).round_())
     if not scale.is_meta and not scale.isfinite().all():
         raise ModelError("has weights that are not finite", where=name, mend="the file is damaged: download it again")
-    return (wide / scale[:, None]).round_().to(torch.int8), scale
+    return q, scale
 
 
 def _up_to_bf16(positive: Tensor) -> Tensor:

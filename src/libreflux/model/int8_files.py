@@ -81,6 +81,8 @@ def stream_int8(
         parts = {name: _read(file, name).to(device)}
         if layer in layers and attribute == "weight" and not stored:
             parts[name], parts[f"{layer}.scale"] = quantise_weight(parts[name], name)
+        elif parts[name].device.type == "cpu":
+            parts[name] = parts[name].clone()  # out of the mapped file
         for part, tensor in parts.items():
             _check(part, tensor, wanted[part], folder)
             yield part, tensor
@@ -155,9 +157,9 @@ def _weight_map(folder: Path) -> dict[str, Path]:
 
 
 def _read(file: Path, name: str) -> Tensor:
-    """One tensor. The file is opened for it alone: an open one stays mapped, and in memory whatever was read of it."""
+    """One tensor, mapped. The file is opened for it alone: while one is open, all that was read of it is in memory."""
     with _reading(file), safe_open(file, framework="pt") as tensors:
-        return tensors.get_tensor(name).clone()
+        return tensors.get_tensor(name)
 
 
 @contextlib.contextmanager
