@@ -74,6 +74,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (["generate", "x", "--model", "MODEL", "--out", "file.txt/a.png"], ["file.txt", "is a file", "mend"]),
         (["demo", "--out", "file.txt"], ["file.txt", "is a file", "mend"]),
         (["demo-data", "."], ["mend"]),
+        (["train", "RECIPE", "out=o", "base=int4"], ["base", "int8"]),
     ],
     ids=lambda value: " ".join(value[:2])[:40] + str(len(value)) if isinstance(value, list) else None,
 )

@@ -183,12 +183,12 @@ def test_gradients_are_summed_in_fp32() -> None:
 # ---- how it resumes -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "threads"), [("adamw", 1), ("adamw_bf16", 2)])
-def test_stopped_runs_resume_to_the_bit(recipe_tree: Tree, tmp_path: Path, kind: str, threads: int) -> None:
+@pytest.mark.parametrize(("kind", "threads", "base"), [("adamw", 1, "bf16"), ("adamw_bf16", 2, "int8")])
+def test_stopped_runs_resume_to_the_bit(recipe_tree: Tree, tmp_path: Path, kind: str, threads: int, base: str) -> None:
     changes: dict[str, Any] = {
         "threads": threads,
         "steps": 3,
-        "base": "bf16",
+        "base": base,
         "save": {"every": 100},
         "optimizer": {"kind": kind, "learning_rate": 1e-2, "schedule": "linear"},
     }
@@ -204,6 +204,8 @@ def test_stopped_runs_resume_to_the_bit(recipe_tree: Tree, tmp_path: Path, kind:
         newest = checkpoint.latest(tmp_path / "stopped")
         assert newest is not None and newest.step == step
         assert not (tmp_path / "stopped" / checkpoint.ADAPTER).exists()
+        saved = {**load_file(newest.adapter), **load_file(newest.optimizer)}
+        assert all(".lokr_w" in name or name.endswith(".alpha") or name == "step" for name in saved)  # no base weight
     recorder, resumed = _fit(stopped)
     assert recorder.events[0] == ("start", 2)
     assert resumed.read_bytes() == expected.read_bytes()

@@ -11,6 +11,7 @@ from torch import Tensor
 from libreflux import keyed
 from libreflux.adapter.layers import AdaptedLinear, LoKr, dense_weight
 from libreflux.errors import AdapterError
+from libreflux.model import int8
 
 Kind = Literal["kaiming", "ones", "perturbed"]
 
@@ -47,7 +48,7 @@ def init_lokr(layer: AdaptedLinear, kind: Kind, seed: int, name: str, scale: flo
     """Give a layer's LoKr its first values, a function of (seed, name) only.
 
     Args:
-        layer: adapted with a LoKr; `perturbed` needs a floating-point base.
+        layer: adapted with a LoKr; `perturbed` needs a floating-point or `Int8Linear` base.
         kind: `kaiming`: w1 uniform, w2 = 0. `ones`: w1 = 1, w2 = 0. `perturbed`: w1 = 1, w2 = `perturbed_w2`. The first
             two leave the model's function as it is.
         seed: of the run.
@@ -55,7 +56,8 @@ def init_lokr(layer: AdaptedLinear, kind: Kind, seed: int, name: str, scale: flo
         scale: of `perturbed`, > 0.
 
     Raises:
-        AdapterError: unknown kind, a LoRA, a scale that is not positive, or a quantised base under `perturbed`.
+        AdapterError: unknown kind, a LoRA, a scale that is not positive, or under `perturbed` a base that is
+            adapted or quantised by others.
     """
     delta = layer.delta
     if not isinstance(delta, LoKr):
@@ -74,7 +76,14 @@ def init_lokr(layer: AdaptedLinear, kind: Kind, seed: int, name: str, scale: flo
             if not scale > 0:
                 raise AdapterError(f"init scale {scale} must be positive", where=name, mend="use init: ones for none")
             delta.lokr_w1.fill_(1.0)
-            delta.lokr_w2.copy_(perturbed_w2(dense_weight(layer.base, name), (c, d), scale, generator))
+            delta.lokr_w2.copy_(perturbed_w2(_base_weight(layer, name), (c, d), scale, generator))
         else:
             known = ", ".join(get_args(Kind))
             raise AdapterError(f"init {kind!r} is unknown", where=name, mend=f"use one of {known}")
+
+
+def _base_weight(layer: AdaptedLinear, name: str) -> Tensor:
+    """W, of an int8 base too: only its mean and standard deviation are used, nothing is merged into it."""
+    if isinstance(layer.base, int8.Int8Linear):
+        return int8.dense_weight(layer.base, name)
+    return dense_weight(layer.base, name)

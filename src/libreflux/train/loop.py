@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from libreflux.data.prepare import prepare_recipe
 from libreflux.errors import ModelError, RecipeError, RunError
 from libreflux.model.device import pick_device
 from libreflux.model.facts import Facts, freed
-from libreflux.model.family import open_model, weights_hash
+from libreflux.model.family import Model, open_model, weights_hash
 from libreflux.recipe import Recipe
 from libreflux.train import checkpoint
 from libreflux.train.callbacks import Callbacks, StepInfo
@@ -33,7 +33,7 @@ from libreflux.train.step import Training
 
 log = logging.getLogger(__name__)
 
-BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}  # int8: of what stays dense
 
 
 def fit(recipe: Recipe, callbacks: Callbacks | None = None) -> Path:
@@ -131,11 +131,11 @@ def resolve_layers(recipe: Recipe) -> list[Resolved]:
     """The layers that a recipe adapts, from the model's configuration alone: no weight is loaded.
 
     Raises:
-        ModelError: no such model.
+        ModelError: no such model, or one stored in int8 under another `base`.
         RecipeError: a guidance-embedded model without `guidance`, or `guidance` for any other.
         AdapterError: a pattern that matches nothing; see `adapter.targets.resolve`.
     """
-    opened = open_model(recipe.model, parts=())
+    opened = _open_base(recipe, parts=())
     path = opened.path
     assert path is not None
     if opened.facts.guidance_embeds and recipe.guidance is None:
@@ -149,6 +149,11 @@ def resolve_layers(recipe: Recipe) -> list[Resolved]:
     return resolve(linear_shapes(transformer), targets)
 
 
+def _open_base(recipe: Recipe, *, parts: Sequence[str], device: str = "cpu") -> Model:
+    dtype, quantise = BASE_DTYPES[recipe.base], recipe.base == "int8"
+    return open_model(recipe.model, parts=parts, dtype=dtype, quantise=quantise, device=device)
+
+
 def _open(recipe: Recipe, run: Path, newest: Checkpoint | None, callbacks: Callbacks) -> Training:
     """Base, adapter, data and optimizer, as they were after `newest`, or as they are at the start."""
     resolved = resolve_layers(recipe)  # first: a misspelt pattern should not cost an hour of preparing
@@ -156,7 +161,7 @@ def _open(recipe: Recipe, run: Path, newest: Checkpoint | None, callbacks: Callb
     if device.startswith("mps"):
         raise RunError("training on MPS is not supported yet", where="device", mend="set device: cpu")
     batches = prepare_recipe(recipe, device=device, progress=callbacks.on_prepare)
-    model = open_model(recipe.model, parts=("transformer",), dtype=BASE_DTYPES[recipe.base], device=device)
+    model = _open_base(recipe, parts=("transformer",), device=device)
     if model.transformer is None or model.path is None:
         raise ModelError("has no transformer on disk", where=recipe.model, mend="use a complete model")
     adapter = attach(
