@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -100,23 +100,35 @@ class AdapterSpec(Section):
 class SigmaSpec(Section):
     """The law of the training noise level sigma."""
 
-    law: Literal["beta", "uniform"] = Field(default="beta", description="beta or uniform")
-    alpha: Real = Field(default=2.0, gt=0, description="first parameter of the Beta law")
-    beta: Real = Field(default=2.0, gt=0, description="second parameter of the Beta law")
+    law: Literal["beta", "logit-normal", "uniform"] = Field(default="beta", description="beta, logit-normal or uniform")
+    alpha: Real = Field(default=2.0, ge=0.1, le=100, description="first parameter of the Beta law")
+    beta: Real = Field(default=2.0, ge=0.1, le=100, description="second parameter of the Beta law")
+    mean: Real = Field(default=0.0, ge=-20, le=20, description="mean of logit(sigma) under the logit-normal law")
+    std: Real = Field(default=1.0, ge=0.01, le=100, description="standard deviation of logit(sigma) under that law")
+    shift: Real = Field(
+        default=1.0,
+        ge=0.01,
+        le=100,
+        description="s in sigma' = s sigma / (1 + (s - 1) sigma); 1: none, above 1: noisier",
+    )
+    uniform_floor: Real = Field(default=0.0, ge=0, le=1, description="share of uniform mixed in, after the shift")
     stratified: bool = Field(default=True, description="one draw per stratum over the whole batch, shuffled")
-    uniform_floor: Real = Field(default=0.0, ge=0, le=1, description="share of uniform mixed in; only 0 so far")
 
-    @field_validator("law", mode="before")
-    @classmethod
-    def _law(cls, value: Any) -> Any:
-        return later(value, "logit-normal", "logit_normal")
+    @property
+    def params(self) -> dict[str, float]:
+        """The parameters that the law has."""
+        return {name: getattr(self, name) for name in _LAW_PARAMS.get(self.law, ())}
 
-    @field_validator("uniform_floor")
-    @classmethod
-    def _floor(cls, value: float) -> float:
-        if value:
-            raise ValueError("a uniform floor above 0 is not supported yet")
-        return value
+    @model_validator(mode="after")
+    def _no_idle_parameter(self) -> SigmaSpec:
+        for law, names in _LAW_PARAMS.items():
+            for name in names:
+                if law != self.law and getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} belongs to the {law} law and does nothing under {self.law}")
+        return self
+
+
+_LAW_PARAMS = {"beta": ("alpha", "beta"), "logit-normal": ("mean", "std")}
 
 
 class OptimizerSpec(Section):

@@ -167,6 +167,10 @@ def test_independent_and_uniform_laws_are_obeyed() -> None:
     assert sorted(strata) != list(range(8))
     uniform = draw_sigmas(SigmaSpec(law="uniform"), 1000, 0, 0)
     assert float((uniform.sort().values - torch.linspace(0, 1, 1000)).abs().max()) < 2e-3  # one per thousandth
+    shifted = draw_sigmas(SigmaSpec(law="logit-normal", mean=1.0, shift=3.0, uniform_floor=0.2), 1000, 0, 0)
+    z = (torch.logit(shifted.double() / (3 - 2 * shifted.double())) - 1).sort().values
+    ranks = 0.8 * torch.special.ndtr(z) + 0.2 * shifted.double().sort().values
+    assert float((ranks - torch.linspace(0, 1, 1000)).abs().max()) < 2e-3
 
 
 def test_gradients_are_summed_in_fp32() -> None:

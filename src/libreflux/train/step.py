@@ -18,7 +18,7 @@ from libreflux.adapter.targets import Resolved
 from libreflux.data.batches import Batches
 from libreflux.data.order import Unit, step_plan
 from libreflux.errors import RunError
-from libreflux.flow.sigmas import Law, independent, make_law, stratified
+from libreflux.flow.sigmas import independent, make_law, stratified
 from libreflux.model.facts import Facts
 from libreflux.recipe import Recipe, SigmaSpec
 from libreflux.train.callbacks import Started, StepInfo
@@ -38,7 +38,7 @@ def draw_sigmas(spec: SigmaSpec, count: int, seed: int, step: int) -> Tensor:
         seed: the recipe's.
         step: from 0.
     """
-    law: Law = make_law("beta", alpha=spec.alpha, beta=spec.beta) if spec.law == "beta" else make_law(spec.law)
+    law = make_law(spec.law, shift=spec.shift, uniform_floor=spec.uniform_floor, **spec.params)
     draw = stratified if spec.stratified else independent
     return draw(law, count, keyed.generator(seed, "sigma", step))
 
