@@ -73,7 +73,6 @@ def _no_empty_run(run: Path) -> Iterator[None]:
 
 def layer_table(recipe: Recipe) -> str:
     """The layers that a recipe adapts, resolved against the model's configuration; no weight is loaded."""
-    from libreflux.adapter.targets import table
-    from libreflux.train.loop import resolve_layers
+    from libreflux.train.loop import plan_layers
 
-    return table(resolve_layers(recipe))
+    return plan_layers(recipe).text()
