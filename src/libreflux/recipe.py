@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator
 
 from libreflux import recipe_faults, recipe_yaml
 from libreflux.errors import RecipeError
@@ -61,13 +61,19 @@ class Recipe(Section):
     data: tuple[DataSource, ...] = Field(min_length=1, description="folders of captioned pictures")
     resolution: Whole = Field(ge=16, le=8192, description="side of the training crops in pixels")
     crop: Literal["square"] = Field(default="square", description="square")
-    adapter: AdapterSpec = Field(default_factory=AdapterSpec, description="what is trained")
+    adapter: AdapterSpec = Field(default_factory=lambda: AdapterSpec.model_validate({}), description="what is trained")
     sigmas: SigmaSpec = Field(default_factory=SigmaSpec, description="law of the noise level")
     batch: Whole = Field(default=1, ge=1, description="pictures per forward pass on each device")
     accumulate: Whole = Field(default=1, ge=1, description="forward passes per step")
     steps: Whole = Field(ge=1, description="optimizer steps of the whole run")
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec, description="AdamW and its learning rate")
+    ema: tuple[Real, ...] = Field(
+        default=(0.05, 0.1), description="relative widths (sigma_rel) of the averages that are tracked; []: none"
+    )
     samples: SampleSpec = Field(default_factory=SampleSpec, description="pictures drawn while training")
+    gradient_norms: bool = Field(
+        default=False, description="also write the gradient norm of each group of layers to metrics.jsonl"
+    )
     save: SaveSpec = Field(default_factory=SaveSpec, description="checkpoints")
     guidance: Real | None = Field(
         default=None, ge=0, description="embedded guidance to train at, for a model that has one (FLUX.1-dev)"
@@ -109,11 +115,11 @@ class Recipe(Section):
             later(one, "aspect", "closest", "preserve", "random")
         return value[0] if isinstance(value, list) and len(value) == 1 else value
 
-    @model_validator(mode="before")
+    @field_validator("ema")
     @classmethod
-    def _later_keys(cls, value: Any) -> Any:
-        if isinstance(value, dict) and "ema" in value:
-            raise ValueError("ema: averages are not supported yet; remove this key")
+    def _widths(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0.01 <= width <= 0.28 for width in value) or len(set(value)) < len(value):
+            raise ValueError("wanted different widths from 0.01 to 0.28, such as [0.05, 0.1]")
         return value
 
     @property
@@ -145,7 +151,7 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()
 
 
-_INDECISIVE = frozenset({"out", "cache", "samples", "save", "device"})
+_INDECISIVE = frozenset({"out", "cache", "samples", "save", "device", "gradient_norms"})
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

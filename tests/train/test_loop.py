@@ -167,6 +167,20 @@ def test_independent_and_uniform_laws_are_obeyed() -> None:
     assert sorted(strata) != list(range(8))
     uniform = draw_sigmas(SigmaSpec(law="uniform"), 1000, 0, 0)
     assert float((uniform.sort().values - torch.linspace(0, 1, 1000)).abs().max()) < 2e-3  # one per thousandth
+    shifted = draw_sigmas(SigmaSpec(law="logit-normal", mean=1.0, shift=3.0, uniform_floor=0.2), 1000, 0, 0)
+    z = (torch.logit(shifted.double() / (3 - 2 * shifted.double())) - 1).sort().values
+    ranks = 0.8 * torch.special.ndtr(z) + 0.2 * shifted.double().sort().values
+    assert float((ranks - torch.linspace(0, 1, 1000)).abs().max()) < 2e-3
+
+
+def test_gradient_norms_of_layer_groups_are_written_on_request(recipe_tree: Tree, tmp_path: Path) -> None:
+    recorder, _ = _fit(recipe_tree(tmp_path / "run", steps=1, gradient_norms=True))
+    [info] = recorder.steps
+    line = json.loads((tmp_path / "run" / checkpoint.METRICS).read_text())
+    assert info.group_norms is not None and line["gradient_norms"] == info.group_norms
+    assert "single_transformer_blocks.*.attn.to_q" in info.group_norms  # of both single blocks
+    assert math.hypot(*info.group_norms.values()) == pytest.approx(info.gradient_norm, rel=1e-9)
+    assert min(info.group_norms.values()) >= 0 and max(info.group_norms.values()) < info.gradient_norm
 
 
 def test_gradients_are_summed_in_fp32() -> None:
@@ -339,6 +353,13 @@ def test_several_processes_are_refused(recipe_tree: Tree, tmp_path: Path, monkey
         _fit(recipe_tree(tmp_path / "run"))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA it is not refused")
+def test_eight_bit_moments_are_refused_at_once_without_cuda(recipe_tree: Tree, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"adamw_8bit: 8-bit moments need a CUDA device; mend: use adamw_bf16"):
+        _fit(recipe_tree(tmp_path / "run", optimizer={"kind": "adamw_8bit"}))
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_misspelt_pattern_is_refused_before_preparing_and_can_be_mended(recipe_tree: Tree, tmp_path: Path) -> None:
     wrong = {"targets": [{"layers": "transformer_block.**", "factor": 4}]}
     with pytest.raises(AdapterError, match="matches no linear layer"):
@@ -365,3 +386,28 @@ def test_only_the_pictures_at_fault_are_named() -> None:
     require_finite(torch.tensor([1.0, 2.0]), ["a", "b"], 0)
     with pytest.raises(RunError, match=r"^step 5: the loss of picture b, d is not finite"):
         require_finite(torch.tensor([1.0, math.nan, 2.0, math.inf]), ["a", "b", "c", "d"], 4)
+
+
+# ---- other adapters -----------------------------------------------------------------------------------------------
+
+
+def test_a_lora_learns_and_another_run_goes_on_from_its_file(
+    recipe_tree: Tree, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    lora = {"kind": "lora", "rank": 4, "targets": [{"layers": "**.attn.**"}, {"layers": "proj_out"}]}
+    tree = recipe_tree(tmp_path / "lora", adapter=lora, steps=30, optimizer={"kind": "adamw", "learning_rate": 1e-2})
+    recorder, adapter = _fit(tree)
+    assert recorder.started is not None and recorder.started.start_norm == 0
+    transformer = open_model(tiny_model_dir, parts=("transformer",)).transformer
+    assert transformer is not None
+    before = _held_out_loss(transformer, tree)
+    attach_file(transformer, adapter)
+    assert _held_out_loss(transformer, tree) < 0.97 * before
+    onwards = {"kind": "lora", "init_from": str(adapter)}
+    recorder, longer = _fit(recipe_tree(tmp_path / "onwards", adapter=onwards, steps=1))
+    assert recorder.started is not None and recorder.started.start_norm is not None
+    assert recorder.started.start_norm > 1e-3
+    first, second = load_file(adapter), load_file(longer)
+    assert first.keys() == second.keys()
+    moved = max(float((first[key] - second[key]).abs().max()) for key in first)
+    assert 0 < moved <= 1.1e-3  # one step of 1e-3 away from the file

@@ -59,6 +59,8 @@ class ShowTraining(Callbacks):
         begun = f"resumes after step {started.step}" if started.step else "begins"
         line = f"{begun}: {started.steps} steps, {started.pictures} pictures an epoch, run folder {started.run}"
         typer.echo(line, err=True)
+        if started.start_norm is not None:
+            typer.echo(f"the adapter starts at {started.start_norm:.3g} of the adapted weights' norm", err=True)
         if started.step:
             self._bar("training", "step")(started.step, started.steps)
 
