@@ -41,14 +41,14 @@ class FileMemory:
         self._open: list[sqlite3.Connection] = []
         for path in (each / MEMORY for each in (folder, *others)):
             if path.is_file():
-                connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=60)
+                connection = sqlite3.connect(path.resolve().as_uri() + "?mode=rw", uri=True, timeout=60)
                 try:
                     connection.execute("SELECT * FROM files LIMIT 1").fetchone()
                     self._open.append(connection)
-                except sqlite3.DatabaseError:
+                except sqlite3.DatabaseError as error:
                     connection.close()
-                    if path.parent == folder:
-                        path.unlink()
+                    if path.parent == folder and not isinstance(error, sqlite3.OperationalError):
+                        path.unlink()  # no database at all, or a broken one; not one that is busy
 
     def sha256(self, path: Path) -> str:
         """SHA-256 of a file, as 64 hexadecimal digits."""

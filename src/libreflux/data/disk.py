@@ -52,7 +52,8 @@ def check_disk(model: Path, out: Path, crops: Sequence[tuple[int, int]], texts: 
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    path = folder / "config.json"
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return values
 
 

@@ -217,7 +217,7 @@ def _read(data: Sequence[DataSource], memory: FileMemory, part: Part, bar: Bar) 
     sources, quarantined = [], []
     for source in data:
         samples, bad = read_source(source, functools.partial(memory.inspect, bar=bar), part)
-        if part == WHOLE:
+        if samples and part == WHOLE:
             check_weights(source, samples)
         sources.append((source, samples))
         quarantined += bad
