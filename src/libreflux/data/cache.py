@@ -105,6 +105,10 @@ class Cache:
         rows = self._texts.find(keys)
         return (rows >= 0) & (_take(self._texts, "shard", rows) != COUNTED)
 
+    def known_texts(self, keys: Sequence[int] | np.ndarray) -> np.ndarray:
+        """[n] bool: whether the token counts of these captions are here."""
+        return self._texts.find(keys) >= 0
+
     def has_latents(self, picture: str, crop: str) -> bool:
         """Whether this crop of this picture is here."""
         return bool(self._latents.find([latents_key(picture, crop)])[0] >= 0)

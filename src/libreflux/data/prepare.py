@@ -25,7 +25,7 @@ from libreflux.data.crops import View, views
 from libreflux.data.digests import FileMemory, encoder_digests
 from libreflux.data.disk import check_disk
 from libreflux.data.encode import Crop, count_tokens, encode_crops, encode_texts, open_text
-from libreflux.data.index import latents_key, text_key
+from libreflux.data.index import INDEX, latents_key, text_key
 from libreflux.data.quarantine import report_quarantine
 from libreflux.data.sources import Part, Quarantined, Sample, read_source
 from libreflux.model import family
@@ -129,7 +129,8 @@ def prepare(
     }
     wanted = _Wanted(sources, views, ["", *prompts] if part[0] == 0 else [], text_cache == "bf16")
     todo = wanted.missing(_known(out, settings))
-    if todo:
+    begun = part == WHOLE or (own / INDEX).is_file()  # a part without a picture of its own is a part too
+    if todo or not begun:
         _tell_enlarged(todo.crops)
         check_disk(folder, out, [crop.size for crop in todo.crops], todo.texts, facts.max_tokens)
         with writing(own, settings) as writer:
@@ -178,8 +179,8 @@ class _Wanted:
         stored = {*self.prompts, *(captions if self.store_captions else ())}
         return _Todo(
             self._missing_crops(cache),
-            _without(sorted(stored), cache and cache.stored_texts),
-            _without(sorted(captions - stored), cache and (lambda keys: cache.token_counts(keys) >= 0)),
+            _without(sorted(stored), cache.stored_texts if cache else None),
+            _without(sorted(captions - stored), cache.known_texts if cache else None),
         )
 
     def _missing_crops(self, cache: Cache | None) -> list[Crop]:
