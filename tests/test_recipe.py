@@ -26,8 +26,8 @@ objective: flow
 text_padding: drop
 data:
   - {path: photos, repeats: 1, captions: {short: 0.3, long: 0.7}, caption_dropout: 0.1, crops_per_picture: 2}
-resolution: [512]
-crop: [square]
+resolution: [512, 1024]
+crop: [square, aspect]
 adapter:
   kind: lokr
   init: perturbed
@@ -65,7 +65,9 @@ def test_the_designs_recipe_is_read(design: Path) -> None:
     recipe = load_recipe(design)
     assert recipe.optimizer.learning_rate == 1e-4
     assert recipe.steps == 20000
-    assert recipe.resolution == 512
+    assert recipe.resolution == (512, 1024)
+    assert recipe.crop == ("square", "aspect")
+    assert load_recipe(None, LEAST).resolution == (512,)
     assert recipe.data[0].captions == {"short": 0.3, "long": 0.7}
     assert [target.factor for target in recipe.adapter.targets] == [4, 8]
     assert recipe.cache_dir == Path("runs/first/cache")
@@ -115,8 +117,6 @@ def test_a_misspelt_key_is_named_with_the_nearest(override: str, told: str) -> N
         "objective=distil",
         "text_padding=keep",
         "text_padding=bias",
-        "resolution=[512, 1024]",
-        "crop=[square, aspect]",
         "crop=random",
     ],
 )
@@ -136,6 +136,11 @@ def test_what_comes_later_is_refused_as_such(override: str) -> None:
         ("batch=true", "whole number"),
         ("resolution=500", "multiple of 16"),
         ("resolution=[]", "resolution"),
+        ("resolution=[512, 500]", "multiple of 16"),
+        ("resolution=[512, 512]", "given twice"),
+        ("crop=middle", "crop"),
+        ("max_quarantined=2", "max_quarantined"),
+        ("data.0.weight=0", "data.0.weight"),
         ("data=[]", "data"),
         ("data.0.repeats=0", "data.0.repeats"),
         ("data.0.caption_dropout=1.5", "data.0.caption_dropout"),

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator
@@ -59,8 +59,21 @@ class Recipe(Section):
         default="drop", description="drop: no padding anywhere; trim: T5 sees it"
     )
     data: tuple[DataSource, ...] = Field(min_length=1, description="folders of captioned pictures")
-    resolution: Whole = Field(ge=16, le=8192, description="side of the training crops in pixels")
-    crop: Literal["square"] = Field(default="square", description="square")
+    resolution: tuple[Annotated[Whole, Field(ge=16, le=8192)], ...] = Field(
+        min_length=1, description="side of the training crops in pixels; of several, every picture is shown at each"
+    )
+    crop: tuple[Literal["square", "aspect", "centre"], ...] = Field(
+        default=("square",),
+        min_length=1,
+        description="square, centre (never off-centre) or aspect (about the picture's own shape); of several, each",
+    )
+    max_quarantined: Real = Field(
+        default=0.02, ge=0, le=1, description="share of pictures that may be unusable before the run stops"
+    )
+    text_cache: Literal["bf16", "none"] = Field(
+        default="bf16",
+        description="bf16: captions are encoded once and stored; none: they are encoded in every step",
+    )
     adapter: AdapterSpec = Field(default_factory=lambda: AdapterSpec.model_validate({}), description="what is trained")
     sigmas: SigmaSpec = Field(default_factory=SigmaSpec, description="law of the noise level")
     batch: Whole = Field(default=1, ge=1, description="pictures per forward pass on each device")
@@ -94,26 +107,26 @@ class Recipe(Section):
     def _not_yet(cls, value: Any) -> Any:
         return later(value, "distil", "keep", "bias")
 
-    @field_validator("resolution", mode="before")
+    @field_validator("resolution", "crop", mode="before")
     @classmethod
-    def _one_resolution(cls, value: Any) -> Any:
-        if isinstance(value, list) and len(value) > 1:
-            raise ValueError("several resolutions are not supported yet; give one")
-        return value[0] if isinstance(value, list) and value else value
+    def _one_or_several(cls, value: Any) -> Any:
+        values = list(value) if isinstance(value, list | tuple) else [value]
+        return [later(one, "closest", "preserve", "random") for one in values]
 
     @field_validator("resolution")
     @classmethod
-    def _packable(cls, value: int) -> int:
-        if value % 16:
-            raise ValueError(f"{value} is not a multiple of 16 (8 of the VAE, 2 of the packing)")
-        return value
+    def _packable(cls, values: tuple[int, ...]) -> tuple[int, ...]:
+        for value in values:
+            if value % 16:
+                raise ValueError(f"{value} is not a multiple of 16 (8 of the VAE, 2 of the packing)")
+        return values
 
-    @field_validator("crop", mode="before")
+    @field_validator("resolution", "crop")
     @classmethod
-    def _one_crop(cls, value: Any) -> Any:
-        for one in value if isinstance(value, list) else [value]:
-            later(one, "aspect", "closest", "preserve", "random")
-        return value[0] if isinstance(value, list) and len(value) == 1 else value
+    def _no_twice(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("the same value is given twice")
+        return values
 
     @field_validator("ema")
     @classmethod
@@ -151,7 +164,7 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()
 
 
-_INDECISIVE = frozenset({"out", "cache", "samples", "save", "device", "gradient_norms"})
+_INDECISIVE = frozenset({"out", "cache", "samples", "save", "device", "gradient_norms", "max_quarantined"})
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -42,8 +42,17 @@ class Section(BaseModel):
 class DataSource(Section):
     """One folder of captioned pictures."""
 
-    path: str = Field(description="folder of PNG, JPEG and WebP pictures with side-car .txt or metadata.jsonl captions")
+    path: str = Field(description="folder of pictures with side-car .txt or metadata.jsonl captions")
     repeats: Whole = Field(default=1, ge=1, description="how often an epoch shows each picture")
+    weight: Real = Field(
+        default=1.0, gt=0, le=1000, description="factor on repeats; 0.5 shows each picture every second epoch"
+    )
+    loss_weight: Real = Field(default=1.0, gt=0, description="factor on the loss of these pictures")
+    prefix: str = Field(default="", description="text put before each caption, not before a dropped one")
+    folder_captions: bool = Field(
+        default=False, description="10_name folders: the name is the caption of pictures that have none"
+    )
+    min_size: Whole = Field(default=0, ge=0, description="shorter side in pixels below which a picture is left out")
     captions: dict[str, Real] | list[Real] | None = Field(
         default=None,
         description="weights of the captions, by their name in metadata.jsonl or by line; default: all alike",

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from libreflux.recipe import Recipe, SigmaSpec
 from libreflux.train import checkpoint
 from libreflux.train.callbacks import Callbacks, Started, StepInfo
 from libreflux.train.interrupt import Interrupted
-from libreflux.train.loop import fit
+from libreflux.train.loop import _open, fit
 from libreflux.train.objective import flow_matching_loss, keyed_noise
 from libreflux.train.step import accumulate_gradient, draw_sigmas, require_finite
 
@@ -74,7 +75,7 @@ def _fit(tree: dict[str, Any], **at: Any) -> tuple[Recorder, Path]:
 def _held_out_loss(transformer: FluxTransformer2DModel, tree: dict[str, Any]) -> float:
     """Mean loss over every picture at 12 noises and sigmas that no training step draws."""
     batches = prepare_recipe(Recipe.model_validate(tree))
-    [unit] = step_plan(0, 0, PICTURES, 1, PICTURES, 1)
+    [unit] = step_plan(0, 0, batches.samples, 1, PICTURES, 1)
     batch, total = batches.batch(unit), 0.0
     for draw in range(12):
         noise = torch.stack([keyed_noise(batch.latents.shape[1:], 0, "held out", i, draw) for i in range(PICTURES)])
@@ -121,19 +122,27 @@ def test_only_the_adapter_is_trained_and_the_file_says_of_what(
 # ---- what a step is -----------------------------------------------------------------------------------------------
 
 
-def test_splitting_a_step_changes_nothing_but_rounding(recipe_tree: Tree, tmp_path: Path) -> None:
-    """4 pictures as 4 x 1, 2 x 2 and 1 x 4; five pictures, so that every second step holds one alone."""
-    runs = {}
-    for batch, accumulate in ((4, 1), (2, 2), (1, 4)):
-        tree = recipe_tree(tmp_path / f"{batch}", batch=batch, accumulate=accumulate, steps=4)
-        tree["optimizer"]["learning_rate"] = 1e-4
-        runs[batch], _ = _fit(tree)
-    for one, other in ((4, 2), (4, 1)):
-        for a, b in zip(runs[one].steps, runs[other].steps, strict=True):
-            assert (a.sample_ids, a.sigmas, a.epoch) == (b.sample_ids, b.sigmas, b.epoch)
-            assert a.losses == pytest.approx(b.losses, rel=1e-4)
-            assert a.gradient_norm == pytest.approx(b.gradient_norm, rel=1e-4)
-    assert [len(step.sample_ids) for step in runs[4].steps] == [4, 1, 4, 1]
+def test_a_step_is_the_weighted_mean_of_its_pictures_gradients(recipe_tree: Tree, tmp_path: Path) -> None:
+    """Ten samples of two sources by 2 x 2, each picture alone through autograd as the reference."""
+    path = recipe_tree(tmp_path / "run")["data"][0]["path"]
+    sources = [{"path": path, "loss_weight": 0.5}, {"path": path, "prefix": "b ", "loss_weight": 2.0}]
+    optimizer = {"kind": "adamw", "learning_rate": 1e-3, "clip": None}
+    tree = recipe_tree(tmp_path / "run", data=sources, accumulate=2, optimizer=optimizer)
+    recipe = Recipe.model_validate(tree)
+    training = _open(recipe, tmp_path / "run", None, Callbacks())
+    for step in range(3):
+        units = step_plan(0, step, training.batches.samples, 1, 2, 2)
+        sigmas, losses = draw_sigmas(recipe.sigmas, units[0].total, 0, step), []
+        for unit in units:
+            for item, visit, slot in zip(unit.items, unit.visits, unit.slots, strict=True):
+                one = training.batches.batch(replace(unit, items=(item,), visits=(visit,), slots=(slot,)))
+                noise = keyed_noise(one.latents.shape[1:], 0, one.sample_ids[0], step, slot)[None]
+                loss = flow_matching_loss(training.transformer, one.latents, noise, sigmas[[slot]], one.text)
+                losses.append(loss.sum() * (0.5 if item < PICTURES else 2.0))
+        parameters = list(training.adapter.parameters())
+        gradient = torch.autograd.grad(sum(losses) / len(losses), parameters)
+        expected = torch.cat([each.flatten() for each in gradient]).norm()
+        assert training.take_step().gradient_norm == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_an_epoch_shows_every_picture_once(recipe_tree: Tree, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def estimate_recipe(recipe: Recipe, *, text_tokens: int) -> Estimate:
     path = open_model(recipe.model, parts=()).path
     assert path is not None
     config = FluxTransformer2DModel.load_config(path / "transformer")
-    side = recipe.resolution // 8
+    side = max(recipe.resolution) // 8
     transformer = meta_transformer(config, BASE_DTYPES[recipe.base])
     if recipe.base == "int8":
         quantise_model(transformer)

@@ -109,9 +109,9 @@ class Training:
         )
 
     def take_step(self) -> StepInfo:
-        """One optimizer step: accumulate × batch pictures (fewer at an epoch's end), each counting alike."""
+        """One optimizer step: accumulate × batch pictures (fewer at an epoch's end), each by its `loss_weight`."""
         recipe, step, begun = self.recipe, self.step, time.perf_counter()
-        units = step_plan(recipe.seed, step, len(self.batches), 1, recipe.batch, recipe.accumulate)
+        units = step_plan(recipe.seed, step, self.batches.samples, 1, recipe.batch, recipe.accumulate)
         sigmas = draw_sigmas(recipe.sigmas, units[0].total, recipe.seed, step)
         parameters = list(self.adapter.parameters())
         gradient = torch.zeros(sum(parameter.numel() for parameter in parameters), device=self.device)
@@ -168,5 +168,5 @@ class Training:
             guidance=self.recipe.guidance,
         )
         require_finite(losses.detach(), batch.sample_ids, self.step)
-        (losses.sum() / unit.total).backward()
+        (losses @ batch.loss_weights.to(self.device) / unit.total).backward()
         return batch.sample_ids, losses.detach()
