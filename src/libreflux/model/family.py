@@ -175,8 +175,6 @@ def quantise_folder(name: str | Path, out: Path) -> Path:
     model = open_model(name, parts=(), quantise=False)
     assert model.path is not None
     source = model.path / "transformer"
-    origin = {"how": METHOD, "from": str(name), "sha256": weights_hash(model.path)}
-    facts = dataclasses.replace(model.facts, lineage={**model.facts.lineage, "quantised": origin})
     with _part(source):
         empty = empty_int8(source)
     with staged_dir(Path(out)) as staging:
@@ -185,7 +183,9 @@ def quantise_folder(name: str | Path, out: Path) -> Path:
             if part != "transformer" and (model.path / part).is_dir():
                 shutil.copytree(model.path / part, staging / part)
         shutil.copyfile(model.path / "model_index.json", staging / "model_index.json")
-        write_facts(staging, facts)
+        origin = {"how": METHOD, "from": str(name), "sha256": weights_hash(model.path)}
+        lineage = {**model.facts.lineage, "quantised": origin}
+        write_facts(staging, dataclasses.replace(model.facts, lineage=lineage))
     return Path(out)
 
 

@@ -45,13 +45,15 @@ def quantise_weight(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tenso
         raise ModelError(f"is {weight.dtype} {tuple(weight.shape)}, not a floating-point matrix", where=name)
     q = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    if weight.is_meta:
+        return q, scale
     rows = max(1, _AT_ONCE // weight.shape[1])
     for part, of_q, of_scale in zip(weight.detach().split(rows), q.split(rows), scale.split(rows), strict=True):
         wide = part.float()
         low, high = wide.aminmax(dim=1)
         of_scale.copy_(_up_to_bf16(torch.maximum(high, -low) / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny))
         of_q.copy_((wide / of_scale[:, None]).round_())
-    if not scale.is_meta and not scale.isfinite().all():
+    if not scale.isfinite().all():
         raise ModelError("has weights that are not finite", where=name, mend="the file is damaged: download it again")
     return q, scale
 
