@@ -139,7 +139,7 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()
 
 
-_INDECISIVE = frozenset({"out", "cache", "samples", "save", "gradient_norms"})
+_INDECISIVE = frozenset({"out", "cache", "samples", "save", "gradient_norms", "ema"})
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
