@@ -228,7 +228,15 @@ def test_unreadable_recipes_are_one_line(tmp_path: Path) -> None:
 
 def test_the_fingerprint_follows_what_decides_the_numbers() -> None:
     base = load_recipe(None, LEAST)
-    for harmless in ("out=runs/b", "cache=c", "samples.every=7", "save.keep=9", "steps=99", "gradient_norms=true"):
+    for harmless in (
+        "out=runs/b",
+        "cache=c",
+        "samples.every=7",
+        "save.keep=9",
+        "steps=99",
+        "gradient_norms=true",
+        "ema=[]",
+    ):
         assert load_recipe(None, [*LEAST, harmless]).fingerprint() == base.fingerprint(), harmless
     for decisive in ("seed=1", "batch=2", "model=x", "data.0.repeats=2", "optimizer.clip=null", "adapter.scale=2e-3"):
         assert load_recipe(None, [*LEAST, decisive]).fingerprint() != base.fingerprint(), decisive

@@ -206,6 +206,11 @@ def test_averages_of_a_run_resume_to_the_bit_and_serve_in_hindsight(
         fit(stopped, StopAt(5))
     ema.snapshot_path(tmp_path / "stopped", 6).write_bytes(b"of a life that was lost")
     fit(stopped)
+    with pytest.raises(RunError, match=r"0\.1/lycoris.*mend: ask only for widths that were tracked"):
+        fit(stopped.model_copy(update={"steps": 7, "ema": (0.08, 0.1)}))
+    fit(stopped.model_copy(update={"steps": 7, "ema": (0.08,)}))
+    last = load_file(tmp_path / "stopped" / "checkpoints" / "step-00000007" / "ema.safetensors")
+    assert {key.partition("/")[0] for key in last if "/" in key} == {"0.08"}
     for name in (
         "checkpoints/step-00000006/ema.safetensors",
         *(f"averages/step-0000000{s}.safetensors" for s in (2, 4, 6)),

@@ -134,7 +134,7 @@ class _Walk:
         self.where = where
         self.by_class: dict[str, dict[str, Any]] = preset.get("module_algo_map", {})
         self.by_name: dict[str, dict[str, Any]] = preset.get("name_algo_map", {})
-        self.unwritten = set() if "target_module" in preset else set(CLASSES)
+        self.unwritten: set[str] = set() if "target_module" in preset else set(CLASSES)
         self.classes = list(dict.fromkeys([*preset.get("target_module", CLASSES), *self.by_class]))
         self.names = list(dict.fromkeys([*self.by_name, *preset.get("target_name", [])]))
         self.excluded: list[str] = preset.get("exclude_name", [])

@@ -99,17 +99,17 @@ class Averages:
         }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `tensors` gave, to the bit.
+        """Take back what `tensors` gave, to the bit; other widths and constants among them are left alone.
 
         Raises:
-            RunError: a missing or leftover name, or another shape or dtype; nothing was changed then.
+            RunError: a missing name, or another shape or dtype; nothing was changed then.
         """
         own = self.tensors()
-        odd = sorted(set(own) ^ set(tensors))
+        odd = sorted(set(own) - set(tensors))
         odd += [key for key in own if key in tensors and tensors[key].shape != own[key].shape]
         odd += [key for key in own if key in tensors and tensors[key].dtype != torch.float32]
         if odd:
-            mend = "resume with the recipe and adapter the averages were saved with"
+            mend = "ask only for widths that were tracked from the start, with the adapter they were saved with"
             raise RunError(f"averages do not fit: {', '.join(odd[:3])}", mend=mend)
         for key, average in own.items():
             average.copy_(tensors[key])

@@ -83,7 +83,8 @@ def average(run: Path, width: float, step: int | None = None) -> Averaged:
         near = ", ".join(map(str, sorted(sorted(paths, key=lambda one: abs(one - wanted))[:3])))
         raise RunError(f"no averages at step {wanted}", where=run, mend=f"the nearest are at {near}")
     with ExitStack() as stack:
-        sources, stored = [], []
+        sources: list[_Source] = []
+        stored: list[tuple[int, float]] = []
         for number in sorted(number for number in paths if number <= wanted):
             file = _open(stack, paths[number])
             for tracked in sorted({float(key.partition("/")[0]) for key in file.keys() if "/" in key}):  # noqa: SIM118
@@ -163,7 +164,8 @@ def _combine(sources: Sequence[_Source], weights: np.ndarray, error: float, said
     layers: dict[str, list[str]] = {}
     for name in sorted(name for name in names if not name.endswith(".alpha")):
         layers.setdefault(name.partition(".")[0], []).append(name)
-    tensors, rows = {}, {}
+    tensors: dict[str, Tensor] = {}
+    rows: dict[str, tuple[float, float]] = {}
     for layer, (first, second) in layers.items():
         alpha = last.file.get_tensor(f"{layer}.alpha")
         if first.endswith(".lokr_w1"):

@@ -215,8 +215,7 @@ def _restore(training: Training, newest: Checkpoint) -> None:
         if not newest.averages.exists():
             mend = "set ema: [] to go on without, or choose another `out`"
             raise RunError("this checkpoint has no averages", where=newest.path, mend=mend)
-        saved = load_file(newest.averages)
-        training.averages.load({name: tensor for name, tensor in saved.items() if "/" in name})
+        training.averages.load(load_file(newest.averages))
     training.step = newest.step
 
 
