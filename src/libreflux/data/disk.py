@@ -11,7 +11,7 @@ from typing import Any
 from libreflux.errors import DataError
 
 CHARACTERS_PER_TOKEN = 3.0  # English under T5's vocabulary has above four: the estimate is on the safe side
-HEADER = 200  # bytes of a tensor's entry in its shard
+HEADER = 128  # bytes of a tensor's entry in its shard
 SPARE = 2**26  # what may be left on the disk at the end: 64 MB
 
 
