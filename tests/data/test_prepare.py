@@ -169,7 +169,8 @@ def test_a_lost_or_cut_shard_is_made_again(tmp_path: Path, prepared: Prepared, t
     lost, cut = out / "shards" / "latents-00000001.safetensors", out / "shards" / "texts-00000000.safetensors"
     lost.unlink()
     cut.write_bytes(cut.read_bytes()[:-1])
-    (out / "shards" / "stray.safetensors").write_bytes(b"x")
+    (out / "shards" / "latents-00000099.safetensors").write_bytes(b"x")  # left by a kill
+    (out / "shards" / "somebodys.tar").write_bytes(b"x")
     with pytest.raises(DataError, match=r"latents-00000001\.safetensors: missing or cut short; mend: run"):
         Cache(out)
     again, _ = run(tiny_model_dir, Path(source.path), out, crops=2)
@@ -179,7 +180,8 @@ def test_a_lost_or_cut_shard_is_made_again(tmp_path: Path, prepared: Prepared, t
             assert torch.equal(again.latents(sample.id, name), cache.latents(sample.id, name))
         for ours, theirs in zip(again.text(sample.captions).tokens, cache.text(sample.captions).tokens, strict=True):
             assert torch.equal(ours, theirs)
-    assert not (out / "shards" / "stray.safetensors").exists()
+    assert not (out / "shards" / "latents-00000099.safetensors").exists()
+    assert (out / "shards" / "somebodys.tar").exists()
 
 
 def test_damage_inside_a_shard_is_one_line(tmp_path: Path, prepared: Prepared) -> None:

@@ -150,7 +150,7 @@ def _epoch(seed: int, epoch: int, samples: Samples, batch: int) -> _Epoch:
     order = np.lexsort((wanted, buckets))
     edges = np.flatnonzero(np.diff(buckets[order], prepend=np.nan, append=np.nan))
     # The short unit of a bucket lies anywhere among its lengths: at the end it would always be the longest captions.
-    cuts = [_cut(first, end, batch, random) for first, end in itertools.pairwise(edges)]
+    cuts = [_cut(first, end, batch, random) for first, end in itertools.pairwise(edges.tolist())]
     bounds = np.concatenate([*cuts, edges[-1:]])
     return _Epoch(items[order], visits[order], bounds, random.permutation(len(bounds) - 1))
 

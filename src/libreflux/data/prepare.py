@@ -28,6 +28,7 @@ from libreflux.data.encode import Crop, count_tokens, encode_crops, encode_texts
 from libreflux.data.index import INDEX, latents_key, text_key
 from libreflux.data.quarantine import report_quarantine
 from libreflux.data.sources import Part, Quarantined, Sample, read_source
+from libreflux.errors import DataError
 from libreflux.model import family
 from libreflux.model.facts import freed
 from libreflux.model.text import TextConditioning, check_padding
@@ -113,6 +114,8 @@ def prepare(
         RunError: another process is writing the same folder.
     """
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise DataError("is a file", where=out, mend="name a folder for the cache")
     check_padding(text_padding)
     facts, folder = freed(family.open_model(model, parts=()).facts), family.locate(model)
     own = out if part == WHOLE else out / PARTS / f"{part[0]:04d}-of-{part[1]:04d}"

@@ -22,7 +22,7 @@ from libreflux.errors import ModelError
 KEPT = ("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out")
 
 _LARGEST = 127
-_AT_ONCE = 2**22  # weights widened to fp32 together: the temporaries stay at 32 MB, and the heap without large holes
+_AT_ONCE = 2**18  # weights widened to fp32 together, 1 MB: larger temporaries leave holes in the heap that add up
 
 
 def quantise_weight(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:

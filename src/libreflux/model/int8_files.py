@@ -122,7 +122,7 @@ def write_int8(folder: Path, config: Mapping[str, Any], tensors: Iterable[tuple[
     """
     folder.mkdir()
     shards = [list(shard) for shard in _written(folder, tensors)]
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         final = f"{_WEIGHTS}-{number:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{number}.safetensors").rename(folder / final)
