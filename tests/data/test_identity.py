@@ -158,7 +158,7 @@ def test_background_crop_and_view_never_share_a_cached_crop(tmp_path: Path, tiny
         DataSource(path=str(tmp_path / name), background=colour, crops_per_picture=2)
         for name, colour in (("data", "white"), ("copy", "black"))
     ]
-    shown = views(["square", "aspect"], [32])
+    shown = views(["square", "aspect"], [64])
     batches = run(tiny_model_dir, tmp_path, tmp_path / "cache", sources=sources, views=shown)
     vae = family.open_model(tiny_model_dir, parts=("vae",)).vae
     assert vae is not None
