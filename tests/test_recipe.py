@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ objective: flow
 text_padding: drop
 data:
   - {path: photos, repeats: 1, captions: {short: 0.3, long: 0.7}, caption_dropout: 0.1, crops_per_picture: 2}
-resolution: [512]
-crop: [square]
+resolution: [512, 1024]
+crop: [square, aspect]
 adapter:
   kind: lokr
   init: perturbed
@@ -64,7 +65,9 @@ def test_the_designs_recipe_is_read(design: Path) -> None:
     recipe = load_recipe(design)
     assert recipe.optimizer.learning_rate == 1e-4
     assert recipe.steps == 20000
-    assert recipe.resolution == 512
+    assert recipe.resolution == (512, 1024)
+    assert recipe.crop == ("square", "aspect")
+    assert load_recipe(None, LEAST).resolution == (512,)
     assert recipe.data[0].captions == {"short": 0.3, "long": 0.7}
     assert [target.factor for target in recipe.adapter.targets] == [4, 8]
     assert recipe.cache_dir == Path("runs/first/cache")
@@ -111,17 +114,10 @@ def test_a_misspelt_key_is_named_with_the_nearest(override: str, told: str) -> N
 @pytest.mark.parametrize(
     "override",
     [
-        "base=int8",
         "objective=distil",
         "text_padding=keep",
         "text_padding=bias",
-        "resolution=[512, 1024]",
-        "crop=[square, aspect]",
         "crop=random",
-        "adapter.kind=lora",
-        "sigmas.law=logit-normal",
-        "sigmas.uniform_floor=0.05",
-        "ema=[0.05, 0.1]",
     ],
 )
 def test_what_comes_later_is_refused_as_such(override: str) -> None:
@@ -140,6 +136,11 @@ def test_what_comes_later_is_refused_as_such(override: str) -> None:
         ("batch=true", "whole number"),
         ("resolution=500", "multiple of 16"),
         ("resolution=[]", "resolution"),
+        ("resolution=[512, 500]", "multiple of 16"),
+        ("resolution=[512, 512]", "given twice"),
+        ("crop=middle", "crop"),
+        ("max_quarantined=2", "max_quarantined"),
+        ("data.0.weight=0", "data.0.weight"),
         ("data=[]", "data"),
         ("data.0.repeats=0", "data.0.repeats"),
         ("data.0.caption_dropout=1.5", "data.0.caption_dropout"),
@@ -150,6 +151,18 @@ def test_what_comes_later_is_refused_as_such(override: str) -> None:
         ("optimizer.learning_rate=.nan", "optimizer.learning_rate"),
         ("optimizer.betas=[0.9, 1.0]", "[0, 1)"),
         ("optimizer=3", "optimizer"),
+        ("ema=[0.3]", "ema"),
+        ("adapter={kind: lora, init: perturbed}", "init perturbed is for LoKr"),
+        ("adapter={kind: lora, targets: [{layers: '**', factor: 4}]}", "a LoRA has a rank"),
+        ("adapter.rank=8", "rank and alpha belong to a LoRA"),
+        ("adapter={init: ones, scale: 2e-3}", "scale belongs to the perturbed start"),
+        ("adapter={preset: libreflux-600m, targets: [{layers: '**'}]}", "targets and preset each choose the layers"),
+        ("adapter={init_from: a.safetensors, init: ones}", "init_from is the start; remove init"),
+        ("ema=[0.1, 0.1]", "different widths"),
+        ("sigmas.alpha=0", "sigmas.alpha"),
+        ("sigmas.shift=0", "sigmas.shift"),
+        ("sigmas.std=2", "std belongs to the logit-normal law and does nothing under beta"),
+        ("sigmas={law: uniform, beta: 1.6}", "beta belongs to the beta law and does nothing under uniform"),
         ("seed=-1", "seed"),
         ("seed.x=1", "seed"),
         ("out=", "out"),
@@ -215,12 +228,36 @@ def test_unreadable_recipes_are_one_line(tmp_path: Path) -> None:
 
 def test_the_fingerprint_follows_what_decides_the_numbers() -> None:
     base = load_recipe(None, LEAST)
-    for harmless in ("out=runs/b", "cache=c", "samples.every=7", "save.keep=9", "steps=99"):
+    for harmless in (
+        "out=runs/b",
+        "cache=c",
+        "samples.every=7",
+        "save.keep=9",
+        "steps=99",
+        "gradient_norms=true",
+        "ema=[]",
+    ):
         assert load_recipe(None, [*LEAST, harmless]).fingerprint() == base.fingerprint(), harmless
     for decisive in ("seed=1", "batch=2", "model=x", "data.0.repeats=2", "optimizer.clip=null", "adapter.scale=2e-3"):
         assert load_recipe(None, [*LEAST, decisive]).fingerprint() != base.fingerprint(), decisive
     falling = [*LEAST, "optimizer.schedule=cosine"]
     assert load_recipe(None, falling).fingerprint() != load_recipe(None, [*falling, "steps=99"]).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("override", "resolved"),
+    [
+        ("adapter={}", {"init": "perturbed", "targets": [{"layers": "**", "factor": 8}], "rank": None}),
+        ("adapter.kind=lora", {"init": "kaiming", "targets": [{"layers": "**", "factor": None}], "rank": 16}),
+        ("adapter.preset=libreflux-600m", {"init": "perturbed", "targets": None}),
+        ("adapter.init_from=a.safetensors", {"init": None, "targets": None}),
+    ],
+)
+def test_adapter_defaults_are_spelt_out_and_read_back(override: str, resolved: dict[str, Any]) -> None:
+    recipe = load_recipe(None, [*LEAST, override])
+    assert recipe.resolved()["adapter"].items() >= resolved.items()
+    assert Recipe.model_validate(recipe.resolved()) == recipe
+    assert Recipe.model_validate({**recipe.resolved(), "adapter": recipe.adapter}) == recipe
 
 
 def test_differences_name_dotted_keys() -> None:
@@ -237,7 +274,9 @@ def test_differences_name_dotted_keys() -> None:
 def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
     yield model
     for field in model.model_fields.values():
-        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+        kinds: list[Any] = [field.annotation]
+        for kind in kinds:
+            kinds += typing.get_args(kind)
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 yield from sections(kind)
 

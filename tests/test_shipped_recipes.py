@@ -1,14 +1,27 @@
-"""The recipes that ship: each loads, and says every key that a user is likely to change."""
+"""The recipes that ship: each loads, says what every line is for, and fits the model that it names."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import nn
 
+from libreflux.adapter.plan import plan
 from libreflux.recipe import load_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+MILLIONS = {"flux-24gb-free.yaml": 597.7, "flux-24gb-style.yaml": 35.5, "flux-8xh100.yaml": 3226.8}
+FLUX = [path for path in RECIPES if path.name.startswith("flux")]
+
+
+@pytest.fixture(scope="module")
+def flux() -> nn.Module:
+    """FLUX.1-schnell at full size, without memory."""
+    with torch.device("meta"):
+        return FluxTransformer2DModel(guidance_embeds=False)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
@@ -19,5 +32,13 @@ def test_recipe_is_valid_and_survives_its_own_dump(path: Path, tmp_path: Path) -
     assert load_recipe(again) == recipe
 
 
-def test_there_are_recipes() -> None:
-    assert RECIPES
+@pytest.mark.parametrize("path", FLUX, ids=lambda path: path.name)
+def test_adapters_for_flux_have_the_size_that_their_comment_says(path: Path, flux: nn.Module) -> None:
+    rows = plan(load_recipe(path).adapter, flux).layers
+    millions = sum(row.parameters for row in rows) / 1e6
+    assert millions == pytest.approx(MILLIONS[path.name], abs=0.05)
+    assert f"{MILLIONS[path.name]:,.1f} M" in path.read_text(encoding="utf-8")
+
+
+def test_every_recipe_is_here() -> None:
+    assert {path.name for path in FLUX} == set(MILLIONS) and len(RECIPES) > len(FLUX)

@@ -10,10 +10,10 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator
 
 from libreflux import recipe_faults, recipe_yaml
 from libreflux.errors import RecipeError
@@ -51,21 +51,42 @@ class Recipe(Section):
 
     schema_version: Literal[1] = Field(default=1, alias="schema", description="version of this format")
     model: str = Field(default="emoji-base", description="model that is adapted: a name, a folder, a hub id")
-    base: Literal["fp32", "bf16"] = Field(default="bf16", description="precision of the frozen base: bf16 or fp32")
+    base: Literal["fp32", "bf16", "int8"] = Field(
+        default="bf16", description="the frozen base's weights: bf16, fp32, or int8 (half the memory of bf16)"
+    )
     objective: Literal["flow"] = Field(default="flow", description="flow: plain flow matching")
     text_padding: Literal["drop", "trim"] = Field(
         default="drop", description="drop: no padding anywhere; trim: T5 sees it"
     )
     data: tuple[DataSource, ...] = Field(min_length=1, description="folders of captioned pictures")
-    resolution: Whole = Field(ge=16, le=8192, description="side of the training crops in pixels")
-    crop: Literal["square"] = Field(default="square", description="square")
-    adapter: AdapterSpec = Field(default_factory=AdapterSpec, description="what is trained")
+    resolution: tuple[Annotated[Whole, Field(ge=16, le=8192)], ...] = Field(
+        min_length=1, description="side of the training crops in pixels; of several, every picture is shown at each"
+    )
+    crop: tuple[Literal["square", "aspect", "centre"], ...] = Field(
+        default=("square",),
+        min_length=1,
+        description="square, centre (never off-centre) or aspect (about the picture's own shape); of several, each",
+    )
+    max_quarantined: Real = Field(
+        default=0.02, ge=0, le=1, description="share of pictures that may be unusable before the run stops"
+    )
+    text_cache: Literal["bf16", "none"] = Field(
+        default="bf16",
+        description="bf16: captions are encoded once and stored; none: they are encoded in every step",
+    )
+    adapter: AdapterSpec = Field(default_factory=lambda: AdapterSpec.model_validate({}), description="what is trained")
     sigmas: SigmaSpec = Field(default_factory=SigmaSpec, description="law of the noise level")
     batch: Whole = Field(default=1, ge=1, description="pictures per forward pass on each device")
     accumulate: Whole = Field(default=1, ge=1, description="forward passes per step")
     steps: Whole = Field(ge=1, description="optimizer steps of the whole run")
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec, description="AdamW and its learning rate")
+    ema: tuple[Real, ...] = Field(
+        default=(0.05, 0.1), description="relative widths (sigma_rel) of the averages that are tracked; []: none"
+    )
     samples: SampleSpec = Field(default_factory=SampleSpec, description="pictures drawn while training")
+    gradient_norms: bool = Field(
+        default=False, description="also write the gradient norm of each group of layers to metrics.jsonl"
+    )
     save: SaveSpec = Field(default_factory=SaveSpec, description="checkpoints")
     guidance: Real | None = Field(
         default=None, ge=0, description="embedded guidance to train at, for a model that has one (FLUX.1-dev)"
@@ -81,37 +102,37 @@ class Recipe(Section):
     def _home(cls, value: str | None) -> str | None:
         return value and str(Path(value).expanduser())
 
-    @field_validator("base", "objective", "text_padding", mode="before")
+    @field_validator("objective", "text_padding", mode="before")
     @classmethod
     def _not_yet(cls, value: Any) -> Any:
-        return later(value, "int8", "distil", "keep", "bias")
+        return later(value, "distil", "keep", "bias")
 
-    @field_validator("resolution", mode="before")
+    @field_validator("resolution", "crop", mode="before")
     @classmethod
-    def _one_resolution(cls, value: Any) -> Any:
-        if isinstance(value, list) and len(value) > 1:
-            raise ValueError("several resolutions are not supported yet; give one")
-        return value[0] if isinstance(value, list) and value else value
+    def _one_or_several(cls, value: Any) -> Any:
+        values = list(value) if isinstance(value, list | tuple) else [value]
+        return [later(one, "closest", "preserve", "random") for one in values]
 
     @field_validator("resolution")
     @classmethod
-    def _packable(cls, value: int) -> int:
-        if value % 16:
-            raise ValueError(f"{value} is not a multiple of 16 (8 of the VAE, 2 of the packing)")
-        return value
+    def _packable(cls, values: tuple[int, ...]) -> tuple[int, ...]:
+        for value in values:
+            if value % 16:
+                raise ValueError(f"{value} is not a multiple of 16 (8 of the VAE, 2 of the packing)")
+        return values
 
-    @field_validator("crop", mode="before")
+    @field_validator("resolution", "crop")
     @classmethod
-    def _one_crop(cls, value: Any) -> Any:
-        for one in value if isinstance(value, list) else [value]:
-            later(one, "aspect", "closest", "preserve", "random")
-        return value[0] if isinstance(value, list) and len(value) == 1 else value
+    def _no_twice(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("the same value is given twice")
+        return values
 
-    @model_validator(mode="before")
+    @field_validator("ema")
     @classmethod
-    def _later_keys(cls, value: Any) -> Any:
-        if isinstance(value, dict) and "ema" in value:
-            raise ValueError("ema: averages are not supported yet; remove this key")
+    def _widths(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0.01 <= width <= 0.28 for width in value) or len(set(value)) < len(value):
+            raise ValueError("wanted different widths from 0.01 to 0.28, such as [0.05, 0.1]")
         return value
 
     @property
@@ -143,7 +164,7 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()
 
 
-_INDECISIVE = frozenset({"out", "cache", "samples", "save", "device"})
+_INDECISIVE = frozenset({"out", "cache", "samples", "save", "device", "gradient_norms", "max_quarantined", "ema"})
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

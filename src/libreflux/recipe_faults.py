@@ -69,10 +69,9 @@ def _keys(section: Section) -> dict[str, Any]:
 
 def _inside(annotation: Any) -> Section | None:
     """The section that a field holds, or a list of."""
-    for kind in (annotation, *typing.get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_inside, typing.get_args(annotation))), None)
 
 
 def _field(path: Sequence[str | int], root: Section) -> Any:

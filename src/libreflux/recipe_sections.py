@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -42,8 +42,17 @@ class Section(BaseModel):
 class DataSource(Section):
     """One folder of captioned pictures."""
 
-    path: str = Field(description="folder of PNG, JPEG and WebP pictures with side-car .txt or metadata.jsonl captions")
+    path: str = Field(description="folder of pictures with side-car .txt or metadata.jsonl captions")
     repeats: Whole = Field(default=1, ge=1, description="how often an epoch shows each picture")
+    weight: Real = Field(
+        default=1.0, gt=0, le=1000, description="factor on repeats; 0.5 shows each picture every second epoch"
+    )
+    loss_weight: Real = Field(default=1.0, gt=0, description="factor on the loss of these pictures")
+    prefix: str = Field(default="", description="text put before each caption, not before a dropped one")
+    folder_captions: bool = Field(
+        default=False, description="10_name folders: the name is the caption of pictures that have none"
+    )
+    min_size: Whole = Field(default=0, ge=0, description="shorter side in pixels below which a picture is left out")
     captions: dict[str, Real] | list[Real] | None = Field(
         default=None,
         description="weights of the captions, by their name in metadata.jsonl or by line; default: all alike",
@@ -78,52 +87,117 @@ class TargetSpec(Section):
     """Which layers an adapter factor applies to."""
 
     layers: str = Field(min_length=1, description="pattern of layer names, e.g. transformer_blocks.{0-7}.attn.**")
-    factor: Whole = Field(default=8, ge=1, description="LoKr factor: larger is smaller and cheaper")
+    factor: Whole | None = Field(
+        default=None, ge=1, description="LoKr factor: larger is smaller and cheaper; default: 8"
+    )
 
 
 class AdapterSpec(Section):
-    """What is trained on top of the frozen base."""
+    """What is trained on the frozen base; targets, preset, lycoris_config or init_from chooses its layers."""
 
-    kind: Literal["lokr"] = Field(default="lokr", description="lokr")
-    init: Literal["perturbed", "ones", "kaiming"] = Field(default="perturbed", description="start of the LoKr matrices")
+    kind: Literal["lokr", "lora"] = Field(default="lokr", description="lokr or lora")
+    init: Literal["perturbed", "ones", "kaiming"] | None = Field(
+        default=None, description="start: perturbed (a LoKr's default), ones or kaiming (a LoRA's only one)"
+    )
     scale: Real = Field(default=1e-3, gt=0, description="norm of a perturbed start relative to the base weight's")
-    targets: tuple[TargetSpec, ...] = Field(
-        default=(TargetSpec(layers="**", factor=8),), min_length=1, description="ordered patterns, the first match wins"
+    init_from: str | None = Field(
+        default=None, min_length=1, description="adapter file to start from, with its layers and their sizes"
+    )
+    rank: Whole | None = Field(default=None, ge=1, le=4096, description="rank of a LoRA; default: 16")
+    alpha: Real | None = Field(default=None, gt=0, description="a LoRA is scaled by alpha / rank; default: the rank")
+    targets: tuple[TargetSpec, ...] | None = Field(
+        default=None, min_length=1, description="ordered patterns, the first match wins; default: every linear layer"
+    )
+    preset: Literal["libreflux-600m", "libreflux-3.2b"] | None = Field(
+        default=None, description="libreflux-600m or libreflux-3.2b: LoKr of that many parameters on FLUX.1"
+    )
+    lycoris_config: str | None = Field(
+        default=None, min_length=1, description="lycoris_config.json, read by LyCORIS' own rules"
     )
 
-    @field_validator("kind", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _kind(cls, value: Any) -> Any:
-        return later(value, "lora")
+    def _defaults(cls, value: Any) -> Any:
+        """Spells out the defaults that depend on other keys, so that a resolved recipe shows them."""
+        if not isinstance(value, dict):
+            return value
+        filled = dict(value)
+        lora = filled.get("kind") == "lora"
+        chosen = [key for key in _LAYERS_FROM if filled.get(key) is not None]
+        if not chosen:
+            filled["targets"], chosen = [{"layers": "**"}], ["targets"]
+        if "init_from" not in chosen and filled.get("init") is None:
+            filled["init"] = "kaiming" if lora else "perturbed"
+        if lora and "targets" in chosen and filled.get("rank") is None:
+            filled["rank"] = 16
+        if not lora and isinstance(filled.get("targets"), list | tuple):
+            filled["targets"] = [
+                {**target, "factor": 8} if isinstance(target, dict) and target.get("factor") is None else target
+                for target in filled["targets"]
+            ]
+        return filled
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> AdapterSpec:
+        chosen = [key for key in _LAYERS_FROM if getattr(self, key) is not None]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} each choose the layers; keep one")
+        if self.init_from and self.init:
+            raise ValueError("init_from is the start; remove init")
+        if self.kind == "lora" and self.init not in (None, "kaiming"):
+            raise ValueError(f"init {self.init} is for LoKr; a LoRA starts with kaiming")
+        if self.kind == "lora" and (self.preset or any(target.factor for target in self.targets or ())):
+            raise ValueError("factor and preset are for LoKr; a LoRA has a rank")
+        if (self.rank or self.alpha) and (self.kind != "lora" or not self.targets):
+            raise ValueError("rank and alpha belong to a LoRA with targets")
+        if self.scale != 1e-3 and self.init != "perturbed":
+            raise ValueError(f"scale belongs to the perturbed start and does nothing under {self.init or 'init_from'}")
+        return self
+
+
+_LAYERS_FROM = ("targets", "preset", "lycoris_config", "init_from")
 
 
 class SigmaSpec(Section):
     """The law of the training noise level sigma."""
 
-    law: Literal["beta", "uniform"] = Field(default="beta", description="beta or uniform")
-    alpha: Real = Field(default=2.0, gt=0, description="first parameter of the Beta law")
-    beta: Real = Field(default=2.0, gt=0, description="second parameter of the Beta law")
+    law: Literal["beta", "logit-normal", "uniform"] = Field(default="beta", description="beta, logit-normal or uniform")
+    alpha: Real = Field(default=2.0, ge=0.1, le=100, description="first parameter of the Beta law")
+    beta: Real = Field(default=2.0, ge=0.1, le=100, description="second parameter of the Beta law")
+    mean: Real = Field(default=0.0, ge=-20, le=20, description="mean of logit(sigma) under the logit-normal law")
+    std: Real = Field(default=1.0, ge=0.01, le=100, description="standard deviation of logit(sigma) under that law")
+    shift: Real = Field(
+        default=1.0,
+        ge=0.01,
+        le=100,
+        description="s in sigma' = s sigma / (1 + (s - 1) sigma); 1: none, above 1: noisier",
+    )
+    uniform_floor: Real = Field(default=0.0, ge=0, le=1, description="share of uniform mixed in, after the shift")
     stratified: bool = Field(default=True, description="one draw per stratum over the whole batch, shuffled")
-    uniform_floor: Real = Field(default=0.0, ge=0, le=1, description="share of uniform mixed in; only 0 so far")
 
-    @field_validator("law", mode="before")
-    @classmethod
-    def _law(cls, value: Any) -> Any:
-        return later(value, "logit-normal", "logit_normal")
+    @property
+    def params(self) -> dict[str, float]:
+        """The parameters that the law has."""
+        return {name: getattr(self, name) for name in _LAW_PARAMS.get(self.law, ())}
 
-    @field_validator("uniform_floor")
-    @classmethod
-    def _floor(cls, value: float) -> float:
-        if value:
-            raise ValueError("a uniform floor above 0 is not supported yet")
-        return value
+    @model_validator(mode="after")
+    def _no_idle_parameter(self) -> SigmaSpec:
+        for law, names in _LAW_PARAMS.items():
+            for name in names:
+                if law != self.law and getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} belongs to the {law} law and does nothing under {self.law}")
+        return self
+
+
+_LAW_PARAMS = {"beta": ("alpha", "beta"), "logit-normal": ("mean", "std")}
 
 
 class OptimizerSpec(Section):
     """AdamW and its learning rate."""
 
-    kind: Literal["adamw", "adamw_bf16"] = Field(
-        default="adamw_bf16", description="adamw (fp32), or adamw_bf16 (bf16 weights, stochastic rounding)"
+    kind: Literal["adamw", "adamw_bf16", "adamw_8bit"] = Field(
+        default="adamw_bf16",
+        description="adamw (fp32), adamw_bf16 (bf16 weights, stochastic rounding), adamw_8bit (CUDA, bitsandbytes)",
     )
     learning_rate: Real = Field(default=1e-4, gt=0, description="peak learning rate")
     weight_decay: Real = Field(default=0.01, ge=0, description="decoupled weight decay")
@@ -160,3 +234,6 @@ class SaveSpec(Section):
     every: Whole = Field(default=500, ge=1, description="steps between checkpoints; the last step is always saved")
     keep: Whole = Field(default=4, ge=1, description="how many of the newest stay")
     keep_every: Whole | None = Field(default=None, ge=1, description="steps whose multiples stay for good")
+    averages_every: Whole | None = Field(
+        default=None, ge=1, description="steps between averages kept for hindsight, 8 bytes a parameter; null: none"
+    )

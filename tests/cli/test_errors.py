@@ -60,7 +60,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (["prepare", "PICTURES", "--out", "c", "--model", "MODEL", "--text-padding", "keep"], ["not supported yet"]),
         (["train", "no.yaml"], ["no.yaml", "no such recipe"]),
         (["train", "RECIPE", "out=o", "optimizer.learning_rat=1e-4"], ["unknown key", "learning_rate"]),
-        (["train", "RECIPE", "out=o", "sigmas.alpha=1000"], ["sigmas", "alpha is 1000"]),
+        (["train", "RECIPE", "out=o", "sigmas.alpha=1000"], ["sigmas.alpha", "less than or equal to 100, not 1000"]),
         (["train", "RECIPE", "out=o", "model=no/such/model/here"], ["no such model"]),
         (["train", "RECIPE", "out=o", "adapter.targets.0.layers=transformer_block.**"], ["matches no linear layer"]),
         (["train", "RECIPE", "out=o", "data.0.path=nowhere"], ["nowhere", "no such folder"]),
@@ -74,6 +74,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (["generate", "x", "--model", "MODEL", "--out", "file.txt/a.png"], ["file.txt", "is a file", "mend"]),
         (["demo", "--out", "file.txt"], ["file.txt", "is a file", "mend"]),
         (["demo-data", "."], ["mend"]),
+        (["train", "RECIPE", "out=o", "base=int4"], ["base", "int8"]),
     ],
     ids=lambda value: " ".join(value[:2])[:40] + str(len(value)) if isinstance(value, list) else None,
 )

@@ -20,7 +20,7 @@ def pixels(path: Path) -> np.ndarray:
 
 def test_version_and_help(run: Callable) -> None:
     assert run("--version").out.strip() == f"libreflux {libreflux.__version__}"
-    for verb in ("generate", "prepare", "train", "merge", "demo-data"):
+    for verb in ("generate", "prepare", "train", "merge", "average", "demo-data"):
         assert verb in run().out
         assert "Usage" in run(verb, "--help").out
 
@@ -148,8 +148,10 @@ def test_prepare_again_finds_nothing_to_do(run: Callable, tiny_model_dir: Path, 
     shards = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.safetensors")}
     assert shards and run(*args).code == 0
     assert {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.safetensors")} == shards
-    other = run(*args[:-1], 48)
-    assert other.code == 2 and "resolution" in other.err
+    other = run(*args, "--text-padding", "trim")
+    assert other.code == 2 and "text_padding" in other.err
+    more = run(*args[:-1], 48)  # another resolution is more of the same cache
+    assert more.code == 0
 
 
 def test_demo_data_is_an_ordinary_folder_and_a_function_of_its_seed(run: Callable, tmp_path: Path) -> None:
@@ -158,3 +160,18 @@ def test_demo_data_is_an_ordinary_folder_and_a_function_of_its_seed(run: Callabl
     contents = {name: sorted(path.read_bytes() for path in (tmp_path / name).iterdir()) for name in ("a", "b", "c")}
     assert contents["a"] == contents["b"] != contents["c"]
     assert len(list((tmp_path / "a").glob("*.png"))) == len(list((tmp_path / "a").glob("*.txt"))) == 3
+
+
+def test_average_writes_an_adapter_that_generates(
+    run: Callable, trained: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    for how in (["--width", 0.1], ["--lerp", 0.5]):
+        out = tmp_path / f"{how[0][2:]}.safetensors"
+        made = run("average", trained.parent, *how, "--out", out)
+        assert made.code == 0, made.err
+        assert str(out) in made.out and "of its norm" in made.out
+        drawn = ["--steps", 1, "--out", tmp_path / f"{how[0]}.png"]
+        assert run("generate", "a fox", "--model", tiny_model_dir, "--adapter", out, *drawn).code == 0
+        assert "already exists" in run("average", trained.parent, *how, "--out", out).err
+    neither = run("average", trained.parent, "--out", tmp_path / "x.safetensors")
+    assert neither.code == 2 and "--width" in neither.err

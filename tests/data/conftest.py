@@ -10,11 +10,13 @@ import pytest
 from PIL import Image
 
 from libreflux.data.cache import Cache
+from libreflux.data.crops import View
 from libreflux.data.prepare import prepare
 from libreflux.data.sources import Sample
 from libreflux.recipe import DataSource
 
 Prepared = tuple[Cache, list[tuple[DataSource, list[Sample]]]]
+SQUARE = [View("square", 32)]
 
 
 def write_pictures(folder: Path, count: int) -> Path:
@@ -40,10 +42,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, pictures: Path) -> Prepared:
     """Those pictures prepared at 32 px, two crops each, in shards of four; read it only."""
-    from libreflux.data import prepare as module
+    from libreflux.data import encode as module
 
     out = tmp_path_factory.mktemp("prepared") / "cache"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "SHARD_ITEMS", 4)
         source = DataSource(path=str(pictures), crops_per_picture=2)
-        return prepare(str(tiny_model_dir), [source], resolution=32, text_padding="drop", out=out)
+        return prepare(str(tiny_model_dir), [source], views=SQUARE, text_padding="drop", out=out)

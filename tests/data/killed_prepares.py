@@ -14,25 +14,26 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from libreflux.data import cache, prepare
+from libreflux.data import cache, encode, prepare
+from libreflux.data.crops import View
 from libreflux.recipe import DataSource
 
-prepare.SHARD_ITEMS = 4
+encode.SHARD_ITEMS = 4
 
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def at_progress(share: float) -> Callable[[int, int], None]:
-    def report(done: int, total: int) -> None:
+def at_progress(share: float) -> Callable[[int, int, str], None]:
+    def report(done: int, total: int, note: str) -> None:
         if done >= share * total:
             die()
 
     return report
 
 
-def arm(moment: str) -> Callable[[int, int], None] | None:
+def arm(moment: str) -> Callable[[int, int, str], None] | None:
     """Makes this process die at the moment; returns the progress callback to use."""
     kind, _, number = moment.partition(" ")
     if kind == "progress":
@@ -71,7 +72,9 @@ def main(model: str, data: str, out: str, moments: list[str]) -> list[tuple[str,
             try:
                 progress = arm(moment)
                 source = DataSource(path=data, crops_per_picture=2)
-                prepare.prepare(model, [source], resolution=32, text_padding="drop", out=Path(out), progress=progress)
+                prepare.prepare(
+                    model, [source], views=[View("square", 32)], text_padding="drop", out=Path(out), progress=progress
+                )
                 os._exit(0)
             finally:
                 os._exit(1)

@@ -3,81 +3,146 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from libreflux.data.order import Unit, step_plan, steps_per_epoch
+from libreflux.data.order import Samples, Unit, padding_share, step_plan, steps_of_epoch
 
 counts = st.integers(1, 4)
 seeds = st.integers(0, 2**31)
 
 
-def by_slot(units: list[Unit]) -> list[int]:
-    """The samples of a step in slot order."""
-    placed = {slot: item for unit in units for slot, item in zip(unit.slots, unit.items, strict=True)}
+def alike(count: int) -> Samples:
+    """One bucket, captions of one length."""
+    return Samples(np.zeros(count, int), lambda items, visits: np.ones(len(items), int))
+
+
+def lengths(items: np.ndarray, visits: np.ndarray) -> np.ndarray:
+    """Another length in every visit."""
+    return 5 + (items * 37 + visits * 11) % 97
+
+
+@st.composite
+def tables(draw: st.DrawFn, *, whole: bool = False) -> Samples:
+    """Samples of a few buckets; unless ``whole``, of rates that are no whole numbers."""
+    buckets = np.array(draw(st.lists(st.sampled_from([3, 7, 2**16 + 5]), min_size=1, max_size=60)))
+    rate = st.integers(1, 3) if whole else st.floats(0.25, 2.5)
+    rates = np.array(draw(st.lists(rate, min_size=len(buckets), max_size=len(buckets))), float)
+    phases = (np.arange(len(buckets)) + 0.5) / len(buckets)
+    return Samples(buckets, lengths, rates, phases)
+
+
+def by_slot(units: list[Unit]) -> list[tuple[int, int]]:
+    """(sample, visit) of a step in slot order."""
+    placed = {slot: pair for unit in units for slot, *pair in zip(unit.slots, unit.items, unit.visits, strict=True)}
     assert sorted(placed) == list(range(units[0].total))
-    return [placed[slot] for slot in range(units[0].total)]
+    return [tuple(placed[slot]) for slot in range(units[0].total)]
 
 
 @settings(deadline=None, max_examples=40)
-@given(seeds, st.integers(1, 60), counts, counts, counts, st.integers(0, 3))
-def test_an_epoch_shows_every_sample_once(
-    seed: int, samples: int, world: int, batch: int, accumulate: int, epoch: int
+@given(seeds, tables(), counts, counts, counts)
+def test_epochs_show_every_visit_once_and_each_unit_one_bucket(
+    seed: int, samples: Samples, world: int, batch: int, accumulate: int
 ) -> None:
-    steps = steps_per_epoch(samples, world, batch, accumulate)
-    seen: list[int] = []
-    for step in range(epoch * steps, (epoch + 1) * steps):
+    step, seen = 0, []
+    for epoch in range(5):
+        steps = steps_of_epoch(epoch, samples, world, batch, accumulate)
+        shown = []
+        for _ in range(steps):
+            units = step_plan(seed, step, samples, world, batch, accumulate)
+            assert {unit.epoch for unit in units} == {epoch}
+            assert all(len(unit.items) <= batch for unit in units)
+            assert all(len(set(samples.buckets[list(unit.items)])) <= 1 for unit in units)
+            shown += by_slot(units)
+            step += 1
+        assert sorted(shown) == sorted(zip(*map(np.ndarray.tolist, samples.shown(epoch)), strict=True))
+        seen += shown
+    assert len(set(seen)) == len(seen)
+    for item, rate in enumerate(np.asarray(samples.rates).tolist()):
+        visits = sorted(visit for sample, visit in seen if sample == item)
+        assert visits == list(range(len(visits)))
+        assert abs(len(visits) - 5 * rate) < 1  # no luck in it
+
+
+@settings(deadline=None, max_examples=40)
+@given(seeds, st.integers(0, 50), tables(), counts)
+def test_the_split_over_ranks_changes_nothing(seed: int, step: int, samples: Samples, batch: int) -> None:
+    whole = step_plan(seed, step, samples, 1, batch, 12)
+    for world, accumulate in ((12, 1), (2, 6), (3, 4), (4, 3)):
         units = step_plan(seed, step, samples, world, batch, accumulate)
-        assert {unit.epoch for unit in units} == {epoch}
-        seen += by_slot(units)
-    assert sorted(seen) == list(range(samples))
+        assert by_slot(units) == by_slot(whole)
+        assert [unit.items for unit in units] == [unit.items for unit in whole]
+        assert [(unit.micro, unit.rank) for unit in units] == [(m, r) for m in range(accumulate) for r in range(world)]
+        assert sum(unit.weight for unit in units) == pytest.approx(1)
 
 
-@settings(deadline=None, max_examples=40)
-@given(seeds, st.integers(0, 50), st.integers(1, 60))
-def test_the_split_over_ranks_changes_nothing(seed: int, step: int, samples: int) -> None:
-    whole = by_slot(step_plan(seed, step, samples, 1, 24, 1))
-    for world, batch, accumulate in ((24, 1, 1), (2, 3, 4), (3, 8, 1), (1, 1, 24), (4, 2, 3)):
-        assert by_slot(step_plan(seed, step, samples, world, batch, accumulate)) == whole
+@settings(deadline=None, max_examples=20)
+@given(seeds, tables(whole=True), counts, counts)
+def test_short_units_are_as_few_as_the_buckets_allow(seed: int, samples: Samples, batch: int, accumulate: int) -> None:
+    steps = steps_of_epoch(0, samples, 1, batch, accumulate)
+    sizes: dict[int, list[int]] = {}
+    for step in range(steps):
+        for unit in step_plan(seed, step, samples, 1, batch, accumulate):
+            if unit.items:
+                sizes.setdefault(int(samples.buckets[unit.items[0]]), []).append(len(unit.items))
+    assert all(sum(size < batch for size in of_bucket) <= 1 for of_bucket in sizes.values())
 
 
-@settings(deadline=None, max_examples=40)
-@given(seeds, st.integers(0, 50), st.integers(1, 60), counts, counts, counts)
-def test_units_are_weighted_by_their_samples(
-    seed: int, step: int, samples: int, world: int, batch: int, accumulate: int
-) -> None:
-    units = step_plan(seed, step, samples, world, batch, accumulate)
-    assert [(unit.micro, unit.rank) for unit in units] == [(m, r) for m in range(accumulate) for r in range(world)]
-    assert sum(unit.weight for unit in units) == pytest.approx(1)
-    for unit in units:
-        assert len(unit.items) == len(unit.slots) <= batch
-        first = (unit.micro * world + unit.rank) * batch
-        assert unit.slots == tuple(range(first, first + batch))[: max(0, unit.total - first)]
+def test_units_hold_captions_of_one_length_or_nearly() -> None:
+    """Log-normal lengths, as captions have them: grouped, a few hundredths are padding, at random nearly half."""
+    random = np.random.default_rng(0)
+    of_sample = np.clip(random.lognormal(4, 0.8, 4000), 3, 512).astype(int)
+    samples = Samples(np.zeros(4000, int), lambda items, visits: of_sample[items])
+    grouped = padding_share(0, 0, samples, 16)
+    shuffled = random.permutation(of_sample).reshape(-1, 16)
+    by_chance = 1 - of_sample.sum() / (shuffled.max(axis=1) * 16).sum()
+    assert by_chance > 0.5
+    assert grouped < 0.12
+    padded = total = 0
+    for step in range(steps_of_epoch(0, samples, 1, 16, 1)):
+        [unit] = step_plan(0, step, samples, 1, 16, 1)
+        padded += of_sample[list(unit.items)].max() * len(unit.items)
+        total += of_sample[list(unit.items)].sum()
+    assert grouped == pytest.approx(1 - total / padded)
 
 
-def test_epochs_and_seeds_shuffle_differently() -> None:
-    def epoch(seed: int, number: int) -> list[int]:
-        return by_slot(step_plan(seed, number, 50, 1, 50, 1))
-
-    assert len({tuple(epoch(seed, number)) for seed in range(5) for number in range(5)}) == 25
+def test_no_two_epochs_have_the_same_batches_and_lengths_come_in_any_order() -> None:
+    of_sample = np.arange(100, 200)
+    samples = Samples(np.zeros(100, int), lambda items, visits: of_sample[items])
+    epochs = [[step_plan(0, epoch * 25 + step, samples, 1, 4, 1)[0].items for step in range(25)] for epoch in range(2)]
+    assert len({frozenset(unit) for unit in epochs[0]} & {frozenset(unit) for unit in epochs[1]}) < 5
+    means = [of_sample[list(unit)].mean() for unit in epochs[0]]
+    assert abs(np.corrcoef(means, np.arange(25))[0, 1]) < 0.5
 
 
 def test_every_order_is_equally_likely() -> None:
-    orders = [tuple(by_slot(step_plan(seed, 0, 3, 1, 3, 1))) for seed in range(3000)]
+    three = alike(3)
+    orders = [tuple(by_slot(step_plan(seed, 0, three, 1, 1, 3))) for seed in range(3000)]
     for order in set(orders):
         # 500 expected of each of the 6; five standard deviations are 102.
         assert abs(orders.count(order) - 500) < 102
     assert len(set(orders)) == 6
 
 
-def test_a_step_needs_no_step_before_it() -> None:
-    code = "from libreflux.data.order import step_plan; print(step_plan(3, 1234, 100, 2, 3, 4))"
+@pytest.mark.parametrize("rates", ["None", "np.linspace(0.3, 1.7, 100)"])
+def test_a_step_needs_no_step_before_it(rates: str) -> None:
+    code = f"""
+import numpy as np
+from libreflux.data.order import Samples, step_plan
+samples = Samples(np.arange(100) % 3, lambda items, visits: 5 + (items * 37 + visits) % 97, {rates})
+print(step_plan(3, 1234, samples, 2, 3, 4))"""
     fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert fresh.strip() == str(step_plan(3, 1234, 100, 2, 3, 4))
+    known = {"np": np}
+    table = Samples(np.arange(100) % 3, lambda items, visits: 5 + (items * 37 + visits) % 97, eval(rates, known))
+    for step in (7, 2000, 3):
+        step_plan(3, step, table, 2, 3, 4)
+    assert fresh.strip() == str(step_plan(3, 1234, table, 2, 3, 4))
 
 
-@pytest.mark.parametrize("arguments", [(0, -1, 4, 1, 1, 1), (0, 0, 0, 1, 1, 1), (0, 0, 4, 0, 1, 1)])
-def test_impossible_plans_are_refused(arguments: tuple[int, int, int, int, int, int]) -> None:
+@pytest.mark.parametrize("arguments", [(-1, 4, 1, 1, 1), (0, 0, 1, 1, 1), (0, 4, 0, 1, 1)])
+def test_impossible_plans_are_refused(arguments: tuple[int, int, int, int, int]) -> None:
+    step, count, *split = arguments
     with pytest.raises(ValueError, match="no plan"):
-        step_plan(*arguments)
+        step_plan(0, step, alike(count), *split)

@@ -18,19 +18,21 @@ from PIL import Image
 
 from libreflux import files
 from libreflux.data.cache import Cache
-from libreflux.data.crops import crop_name, load_rgb, square_crop
+from libreflux.data.crops import View, cut
+from libreflux.data.pictures import load_rgb
 from libreflux.data.prepare import prepare, prepare_recipe
 from libreflux.data.sources import Sample
 from libreflux.errors import DataError, LibrefluxError, RunError
 from libreflux.model import family, latents
 from libreflux.recipe import DataSource, load_recipe
 
+SQUARE = View("square", 32)
 Prepared = tuple[Cache, list[tuple[DataSource, list[Sample]]]]
 
 
 def run(model: Path, data: Path, out: Path, **changed: Any) -> Prepared:
     source = DataSource(path=str(data), crops_per_picture=changed.pop("crops", 1))
-    return prepare(str(model), [source], out=out, **{"resolution": 32, "text_padding": "drop", **changed})
+    return prepare(str(model), [source], out=out, **{"views": [SQUARE], "text_padding": "drop", **changed})
 
 
 def refusal(model: Path, data: Path, out: Path, **changed: Any) -> str:
@@ -68,9 +70,9 @@ def test_latents_are_the_encoders_of_their_own_crop(prepared: Prepared, tiny_mod
     assert vae is not None
     for sample in samples:
         for index in range(2):
-            crop = square_crop(load_rgb(sample.path), 32, index, sample.id)
+            crop = cut(load_rgb(sample.path), SQUARE, index, sample.id)
             pixels = rearrange(torch.tensor(crop), "h w c -> 1 c h w") / 127.5 - 1
-            stored = cache.latents(sample.id, crop_name(32, index, source.background))
+            stored = cache.latents(sample.id, SQUARE.name(index, source.background))
             assert stored.dtype == torch.float32
             assert stored.shape == (16, 4, 4)
             torch.testing.assert_close(stored, latents.encode(vae, pixels)[0], rtol=0, atol=1e-6)
@@ -104,7 +106,7 @@ def test_a_shared_caption_is_stored_once_and_the_disk_holds_no_padding(prepared:
 def test_preparing_again_touches_nothing(prepared: Prepared, tiny_model_dir: Path, pictures: Path) -> None:
     cache, _ = prepared
     before = states(cache.folder)
-    told: list[tuple[int, int]] = []
+    told: list[tuple[int, int, str]] = []
     again, _ = run(tiny_model_dir, pictures, cache.folder, crops=2, progress=lambda *now: told.append(now))
     assert states(cache.folder) == before
     assert told == []
@@ -112,12 +114,16 @@ def test_preparing_again_touches_nothing(prepared: Prepared, tiny_model_dir: Pat
 
 
 def test_progress_counts_to_the_end(tmp_path: Path, tiny_model_dir: Path, pictures: Path) -> None:
-    told: list[tuple[int, int]] = []
+    told: list[tuple[int, int, str]] = []
     run(tiny_model_dir, pictures, tmp_path / "c", prompts=["a fox"], progress=lambda *now: told.append(now))
-    done, totals = zip(*told, strict=True)
-    assert set(totals) == {7 + 7 + 2 * 7 + 2 + 1}  # checks, crops, captions with the shared and the empty one, a prompt
+    done, totals, notes = zip(*told, strict=True)
+    assert totals[0] == 7
+    # checks, crops, captions with the shared and the empty one, a prompt
+    assert totals[-1] == 7 + 7 + 2 * 7 + 2 + 1
     assert list(done) == sorted(set(done))
-    assert done[-1] == totals[0]
+    assert done[-1] == totals[-1]
+    assert any(note.endswith("crops/s") for note in notes)
+    assert notes[-1].endswith("kB a caption")
 
 
 def test_new_pictures_are_added_and_old_ones_kept(tmp_path: Path, tiny_model_dir: Path, pictures: Path) -> None:
@@ -163,17 +169,19 @@ def test_a_lost_or_cut_shard_is_made_again(tmp_path: Path, prepared: Prepared, t
     lost, cut = out / "shards" / "latents-00000001.safetensors", out / "shards" / "texts-00000000.safetensors"
     lost.unlink()
     cut.write_bytes(cut.read_bytes()[:-1])
-    (out / "shards" / "stray.safetensors").write_bytes(b"x")
+    (out / "shards" / "latents-00000099.safetensors").write_bytes(b"x")  # left by a kill
+    (out / "shards" / "somebodys.tar").write_bytes(b"x")
     with pytest.raises(DataError, match=r"latents-00000001\.safetensors: missing or cut short; mend: run"):
         Cache(out)
     again, _ = run(tiny_model_dir, Path(source.path), out, crops=2)
     for sample in samples:
         for index in range(2):
-            name = crop_name(32, index, "white")
+            name = SQUARE.name(index, "white")
             assert torch.equal(again.latents(sample.id, name), cache.latents(sample.id, name))
         for ours, theirs in zip(again.text(sample.captions).tokens, cache.text(sample.captions).tokens, strict=True):
             assert torch.equal(ours, theirs)
-    assert not (out / "shards" / "stray.safetensors").exists()
+    assert not (out / "shards" / "latents-00000099.safetensors").exists()
+    assert (out / "shards" / "somebodys.tar").exists()
 
 
 def test_damage_inside_a_shard_is_one_line(tmp_path: Path, prepared: Prepared) -> None:
@@ -185,7 +193,7 @@ def test_damage_inside_a_shard_is_one_line(tmp_path: Path, prepared: Prepared) -
         data[:8] = b"\xff" * 8
         shard.write_bytes(data)
     with pytest.raises(DataError, match="damaged shard"):
-        Cache(out).latents(samples[0].id, crop_name(32, 0, "white"))
+        Cache(out).latents(samples[0].id, SQUARE.name(0, "white"))
     (out / "index.sqlite3").write_bytes(b"not a database, not at all, by no means" * 10)
     with pytest.raises(DataError, match=r"index\.sqlite3: damaged index"):
         Cache(out)
@@ -210,7 +218,6 @@ def copy_model(model: Path, out: Path, part: str) -> Path:
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"resolution": 48}, "resolution 32, now 48"),
         ({"text_padding": "trim"}, "text_padding drop, now trim"),
         ({"precision": "bfloat16"}, "precision float32, now bfloat16"),
         ({"part": "vae"}, "made with vae "),
@@ -260,7 +267,7 @@ def test_what_is_refused_leaves_nothing_behind(
     elif wrong == "weights":
         source = DataSource(path=str(data), captions={"tags": 1})
         with pytest.raises(DataError, match="no caption is named 'tags'"):
-            prepare(str(model), [source], resolution=32, text_padding="drop", out=out)
+            prepare(str(model), [source], views=[SQUARE], text_padding="drop", out=out)
         assert not out.parent.exists()
         return
     elif wrong == "model":
@@ -284,9 +291,9 @@ def test_enlarged_pictures_are_counted(
     tmp_path: Path, tiny_model_dir: Path, pictures: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        run(tiny_model_dir, pictures, tmp_path / "c", resolution=48)
+        run(tiny_model_dir, pictures, tmp_path / "c", views=[View("square", 48)])
     # Sides (40 + i) x (48 - i) for i of 0 to 6: only the shorter one counts, and it never exceeds 44.
-    assert "7 of 7 pictures are smaller than 48 px and are enlarged" in caplog.text
+    assert "7 of 7 pictures are smaller than their crops and are enlarged" in caplog.text
 
 
 def test_a_cache_that_is_not_there_is_refused(tmp_path: Path, prepared: Prepared) -> None:

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from libreflux import files
-from libreflux.data.captions import caption_weights, check_weights, choose
-from libreflux.data.sources import Sample, read_folder
+from libreflux.data.captions import CaptionChoice, caption_weights, check_weights
+from libreflux.data.sources import Sample, read_source
 from libreflux.errors import DataError
 from libreflux.recipe import DataSource
 
@@ -35,6 +35,12 @@ def refusal(folder: Path) -> str:
     line = str(caught.value)
     assert "\n" not in line
     return line
+
+
+def read_folder(folder: Path, **options: Any) -> list[Sample]:
+    samples, quarantined = read_source(DataSource(path=str(folder), **options))
+    assert not quarantined
+    return samples
 
 
 def by_name(folder: Path) -> dict[str, Sample]:
@@ -107,12 +113,12 @@ def test_order_and_ids_follow_content_not_names(tmp_path: Path) -> None:
     ("row", "told"),
     [
         ('{"file_name": "gone.png", "text": "x"}', "line 2: listed file 'gone.png' is missing; mend:"),
-        ('{"file_name": "notes.md", "text": "x"}', "line 2: listed file 'notes.md' is not a PNG"),
+        ('{"file_name": "notes.md", "text": "x"}', "line 2: listed file 'notes.md' is no picture of a format"),
         ('{"file_name": ".hidden/b.png", "text": "x"}', ".hidden/b.png: listed in metadata.jsonl but not read"),
         ('{"text": "x"}', "line 2: no file_name in this line; mend:"),
         ("[1]", "line 2: no file_name in this line"),
         ('{"file_name": "a.png"', "line 2: not valid JSON"),
-        ('{"file_name": "a.png", "label": 3}', "line 2: no caption in this line; mend: add one of text, prompt"),
+        ('{"file_name": "a.png", "label": 3}', "line 2: no caption in this line; mend: add one of text, texts, prompt"),
         ('{"file_name": "a.png", "text": ""}', "line 2: text: '' is no caption"),
         ('{"file_name": "a.png", "text": null}', "line 2: text: None is no caption"),
         ('{"file_name": "a.png", "captions": {"long": [3]}}', "line 2: captions.long: 3 is no caption"),
@@ -138,20 +144,69 @@ def test_a_picture_without_a_caption_is_named_with_the_mend(tmp_path: Path) -> N
 
 def test_what_is_not_read_is_refused_not_skipped(tmp_path: Path) -> None:
     assert "no such folder" in refusal(tmp_path / "none")
-    assert "no PNG, JPEG or WebP picture" in refusal(tmp_path)
+    assert "no picture in this folder" in refusal(tmp_path)
     picture(tmp_path / "a.png").with_suffix(".txt").write_text("fine\n")
-    picture(tmp_path / "b.bmp")
-    assert "b.bmp: .bmp pictures are not supported yet; mend: convert it" in refusal(tmp_path)
-    (tmp_path / "b.bmp").unlink()
+    (tmp_path / "b.heic").write_bytes(b"x")
+    assert "b.heic: .heic pictures are not supported yet; mend: convert it" in refusal(tmp_path)
+    (tmp_path / "b.heic").unlink()
     (tmp_path / "metadata.csv").write_text("file_name,text\n")
     assert "metadata.csv: not supported yet" in refusal(tmp_path)
     (tmp_path / "metadata.csv").unlink()
-    (tmp_path / "b.png").write_text("<html>")
-    (tmp_path / "b.txt").write_text("fine\n")
-    assert "b.png: unreadable picture (not a PNG, JPEG or WebP); mend:" in refusal(tmp_path)
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    frames[0].save(tmp_path / "b.png", save_all=True, append_images=frames[1:])
-    assert "b.png: a moving picture (2 frames)" in refusal(tmp_path)
+
+
+def test_unusable_pictures_are_set_apart_with_the_reason(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", 0, (40, 32)).with_suffix(".txt").write_text("fine\n")
+    picture(tmp_path / "b.png", 1, (100, 20)).with_suffix(".txt").write_text("flat\n")
+    (tmp_path / "c.png").write_text("<html>")
+    (tmp_path / "c.txt").write_text("a page\n")
+    samples, quarantined = read_source(DataSource(path=str(tmp_path), min_size=32))
+    assert [(sample.path.name, sample.size) for sample in samples] == [("a.png", (40, 32))]
+    assert [(bad.path.name, bad.reason) for bad in quarantined] == [
+        ("b.png", "too small: 100 x 20 pixels, min_size is 32"),
+        ("c.png", "unreadable picture (neither PNG, JPEG, WebP, GIF, BMP nor TIFF)"),
+    ]
+    assert quarantined[1].id == files.sha256_file(tmp_path / "c.png")[:32]
+
+
+def test_every_usual_caption_column_is_read(tmp_path: Path) -> None:
+    columns = ["text", "texts", "prompt", "prompts", "caption", "captions", "description"]
+    for index, column in enumerate(columns):
+        picture(tmp_path / f"{column}.png", index)
+    listed(tmp_path, *({"file_name": f"{name}.png", name: [f"a {name}", "b"]} for name in columns))
+    for name, sample in by_name(tmp_path).items():
+        assert sample.captions == (f"a {name.removesuffix('.png')}", "b")
+
+
+def test_kohya_folders_repeat_and_may_name_what_they_show(tmp_path: Path) -> None:
+    for index, name in enumerate(["10_sks cat/a", "3_a_dog/deep/b", "2023_summer/c", "plain/12_d/d"]):
+        picture(tmp_path / f"{name}.png", index).with_suffix(".txt").write_text(f"{name}\n")
+    assert {name: sample.repeats for name, sample in by_name(tmp_path).items()} == {
+        "a.png": 10, "b.png": 3, "c.png": 1, "d.png": 1,
+    }  # fmt: skip
+    [itself] = read_folder(tmp_path / "10_sks cat")
+    assert itself.repeats == 10
+    for path in tmp_path.rglob("[ab].txt"):
+        path.unlink()
+    assert "a.png: this picture has no caption" in refusal(tmp_path)
+    named = {sample.path.name: sample for sample in read_folder(tmp_path, folder_captions=True)}
+    assert named["a.png"].captions == ("sks cat",)
+    assert named["b.png"].captions == ("a dog",)
+    assert named["c.png"].captions == ("2023_summer/c",)
+
+
+def test_a_prefix_stands_before_each_caption(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png").with_suffix(".txt").write_text("one\ntwo\n")
+    [sample] = read_folder(tmp_path, prefix="sks, ")
+    assert sample.captions == ("sks, one", "sks, two")
+
+
+def test_parts_hold_every_picture_once(tmp_path: Path) -> None:
+    for index in range(20):
+        picture(tmp_path / "x" / f"{index}.png", index).with_suffix(".txt").write_text("x\n")
+    source = DataSource(path=str(tmp_path))
+    parts = [read_source(source, part=(number, 3))[0] for number in range(3)]
+    assert all(len(part) > 1 for part in parts)
+    assert sorted(sample.id for part in parts for sample in part) == [sample.id for sample in read_folder(tmp_path)]
 
 
 def sample(*captions: tuple[str, str]) -> Sample:
@@ -163,7 +218,7 @@ def test_caption_weights_by_name_and_by_line() -> None:
     named = DataSource(path=".", captions={"short": 0.3, "long": 0.7})
     assert caption_weights(named, three) == pytest.approx([0.3, 0.35, 0.35])
     assert caption_weights(DataSource(path=".", captions=[1, 2]), three) == [1, 2, 0]
-    assert caption_weights(DataSource(path="."), three) is None
+    assert caption_weights(DataSource(path="."), three) == [1, 1, 1]
     check_weights(named, [three])
 
 
@@ -181,30 +236,54 @@ def test_caption_weights_that_cannot_be_used_are_refused() -> None:
 VISITS = 4000
 
 
+def choices(
+    weights: list[list[float]],
+    dropout: float = 0.0,
+    *,
+    seed: int = 7,
+    ids: tuple[int, ...] = (5,),
+    visits: int = VISITS,
+) -> list[list[int | None]]:
+    """For each sample the chosen caption of each visit, by its place among the sample's own; None: dropped."""
+    choice = CaptionChoice(np.array(ids, np.uint64), weights, np.full(len(ids), dropout), seed)
+    rows = []
+    for number in range(len(ids)):
+        places, dropped = choice.choose(np.full(visits, number), np.arange(visits))
+        rows.append(
+            [None if gone else int(at) for at, gone in zip(places - choice.first[number], dropped, strict=True)]
+        )
+    return rows
+
+
 def test_captions_are_chosen_as_weighted_and_dropped_as_told() -> None:
-    chosen = [choose(["a", "b", "c"], [0.2, 0.0, 0.8], 0.1, 7, "sample", visit) for visit in range(VISITS)]
+    [chosen, alone] = choices([[0.2, 0.0, 0.8, 0.0], [2.0]], 0.1, ids=(3, 5))
     # Five standard deviations of a binomial share at 4,000 draws are below 0.04.
     assert chosen.count(None) / VISITS == pytest.approx(0.1, abs=0.04)
     assert chosen.count(0) / VISITS == pytest.approx(0.9 * 0.2, abs=0.04)
-    assert chosen.count(1) == 0
-    alike = [choose(["a", "b", "c"], None, 0.0, 7, "sample", visit) for visit in range(VISITS)]
+    assert chosen.count(1) == chosen.count(3) == 0
+    assert set(alone) == {0, None}
+    [alike] = choices([[1, 1, 1]])
     for index in range(3):
         assert alike.count(index) / VISITS == pytest.approx(1 / 3, abs=0.04)
-    assert {choose(["a"], None, 1.0, 7, "s", visit) for visit in range(50)} == {None}
+    assert set(choices([[1]], 1.0)[0]) == {None}
 
 
 def test_a_choice_depends_on_seed_sample_and_visit_alone() -> None:
-    def choices(seed: int, name: str) -> list[int | None]:
-        return [choose(["a", "b", "c"], None, 0.1, seed, name, visit) for visit in range(40)]
+    def forty(seed: int, name: int) -> list[int | None]:
+        return choices([[1, 1, 1]], 0.1, seed=seed, ids=(name,), visits=40)[0]
 
-    first = choices(0, "x")
-    assert choices(1, "x") != first
-    assert choices(0, "y") != first
-    assert choices(0, "x") == first
+    first = forty(0, 1)
+    assert forty(1, 1) != first
+    assert forty(0, 2) != first
+    assert forty(0, 1) == first
+    beside = choices([[1, 2], [1, 1, 1]], 0.1, seed=0, ids=(9, 1), visits=40)[1]
+    assert beside == first  # who else is there does not matter
 
 
 def test_dropout_and_choice_are_independent() -> None:
-    """The same visits with and without dropout see the same caption wherever it is not dropped."""
-    for visit in range(200):
-        dropped = choose(["a", "b", "c"], [1, 2, 3], 0.5, 0, "x", visit)
-        assert dropped in (None, choose(["a", "b", "c"], [1, 2, 3], 0.0, 0, "x", visit))
+    """The same visits with and without dropout read the same caption wherever it is not dropped."""
+    [kept], [halved] = choices([[1, 2, 3]]), choices([[1, 2, 3]], 0.5)
+    assert all(drop in (None, keep) for keep, drop in zip(kept, halved, strict=True))
+    assert 0.45 < halved.count(None) / VISITS < 0.55
+    for index in range(3):
+        assert halved.count(index) / kept.count(index) == pytest.approx(0.5, abs=0.1)

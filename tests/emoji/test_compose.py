@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from libreflux.data.sources import read_folder
+from libreflux.data.sources import read_source
 from libreflux.emoji import compose
 from libreflux.emoji.compose import COLOURS, LOOKS, Scene, captions, render, scene, subjects
+from libreflux.recipe import DataSource
 
 
 def test_enough_subjects_with_plain_distinct_names_and_small_pictures() -> None:
@@ -85,7 +86,7 @@ def test_places_and_sizes_move_the_ink() -> None:
 @pytest.mark.parametrize("look", list(LOOKS))
 def test_the_folder_is_an_ordinary_captioned_one(tmp_path: Path, look: str) -> None:
     out = compose.write_folder(tmp_path / "data", 12, 9, look=look)
-    samples = read_folder(out)
+    samples, _ = read_source(DataSource(path=str(out)))
     assert len(samples) == 12
     assert all(len(sample.captions) == 3 for sample in samples)
     rows = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]

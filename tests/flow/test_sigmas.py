@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from libreflux.flow.sigmas import Beta, Uniform, beta_cdf, beta_icdf, independent, make_law, slot, stratified
+from libreflux.flow.sigmas import Beta, Law, Uniform, beta_cdf, beta_icdf, independent, make_law, slot, stratified
 
 GRID = torch.cat([torch.linspace(0, 1, 4001, dtype=torch.float64), torch.logspace(-12, -3, 50, dtype=torch.float64)])
 
@@ -60,6 +63,45 @@ def test_one_draw_per_stratum(count: int, seed: int, name: str) -> None:
     strata = torch.arange(count)
     # sigma was rounded to fp32: allow that much at a stratum's edge.
     assert bool((places > strata - 1e-4).all() and (places < strata + 1 + 1e-4).all())
+
+
+def exact_cdf(name: str) -> tuple[Law, Callable[[np.ndarray], np.ndarray]]:
+    """A law, and its marginal written with scipy alone."""
+    beta, normal = scipy.stats.beta(2, 2).cdf, scipy.stats.norm.cdf
+    logit = scipy.special.logit
+    laws: dict[str, tuple[Law, Callable[[np.ndarray], np.ndarray]]] = {
+        "logit-normal": (make_law("logit-normal", mean=-0.5, std=0.7), lambda s: normal((logit(s) + 0.5) / 0.7)),
+        "shifted": (make_law("beta", shift=3.0), lambda s: beta(s / (3 - 2 * s))),
+        "floored": (make_law("beta", uniform_floor=0.3), lambda s: 0.7 * beta(s) + 0.3 * s),
+        "all": (
+            make_law("logit-normal", shift=2.0, uniform_floor=0.1),
+            lambda s: 0.9 * normal(logit(s / (2 - s))) + 0.1 * s,
+        ),
+    }
+    return laws[name]
+
+
+@pytest.mark.parametrize("name", ["logit-normal", "shifted", "floored", "all"])
+def test_further_laws_have_their_exact_marginal_and_one_draw_per_stratum(name: str) -> None:
+    law, cdf = exact_cdf(name)
+    torch.testing.assert_close(torch.from_numpy(cdf(law.icdf(GRID).numpy())), GRID, atol=1e-11, rtol=0)
+    inner = torch.linspace(0, 1, 501, dtype=torch.float64)
+    torch.testing.assert_close(law.cdf(inner), torch.from_numpy(cdf(inner.numpy())), atol=1e-12, rtol=0)
+    pooled = torch.stack([stratified(law, 7, seeded(step)) for step in range(300)]).double().numpy()
+    assert (np.sort(np.floor(cdf(pooled) * 7), axis=1) == np.arange(7)).all()
+    assert scipy.stats.kstest(pooled.ravel(), cdf).statistic < 0.02
+    assert scipy.stats.kstest(pooled.ravel(), scipy.stats.beta(2, 2).cdf).statistic > 0.03
+    assert scipy.stats.kstest(pooled[:, 0], cdf).pvalue > 1e-4
+    loose = independent(law, 2000, seeded(1)).double().numpy()
+    assert scipy.stats.kstest(loose, cdf).pvalue > 1e-4
+
+
+def test_a_floor_trains_the_rare_ends() -> None:
+    """Chroma's timestep density 2 - 7.7 (t - 1/2)^2 is 0.945 Beta(2, 2) + 0.055 uniform, within 0.1 %."""
+    law = make_law("beta", uniform_floor=0.055)
+    t = torch.linspace(0, 1, 401, dtype=torch.float64)
+    cubic = 2 * t - 7.7 / 3 * ((t - 0.5) ** 3 + 0.125)
+    torch.testing.assert_close(law.cdf(t), cubic / cubic[-1], atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("b", [2.0, 1.6])
@@ -128,9 +170,12 @@ def test_independent_draws_follow_the_law() -> None:
 def test_laws_by_name_and_refusals() -> None:
     assert make_law("beta", alpha=2, beta=1.6) == Beta(alpha=2, beta=1.6)
     assert make_law("uniform") == Uniform()
-    with pytest.raises(ValueError, match="known: beta, uniform"):
+    with pytest.raises(ValueError, match="known: beta, logit-normal, uniform"):
         make_law("betta")
     with pytest.raises(ValueError, match="alpha is 0"):
         Beta(alpha=0)
+    for wrong in ({"shift": 0.0}, {"uniform_floor": 1.5}, {"std": 0.0}, {"mean": 99.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong)).replace('_', ' ')} is"):
+            make_law("logit-normal", **wrong)
     with pytest.raises(ValueError, match="no slot"):
         slot(0, 2, 0, world=2, batch=1)

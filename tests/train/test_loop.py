@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from libreflux.recipe import Recipe, SigmaSpec
 from libreflux.train import checkpoint
 from libreflux.train.callbacks import Callbacks, Started, StepInfo
 from libreflux.train.interrupt import Interrupted
-from libreflux.train.loop import fit
+from libreflux.train.loop import _open, fit
 from libreflux.train.objective import flow_matching_loss, keyed_noise
 from libreflux.train.step import accumulate_gradient, draw_sigmas, require_finite
 
@@ -74,7 +75,7 @@ def _fit(tree: dict[str, Any], **at: Any) -> tuple[Recorder, Path]:
 def _held_out_loss(transformer: FluxTransformer2DModel, tree: dict[str, Any]) -> float:
     """Mean loss over every picture at 12 noises and sigmas that no training step draws."""
     batches = prepare_recipe(Recipe.model_validate(tree))
-    [unit] = step_plan(0, 0, PICTURES, 1, PICTURES, 1)
+    [unit] = step_plan(0, 0, batches.samples, 1, PICTURES, 1)
     batch, total = batches.batch(unit), 0.0
     for draw in range(12):
         noise = torch.stack([keyed_noise(batch.latents.shape[1:], 0, "held out", i, draw) for i in range(PICTURES)])
@@ -121,19 +122,27 @@ def test_only_the_adapter_is_trained_and_the_file_says_of_what(
 # ---- what a step is -----------------------------------------------------------------------------------------------
 
 
-def test_splitting_a_step_changes_nothing_but_rounding(recipe_tree: Tree, tmp_path: Path) -> None:
-    """4 pictures as 4 x 1, 2 x 2 and 1 x 4; five pictures, so that every second step holds one alone."""
-    runs = {}
-    for batch, accumulate in ((4, 1), (2, 2), (1, 4)):
-        tree = recipe_tree(tmp_path / f"{batch}", batch=batch, accumulate=accumulate, steps=4)
-        tree["optimizer"]["learning_rate"] = 1e-4
-        runs[batch], _ = _fit(tree)
-    for one, other in ((4, 2), (4, 1)):
-        for a, b in zip(runs[one].steps, runs[other].steps, strict=True):
-            assert (a.sample_ids, a.sigmas, a.epoch) == (b.sample_ids, b.sigmas, b.epoch)
-            assert a.losses == pytest.approx(b.losses, rel=1e-4)
-            assert a.gradient_norm == pytest.approx(b.gradient_norm, rel=1e-4)
-    assert [len(step.sample_ids) for step in runs[4].steps] == [4, 1, 4, 1]
+def test_a_step_is_the_weighted_mean_of_its_pictures_gradients(recipe_tree: Tree, tmp_path: Path) -> None:
+    """Ten samples of two sources by 2 x 2, each picture alone through autograd as the reference."""
+    path = recipe_tree(tmp_path / "run")["data"][0]["path"]
+    sources = [{"path": path, "loss_weight": 0.5}, {"path": path, "prefix": "b ", "loss_weight": 2.0}]
+    optimizer = {"kind": "adamw", "learning_rate": 1e-3, "clip": None}
+    tree = recipe_tree(tmp_path / "run", data=sources, accumulate=2, optimizer=optimizer)
+    recipe = Recipe.model_validate(tree)
+    training = _open(recipe, tmp_path / "run", None, Callbacks())
+    for step in range(3):
+        units = step_plan(0, step, training.batches.samples, 1, 2, 2)
+        sigmas, losses = draw_sigmas(recipe.sigmas, units[0].total, 0, step), []
+        for unit in units:
+            for item, visit, slot in zip(unit.items, unit.visits, unit.slots, strict=True):
+                one = training.batches.batch(replace(unit, items=(item,), visits=(visit,), slots=(slot,)))
+                noise = keyed_noise(one.latents.shape[1:], 0, one.sample_ids[0], step, slot)[None]
+                loss = flow_matching_loss(training.transformer, one.latents, noise, sigmas[[slot]], one.text)
+                losses.append(loss.sum() * (0.5 if item < PICTURES else 2.0))
+        parameters = list(training.adapter.parameters())
+        gradient = torch.autograd.grad(sum(losses) / len(losses), parameters)
+        expected = torch.cat([each.flatten() for each in gradient]).norm()
+        assert training.take_step().gradient_norm == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_an_epoch_shows_every_picture_once(recipe_tree: Tree, tmp_path: Path) -> None:
@@ -167,6 +176,20 @@ def test_independent_and_uniform_laws_are_obeyed() -> None:
     assert sorted(strata) != list(range(8))
     uniform = draw_sigmas(SigmaSpec(law="uniform"), 1000, 0, 0)
     assert float((uniform.sort().values - torch.linspace(0, 1, 1000)).abs().max()) < 2e-3  # one per thousandth
+    shifted = draw_sigmas(SigmaSpec(law="logit-normal", mean=1.0, shift=3.0, uniform_floor=0.2), 1000, 0, 0)
+    z = (torch.logit(shifted.double() / (3 - 2 * shifted.double())) - 1).sort().values
+    ranks = 0.8 * torch.special.ndtr(z) + 0.2 * shifted.double().sort().values
+    assert float((ranks - torch.linspace(0, 1, 1000)).abs().max()) < 2e-3
+
+
+def test_gradient_norms_of_layer_groups_are_written_on_request(recipe_tree: Tree, tmp_path: Path) -> None:
+    recorder, _ = _fit(recipe_tree(tmp_path / "run", steps=1, gradient_norms=True))
+    [info] = recorder.steps
+    line = json.loads((tmp_path / "run" / checkpoint.METRICS).read_text())
+    assert info.group_norms is not None and line["gradient_norms"] == info.group_norms
+    assert "single_transformer_blocks.*.attn.to_q" in info.group_norms  # of both single blocks
+    assert math.hypot(*info.group_norms.values()) == pytest.approx(info.gradient_norm, rel=1e-9)
+    assert min(info.group_norms.values()) >= 0 and max(info.group_norms.values()) < info.gradient_norm
 
 
 def test_gradients_are_summed_in_fp32() -> None:
@@ -183,12 +206,12 @@ def test_gradients_are_summed_in_fp32() -> None:
 # ---- how it resumes -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "threads"), [("adamw", 1), ("adamw_bf16", 2)])
-def test_stopped_runs_resume_to_the_bit(recipe_tree: Tree, tmp_path: Path, kind: str, threads: int) -> None:
+@pytest.mark.parametrize(("kind", "threads", "base"), [("adamw", 1, "bf16"), ("adamw_bf16", 2, "int8")])
+def test_stopped_runs_resume_to_the_bit(recipe_tree: Tree, tmp_path: Path, kind: str, threads: int, base: str) -> None:
     changes: dict[str, Any] = {
         "threads": threads,
         "steps": 3,
-        "base": "bf16",
+        "base": base,
         "save": {"every": 100},
         "optimizer": {"kind": kind, "learning_rate": 1e-2, "schedule": "linear"},
     }
@@ -204,6 +227,8 @@ def test_stopped_runs_resume_to_the_bit(recipe_tree: Tree, tmp_path: Path, kind:
         newest = checkpoint.latest(tmp_path / "stopped")
         assert newest is not None and newest.step == step
         assert not (tmp_path / "stopped" / checkpoint.ADAPTER).exists()
+        saved = {**load_file(newest.adapter), **load_file(newest.optimizer)}
+        assert all(".lokr_w" in name or name.endswith(".alpha") or name == "step" for name in saved)  # no base weight
     recorder, resumed = _fit(stopped)
     assert recorder.events[0] == ("start", 2)
     assert resumed.read_bytes() == expected.read_bytes()
@@ -337,6 +362,13 @@ def test_several_processes_are_refused(recipe_tree: Tree, tmp_path: Path, monkey
         _fit(recipe_tree(tmp_path / "run"))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA it is not refused")
+def test_eight_bit_moments_are_refused_at_once_without_cuda(recipe_tree: Tree, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"adamw_8bit: 8-bit moments need a CUDA device; mend: use adamw_bf16"):
+        _fit(recipe_tree(tmp_path / "run", optimizer={"kind": "adamw_8bit"}))
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_misspelt_pattern_is_refused_before_preparing_and_can_be_mended(recipe_tree: Tree, tmp_path: Path) -> None:
     wrong = {"targets": [{"layers": "transformer_block.**", "factor": 4}]}
     with pytest.raises(AdapterError, match="matches no linear layer"):
@@ -363,3 +395,28 @@ def test_only_the_pictures_at_fault_are_named() -> None:
     require_finite(torch.tensor([1.0, 2.0]), ["a", "b"], 0)
     with pytest.raises(RunError, match=r"^step 5: the loss of picture b, d is not finite"):
         require_finite(torch.tensor([1.0, math.nan, 2.0, math.inf]), ["a", "b", "c", "d"], 4)
+
+
+# ---- other adapters -----------------------------------------------------------------------------------------------
+
+
+def test_a_lora_learns_and_another_run_goes_on_from_its_file(
+    recipe_tree: Tree, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    lora = {"kind": "lora", "rank": 4, "targets": [{"layers": "**.attn.**"}, {"layers": "proj_out"}]}
+    tree = recipe_tree(tmp_path / "lora", adapter=lora, steps=30, optimizer={"kind": "adamw", "learning_rate": 1e-2})
+    recorder, adapter = _fit(tree)
+    assert recorder.started is not None and recorder.started.start_norm == 0
+    transformer = open_model(tiny_model_dir, parts=("transformer",)).transformer
+    assert transformer is not None
+    before = _held_out_loss(transformer, tree)
+    attach_file(transformer, adapter)
+    assert _held_out_loss(transformer, tree) < 0.97 * before
+    onwards = {"kind": "lora", "init_from": str(adapter)}
+    recorder, longer = _fit(recipe_tree(tmp_path / "onwards", adapter=onwards, steps=1))
+    assert recorder.started is not None and recorder.started.start_norm is not None
+    assert recorder.started.start_norm > 1e-3
+    first, second = load_file(adapter), load_file(longer)
+    assert first.keys() == second.keys()
+    moved = max(float((first[key] - second[key]).abs().max()) for key in first)
+    assert 0 < moved <= 1.1e-3  # one step of 1e-3 away from the file

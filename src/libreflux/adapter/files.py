@@ -17,8 +17,8 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from libreflux.adapter.init import Kind, init_lokr
-from libreflux.adapter.layers import AdaptedLinear, LoKr, delta_from_tensors, features, linears
+from libreflux.adapter.init import Kind, init_lokr, init_lora
+from libreflux.adapter.layers import AdaptedLinear, LoKr, LoRA, delta_from_tensors, features, linears
 from libreflux.adapter.targets import Resolved
 from libreflux.errors import AdapterError
 from libreflux.files import atomic_save_safetensors
@@ -181,13 +181,13 @@ def attach(
     seed: int = 0,
     scale: float = 1e-3,
 ) -> Adapter:
-    """Freeze a transformer and put a new LoKr on each resolved layer.
+    """Freeze a transformer and put a new LoKr or LoRA on each resolved layer.
 
     Args:
         transformer: any module whose linears were resolved.
         resolved: from `targets.resolve`.
         dtype: of the adapter's parameters, fp32 or bf16.
-        init: see `init.init_lokr`.
+        init: of a LoKr, see `init.init_lokr`; a LoRA has the one start of `init.init_lora`.
         seed: of the run.
         scale: of the perturbed init.
 
@@ -200,9 +200,16 @@ def attach(
         base = found.get(row.name)
         if base is None or features(base) != (row.in_features, row.out_features):
             raise AdapterError("was resolved for another model", where=row.name, mend="resolve the targets again")
-        delta = LoKr(row.in_features, row.out_features, row.factor, dtype=dtype, device=_device(base))
-        layers[row.name] = AdaptedLinear(base, delta)
-        init_lokr(layers[row.name], init, seed, row.name, scale)
+        size: tuple[int, int] = (row.in_features, row.out_features)
+        if row.rank is not None:
+            lora = LoRA(*size, row.rank, alpha=row.alpha, dtype=dtype, device=_device(base))
+            layers[row.name] = AdaptedLinear(base, lora)
+            init_lora(lora, seed, row.name)
+        elif row.factor is not None:
+            layers[row.name] = AdaptedLinear(base, LoKr(*size, row.factor, dtype=dtype, device=_device(base)))
+            init_lokr(layers[row.name], init, seed, row.name, scale)
+        else:
+            raise AdapterError("comes from a file", where=row.name, mend="attach the file")
     return _install(transformer, layers)
 
 
@@ -223,8 +230,12 @@ def save_adapter(adapter: Adapter, path: Path, metadata: Mapping[str, str] | Non
         metadata: further strings for the file (model, hashes, steps); `schema` and `key_map` are ours.
     """
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in adapter.state_dict().items()}
-    key_map = json.dumps(adapter.key_map(), sort_keys=True)
-    atomic_save_safetensors(tensors, path, {**(metadata or {}), "schema": SCHEMA, "key_map": key_map})
+    atomic_save_safetensors(tensors, path, {**(metadata or {}), **file_metadata(adapter)})
+
+
+def file_metadata(adapter: Adapter) -> dict[str, str]:
+    """The metadata that a file of this adapter's tensors needs to be read: `schema` and `key_map`."""
+    return {"schema": SCHEMA, "key_map": json.dumps(adapter.key_map(), sort_keys=True)}
 
 
 def load_adapter(path: Path | str) -> AdapterFile:

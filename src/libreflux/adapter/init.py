@@ -1,16 +1,18 @@
-"""First values of a LoKr: Kaiming, ones, or the perturbed normal of the LibreFLUX recipe."""
+"""First values of a LoKr (Kaiming, ones, or the perturbed normal of the LibreFLUX recipe) and of a LoRA."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from libreflux import keyed
-from libreflux.adapter.layers import AdaptedLinear, LoKr, dense_weight
+from libreflux.adapter.layers import AdaptedLinear, LoKr, LoRA, delta_norm, dense_weight
 from libreflux.errors import AdapterError
+from libreflux.model import int8
 
 Kind = Literal["kaiming", "ones", "perturbed"]
 
@@ -47,7 +49,7 @@ def init_lokr(layer: AdaptedLinear, kind: Kind, seed: int, name: str, scale: flo
     """Give a layer's LoKr its first values, a function of (seed, name) only.
 
     Args:
-        layer: adapted with a LoKr; `perturbed` needs a floating-point base.
+        layer: adapted with a LoKr; `perturbed` needs a floating-point or `Int8Linear` base.
         kind: `kaiming`: w1 uniform, w2 = 0. `ones`: w1 = 1, w2 = 0. `perturbed`: w1 = 1, w2 = `perturbed_w2`. The first
             two leave the model's function as it is.
         seed: of the run.
@@ -55,7 +57,8 @@ def init_lokr(layer: AdaptedLinear, kind: Kind, seed: int, name: str, scale: flo
         scale: of `perturbed`, > 0.
 
     Raises:
-        AdapterError: unknown kind, a LoRA, a scale that is not positive, or a quantised base under `perturbed`.
+        AdapterError: unknown kind, a LoRA, a scale that is not positive, or under `perturbed` a base that is
+            adapted or quantised by others.
     """
     delta = layer.delta
     if not isinstance(delta, LoKr):
@@ -74,7 +77,56 @@ def init_lokr(layer: AdaptedLinear, kind: Kind, seed: int, name: str, scale: flo
             if not scale > 0:
                 raise AdapterError(f"init scale {scale} must be positive", where=name, mend="use init: ones for none")
             delta.lokr_w1.fill_(1.0)
-            delta.lokr_w2.copy_(perturbed_w2(dense_weight(layer.base, name), (c, d), scale, generator))
+            delta.lokr_w2.copy_(perturbed_w2(_base_weight(layer, name), (c, d), scale, generator))
         else:
             known = ", ".join(get_args(Kind))
             raise AdapterError(f"init {kind!r} is unknown", where=name, mend=f"use one of {known}")
+
+
+def _base_weight(layer: AdaptedLinear, name: str) -> Tensor:
+    """W, of an int8 base too: only its mean and standard deviation are used, nothing is merged into it."""
+    if isinstance(layer.base, int8.Int8Linear):
+        return int8.dense_weight(layer.base, name)
+    return dense_weight(layer.base, name)
+
+
+def init_lora(lora: LoRA, seed: int, name: str) -> None:
+    """down ~ U(-1/sqrt(in), 1/sqrt(in)) (Kaiming), up = 0: the model's function stays; a function of (seed, name)."""
+    generator = keyed.generator(seed, "adapter-init", name)
+    rank, width = lora.lora_down.shape
+    with torch.no_grad():
+        lora.lora_down.copy_(kaiming_w1((rank, width), generator))
+        lora.lora_up.zero_()
+
+
+def relative_norms(layers: Mapping[str, AdaptedLinear]) -> dict[str, tuple[float, float]]:
+    """Layer -> (||delta||, ||W||), Frobenius, without building delta."""
+    return {
+        name: (
+            delta_norm(layer.delta),
+            float(torch.linalg.vector_norm(_base_weight(layer, name), dtype=torch.float32)),
+        )
+        for name, layer in layers.items()
+    }
+
+
+def check_start(layers: Mapping[str, AdaptedLinear], kind: Kind | None, scale: float) -> float:
+    """||delta|| / ||W|| over all layers of a fresh adapter.
+
+    Args:
+        layers: layer name -> adapted linear.
+        kind: how it was started; None: not by us.
+        scale: of `perturbed`, which must be met within 5 % in every layer whose weight is not zero.
+
+    Raises:
+        AdapterError: a perturbed layer misses its scale.
+    """
+    norms = relative_norms(layers)
+    if kind == "perturbed":
+        for name, (delta, weight) in norms.items():
+            if weight and abs(delta / weight / scale - 1) > 0.05:
+                mend = "give this layer a smaller factor, or use init: ones"
+                what = f"starts with ||delta|| / ||W|| = {delta / weight:.3g}, not within 5 % of scale {scale:g}"
+                raise AdapterError(what, where=name, mend=mend)
+    delta, weight = (math.hypot(*(pair[side] for pair in norms.values())) for side in (0, 1))
+    return delta / weight if weight else 0.0

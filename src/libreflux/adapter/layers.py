@@ -202,7 +202,7 @@ def linear_shapes(root: nn.Module) -> list[tuple[str, int, int]]:
 
 
 def dense_weight(linear: nn.Module, name: str) -> Tensor:
-    """The weight [out, in] of a plain floating-point linear.
+    """The weight [out, in] of a plain floating-point linear, the storage itself: what may be merged into.
 
     Raises:
         AdapterError: the layer is adapted (its weight alone is not what it computes) or quantised.
@@ -211,7 +211,7 @@ def dense_weight(linear: nn.Module, name: str) -> Tensor:
         raise AdapterError("an adapter is attached to this layer", where=name, mend="detach it first")
     weight = getattr(linear, "weight", None)
     if not isinstance(linear, nn.Linear) or weight is None or not weight.is_floating_point():
-        raise AdapterError(f"{type(linear).__name__} is quantised", where=name, mend="open the model in bf16 or fp32")
+        raise AdapterError(f"{type(linear).__name__} is quantised", where=name, mend="use the model's bf16 weights")
     if type(weight.data) is not Tensor or weight.dtype.itemsize < 2:
         raise AdapterError(f"weight is stored as {weight.dtype}", where=name, mend="open the model in bf16 or fp32")
     return weight.detach()
@@ -325,6 +325,14 @@ def delta_weight(delta: LoKr | LoRA) -> Tensor:
     if isinstance(delta, LoKr):
         return torch.kron(_wide(delta.lokr_w1), _wide(delta.lokr_w2))
     return delta.scale * (_wide(delta.lora_up) @ _wide(delta.lora_down))
+
+
+def delta_norm(delta: LoKr | LoRA) -> float:
+    """||delta|| (Frobenius) without building it: ||w1|| ||w2||, or scale * sqrt(tr(up^T up down down^T))."""
+    if isinstance(delta, LoKr):
+        return float(_wide(delta.lokr_w1).double().norm() * _wide(delta.lokr_w2).double().norm())
+    up, down = _wide(delta.lora_up).double(), _wide(delta.lora_down).double()
+    return delta.scale * math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))
 
 
 def parameter_count(in_features: int, out_features: int, factor: int) -> int:

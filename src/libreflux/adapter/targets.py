@@ -1,4 +1,4 @@
-"""Which layer gets which factor: ordered patterns over dotted layer names, whole-name match, first match wins.
+"""Which layer gets which LoKr factor, or a LoRA: ordered patterns over dotted names, whole-name match, first wins.
 
 Grammar of a pattern: literal parts joined by dots; `*` stands for one part (inside a part, for any characters but a
 dot); `**` for any number of parts, none included; `{0-7}` or `{1,3,8-11}` for exactly these whole numbers. There are no
@@ -8,11 +8,12 @@ other special characters: `[8-15]`, which fnmatch reads as one character of "8",
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from libreflux.adapter.layers import lokr_shapes, parameter_count
+from libreflux.adapter.layers import lokr_shapes
 from libreflux.errors import AdapterError
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -25,22 +26,59 @@ class Target:
 
     layers: str
     """Pattern over dotted layer names."""
-    factor: int
-    """Size of the small Kronecker factor; -1: the most square split."""
+    factor: int | None = None
+    """LoKr: size of the small Kronecker factor; -1: the most square split."""
+    rank: int | None = None
+    """LoRA: its rank. One of the two is given."""
+    alpha: float | None = None
+    """LoRA: numerator of the scale alpha / rank; None: rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved:
-    """What one layer of the model gets."""
+    """What one layer of the model gets: a LoKr of matrices w1, w2, or, if it has a rank, a LoRA of up, down."""
 
     name: str
-    factor: int
+    factor: int | None
     in_features: int
     out_features: int
     w1: tuple[int, int]
     w2: tuple[int, int]
     parameters: int
     pattern: str
+    rank: int | None = None
+    alpha: float | None = None
+
+
+def lokr_row(name: str, in_features: int, out_features: int, factor: int, pattern: str) -> Resolved:
+    """A layer that gets a LoKr, by the pattern that says so."""
+    w1, w2 = lokr_shapes(in_features, out_features, factor)
+    return Resolved(
+        name=name,
+        factor=factor,
+        in_features=in_features,
+        out_features=out_features,
+        w1=w1,
+        w2=w2,
+        parameters=math.prod(w1) + math.prod(w2),
+        pattern=pattern,
+    )
+
+
+def lora_row(name: str, in_features: int, out_features: int, rank: int, alpha: float | None, pattern: str) -> Resolved:
+    """A layer that gets a LoRA, by the pattern that says so."""
+    return Resolved(
+        name=name,
+        factor=None,
+        in_features=in_features,
+        out_features=out_features,
+        w1=(out_features, rank),
+        w2=(rank, in_features),
+        parameters=rank * (in_features + out_features),
+        pattern=pattern,
+        rank=rank,
+        alpha=alpha,
+    )
 
 
 def _numbers(body: str, pattern: str) -> list[int]:
@@ -145,20 +183,13 @@ def resolve(names_of_linears: Sequence[tuple[str, int, int]], targets: Sequence[
     rows = []
     for name, in_features, out_features in names_of_linears:
         if name in owner:
-            factor = owner[name].factor
-            w1, w2 = lokr_shapes(in_features, out_features, factor)
-            rows.append(
-                Resolved(
-                    name=name,
-                    factor=factor,
-                    in_features=in_features,
-                    out_features=out_features,
-                    w1=w1,
-                    w2=w2,
-                    parameters=parameter_count(in_features, out_features, factor),
-                    pattern=owner[name].layers,
-                )
-            )
+            target = owner[name]
+            if target.rank is not None:
+                rows.append(lora_row(name, in_features, out_features, target.rank, target.alpha, target.layers))
+            elif target.factor is not None:
+                rows.append(lokr_row(name, in_features, out_features, target.factor, target.layers))
+            else:
+                raise AdapterError("has neither factor nor rank", where=f"pattern {target.layers!r}")
     return rows
 
 
@@ -172,12 +203,28 @@ def _ranges(numbers: Sequence[int]) -> str:
     return "{" + ",".join(f"{low}-{high}" if high > low else str(low) for low, high in runs) + "}"
 
 
+def group(name: str) -> str:
+    """A layer's name with its block number open: `transformer_blocks.3.ff` -> `transformer_blocks.*.ff`."""
+    return _NUMBER.sub("*", name, count=1)
+
+
+def summary(names: Iterable[str]) -> str:
+    """Names in brief: like layers of several blocks share one, with the numbers of the blocks in braces."""
+    groups: dict[str, list[int]] = {}
+    for name in names:
+        number = _NUMBER.search(name)
+        groups.setdefault(group(name), []).extend([int(number[0])] if number else [])
+    return ", ".join(shape.replace("*", _ranges(numbers), 1) if numbers else shape for shape, numbers in groups.items())
+
+
 def table(resolved: Sequence[Resolved]) -> str:
     """The resolved layers as aligned text: like layers of several blocks share a row, the total comes last."""
     groups: dict[tuple[object, ...], list[Resolved]] = {}
     for row in resolved:
         groups.setdefault((_NUMBER.sub("#", row.name, count=1), row.factor, row.w1, row.w2), []).append(row)
-    lines = [("layer", "count", "factor", "out x in", "w1", "w2", "parameters")]
+    lora = bool(resolved) and resolved[0].rank is not None
+    columns = ("rank", "up", "down") if lora else ("factor", "w1", "w2")
+    lines = [("layer", "count", columns[0], "out x in", *columns[1:], "parameters")]
     for (shape, *_), rows in groups.items():
         numbers = [int(match[0]) for row in rows if (match := _NUMBER.search(row.name))]
         first = rows[0]
@@ -185,7 +232,7 @@ def table(resolved: Sequence[Resolved]) -> str:
             (
                 str(shape).replace("#", _ranges(numbers), 1) if len(rows) > 1 else first.name,
                 str(len(rows)),
-                str(first.factor),
+                str(first.rank or first.factor or ""),
                 f"{first.out_features} x {first.in_features}",
                 f"{first.w1[0]} x {first.w1[1]}",
                 f"{first.w2[0]} x {first.w2[1]}",

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import libreflux
-from libreflux.cli import demo, demo_data, generate, merge, prepare, train
+from libreflux.cli import average, demo, demo_data, generate, merge, prepare, train
 from libreflux.errors import LibrefluxError
 
 app = typer.Typer(
@@ -59,6 +59,7 @@ app.command("generate")(generate.generate)
 app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)
 app.command("merge")(merge.merge)
+app.command("average")(average.average)
 app.command("demo-data")(demo_data.demo_data)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from libreflux.errors import LibrefluxError, RecipeError
+from libreflux.errors import LibrefluxError
 
 if TYPE_CHECKING:
     from libreflux.recipe import Recipe
@@ -31,7 +31,6 @@ def train(
     from libreflux.recipe import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
-    _check_law(resolved)
     if dry_run:
         layers, memory = layer_table(resolved), memory_table(resolved)
         typer.echo(resolved.to_yaml())
@@ -72,22 +71,11 @@ def _no_empty_run(run: Path) -> Iterator[None]:
         raise
 
 
-def _check_law(recipe: Recipe) -> None:
-    from libreflux.flow.sigmas import make_law
-
-    spec = recipe.sigmas
-    try:
-        make_law(spec.law, **({"alpha": spec.alpha, "beta": spec.beta} if spec.law == "beta" else {}))
-    except ValueError as error:
-        raise RecipeError(str(error), where="sigmas", mend="2 and 2 is a good start") from None
-
-
 def layer_table(recipe: Recipe) -> str:
     """The layers that a recipe adapts, resolved against the model's configuration; no weight is loaded."""
-    from libreflux.adapter.targets import table
-    from libreflux.train.loop import resolve_layers
+    from libreflux.train.loop import plan_layers
 
-    return table(resolve_layers(recipe))
+    return plan_layers(recipe).text()
 
 
 def memory_table(recipe: Recipe) -> str:

@@ -48,8 +48,8 @@ class ShowTraining(Callbacks):
     ) -> None:
         self._bars.close()
 
-    def on_prepare(self, done: int, total: int) -> None:
-        self._bar("preparing", "item")(done, total)
+    def on_prepare(self, done: int, total: int, note: str = "") -> None:
+        self._bar("preparing", "item")(done, total, note)
 
     def on_start(self, started: Started) -> None:
         self._bars.close()
@@ -57,8 +57,10 @@ class ShowTraining(Callbacks):
         self._facts = started.facts
         typer.echo(table(started.resolved), err=True)
         begun = f"resumes after step {started.step}" if started.step else "begins"
-        line = f"{begun}: {started.steps} steps, {started.pictures} pictures an epoch, run folder {started.run}"
+        line = f"{begun}: {started.steps} steps, {started.pictures} pictures, run folder {started.run}"
         typer.echo(line, err=True)
+        if started.start_norm is not None:
+            typer.echo(f"the adapter starts at {started.start_norm:.3g} of the adapted weights' norm", err=True)
         if started.step:
             self._bar("training", "step")(started.step, started.steps)
 
@@ -90,8 +92,8 @@ class ShowTraining(Callbacks):
                     prompt_conditioning=cache.text([prompt]),
                     negative_conditioning=cache.text([""]),
                     guidance_scale=guidance,
-                    height=self.recipe.resolution,
-                    width=self.recipe.resolution,
+                    height=max(self.recipe.resolution),
+                    width=max(self.recipe.resolution),
                     seeds=[wanted.seed],
                 ).images[0]
                 for guidance in wanted.guidance

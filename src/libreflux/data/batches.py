@@ -1,24 +1,28 @@
-"""Units of a step → latents and text, out of the cache alone: no picture, no encoder, no generator state."""
+"""Units of a step → latents and text, out of the cache alone: no picture, no generator state."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from libreflux import keyed
-from libreflux.data.cache import MEND, Cache
-from libreflux.data.captions import caption_weights, choose
-from libreflux.data.crops import crop_name
-from libreflux.data.order import Unit
+from libreflux.data.cache import Cache
+from libreflux.data.captions import CaptionChoice, caption_weights
+from libreflux.data.crops import View
+from libreflux.data.index import MEND, latents_key, text_key
+from libreflux.data.order import Samples, Unit
 from libreflux.data.sources import Sample
 from libreflux.errors import DataError
 from libreflux.model.text import TextConditioning
 from libreflux.recipe import DataSource
+
+Encode = Callable[[Sequence[str]], TextConditioning]
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Batch:
         sample_ids: the pictures' ids.
         captions: the text of each prompt; "" where it was dropped.
         slots: each picture's slot in its step, see ``order.step_plan``.
+        loss_weights: [B] fp32, the ``loss_weight`` of each picture's source.
     """
 
     latents: Tensor
@@ -38,48 +43,62 @@ class Batch:
     sample_ids: tuple[str, ...]
     captions: tuple[str, ...]
     slots: tuple[int, ...]
+    loss_weights: Tensor
 
     def __len__(self) -> int:
         return len(self.sample_ids)
 
 
 class Batches:
-    """The samples of a run, addressed by number in [0, len).
+    """The samples of a run, addressed by number in [0, len): each picture of each source in each view.
 
     Args:
         cache: holds every crop and caption.
         sources: each source with its samples, see ``sources.read_sources``.
-        resolution: side of the crops in pixels.
+        views: crop and resolution in which every picture is shown, see ``crops.views``.
         seed: the run's; keys caption choice, caption dropout and crop choice by (sample, visit).
+        encode: captions → conditioning, for a cache that only counts the tokens of its captions.
 
     Raises:
         DataError: something is not in the cache.
     """
 
     def __init__(
-        self, cache: Cache, sources: Sequence[tuple[DataSource, Sequence[Sample]]], *, resolution: int, seed: int
+        self,
+        cache: Cache,
+        sources: Sequence[tuple[DataSource, Sequence[Sample]]],
+        *,
+        views: Sequence[View],
+        seed: int,
+        encode: Encode | None = None,
     ) -> None:
-        self.cache, self._seed, self._resolution = cache, seed, resolution
-        self._items = [
-            (source, sample, repeat, caption_weights(source, sample))
-            for source, samples in sources
-            for sample in samples
-            for repeat in range(source.repeats)
-        ]
-        self._check()
+        self.cache, self._seed, self._views = cache, seed, tuple(views)
+        self._encode = encode or cache.text
+        self._sources = [source for source, _ in sources]
+        self._pictures = [sample for _, samples in sources for sample in samples]
+        self._source_of = np.repeat(np.arange(len(sources)), [len(samples) for _, samples in sources])
+        self._captions = [caption for sample in self._pictures for caption in sample.captions]
+        self._choice = self._caption_choice()
+        self._tokens = self._count_tokens()
+        rates, phases = self._rates()
+        count = len(self._views)
+        self.samples = Samples(self._buckets(), self._lengths, np.repeat(rates, count), np.repeat(phases, count))
+        """What ``order.step_plan`` needs."""
 
     def __len__(self) -> int:
-        """Samples per epoch, repeats counted."""
-        return len(self._items)
+        """Samples: pictures of all sources, once in each view."""
+        return len(self.samples)
 
     def fingerprint(self) -> str:
-        """SHA-256 over what sample numbers stand for: pictures, captions, repeats, crops and the cache's settings."""
-        items = [
-            (sample.id, sample.captions, weights, repeat, source.crops_per_picture, source.background)
-            for source, sample, repeat, weights in self._items
-        ]
-        text = json.dumps([items, self._resolution, self.cache.settings], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        """SHA-256 over what sample numbers stand for: pictures, captions, repeats, views and the cache's settings."""
+        digest = hashlib.sha256()
+        for source, sample in zip(self._source_of.tolist(), self._pictures, strict=True):
+            row = [source, sample.id, sample.captions, sample.kinds, sample.repeats]
+            digest.update(json.dumps(row).encode())
+        sources = [source.model_dump(mode="json", exclude={"path"}) for source in self._sources]
+        views = [[view.crop, view.resolution, view.step] for view in self._views]
+        digest.update(json.dumps([sources, views, self.cache.settings], sort_keys=True).encode())
+        return digest.hexdigest()
 
     def batch(self, unit: Unit) -> Batch:
         """The pictures and prompts of one unit.
@@ -90,24 +109,77 @@ class Batches:
         """
         if not unit.items:
             raise ValueError("an empty unit has no batch; skip it")
-        latents, ids, captions = [], [], []
-        for item in unit.items:
-            source, sample, repeat, weights = self._items[item]
-            visit = unit.epoch * source.repeats + repeat
-            # A keyed start, then in turn: every crop is shown as often as any other.
-            first = keyed.key(self._seed, "crop", sample.id) % source.crops_per_picture
-            crop = crop_name(self._resolution, (first + visit) % source.crops_per_picture, source.background)
-            chosen = choose(sample.captions, weights, source.caption_dropout, self._seed, sample.id, visit)
-            latents.append(self.cache.latents(sample.id, crop))
+        places, dropped = self._chosen(np.array(unit.items), np.array(unit.visits))
+        captions = tuple(
+            "" if drop else self._captions[place] for place, drop in zip(places.tolist(), dropped.tolist(), strict=True)
+        )
+        latents, ids, weights = [], [], []
+        for item, visit in zip(unit.items, unit.visits, strict=True):
+            number, view = divmod(item, len(self._views))
+            sample, source = self._pictures[number], self._sources[self._source_of[number]]
+            latents.append(self.cache.latents(sample.id, self._crop(source, sample, self._views[view], visit)))
             ids.append(sample.id)
-            captions.append("" if chosen is None else sample.captions[chosen])
-        text = self.cache.text(captions)
-        return Batch(torch.stack(latents), text, tuple(ids), tuple(captions), unit.slots)
+            weights.append(source.loss_weight)
+        text = self._encode(captions)
+        return Batch(torch.stack(latents), text, tuple(ids), captions, unit.slots, torch.tensor(weights))
 
-    def _check(self) -> None:
-        for source, sample, _, _ in self._items:
-            names = [crop_name(self._resolution, index, source.background) for index in range(source.crops_per_picture)]
-            if not all(self.cache.has_latents(sample.id, name) for name in names):
-                raise DataError("not in the cache", where=sample.path, mend=MEND)
-            if not all(self.cache.has_text(caption) for caption in ("", *sample.captions)):
-                raise DataError("a caption of it is not in the cache", where=sample.path, mend=MEND)
+    def _crop(self, source: DataSource, sample: Sample, view: View, visit: int) -> str:
+        # A keyed start, then in turn: every crop is shown as often as any other.
+        crops = view.crops(source.crops_per_picture)
+        first = keyed.key(self._seed, "crop", sample.id) % crops
+        return view.name((first + visit) % crops, source.background)
+
+    def _chosen(self, items: np.ndarray, visits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        numbers, views = np.divmod(items, len(self._views))
+        return self._choice.choose(numbers, visits * len(self._views) + views)
+
+    def _lengths(self, items: np.ndarray, visits: np.ndarray) -> np.ndarray:
+        return self._tokens[self._chosen(items, visits)[0]]
+
+    def _caption_choice(self) -> CaptionChoice:
+        ids = np.array([int(sample.id[:16], 16) for sample in self._pictures], dtype=np.uint64)
+        of = zip(self._source_of.tolist(), self._pictures, strict=True)
+        weights = [caption_weights(self._sources[source], sample) for source, sample in of]
+        dropout = np.array([source.caption_dropout for source in self._sources])[self._source_of]
+        return CaptionChoice(ids, weights, dropout, self._seed)
+
+    def _count_tokens(self) -> np.ndarray:
+        counts = self.cache.token_counts([text_key(caption) for caption in ("", *self._captions)])
+        if counts.min() < 0:
+            missing = int(counts.argmin()) - 1  # -1 is the empty prompt
+            number = max(0, int(np.searchsorted(self._choice.first, missing, side="right")) - 1)
+            raise DataError("a caption of it is not in the cache", where=self._pictures[number].path, mend=MEND)
+        return counts[1:]
+
+    def _rates(self) -> tuple[np.ndarray, np.ndarray]:
+        of_source = np.array([source.repeats * source.weight for source in self._sources])
+        rates = of_source[self._source_of] * np.array([sample.repeats for sample in self._pictures])
+        phases = np.empty(len(self._pictures))
+        for source in range(len(self._sources)):
+            mine = self._source_of == source
+            count = int(mine.sum())
+            # Evenly spread phases: every epoch shows the same number of the source's pictures, give or take one.
+            phases[mine] = (keyed.rng(self._seed, "phase", source).permutation(count) + 0.5) / count
+        return rates, phases
+
+    def _buckets(self) -> np.ndarray:
+        buckets = np.empty((len(self._pictures), len(self._views)), dtype=np.int64)
+        for column, view in enumerate(self._views):
+            for source in range(len(self._sources)):
+                mine = np.flatnonzero(self._source_of == source)
+                buckets[mine, column] = self._buckets_of(self._sources[source], mine, view)
+        return buckets.reshape(-1)
+
+    def _buckets_of(self, source: DataSource, numbers: np.ndarray, view: View) -> np.ndarray:
+        """[n] height × 2¹⁶ + width of these pictures' latents in one view."""
+        found = np.zeros(len(numbers), dtype=np.int64)
+        for index in range(view.crops(source.crops_per_picture)):
+            name = view.name(index, source.background)
+            sizes = self.cache.sizes([latents_key(self._pictures[number].id, name) for number in numbers.tolist()])
+            codes = sizes[:, 0].astype(np.int64) * 2**16 + sizes[:, 1]
+            bad = (sizes[:, 0] < 0) | ((codes != found) & (index > 0))
+            if bad.any():
+                where = self._pictures[numbers[bad.argmax()]].path
+                raise DataError("not in the cache", where=where, mend=MEND)
+            found = codes
+        return found

@@ -2,15 +2,16 @@
 
 A shard is written and synced first, its rows are committed after: a kill between the two leaves a file that no row
 names, which the next writer removes. Latents are keyed by (picture, crop), text by the caption itself and stored
-without padding; what else decides them (encoder hashes, text padding, maximum tokens, precision, resolution) is one
-set of settings for the whole cache, and a reader or writer with others is refused.
+without padding; what else decides them (encoder hashes, text padding, maximum tokens, precision) is one set of
+settings for the whole cache, and a reader or writer with others is refused.
+
+A cache prepared in n parts is n caches in its folder ``parts``; whoever reads it reads them as one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import re
 import sqlite3
 from collections import OrderedDict
@@ -18,25 +19,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from libreflux.data import index as indexing
+from libreflux.data.index import COUNTED, INDEX, MEND, SHARDS, Rows, latents_key, text_key
 from libreflux.errors import DataError
 from libreflux.files import atomic_save_safetensors, lock
 from libreflux.model.text import TextConditioning
 
-INDEX = "index.sqlite3"
-SHARDS = "shards"
-MEND = "run `libreflux prepare` again"
+PARTS = "parts"
 _OPEN_SHARDS = 64
+_PART_STRIDE = 2**20  # shard numbers of part k are shifted by k strides, so that they stay apart when read as one
 _OURS = re.compile(r"(latents|texts)-\d{8}\.safetensors|\.(latents|texts)-\d{8}\.safetensors\.tmp-.*")
-_TABLES = (
-    "CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
-    "CREATE TABLE IF NOT EXISTS shards (name TEXT PRIMARY KEY, size INTEGER NOT NULL)",
-    "CREATE TABLE IF NOT EXISTS latents (picture TEXT, crop TEXT, shard TEXT NOT NULL, PRIMARY KEY (picture, crop))",
-    "CREATE TABLE IF NOT EXISTS texts (caption TEXT PRIMARY KEY, shard TEXT NOT NULL)",
-)
 
 
 class Cache:
@@ -47,42 +44,80 @@ class Cache:
         partial: take what is whole of a cache that a kill or a lost file left incomplete, instead of refusing it.
 
     Raises:
-        DataError: no cache there, a damaged index, or (unless ``partial``) shards that are missing or cut short.
+        DataError: no cache there, a damaged index, one of another version, parts that differ in settings, or (unless
+            ``partial``) shards that are missing or cut short.
     """
 
     def __init__(self, folder: Path | str, *, partial: bool = False) -> None:
         self.folder = Path(folder)
-        if not (self.folder / INDEX).is_file():
+        self.settings: dict[str, Any] = {}
+        self._open: OrderedDict[int, Any] = OrderedDict()
+        self._paths: dict[int, Path] = {}
+        tables: dict[str, list[Rows]] = {"latents": [], "texts": []}
+        folders = index_folders(self.folder)
+        for number, part in enumerate(folders):
+            self._read_part(part, number * _PART_STRIDE, partial, tables)
+        if not folders:
             raise DataError("no cache in this folder", where=self.folder, mend=MEND)
-        self._latents: dict[tuple[str, str], str] = {}
-        self._texts: dict[str, str] = {}
-        self._shards: OrderedDict[str, Any] = OrderedDict()
-        with _connect(self.folder) as index:
-            self.settings = read_settings(index)
+        if not self.settings and not partial:
+            raise DataError("this cache was never begun", where=self.folder, mend=MEND)
+        empty = np.zeros(0, np.int64)
+        none = {"shard": empty, "height": empty, "width": empty, "tokens": empty}
+        self._latents, self._texts = (
+            indexing.join_rows(tables[name] or [Rows(empty, none)]) for name in ("latents", "texts")
+        )
+
+    def _read_part(self, folder: Path, shift: int, partial: bool, tables: dict[str, list[Rows]]) -> None:
+        with indexing.connect(folder) as index:
+            settings = indexing.read_settings(index, folder)
+            if not settings:
+                return
             if self.settings:
-                damaged = damaged_shards(self.folder, index)
-                if damaged and not partial:
-                    raise DataError("missing or cut short", where=self.folder / SHARDS / min(damaged), mend=MEND)
-                for picture, crop, shard in index.execute("SELECT picture, crop, shard FROM latents"):
-                    if shard not in damaged:
-                        self._latents[picture, crop] = shard
-                for caption, shard in index.execute("SELECT caption, shard FROM texts"):
-                    if shard not in damaged:
-                        self._texts[caption] = shard
-            elif not partial:
-                raise DataError("this cache was never begun", where=self.folder, mend=MEND)
+                indexing.refuse_other_settings(folder, settings, self.settings)
+            self.settings = settings
+            damaged = indexing.damaged_shards(folder, index)
+            if damaged and not partial:
+                where = folder / SHARDS / next(iter(damaged.values()))
+                raise DataError("missing or cut short", where=where, mend=MEND)
+            for number, name in index.execute("SELECT number, name FROM shards"):
+                self._paths[number + shift] = folder / SHARDS / name
+            for name, found in tables.items():
+                rows = indexing.read_rows(index, name, damaged)
+                shards = rows.columns["shard"]
+                rows.columns["shard"] = np.where(shards == COUNTED, COUNTED, shards + shift).astype(np.int32)
+                found.append(rows)
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Refuses a cache made with other settings; see :func:`refuse_other_settings`."""
-        refuse_other_settings(self.folder, self.settings, settings)
+        """Refuses a cache made with other settings; see ``index.refuse_other_settings``."""
+        indexing.refuse_other_settings(self.folder, self.settings, settings)
+
+    def sizes(self, keys: Sequence[int] | np.ndarray) -> np.ndarray:
+        """[n, 2] latent height and width of crops by ``index.latents_key``; -1 where one is not here."""
+        rows = self._latents.find(keys)
+        sizes = np.stack([_take(self._latents, name, rows) for name in ("height", "width")], axis=1)
+        return np.where(rows[:, None] < 0, -1, sizes)
+
+    def token_counts(self, keys: Sequence[int] | np.ndarray) -> np.ndarray:
+        """[n] text tokens of captions by ``index.text_key``, without padding; -1 where one is not here."""
+        rows = self._texts.find(keys)
+        return np.where(rows < 0, -1, _take(self._texts, "tokens", rows))
+
+    def stored_texts(self, keys: Sequence[int] | np.ndarray) -> np.ndarray:
+        """[n] bool: whether the conditioning of these captions is here, not their token count alone."""
+        rows = self._texts.find(keys)
+        return (rows >= 0) & (_take(self._texts, "shard", rows) != COUNTED)
+
+    def known_texts(self, keys: Sequence[int] | np.ndarray) -> np.ndarray:
+        """[n] bool: whether the token counts of these captions are here."""
+        return self._texts.find(keys) >= 0
 
     def has_latents(self, picture: str, crop: str) -> bool:
         """Whether this crop of this picture is here."""
-        return (picture, crop) in self._latents
+        return bool(self._latents.find([latents_key(picture, crop)])[0] >= 0)
 
     def has_text(self, caption: str) -> bool:
-        """Whether this caption is here; "" is the empty prompt."""
-        return caption in self._texts
+        """Whether the conditioning of this caption is here; "" is the empty prompt."""
+        return bool(self.stored_texts([text_key(caption)])[0])
 
     def latents(self, picture: str, crop: str) -> Tensor:
         """Normalised posterior mean of one crop, [C, h, w] fp32.
@@ -90,35 +125,35 @@ class Cache:
         Raises:
             DataError: not in this cache.
         """
-        shard = self._latents.get((picture, crop))
-        if shard is None:
+        [row] = self._latents.find([latents_key(picture, crop)])
+        if row < 0:
             raise DataError(f"crop {crop} of picture {picture} is not here", where=self.folder, mend=MEND)
-        return self._tensor(shard, latents_name(picture, crop))
+        return self._tensor(int(self._latents.columns["shard"][row]), latents_name(picture, crop))
 
     def text(self, captions: Sequence[str]) -> TextConditioning:
         """Conditioning of these captions in this order: tokens [S_i, D] without padding and pooled [B, P], bf16.
 
         Raises:
-            DataError: a caption is not in this cache.
+            DataError: a caption is not stored in this cache.
         """
         tokens, pooled = [], []
-        for caption in captions:
-            shard = self._texts.get(caption)
-            if shard is None:
+        for caption, row in zip(captions, self._texts.find([text_key(caption) for caption in captions]), strict=True):
+            shard = COUNTED if row < 0 else int(self._texts.columns["shard"][row])
+            if shard == COUNTED:
                 raise DataError(f"caption {caption!r} is not here", where=self.folder, mend=MEND)
             tokens.append(self._tensor(shard, text_name("tokens", caption)))
             pooled.append(self._tensor(shard, text_name("pooled", caption)))
         return TextConditioning(tokens=tokens, pooled=torch.stack(pooled))
 
-    def _tensor(self, shard: str, name: str) -> Tensor:
-        path = self.folder / SHARDS / shard
+    def _tensor(self, shard: int, name: str) -> Tensor:
+        path = self._paths[shard]
         try:
-            if shard not in self._shards:
-                self._shards[shard] = safe_open(path, framework="pt")
-                if len(self._shards) > _OPEN_SHARDS:
-                    self._shards.popitem(last=False)
-            self._shards.move_to_end(shard)
-            tensor: Tensor = self._shards[shard].get_tensor(name)
+            if shard not in self._open:
+                self._open[shard] = safe_open(path, framework="pt")
+                if len(self._open) > _OPEN_SHARDS:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(shard)
+            tensor: Tensor = self._open[shard].get_tensor(name)
         except (OSError, SafetensorError) as error:
             mend = "remove this file and run `libreflux prepare` again"
             raise DataError(f"damaged shard ({error})", where=path, mend=mend) from None
@@ -138,43 +173,55 @@ class CacheWriter:
         """Stores crops [C, h, w] by (picture, crop name): one shard, all or nothing."""
         tensors = {latents_name(*key): tensor for key, tensor in found.items()}
         with self._shard("latents", tensors) as shard:
-            rows = [(picture, crop, shard) for picture, crop in found]
-            self._index.executemany("INSERT INTO latents (picture, crop, shard) VALUES (?, ?, ?)", rows)
+            rows = [(latents_key(*key), shard, *tensor.shape[-2:]) for key, tensor in found.items()]
+            self._index.executemany("INSERT INTO latents VALUES (?, ?, ?, ?)", rows)
 
     def add_texts(self, captions: Sequence[str], text: TextConditioning) -> None:
         """Stores distinct captions with their conditioning, row by row: one shard, all or nothing."""
         tensors: dict[str, Tensor] = {}
         for caption, tokens, pooled in zip(captions, text.tokens, text.pooled, strict=True):
             tensors[text_name("tokens", caption)] = tokens
-            tensors[text_name("pooled", caption)] = (
-                pooled.clone()
-            )  # a row of the batch: safetensors refuses shared memory
+            # A row of the batch: safetensors refuses shared memory.
+            tensors[text_name("pooled", caption)] = pooled.clone()
         with self._shard("texts", tensors) as shard:
-            rows = [(caption, shard) for caption in captions]
-            self._index.executemany("INSERT INTO texts (caption, shard) VALUES (?, ?)", rows)
+            rows = [(text_key(caption), shard, count) for caption, count in zip(captions, text.lengths, strict=True)]
+            self._index.executemany("INSERT OR REPLACE INTO texts VALUES (?, ?, ?)", rows)
+
+    def add_token_counts(self, captions: Sequence[str], counts: Sequence[int]) -> None:
+        """Notes the tokens of distinct captions that are not stored."""
+        rows = [(text_key(caption), COUNTED, count) for caption, count in zip(captions, counts, strict=True)]
+        with indexing.transaction(self._index):
+            self._index.executemany("INSERT OR IGNORE INTO texts VALUES (?, ?, ?)", rows)
 
     @contextlib.contextmanager
-    def _shard(self, kind: str, tensors: dict[str, Tensor]) -> Iterator[str]:
+    def _shard(self, kind: str, tensors: dict[str, Tensor]) -> Iterator[int]:
         [last] = self._index.execute("SELECT max(name) FROM shards WHERE name LIKE ?", (f"{kind}-%",)).fetchone()
         number = int(last.removeprefix(f"{kind}-").removesuffix(".safetensors")) + 1 if last else 0
         name = f"{kind}-{number:08d}.safetensors"
         path = self.folder / SHARDS / name
         atomic_save_safetensors(tensors, path, {"schema": "1"})
-        with transaction(self._index):
-            self._index.execute("INSERT INTO shards VALUES (?, ?)", (name, path.stat().st_size))
-            yield name
+        with indexing.transaction(self._index):
+            row = (name, path.stat().st_size)
+            added = self._index.execute("INSERT INTO shards (name, size) VALUES (?, ?)", row)
+            assert added.lastrowid is not None
+            yield added.lastrowid
 
     def _drop_damaged(self) -> None:
-        with transaction(self._index):
-            for name in damaged_shards(self.folder, self._index):
-                for table, column in (("latents", "shard"), ("texts", "shard"), ("shards", "name")):
-                    self._index.execute(f"DELETE FROM {table} WHERE {column} = ?", (name,))
+        with indexing.transaction(self._index):
+            for number in indexing.damaged_shards(self.folder, self._index):
+                for table, column in (("latents", "shard"), ("texts", "shard"), ("shards", "number")):
+                    self._index.execute(f"DELETE FROM {table} WHERE {column} = ?", (number,))
 
     def _sweep(self) -> None:
         named = {name for (name,) in self._index.execute("SELECT name FROM shards")}
         for path in (self.folder / SHARDS).iterdir():
             if path.name not in named and _OURS.fullmatch(path.name):
                 path.unlink()
+
+
+def index_folders(folder: Path) -> list[Path]:
+    """The folders that hold an index: the cache's own and those of its parts."""
+    return [each for each in (folder, *sorted((folder / PARTS).glob("*"))) if (each / INDEX).is_file()]
 
 
 @contextlib.contextmanager
@@ -185,43 +232,9 @@ def writing(folder: Path, settings: Mapping[str, Any]) -> Iterator[CacheWriter]:
         DataError: the cache has other settings.
         RunError: another process is writing it.
     """
-    with lock(folder), _connect(folder) as index:
-        with transaction(index):
-            for table in _TABLES:
-                index.execute(table)
-            known = read_settings(index)
-            if known:
-                refuse_other_settings(folder, known, settings)
-            else:
-                rows = [(name, json.dumps(value)) for name, value in settings.items()]
-                index.executemany("INSERT INTO settings VALUES (?, ?)", rows)
+    with lock(folder), indexing.connect(folder) as index:
+        indexing.begin(index, folder, settings)
         yield CacheWriter(folder, index)
-
-
-def refuse_other_settings(folder: Path, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuses a cache made with other settings.
-
-    Raises:
-        DataError: names each setting that differs, with both values.
-    """
-    differing = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
-    if differing:
-        told = ", ".join(f"{name} {_brief(known.get(name))}, now {_brief(wanted.get(name))}" for name in differing)
-        mend = "use another cache folder, or remove this one to prepare it afresh"
-        raise DataError(f"this cache was made with {told}", where=folder, mend=mend)
-
-
-def read_settings(index: sqlite3.Connection) -> dict[str, Any]:
-    """The cache's settings; empty when they were never written."""
-    if not index.execute("SELECT 1 FROM sqlite_master WHERE name = 'settings'").fetchone():
-        return {}
-    return {name: json.loads(value) for name, value in index.execute("SELECT name, value FROM settings")}
-
-
-def damaged_shards(folder: Path, index: sqlite3.Connection) -> set[str]:
-    """Names of indexed shards whose file is missing or not of its recorded size."""
-    sizes = {path.name: path.stat().st_size for path in (folder / SHARDS).glob("*.safetensors")}
-    return {name for name, size in index.execute("SELECT name, size FROM shards") if sizes.get(name) != size}
 
 
 def latents_name(picture: str, crop: str) -> str:
@@ -234,31 +247,5 @@ def text_name(part: str, caption: str) -> str:
     return f"{part}/{hashlib.sha256(caption.encode()).hexdigest()[:32]}"
 
 
-@contextlib.contextmanager
-def transaction(index: sqlite3.Connection) -> Iterator[None]:
-    """All of the block's rows, or none."""
-    index.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    except BaseException:
-        index.execute("ROLLBACK")
-        raise
-    index.execute("COMMIT")
-
-
-@contextlib.contextmanager
-def _connect(folder: Path) -> Iterator[sqlite3.Connection]:
-    index = sqlite3.connect(folder / INDEX, isolation_level=None, timeout=60)
-    try:
-        index.execute("PRAGMA synchronous = FULL")
-        yield index
-    except sqlite3.DatabaseError as error:
-        mend = "remove this cache folder and prepare it afresh"
-        raise DataError(f"damaged index ({error})", where=folder / INDEX, mend=mend) from None
-    finally:
-        index.close()
-
-
-def _brief(value: object) -> str:
-    text = str(value)
-    return text[:12] + "…" if len(text) == 64 else text
+def _take(rows: Rows, column: str, where: np.ndarray) -> np.ndarray:
+    return rows.columns[column][where] if len(rows) else where

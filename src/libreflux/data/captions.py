@@ -1,8 +1,10 @@
-"""Which caption a visit to a picture sees: keyed by (seed, sample, visit), so no worker and no resume can change it."""
+"""Which caption a visit to a picture reads: keyed by (seed, sample, visit), so no worker or resume can change it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import numpy as np
 
 from libreflux import keyed
 from libreflux.data.sources import Sample
@@ -10,36 +12,40 @@ from libreflux.errors import DataError
 from libreflux.recipe import DataSource
 
 
-def choose(
-    captions: Sequence[str], weights: Sequence[float] | None, dropout: float, seed: int, sample_id: str, epoch: int
-) -> int | None:
-    """The index of the caption to show, or None for the empty prompt.
+class CaptionChoice:
+    """The captions of N samples, by number, and how they are chosen.
 
     Args:
-        captions: at least one.
-        weights: as many, zero or more, not all zero; None: all alike.
-        dropout: probability of None, in [0, 1].
-        seed: the run's seed.
-        sample_id: the picture's id.
-        epoch: how often this picture was visited before (its epoch, when an epoch shows it once).
+        ids: [N] 64-bit numbers of the samples, digits of their content hash.
+        weights: for each sample one weight for each of its captions, zero or more, not all zero.
+        dropout: [N] probability, in [0, 1], that a visit reads the empty prompt.
+        seed: the run's.
     """
-    drop, pick = keyed.rng(seed, "caption", sample_id, epoch).random(2)
-    if drop < dropout:
-        return None
-    if weights is None:
-        return min(int(pick * len(captions)), len(captions) - 1)
-    target, reached, last = pick * sum(weights), 0.0, 0
-    for index, weight in enumerate(weights):
-        if weight <= 0:
-            continue
-        reached, last = reached + weight, index
-        if target < reached:
-            return index
-    return last  # pick so near 1 that rounding left it above the sum
+
+    def __init__(self, ids: np.ndarray, weights: Sequence[Sequence[float]], dropout: np.ndarray, seed: int) -> None:
+        self._ids, self._dropout, self._seed = ids, dropout, seed
+        counts = np.fromiter(map(len, weights), np.int64, len(weights))
+        self.first = np.cumsum(counts) - counts
+        """[N] where each sample's captions begin in the row of all captions."""
+        flat = np.fromiter((weight for row in weights for weight in row), np.float64, int(counts.sum()))
+        owner = np.repeat(np.arange(len(counts)), counts)
+        sums = np.cumsum(flat)
+        base = sums[self.first] - flat[self.first]
+        whole = sums[self.first + counts - 1] - base
+        # Sample n's shares lie in [n, n + 1]: one sorted row, so that one search serves any number of samples.
+        self._shares = owner + (sums - base[owner]) / whole[owner]
+        places = np.where(flat > 0, np.arange(len(flat)), 0)
+        self._last = np.maximum.reduceat(places, self.first)  # rounding may leave a draw above every share
+
+    def choose(self, samples: np.ndarray, visits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For [n] visits: the place of the chosen caption in the row of all captions, and whether it is dropped."""
+        draws = keyed.uniforms(self._seed, "caption", self._ids[samples], visits, 2)
+        places = np.searchsorted(self._shares, samples + draws[:, 1], side="right")
+        return np.minimum(places, self._last[samples]), draws[:, 0] < self._dropout[samples]
 
 
-def caption_weights(source: DataSource, sample: Sample) -> list[float] | None:
-    """The weights of this sample's captions under its source's ``captions``; None: all alike.
+def caption_weights(source: DataSource, sample: Sample) -> list[float]:
+    """The weights of this sample's captions under its source's ``captions``; without it all are alike.
 
     Several captions of one name share its weight. Names and lines that this sample lacks leave their weight to the
     others.
@@ -49,7 +55,7 @@ def caption_weights(source: DataSource, sample: Sample) -> list[float] | None:
     """
     wanted = source.captions
     if wanted is None:
-        return None
+        return [1.0] * len(sample.captions)
     if isinstance(wanted, dict):
         weights = [wanted.get(kind, 0.0) / sample.kinds.count(kind) for kind in sample.kinds]
         has = ", ".join(sorted({kind or "(no name)" for kind in sample.kinds}))

@@ -1,126 +1,105 @@
-"""A picture file → upright sRGB without alpha → square crops."""
+"""An upright picture → crops of the sizes that training shows."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
-from collections.abc import Iterator
-from pathlib import Path
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from libreflux import keyed
-from libreflux.errors import DataError
 
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-ZOOM = 0.8  # the smallest window of a further crop, as a share of the shorter side
-
-
-def crop_name(resolution: int, index: int, background: str) -> str:
-    """The name that a crop is cached under: everything that decides its pixels apart from the picture."""
-    return f"square-{resolution}-{index}-{background.lower()}"
+ZOOM = 0.8  # the smallest window of a further crop, as a share of the largest one
+WIDEST = 3.0  # the widest and tallest aspect bucket; what is wider loses its ends
+SPARE = 0.25  # how far a bucket's area may be from the resolution's
+SMALL = 256  # below this resolution buckets of 64 pixels would be too few
 
 
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
-    """An open picture file; whatever Pillow says inside the block becomes one line.
+def bucket_step(resolution: int) -> int:
+    """Pixels between the sides of aspect buckets: 64, or 16 for resolutions below 256 (the emoji family)."""
+    return 16 if resolution < SMALL else 64
 
-    Raises:
-        DataError: no PNG, JPEG or WebP, damaged, cut short, or of more pixels than Pillow trusts.
+
+@dataclass(frozen=True)
+class View:
+    """A way of showing pictures.
+
+    Attributes:
+        crop: "square": the largest centred square, further crops from random windows; "centre": that square alone;
+            "aspect": likewise with windows of the picture's own shape, as near as the buckets have it.
+        resolution: side of the squares in pixels; aspect buckets have about as many pixels.
+        step: multiple of which the sides of aspect buckets are.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=sorted({*FORMATS.values()})) as image:
-                yield image
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = "not a PNG, JPEG or WebP" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise DataError(f"unreadable picture ({reason})", where=path, mend="repair it or remove it") from None
+
+    crop: str
+    resolution: int
+    step: int = 64
+
+    def crops(self, per_picture: int) -> int:
+        """Cached crops of each picture."""
+        return 1 if self.crop == "centre" else per_picture
+
+    def name(self, index: int, background: str) -> str:
+        """What a crop is cached under: everything that decides its pixels apart from the picture."""
+        kind = f"{self.crop}-{self.step}" if self.crop == "aspect" else "square"
+        return f"{kind}-{self.resolution}-{index}-{background.lower()}"
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) of the crops of a picture of this size, in pixels."""
+        if self.crop != "aspect":
+            return self.resolution, self.resolution
+        wanted = math.log(width / height)
+        area = self.resolution**2
+        return min(
+            aspect_buckets(self.resolution, self.step),
+            key=lambda size: (abs(math.log(size[0] / size[1]) - wanted), abs(size[0] * size[1] - area)),
+        )
 
 
-def check_header(path: Path) -> tuple[int, int]:
-    """The (width, height) that a picture's header promises.
-
-    Raises:
-        DataError: unreadable, or a moving picture.
-    """
-    with opened(path) as image:
-        frames, size = getattr(image, "n_frames", 1), image.size
-    if frames > 1:
-        raise DataError(f"a moving picture ({frames} frames)", where=path, mend="save one frame of it")
-    return size
+def views(crops: Sequence[str], resolutions: Sequence[int]) -> list[View]:
+    """Every crop at every resolution, each once."""
+    return list(dict.fromkeys(View(crop, side, bucket_step(side)) for side in resolutions for crop in crops))
 
 
-def check_picture(path: Path) -> tuple[int, int]:
-    """Decodes the whole file and gives its (width, height); JPEG at an eighth of the size, which reads every byte too.
-
-    Raises:
-        DataError: damaged or truncated file.
-    """
-    with opened(path) as image:
-        size = image.size
-        image.draft(None, (max(1, size[0] // 8), max(1, size[1] // 8)))
-        image.load()
-    return size
+@functools.lru_cache(maxsize=16)
+def aspect_buckets(resolution: int, step: int) -> tuple[tuple[int, int], ...]:
+    """(width, height) in multiples of ``step``, of about resolution² pixels, from 1:3 to 3:1."""
+    found = set()
+    for long in range(step, int(resolution * WIDEST) + step, step):
+        short = max(step, round(resolution**2 / long / step) * step)
+        if short <= long <= WIDEST * short and abs(long * short / resolution**2 - 1) <= SPARE:
+            found |= {(long, short), (short, long)}
+    return tuple(sorted(found))
 
 
-def load_rgb(path: Path, background: str = "white") -> Image.Image:
-    """An RGB picture: turned as EXIF says, alpha laid over ``background``, an embedded profile converted to sRGB.
-
-    Raises:
-        DataError: damaged or truncated file.
-    """
-    with opened(path) as file:
-        file.load()
-        profile = file.info.get("icc_profile")
-        image: Image.Image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips instead of scaling
-            scaled = (np.asarray(image, dtype=np.float64) / 257.0).round().clip(0, 255)
-            image = Image.fromarray(scaled.astype(np.uint8))
-        transparent = image.has_transparency_data
-        if transparent:
-            image = image.convert("RGBA")
-        if profile:
-            image = _to_srgb(image, profile)
-        if not transparent:
-            return image.convert("RGB")
-        canvas = Image.new("RGBA", image.size, background)
-        return Image.alpha_composite(canvas, image).convert("RGB")
-
-
-def square_crop(image: Image.Image, resolution: int, index: int = 0, picture: str = "") -> np.ndarray:
-    """A square crop as uint8 [resolution, resolution, 3].
+def crop_window(
+    width: int, height: int, size: tuple[int, int], index: int = 0, picture: str = ""
+) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) in pixels of the part of a picture that a crop shows, of the crop's shape.
 
     Args:
-        image: RGB.
-        resolution: side in pixels; reached by one Lanczos resampling.
-        index: 0 is the largest centred square; further ones take a window of 0.8 to 1 of the shorter side at a random
-            place, keyed by (picture, index), never by a run's seed, so that a cache serves every run.
+        width: of the picture.
+        height: of the picture.
+        size: (width, height) of the crop.
+        index: 0 is the largest centred window; further ones have 0.8 to 1 of its sides and a random place, keyed by
+            (picture, index), never by a run's seed, so that a cache serves every run.
         picture: the sample's id.
     """
-    width, height = image.size
-    side = float(min(width, height))
+    scale = min(width / size[0], height / size[1])
     across, down = 0.5, 0.5
     if index > 0:
         zoom, across, down = keyed.rng(0, "crop", picture, index).random(3)
-        side *= ZOOM + (1 - ZOOM) * zoom
-    left, top = across * (width - side), down * (height - side)
-    crop = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-    return np.asarray(crop, dtype=np.uint8)
+        scale *= ZOOM + (1 - ZOOM) * zoom
+    wide, high = min(size[0] * scale, width), min(size[1] * scale, height)
+    left, top = across * (width - wide), down * (height - high)
+    return left, top, left + wide, top + high
 
 
-def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    alpha = image.getchannel("A") if image.mode == "RGBA" else None
-    flat = image.convert("RGB") if alpha is not None or image.mode == "P" else image
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        converted = ImageCms.profileToProfile(flat, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError):
-        return image  # a profile that does not fit its picture is what every viewer ignores too
-    if converted is None:
-        return image
-    if alpha is not None:
-        converted.putalpha(alpha)
-    return converted
+def cut(image: Image.Image, view: View, index: int = 0, picture: str = "") -> np.ndarray:
+    """One crop of an RGB picture as uint8 [height, width, 3], by one Lanczos resampling; see :func:`crop_window`."""
+    size = view.size(*image.size)
+    window = crop_window(*image.size, size, index, picture)
+    return np.asarray(image.resize(size, Image.Resampling.LANCZOS, box=window), dtype=np.uint8)

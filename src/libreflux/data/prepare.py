@@ -1,249 +1,240 @@
 """Pictures and captions → cache: everything is read and checked first, then encoded and stored shard by shard.
 
 Running it again continues after a kill and does nothing when all is there; no encoder is loaded that has nothing to
-do.
+do. Of a cache prepared in n parts each process writes its own folder, and every reader reads all of them as one.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from einops import rearrange
 
+from libreflux.data.bar import Bar, Progress
 from libreflux.data.batches import Batches
-from libreflux.data.cache import INDEX, Cache, CacheWriter, writing
+from libreflux.data.cache import PARTS, Cache, index_folders, writing
 from libreflux.data.captions import check_weights
-from libreflux.data.crops import check_picture, crop_name, load_rgb, square_crop
-from libreflux.data.digests import Digests, encoder_digests
-from libreflux.data.sources import Sample, read_sources
-from libreflux.errors import ModelError
-from libreflux.model import family, latents
+from libreflux.data.crops import View, views
+from libreflux.data.digests import FileMemory, encoder_digests
+from libreflux.data.disk import check_disk
+from libreflux.data.encode import Crop, count_tokens, encode_crops, encode_texts, open_text
+from libreflux.data.index import INDEX, latents_key, text_key
+from libreflux.data.quarantine import report_quarantine
+from libreflux.data.sources import Part, Quarantined, Sample, read_source
+from libreflux.errors import DataError
+from libreflux.model import family
 from libreflux.model.facts import freed
-from libreflux.model.text import check_padding
+from libreflux.model.text import TextConditioning, check_padding
 from libreflux.recipe import DataSource, Recipe
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
-SHARD_ITEMS = 64  # what a kill can lose
-
-Item = TypeVar("Item")
+Sources = list[tuple[DataSource, list[Sample]]]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WHOLE: Part = (0, 1)
 
 
 def prepare_recipe(recipe: Recipe, *, device: str = "cpu", progress: Progress | None = None) -> Batches:
     """Prepares what a recipe trains on, its sample prompts too, and gives the batches of its epochs.
 
     Args:
-        recipe: its model, data, resolution, text padding, cache folder and seed are used.
+        recipe: its model, data, crops, resolutions, text padding, text cache, cache folder and seed are used.
         device: where the encoders run.
-        progress: called with (done, total).
+        progress: see :func:`prepare`.
     """
-    cache, sources = prepare(
+    cache, sources = prepare_cache(recipe, device=device, progress=progress)
+    encode = _online(recipe, device) if recipe.text_cache == "none" else None
+    return Batches(cache, sources, views=views(recipe.crop, recipe.resolution), seed=recipe.seed, encode=encode)
+
+
+def prepare_cache(
+    recipe: Recipe, *, device: str = "cpu", part: Part = WHOLE, progress: Progress | None = None
+) -> tuple[Cache, Sources]:
+    """Prepares what a recipe trains on, or a part of it; see :func:`prepare`."""
+    return prepare(
         recipe.model,
         recipe.data,
-        resolution=recipe.resolution,
+        views=views(recipe.crop, recipe.resolution),
         text_padding=recipe.text_padding,
         out=recipe.cache_dir,
         prompts=recipe.samples.prompts,
         device=device,
+        text_cache=recipe.text_cache,
+        max_quarantined=recipe.max_quarantined,
+        part=part,
         progress=progress,
     )
-    return Batches(cache, sources, resolution=recipe.resolution, seed=recipe.seed)
 
 
 def prepare(
     model: str | Path,
     data: Sequence[DataSource],
     *,
-    resolution: int,
+    views: Sequence[View],
     text_padding: str,
     out: Path,
     prompts: Sequence[str] = (),
     device: str = "cpu",
     precision: Literal["float32", "bfloat16"] = "float32",
+    text_cache: Literal["bf16", "none"] = "bf16",
+    max_quarantined: float = 0.02,
+    part: Part = WHOLE,
     progress: Progress | None = None,
-) -> tuple[Cache, list[tuple[DataSource, list[Sample]]]]:
+) -> tuple[Cache, Sources]:
     """Encodes every crop and every distinct caption that ``out`` does not hold yet.
 
     Args:
         model: name, folder or hub id; its VAE and text encoders are used.
         data: the folders.
-        resolution: side of the crops in pixels.
+        views: crops and resolutions.
         text_padding: "drop" or "trim".
         out: the cache folder.
         prompts: texts to encode besides the captions; the empty prompt always is.
         device: where the encoders run.
-        precision: the encoders' dtype, "float32" or "bfloat16". Latents are stored in fp32, text in bf16.
-        progress: called with (done, total), total counting checks and encodings alike.
+        precision: the encoders' dtype. Latents are stored in fp32, text in bf16.
+        text_cache: "none" stores how many tokens each caption has, and the conditioning of ``prompts`` alone.
+        max_quarantined: share of the pictures, in [0, 1], that may be unusable.
+        part: (i, n): encode the i-th of n parts alone, from 0, into a folder of its own in ``out``.
+        progress: called with (done, total, note), total counting checks and encodings alike.
 
     Returns:
-        The cache, and the samples of each source.
+        The cache, and the usable samples of each source (those of the part).
 
     Raises:
-        DataError: a picture, caption or folder is wrong (nothing was written), or ``out`` was made with other
-            settings.
+        DataError: a caption or folder is wrong, too many pictures are, the disk is too small, or ``out`` was made
+            with other settings.
         ModelError: no such model, or a text padding that is not supported.
-        RunError: another process is writing ``out``.
+        RunError: another process is writing the same folder.
     """
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise DataError("is a file", where=out, mend="name a folder for the cache")
     check_padding(text_padding)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
-    opened = family.open_model(model, parts=())  # its facts and folder alone
-    folder = family.locate(model)
-    digests = Digests(out / "digests.json")
-    sources = read_sources(data, digests.sha256)
-    for source, samples in sources:
-        check_weights(source, samples)
-    max_tokens = freed(opened.facts).max_tokens
+    facts, folder = freed(family.open_model(model, parts=()).facts), family.locate(model)
+    own = out if part == WHOLE else out / PARTS / f"{part[0]:04d}-of-{part[1]:04d}"
+    memory = FileMemory(own, [each for each in index_folders(out) if each != own])
+    bar = Bar(progress)
+    sources, quarantined = _read(data, memory, part, bar)
+    report_quarantine(own, quarantined, sum(len(samples) for _, samples in sources), max_quarantined)
     settings: dict[str, Any] = {
-        "schema": 1,
-        **encoder_digests(folder, digests),
+        **encoder_digests(folder, memory),
         "text_padding": text_padding,
-        "max_tokens": max_tokens,
+        "max_tokens": facts.max_tokens,
         "precision": precision,
         "latents": "float32",
         "text": "bfloat16",
-        "crop": "square",
-        "resolution": resolution,
     }
-    crops, texts = _wanted_crops(sources, resolution), _wanted_texts(sources, prompts)
-    if (out / INDEX).is_file():
-        crops, texts = _missing(Cache(out, partial=True), settings, crops, texts)
-        if not crops and not texts:
-            digests.save()
-            return Cache(out), sources
-    pictures = list(dict.fromkeys(crop.path for crop in crops))
-    bar = _Bar(progress, len(pictures) + len(crops) + len(texts))
-    _check_pictures(pictures, resolution, bar)
-    with writing(out, settings) as writer:
-        # Another process may have written between our reading and our lock.
-        left_crops, left_texts = _missing(Cache(out, partial=True), settings, crops, texts)
-        bar.advance(len(crops) - len(left_crops) + len(texts) - len(left_texts))
-        digests.save()
-        _encode_crops(left_crops, resolution, model, dtype, device, writer, bar)
-        _encode_texts(left_texts, text_padding, max_tokens, model, dtype, device, writer, bar)
+    wanted = _Wanted(sources, views, ["", *prompts] if part[0] == 0 else [], text_cache == "bf16")
+    todo = wanted.missing(_known(out, settings))
+    begun = part == WHOLE or (own / INDEX).is_file()  # a part without a picture of its own is a part too
+    if todo or not begun:
+        _tell_enlarged(todo.crops)
+        check_disk(folder, out, [crop.size for crop in todo.crops], todo.texts, facts.max_tokens)
+        with writing(own, settings) as writer:
+            todo = wanted.missing(_known(out, settings))  # another process may have written before our lock
+            bar.expect(len(todo.crops) + len(todo.texts) + len(todo.counted))
+            memory.save()
+            opened = functools.partial(family.open_model, model, dtype=DTYPES[precision], device=device)
+            encode_crops(todo.crops, opened, writer, bar)
+            encode_texts(todo.texts, text_padding, facts.max_tokens, opened, writer, bar)
+            count_tokens(todo.counted, facts.max_tokens, opened, writer, bar)
+    memory.save()
     return Cache(out), sources
 
 
+def _tell_enlarged(crops: Sequence[Crop]) -> None:
+    small = {crop.sample.id for crop in crops if min(crop.sample.size) < min(crop.size)}
+    if small:
+        logger.warning(
+            "%d of %d pictures are smaller than their crops and are enlarged; min_size leaves them out",
+            len(small),
+            len({crop.sample.id for crop in crops}),
+        )
+
+
 @dataclass(frozen=True)
-class _Crop:
-    picture: str
-    path: Path
-    name: str
-    index: int
-    background: str
+class _Todo:
+    crops: list[Crop]
+    texts: list[str]
+    counted: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.crops or self.texts or self.counted)
 
 
-class _Bar:
-    """Counts what is done and tells the caller."""
+@dataclass(frozen=True)
+class _Wanted:
+    """Everything a cache must hold."""
 
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self._progress, self._done, self._total = progress, 0, total
+    sources: Sources
+    views: Sequence[View]
+    prompts: Sequence[str]
+    store_captions: bool
 
-    def advance(self, count: int) -> None:
-        self._done += count
-        if self._progress is not None and count:
-            self._progress(self._done, self._total)
+    def missing(self, cache: Cache | None) -> _Todo:
+        captions = {caption for _, samples in self.sources for sample in samples for caption in sample.captions}
+        stored = {*self.prompts, *(captions if self.store_captions else ())}
+        return _Todo(
+            self._missing_crops(cache),
+            _without(sorted(stored), cache.stored_texts if cache else None),
+            _without(sorted(captions - stored), cache.known_texts if cache else None),
+        )
+
+    def _missing_crops(self, cache: Cache | None) -> list[Crop]:
+        crops: dict[tuple[str, str], Crop] = {}
+        for (source, samples), view in itertools.product(self.sources, self.views):
+            for index in range(view.crops(source.crops_per_picture)):
+                name = view.name(index, source.background)
+                here = np.zeros(len(samples), bool)
+                if cache is not None:
+                    here = cache.sizes([latents_key(sample.id, name) for sample in samples])[:, 0] >= 0
+                for number in np.flatnonzero(~here).tolist():
+                    crop = Crop(samples[number], view, index, source.background)
+                    crops.setdefault((crop.sample.id, name), crop)
+        # One picture after another: each is opened once.
+        return sorted(crops.values(), key=lambda crop: (crop.sample.id, crop.background))
 
 
-def _wanted_crops(sources: Sequence[tuple[DataSource, list[Sample]]], resolution: int) -> list[_Crop]:
-    crops: dict[tuple[str, str], _Crop] = {}
-    for source, samples in sources:
-        for sample in samples:
-            for index in range(source.crops_per_picture):
-                name = crop_name(resolution, index, source.background)
-                crops.setdefault((sample.id, name), _Crop(sample.id, sample.path, name, index, source.background))
-    return list(crops.values())
+def _without(texts: list[str], here: Callable[[list[int]], np.ndarray] | None) -> list[str]:
+    if here is None or not texts:
+        return texts
+    found = here([text_key(text) for text in texts])
+    return [text for text, known in zip(texts, found.tolist(), strict=True) if not known]
 
 
-def _wanted_texts(sources: Sequence[tuple[DataSource, list[Sample]]], prompts: Sequence[str]) -> list[str]:
-    """Distinct captions, the empty prompt first, in an order that hashing or reading cannot change."""
-    captions = {caption for _, samples in sources for sample in samples for caption in sample.captions}
-    return ["", *sorted({*captions, *prompts} - {""})]
-
-
-def _missing(
-    cache: Cache, settings: dict[str, Any], crops: list[_Crop], texts: list[str]
-) -> tuple[list[_Crop], list[str]]:
+def _known(out: Path, settings: dict[str, Any]) -> Cache | None:
+    if not index_folders(out):
+        return None
+    cache = Cache(out, partial=True)
     if cache.settings:
         cache.check(settings)
-    return (
-        [crop for crop in crops if not cache.has_latents(crop.picture, crop.name)],
-        [text for text in texts if not cache.has_text(text)],
-    )
+    return cache
 
 
-def _check_pictures(pictures: list[Path], resolution: int, bar: _Bar) -> None:
-    small = 0
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        try:
-            for size in pool.map(check_picture, pictures):
-                small += min(size) < resolution
-                bar.advance(1)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    if small:
-        logger.warning("%d of %d pictures are smaller than %d px and are enlarged", small, len(pictures), resolution)
+def _read(data: Sequence[DataSource], memory: FileMemory, part: Part, bar: Bar) -> tuple[Sources, list[Quarantined]]:
+    sources, quarantined = [], []
+    for source in data:
+        samples, bad = read_source(source, functools.partial(memory.inspect, bar=bar), part)
+        if samples and part == WHOLE:
+            check_weights(source, samples)
+        sources.append((source, samples))
+        quarantined += bad
+    return sources, quarantined
 
 
-def _encode_crops(
-    crops: list[_Crop],
-    resolution: int,
-    model: str | Path,
-    dtype: torch.dtype,
-    device: str,
-    writer: CacheWriter,
-    bar: _Bar,
-) -> None:
-    if not crops:
-        return
-    vae = family.open_model(model, parts=("vae",), dtype=dtype, device=device).vae
-    if vae is None:
-        raise ModelError("this model has no VAE", where=model, mend="use a complete model")
-    for part in _parts(crops):
-        found: dict[tuple[str, str], torch.Tensor] = {}
-        image, opened = None, None
-        for crop in part:
-            if (crop.path, crop.background) != opened:
-                image, opened = load_rgb(crop.path, crop.background), (crop.path, crop.background)
-            assert image is not None
-            pixels = torch.from_numpy(square_crop(image, resolution, crop.index, crop.picture).copy())
-            pixels = rearrange(pixels, "h w c -> 1 c h w").float() / 127.5 - 1.0
-            # One at a time: what is stored depends on its picture alone, not on who shared its batch.
-            found[crop.picture, crop.name] = latents.encode(vae, pixels)[0].float().cpu()
-            bar.advance(1)
-        writer.add_latents(found)
+def _online(recipe: Recipe, device: str) -> Callable[[Sequence[str]], TextConditioning]:
+    encoders = open_text(functools.partial(family.open_model, recipe.model, dtype=torch.float32, device=device))
+    max_tokens = family.open_model(recipe.model, parts=()).facts.max_tokens
 
+    def encode(captions: Sequence[str]) -> TextConditioning:
+        text = encoders.encode(captions, padding=recipe.text_padding, max_tokens=max_tokens)
+        return text.to(device="cpu", dtype=torch.bfloat16)
 
-def _encode_texts(
-    texts: list[str],
-    text_padding: str,
-    max_tokens: int,
-    model: str | Path,
-    dtype: torch.dtype,
-    device: str,
-    writer: CacheWriter,
-    bar: _Bar,
-) -> None:
-    if not texts:
-        return
-    encoders = family.open_model(model, parts=("text",), dtype=dtype, device=device).text
-    if encoders is None:
-        raise ModelError("this model has no text encoders", where=model, mend="use a complete model")
-    for part in _parts(texts):
-        text = encoders.encode(part, padding=text_padding, max_tokens=max_tokens)
-        writer.add_texts(part, text.to(device="cpu", dtype=torch.bfloat16))
-        bar.advance(len(part))
-
-
-def _parts(items: list[Item]) -> Iterator[list[Item]]:
-    for start in range(0, len(items), SHARD_ITEMS):
-        yield items[start : start + SHARD_ITEMS]
+    return encode

@@ -1,110 +1,172 @@
-"""Ordinary folders of captioned pictures, in the two spellings that people use.
+"""Ordinary folders of captioned pictures, in the spellings that people use.
 
 Side-car: ``name.txt`` beside ``name.jpg``, one caption per line (kohya). ``metadata.jsonl``: one JSON object per line
-with ``file_name`` and ``text``, ``prompt``, ``caption`` or ``captions`` (Hugging Face imagefolder); a caption column
-holds a text, a list of texts, or texts by name (``{"short": …, "long": …}``). A picture may have both; a caption said
-twice counts once.
+with ``file_name`` and a caption column (Hugging Face imagefolder), which holds a text, a list of texts, or texts by
+name (``{"short": …, "long": …}``). A picture may have both; a caption said twice counts once. A sub-folder named
+``10_cat`` (kohya) shows its pictures ten times an epoch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from libreflux.data.crops import FORMATS, check_header
+from libreflux.data.pictures import FORMATS, Inspected, inspect
 from libreflux.errors import DataError
-from libreflux.files import sha256_file
 from libreflux.recipe import DataSource
 
-OTHER_PICTURES = frozenset({".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".tga", ".psd"})
+logger = logging.getLogger(__name__)
+
+OTHER_PICTURES = frozenset({".avif", ".heic", ".heif", ".jxl", ".jp2", ".tga", ".psd"})
 OTHER_LISTS = ("metadata.csv", "metadata.parquet")
-COLUMNS = ("text", "prompt", "caption", "captions")
+COLUMNS = ("text", "texts", "prompt", "prompts", "caption", "captions", "description")
 METADATA = "metadata.jsonl"
 MEND_CAPTION = "write a .txt of the same name beside it, one caption per line, or a line in metadata.jsonl"
+_KOHYA = re.compile(r"([1-9]\d{0,2})_(.+)")  # up to 999: 2023_summer is a year's folder
+
+Inspect = Callable[[Sequence[Path]], Iterable[Inspected]]
+Part = tuple[int, int]
+"""(i, n): the i-th of n parts, from 0; which part a picture is in follows from its name below its source's folder."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One picture and what may be said of it.
 
     Attributes:
         id: first 32 hexadecimal digits of the SHA-256 of the file's bytes: the same picture is the same sample.
         path: the first file that holds it.
-        captions: at least one, distinct, in reading order.
+        captions: at least one, distinct, in reading order, the source's prefix included.
         kinds: each caption's name in ``metadata.jsonl``, "" for those without.
+        repeats: of its kohya folder, else 1.
+        size: upright (width, height) in pixels.
     """
 
     id: str
     path: Path
     captions: tuple[str, ...]
     kinds: tuple[str, ...]
+    repeats: int = 1
+    size: tuple[int, int] = (0, 0)
 
 
-def read_folder(path: Path | str, digest: Callable[[Path], str] = sha256_file) -> list[Sample]:
-    """All captioned pictures below ``path``, sorted by id; hidden files and folders are left out.
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """A picture that cannot be used, and why."""
+
+    id: str
+    path: Path
+    reason: str
+
+
+def inspect_all(paths: Sequence[Path]) -> Iterator[Inspected]:
+    """What each picture file is."""
+    return map(inspect, paths)
+
+
+def read_source(
+    source: DataSource, inspected: Inspect = inspect_all, part: Part = (0, 1)
+) -> tuple[list[Sample], list[Quarantined]]:
+    """The captioned pictures of a folder and its sub-folders, sorted by id; what is hidden is left out.
 
     Args:
-        path: the folder, read with its sub-folders.
-        digest: SHA-256 of a file, for callers that remember it.
+        source: its path, prefix, folder_captions and min_size are used.
+        inspected: what each picture file is, for callers that remember it.
+        part: read only this part of the pictures.
 
     Raises:
-        DataError: no such folder, no picture in it, an unreadable picture, a picture without a caption, a listed file
-            that is missing, or a format that is not read; the first of them, named.
+        DataError: no such folder, no picture in it, a picture without a caption, a listed file that is missing, or a
+            format that is not read; the first of them, named.
     """
-    folder = Path(os.path.normpath(Path(path).expanduser()))
+    folder = Path(os.path.normpath(Path(source.path).expanduser()))
     if not folder.is_dir():
         raise DataError("no such folder", where=folder, mend="check data.path")
-    pictures = list(_pictures(folder))
+    pictures, lists = _walk(folder)
     if not pictures:
-        raise DataError("no PNG, JPEG or WebP picture in this folder", where=folder, mend="check data.path")
-    listed = _read_metadata(folder)
+        raise DataError("no picture in this folder", where=folder, mend="check data.path")
+    listed = _read_metadata(lists)
     for stray in sorted(listed.keys() - set(pictures)):
         mend = "list files of this folder that are not hidden"
         raise DataError(f"listed in {METADATA} but not read from {folder}", where=stray, mend=mend)
-    merged: dict[str, tuple[Path, dict[str, str]]] = {}
-    for picture in pictures:
-        captions = dict(listed.get(picture, {}))
-        for caption in _read_sidecar(picture):
-            captions.setdefault(caption, "")
-        if not captions:
-            raise DataError("this picture has no caption", where=picture, mend=MEND_CAPTION)
-        check_header(picture)
-        _, known = merged.setdefault(digest(picture)[:32], (picture, {}))
-        for caption, kind in captions.items():
-            known.setdefault(caption, kind)
-    return [
-        Sample(id=name, path=first, captions=tuple(captions), kinds=tuple(captions.values()))
-        for name, (first, captions) in sorted(merged.items())
-    ]
+    pictures = [picture for picture in pictures if _in_part(picture.relative_to(folder), part)]
+    captioned = [_captions(picture, folder, source, listed.get(picture, {})) for picture in pictures]
+    merged: dict[str, Sample] = {}
+    quarantined = []
+    for picture, captions, found in zip(pictures, captioned, inspected(pictures), strict=True):
+        name, size = found.digest[:32], (found.width, found.height)
+        if reason := found.fault or _too_small(size, source.min_size):
+            quarantined.append(Quarantined(name, picture, reason))
+            continue
+        repeats = _kohya(picture, folder)[0]
+        if known := merged.get(name):
+            captions = dict(zip(known.captions, known.kinds, strict=True)) | {
+                caption: kind for caption, kind in captions.items() if caption not in known.captions
+            }
+            picture, repeats = known.path, max(known.repeats, repeats)
+        merged[name] = Sample(name, picture, tuple(captions), tuple(captions.values()), repeats, size)
+    if most := max((sample.repeats for sample in merged.values()), default=1) - 1:
+        logger.info("%s: folders named like 10_name repeat their pictures, up to %d times", folder, most + 1)
+    return [sample for _, sample in sorted(merged.items())], quarantined
 
 
-def read_sources(
-    sources: Sequence[DataSource], digest: Callable[[Path], str] = sha256_file
-) -> list[tuple[DataSource, list[Sample]]]:
-    """Every source with its samples, in the recipe's order."""
-    return [(source, read_folder(source.path, digest)) for source in sources]
+def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(pictures, metadata.jsonl files) below a folder, in the order of their names."""
+    pictures, lists = [], []
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        for name in sorted(names):
+            path, suffix = Path(root, name), os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                continue
+            if suffix in OTHER_PICTURES:
+                mend = "convert it to PNG or remove it"
+                raise DataError(f"{suffix} pictures are not supported yet", where=path, mend=mend)
+            if name in OTHER_LISTS:
+                mend = f"write the captions into {METADATA} and remove it"
+                raise DataError("not supported yet", where=path, mend=mend)
+            if suffix in FORMATS:
+                pictures.append(path)
+            elif name == METADATA:
+                lists.append(path)
+    return pictures, lists
 
 
-def _visible(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts):
-            yield path
+def _in_part(name: Path, part: Part) -> bool:
+    if part[1] == 1:
+        return True
+    digest = hashlib.blake2b(name.as_posix().encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % part[1] == part[0]
 
 
-def _pictures(folder: Path) -> Iterator[Path]:
-    for path in _visible(folder):
-        suffix = path.suffix.lower()
-        if suffix in OTHER_PICTURES:
-            raise DataError(
-                f"{suffix} pictures are not supported yet", where=path, mend="convert it to PNG or remove it"
-            )
-        if path.name in OTHER_LISTS:
-            raise DataError("not supported yet", where=path, mend=f"write the captions into {METADATA} and remove it")
-        if suffix in FORMATS:
-            yield path
+def _too_small(size: tuple[int, int], least: int) -> str:
+    return f"too small: {size[0]} x {size[1]} pixels, min_size is {least}" if min(size) < least else ""
+
+
+def _kohya(picture: Path, folder: Path) -> tuple[int, str]:
+    """(repeats, class name) of a picture's kohya folder, which is the source's folder or one in it; else (1, "")."""
+    below = picture.relative_to(folder).parts[:-1]
+    for name in (*below[:1], folder.name):
+        if match := _KOHYA.fullmatch(name):
+            return int(match[1]), match[2].replace("_", " ").strip()
+    return 1, ""
+
+
+def _captions(picture: Path, folder: Path, source: DataSource, listed: dict[str, str]) -> dict[str, str]:
+    """Caption → kind of a picture, with the source's prefix."""
+    captions = dict(listed)
+    for caption in _read_sidecar(picture):
+        captions.setdefault(caption, "")
+    if not captions and source.folder_captions and (name := _kohya(picture, folder)[1]):
+        captions = {name: ""}
+    if not captions:
+        raise DataError("this picture has no caption", where=picture, mend=MEND_CAPTION)
+    return {source.prefix + caption: kind for caption, kind in captions.items()}
 
 
 def _read_sidecar(picture: Path) -> list[str]:
@@ -117,12 +179,10 @@ def _read_sidecar(picture: Path) -> list[str]:
     return captions
 
 
-def _read_metadata(folder: Path) -> dict[Path, dict[str, str]]:
-    """Caption → kind for each picture listed in the metadata.jsonl of any sub-folder."""
+def _read_metadata(paths: Sequence[Path]) -> dict[Path, dict[str, str]]:
+    """Caption → kind for each picture listed in these metadata.jsonl files."""
     listed: dict[Path, dict[str, str]] = {}
-    for path in _visible(folder):
-        if path.name != METADATA:
-            continue
+    for path in paths:
         for number, line in enumerate(_read_text(path).split("\n"), 1):
             if not line.strip():
                 continue
@@ -147,7 +207,7 @@ def _read_row(folder: Path, line: str, where: str) -> tuple[Path, list[tuple[str
             f"listed file {row['file_name']!r} is missing", where=where, mend="put it back or remove the line"
         )
     if picture.suffix.lower() not in FORMATS:
-        raise DataError(f"listed file {row['file_name']!r} is not a PNG, JPEG or WebP picture", where=where)
+        raise DataError(f"listed file {row['file_name']!r} is no picture of a format that is read", where=where)
     captions = [pair for column in COLUMNS if column in row for pair in _spread(row[column], f"{where}: {column}")]
     if not captions:
         raise DataError("no caption in this line", where=where, mend=f"add one of {', '.join(COLUMNS)}")

@@ -1,8 +1,9 @@
 """Training laws of sigma, drawn through their inverse distribution functions in shuffled strata.
 
-A law is its inverse CDF. One optimizer step uses count = world x batch x accumulate sigmas: the unit interval is cut
-into that many strata, each gives exactly one draw, and a permutation shared by all ranks deals them to slots, so that
-no rank and no picture is tied to one noise band (dealt in order over 7 ranks, rank 0 averages sigma 0.155, 6 0.845).
+A law is its CDF and the inverse of that. One optimizer step uses count = world x batch x accumulate sigmas: the unit
+interval is cut into that many strata, each gives exactly one draw, and a permutation shared by all ranks deals them to
+slots, so that no rank and no picture is tied to one noise band (dealt in order over 7 ranks, rank 0 averages sigma
+0.155, rank 6 0.845).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from libreflux.flow.schedule import shift_sigmas
+
 
 class Law(Protocol):
     """A distribution of sigma on [0, 1]."""
@@ -23,10 +26,18 @@ class Law(Protocol):
         """Quantiles: p in [0, 1], fp64, any shape, to sigma of the same shape, fp64."""
         ...
 
+    def cdf(self, sigma: Tensor) -> Tensor:
+        """The share of draws below sigma in [0, 1]; fp64, any shape."""
+        ...
+
 
 @dataclass(frozen=True)
 class Uniform:
     """sigma ~ U(0, 1)."""
+
+    def cdf(self, sigma: Tensor) -> Tensor:
+        """The identity. See `Law.cdf`."""
+        return sigma.double()
 
     def icdf(self, p: Tensor) -> Tensor:
         """The identity. See `Law.icdf`."""
@@ -51,6 +62,81 @@ class Beta:
         if (self.alpha, self.beta) == (2, 2):
             return beta_2_2_icdf(p)
         return beta_icdf(p, self.alpha, self.beta)
+
+    def cdf(self, sigma: Tensor) -> Tensor:
+        """3 s^2 - 2 s^3 for (2, 2), else `beta_cdf`. See `Law.cdf`."""
+        sigma = sigma.double()
+        if (self.alpha, self.beta) == (2, 2):
+            return sigma.square() * (3 - 2 * sigma)
+        return beta_cdf(sigma, self.alpha, self.beta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitNormal:
+    """sigma = sigmoid(mean + std z), z ~ N(0, 1) (Esser et al. 2024, arXiv 2403.03206, eq. 19); std in [0.01, 100]."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.01 <= self.std <= 100:
+            raise ValueError(f"std is {self.std}, wanted 0.01 to 100")
+        if not -20 <= self.mean <= 20:
+            raise ValueError(f"mean is {self.mean}, wanted -20 to 20")
+
+    def icdf(self, p: Tensor) -> Tensor:
+        """See `Law.icdf`."""
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(p.double()))
+
+    def cdf(self, sigma: Tensor) -> Tensor:
+        """See `Law.cdf`."""
+        return torch.special.ndtr((torch.logit(sigma.double()) - self.mean) / self.std)
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """The law of s sigma / (1 + (s - 1) sigma) for sigma ~ `law`, as `schedule.shift_sigmas`; s in [0.01, 100]."""
+
+    law: Law
+    shift: float
+
+    def __post_init__(self) -> None:
+        if not 0.01 <= self.shift <= 100:
+            raise ValueError(f"shift is {self.shift}, wanted 0.01 to 100")
+
+    def icdf(self, p: Tensor) -> Tensor:
+        """See `Law.icdf`."""
+        return shift_sigmas(self.law.icdf(p), self.shift)
+
+    def cdf(self, sigma: Tensor) -> Tensor:
+        """See `Law.cdf`."""
+        return self.law.cdf(shift_sigmas(sigma.double(), 1 / self.shift))
+
+
+@dataclass(frozen=True)
+class Floored:
+    """A mixture: `law` with weight 1 - floor, U(0, 1) with weight floor in [0, 1]. No band is left untrained."""
+
+    law: Law
+    floor: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"uniform floor is {self.floor}, wanted 0 to 1")
+
+    def icdf(self, p: Tensor) -> Tensor:
+        """The inverse of the mixture's own CDF, within 2^-46, by bisection: its strata are those of the mixture."""
+        p = p.double()
+        low, high = torch.zeros_like(p), torch.ones_like(p)
+        for _ in range(46):
+            middle = (low + high) / 2
+            below = self.cdf(middle) < p
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return torch.where(p >= 1, torch.ones_like(p), torch.where(p <= 0, torch.zeros_like(p), (low + high) / 2))
+
+    def cdf(self, sigma: Tensor) -> Tensor:
+        """See `Law.cdf`."""
+        return (1 - self.floor) * self.law.cdf(sigma) + self.floor * sigma.double()
 
 
 def beta_2_2_icdf(p: Tensor) -> Tensor:
@@ -123,14 +209,27 @@ def beta_icdf(p: Tensor, alpha: float, beta: float) -> Tensor:
     return torch.where(upper, 1 - x, x)
 
 
-LAWS: dict[str, Callable[..., Law]] = {"beta": Beta, "uniform": Uniform}
+LAWS: dict[str, Callable[..., Law]] = {"beta": Beta, "logit-normal": LogitNormal, "uniform": Uniform}
 
 
-def make_law(kind: str, **params: float) -> Law:
-    """The law "beta" (alpha, beta) or "uniform"; ValueError for an unknown name or a value out of range."""
+def make_law(kind: str, *, shift: float = 1.0, uniform_floor: float = 0.0, **params: float) -> Law:
+    """A law by name, then shifted, then mixed with a uniform floor (which the shift leaves uniform).
+
+    Args:
+        kind: "beta" (alpha, beta), "logit-normal" (mean, std) or "uniform".
+        shift: see `Shifted`; 1 is none.
+        uniform_floor: see `Floored`; 0 is none.
+        params: of the kind.
+
+    Raises:
+        ValueError: an unknown kind, or a value out of range.
+    """
     if kind not in LAWS:
         raise ValueError(f"no sigma law {kind!r}, known: {', '.join(sorted(LAWS))}")
-    return LAWS[kind](**params)
+    law = LAWS[kind](**params)
+    if shift != 1:
+        law = Shifted(law, shift)
+    return Floored(law, uniform_floor) if uniform_floor else law
 
 
 def stratified(law: Law, count: int, generator: torch.Generator) -> Tensor:

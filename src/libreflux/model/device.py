@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from libreflux.errors import RunError
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of a name: "auto" (CUDA, else the CPU), or what torch calls one, e.g. "cuda:1" or "mps".
+    """The device of a name: "auto" or what torch calls one, e.g. "cuda:1" or "mps".
+
+    "auto" is CUDA, under torchrun each process's own card, else the CPU.
 
     Raises:
         RunError: no such device on this machine.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        own = os.environ.get("LOCAL_RANK")
+        return torch.device(f"cuda:{own}" if own else "cuda") if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -20,10 +21,22 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from libreflux.errors import LibrefluxError, ModelError
 from libreflux.files import atomic_write_json, sha256_file, staged_dir
 from libreflux.model.facts import Facts, find_facts, read_facts, write_facts
+from libreflux.model.int8 import int8_layers
+from libreflux.model.int8_files import METHOD, empty_int8, load_int8, stored_as, stream_int8, write_int8
 from libreflux.model.locate import PARTS, locate
 from libreflux.model.text import TextEncoders
 
-__all__ = ["Facts", "Model", "locate", "open_model", "read_facts", "save_model", "weights_hash", "write_facts"]
+__all__ = [
+    "Facts",
+    "Model",
+    "locate",
+    "open_model",
+    "quantise_folder",
+    "read_facts",
+    "save_model",
+    "weights_hash",
+    "write_facts",
+]
 
 ALL = ("transformer", "vae", "text")
 
@@ -71,6 +84,7 @@ def open_model(
     *,
     parts: Sequence[str] = ALL,
     dtype: torch.dtype | None = None,
+    quantise: bool | None = None,
     device: torch.device | str = "cpu",
 ) -> Model:
     """Load a model, in evaluation mode.
@@ -78,11 +92,12 @@ def open_model(
     Args:
         name: see `locate`.
         parts: any of "transformer", "vae", "text".
-        dtype: of the weights; None keeps what is stored.
+        dtype: of the weights, in an int8 transformer of those that are not int8; None keeps what is stored.
+        quantise: True: the transformer in int8, quantised tensor by tensor if it is stored otherwise; None: as stored.
         device: where to.
 
     Raises:
-        ModelError: no such model, a part of another kind, or a damaged one.
+        ModelError: no such model, a part of another kind, a damaged one, or an int8 one when `quantise` is False.
     """
     if unknown := set(parts) - set(ALL):
         raise ValueError(f"unknown parts {sorted(unknown)}, wanted some of {ALL}")
@@ -101,11 +116,17 @@ def open_model(
         raise ModelError(
             "guidance_embeds in libreflux.json is not the transformer's", where=path, mend="correct the file"
         )
+    in_int8 = stored_as(config, path) == METHOD
+    if in_int8 and quantise is False:
+        raise ModelError("is stored in int8", where=path, mend="use it as such (base: int8), or use its bf16 weights")
     with _quiet():
         if (path / "scheduler").is_dir():
             with _part(path / "scheduler"):
                 model.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(path / "scheduler")
-        if "transformer" in parts:
+        if "transformer" in parts and (in_int8 or quantise):
+            with _part(path / "transformer"):
+                model.transformer = load_int8(path / "transformer", dtype=dtype, device=device)
+        elif "transformer" in parts:
             model.transformer = _diffusers_part(FluxTransformer2DModel, path / "transformer", dtype).to(device)
         if "vae" in parts:
             model.vae = _diffusers_part(AutoencoderKL, path / "vae", dtype).to(device)
@@ -115,7 +136,7 @@ def open_model(
 
 
 def save_model(model: Model, out: Path) -> Path:
-    """Write a model as a folder that `open_model` and diffusers' `FluxPipeline.from_pretrained` load.
+    """Write a model as a folder that `open_model` and, unless it is int8, diffusers' `FluxPipeline` load.
 
     Parts that are not in memory are copied from `model.path`. The folder appears complete or not at all.
 
@@ -126,7 +147,9 @@ def save_model(model: Model, out: Path) -> Path:
     with staged_dir(Path(out)) as staging, _quiet():
         live = _live_parts(model)
         for part in PARTS:
-            if part in live:
+            if part == "transformer" and part in live and int8_layers(live[part]):
+                write_int8(staging / part, json.loads(live[part].to_json_string()), live[part].state_dict().items())
+            elif part in live:
                 live[part].save_pretrained(staging / part)
             elif model.path is not None and (model.path / part).is_dir():
                 shutil.copytree(model.path / part, staging / part)  # follows the hub cache's links
@@ -135,6 +158,34 @@ def save_model(model: Model, out: Path) -> Path:
         index = {**_INDEX, "_diffusers_version": diffusers.__version__}
         atomic_write_json(staging / "model_index.json", index)
         write_facts(staging, model.facts)
+    return Path(out)
+
+
+def quantise_folder(name: str | Path, out: Path) -> Path:
+    """Write a model in int8, as a folder that `open_model` loads; one dense tensor and one shard are held at a time.
+
+    Args:
+        name: of a model in floating point, see `locate`.
+        out: appears complete or not at all.
+
+    Raises:
+        ModelError: no such model, a damaged one, or one that is quantised already.
+        RunError: `out` exists.
+    """
+    model = open_model(name, parts=(), quantise=False)
+    assert model.path is not None
+    source = model.path / "transformer"
+    with _part(source):
+        empty = empty_int8(source)
+    with staged_dir(Path(out)) as staging:
+        write_int8(staging / "transformer", _json(source / "config.json"), stream_int8(source, empty))
+        for part in PARTS:
+            if part != "transformer" and (model.path / part).is_dir():
+                shutil.copytree(model.path / part, staging / part)
+        shutil.copyfile(model.path / "model_index.json", staging / "model_index.json")
+        origin = {"how": METHOD, "from": str(name), "sha256": weights_hash(model.path)}
+        lineage = {**model.facts.lineage, "quantised": origin}
+        write_facts(staging, dataclasses.replace(model.facts, lineage=lineage))
     return Path(out)
 
 

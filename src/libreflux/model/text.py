@@ -122,6 +122,10 @@ class TextEncoders:
         ids = [self._t5_ids(prompt, max_tokens) for prompt in prompts]
         return TextConditioning(self._t5(ids, max_tokens if padding == "trim" else None), self._clip(prompts))
 
+    def count_tokens(self, prompts: Sequence[str], *, max_tokens: int) -> list[int]:
+        """T5 tokens of each prompt as `encode` gives them, without running an encoder."""
+        return [len(self._t5_ids(prompt, max_tokens)) for prompt in prompts]
+
     def _t5_ids(self, prompt: str, max_tokens: int) -> list[int]:
         # verbose=False: the tokenizer's own remark on length would come before ours, without its mend.
         ids = self.tokenizer_2(prompt, verbose=False).input_ids

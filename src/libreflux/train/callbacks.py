@@ -20,9 +20,10 @@ class Started:
         run: the run folder.
         step: steps already finished; 0 for a new run.
         steps: of the whole run.
-        pictures: samples of one epoch, repeats counted.
+        pictures: samples of the data: each picture once in each view.
         facts: of the model that is trained: the base's, freed of a distillation's own defaults.
         resolved: the adapted layers.
+        start_norm: ||delta|| / ||W|| over them before the first step; None in a resumed run.
     """
 
     run: Path
@@ -31,6 +32,7 @@ class Started:
     pictures: int
     facts: Facts
     resolved: Sequence[Resolved]
+    start_norm: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,7 @@ class StepInfo:
         sample_ids: the step's pictures, in slot order.
         sigmas: the noise level of each.
         losses: the loss of each.
+        group_norms: layer group -> gradient norm before clipping, if the recipe asks for `gradient_norms`.
     """
 
     step: int
@@ -60,6 +63,7 @@ class StepInfo:
     sample_ids: Sequence[str]
     sigmas: Sequence[float]
     losses: Sequence[float]
+    group_norms: dict[str, float] | None = None
 
     @property
     def pictures_per_second(self) -> float:
@@ -69,8 +73,8 @@ class StepInfo:
 class Callbacks:
     """Override what is wanted; by default nothing is told."""
 
-    def on_prepare(self, done: int, total: int) -> None:
-        """Pictures and captions are being checked and encoded."""
+    def on_prepare(self, done: int, total: int, note: str = "") -> None:
+        """Pictures and captions are being checked and encoded; the total grows as more is found to do."""
 
     def on_start(self, started: Started) -> None:
         """Everything is loaded and the adapter is attached."""

@@ -4,8 +4,10 @@
     RUN/metrics.jsonl                                 one line per finished step
     RUN/checkpoints/step-00000500/adapter.safetensors      only what is trained
                                  /optimizer.safetensors
+                                 /ema.safetensors          its averages, if the recipe asks for some
                                  /state.json
                                  /manifest.json            sizes and hashes, written last
+    RUN/averages/step-00000500.safetensors            averages kept for hindsight, never pruned
     RUN/adapter.safetensors                           the result, when the last step is done
 
 A checkpoint is staged beside its final name and appears by one rename, so that a process killed at any moment leaves
@@ -34,6 +36,7 @@ SCHEMA = 1
 FOLDER = "checkpoints"
 ADAPTER = "adapter.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+AVERAGES = "ema.safetensors"
 STATE = "state.json"
 RECIPE = "recipe.json"
 METRICS = "metrics.jsonl"
@@ -62,6 +65,10 @@ class Checkpoint:
     @property
     def optimizer(self) -> Path:
         return self.path / OPTIMIZER
+
+    @property
+    def averages(self) -> Path:
+        return self.path / AVERAGES
 
     def state(self) -> dict[str, Any]:
         """The contents of state.json.

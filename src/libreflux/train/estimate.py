@@ -23,9 +23,10 @@ from torch.utils._pytree import tree_leaves
 from libreflux.adapter.files import attach
 from libreflux.adapter.targets import Resolved
 from libreflux.model.family import open_model
+from libreflux.model.int8 import quantise_model
 from libreflux.model.text import TextConditioning
 from libreflux.recipe import Recipe
-from libreflux.train.loop import BASE_DTYPES, resolve_layers
+from libreflux.train.loop import BASE_DTYPES, plan_layers
 from libreflux.train.objective import flow_matching_loss
 from libreflux.train.optimizer import BUCKET, parameter_dtype
 
@@ -133,14 +134,18 @@ def estimate_recipe(recipe: Recipe, *, text_tokens: int) -> Estimate:
     path = open_model(recipe.model, parts=()).path
     assert path is not None
     config = FluxTransformer2DModel.load_config(path / "transformer")
-    side = recipe.resolution // 8
+    side = max(recipe.resolution) // 8
+    transformer = meta_transformer(config, BASE_DTYPES[recipe.base])
+    if recipe.base == "int8":
+        quantise_model(transformer)
     return estimate(
-        meta_transformer(config, BASE_DTYPES[recipe.base]),
-        resolve_layers(recipe),
+        transformer,
+        plan_layers(recipe).layers,
         adapter_dtype=parameter_dtype(recipe.optimizer),
         batch=recipe.batch,
         latent_size=(side, side),
         text_tokens=text_tokens,
+        averages=len(recipe.ema),
         guidance=recipe.guidance,
     )
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +15,25 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file
 
 from libreflux import __version__, files
-from libreflux.adapter.files import attach, load_adapter, save_adapter
-from libreflux.adapter.layers import linear_shapes
-from libreflux.adapter.targets import Resolved, Target, resolve
+from libreflux.adapter import plan
+from libreflux.adapter.files import Adapter, file_metadata, load_adapter, save_adapter
 from libreflux.data.prepare import prepare_recipe
 from libreflux.errors import ModelError, RecipeError, RunError
 from libreflux.model.device import pick_device
 from libreflux.model.facts import Facts, freed
-from libreflux.model.family import open_model, weights_hash
+from libreflux.model.family import Model, open_model, weights_hash
 from libreflux.recipe import Recipe
-from libreflux.train import checkpoint
+from libreflux.train import checkpoint, ema
 from libreflux.train.callbacks import Callbacks, StepInfo
 from libreflux.train.checkpoint import Checkpoint
 from libreflux.train.interrupt import Interrupted, StopRequest
 from libreflux.train.optimizer import make_optimizer, parameter_dtype
+from libreflux.train.optimizer8 import require_8bit
 from libreflux.train.step import Training
 
 log = logging.getLogger(__name__)
 
-BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}  # int8: of what stays dense
 
 
 def fit(recipe: Recipe, callbacks: Callbacks | None = None) -> Path:
@@ -88,6 +88,7 @@ def _train(training: Training, callbacks: Callbacks) -> Checkpoint:
     """Steps from where `training` stands to the recipe's last; returns the checkpoint of that."""
     recipe, first = training.recipe, training.step
     checkpoint.claim(training.run, recipe)
+    ema.rewind(training.run, first)
     callbacks.on_start(training.started())
     saved: Checkpoint | None = None
     with StopRequest() as stop, checkpoint.Metrics(training.run, first) as metrics:
@@ -100,6 +101,8 @@ def _train(training: Training, callbacks: Callbacks) -> Checkpoint:
             last = training.step == recipe.steps
             if last or training.step % recipe.save.every == 0:
                 saved = _save(training, callbacks)
+            if recipe.ema and recipe.save.averages_every and training.step % recipe.save.averages_every == 0:
+                _write_averages(training, ema.snapshot_path(training.run, training.step))
             if _sample_due(recipe, training.step) and (last or stop.signum is None):
                 callbacks.on_sample(training.step, training.transformer)
         if training.step > (saved.step if saved else first):
@@ -117,6 +120,7 @@ def _sample_due(recipe: Recipe, step: int) -> bool:
 
 
 def _metrics_line(info: StepInfo) -> dict[str, Any]:
+    asked = {} if info.group_norms is None else {"gradient_norms": info.group_norms}
     return {
         "step": info.step,
         "epoch": info.epoch,
@@ -124,18 +128,19 @@ def _metrics_line(info: StepInfo) -> dict[str, Any]:
         "gradient_norm": info.gradient_norm,
         "learning_rate": info.learning_rate,
         "pictures_per_second": round(info.pictures_per_second, 4),
+        **asked,
     }
 
 
-def resolve_layers(recipe: Recipe) -> list[Resolved]:
+def plan_layers(recipe: Recipe) -> plan.Plan:
     """The layers that a recipe adapts, from the model's configuration alone: no weight is loaded.
 
     Raises:
-        ModelError: no such model.
+        ModelError: no such model, or one stored in int8 under another `base`.
         RecipeError: a guidance-embedded model without `guidance`, or `guidance` for any other.
-        AdapterError: a pattern that matches nothing; see `adapter.targets.resolve`.
+        AdapterError: a pattern that matches nothing, or a file that does not fit; see `adapter.plan`.
     """
-    opened = open_model(recipe.model, parts=())
+    opened = _open_base(recipe, parts=())
     path = opened.path
     assert path is not None
     if opened.facts.guidance_embeds and recipe.guidance is None:
@@ -145,28 +150,28 @@ def resolve_layers(recipe: Recipe) -> list[Resolved]:
         raise RecipeError("this model has no guidance embedding", where="guidance", mend="remove this key")
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(path / "transformer"))
-    targets = [Target(layers=target.layers, factor=target.factor) for target in recipe.adapter.targets]
-    return resolve(linear_shapes(transformer), targets)
+    return plan.plan(recipe.adapter, transformer)
+
+
+def _open_base(recipe: Recipe, *, parts: Sequence[str], device: str = "cpu") -> Model:
+    dtype, quantise = BASE_DTYPES[recipe.base], recipe.base == "int8"
+    return open_model(recipe.model, parts=parts, dtype=dtype, quantise=quantise, device=device)
 
 
 def _open(recipe: Recipe, run: Path, newest: Checkpoint | None, callbacks: Callbacks) -> Training:
     """Base, adapter, data and optimizer, as they were after `newest`, or as they are at the start."""
-    resolved = resolve_layers(recipe)  # first: a misspelt pattern should not cost an hour of preparing
+    if recipe.optimizer.kind == "adamw_8bit":
+        require_8bit()
+    resolved = plan_layers(recipe).layers  # first: a misspelt pattern should not cost an hour of preparing
     device = str(pick_device(recipe.device))
     if device.startswith("mps"):
         raise RunError("training on MPS is not supported yet", where="device", mend="set device: cpu")
     batches = prepare_recipe(recipe, device=device, progress=callbacks.on_prepare)
-    model = open_model(recipe.model, parts=("transformer",), dtype=BASE_DTYPES[recipe.base], device=device)
+    model = _open_base(recipe, parts=("transformer",), device=device)
     if model.transformer is None or model.path is None:
         raise ModelError("has no transformer on disk", where=recipe.model, mend="use a complete model")
-    adapter = attach(
-        model.transformer,
-        resolved,
-        dtype=parameter_dtype(recipe.optimizer),
-        init=recipe.adapter.init,
-        seed=recipe.seed,
-        scale=recipe.adapter.scale,
-    )
+    dtype = parameter_dtype(recipe.optimizer)
+    adapter = plan.build(recipe.adapter, model.transformer, resolved, dtype=dtype, seed=recipe.seed)
     training = Training(
         recipe=recipe,
         run=run,
@@ -175,12 +180,15 @@ def _open(recipe: Recipe, run: Path, newest: Checkpoint | None, callbacks: Callb
         resolved=resolved,
         adapter=adapter,
         optimizer=make_optimizer(recipe.optimizer, adapter.named_parameters(), recipe.seed),
+        averages=ema.Averages(_averaged(adapter), recipe.ema),
         batches=batches,
         device=device,
         identity={"model_hash": weights_hash(model.path), "data_hash": batches.fingerprint()},
     )
     if newest is not None:
         _restore(training, newest)
+    else:
+        training.start_norm = plan.start_norm(recipe.adapter, adapter)
     return training
 
 
@@ -203,16 +211,40 @@ def _restore(training: Training, newest: Checkpoint) -> None:
             log.warning("resumed with %s %s instead of %s: the result may differ in its last bits", key, value, before)
     training.adapter.load_state_dict(load_adapter(newest.adapter).tensors)
     training.optimizer.load_state_tensors(load_file(newest.optimizer))
+    if training.recipe.ema:
+        if not newest.averages.exists():
+            mend = "set ema: [] to go on without, or choose another `out`"
+            raise RunError("this checkpoint has no averages", where=newest.path, mend=mend)
+        training.averages.load(load_file(newest.averages))
     training.step = newest.step
 
 
 def _save(training: Training, callbacks: Callbacks) -> Checkpoint:
     recipe, step = training.recipe, training.step
-    metadata = {
-        "model": recipe.model,
+    writers: dict[str, checkpoint.Writer] = {
+        checkpoint.ADAPTER: lambda path: save_adapter(training.adapter, path, _origin(training)),
+        checkpoint.OPTIMIZER: lambda path: files.atomic_save_safetensors(training.optimizer.state_dict_tensors(), path),
+    }
+    if recipe.ema:
+        writers[checkpoint.AVERAGES] = lambda path: _write_averages(training, path)
+    written = checkpoint.write(
+        training.run,
+        step,
+        writers,
+        {"recipe": recipe.fingerprint(), **training.identity, **_machine(training.device)},
+    )
+    checkpoint.prune(training.run, recipe.save.keep, recipe.save.keep_every)
+    callbacks.on_save(step, written.path)
+    return written
+
+
+def _origin(training: Training) -> dict[str, str]:
+    """What an adapter file says of its making."""
+    return {
+        "model": training.recipe.model,
         "model_hash": training.identity["model_hash"],
-        "recipe": recipe.fingerprint(),
-        "step": str(step),
+        "recipe": training.recipe.fingerprint(),
+        "step": str(training.step),
         "text_padding": training.facts.text_padding,
         "max_tokens": str(training.facts.max_tokens),
         "sampling_steps": str(training.facts.steps),
@@ -220,20 +252,17 @@ def _save(training: Training, callbacks: Callbacks) -> Checkpoint:
         "licence": training.facts.licence,
         "libreflux": __version__,
     }
-    written = checkpoint.write(
-        training.run,
-        step,
-        {
-            checkpoint.ADAPTER: lambda path: save_adapter(training.adapter, path, metadata),
-            checkpoint.OPTIMIZER: lambda path: files.atomic_save_safetensors(
-                training.optimizer.state_dict_tensors(), path
-            ),
-        },
-        {"recipe": recipe.fingerprint(), **training.identity, **_machine(training.device)},
-    )
-    checkpoint.prune(training.run, recipe.save.keep, recipe.save.keep_every)
-    callbacks.on_save(step, written.path)
-    return written
+
+
+def _averaged(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """The tensors that averages are kept of, by their name in an adapter file: all but the constant alpha."""
+    return {name: tensor for name, tensor in adapter.state_dict().items() if not name.endswith(".alpha")}
+
+
+def _write_averages(training: Training, path: Path) -> None:
+    alphas = {name: value for name, value in training.adapter.state_dict().items() if name.endswith(".alpha")}
+    metadata = {**_origin(training), **file_metadata(training.adapter)}
+    ema.write_averages(training.averages, alphas, path, metadata)
 
 
 def _machine(device: str) -> dict[str, Any]:

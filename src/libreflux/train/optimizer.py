@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from libreflux import keyed
 from libreflux.errors import RunError
 from libreflux.recipe import OptimizerSpec
+from libreflux.train.optimizer8 import AdamW8bit
 
 Schedule = Literal["constant", "cosine", "linear"]
 BUCKET = 1 << 22
@@ -313,12 +314,14 @@ def parameter_dtype(spec: OptimizerSpec) -> torch.dtype:
 
 def make_optimizer(
     spec: OptimizerSpec, named_parameters: Iterable[tuple[str, nn.Parameter]], seed: int
-) -> AdamWFP32 | AdamWBF16:
+) -> AdamWFP32 | AdamWBF16 | AdamW8bit:
     """The optimizer of a recipe over (name, parameter) pairs, e.g. `Adapter.named_parameters()`.
 
     Raises:
-        RunError: no parameters, or some of another dtype than `parameter_dtype(spec)`.
+        RunError: no parameters, some of another dtype than `parameter_dtype(spec)`, or no 8-bit moments here.
     """
+    if spec.kind == "adamw_8bit":
+        return AdamW8bit(named_parameters, betas=spec.betas, weight_decay=spec.weight_decay)
     if spec.kind == "adamw_bf16":
         return AdamWBF16(named_parameters, seed, betas=spec.betas, weight_decay=spec.weight_decay)
     return AdamWFP32(named_parameters, betas=spec.betas, weight_decay=spec.weight_decay)

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from libreflux import keyed
 from libreflux.adapter.files import Adapter
-from libreflux.adapter.targets import Resolved
+from libreflux.adapter.targets import Resolved, group
 from libreflux.data.batches import Batches
 from libreflux.data.order import Unit, step_plan
 from libreflux.errors import RunError
-from libreflux.flow.sigmas import Law, independent, make_law, stratified
+from libreflux.flow.sigmas import independent, make_law, stratified
 from libreflux.model.facts import Facts
 from libreflux.recipe import Recipe, SigmaSpec
 from libreflux.train.callbacks import Started, StepInfo
+from libreflux.train.ema import Averages
 from libreflux.train.objective import flow_matching_loss, keyed_noise
 from libreflux.train.optimizer import Optimizer, clip_grad_norm, lr_at
 
@@ -35,7 +36,7 @@ def draw_sigmas(spec: SigmaSpec, count: int, seed: int, step: int) -> Tensor:
         seed: the recipe's.
         step: from 0.
     """
-    law: Law = make_law("beta", alpha=spec.alpha, beta=spec.beta) if spec.law == "beta" else make_law(spec.law)
+    law = make_law(spec.law, shift=spec.shift, uniform_floor=spec.uniform_floor, **spec.params)
     draw = stratified if spec.stratified else independent
     return draw(law, count, keyed.generator(seed, "sigma", step))
 
@@ -53,6 +54,18 @@ def accumulate_gradient(total: Tensor, parameters: Iterable[nn.Parameter]) -> No
         offset += parameter.numel()
 
 
+def group_norms(gradient: Tensor, adapter: Adapter) -> dict[str, float]:
+    """The norm of a flat gradient [P], in the adapter's order, by layer; like layers of all blocks are one group."""
+    squares: dict[str, float] = {}
+    offset = 0
+    for name, layer in adapter.layers.items():
+        size = sum(parameter.numel() for parameter in layer.delta.parameters())
+        part = torch.linalg.vector_norm(gradient[offset : offset + size], dtype=torch.float64)
+        squares[group(name)] = squares.get(group(name), 0.0) + float(part) ** 2
+        offset += size
+    return {name: math.sqrt(square) for name, square in squares.items()}
+
+
 def require_finite(losses: Tensor, sample_ids: Sequence[str], step: int) -> None:
     """Raises RunError naming the pictures whose loss, of [B], is not finite."""
     bad = [sample for sample, loss in zip(sample_ids, losses.tolist(), strict=True) if not math.isfinite(loss)]
@@ -67,6 +80,7 @@ class Training:
 
     Attributes:
         identity: hashes of what a resumed run must find unchanged.
+        start_norm: ||delta|| / ||W|| of the adapter before the first step; None in a resumed run.
     """
 
     recipe: Recipe
@@ -76,10 +90,12 @@ class Training:
     resolved: Sequence[Resolved]
     adapter: Adapter
     optimizer: Optimizer
+    averages: Averages
     batches: Batches
     device: str
     identity: dict[str, str]
     step: int = 0
+    start_norm: float | None = None
 
     def started(self) -> Started:
         return Started(
@@ -89,12 +105,13 @@ class Training:
             pictures=len(self.batches),
             facts=self.facts,
             resolved=self.resolved,
+            start_norm=self.start_norm,
         )
 
     def take_step(self) -> StepInfo:
-        """One optimizer step: accumulate × batch pictures (fewer at an epoch's end), each counting alike."""
+        """One optimizer step: accumulate × batch pictures (fewer at an epoch's end), each by its `loss_weight`."""
         recipe, step, begun = self.recipe, self.step, time.perf_counter()
-        units = step_plan(recipe.seed, step, len(self.batches), 1, recipe.batch, recipe.accumulate)
+        units = step_plan(recipe.seed, step, self.batches.samples, 1, recipe.batch, recipe.accumulate)
         sigmas = draw_sigmas(recipe.sigmas, units[0].total, recipe.seed, step)
         parameters = list(self.adapter.parameters())
         gradient = torch.zeros(sum(parameter.numel() for parameter in parameters), device=self.device)
@@ -106,6 +123,7 @@ class Training:
                 accumulate_gradient(gradient, parameters)
                 sample_ids += ids
                 losses += of_unit.tolist()
+        norms = group_norms(gradient, self.adapter) if recipe.gradient_norms else None
         try:
             norm = clip_grad_norm(gradient, recipe.optimizer.clip)
         except RunError as error:
@@ -121,6 +139,7 @@ class Training:
         )
         self.optimizer.step(learning_rate, gradient)
         self.step += 1
+        self.averages.update(self.step)
         return StepInfo(
             step=self.step,
             steps=recipe.steps,
@@ -132,6 +151,7 @@ class Training:
             sample_ids=sample_ids,
             sigmas=sigmas.tolist(),
             losses=losses,
+            group_norms=norms,
         )
 
     def _backward(self, unit: Unit, sigmas: Tensor) -> tuple[Sequence[str], Tensor]:
@@ -148,5 +168,5 @@ class Training:
             guidance=self.recipe.guidance,
         )
         require_finite(losses.detach(), batch.sample_ids, self.step)
-        (losses.sum() / unit.total).backward()
+        (losses @ batch.loss_weights.to(self.device) / unit.total).backward()
         return batch.sample_ids, losses.detach()

@@ -73,8 +73,8 @@ class Stage:
                 parameter.data.copy_(saved.get_tensor(f"value/{name}"))
                 self.average[name].copy_(saved.get_tensor(f"average/{name}"))
             for optimizer in self.optimizers:
-                for name, parameter in self._of(optimizer):
-                    optimizer.state[parameter] = {
+                for name, own in self._of(optimizer):
+                    optimizer.state[own] = {
                         key: saved.get_tensor(f"{key}/{name}").clone()
                         for key in ("step", "exp_avg", "exp_avg_sq")
                         if f"{key}/{name}" in saved.keys()  # noqa: SIM118 (a file's keys, no dictionary's)
@@ -88,8 +88,8 @@ class Stage:
             tensors[f"value/{name}"] = parameter.detach().contiguous()
             tensors[f"average/{name}"] = self.average[name].contiguous()
         for optimizer in self.optimizers:
-            for name, parameter in self._of(optimizer):
-                for key, value in optimizer.state[parameter].items():
+            for name, own in self._of(optimizer):
+                for key, value in optimizer.state[own].items():
                     tensors[f"{key}/{name}"] = value.contiguous()
         atomic_save_safetensors(tensors, self.file, {"step": str(self.step), "seconds": f"{self.seconds:.1f}"})
 

@@ -5,13 +5,14 @@ After `encoder` the encoder is frozen (latents are made from it); `decoder` goes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from libreflux import keyed
@@ -72,7 +73,7 @@ def reconstruction(output: Tensor, target: Tensor) -> Tensor:
     return loss
 
 
-def loss_at(encode: nn.Module, decode: nn.Module, step: int, seed: int) -> Tensor:
+def loss_at(encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor], step: int, seed: int) -> Tensor:
     whole = step >= CROP_STEPS
     batch = WHOLE_BATCH if whole else CROP_BATCH
     pixels = pictures(seed, range(step * 64, step * 64 + batch), None if whole else 64)

@@ -1,0 +1,53 @@
+"""`libreflux average RUN --width 0.08 --out FILE`: another average of a run, after training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from libreflux.errors import RunError
+
+
+def average(
+    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Adapter file to write; it must not exist yet.", show_default=False)],
+    width: Annotated[
+        float | None,
+        typer.Option(help="Relative width (sigma_rel) of a power-function average, 0.01 to 0.28.", show_default=False),
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option(help="With --width: at this step instead of the newest.", show_default=False)
+    ] = None,
+    lerp: Annotated[
+        float | None,
+        typer.Option(
+            metavar="ALPHA",
+            help="Instead: s = (1 - ALPHA) s + ALPHA new over the checkpoints; ALPHA weighs the NEWEST.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Average what a run has kept: any width in hindsight, or LERP over its checkpoints."""
+    if (width is None) == (lerp is None):
+        raise RunError("one of --width and --lerp is needed", mend="--width 0.1 is a good start")
+    if step is not None and width is None:
+        raise RunError("--step belongs to --width", mend="remove it")
+    if out.suffix != ".safetensors":
+        raise RunError("the name of an adapter file ends in .safetensors", where=out, mend="add it")
+    if out.exists():
+        raise RunError("already exists", where=out, mend="choose another name or remove it")
+
+    from libreflux import files
+    from libreflux.train import hindsight
+
+    made = hindsight.average(run, width, step) if width is not None else hindsight.lerp(run, lerp or 0.0)
+    files.atomic_save_safetensors(made.tensors, out, made.metadata)
+    typer.echo(f"{len(made.steps)} sources, steps {made.steps[0]} to {made.steps[-1]}, saved in {out}")
+    if width is not None:
+        typer.echo(f"profile of width {width:g} reproduced within {made.error:.2%}")
+    typer.echo(
+        f"averaging factors instead of products moved the adapter by {made.gap:.2%} of its norm "
+        f"(most, {made.worst[1]:.2%}, in {made.worst[0]})"
+    )

@@ -1,0 +1,61 @@
+"""Whether a cache fits on its disk, before hours are spent on it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from libreflux.errors import DataError
+
+CHARACTERS_PER_TOKEN = 3.0  # English under T5's vocabulary has above four: the estimate is on the safe side
+HEADER = 128  # bytes of a tensor's entry in its shard
+SPARE = 2**26  # what may be left on the disk at the end: 64 MB
+
+
+def needed_bytes(
+    model: Path, crops: Sequence[tuple[int, int]], texts: Sequence[str], max_tokens: int
+) -> tuple[int, int]:
+    """About how many bytes (latents, text) will be stored.
+
+    Args:
+        model: folder; the configurations of its VAE and text encoders say how wide things are.
+        crops: (width, height) in pixels of each.
+        texts: distinct captions.
+        max_tokens: no caption has more.
+    """
+    vae, t5, clip = (_config(model / part) for part in ("vae", "text_encoder_2", "text_encoder"))
+    stride = 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
+    pixel = 4 * vae.get("latent_channels", 16) / stride**2
+    latents = sum(width * height * pixel + HEADER for width, height in crops)
+    tokens = sum(min(max_tokens, len(text) / CHARACTERS_PER_TOKEN + 1) for text in texts)
+    width, pooled = t5.get("d_model", 4096), clip.get("hidden_size", 768)
+    return int(latents), int(2 * tokens * width + len(texts) * (2 * pooled + 2 * HEADER))
+
+
+def check_disk(model: Path, out: Path, crops: Sequence[tuple[int, int]], texts: Sequence[str], max_tokens: int) -> None:
+    """Refuses to begin what the disk cannot hold; see :func:`needed_bytes`.
+
+    Raises:
+        DataError: says what is needed and what is free.
+    """
+    latents, text = needed_bytes(model, crops, texts, max_tokens)
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    if latents + text + SPARE > free:
+        smaller = "text_cache: none" if text > latents else "fewer crops_per_picture or resolutions"
+        mend = f"free some, put `cache` on another disk, or use {smaller}"
+        told = f"needs {_told(latents + text)} (latents {_told(latents)}, text {_told(text)}); {_told(free)} free"
+        raise DataError(told, where=out, mend=mend)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return values
+
+
+def _told(size: float) -> str:
+    return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"

@@ -1,0 +1,183 @@
+"""An int8 transformer on disk, written and read tensor by tensor: no more than one dense tensor is in memory.
+
+The folder is a diffusers transformer folder whose int8 linears have `<layer>.weight` (int8 [out, in]) and
+`<layer>.scale` (fp32 [out]); the other tensors are as they were. Its config.json carries `quantization_config:
+{quant_method: libreflux_int8}`, so that diffusers, which would take the bytes for weights, refuses it by that name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from libreflux.errors import ModelError
+from libreflux.files import atomic_save_safetensors, atomic_write_json
+from libreflux.model.int8 import Int8Linear, int8_layers, quantise_model, quantise_weight
+
+METHOD = "libreflux_int8"
+SHARD_BYTES = 500_000_000  # what a writer holds in memory
+
+_WEIGHTS = "diffusion_pytorch_model"
+_MARK = {"quant_method": METHOD, "schema": 1}
+_DIFFER = "the weights and config.json differ"
+
+
+def stored_as(config: Mapping[str, Any], where: object) -> str | None:
+    """How a transformer's config says that its weights are quantised: None, "libreflux_int8", or another's method.
+
+    Raises:
+        ModelError: an int8 folder of a later version.
+    """
+    mark = config.get("quantization_config")
+    if not mark:
+        return None
+    if mark.get("quant_method") == METHOD and mark.get("schema") != _MARK["schema"]:
+        raise ModelError(f"int8 schema {mark.get('schema')!r} is not 1", where=where, mend="update libreflux")
+    return str(mark.get("quant_method"))
+
+
+def empty_int8(folder: Path) -> FluxTransformer2DModel:
+    """The transformer that a folder's config.json describes, its block linears int8, on the meta device."""
+    config = FluxTransformer2DModel.load_config(folder)
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config(config)
+    quantise_model(transformer)
+    return transformer
+
+
+def stream_int8(
+    folder: Path, empty: FluxTransformer2DModel, device: torch.device | str = "cpu"
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the int8 transformer of a folder, dense or int8, in the order of its files.
+
+    Dense weights are quantised from the numbers on disk, before any cast.
+
+    Args:
+        folder: a model's `transformer` folder.
+        empty: `empty_int8(folder)`: the names and shapes that there must be.
+        device: where tensors are moved and quantised.
+
+    Raises:
+        ModelError: a tensor is missing, left over, not finite, or of another shape or kind than config.json says.
+    """
+    layers, wanted = set(int8_layers(empty)), empty.state_dict()
+    stored = stored_as(empty.load_config(folder), folder)
+    if stored not in (None, METHOD):
+        raise ModelError(f"is quantised by {stored}", where=folder, mend="start from its bf16 weights")
+    files = _weight_map(folder)
+    on_disk = wanted.keys() if stored else wanted.keys() - {f"{layer}.scale" for layer in layers}
+    _refuse("missing keys", on_disk - files.keys(), folder)
+    _refuse("unexpected keys", files.keys() - on_disk, folder)
+    for name, file in files.items():
+        layer, _, attribute = name.rpartition(".")
+        parts = {name: _read(file, name).to(device)}
+        if layer in layers and attribute == "weight" and not stored:
+            parts[name], parts[f"{layer}.scale"] = quantise_weight(parts[name], name)
+        elif parts[name].device.type == "cpu":
+            parts[name] = parts[name].clone()  # out of the mapped file
+        for part, tensor in parts.items():
+            _check(part, tensor, wanted[part], folder)
+            yield part, tensor
+
+
+def load_int8(
+    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> FluxTransformer2DModel:
+    """An int8 transformer from a folder, dense or int8, frozen and in evaluation mode.
+
+    Args:
+        folder: a model's `transformer` folder.
+        dtype: of what is not int8; None keeps what is stored.
+        device: where to.
+
+    Raises:
+        ModelError: see `stream_int8`.
+    """
+    transformer = empty_int8(folder)
+    for name, tensor in stream_int8(folder, transformer, device):
+        path, _, attribute = name.rpartition(".")
+        module = transformer.get_submodule(path)
+        quantised = isinstance(module, Int8Linear) and attribute != "bias"
+        value = tensor if quantised or dtype is None else tensor.to(dtype)
+        is_parameter = attribute in module._parameters
+        setattr(module, attribute, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+    return transformer.eval()
+
+
+def write_int8(folder: Path, config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write an int8 transformer folder in shards of at most `SHARD_BYTES` (or one tensor).
+
+    Args:
+        folder: created; call it inside a staged folder.
+        config: the transformer's config.json.
+        tensors: (name, tensor) pairs of the int8 transformer, e.g. `stream_int8` of another folder.
+    """
+    folder.mkdir()
+    shards = [list(shard) for shard in _written(folder, tensors)]
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        final = f"{_WEIGHTS}-{number:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{number}.safetensors").rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    atomic_write_json(folder / f"{_WEIGHTS}.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    atomic_write_json(folder / "config.json", {**config, "quantization_config": _MARK})
+
+
+def _written(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[str]]:
+    """Writes 1.safetensors, 2.safetensors, …; gives the names in each."""
+    shard: dict[str, Tensor] = {}
+    number = 1
+    for name, tensor in tensors:
+        if shard and sum(one.nbytes for one in shard.values()) + tensor.nbytes > SHARD_BYTES:
+            atomic_save_safetensors(shard, folder / f"{number}.safetensors")
+            yield list(shard)
+            number, shard = number + 1, {}
+        shard[name] = tensor
+    atomic_save_safetensors(shard, folder / f"{number}.safetensors")
+    yield list(shard)
+
+
+def _weight_map(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file, the tensors of a file together: as the index says, or of the one file."""
+    index, single = folder / f"{_WEIGHTS}.safetensors.index.json", folder / f"{_WEIGHTS}.safetensors"
+    if not index.is_file():
+        with _reading(single), safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), single)
+    with _reading(index):
+        table: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {name: folder / file for name, file in sorted(table.items(), key=lambda row: (row[1], row[0]))}
+
+
+def _read(file: Path, name: str) -> Tensor:
+    """One tensor, mapped. The file is opened for it alone: while one is open, all that was read of it is in memory."""
+    with _reading(file), safe_open(file, framework="pt") as tensors:
+        return tensors.get_tensor(name)
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        mend = "the file is missing or damaged: copy or download it again"
+        raise ModelError(f"cannot be loaded ({type(error).__name__}: {error})", where=file, mend=mend) from error
+
+
+def _check(name: str, tensor: Tensor, wanted: Tensor, folder: Path) -> None:
+    if tensor.shape != wanted.shape or tensor.is_floating_point() != wanted.is_floating_point():
+        found = f"{tuple(tensor.shape)} {tensor.dtype} instead of {tuple(wanted.shape)} {wanted.dtype}"
+        raise ModelError(f"{name} is {found}", where=folder, mend=_DIFFER)
+
+
+def _refuse(what: str, names: Iterable[str], folder: Path) -> None:
+    if found := sorted(names):
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise ModelError(f"{what}: {found[0]}{more}", where=folder, mend=_DIFFER)
