@@ -78,6 +78,9 @@ class Recipe(Section):
     sigmas: SigmaSpec = Field(default_factory=SigmaSpec, description="law of the noise level")
     batch: Whole = Field(default=1, ge=1, description="pictures per forward pass on each device")
     accumulate: Whole = Field(default=1, ge=1, description="forward passes per step")
+    gradient_checkpointing: bool = Field(
+        default=False, description="keep each block's input alone and compute it again in backward: less memory, slower"
+    )
     steps: Whole = Field(ge=1, description="optimizer steps of the whole run")
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec, description="AdamW and its learning rate")
     ema: tuple[Real, ...] = Field(

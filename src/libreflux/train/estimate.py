@@ -138,6 +138,8 @@ def estimate_recipe(recipe: Recipe, *, text_tokens: int) -> Estimate:
     transformer = meta_transformer(config, BASE_DTYPES[recipe.base])
     if recipe.base == "int8":
         quantise_model(transformer)
+    if recipe.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
     return estimate(
         transformer,
         plan_layers(recipe).layers,

@@ -170,6 +170,8 @@ def _open(recipe: Recipe, run: Path, newest: Checkpoint | None, callbacks: Callb
     model = _open_base(recipe, parts=("transformer",), device=device)
     if model.transformer is None or model.path is None:
         raise ModelError("has no transformer on disk", where=recipe.model, mend="use a complete model")
+    if recipe.gradient_checkpointing:
+        model.transformer.enable_gradient_checkpointing()
     dtype = parameter_dtype(recipe.optimizer)
     adapter = plan.build(recipe.adapter, model.transformer, resolved, dtype=dtype, seed=recipe.seed)
     training = Training(
