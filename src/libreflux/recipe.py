@@ -151,8 +151,10 @@ class Recipe(Section):
         """The resolved recipe as YAML that ``load_recipe`` reads back to an equal one."""
         return recipe_yaml.dump(self.resolved())
 
-    def decisive(self) -> dict[str, Any]:
+    def decisive(self, world: int = 1) -> dict[str, Any]:
         """The resolved keys that decide the trained numbers: what a resumed run may not change.
+
+        Of ``accumulate`` and the number of processes, ``world``, it is the product.
 
         Where things are written, what is drawn and how often is saved do not; nor does the number of steps when the
         learning rate does not depend on it.
@@ -160,11 +162,12 @@ class Recipe(Section):
         kept = {name: value for name, value in self.resolved().items() if name not in _INDECISIVE}
         if self.optimizer.schedule == "constant":
             del kept["steps"]
+        kept["accumulate"] *= world
         return kept
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, world: int = 1) -> str:
         """SHA-256 over :meth:`decisive`, as 64 hexadecimal digits."""
-        return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.decisive(world), sort_keys=True).encode()).hexdigest()
 
 
 _INDECISIVE = frozenset({"out", "cache", "samples", "save", "device", "gradient_norms", "max_quarantined", "ema"})

@@ -177,12 +177,13 @@ def prune(run: Path, keep: int, keep_every: int | None) -> list[int]:
 # ---- the recipe of a run ------------------------------------------------------------------------------------------
 
 
-def check_recipe(run: Path, recipe: Recipe) -> None:
+def check_recipe(run: Path, recipe: Recipe, world: int = 1) -> None:
     """Checks that this recipe continues the run that is there, if one has saved anything yet.
 
     Args:
         run: the run folder, locked.
         recipe: as resolved now; what does not decide the trained numbers (`Recipe.decisive`) may have changed.
+        world: processes; world × accumulate must stay.
 
     Raises:
         RunError: a decisive key has changed; the line names it with its old and new value.
@@ -193,7 +194,8 @@ def check_recipe(run: Path, recipe: Recipe) -> None:
     if not path.exists():
         mend = "choose another `out`, or put the file back"
         raise RunError(f"there are checkpoints but no {RECIPE}", where=run, mend=mend)
-    before, after = _read_recipe(path).decisive(), recipe.decisive()
+    was, its_world = _read_recipe(path)
+    before, after = was.decisive(its_world), recipe.decisive(world)
     keys = differences(before, after)
     if keys:
         told = ", ".join(f"{key} ({_at(before, key)} -> {_at(after, key)})" for key in keys)
@@ -201,16 +203,19 @@ def check_recipe(run: Path, recipe: Recipe) -> None:
         raise RunError(f"the recipe has changed since this run began: {told}", where=run, mend=mend)
 
 
-def claim(run: Path, recipe: Recipe) -> None:
+def claim(run: Path, recipe: Recipe, world: int = 1) -> None:
     """Writes RUN/recipe.json, once the recipe has passed `check_recipe` and everything it names was found."""
-    files.atomic_write_json(run / RECIPE, recipe.resolved())
+    files.atomic_write_json(run / RECIPE, recipe.resolved() | {"world": world})
 
 
-def _read_recipe(path: Path) -> Recipe:
+def _read_recipe(path: Path) -> tuple[Recipe, int]:
+    """The recipe, and the number of processes it ran on."""
     try:
-        return Recipe.model_validate_json(path.read_bytes())
-    except ValueError as error:
-        lines = str(error).splitlines()
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        world = int(tree.pop("world"))
+        return Recipe.model_validate(tree), world
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
         mend = "restore the file, or choose another `out`"
         raise RunError(f"cannot be read as a recipe ({lines[0]})", where=path, mend=mend) from None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from libreflux import __version__, files
 from libreflux.adapter import plan
 from libreflux.adapter.files import Adapter, file_metadata, load_adapter, save_adapter
-from libreflux.data.prepare import prepare_recipe
+from libreflux.data.prepare import prepare_cache, prepare_recipe
 from libreflux.errors import ModelError, RecipeError, RunError
 from libreflux.model.device import pick_device
 from libreflux.model.facts import Facts, freed
@@ -29,6 +28,7 @@ from libreflux.train.checkpoint import Checkpoint
 from libreflux.train.interrupt import Interrupted, StopRequest
 from libreflux.train.optimizer import make_optimizer, parameter_dtype
 from libreflux.train.optimizer8 import require_8bit
+from libreflux.train.ranks import Ranks, joined
 from libreflux.train.step import Training
 
 log = logging.getLogger(__name__)
@@ -56,20 +56,28 @@ def fit(recipe: Recipe, callbacks: Callbacks | None = None) -> Path:
         LibrefluxError: a fault of the model, the data or the targets; see its kinds.
     """
     callbacks = callbacks or Callbacks()
-    run = Path(recipe.out)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        mend = "start it without torchrun; raise `accumulate` for a larger batch"
-        raise RunError("training on several processes is not supported yet", where="WORLD_SIZE", mend=mend)
-    with files.lock(run):
-        checkpoint.check_recipe(run, recipe)
-        newest = checkpoint.recover(run)
-        if newest is not None and newest.step > recipe.steps:
-            mend = f"set steps to at least {newest.step}, or choose another `out`"
-            raise RunError(f"step {newest.step} is done already, beyond steps: {recipe.steps}", where=run, mend=mend)
+    run, device = Path(recipe.out), str(pick_device(recipe.device))
+    if device.startswith("mps"):
+        raise RunError("training on MPS is not supported yet", where="device", mend="set device: cpu")
+    with joined(device) as ranks, contextlib.ExitStack() as held:
+        newest = ranks.in_turn(lambda: _standing(recipe, run, ranks.world, held), lambda: checkpoint.latest(run))
         if newest is None or newest.step < recipe.steps:
+            heard = callbacks if ranks.first else Callbacks()
             with _threads(recipe.threads):
-                newest = _train(_open(recipe, run, newest, callbacks), callbacks)
-        return checkpoint.publish(run, newest)
+                newest = _train(_open(recipe, run, newest, heard, ranks, device), heard)
+        done = newest
+        return ranks.in_turn(lambda: checkpoint.publish(run, done), lambda: run / checkpoint.ADAPTER)
+
+
+def _standing(recipe: Recipe, run: Path, world: int, held: contextlib.ExitStack) -> Checkpoint | None:
+    """Locks the run folder and finds where the run stands; None at its start."""
+    held.enter_context(files.lock(run))
+    checkpoint.check_recipe(run, recipe, world)
+    newest = checkpoint.recover(run)
+    if newest is not None and newest.step > recipe.steps:
+        mend = f"set steps to at least {newest.step}, or choose another `out`"
+        raise RunError(f"step {newest.step} is done already, beyond steps: {recipe.steps}", where=run, mend=mend)
+    return newest
 
 
 @contextlib.contextmanager
@@ -86,31 +94,43 @@ def _threads(count: int | None) -> Iterator[None]:
 
 def _train(training: Training, callbacks: Callbacks) -> Checkpoint:
     """Steps from where `training` stands to the recipe's last; returns the checkpoint of that."""
-    recipe, first = training.recipe, training.step
-    checkpoint.claim(training.run, recipe)
-    ema.rewind(training.run, first)
+    recipe, ranks, first = training.recipe, training.ranks, training.step
+    if ranks.first:
+        checkpoint.claim(training.run, recipe, ranks.world)
+        ema.rewind(training.run, first)
     callbacks.on_start(training.started())
     saved: Checkpoint | None = None
-    with StopRequest() as stop, checkpoint.Metrics(training.run, first) as metrics:
+    with StopRequest() as stop, _metrics(training) as metrics:
         if _sample_due(recipe, first):
             callbacks.on_sample(first, training.transformer)
-        while training.step < recipe.steps and stop.signum is None:
+        while training.step < recipe.steps:
+            signum = ranks.agree_max(stop.signum or 0)
+            if signum:
+                break
             info = training.take_step()
-            metrics.write(_metrics_line(info))
+            if metrics is not None:
+                metrics.write(_metrics_line(info))
             callbacks.on_step(info)
             last = training.step == recipe.steps
             if last or training.step % recipe.save.every == 0:
                 saved = _save(training, callbacks)
-            if recipe.ema and recipe.save.averages_every and training.step % recipe.save.averages_every == 0:
+            snapshots = recipe.save.averages_every if ranks.first and recipe.ema else None
+            if snapshots and training.step % snapshots == 0:
                 _write_averages(training, ema.snapshot_path(training.run, training.step))
             if _sample_due(recipe, training.step) and (last or stop.signum is None):
                 callbacks.on_sample(training.step, training.transformer)
         if training.step > (saved.step if saved else first):
             saved = _save(training, callbacks)
-        if stop.signum is not None and training.step < recipe.steps:
-            raise Interrupted(stop.signum, training.step, training.run)
+        if training.step < recipe.steps:
+            raise Interrupted(signum, training.step, training.run)
     assert saved is not None
     return saved
+
+
+def _metrics(training: Training) -> contextlib.AbstractContextManager[checkpoint.Metrics | None]:
+    if not training.ranks.first:
+        return contextlib.nullcontext()
+    return checkpoint.Metrics(training.run, training.step)
 
 
 def _sample_due(recipe: Recipe, step: int) -> bool:
@@ -158,15 +178,19 @@ def _open_base(recipe: Recipe, *, parts: Sequence[str], device: str = "cpu") -> 
     return open_model(recipe.model, parts=parts, dtype=dtype, quantise=quantise, device=device)
 
 
-def _open(recipe: Recipe, run: Path, newest: Checkpoint | None, callbacks: Callbacks) -> Training:
+def _open(
+    recipe: Recipe, run: Path, newest: Checkpoint | None, callbacks: Callbacks, ranks: Ranks, device: str
+) -> Training:
     """Base, adapter, data and optimizer, as they were after `newest`, or as they are at the start."""
     if recipe.optimizer.kind == "adamw_8bit":
         require_8bit()
     resolved = plan_layers(recipe).layers  # first: a misspelt pattern should not cost an hour of preparing
-    device = str(pick_device(recipe.device))
-    if device.startswith("mps"):
-        raise RunError("training on MPS is not supported yet", where="device", mend="set device: cpu")
-    batches = prepare_recipe(recipe, device=device, progress=callbacks.on_prepare)
+    if ranks.world > 1:
+        prepare_cache(recipe, device=device, part=(ranks.rank, ranks.world), progress=callbacks.on_prepare)
+    batches = ranks.in_turn(
+        lambda: prepare_recipe(recipe, device=device, progress=callbacks.on_prepare),
+        lambda: prepare_recipe(recipe, device=device),
+    )
     model = _open_base(recipe, parts=("transformer",), device=device)
     if model.transformer is None or model.path is None:
         raise ModelError("has no transformer on disk", where=recipe.model, mend="use a complete model")
@@ -182,7 +206,8 @@ def _open(recipe: Recipe, run: Path, newest: Checkpoint | None, callbacks: Callb
         resolved=resolved,
         adapter=adapter,
         optimizer=make_optimizer(recipe.optimizer, adapter.named_parameters(), recipe.seed),
-        averages=ema.Averages(_averaged(adapter), recipe.ema),
+        averages=ema.Averages(_averaged(adapter), recipe.ema if ranks.first else ()),
+        ranks=ranks,
         batches=batches,
         device=device,
         identity={"model_hash": weights_hash(model.path), "data_hash": batches.fingerprint()},
@@ -213,7 +238,7 @@ def _restore(training: Training, newest: Checkpoint) -> None:
             log.warning("resumed with %s %s instead of %s: the result may differ in its last bits", key, value, before)
     training.adapter.load_state_dict(load_adapter(newest.adapter).tensors)
     training.optimizer.load_state_tensors(load_file(newest.optimizer))
-    if training.recipe.ema:
+    if training.recipe.ema and training.ranks.first:
         if not newest.averages.exists():
             mend = "set ema: [] to go on without, or choose another `out`"
             raise RunError("this checkpoint has no averages", where=newest.path, mend=mend)
@@ -223,6 +248,9 @@ def _restore(training: Training, newest: Checkpoint) -> None:
 
 def _save(training: Training, callbacks: Callbacks) -> Checkpoint:
     recipe, step = training.recipe, training.step
+    training.require_replicas()
+    if not training.ranks.first:
+        return Checkpoint(step, checkpoint.step_folder(training.run, step))
     writers: dict[str, checkpoint.Writer] = {
         checkpoint.ADAPTER: lambda path: save_adapter(training.adapter, path, _origin(training)),
         checkpoint.OPTIMIZER: lambda path: files.atomic_save_safetensors(training.optimizer.state_dict_tensors(), path),
@@ -233,7 +261,7 @@ def _save(training: Training, callbacks: Callbacks) -> Checkpoint:
         training.run,
         step,
         writers,
-        {"recipe": recipe.fingerprint(), **training.identity, **_machine(training.device)},
+        {"recipe": recipe.fingerprint(training.ranks.world), **training.identity, **_machine(training.device)},
     )
     checkpoint.prune(training.run, recipe.save.keep, recipe.save.keep_every)
     callbacks.on_save(step, written.path)
@@ -245,7 +273,7 @@ def _origin(training: Training) -> dict[str, str]:
     return {
         "model": training.recipe.model,
         "model_hash": training.identity["model_hash"],
-        "recipe": training.recipe.fingerprint(),
+        "recipe": training.recipe.fingerprint(training.ranks.world),
         "step": str(training.step),
         "text_padding": training.facts.text_padding,
         "max_tokens": str(training.facts.max_tokens),

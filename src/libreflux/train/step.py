@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,7 @@ from libreflux.train.callbacks import Started, StepInfo
 from libreflux.train.ema import Averages
 from libreflux.train.objective import flow_matching_loss, keyed_noise
 from libreflux.train.optimizer import Optimizer, clip_grad_norm, lr_at
+from libreflux.train.ranks import Ranks
 
 
 def draw_sigmas(spec: SigmaSpec, count: int, seed: int, step: int) -> Tensor:
@@ -66,9 +68,9 @@ def group_norms(gradient: Tensor, adapter: Adapter) -> dict[str, float]:
     return {name: math.sqrt(square) for name, square in squares.items()}
 
 
-def require_finite(losses: Tensor, sample_ids: Sequence[str], step: int) -> None:
-    """Raises RunError naming the pictures whose loss, of [B], is not finite."""
-    bad = [sample for sample, loss in zip(sample_ids, losses.tolist(), strict=True) if not math.isfinite(loss)]
+def require_finite(losses: Sequence[float], sample_ids: Sequence[str], step: int) -> None:
+    """Raises RunError naming the pictures whose loss is not finite."""
+    bad = [sample for sample, loss in zip(sample_ids, losses, strict=True) if not math.isfinite(loss)]
     if bad:
         mend = "look at these pictures and captions, or lower optimizer.learning_rate"
         raise RunError(f"the loss of picture {', '.join(bad)} is not finite", where=f"step {step + 1}", mend=mend)
@@ -94,6 +96,7 @@ class Training:
     batches: Batches
     device: str
     identity: dict[str, str]
+    ranks: Ranks = Ranks()
     step: int = 0
     start_norm: float | None = None
 
@@ -108,21 +111,34 @@ class Training:
             start_norm=self.start_norm,
         )
 
+    def require_replicas(self) -> None:
+        """Raises RunError unless all ranks hold the same adapter, to the byte."""
+        digest = hashlib.sha256()
+        for parameter in self.adapter.parameters() if self.ranks.world > 1 else ():
+            digest.update(parameter.detach().cpu().view(torch.uint8).numpy().tobytes())
+        digests = self.ranks.gather(digest.hexdigest())
+        if len(set(digests)) > 1:
+            mend = "run all processes on the same kind of device and the same versions"
+            raise RunError(f"the adapters of the processes differ after step {self.step}", where=self.run, mend=mend)
+
     def take_step(self) -> StepInfo:
         """One optimizer step: accumulate × batch pictures (fewer at an epoch's end), each by its `loss_weight`."""
         recipe, step, begun = self.recipe, self.step, time.perf_counter()
-        units = step_plan(recipe.seed, step, self.batches.samples, 1, recipe.batch, recipe.accumulate)
+        world, rank = self.ranks.world, self.ranks.rank
+        units = step_plan(recipe.seed, step, self.batches.samples, world, recipe.batch, recipe.accumulate)
         sigmas = draw_sigmas(recipe.sigmas, units[0].total, recipe.seed, step)
         parameters = list(self.adapter.parameters())
         gradient = torch.zeros(sum(parameter.numel() for parameter in parameters), device=self.device)
-        sample_ids: list[str] = []
-        losses: list[float] = []
+        own: list[tuple[int, str, float]] = []
         for unit in units:
-            if unit.items:
+            if unit.items and unit.rank == rank:
                 ids, of_unit = self._backward(unit, sigmas)
                 accumulate_gradient(gradient, parameters)
-                sample_ids += ids
-                losses += of_unit.tolist()
+                own += zip(unit.slots, ids, of_unit.tolist(), strict=True)
+        self.ranks.sum_(gradient)
+        rows = sorted(row for part in self.ranks.gather(own) for row in part)
+        sample_ids, losses = [sample for _, sample, _ in rows], [loss for _, _, loss in rows]
+        require_finite(losses, sample_ids, step)
         norms = group_norms(gradient, self.adapter) if recipe.gradient_norms else None
         try:
             norm = clip_grad_norm(gradient, recipe.optimizer.clip)
@@ -167,6 +183,5 @@ class Training:
             batch.text.to(self.device),
             guidance=self.recipe.guidance,
         )
-        require_finite(losses.detach(), batch.sample_ids, self.step)
         (losses @ batch.loss_weights.to(self.device) / unit.total).backward()
         return batch.sample_ids, losses.detach()
