@@ -30,6 +30,7 @@ from libreflux.train.callbacks import Callbacks, Started, StepInfo
 from libreflux.train.interrupt import Interrupted
 from libreflux.train.loop import _open, fit
 from libreflux.train.objective import flow_matching_loss, keyed_noise
+from libreflux.train.ranks import Ranks
 from libreflux.train.step import accumulate_gradient, draw_sigmas, require_finite
 
 PICTURES = 5
@@ -129,7 +130,7 @@ def test_a_step_is_the_weighted_mean_of_its_pictures_gradients(recipe_tree: Tree
     optimizer = {"kind": "adamw", "learning_rate": 1e-3, "clip": None}
     tree = recipe_tree(tmp_path / "run", data=sources, accumulate=2, optimizer=optimizer)
     recipe = Recipe.model_validate(tree)
-    training = _open(recipe, tmp_path / "run", None, Callbacks())
+    training = _open(recipe, tmp_path / "run", None, Callbacks(), Ranks(), "cpu")
     for step in range(3):
         units = step_plan(0, step, training.batches.samples, 1, 2, 2)
         sigmas, losses = draw_sigmas(recipe.sigmas, units[0].total, 0, step), []
@@ -356,9 +357,9 @@ def test_the_thread_count_is_given_back(recipe_tree: Tree, tmp_path: Path) -> No
     assert (counts, torch.get_num_threads()) == ([1], 2)
 
 
-def test_several_processes_are_refused(recipe_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_world_without_a_launcher_is_refused(recipe_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RunError, match="several processes is not supported yet"):
+    with pytest.raises(RunError, match="start it by torchrun"):
         _fit(recipe_tree(tmp_path / "run"))
 
 

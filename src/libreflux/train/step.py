@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -96,7 +96,7 @@ class Training:
     batches: Batches
     device: str
     identity: dict[str, str]
-    ranks: Ranks = Ranks()
+    ranks: Ranks = field(default_factory=Ranks)
     step: int = 0
     start_norm: float | None = None
 

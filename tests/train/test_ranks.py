@@ -1,0 +1,81 @@
+"""Two processes under torchrun against one: the same samples, noise levels and, but for the last bits, gradients."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from libreflux.adapter.files import load_adapter
+
+
+def start(folder: Path, tree: dict[str, Any], processes: int) -> subprocess.Popen[bytes]:
+    recipe = folder / f"{Path(tree['out']).name}-{processes}.yaml"
+    recipe.write_text(yaml.safe_dump(tree))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "libreflux", "train", str(recipe)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(folder / f"{recipe.stem}.log", "ab") as log:
+        return subprocess.Popen(command, env=environment, stderr=log, stdout=log)
+
+
+def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
+    assert process.wait(300) == 0, "\n".join(path.read_text()[-2000:] for path in folder.glob("*.log"))
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def tree(recipe_tree: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    def made(name: str, **changed: Any) -> dict[str, Any]:
+        common = {"base": "fp32", "steps": 20, "batch": 2, "ema": [], "samples": {"every": 0}, "device": "cpu"}
+        optimizer = {"kind": "adamw", "learning_rate": 1e-3}
+        return recipe_tree(
+            tmp_path / name, cache=str(tmp_path / f"{name}-cache"), **{**common, "optimizer": optimizer, **changed}
+        )
+
+    return made
+
+
+def test_two_processes_are_one_with_twice_the_passes(tree: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    both, alone = start(tmp_path, tree("two", accumulate=1), 2), start(tmp_path, tree("one", accumulate=2), 1)
+    finish(both, tmp_path)  # with equal replicas: the run compares them before it saves
+    finish(alone, tmp_path)
+    for a, b in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-5)
+    two, one = (load_adapter(tmp_path / name / "adapter.safetensors").tensors for name in ("two", "one"))
+    for name, tensor in two.items():
+        torch.testing.assert_close(tensor, one[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_killed_rank_ends_the_run_and_another_number_resumes_it(
+    tree: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    slow = {"steps": 400, "save": {"every": 5}}
+    both = start(tmp_path, tree("run", accumulate=1, **slow), 2)
+    began = time.monotonic()
+    while not (tmp_path / "run" / "checkpoints" / "step-00000010").exists():
+        assert both.poll() is None and time.monotonic() < began + 200, (tmp_path / "run-2.log").read_text()[-2000:]
+        time.sleep(0.01)
+    children = Path(f"/proc/{both.pid}/task/{both.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert both.wait(60) != 0
+    refused = start(tmp_path, tree("run", accumulate=1, **slow), 1)
+    assert refused.wait(200) == 2
+    assert "accumulate" in (tmp_path / "run-1.log").read_text()
+    last = len(metrics(tmp_path / "run")) + 3
+    finish(start(tmp_path, tree("run", accumulate=2, **{**slow, "steps": last}), 1), tmp_path)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, last + 1))
