@@ -357,7 +357,9 @@ def test_the_thread_count_is_given_back(recipe_tree: Tree, tmp_path: Path) -> No
     assert (counts, torch.get_num_threads()) == ([1], 2)
 
 
-def test_a_world_without_a_launcher_is_refused(recipe_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_world_without_a_launcher_is_refused(
+    recipe_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RunError, match="start it by torchrun"):
         _fit(recipe_tree(tmp_path / "run"))
