@@ -325,4 +325,4 @@ def test_a_recipe_is_prepared_with_its_sample_prompts(tmp_path: Path, tiny_model
     batches = prepare_recipe(recipe)
     assert batches.cache.folder == tmp_path / "run" / "cache"
     assert len(batches) == 7
-    assert batches.cache.has_text("a fox on a rocket")
+    assert len(batches.cache.text(["a fox on a rocket"])) == 1

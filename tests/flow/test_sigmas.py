@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from libreflux.flow.sigmas import Beta, Law, Uniform, beta_cdf, beta_icdf, independent, make_law, slot, stratified
+from libreflux.flow.sigmas import Beta, Law, Uniform, beta_cdf, beta_icdf, independent, make_law, stratified
 
 GRID = torch.cat([torch.linspace(0, 1, 4001, dtype=torch.float64), torch.logspace(-12, -3, 50, dtype=torch.float64)])
 
@@ -123,36 +123,6 @@ def test_each_slot_alone_follows_the_law() -> None:
         assert abs(steps[:, rank].mean() - 0.5) < 5 * 0.224 / np.sqrt(1500)
 
 
-def test_rank_and_sigma_are_independent() -> None:
-    world, batch, accumulate = 4, 2, 3
-    count = world * batch * accumulate
-    table = np.zeros((world, 5))
-    for step in range(1000):
-        bands = (beta_cdf(stratified(Beta(), count, seeded(step)).double(), 2, 2) * 5).long().clamp(max=4)
-        for micro in range(accumulate):
-            for rank in range(world):
-                for index in range(batch):
-                    table[rank, bands[slot(micro, rank, index, world, batch)]] += 1
-    assert scipy.stats.chi2_contingency(table).pvalue > 1e-4
-
-
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6))
-def test_slots_are_dealt_exactly_once(world: int, batch: int, accumulate: int) -> None:
-    slots = [slot(m, r, i, world, batch) for m in range(accumulate) for r in range(world) for i in range(batch)]
-    assert slots == list(range(world * batch * accumulate))
-
-
-def test_sigmas_do_not_depend_on_how_a_step_is_split() -> None:
-    """The n-th picture of a step gets the same sigma over any split of 24 into world x batch x accumulate."""
-    whole = stratified(Beta(), 24, seeded(3))
-    for world, batch, accumulate in [(1, 24, 1), (24, 1, 1), (1, 1, 24), (2, 3, 4), (4, 3, 2), (3, 8, 1)]:
-        sigmas = stratified(Beta(), world * batch * accumulate, seeded(3))
-        split = [
-            sigmas[slot(m, r, i, world, batch)] for m in range(accumulate) for r in range(world) for i in range(batch)
-        ]
-        assert torch.equal(torch.stack(split), whole)
-
-
 def test_strata_have_less_variance_than_independent_draws() -> None:
     """The mean of sigma^2 over 40 draws: SPEC f measured a ratio of 1e-3 to 9e-3."""
     means = {
@@ -177,5 +147,3 @@ def test_laws_by_name_and_refusals() -> None:
     for wrong in ({"shift": 0.0}, {"uniform_floor": 1.5}, {"std": 0.0}, {"mean": 99.0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong)).replace('_', ' ')} is"):
             make_law("logit-normal", **wrong)
-    with pytest.raises(ValueError, match="no slot"):
-        slot(0, 2, 0, world=2, batch=1)

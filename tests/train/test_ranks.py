@@ -12,11 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 import yaml
 
 from libreflux.adapter.files import load_adapter
+from libreflux.data.order import Samples, step_plan
+from libreflux.flow.sigmas import beta_cdf
+from libreflux.recipe import SigmaSpec
+from libreflux.train.step import draw_sigmas
 
 
 def start(folder: Path, tree: dict[str, Any], processes: int) -> subprocess.Popen[bytes]:
@@ -47,6 +53,20 @@ def tree(recipe_tree: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable
         )
 
     return made
+
+
+def test_rank_and_sigma_are_independent() -> None:
+    """Over 1,000 steps of 4 processes x 3 passes x 2 pictures every process sees every fifth of the law alike."""
+    samples = Samples(np.zeros(24_000, int), lambda items, visits: np.full(len(items), 8))
+    table = np.zeros((4, 5))
+    for step in range(1000):
+        units = step_plan(0, step, samples, 4, 2, 3)
+        sigmas = draw_sigmas(SigmaSpec(), units[0].total, 0, step)
+        bands = (beta_cdf(sigmas.double(), 2, 2) * 5).long().clamp(max=4)
+        for unit in units:
+            np.add.at(table[unit.rank], bands[list(unit.slots)].numpy(), 1)
+    assert table.sum() == 24_000
+    assert scipy.stats.chi2_contingency(table).pvalue > 1e-4
 
 
 def test_two_processes_are_one_with_twice_the_passes(tree: Callable[..., dict[str, Any]], tmp_path: Path) -> None:

@@ -333,8 +333,3 @@ def delta_norm(delta: LoKr | LoRA) -> float:
         return float(_wide(delta.lokr_w1).double().norm() * _wide(delta.lokr_w2).double().norm())
     up, down = _wide(delta.lora_up).double(), _wide(delta.lora_down).double()
     return delta.scale * math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))
-
-
-def parameter_count(in_features: int, out_features: int, factor: int) -> int:
-    """Parameters of a full-matrix LoKr."""
-    return sum(math.prod(shape) for shape in lokr_shapes(in_features, out_features, factor))

@@ -57,7 +57,8 @@ class ShowTraining(Callbacks):
         self._facts = started.facts
         typer.echo(table(started.resolved), err=True)
         begun = f"resumes after step {started.step}" if started.step else "begins"
-        line = f"{begun}: {started.steps} steps, {started.pictures} pictures, run folder {started.run}"
+        line = f"{begun}: {started.steps} steps, {started.pictures} pictures, {started.epoch_steps} steps an epoch"
+        line += f", {started.padding_share:.1%} of the text is padding, run folder {started.run}"
         typer.echo(line, err=True)
         if started.start_norm is not None:
             typer.echo(f"the adapter starts at {started.start_norm:.3g} of the adapted weights' norm", err=True)

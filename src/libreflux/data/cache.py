@@ -111,14 +111,6 @@ class Cache:
         """[n] bool: whether the token counts of these captions are here."""
         return self._texts.find(keys) >= 0
 
-    def has_latents(self, picture: str, crop: str) -> bool:
-        """Whether this crop of this picture is here."""
-        return bool(self._latents.find([latents_key(picture, crop)])[0] >= 0)
-
-    def has_text(self, caption: str) -> bool:
-        """Whether the conditioning of this caption is here; "" is the empty prompt."""
-        return bool(self.stored_texts([text_key(caption)])[0])
-
     def latents(self, picture: str, crop: str) -> Tensor:
         """Normalised posterior mean of one crop, [C, h, w] fp32.
 

@@ -251,10 +251,3 @@ def stratified(law: Law, count: int, generator: torch.Generator) -> Tensor:
 def independent(law: Law, count: int, generator: torch.Generator) -> Tensor:
     """`count` independent sigmas, [count] fp32: the plain twin of `stratified`."""
     return law.icdf(torch.rand(count, generator=generator, dtype=torch.float64)).float()
-
-
-def slot(micro: int, rank: int, index: int, world: int, batch: int) -> int:
-    """Where sample `index` of micro-batch `micro` on `rank` finds its sigma: (micro x world + rank) x batch + index."""
-    if not (0 <= rank < world and 0 <= index < batch and micro >= 0):
-        raise ValueError(f"no slot for micro {micro}, rank {rank} of {world}, index {index} of {batch}")
-    return (micro * world + rank) * batch + index

@@ -21,6 +21,8 @@ class Started:
         step: steps already finished; 0 for a new run.
         steps: of the whole run.
         pictures: samples of the data: each picture once in each view.
+        epoch_steps: steps of the first epoch.
+        padding_share: share of its text tokens that are padding.
         facts: of the model that is trained: the base's, freed of a distillation's own defaults.
         resolved: the adapted layers.
         start_norm: ||delta|| / ||W|| over them before the first step; None in a resumed run.
@@ -30,6 +32,8 @@ class Started:
     step: int
     steps: int
     pictures: int
+    epoch_steps: int
+    padding_share: float
     facts: Facts
     resolved: Sequence[Resolved]
     start_norm: float | None = None

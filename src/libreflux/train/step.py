@@ -17,7 +17,7 @@ from libreflux import keyed
 from libreflux.adapter.files import Adapter
 from libreflux.adapter.targets import Resolved, group
 from libreflux.data.batches import Batches
-from libreflux.data.order import Unit, step_plan
+from libreflux.data.order import Unit, padding_share, step_plan, steps_of_epoch
 from libreflux.errors import RunError
 from libreflux.flow.sigmas import independent, make_law, stratified
 from libreflux.model.facts import Facts
@@ -101,11 +101,14 @@ class Training:
     start_norm: float | None = None
 
     def started(self) -> Started:
+        recipe, samples = self.recipe, self.batches.samples
         return Started(
             run=self.run,
             step=self.step,
             steps=self.recipe.steps,
             pictures=len(self.batches),
+            epoch_steps=steps_of_epoch(0, samples, self.ranks.world, recipe.batch, recipe.accumulate),
+            padding_share=padding_share(recipe.seed, 0, samples, recipe.batch),
             facts=self.facts,
             resolved=self.resolved,
             start_norm=self.start_norm,
