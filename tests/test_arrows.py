@@ -26,7 +26,7 @@ BELOW: dict[str, set[str]] = {
     "train": GROUND | {"flow", "model", "adapter", "data"},
     "sample": GROUND | {"flow", "model", "adapter", "data"},
     "probe": GROUND | {"flow", "model", "adapter", "data"},
-    "emoji": GROUND | {"flow", "model", "adapter", "data", "train", "sample"},
+    "emoji": GROUND | {"flow", "model", "adapter", "data", "train", "sample", "probe"},
     "cli": GROUND | {"", "flow", "model", "adapter", "data", "train", "sample", "probe", "emoji"},
     "": {"model", "sample"},
     "__main__": {"cli"},

@@ -1,7 +1,7 @@
 """Make the emoji family from nothing: `python -m libreflux.emoji.build STAGE --work DIR`, resumable at every stage.
 
-Stages in order: vae, latents, base, decoder, export, check (an unlabelled sheet in DIR, to be read by eye).
-Each of the first five is a no-op when its result is there.
+Stages in order: vae, latents, base, decoder, export, judge, check (an unlabelled sheet in DIR, to be read by eye).
+Each but the last is a no-op when its result is there.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m libreflux.emoji.build", description=__doc__)
-    parser.add_argument("stage", choices=["vae", "latents", "base", "decoder", "export", "check", "all"])
+    parser.add_argument("stage", choices=["vae", "latents", "base", "decoder", "export", "judge", "check", "all"])
     parser.add_argument("--work", type=Path, required=True, help="folder for states and latents")
-    parser.add_argument("--steps", type=int, default=None, help="steps of the base or decoder stage")
+    parser.add_argument("--steps", type=int, default=None, help="steps of the base, decoder or judge stage")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
@@ -36,6 +36,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"held-out PSNR {vae.psnr(model):.2f} dB")
     if args.stage in ("export", "all"):
         print(base.export(args.work))
+    if args.stage in ("judge", "all"):
+        from libreflux.emoji.build import judge
+
+        trained = judge.train(args.work, steps=args.steps or judge.STEPS)
+        trained.save(judge.WEIGHTS)
+        seen = judge.ceiling(trained, args.work)
+        rates = f"subject {seen.subject.float().mean():.1%}, colour {seen.colour.float().mean():.1%}"
+        print(f"held-out reconstructions: {rates}, both {seen.both.float().mean():.1%}")
     if args.stage in ("check", "all"):
         from libreflux.emoji.build import check
 

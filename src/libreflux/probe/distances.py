@@ -1,0 +1,53 @@
+"""Distances between two sets of pictures, on features of a judge: Fréchet and kernel; no FID, which is Inception's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """|m_a - m_b|² + tr(C_a + C_b - 2 (C_a C_b)^½), the squared 2-Wasserstein distance of two Gaussians.
+
+    Dowson and Landau 1982; on features as Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
+
+    Args:
+        a: features [N, D], N ≥ 2.
+        b: features [M, D], M ≥ 2.
+    """
+    a, b = a.double(), b.double()
+    return _frechet(a.mean(0), a.T.cov(), b.mean(0), b.T.cov())
+
+
+def _frechet(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
+    # tr (C_a C_b)^½ = tr (R C_b R)^½ with R = C_a^½: symmetric, so that no complex root can appear.
+    root = _root(cov_a)
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
+    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def _root(symmetric: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(symmetric)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> float:
+    """The unbiased squared maximum mean discrepancy under k(x, y) = (x·y / D + 1)³; may be below 0 for equal laws.
+
+    Gretton et al. 2012, eq. 3; the kernel of Bińkowski et al. 2018 (arXiv 1801.01401), eq. 4.
+
+    Args:
+        a: features [N, D], N ≥ 2.
+        b: features [M, D], M ≥ 2.
+    """
+    a, b = a.double(), b.double()
+    return float(_off_diagonal_mean(_kernel(a, a)) + _off_diagonal_mean(_kernel(b, b)) - 2 * _kernel(a, b).mean())
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _off_diagonal_mean(square: Tensor) -> Tensor:
+    count = len(square)
+    return (square.sum() - square.trace()) / (count * (count - 1))
