@@ -48,6 +48,9 @@ class DataSource(Section):
         default=1.0, gt=0, le=1000, description="factor on repeats; 0.5 shows each picture every second epoch"
     )
     loss_weight: Real = Field(default=1.0, gt=0, description="factor on the loss of these pictures")
+    regularisation: bool = Field(
+        default=False, description="keep what the base draws here: its own velocity is the target, not the pictures"
+    )
     prefix: str = Field(default="", description="text put before each caption, not before a dropped one")
     folder_captions: bool = Field(
         default=False, description="10_name folders: the name is the caption of pictures that have none"

@@ -7,6 +7,7 @@ files without one are matched by spelling the model's own layer names.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,6 +85,22 @@ class Adapter:
                 raise AdapterError(f"is {found}, should be {wanted}", where=key)
         for key, tensor in tensors.items():
             own[key].copy_(tensor)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The transformer without this adapter while the block runs; other adapters on the same layers stay.
+
+        Only for forward passes that end inside the block: gradient checkpointing would compute the blocks again,
+        in a later backward, with the adapter on. Take no gradient in it.
+        """
+        before = [layer.enabled for layer in self.layers.values()]
+        try:
+            for layer in self.layers.values():
+                layer.enabled = False
+            yield
+        finally:
+            for layer, enabled in zip(self.layers.values(), before, strict=True):
+                layer.enabled = enabled
 
     def detach(self) -> None:
         """Take the adapter off again; other adapters on the same layers stay."""

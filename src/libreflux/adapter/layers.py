@@ -156,6 +156,9 @@ class AdaptedLinear(nn.Module):
         weight: strength of the adapter.
 
     It has no `.weight` matrix on purpose: whoever read one would lose the delta without a word.
+
+    Attributes:
+        enabled: False leaves the base alone, see `Adapter.disabled`.
     """
 
     def __init__(self, base: nn.Module, delta: LoKr | LoRA, weight: float = 1.0) -> None:
@@ -164,9 +167,13 @@ class AdaptedLinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.delta = delta
         self.strength = float(weight)
+        self.enabled = True
         self.in_features, self.out_features = features(base)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            out: Tensor = self.base(x)
+            return out
         delta = self.delta(x)
         return self.base(x) + (delta if self.strength == 1.0 else self.strength * delta)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import Any
 
@@ -34,6 +35,7 @@ class ShowTraining(Callbacks):
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.losses: list[float] = []
+        self.kept: list[float] = []
         self._bars = ExitStack()
         self._report: Report | None = None
         self._doing = ""
@@ -66,9 +68,13 @@ class ShowTraining(Callbacks):
             self._bar("training", "step")(started.step, started.steps)
 
     def on_step(self, info: StepInfo) -> None:
-        self.losses.append(info.loss)
-        recent = self.losses[-50:]
-        note = f"loss {sum(recent) / len(recent):.4f}, {info.pictures_per_second:.3g} pictures/s"
+        if info.loss is not None:
+            self.losses.append(info.loss)
+        if info.regularisation_loss is not None:
+            self.kept.append(info.regularisation_loss)
+        told = (("loss", self.losses), ("regularisation", self.kept))
+        parts = [f"{name} {fmean(losses[-50:]):.4f}" for name, losses in told if losses]
+        note = ", ".join([*parts, f"{info.pictures_per_second:.3g} pictures/s"])
         self._bar("training", "step")(info.step, info.steps, note)
 
     def on_sample(self, step: int, transformer: FluxTransformer2DModel) -> None:

@@ -36,6 +36,7 @@ class Batch:
         captions: the text of each prompt; "" where it was dropped.
         slots: each picture's slot in its step, see ``order.step_plan``.
         loss_weights: [B] fp32, the ``loss_weight`` of each picture's source.
+        regularised: B flags, the ``regularisation`` of each picture's source.
     """
 
     latents: Tensor
@@ -44,6 +45,7 @@ class Batch:
     captions: tuple[str, ...]
     slots: tuple[int, ...]
     loss_weights: Tensor
+    regularised: tuple[bool, ...]
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -113,15 +115,22 @@ class Batches:
         captions = tuple(
             "" if drop else self._captions[place] for place, drop in zip(places.tolist(), dropped.tolist(), strict=True)
         )
-        latents, ids, weights = [], [], []
+        latents, ids, of = [], [], []
         for item, visit in zip(unit.items, unit.visits, strict=True):
             number, view = divmod(item, len(self._views))
             sample, source = self._pictures[number], self._sources[self._source_of[number]]
             latents.append(self.cache.latents(sample.id, self._crop(source, sample, self._views[view], visit)))
             ids.append(sample.id)
-            weights.append(source.loss_weight)
-        text = self._encode(captions)
-        return Batch(torch.stack(latents), text, tuple(ids), captions, unit.slots, torch.tensor(weights))
+            of.append(source)
+        return Batch(
+            latents=torch.stack(latents),
+            text=self._encode(captions),
+            sample_ids=tuple(ids),
+            captions=captions,
+            slots=unit.slots,
+            loss_weights=torch.tensor([source.loss_weight for source in of]),
+            regularised=tuple(source.regularisation for source in of),
+        )
 
     def _crop(self, source: DataSource, sample: Sample, view: View, visit: int) -> str:
         # A keyed start, then in turn: every crop is shown as often as any other.

@@ -47,7 +47,7 @@ class StepInfo:
         step: finished steps, this one included.
         steps: of the whole run.
         epoch: from 0.
-        loss: mean over the step's pictures.
+        loss: mean over the step's pictures, regularised ones left out; None in a step of those alone.
         gradient_norm: before clipping.
         learning_rate: that this step used.
         seconds: wall time of the step.
@@ -55,12 +55,13 @@ class StepInfo:
         sigmas: the noise level of each.
         losses: the loss of each.
         group_norms: layer group -> gradient norm before clipping, if the recipe asks for `gradient_norms`.
+        regularisation_loss: mean over the step's regularised pictures; None without any.
     """
 
     step: int
     steps: int
     epoch: int
-    loss: float
+    loss: float | None
     gradient_norm: float
     learning_rate: float
     seconds: float
@@ -68,6 +69,7 @@ class StepInfo:
     sigmas: Sequence[float]
     losses: Sequence[float]
     group_norms: dict[str, float] | None = None
+    regularisation_loss: float | None = None
 
     @property
     def pictures_per_second(self) -> float:

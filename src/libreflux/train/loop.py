@@ -140,7 +140,9 @@ def _sample_due(recipe: Recipe, step: int) -> bool:
 
 
 def _metrics_line(info: StepInfo) -> dict[str, Any]:
-    asked = {} if info.group_norms is None else {"gradient_norms": info.group_norms}
+    asked: dict[str, Any] = {} if info.group_norms is None else {"gradient_norms": info.group_norms}
+    if info.regularisation_loss is not None:
+        asked["regularisation_loss"] = info.regularisation_loss
     return {
         "step": info.step,
         "epoch": info.epoch,

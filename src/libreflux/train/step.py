@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from libreflux import keyed
 from libreflux.adapter.files import Adapter
 from libreflux.adapter.targets import Resolved, group
-from libreflux.data.batches import Batches
+from libreflux.data.batches import Batch, Batches
 from libreflux.data.order import Unit, padding_share, step_plan, steps_of_epoch
 from libreflux.errors import RunError
 from libreflux.flow.sigmas import independent, make_law, stratified
@@ -24,7 +24,7 @@ from libreflux.model.facts import Facts
 from libreflux.recipe import Recipe, SigmaSpec
 from libreflux.train.callbacks import Started, StepInfo
 from libreflux.train.ema import Averages
-from libreflux.train.objective import flow_matching_loss, keyed_noise
+from libreflux.train.objective import flow_matching_loss, keyed_noise, regularised_target
 from libreflux.train.optimizer import Optimizer, clip_grad_norm, lr_at
 from libreflux.train.ranks import Ranks
 
@@ -132,15 +132,15 @@ class Training:
         sigmas = draw_sigmas(recipe.sigmas, units[0].total, recipe.seed, step)
         parameters = list(self.adapter.parameters())
         gradient = torch.zeros(sum(parameter.numel() for parameter in parameters), device=self.device)
-        own: list[tuple[int, str, float]] = []
+        own: list[tuple[int, str, float, bool]] = []
         for unit in units:
             if unit.items and unit.rank == rank:
-                ids, of_unit = self._backward(unit, sigmas)
+                batch, of_unit = self._backward(unit, sigmas)
                 accumulate_gradient(gradient, parameters)
-                own += zip(unit.slots, ids, of_unit.tolist(), strict=True)
+                own += zip(unit.slots, batch.sample_ids, of_unit.tolist(), batch.regularised, strict=True)
         self.ranks.sum_(gradient)
         rows = sorted(row for part in self.ranks.gather(own) for row in part)
-        sample_ids, losses = [sample for _, sample, _ in rows], [loss for _, _, loss in rows]
+        sample_ids, losses = [row[1] for row in rows], [row[2] for row in rows]
         require_finite(losses, sample_ids, step)
         norms = group_norms(gradient, self.adapter) if recipe.gradient_norms else None
         try:
@@ -163,7 +163,8 @@ class Training:
             step=self.step,
             steps=recipe.steps,
             epoch=units[0].epoch,
-            loss=math.fsum(losses) / len(losses),
+            loss=_mean([loss for _, _, loss, regularised in rows if not regularised]),
+            regularisation_loss=_mean([loss for _, _, loss, regularised in rows if regularised]),
             gradient_norm=norm,
             learning_rate=learning_rate,
             seconds=time.perf_counter() - begun,
@@ -173,18 +174,19 @@ class Training:
             group_norms=norms,
         )
 
-    def _backward(self, unit: Unit, sigmas: Tensor) -> tuple[Sequence[str], Tensor]:
-        """Leaves the unit's share of the step's gradient in the parameters; returns sample ids and losses [B]."""
+    def _backward(self, unit: Unit, sigmas: Tensor) -> tuple[Batch, Tensor]:
+        """Leaves the unit's share of the step's gradient in the parameters; returns its batch and losses [B]."""
         batch, seed = self.batches.batch(unit), self.recipe.seed
         named = zip(batch.sample_ids, unit.slots, strict=True)
         noise = torch.stack([keyed_noise(batch.latents.shape[1:], seed, name, self.step, slot) for name, slot in named])
-        losses = flow_matching_loss(
-            self.transformer,
-            batch.latents.to(self.device),
-            noise.to(self.device),
-            sigmas[list(unit.slots)].to(self.device),
-            batch.text.to(self.device),
-            guidance=self.recipe.guidance,
-        )
+        latents, noise, text = batch.latents.to(self.device), noise.to(self.device), batch.text.to(self.device)
+        given = (latents, noise, sigmas[list(unit.slots)].to(self.device), text)
+        guidance = self.recipe.guidance
+        target = regularised_target(self.transformer, self.adapter, *given, batch.regularised, guidance=guidance)
+        losses = flow_matching_loss(self.transformer, *given, guidance=guidance, target=target)
         (losses @ batch.loss_weights.to(self.device) / unit.total).backward()
-        return batch.sample_ids, losses.detach()
+        return batch, losses.detach()
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
