@@ -114,7 +114,6 @@ def test_a_misspelt_key_is_named_with_the_nearest(override: str, told: str) -> N
 @pytest.mark.parametrize(
     "override",
     [
-        "objective=distil",
         "text_padding=keep",
         "text_padding=bias",
         "crop=random",

@@ -222,9 +222,16 @@ def _open(
 
 
 def _trained_facts(facts: Facts, recipe: Recipe) -> Facts:
-    """What the trained model is drawn with: freed, under the recipe's padding, at the guidance that it embedded."""
+    """What the trained model is drawn with: freed, or as a student draws; under the recipe's padding.
+
+    The embedded guidance, for a model that has one, is what it was trained at.
+    """
     guidance = facts.guidance if recipe.guidance is None else recipe.guidance
-    return dataclasses.replace(freed(dataclasses.replace(facts, guidance=guidance)), text_padding=recipe.text_padding)
+    facts = dataclasses.replace(facts, guidance=guidance, text_padding=recipe.text_padding)
+    if recipe.distil is None:
+        return freed(facts)
+    baked = 1.0 if recipe.guidance is None else guidance
+    return dataclasses.replace(facts, steps=recipe.distil.steps or facts.steps, guidance=baked)
 
 
 def _restore(training: Training, newest: Checkpoint) -> None:

@@ -23,6 +23,7 @@ from libreflux.flow.sigmas import independent, make_law, stratified
 from libreflux.model.facts import Facts
 from libreflux.recipe import Recipe, SigmaSpec
 from libreflux.train.callbacks import Started, StepInfo
+from libreflux.train.distil import distilled_target, on_rungs
 from libreflux.train.ema import Averages
 from libreflux.train.objective import flow_matching_loss, keyed_noise, regularised_target
 from libreflux.train.optimizer import Optimizer, clip_grad_norm, lr_at
@@ -130,6 +131,8 @@ class Training:
         world, rank = self.ranks.world, self.ranks.rank
         units = step_plan(recipe.seed, step, self.batches.samples, world, recipe.batch, recipe.accumulate)
         sigmas = draw_sigmas(recipe.sigmas, units[0].total, recipe.seed, step)
+        if recipe.distil is not None and recipe.distil.steps is not None:
+            sigmas = on_rungs(sigmas, recipe.distil.steps, self.facts.shift)
         parameters = list(self.adapter.parameters())
         gradient = torch.zeros(sum(parameter.numel() for parameter in parameters), device=self.device)
         own: list[tuple[int, str, float, bool]] = []
@@ -181,8 +184,12 @@ class Training:
         noise = torch.stack([keyed_noise(batch.latents.shape[1:], seed, name, self.step, slot) for name, slot in named])
         latents, noise, text = batch.latents.to(self.device), noise.to(self.device), batch.text.to(self.device)
         given = (latents, noise, sigmas[list(unit.slots)].to(self.device), text)
-        guidance = self.recipe.guidance
-        target = regularised_target(self.transformer, self.adapter, *given, batch.regularised, guidance=guidance)
+        net, guidance, distil = (self.transformer, self.adapter), self.recipe.guidance, self.recipe.distil
+        if distil is not None:
+            empty, shift = self.batches.empty_prompt().to(self.device), self.facts.shift
+            target = distilled_target(*net, *given, empty, distil, shift=shift, guidance=guidance)
+        else:
+            target = regularised_target(*net, *given, batch.regularised, guidance=guidance)
         losses = flow_matching_loss(self.transformer, *given, guidance=guidance, target=target)
         (losses @ batch.loss_weights.to(self.device) / unit.total).backward()
         return batch, losses.detach()
