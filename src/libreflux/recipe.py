@@ -70,9 +70,9 @@ class Recipe(Section):
     max_quarantined: Real = Field(
         default=0.02, ge=0, le=1, description="share of pictures that may be unusable before the run stops"
     )
-    text_cache: Literal["bf16", "none"] = Field(
+    text_cache: Literal["bf16", "int8", "none"] = Field(
         default="bf16",
-        description="bf16: captions are encoded once and stored; none: they are encoded in every step",
+        description="captions are encoded once and stored in bf16, or in int8 (half the disk); none: in every step",
     )
     adapter: AdapterSpec = Field(default_factory=lambda: AdapterSpec.model_validate({}), description="what is trained")
     sigmas: SigmaSpec = Field(default_factory=SigmaSpec, description="law of the noise level")
