@@ -17,7 +17,7 @@ from libreflux.data.crops import View
 from libreflux.data.int8_text import GROUP, dequantise, quantise, token_bytes
 from libreflux.data.prepare import prepare
 from libreflux.data.sources import Sample
-from libreflux.errors import DataError
+from libreflux.errors import DataError, ModelError
 from libreflux.recipe import DataSource
 
 Prepared = tuple[Cache, list[tuple[DataSource, list[Sample]]]]
@@ -42,6 +42,14 @@ def test_the_error_is_at_most_half_a_scale(width: int, magnitude: float) -> None
     found = dequantise(values, scales)
     assert found.dtype == torch.bfloat16 and not found[3].any()
     assert ((found.float() - tokens).abs() <= 0.5001 * spread + 2**-8 * tokens.abs()).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_refused_not_stored_as_some_number(bad: float) -> None:
+    tokens = torch.ones(3, 128)
+    tokens[1, 70] = bad
+    with pytest.raises(ModelError, match="not finite"):
+        quantise(tokens)
 
 
 def _one_scale_per_token(tokens: Tensor) -> Tensor:

@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from libreflux.errors import ModelError
+from libreflux.model.int8 import up_to_bf16
+
 GROUP = 64
 
 
@@ -18,19 +21,21 @@ def quantise(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric absmax quantisation by groups of channels; what is lost is at most half a scale.
 
     Args:
-        tokens: [S, D], finite.
+        tokens: [S, D].
 
     Returns:
         int8 [S, D] in [-127, 127], and bf16 scales [S, ceil(D / 64)].
+
+    Raises:
+        ModelError: a number is not finite.
     """
     groups = _grouped(tokens.float())
-    wanted = groups.abs().amax(dim=-1) / 127
-    scales = wanted.to(torch.bfloat16)
-    # Rounded up: under a scale rounded down the largest value would be clipped.
-    scales = torch.where(scales < wanted, torch.nextafter(scales, torch.full_like(scales, torch.inf)), scales)
-    scales = scales.clamp_min(torch.finfo(torch.bfloat16).tiny)
-    values = (groups / scales.float()[..., None]).round().to(torch.int8)
-    return rearrange(values, "s n g -> s (n g)")[:, : tokens.shape[1]].contiguous(), scales
+    # Rounded up: under a scale rounded down the largest value would not fit.
+    scales = up_to_bf16(groups.abs().amax(dim=-1) / 127).clamp_min(torch.finfo(torch.bfloat16).tiny)
+    if not scales.isfinite().all():
+        raise ModelError("the text encoder gave numbers that are not finite", mend="prepare with precision float32")
+    values = (groups / scales[..., None]).round().to(torch.int8)
+    return rearrange(values, "s n g -> s (n g)")[:, : tokens.shape[1]].contiguous(), scales.to(torch.bfloat16)
 
 
 def dequantise(values: Tensor, scales: Tensor) -> Tensor:
