@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from libreflux import recipe_faults, recipe_yaml
 from libreflux.errors import RecipeError
@@ -70,9 +70,9 @@ class Recipe(Section):
     max_quarantined: Real = Field(
         default=0.02, ge=0, le=1, description="share of pictures that may be unusable before the run stops"
     )
-    text_cache: Literal["bf16", "none"] = Field(
+    text_cache: Literal["bf16", "int8", "none"] = Field(
         default="bf16",
-        description="bf16: captions are encoded once and stored; none: they are encoded in every step",
+        description="captions are encoded once and stored in bf16, or in int8 (half the disk); none: in every step",
     )
     adapter: AdapterSpec = Field(default_factory=lambda: AdapterSpec.model_validate({}), description="what is trained")
     sigmas: SigmaSpec = Field(default_factory=SigmaSpec, description="law of the noise level")
@@ -137,6 +137,18 @@ class Recipe(Section):
         if not all(0.01 <= width <= 0.28 for width in value) or len(set(value)) < len(value):
             raise ValueError("wanted different widths from 0.01 to 0.28, such as [0.05, 0.1]")
         return value
+
+    @model_validator(mode="after")
+    def _no_idle_key(self) -> Recipe:
+        """Every cadence may exceed `steps`, since a run can be prolonged; a warm-up may not, as it hides the rate."""
+        if self.optimizer.warmup >= self.steps:
+            told = f"optimizer.warmup {self.optimizer.warmup} would fill all of steps {self.steps}"
+            raise ValueError(f"{told}, and optimizer.learning_rate never be trained at; shorten it")
+        if self.save.averages_every and not self.ema:
+            raise ValueError("save.averages_every would keep nothing while ema is []; remove one of the two")
+        if set(self.crop) == {"centre"} and any(source.crops_per_picture > 1 for source in self.data):
+            raise ValueError("data.crops_per_picture would do nothing under crop: centre; remove it or use square")
+        return self
 
     @property
     def cache_dir(self) -> Path:

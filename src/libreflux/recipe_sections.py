@@ -74,6 +74,13 @@ class DataSource(Section):
             raise ValueError("caption weights must be zero or more, and one of them above zero")
         return value
 
+    @model_validator(mode="after")
+    def _captions_are_read(self) -> DataSource:
+        idle = [key for key in ("captions", "prefix") if getattr(self, key)]
+        if self.caption_dropout == 1 and idle:
+            raise ValueError(f"caption_dropout 1 reads no caption, so {' and '.join(idle)} would do nothing; remove it")
+        return self
+
     @field_validator("background")
     @classmethod
     def _colour(cls, value: str) -> str:
@@ -175,7 +182,9 @@ class SigmaSpec(Section):
         le=100,
         description="s in sigma' = s sigma / (1 + (s - 1) sigma); 1: none, above 1: noisier",
     )
-    uniform_floor: Real = Field(default=0.0, ge=0, le=1, description="share of uniform mixed in, after the shift")
+    uniform_floor: Real = Field(
+        default=0.0, ge=0, lt=1, description="share of uniform mixed in, after the shift; all of it is law: uniform"
+    )
     stratified: bool = Field(default=True, description="one draw per stratum over the whole batch, shuffled")
 
     @property
@@ -189,6 +198,8 @@ class SigmaSpec(Section):
             for name in names:
                 if law != self.law and getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} belongs to the {law} law and does nothing under {self.law}")
+        if self.uniform_floor and self.law == "uniform" and self.shift == 1:
+            raise ValueError("uniform_floor does nothing under the uniform law without a shift; remove it")
         return self
 
 
@@ -230,6 +241,15 @@ class SampleSpec(Section):
     )
     seed: Whole = Field(default=42, ge=0, description="seed of the sample pictures")
 
+    @model_validator(mode="after")
+    def _something_to_draw(self) -> SampleSpec:
+        off: dict[str, Any] = {name: {field.default} for name, field in type(self).model_fields.items()}
+        off["every"].add(0)
+        idle = [name for name, values in off.items() if getattr(self, name) not in values]
+        if not self.prompts and idle:
+            raise ValueError(f"{' and '.join(idle)} would do nothing without prompts; add prompts or remove it")
+        return self
+
 
 class SaveSpec(Section):
     """Checkpoints."""
@@ -240,3 +260,11 @@ class SaveSpec(Section):
     averages_every: Whole | None = Field(
         default=None, ge=1, description="steps between averages kept for hindsight, 8 bytes a parameter; null: none"
     )
+
+    @model_validator(mode="after")
+    def _keeps_what_is_saved(self) -> SaveSpec:
+        if self.keep_every and self.keep_every % self.every:
+            raise ValueError(
+                f"keep_every {self.keep_every} must be a multiple of every {self.every}: only those are saved"
+            )
+        return self

@@ -26,7 +26,7 @@ def _recipe(tree: Callable[..., dict[str, Any]], out: Path) -> dict[str, Any]:
         accumulate=2,
         steps=STEPS,
         optimizer={"kind": "adamw_bf16", "learning_rate": 1e-2, "warmup": 3, "schedule": "cosine"},
-        samples={"every": 1, "at_start": True},
+        samples={"every": 1, "at_start": True, "prompts": ["a fox"]},
         save={"every": 2, "keep": 1, "keep_every": 4},
         cache=None,
     )

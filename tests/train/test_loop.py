@@ -239,7 +239,7 @@ def test_stopped_runs_resume_to_the_bit(recipe_tree: Tree, tmp_path: Path, kind:
 def test_a_signal_at_any_moment_saves_once_and_loses_nothing(
     recipe_tree: Tree, tmp_path: Path, moment: tuple[str, int]
 ) -> None:
-    tree = recipe_tree(tmp_path / "run", steps=4, samples={"every": 1, "at_start": True})
+    tree = recipe_tree(tmp_path / "run", steps=4, samples={"every": 1, "at_start": True, "prompts": ["a fox"]})
     interrupted = Recorder(at={moment: lambda: os.kill(os.getpid(), signal.SIGTERM)})
     if moment == ("step", 4):  # nothing is left to stop
         assert fit(Recipe.model_validate(tree), interrupted).is_file()
@@ -292,7 +292,12 @@ def test_seed_and_seed_alone_decides(recipe_tree: Tree, tmp_path: Path) -> None:
 
 
 def test_events_come_in_order_and_samples_follow_their_checkpoint(recipe_tree: Tree, tmp_path: Path) -> None:
-    tree = recipe_tree(tmp_path / "run", steps=5, save={"every": 2, "keep": 1}, samples={"every": 3, "at_start": True})
+    tree = recipe_tree(
+        tmp_path / "run",
+        steps=5,
+        save={"every": 2, "keep": 1},
+        samples={"every": 3, "at_start": True, "prompts": ["a fox"]},
+    )
     recorder, _ = _fit(tree)
     steps = [("step", step) for step in range(1, 6)]
     assert recorder.events == [
@@ -306,7 +311,7 @@ def test_events_come_in_order_and_samples_follow_their_checkpoint(recipe_tree: T
 
 
 def test_a_resumed_run_draws_the_samples_that_a_kill_may_have_cost(recipe_tree: Tree, tmp_path: Path) -> None:
-    tree = recipe_tree(tmp_path / "run", steps=4, samples={"every": 2})
+    tree = recipe_tree(tmp_path / "run", steps=4, samples={"every": 2, "prompts": ["a fox"]})
     with pytest.raises(Interrupted):
         _fit(tree, at={("step", 2): lambda: os.kill(os.getpid(), signal.SIGTERM)})
     recorder, _ = _fit(tree)

@@ -83,7 +83,7 @@ def prepare(
     prompts: Sequence[str] = (),
     device: str = "cpu",
     precision: Literal["float32", "bfloat16"] = "float32",
-    text_cache: Literal["bf16", "none"] = "bf16",
+    text_cache: Literal["bf16", "int8", "none"] = "bf16",
     max_quarantined: float = 0.02,
     part: Part = WHOLE,
     progress: Progress | None = None,
@@ -98,8 +98,9 @@ def prepare(
         out: the cache folder.
         prompts: texts to encode besides the captions; the empty prompt always is.
         device: where the encoders run.
-        precision: the encoders' dtype. Latents are stored in fp32, text in bf16.
-        text_cache: "none" stores how many tokens each caption has, and the conditioning of ``prompts`` alone.
+        precision: the encoders' dtype. Latents are stored in fp32.
+        text_cache: how text is stored, see ``int8_text`` for int8; "none" stores how many tokens each caption has, and
+            the conditioning of ``prompts`` alone.
         max_quarantined: share of the pictures, in [0, 1], that may be unusable.
         part: (i, n): encode the i-th of n parts alone, from 0, into a folder of its own in ``out``.
         progress: called with (done, total, note), total counting checks and encodings alike.
@@ -129,14 +130,15 @@ def prepare(
         "max_tokens": facts.max_tokens,
         "precision": precision,
         "latents": "float32",
-        "text": "bfloat16",
+        "text": "int8" if text_cache == "int8" else "bfloat16",
     }
-    wanted = _Wanted(sources, views, ["", *prompts] if part[0] == 0 else [], text_cache == "bf16")
+    wanted = _Wanted(sources, views, ["", *prompts] if part[0] == 0 else [], text_cache != "none")
     todo = wanted.missing(_known(out, settings))
     begun = part == WHOLE or (own / INDEX).is_file()  # a part without a picture of its own is a part too
     if todo or not begun:
         _tell_enlarged(todo.crops)
-        check_disk(folder, out, [crop.size for crop in todo.crops], todo.texts, facts.max_tokens)
+        sizes = [crop.size for crop in todo.crops]
+        check_disk(folder, out, sizes, todo.texts, facts.max_tokens, text_cache)
         with writing(own, settings) as writer:
             todo = wanted.missing(_known(out, settings))  # another process may have written before our lock
             bar.expect(len(todo.crops) + len(todo.texts) + len(todo.counted))
