@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,14 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+import torch.distributed as dist
 import yaml
 
 from libreflux.adapter.files import load_adapter
 from libreflux.data.order import Samples, step_plan
 from libreflux.flow.sigmas import beta_cdf
 from libreflux.recipe import SigmaSpec
+from libreflux.train.ranks import Ranks
 from libreflux.train.step import draw_sigmas
 
 
@@ -79,6 +84,22 @@ def test_two_processes_are_one_with_twice_the_passes(tree: Callable[..., dict[st
     two, one = (load_adapter(tmp_path / name / "adapter.safetensors").tensors for name in ("two", "one"))
     for name, tensor in two.items():
         torch.testing.assert_close(tensor, one[name], rtol=1e-3, atol=1e-5)
+
+
+def _gathered(rank: int, store: Path, value: Any) -> Any:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        return Ranks(rank, 2).gather(value)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_what_ranks_tell_each_other_arrives_to_the_bit(tmp_path: Path) -> None:
+    values = [[0.1 + 0.2, math.nextafter(1, 2), 5e-324, -math.inf, math.nan], ["b", "ü" * 1000, None, {"x": [1, "2"]}]]
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+        heard = list(pool.map(_gathered, (0, 1), [tmp_path / "store"] * 2, values))
+    assert repr(heard) == repr([values, values])
+    assert repr(Ranks().gather(values[0])) == repr([values[0]])
 
 
 def test_a_killed_rank_ends_the_run_and_another_number_resumes_it(
