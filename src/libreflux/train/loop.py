@@ -22,7 +22,7 @@ from libreflux.model.device import pick_device
 from libreflux.model.facts import Facts, freed
 from libreflux.model.family import Model, open_model, weights_hash
 from libreflux.recipe import Recipe
-from libreflux.train import checkpoint, ema
+from libreflux.train import checkpoint, ema, skips
 from libreflux.train.callbacks import Callbacks, StepInfo
 from libreflux.train.checkpoint import Checkpoint
 from libreflux.train.interrupt import Interrupted, StopRequest
@@ -52,7 +52,7 @@ def fit(recipe: Recipe, callbacks: Callbacks | None = None) -> Path:
     Raises:
         Interrupted: SIGINT or SIGTERM; the step was finished and saved.
         RunError: another process holds the run folder, the recipe, data or base have changed since the run began, or
-            the loss is not finite.
+            too many steps in a row were skipped, see `train.skips`.
         LibrefluxError: a fault of the model, the data or the targets; see its kinds.
     """
     callbacks = callbacks or Callbacks()
@@ -111,6 +111,7 @@ def _train(training: Training, callbacks: Callbacks) -> Checkpoint:
             if metrics is not None:
                 metrics.write(_metrics_line(info))
             callbacks.on_step(info)
+            skips.watch(info, training.skips, recipe.max_skipped, training.run, tell=ranks.first)
             last = training.step == recipe.steps
             if last or training.step % recipe.save.every == 0:
                 saved = _save(training, callbacks)
@@ -150,7 +151,9 @@ def _metrics_line(info: StepInfo) -> dict[str, Any]:
         "gradient_norm": info.gradient_norm,
         "learning_rate": info.learning_rate,
         "pictures_per_second": round(info.pictures_per_second, 4),
+        "sigma_mean": info.sigma_means,
         **asked,
+        **({"skipped": info.at_fault} if info.at_fault else {}),
     }
 
 
@@ -246,6 +249,7 @@ def _restore(training: Training, newest: Checkpoint) -> None:
             raise RunError("this checkpoint has no averages", where=newest.path, mend=mend)
         training.averages.load(load_file(newest.averages))
     training.step = newest.step
+    training.skips = skips.Skips(**state.get("skips", {}))
 
 
 def _save(training: Training, callbacks: Callbacks) -> Checkpoint:
@@ -263,9 +267,15 @@ def _save(training: Training, callbacks: Callbacks) -> Checkpoint:
         training.run,
         step,
         writers,
-        {"recipe": recipe.fingerprint(training.ranks.world), **training.identity, **_machine(training.device)},
+        {
+            "recipe": recipe.fingerprint(training.ranks.world),
+            "skips": dataclasses.asdict(training.skips),
+            **training.identity,
+            **_machine(training.device),
+        },
     )
-    checkpoint.prune(training.run, recipe.save.keep, recipe.save.keep_every)
+    if not training.skips.in_a_row:  # weights without a finite loss must not push out the last ones that had one
+        checkpoint.prune(training.run, recipe.save.keep, recipe.save.keep_every)
     callbacks.on_save(step, written.path)
     return written
 
