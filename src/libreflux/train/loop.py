@@ -22,7 +22,7 @@ from libreflux.model.device import pick_device
 from libreflux.model.facts import Facts, freed
 from libreflux.model.family import Model, open_model, weights_hash
 from libreflux.recipe import Recipe
-from libreflux.train import checkpoint, ema, skips
+from libreflux.train import checkpoint, ema, memory, skips
 from libreflux.train.callbacks import Callbacks, StepInfo
 from libreflux.train.checkpoint import Checkpoint
 from libreflux.train.interrupt import Interrupted, StopRequest
@@ -51,8 +51,8 @@ def fit(recipe: Recipe, callbacks: Callbacks | None = None) -> Path:
 
     Raises:
         Interrupted: SIGINT or SIGTERM; the step was finished and saved.
-        RunError: another process holds the run folder, the recipe, data or base have changed since the run began, or
-            too many steps in a row were skipped, see `train.skips`.
+        RunError: another process holds the run folder, the recipe, data or base have changed since the run began,
+            too many steps in a row were skipped (see `train.skips`), or memory ran out.
         LibrefluxError: a fault of the model, the data or the targets; see its kinds.
     """
     callbacks = callbacks or Callbacks()
@@ -63,7 +63,7 @@ def fit(recipe: Recipe, callbacks: Callbacks | None = None) -> Path:
         newest = ranks.in_turn(lambda: _standing(recipe, run, ranks.world, held), lambda: checkpoint.latest(run))
         if newest is None or newest.step < recipe.steps:
             heard = callbacks if ranks.first else Callbacks()
-            with _threads(recipe.threads):
+            with _threads(recipe.threads), memory.explained("loading or saving", recipe):
                 newest = _train(_open(recipe, run, newest, heard, ranks, device), heard)
         done = newest
         return ranks.in_turn(lambda: checkpoint.publish(run, done), lambda: run / checkpoint.ADAPTER)
@@ -102,12 +102,13 @@ def _train(training: Training, callbacks: Callbacks) -> Checkpoint:
     saved: Checkpoint | None = None
     with StopRequest() as stop, _metrics(training) as metrics:
         if _sample_due(recipe, first):
-            callbacks.on_sample(first, training.transformer)
+            _sample(training, callbacks)
         while training.step < recipe.steps:
             signum = ranks.agree_max(stop.signum or 0)
             if signum:
                 break
-            info = training.take_step()
+            with memory.explained(f"step {training.step + 1}", recipe):
+                info = training.take_step()
             if metrics is not None:
                 metrics.write(_metrics_line(info))
             callbacks.on_step(info)
@@ -119,7 +120,7 @@ def _train(training: Training, callbacks: Callbacks) -> Checkpoint:
             if snapshots and training.step % snapshots == 0:
                 _write_averages(training, ema.snapshot_path(training.run, training.step))
             if _sample_due(recipe, training.step) and (last or stop.signum is None):
-                callbacks.on_sample(training.step, training.transformer)
+                _sample(training, callbacks)
         if training.step > (saved.step if saved else first):
             saved = _save(training, callbacks)
         if training.step < recipe.steps:
@@ -132,6 +133,11 @@ def _metrics(training: Training) -> contextlib.AbstractContextManager[checkpoint
     if not training.ranks.first:
         return contextlib.nullcontext()
     return checkpoint.Metrics(training.run, training.step)
+
+
+def _sample(training: Training, callbacks: Callbacks) -> None:
+    with memory.explained(f"samples after step {training.step}", training.recipe, memory.DRAWING):
+        callbacks.on_sample(training.step, training.transformer)
 
 
 def _sample_due(recipe: Recipe, step: int) -> bool:
@@ -190,12 +196,13 @@ def _open(
     if recipe.optimizer.kind == "adamw_8bit":
         require_8bit()
     resolved = plan_layers(recipe).layers  # first: a misspelt pattern should not cost an hour of preparing
-    if ranks.world > 1:
-        prepare_cache(recipe, device=device, part=(ranks.rank, ranks.world), progress=callbacks.on_prepare)
-    batches = ranks.in_turn(
-        lambda: prepare_recipe(recipe, device=device, progress=callbacks.on_prepare),
-        lambda: prepare_recipe(recipe, device=device),
-    )
+    with memory.explained("preparing", recipe, memory.PREPARING):
+        if ranks.world > 1:
+            prepare_cache(recipe, device=device, part=(ranks.rank, ranks.world), progress=callbacks.on_prepare)
+        batches = ranks.in_turn(
+            lambda: prepare_recipe(recipe, device=device, progress=callbacks.on_prepare),
+            lambda: prepare_recipe(recipe, device=device),
+        )
     model = _open_base(recipe, parts=("transformer",), device=device)
     if model.transformer is None or model.path is None:
         raise ModelError("has no transformer on disk", where=recipe.model, mend="use a complete model")
