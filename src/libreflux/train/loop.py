@@ -22,7 +22,7 @@ from libreflux.model.device import pick_device
 from libreflux.model.facts import Facts, freed
 from libreflux.model.family import Model, open_model, weights_hash
 from libreflux.recipe import Recipe
-from libreflux.train import checkpoint, ema, memory, skips
+from libreflux.train import checkpoint, ema, forks, memory, skips
 from libreflux.train.callbacks import Callbacks, StepInfo
 from libreflux.train.checkpoint import Checkpoint
 from libreflux.train.interrupt import Interrupted, StopRequest
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}  # int8: of what stays dense
 
 
-def fit(recipe: Recipe, callbacks: Callbacks | None = None) -> Path:
+def fit(recipe: Recipe, callbacks: Callbacks | None = None, *, fork: bool = False) -> Path:
     """Trains what the recipe says, from where its run folder stands.
 
     Every random number is a function of (seed, purpose, step or sample), so a run that was stopped or killed at any
@@ -45,6 +45,7 @@ def fit(recipe: Recipe, callbacks: Callbacks | None = None) -> Path:
     Args:
         recipe: see `recipe.Recipe`; `recipe.out` is the run folder.
         callbacks: who listens.
+        fork: whether the recipe and the data may have changed since the run began; see `train.forks`.
 
     Returns:
         RUN/adapter.safetensors.
@@ -60,20 +61,23 @@ def fit(recipe: Recipe, callbacks: Callbacks | None = None) -> Path:
     if device.startswith("mps"):
         raise RunError("training on MPS is not supported yet", where="device", mend="set device: cpu")
     with joined(device) as ranks, contextlib.ExitStack() as held:
-        newest = ranks.in_turn(lambda: _standing(recipe, run, ranks.world, held), lambda: checkpoint.latest(run))
+        newest = ranks.in_turn(lambda: _standing(recipe, run, ranks.world, held, fork), lambda: checkpoint.latest(run))
         if newest is None or newest.step < recipe.steps:
             heard = callbacks if ranks.first else Callbacks()
             with _threads(recipe.threads), memory.explained("loading or saving", recipe):
-                newest = _train(_open(recipe, run, newest, heard, ranks, device), heard)
+                newest = _train(_open(recipe, run, newest, heard, ranks, device, fork), heard)
         done = newest
         return ranks.in_turn(lambda: checkpoint.publish(run, done), lambda: run / checkpoint.ADAPTER)
 
 
-def _standing(recipe: Recipe, run: Path, world: int, held: contextlib.ExitStack) -> Checkpoint | None:
+def _standing(recipe: Recipe, run: Path, world: int, held: contextlib.ExitStack, fork: bool) -> Checkpoint | None:
     """Locks the run folder and finds where the run stands; None at its start."""
     held.enter_context(files.lock(run))
-    checkpoint.check_recipe(run, recipe, world)
+    changed = forks.allow(run, recipe, world, fork=fork)
     newest = checkpoint.recover(run)
+    if newest is not None and newest.step == recipe.steps and changed:
+        mend = "raise steps, or choose another `out`"
+        raise RunError(f"step {newest.step}, the last, is done already: nothing is left to fork", where=run, mend=mend)
     if newest is not None and newest.step > recipe.steps:
         mend = f"set steps to at least {newest.step}, or choose another `out`"
         raise RunError(f"step {newest.step} is done already, beyond steps: {recipe.steps}", where=run, mend=mend)
@@ -96,7 +100,7 @@ def _train(training: Training, callbacks: Callbacks) -> Checkpoint:
     """Steps from where `training` stands to the recipe's last; returns the checkpoint of that."""
     recipe, ranks, first = training.recipe, training.ranks, training.step
     if ranks.first:
-        checkpoint.claim(training.run, recipe, ranks.world)
+        checkpoint.claim(training.run, recipe, ranks.world, training.forks)
         ema.rewind(training.run, first)
     callbacks.on_start(training.started())
     saved: Checkpoint | None = None
@@ -190,7 +194,13 @@ def _open_base(recipe: Recipe, *, parts: Sequence[str], device: str = "cpu") -> 
 
 
 def _open(
-    recipe: Recipe, run: Path, newest: Checkpoint | None, callbacks: Callbacks, ranks: Ranks, device: str
+    recipe: Recipe,
+    run: Path,
+    newest: Checkpoint | None,
+    callbacks: Callbacks,
+    ranks: Ranks,
+    device: str,
+    fork: bool = False,
 ) -> Training:
     """Base, adapter, data and optimizer, as they were after `newest`, or as they are at the start."""
     if recipe.optimizer.kind == "adamw_8bit":
@@ -225,7 +235,7 @@ def _open(
         identity={"model_hash": weights_hash(model.path), "data_hash": batches.fingerprint()},
     )
     if newest is not None:
-        _restore(training, newest)
+        _restore(training, newest, fork)
     else:
         training.start_norm = plan.start_norm(recipe.adapter, adapter)
     return training
@@ -237,12 +247,13 @@ def _trained_facts(facts: Facts, recipe: Recipe) -> Facts:
     return dataclasses.replace(freed(dataclasses.replace(facts, guidance=guidance)), text_padding=recipe.text_padding)
 
 
-def _restore(training: Training, newest: Checkpoint) -> None:
+def _restore(training: Training, newest: Checkpoint, fork: bool) -> None:
     state = newest.state()
-    for key, thing in (("model_hash", "weights of the base model"), ("data_hash", "pictures, captions or encoders")):
-        if state[key] != training.identity[key]:
-            mend = "put them back as they were, or choose another `out`"
-            raise RunError(f"the {thing} have changed since this run began", where=newest.path, mend=mend)
+    if state["model_hash"] != training.identity["model_hash"]:
+        mend = "put them back as they were, or choose another `out`"
+        raise RunError("the weights of the base model have changed since this run began", where=newest.path, mend=mend)
+    recipe, world, now = training.recipe, training.ranks.world, training.identity["data_hash"]
+    training.forks = forks.history(training.run, recipe, world, newest.step, state, now, fork=fork)
     here = _machine(training.device)
     for key, value in here.items():
         if state.get(key) != value:
@@ -300,6 +311,7 @@ def _origin(training: Training) -> dict[str, str]:
         "guidance": str(training.facts.guidance),
         "licence": training.facts.licence,
         "libreflux": __version__,
+        **({"forked_at": " ".join(str(one["step"]) for one in training.forks)} if training.forks else {}),
     }
 
 

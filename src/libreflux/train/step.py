@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -91,6 +92,7 @@ class Training:
         identity: hashes of what a resumed run must find unchanged.
         start_norm: ||delta|| / ||W|| of the adapter before the first step; None in a resumed run.
         skips: the steps that were skipped.
+        forks: the changes of the recipe so far, see `train.forks`.
     """
 
     recipe: Recipe
@@ -108,6 +110,7 @@ class Training:
     step: int = 0
     start_norm: float | None = None
     skips: Skips = field(default_factory=Skips)
+    forks: Sequence[dict[str, Any]] = ()
 
     def started(self) -> Started:
         recipe, samples = self.recipe, self.batches.samples
