@@ -95,6 +95,10 @@ class Recipe(Section):
     gradient_norms: bool = Field(
         default=False, description="also write the gradient norm of each group of layers to metrics.jsonl"
     )
+    tensorboard: bool = Field(
+        default=False,
+        description="also write curves and sample sheets to out/tensorboard; needs libreflux[tensorboard]",
+    )
     save: SaveSpec = Field(default_factory=SaveSpec, description="checkpoints")
     guidance: Real | None = Field(
         default=None, ge=0, description="embedded guidance to train at, for a model that has one (FLUX.1-dev)"
@@ -183,6 +187,7 @@ _INDECISIVE = frozenset(
         "save",
         "device",
         "gradient_norms",
+        "tensorboard",
         "max_quarantined",
         "max_skipped",
         "ema",
