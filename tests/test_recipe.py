@@ -265,6 +265,8 @@ def test_the_fingerprint_follows_what_decides_the_numbers() -> None:
         "save.keep=9",
         "steps=99",
         "gradient_norms=true",
+        "tensorboard=true",
+        "max_skipped=1",
         "ema=[]",
     ):
         assert load_recipe(None, [*LEAST, harmless]).fingerprint() == base.fingerprint(), harmless

@@ -82,6 +82,11 @@ class Recipe(Section):
         default=False, description="keep each block's input alone and compute it again in backward: less memory, slower"
     )
     steps: Whole = Field(ge=1, description="optimizer steps of the whole run")
+    max_skipped: Whole = Field(
+        default=5,
+        ge=1,
+        description="steps without a finite loss and gradient are skipped; so many in a row end the run",
+    )
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec, description="AdamW and its learning rate")
     ema: tuple[Real, ...] = Field(
         default=(0.05, 0.1), description="relative widths (sigma_rel) of the averages that are tracked; []: none"
@@ -89,6 +94,10 @@ class Recipe(Section):
     samples: SampleSpec = Field(default_factory=SampleSpec, description="pictures drawn while training")
     gradient_norms: bool = Field(
         default=False, description="also write the gradient norm of each group of layers to metrics.jsonl"
+    )
+    tensorboard: bool = Field(
+        default=False,
+        description="also write curves and sample sheets to out/tensorboard; needs libreflux[tensorboard]",
     )
     save: SaveSpec = Field(default_factory=SaveSpec, description="checkpoints")
     guidance: Real | None = Field(
@@ -182,7 +191,20 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(self.decisive(world), sort_keys=True).encode()).hexdigest()
 
 
-_INDECISIVE = frozenset({"out", "cache", "samples", "save", "device", "gradient_norms", "max_quarantined", "ema"})
+_INDECISIVE = frozenset(
+    {
+        "out",
+        "cache",
+        "samples",
+        "save",
+        "device",
+        "gradient_norms",
+        "tensorboard",
+        "max_quarantined",
+        "max_skipped",
+        "ema",
+    }
+)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

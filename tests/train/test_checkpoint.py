@@ -137,7 +137,7 @@ def test_a_changed_recipe_is_refused_by_key_with_both_values(tmp_path: Path) -> 
 
 def test_a_source_that_is_added_is_a_change(tmp_path: Path) -> None:
     _begun(tmp_path)
-    with pytest.raises(RunError, match=r"data\.1\.path \(absent -> 'scans'\)"):
+    with pytest.raises(RunError, match=r"data\.1\.path \(none -> 'scans'\)"):
         checkpoint.check_recipe(tmp_path, _recipe(data=[{"path": "photos"}, {"path": "scans"}]))
 
 

@@ -105,7 +105,8 @@ def demo(
     with _timed(times, "drawing after"):
         after = _draw(str(model), "after")
 
-    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    steps_told = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    losses = [told["loss"] for told in steps_told if told["loss"] is not None]  # null: a step that was skipped
     page = demo_page.write(
         out, before=before, after=after, prompts=PROMPTS, guidance=GUIDANCE, examples=sorted(data.glob("*.png"))[:8],
         losses=losses, times=times, commands=_by_hand(out, pictures), recipe=text,

@@ -8,12 +8,14 @@ from statistics import fmean
 from types import TracebackType
 from typing import Any
 
+import psutil
 import torch
 import typer
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from PIL import Image
 
 from libreflux.adapter.targets import table
+from libreflux.cli.board import Board, require_tensorboard
 from libreflux.cli.progress import Report, progress
 from libreflux.data.cache import Cache
 from libreflux.model.facts import Facts
@@ -25,15 +27,28 @@ from libreflux.sample.pipeline import LibreFluxPipeline
 from libreflux.train.callbacks import Callbacks, Started, StepInfo
 
 
+def memory_used() -> int:
+    """Bytes: the peak of what torch holds on CUDA, once it is used; else what this process holds in memory now."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return int(torch.cuda.max_memory_allocated())
+    return int(psutil.Process().memory_info().rss)
+
+
 class ShowTraining(Callbacks):
-    """Progress on stderr, sample sheets in RUN/samples/step-00000500.png; a context, so that its bar ends with it.
+    """Progress on stderr, sample sheets in RUN/samples/step-00000500.png, curves for TensorBoard if the recipe says so;
+    a context, so that its bar ends with it.
 
     Args:
         recipe: the run's.
+
+    Raises:
+        RunError: the recipe asks for TensorBoard, which is not installed.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        if recipe.tensorboard:
+            require_tensorboard()
         self.losses: list[float] = []
         self.kept: list[float] = []
         self._bars = ExitStack()
@@ -41,6 +56,7 @@ class ShowTraining(Callbacks):
         self._doing = ""
         self._facts: Facts | None = None
         self._vae: AutoencoderKL | None = None
+        self._board: Board | None = None
 
     def __enter__(self) -> ShowTraining:
         return self
@@ -49,6 +65,8 @@ class ShowTraining(Callbacks):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.close()
+        if self._board is not None:
+            self._board.close()
 
     def on_prepare(self, done: int, total: int, note: str = "") -> None:
         self._bar("preparing", "item")(done, total, note)
@@ -57,6 +75,8 @@ class ShowTraining(Callbacks):
         self._bars.close()
         self._doing = ""
         self._facts = started.facts
+        if self.recipe.tensorboard:
+            self._board = Board(started.run, started.step)
         typer.echo(table(started.resolved), err=True)
         begun = f"resumes after step {started.step}" if started.step else "begins"
         line = f"{begun}: {started.steps} steps, {started.pictures} pictures, {started.epoch_steps} steps an epoch"
@@ -72,10 +92,14 @@ class ShowTraining(Callbacks):
             self.losses.append(info.loss)
         if info.regularisation_loss is not None:
             self.kept.append(info.regularisation_loss)
+        if self._board is not None:
+            self._board.add_step(info)
         told = (("loss", self.losses), ("regularisation", self.kept))
         parts = [f"{name} {fmean(losses[-50:]):.4f}" for name, losses in told if losses]
-        note = ", ".join([*parts, f"{info.pictures_per_second:.3g} pictures/s"])
-        self._bar("training", "step")(info.step, info.steps, note)
+        parts += [f"gradient {info.gradient_norm:.3g}"] if info.gradient_norm is not None else []
+        parts += [f"{info.pictures_per_second:.3g} pictures/s", f"{memory_used() / 1e9:.3g} GB"]
+        parts += [f"{info.skipped} skipped"] if info.skipped else []
+        self._bar("training", "step")(info.step, info.steps, ", ".join(parts))
 
     def on_sample(self, step: int, transformer: FluxTransformer2DModel) -> None:
         wanted = self.recipe.samples
@@ -83,6 +107,12 @@ class ShowTraining(Callbacks):
             return
         picture = self.sample_sheet(transformer)
         save_png(picture, Path(self.recipe.out) / "samples" / f"step-{step:08d}.png")
+        if self._board is not None:
+            self._board.add_sheet(step, picture)
+
+    def on_save(self, step: int, folder: Path) -> None:
+        if self._board is not None:
+            self._board.flush()  # what a kill costs from here on is trained, and written, again
 
     def sample_sheet(self, transformer: FluxTransformer2DModel) -> Image.Image:
         """The recipe's sample prompts (rows) at its guidance scales (columns), drawn with a live transformer."""

@@ -47,29 +47,35 @@ class StepInfo:
         step: finished steps, this one included.
         steps: of the whole run.
         epoch: from 0.
-        loss: mean over the step's pictures, regularised ones left out; None in a step of those alone.
-        gradient_norm: before clipping.
+        loss: mean over the step's pictures, regularised ones left out; None in a step of those alone or a skipped one.
+        gradient_norm: before clipping; None in a step that was skipped.
         learning_rate: that this step used.
         seconds: wall time of the step.
         sample_ids: the step's pictures, in slot order.
         sigmas: the noise level of each.
         losses: the loss of each.
+        sigma_means: mean noise level of each rank's pictures; None for a rank without any.
         group_norms: layer group -> gradient norm before clipping, if the recipe asks for `gradient_norms`.
         regularisation_loss: mean over the step's regularised pictures; None without any.
+        at_fault: the pictures for which this step was skipped, see `train.skips`; none in any other.
+        skipped: steps of the run that were skipped so far, this one included.
     """
 
     step: int
     steps: int
     epoch: int
     loss: float | None
-    gradient_norm: float
+    gradient_norm: float | None
     learning_rate: float
     seconds: float
     sample_ids: Sequence[str]
     sigmas: Sequence[float]
     losses: Sequence[float]
+    sigma_means: Sequence[float | None] = ()
     group_norms: dict[str, float] | None = None
     regularisation_loss: float | None = None
+    at_fault: Sequence[str] = ()
+    skipped: int = 0
 
     @property
     def pictures_per_second(self) -> float:
