@@ -1,0 +1,1 @@
+"""How free a model is: measures on held-out pictures."""
