@@ -39,8 +39,8 @@ def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
     assert process.wait(300) == 0, "\n".join(path.read_text()[-2000:] for path in folder.glob("*.log"))
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
 
 
 @pytest.fixture
@@ -69,13 +69,21 @@ def test_rank_and_sigma_are_independent() -> None:
     assert scipy.stats.chi2_contingency(table).pvalue > 1e-4
 
 
-def test_two_processes_are_one_with_twice_the_passes(tree: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    both, alone = start(tmp_path, tree("two", accumulate=1), 2), start(tmp_path, tree("one", accumulate=2), 1)
+def test_two_processes_are_one_with_twice_the_passes(
+    tree: Callable[..., dict[str, Any]], tmp_path: Path, share: float
+) -> None:
+    watched = {"held_out": {"share": share, "every": 8}}
+    both = start(tmp_path, tree("two", accumulate=1, **watched), 2)
+    alone = start(tmp_path, tree("one", accumulate=2, **watched), 1)
     finish(both, tmp_path)  # with equal replicas: the run compares them before it saves
     finish(alone, tmp_path)
     for a, b in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-5)
+    measured, expected = (metrics(tmp_path / name, "held_out.jsonl") for name in ("two", "one"))
+    assert [line["step"] for line in measured] == [0, 8, 16, 20]
+    for a, b in zip(measured, expected, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     two, one = (load_adapter(tmp_path / name / "adapter.safetensors").tensors for name in ("two", "one"))
     for name, tensor in two.items():
         torch.testing.assert_close(tensor, one[name], rtol=1e-3, atol=1e-5)

@@ -100,6 +100,10 @@ class Batches:
         digest.update(json.dumps([sources, views, self.cache.settings], sort_keys=True).encode())
         return digest.hexdigest()
 
+    def text(self, captions: Sequence[str]) -> TextConditioning:
+        """Conditioning of captions of these samples, or of the empty prompt, in this order."""
+        return self._encode(captions)
+
     def batch(self, unit: Unit) -> Batch:
         """The pictures and prompts of one unit.
 
@@ -120,7 +124,7 @@ class Batches:
             latents.append(self.cache.latents(sample.id, self._crop(source, sample, self._views[view], visit)))
             ids.append(sample.id)
             weights.append(source.loss_weight)
-        text = self._encode(captions)
+        text = self.text(captions)
         return Batch(torch.stack(latents), text, tuple(ids), captions, unit.slots, torch.tensor(weights))
 
     def _crop(self, source: DataSource, sample: Sample, view: View, visit: int) -> str:
