@@ -159,6 +159,11 @@ def test_what_comes_later_is_refused_as_such(override: str) -> None:
         ("adapter={preset: libreflux-600m, targets: [{layers: '**'}]}", "targets and preset each choose the layers"),
         ("adapter={init_from: a.safetensors, init: ones}", "init_from is the start; remove init"),
         ("ema=[0.1, 0.1]", "different widths"),
+        ("held_out.share=1", "held_out.share"),
+        ("held_out.every=5", "share or path must say which pictures"),
+        ("held_out={share: 0.1, path: more}", "share and path each choose the pictures"),
+        ("held_out={share: 0.1, sigmas: [0.5, 0.5]}", "the same value twice"),
+        ("held_out={share: 0.1, sigmas: [1]}", "held_out.sigmas.0"),
         ("sigmas.alpha=0", "sigmas.alpha"),
         ("sigmas.shift=0", "sigmas.shift"),
         ("sigmas.std=2", "std belongs to the logit-normal law and does nothing under beta"),
@@ -268,9 +273,18 @@ def test_the_fingerprint_follows_what_decides_the_numbers() -> None:
         "tensorboard=true",
         "max_skipped=1",
         "ema=[]",
+        "held_out={path: more, every: 7, pictures: 8, sigmas: [0.5]}",
     ):
         assert load_recipe(None, [*LEAST, harmless]).fingerprint() == base.fingerprint(), harmless
-    for decisive in ("seed=1", "batch=2", "model=x", "data.0.repeats=2", "optimizer.clip=null", "adapter.scale=2e-3"):
+    for decisive in (
+        "seed=1",
+        "batch=2",
+        "model=x",
+        "data.0.repeats=2",
+        "optimizer.clip=null",
+        "adapter.scale=2e-3",
+        "held_out.share=0.1",
+    ):
         assert load_recipe(None, [*LEAST, decisive]).fingerprint() != base.fingerprint(), decisive
     falling = [*LEAST, "optimizer.schedule=cosine"]
     assert load_recipe(None, falling).fingerprint() != load_recipe(None, [*falling, "steps=99"]).fingerprint()
@@ -315,7 +329,7 @@ def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
 
 def test_every_key_says_what_it_is() -> None:
     seen = list(sections(Recipe))
-    assert len(seen) == 8
+    assert len(seen) == 9
     for section in seen:
         for name, field in section.model_fields.items():
             assert field.description, f"{section.__name__}.{name}"

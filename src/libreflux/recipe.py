@@ -20,6 +20,7 @@ from libreflux.errors import RecipeError
 from libreflux.recipe_sections import (
     AdapterSpec,
     DataSource,
+    HeldOutSpec,
     OptimizerSpec,
     Real,
     SampleSpec,
@@ -34,6 +35,7 @@ from libreflux.recipe_sections import (
 __all__ = [
     "AdapterSpec",
     "DataSource",
+    "HeldOutSpec",
     "OptimizerSpec",
     "Recipe",
     "SampleSpec",
@@ -92,6 +94,9 @@ class Recipe(Section):
         default=(0.05, 0.1), description="relative widths (sigma_rel) of the averages that are tracked; []: none"
     )
     samples: SampleSpec = Field(default_factory=SampleSpec, description="pictures drawn while training")
+    held_out: HeldOutSpec = Field(
+        default_factory=HeldOutSpec, description="pictures that are never trained on, measured while training"
+    )
     gradient_norms: bool = Field(
         default=False, description="also write the gradient norm of each group of layers to metrics.jsonl"
     )
@@ -177,13 +182,14 @@ class Recipe(Section):
 
         Of ``accumulate`` and the number of processes, ``world``, it is the product.
 
-        Where things are written, what is drawn and how often is saved do not; nor does the number of steps when the
-        learning rate does not depend on it.
+        Where things are written, what is drawn or measured and how often is saved do not; nor does the number of steps
+        when the learning rate does not depend on it. Of ``held_out`` the share alone does: it takes pictures away.
         """
         kept = {name: value for name, value in self.resolved().items() if name not in _INDECISIVE}
         if self.optimizer.schedule == "constant":
             del kept["steps"]
         kept["accumulate"] *= world
+        kept["held_out"] = {"share": self.held_out.share}
         return kept
 
     def fingerprint(self, world: int = 1) -> str:

@@ -251,6 +251,46 @@ class SampleSpec(Section):
         return self
 
 
+class HeldOutSpec(Section):
+    """Pictures that are never trained on, and what is measured on them while training."""
+
+    share: Real = Field(
+        default=0.0, ge=0, lt=1, description="share of the pictures of data, chosen by their content; 0: none"
+    )
+    path: str | None = Field(
+        default=None, min_length=1, description="folder of other captioned pictures, instead of a share"
+    )
+    every: Whole = Field(default=500, ge=0, description="steps between measurements, from step 0 on; 0: none")
+    pictures: Whole = Field(default=64, ge=1, description="at most so many of them are measured")
+    sigmas: tuple[Annotated[Real, Field(gt=0, lt=1)], ...] = Field(
+        default=(0.1, 0.3, 0.5, 0.7, 0.9), min_length=1, description="noise levels to measure at"
+    )
+
+    @property
+    def chosen(self) -> bool:
+        """Whether there are held-out pictures."""
+        return self.share > 0 or self.path is not None
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether they are measured after `step` of `steps` steps."""
+        return self.chosen and self.every > 0 and (step % self.every == 0 or step == steps)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_idle_key(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value and not {"share", "path"} & value.keys():
+            raise ValueError("share or path must say which pictures are held out")
+        return value
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> HeldOutSpec:
+        if self.share > 0 and self.path is not None:
+            raise ValueError("share and path each choose the pictures; keep one")
+        if len(set(self.sigmas)) < len(self.sigmas):
+            raise ValueError("sigmas has the same value twice")
+        return self
+
+
 class SaveSpec(Section):
     """Checkpoints."""
 

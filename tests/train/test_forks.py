@@ -52,7 +52,7 @@ def test_a_changed_recipe_goes_on_only_with_fork_and_is_remembered(recipe_tree: 
     assert (out / checkpoint.RECIPE).read_bytes() == before
     steps = run(tree, fork=True)
 
-    samples = prepare_recipe(Recipe.model_validate(tree)).samples
+    samples = prepare_recipe(Recipe.model_validate(tree))[0].samples
     plans = [step_plan(0, step, samples, 1, 1, 1) for step in (2, 3)]
     assert [info.step for info in steps] == [3, 4]
     assert [info.epoch for info in steps] == [unit.epoch for [unit] in plans]

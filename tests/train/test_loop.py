@@ -61,6 +61,9 @@ class Recorder(Callbacks):
     def on_sample(self, step: int, transformer: FluxTransformer2DModel) -> None:
         self.tell("sample", step)
 
+    def on_measure(self, step: int, transformer: FluxTransformer2DModel) -> None:
+        self.tell("measure", step)
+
     def on_save(self, step: int, folder: Path) -> None:
         self.tell("save", step)
 
@@ -75,7 +78,7 @@ def _fit(tree: dict[str, Any], **at: Any) -> tuple[Recorder, Path]:
 
 def _held_out_loss(transformer: FluxTransformer2DModel, tree: dict[str, Any]) -> float:
     """Mean loss over every picture at 12 noises and sigmas that no training step draws."""
-    batches = prepare_recipe(Recipe.model_validate(tree))
+    batches, _ = prepare_recipe(Recipe.model_validate(tree))
     [unit] = step_plan(0, 0, batches.samples, 1, PICTURES, 1)
     batch, total = batches.batch(unit), 0.0
     for draw in range(12):
@@ -316,6 +319,22 @@ def test_a_resumed_run_draws_the_samples_that_a_kill_may_have_cost(recipe_tree: 
         _fit(tree, at={("step", 2): lambda: os.kill(os.getpid(), signal.SIGTERM)})
     recorder, _ = _fit(tree)
     assert recorder.events[:3] == [("start", 2), ("sample", 2), ("step", 3)]
+
+
+def test_held_out_pictures_are_measured_and_never_trained_on(recipe_tree: Tree, tmp_path: Path, share: float) -> None:
+    tree = recipe_tree(tmp_path / "run", steps=5, held_out={"share": share, "every": 2}, save={"every": 4})
+    recorder, _ = _fit(tree)
+    assert recorder.started is not None and recorder.started.held_out is not None
+    [apart] = recorder.started.held_out.sample_ids
+    shown = {name for info in recorder.steps for name in info.sample_ids}
+    assert len(shown) == PICTURES - 1 and apart not in shown
+    steps = [("step", step) for step in range(1, 6)]
+    assert recorder.events == [
+        ("start", 0), ("measure", 0), steps[0], steps[1], ("measure", 2), steps[2], steps[3], ("save", 4),
+        ("measure", 4), steps[4], ("save", 5), ("measure", 5),
+    ]  # fmt: skip
+    with pytest.raises(RunError, match=r"held_out\.share"):
+        _fit({**tree, "steps": 6, "held_out": {}})
 
 
 # ---- what it refuses ----------------------------------------------------------------------------------------------

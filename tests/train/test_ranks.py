@@ -47,8 +47,8 @@ def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
     assert process.wait(300) == 0, "\n".join(path.read_text()[-2000:] for path in folder.glob("*.log"))
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
 
 
 @pytest.fixture
@@ -75,12 +75,16 @@ def test_rank_and_sigma_are_independent() -> None:
     assert scipy.stats.chi2_contingency(table).pvalue > 1e-4
 
 
-def test_two_processes_are_one_with_twice_the_passes(tree: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    """One picture is poisoned: both runs skip the same steps."""
-    samples = prepare_recipe(Recipe.model_validate(tree("one", accumulate=2))).samples
+def test_two_processes_are_one_with_twice_the_passes(
+    tree: Callable[..., dict[str, Any]], tmp_path: Path, share: float
+) -> None:
+    """One picture is held out and one is poisoned: both runs skip the same steps."""
+    watched = {"held_out": {"share": share, "every": 8}}
+    samples = prepare_recipe(Recipe.model_validate(tree("one", accumulate=2, **watched)))[0].samples
     poisoned = poison_latents(tmp_path / "one-cache", 1)
     shutil.copytree(tmp_path / "one-cache", tmp_path / "two-cache")
-    both, alone = start(tmp_path, tree("two", accumulate=1), 2), start(tmp_path, tree("one", accumulate=2), 1)
+    both = start(tmp_path, tree("two", accumulate=1, **watched), 2)
+    alone = start(tmp_path, tree("one", accumulate=2, **watched), 1)
     finish(both, tmp_path)  # with equal replicas: the run compares them before it saves
     finish(alone, tmp_path)
     for a, b in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
@@ -90,7 +94,11 @@ def test_two_processes_are_one_with_twice_the_passes(tree: Callable[..., dict[st
         units = step_plan(0, a["step"] - 1, samples, 2, 2, 1)
         shares = [len(unit.items) * mean for unit, mean in zip(units, a["sigma_mean"], strict=True) if unit.items]
         assert b["sigma_mean"] == [pytest.approx(sum(shares) / units[0].total, rel=1e-6)]
-    assert sum("skipped" in line for line in metrics(tmp_path / "two")) == 10  # one of an epoch's two steps
+    assert 0 < sum("skipped" in line for line in metrics(tmp_path / "two")) < 20
+    measured, expected = (metrics(tmp_path / name, "held_out.jsonl") for name in ("two", "one"))
+    assert [line["step"] for line in measured] == [0, 8, 16, 20]
+    for a, b in zip(measured, expected, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     two, one = (load_adapter(tmp_path / name / "adapter.safetensors").tensors for name in ("two", "one"))
     for name, tensor in two.items():
         torch.testing.assert_close(tensor, one[name], rtol=1e-3, atol=1e-5)

@@ -18,12 +18,15 @@ from libreflux.adapter.targets import table
 from libreflux.cli.board import Board, require_tensorboard
 from libreflux.cli.progress import Report, progress
 from libreflux.data.cache import Cache
+from libreflux.data.held_out import HeldOut
 from libreflux.model.facts import Facts
 from libreflux.model.family import open_model
+from libreflux.probe.held_out import measure_held_out
 from libreflux.recipe import Recipe
 from libreflux.sample.grid import sheet
 from libreflux.sample.metadata import save_png
 from libreflux.sample.pipeline import LibreFluxPipeline
+from libreflux.train import checkpoint
 from libreflux.train.callbacks import Callbacks, Started, StepInfo
 
 
@@ -35,8 +38,7 @@ def memory_used() -> int:
 
 
 class ShowTraining(Callbacks):
-    """Progress on stderr, sample sheets in RUN/samples/step-00000500.png, curves for TensorBoard if the recipe says so;
-    a context, so that its bar ends with it.
+    """Progress on stderr; sample sheets, held-out measures and curves in the run folder. A context: so its bar ends.
 
     Args:
         recipe: the run's.
@@ -57,6 +59,7 @@ class ShowTraining(Callbacks):
         self._facts: Facts | None = None
         self._vae: AutoencoderKL | None = None
         self._board: Board | None = None
+        self._held_out: HeldOut | None = None
 
     def __enter__(self) -> ShowTraining:
         return self
@@ -74,12 +77,15 @@ class ShowTraining(Callbacks):
     def on_start(self, started: Started) -> None:
         self._bars.close()
         self._doing = ""
-        self._facts = started.facts
+        self._facts, self._held_out = started.facts, started.held_out
+        checkpoint.rewind(started.run / checkpoint.HELD_OUT, started.step)
         if self.recipe.tensorboard:
             self._board = Board(started.run, started.step)
         typer.echo(table(started.resolved), err=True)
         begun = f"resumes after step {started.step}" if started.step else "begins"
         line = f"{begun}: {started.steps} steps, {started.pictures} pictures, {started.epoch_steps} steps an epoch"
+        if started.held_out is not None:
+            line += f", {len(started.held_out)} others are measured"
         line += f", {started.padding_share:.1%} of the text is padding, run folder {started.run}"
         typer.echo(line, err=True)
         if started.start_norm is not None:
@@ -100,6 +106,26 @@ class ShowTraining(Callbacks):
         parts += [f"{info.pictures_per_second:.3g} pictures/s", f"{memory_used() / 1e9:.3g} GB"]
         parts += [f"{info.skipped} skipped"] if info.skipped else []
         self._bar("training", "step")(info.step, info.steps, ", ".join(parts))
+
+    def on_measure(self, step: int, transformer: FluxTransformer2DModel) -> None:
+        recipe, held_out = self.recipe, self._held_out
+        assert held_out is not None
+
+        def told(done: int) -> None:
+            if self._doing == "training":
+                note = f"{done} of {len(held_out)} held-out pictures measured"
+                self._bar("training", "step")(step, recipe.steps, note)
+
+        found = measure_held_out(
+            transformer,
+            held_out,
+            sigmas=recipe.held_out.sigmas,
+            batch=recipe.batch,
+            guidance=recipe.guidance,
+            on_batch=told,
+        )
+        checkpoint.record(Path(recipe.out) / checkpoint.HELD_OUT, {"step": step, **found.as_json()})
+        typer.echo(f"step {step}: {found.line()}", err=True)
 
     def on_sample(self, step: int, transformer: FluxTransformer2DModel) -> None:
         wanted = self.recipe.samples

@@ -25,6 +25,7 @@ from libreflux.data.crops import View, views
 from libreflux.data.digests import FileMemory, encoder_digests
 from libreflux.data.disk import check_disk
 from libreflux.data.encode import Crop, count_tokens, encode_crops, encode_texts, open_text
+from libreflux.data.held_out import HeldOut, refuse_trained, split
 from libreflux.data.index import INDEX, latents_key, text_key
 from libreflux.data.quarantine import report_quarantine
 from libreflux.data.sources import Part, Quarantined, Sample, read_source
@@ -41,26 +42,48 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WHOLE: Part = (0, 1)
 
 
-def prepare_recipe(recipe: Recipe, *, device: str = "cpu", progress: Progress | None = None) -> Batches:
-    """Prepares what a recipe trains on, its sample prompts too, and gives the batches of its epochs.
+def prepare_recipe(
+    recipe: Recipe, *, device: str = "cpu", progress: Progress | None = None
+) -> tuple[Batches, HeldOut | None]:
+    """Prepares what a recipe needs, its sample prompts too.
 
     Args:
-        recipe: its model, data, crops, resolutions, text padding, text cache, cache folder and seed are used.
+        recipe: its model, data, held-out pictures, crops, resolutions, text padding, text cache, cache folder and seed
+            are used.
         device: where the encoders run.
         progress: see :func:`prepare`.
+
+    Returns:
+        The batches of its epochs, and the held-out pictures, which are in none of them; None if it asks for none.
+
+    Raises:
+        DataError: also for held-out pictures that are trained on, or a share that holds out nothing or everything.
     """
     cache, sources = prepare_cache(recipe, device=device, progress=progress)
     encode = _online(recipe, device) if recipe.text_cache == "none" else None
-    return Batches(cache, sources, views=views(recipe.crop, recipe.resolution), seed=recipe.seed, encode=encode)
+    wanted, shown = recipe.held_out, views(recipe.crop, recipe.resolution)
+    if wanted.path is None:
+        trained, held_out = split(sources, wanted.share)
+    else:
+        trained, held_out = sources[:-1], sources[-1:]
+        refuse_trained(held_out, trained)
+    batches = Batches(cache, trained, views=shown, seed=recipe.seed, encode=encode)
+    if not wanted.chosen:
+        return batches, None
+    return batches, HeldOut(cache, held_out, view=shown[0], count=wanted.pictures, encode=encode)
 
 
 def prepare_cache(
     recipe: Recipe, *, device: str = "cpu", part: Part = WHOLE, progress: Progress | None = None
 ) -> tuple[Cache, Sources]:
-    """Prepares what a recipe trains on, or a part of it; see :func:`prepare`."""
+    """Prepares what a recipe trains on and holds out, or a part of it; see :func:`prepare`.
+
+    The folder of ``held_out.path`` is the last source.
+    """
+    apart = [] if recipe.held_out.path is None else [DataSource(path=recipe.held_out.path)]
     return prepare(
         recipe.model,
-        recipe.data,
+        [*recipe.data, *apart],
         views=views(recipe.crop, recipe.resolution),
         text_padding=recipe.text_padding,
         out=recipe.cache_dir,

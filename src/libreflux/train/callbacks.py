@@ -9,6 +9,7 @@ from pathlib import Path
 from diffusers import FluxTransformer2DModel
 
 from libreflux.adapter.targets import Resolved
+from libreflux.data.held_out import HeldOut
 from libreflux.model.facts import Facts
 
 
@@ -21,6 +22,7 @@ class Started:
         step: steps already finished; 0 for a new run.
         steps: of the whole run.
         pictures: samples of the data: each picture once in each view.
+        held_out: pictures that are never trained on; None if the recipe asks for none.
         epoch_steps: steps of the first epoch.
         padding_share: share of its text tokens that are padding.
         facts: of the model that is trained: the base's, freed of a distillation's own defaults.
@@ -37,6 +39,7 @@ class Started:
     facts: Facts
     resolved: Sequence[Resolved]
     start_norm: float | None = None
+    held_out: HeldOut | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +101,12 @@ class Callbacks:
         """Time for sample pictures after `step` steps; the transformer is the live one, leave it as it is.
 
         The checkpoint of `step`, if one is due, is already written. A run that is resumed at `step` calls this again.
+        """
+
+    def on_measure(self, step: int, transformer: FluxTransformer2DModel) -> None:
+        """Time to measure the held-out pictures after `step` steps, 0 and the last included; else as `on_sample`.
+
+        Under torchrun the other processes wait, for `ranks.TIMEOUT` seconds at most.
         """
 
     def on_save(self, step: int, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
     RUN/recipe.json                                   what this run was started with, and each later fork
     RUN/metrics.jsonl                                 one line per finished step
+    RUN/held_out.jsonl                                one line per measurement of the held-out pictures
     RUN/checkpoints/step-00000500/adapter.safetensors      only what is trained
                                  /optimizer.safetensors
                                  /ema.safetensors          its averages, if the recipe asks for some
@@ -40,6 +41,7 @@ AVERAGES = "ema.safetensors"
 STATE = "state.json"
 RECIPE = "recipe.json"
 METRICS = "metrics.jsonl"
+HELD_OUT = "held_out.jsonl"
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -139,7 +141,7 @@ def recover(run: Path) -> Checkpoint | None:
     with the run locked.
     """
     folder = run / FOLDER
-    for name in (ADAPTER, RECIPE, METRICS):
+    for name in (ADAPTER, RECIPE, METRICS, HELD_OUT):
         for path in run.glob(f".{name}.tmp-*"):
             path.unlink()
     if folder.is_dir():
@@ -279,7 +281,7 @@ class Metrics:
 
     def __init__(self, run: Path, step: int) -> None:
         self._path = run / METRICS
-        rewind_metrics(run, step)
+        rewind(self._path, step)
 
     def __enter__(self) -> Metrics:
         self._file = open(self._path, "a", encoding="utf-8", buffering=1)
@@ -293,9 +295,8 @@ class Metrics:
         self._file.write(json.dumps(line) + "\n")
 
 
-def rewind_metrics(run: Path, step: int) -> None:
-    """Drops the lines of RUN/metrics.jsonl after `step` and a torn last line: those steps are trained again."""
-    path = run / METRICS
+def rewind(path: Path, step: int) -> None:
+    """Drops the lines of a .jsonl file after `step` and a torn last line: those steps are trained again."""
     if not path.exists():
         return
     kept = []
@@ -307,3 +308,10 @@ def rewind_metrics(run: Path, step: int) -> None:
         if number <= step:
             kept.append(line + "\n")
     files.atomic_write_text(path, "".join(kept))
+
+
+def record(path: Path, line: Mapping[str, Any]) -> None:
+    """Writes a JSON object into a .jsonl file in place of all lines from its `step` on."""
+    rewind(path, line["step"] - 1)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line, allow_nan=False) + "\n")

@@ -105,6 +105,8 @@ def _train(training: Training, callbacks: Callbacks) -> Checkpoint:
     callbacks.on_start(training.started())
     saved: Checkpoint | None = None
     with StopRequest() as stop, _metrics(training) as metrics:
+        if recipe.held_out.due(first, recipe.steps):
+            callbacks.on_measure(first, training.transformer)
         if _sample_due(recipe, first):
             _sample(training, callbacks)
         while training.step < recipe.steps:
@@ -123,7 +125,10 @@ def _train(training: Training, callbacks: Callbacks) -> Checkpoint:
             snapshots = recipe.save.averages_every if ranks.first and recipe.ema else None
             if snapshots and training.step % snapshots == 0:
                 _write_averages(training, ema.snapshot_path(training.run, training.step))
-            if _sample_due(recipe, training.step) and (last or stop.signum is None):
+            watched = last or stop.signum is None
+            if watched and recipe.held_out.due(training.step, recipe.steps):
+                callbacks.on_measure(training.step, training.transformer)
+            if watched and _sample_due(recipe, training.step):
                 _sample(training, callbacks)
         if training.step > (saved.step if saved else first):
             saved = _save(training, callbacks)
@@ -209,7 +214,7 @@ def _open(
     with memory.explained("preparing", recipe, memory.PREPARING):
         if ranks.world > 1:
             prepare_cache(recipe, device=device, part=(ranks.rank, ranks.world), progress=callbacks.on_prepare)
-        batches = ranks.in_turn(
+        batches, held_out = ranks.in_turn(
             lambda: prepare_recipe(recipe, device=device, progress=callbacks.on_prepare),
             lambda: prepare_recipe(recipe, device=device),
         )
@@ -232,6 +237,7 @@ def _open(
         ranks=ranks,
         batches=batches,
         device=device,
+        held_out=held_out,
         identity={"model_hash": weights_hash(model.path), "data_hash": batches.fingerprint()},
     )
     if newest is not None:

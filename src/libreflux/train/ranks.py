@@ -24,7 +24,7 @@ from libreflux.errors import RunError
 T = TypeVar("T")
 
 TIMEOUT = 1800.0
-"""Seconds that a rank waits for the others, e.g. while the first one prepares or saves."""
+"""Seconds that a rank waits for the others, e.g. while the first one prepares, saves, draws or measures."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from libreflux import keyed
 from libreflux.adapter.files import Adapter
 from libreflux.adapter.targets import Resolved, group
 from libreflux.data.batches import Batch, Batches
+from libreflux.data.held_out import HeldOut
 from libreflux.data.order import Unit, padding_share, step_plan, steps_of_epoch
 from libreflux.errors import RunError
 from libreflux.flow.sigmas import independent, make_law, stratified
@@ -111,6 +112,7 @@ class Training:
     start_norm: float | None = None
     skips: Skips = field(default_factory=Skips)
     forks: Sequence[dict[str, Any]] = ()
+    held_out: HeldOut | None = None
 
     def started(self) -> Started:
         recipe, samples = self.recipe, self.batches.samples
@@ -124,6 +126,7 @@ class Training:
             facts=self.facts,
             resolved=self.resolved,
             start_norm=self.start_norm,
+            held_out=self.held_out,
         )
 
     def require_replicas(self) -> None:
