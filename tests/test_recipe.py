@@ -169,10 +169,23 @@ def test_what_comes_later_is_refused_as_such(override: str) -> None:
         ("adapter={preset: libreflux-600m, targets: [{layers: '**'}]}", "targets and preset each choose the layers"),
         ("adapter={init_from: a.safetensors, init: ones}", "init_from is the start; remove init"),
         ("ema=[0.1, 0.1]", "different widths"),
+        ("held_out.share=1", "held_out.share"),
+        ("held_out.every=5", "share or path must say which pictures"),
+        ("held_out={share: 0.1, path: more}", "share and path each choose the pictures"),
+        ("held_out={share: 0.1, sigmas: [0.5, 0.5]}", "the same value twice"),
+        ("held_out={share: 0.1, sigmas: [1]}", "held_out.sigmas.0"),
         ("sigmas.alpha=0", "sigmas.alpha"),
         ("sigmas.shift=0", "sigmas.shift"),
         ("sigmas.std=2", "std belongs to the logit-normal law and does nothing under beta"),
         ("sigmas={law: uniform, beta: 1.6}", "beta belongs to the beta law and does nothing under uniform"),
+        ("sigmas.uniform_floor=1", "all of it is law: uniform"),
+        ("sigmas={law: uniform, uniform_floor: 0.1}", "uniform_floor does nothing under the uniform law"),
+        ("samples.every=100", "samples: every would do nothing without prompts"),
+        ("samples={guidance: [1, 3], seed: 1}", "guidance and seed would do nothing without prompts"),
+        ("samples={every: 0, seed: 1}", "seed would do nothing without prompts"),
+        ("samples.at_start=true", "at_start would do nothing without prompts"),
+        ("save={every: 500, keep_every: 700}", "keep_every 700 must be a multiple of every 500"),
+        ("data.0={path: a, caption_dropout: 1, prefix: x, captions: [1]}", "so captions and prefix would do nothing"),
         ("seed=-1", "seed"),
         ("seed.x=1", "seed"),
         ("out=", "out"),
@@ -180,6 +193,28 @@ def test_what_comes_later_is_refused_as_such(override: str) -> None:
 )
 def test_a_bad_value_is_named(override: str, told: str) -> None:
     assert told in refusal(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["optimizer.warmup=10"], "optimizer.warmup 10 would fill all of steps 10"),
+        (["ema=[]", "save.averages_every=5"], "save.averages_every would keep nothing while ema is []"),
+        (["crop=centre", "data.0.crops_per_picture=2"], "data.crops_per_picture would do nothing under crop: centre"),
+    ],
+)
+def test_a_key_that_another_makes_idle_is_refused_and_either_alone_is_not(overrides: list[str], told: str) -> None:
+    assert told in refusal(*overrides)
+    load_recipe(None, [*LEAST, "optimizer.warmup=9"])
+    for override in overrides if len(overrides) > 1 else ():
+        load_recipe(None, [*LEAST, override])
+
+
+def test_a_switch_that_is_off_refuses_nothing() -> None:
+    """`samples.every=0` turns the pictures of any recipe off; a cadence may be longer than the run, which can grow."""
+    for prompts in ("[]", "[a fox]"):
+        load_recipe(None, [*LEAST, "samples.every=0", f"samples.prompts={prompts}"])
+    load_recipe(None, [*LEAST, "samples={every: 99, prompts: [a fox]}", "save={keep_every: 5000, averages_every: 700}"])
 
 
 @pytest.mark.parametrize(
@@ -241,14 +276,25 @@ def test_the_fingerprint_follows_what_decides_the_numbers() -> None:
     for harmless in (
         "out=runs/b",
         "cache=c",
-        "samples.every=7",
+        "samples={every: 7, prompts: [a fox]}",
         "save.keep=9",
         "steps=99",
         "gradient_norms=true",
+        "tensorboard=true",
+        "max_skipped=1",
         "ema=[]",
+        "held_out={path: more, every: 7, pictures: 8, sigmas: [0.5]}",
     ):
         assert load_recipe(None, [*LEAST, harmless]).fingerprint() == base.fingerprint(), harmless
-    for decisive in ("seed=1", "batch=2", "model=x", "data.0.repeats=2", "optimizer.clip=null", "adapter.scale=2e-3"):
+    for decisive in (
+        "seed=1",
+        "batch=2",
+        "model=x",
+        "data.0.repeats=2",
+        "optimizer.clip=null",
+        "adapter.scale=2e-3",
+        "held_out.share=0.1",
+    ):
         assert load_recipe(None, [*LEAST, decisive]).fingerprint() != base.fingerprint(), decisive
     falling = [*LEAST, "optimizer.schedule=cosine"]
     assert load_recipe(None, falling).fingerprint() != load_recipe(None, [*falling, "steps=99"]).fingerprint()
@@ -293,7 +339,7 @@ def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
 
 def test_every_key_says_what_it_is() -> None:
     seen = list(sections(Recipe))
-    assert len(seen) == 8
+    assert len(seen) == 9
     for section in seen:
         for name, field in section.model_fields.items():
             assert field.description, f"{section.__name__}.{name}"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from libreflux.emoji.build.tokenizers import build_clip_tokenizer, build_t5_tokenizer
@@ -119,3 +120,13 @@ def make_tiny_model(path: Path, seed: int = 0) -> Path:
     (path / "model_index.json").write_text(json.dumps(INDEX, indent=2))
     (path / "libreflux.json").write_text(json.dumps(FACTS, indent=2))
     return path
+
+
+def poison_latents(cache: Path, pictures: int | None = None) -> list[str]:
+    """Make the latents of some (None: all) prepared pictures of a cache NaN, in place, and return the pictures' ids."""
+    [shard] = cache.glob("shards/latents-*.safetensors")
+    tensors, size = load_file(shard), shard.stat().st_size
+    names = sorted(tensors)[:pictures]
+    save_file(tensors | {name: torch.full_like(tensors[name], torch.nan) for name in names}, shard, {"schema": "1"})
+    assert shard.stat().st_size == size  # or the index would call it damaged
+    return sorted({name.split("/")[0] for name in names})

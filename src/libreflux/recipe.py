@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from libreflux import recipe_faults, recipe_yaml
 from libreflux.errors import RecipeError
 from libreflux.recipe_sections import (
     AdapterSpec,
     DataSource,
+    HeldOutSpec,
     OptimizerSpec,
     Place,
     Real,
@@ -37,6 +38,7 @@ from libreflux.recipe_sections import (
 __all__ = [
     "AdapterSpec",
     "DataSource",
+    "HeldOutSpec",
     "OptimizerSpec",
     "Recipe",
     "SampleSpec",
@@ -73,9 +75,9 @@ class Recipe(Section):
     max_quarantined: Real = Field(
         default=0.02, ge=0, le=1, description="share of pictures that may be unusable before the run stops"
     )
-    text_cache: Literal["bf16", "none"] = Field(
+    text_cache: Literal["bf16", "int8", "none"] = Field(
         default="bf16",
-        description="bf16: captions are encoded once and stored; none: they are encoded in every step",
+        description="captions are encoded once and stored in bf16, or in int8 (half the disk); none: in every step",
     )
     adapter: AdapterSpec = Field(default_factory=lambda: AdapterSpec.model_validate({}), description="what is trained")
     sigmas: SigmaSpec = Field(default_factory=SigmaSpec, description="law of the noise level")
@@ -85,13 +87,25 @@ class Recipe(Section):
         default=False, description="keep each block's input alone and compute it again in backward: less memory, slower"
     )
     steps: Whole = Field(ge=1, description="optimizer steps of the whole run")
+    max_skipped: Whole = Field(
+        default=5,
+        ge=1,
+        description="steps without a finite loss and gradient are skipped; so many in a row end the run",
+    )
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec, description="AdamW and its learning rate")
     ema: tuple[Real, ...] = Field(
         default=(0.05, 0.1), description="relative widths (sigma_rel) of the averages that are tracked; []: none"
     )
     samples: SampleSpec = Field(default_factory=SampleSpec, description="pictures drawn while training")
+    held_out: HeldOutSpec = Field(
+        default_factory=HeldOutSpec, description="pictures that are never trained on, measured while training"
+    )
     gradient_norms: bool = Field(
         default=False, description="also write the gradient norm of each group of layers to metrics.jsonl"
+    )
+    tensorboard: bool = Field(
+        default=False,
+        description="also write curves and sample sheets to out/tensorboard; needs libreflux[tensorboard]",
     )
     save: SaveSpec = Field(default_factory=SaveSpec, description="checkpoints")
     guidance: Real | None = Field(
@@ -141,6 +155,18 @@ class Recipe(Section):
             raise ValueError("wanted different widths from 0.01 to 0.28, such as [0.05, 0.1]")
         return value
 
+    @model_validator(mode="after")
+    def _no_idle_key(self) -> Recipe:
+        """Every cadence may exceed `steps`, since a run can be prolonged; a warm-up may not, as it hides the rate."""
+        if self.optimizer.warmup >= self.steps:
+            told = f"optimizer.warmup {self.optimizer.warmup} would fill all of steps {self.steps}"
+            raise ValueError(f"{told}, and optimizer.learning_rate never be trained at; shorten it")
+        if self.save.averages_every and not self.ema:
+            raise ValueError("save.averages_every would keep nothing while ema is []; remove one of the two")
+        if set(self.crop) == {"centre"} and any(source.crops_per_picture > 1 for source in self.data):
+            raise ValueError("data.crops_per_picture would do nothing under crop: centre; remove it or use square")
+        return self
+
     @property
     def cache_dir(self) -> Path:
         """Folder of the prepared data."""
@@ -159,13 +185,14 @@ class Recipe(Section):
 
         Of ``accumulate`` and the number of processes, ``world``, it is the product.
 
-        Where things are written, what is drawn and how often is saved do not; nor does the number of steps when the
-        learning rate does not depend on it.
+        Where things are written, what is drawn or measured and how often is saved do not; nor does the number of steps
+        when the learning rate does not depend on it. Of ``held_out`` the share alone does: it takes pictures away.
         """
         kept = {name: value for name, value in self.resolved().items() if name not in _INDECISIVE}
         if self.optimizer.schedule == "constant":
             del kept["steps"]
         kept["accumulate"] *= world
+        kept["held_out"] = {"share": self.held_out.share}
         return kept
 
     def fingerprint(self, world: int = 1) -> str:
@@ -173,7 +200,20 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(self.decisive(world), sort_keys=True).encode()).hexdigest()
 
 
-_INDECISIVE = frozenset({"out", "cache", "samples", "save", "device", "gradient_norms", "max_quarantined", "ema"})
+_INDECISIVE = frozenset(
+    {
+        "out",
+        "cache",
+        "samples",
+        "save",
+        "device",
+        "gradient_norms",
+        "tensorboard",
+        "max_quarantined",
+        "max_skipped",
+        "ema",
+    }
+)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

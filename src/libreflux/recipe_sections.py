@@ -83,6 +83,13 @@ class DataSource(Section):
             raise ValueError("caption weights must be zero or more, one of them above zero, and below 1e9 in all")
         return value
 
+    @model_validator(mode="after")
+    def _captions_are_read(self) -> DataSource:
+        idle = [key for key in ("captions", "prefix") if getattr(self, key)]
+        if self.caption_dropout == 1 and idle:
+            raise ValueError(f"caption_dropout 1 reads no caption, so {' and '.join(idle)} would do nothing; remove it")
+        return self
+
     @field_validator("background")
     @classmethod
     def _colour(cls, value: str) -> str:
@@ -184,7 +191,9 @@ class SigmaSpec(Section):
         le=100,
         description="s in sigma' = s sigma / (1 + (s - 1) sigma); 1: none, above 1: noisier",
     )
-    uniform_floor: Real = Field(default=0.0, ge=0, le=1, description="share of uniform mixed in, after the shift")
+    uniform_floor: Real = Field(
+        default=0.0, ge=0, lt=1, description="share of uniform mixed in, after the shift; all of it is law: uniform"
+    )
     stratified: bool = Field(default=True, description="one draw per stratum over the whole batch, shuffled")
 
     @property
@@ -198,6 +207,8 @@ class SigmaSpec(Section):
             for name in names:
                 if law != self.law and getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} belongs to the {law} law and does nothing under {self.law}")
+        if self.uniform_floor and self.law == "uniform" and self.shift == 1:
+            raise ValueError("uniform_floor does nothing under the uniform law without a shift; remove it")
         return self
 
 
@@ -239,6 +250,55 @@ class SampleSpec(Section):
     )
     seed: Seed = Field(default=42, description="seed of the sample pictures")
 
+    @model_validator(mode="after")
+    def _something_to_draw(self) -> SampleSpec:
+        off: dict[str, Any] = {name: {field.default} for name, field in type(self).model_fields.items()}
+        off["every"].add(0)
+        idle = [name for name, values in off.items() if getattr(self, name) not in values]
+        if not self.prompts and idle:
+            raise ValueError(f"{' and '.join(idle)} would do nothing without prompts; add prompts or remove it")
+        return self
+
+
+class HeldOutSpec(Section):
+    """Pictures that are never trained on, and what is measured on them while training."""
+
+    share: Real = Field(
+        default=0.0, ge=0, lt=1, description="share of the pictures of data, chosen by their content; 0: none"
+    )
+    path: str | None = Field(
+        default=None, min_length=1, description="folder of other captioned pictures, instead of a share"
+    )
+    every: Whole = Field(default=500, ge=0, description="steps between measurements, from step 0 on; 0: none")
+    pictures: Whole = Field(default=64, ge=1, description="at most so many of them are measured")
+    sigmas: tuple[Annotated[Real, Field(gt=0, lt=1)], ...] = Field(
+        default=(0.1, 0.3, 0.5, 0.7, 0.9), min_length=1, description="noise levels to measure at"
+    )
+
+    @property
+    def chosen(self) -> bool:
+        """Whether there are held-out pictures."""
+        return self.share > 0 or self.path is not None
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether they are measured after `step` of `steps` steps."""
+        return self.chosen and self.every > 0 and (step % self.every == 0 or step == steps)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_idle_key(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value and not {"share", "path"} & value.keys():
+            raise ValueError("share or path must say which pictures are held out")
+        return value
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> HeldOutSpec:
+        if self.share > 0 and self.path is not None:
+            raise ValueError("share and path each choose the pictures; keep one")
+        if len(set(self.sigmas)) < len(self.sigmas):
+            raise ValueError("sigmas has the same value twice")
+        return self
+
 
 class SaveSpec(Section):
     """Checkpoints."""
@@ -249,3 +309,11 @@ class SaveSpec(Section):
     averages_every: Whole | None = Field(
         default=None, ge=1, description="steps between averages kept for hindsight, 8 bytes a parameter; null: none"
     )
+
+    @model_validator(mode="after")
+    def _keeps_what_is_saved(self) -> SaveSpec:
+        if self.keep_every and self.keep_every % self.every:
+            raise ValueError(
+                f"keep_every {self.keep_every} must be a multiple of every {self.every}: only those are saved"
+            )
+        return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 
 import pytest
@@ -101,6 +102,22 @@ def test_a_pattern_that_matches_nothing_names_near_ones(flux: Shapes) -> None:
         resolve(flux, all_of(4, "transformer_blocks.*.norm1"))
     assert "transformer_blocks.*.norm1'" in str(caught.value)
     assert "transformer_blocks.*.norm1.linear" in str(caught.value)
+
+
+def original_exclude(names: list[str], patterns: list[str]) -> list[str]:
+    """As published for the int8 base: what is left to quantise; a pattern that takes nothing away goes unnoticed."""
+    return [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def test_a_pattern_without_effect_is_refused_where_the_original_list_was_mostly_inert(flux: Shapes) -> None:
+    names = [name for name, _, _ in flux]
+    left = original_exclude(names, ["*.norm", "*.norm1", "norm_out", "proj_out", "x_embedder", "context_embedder"])
+    adaln = {name for name in names if name.endswith((".norm.linear", ".norm1.linear", "norm_out.linear"))}
+    assert len(adaln) == 38 + 19 + 1 and adaln <= {*left} and len(left) == len(names) - 3  # every AdaLN was quantised
+    for pattern in ("*.norm", "*.norm1", "norm_out", "**.norm", "**.norm1"):
+        assert original_exclude(names, [pattern.replace("**", "*")]) == names
+        with pytest.raises(AdapterError, match="matches no linear layer"):
+            resolve(flux, all_of(4, pattern))
 
 
 def test_numbers_that_the_model_does_not_have(flux: Shapes) -> None:

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from libreflux.data.batches import Batches
+from libreflux.data.batches import Batches, Encode
 from libreflux.data.crops import View, cut, views
 from libreflux.data.order import padding_share, step_plan, steps_of_epoch
 from libreflux.data.pictures import load_rgb
@@ -23,6 +23,7 @@ from libreflux.data.quarantine import report_quarantine
 from libreflux.data.sources import Quarantined
 from libreflux.errors import DataError
 from libreflux.model import family, latents
+from libreflux.model.text import TextConditioning
 from libreflux.recipe import DataSource
 
 SQUARE = View("square", 32)
@@ -71,6 +72,45 @@ def test_shuffled_deleted_renamed_and_replaced_pictures_keep_their_captions(
     check({0, 40, 80, 120, 160, 200, 250} - {gone})
     brightness(30, data / "new-0.png")  # other pixels and another caption under a known name
     check({int(path.read_text().split()[1]) for path in data.rglob("*.txt")})
+
+
+def original_cached_text(cache: dict[str, TextConditioning], caption: str, encode: Encode) -> TextConditioning:
+    """A text cache keyed by the prompt alone: what was encoded first is served whatever is asked for now."""
+    if caption not in cache:
+        cache[caption] = encode([caption])
+    return cache[caption]
+
+
+@pytest.mark.parametrize(("key", "values"), [("max_tokens", (8, 512)), ("padding", ("drop", "trim"))])
+def test_text_is_never_served_under_other_settings_as_by_a_prompt_only_key(
+    tmp_path: Path, tiny_model_dir: Path, key: str, values: tuple[Any, Any]
+) -> None:
+    caption = "a small green frog " * 5
+    brightness(100, tmp_path / "data" / "a.png")
+    (tmp_path / "data" / "a.txt").write_text(caption)
+
+    def prepared(out: Path, value: Any) -> TextConditioning:
+        model = tmp_path / f"model-{value}"
+        shutil.copytree(tiny_model_dir, model, dirs_exist_ok=True)
+        facts = json.loads((model / "libreflux.json").read_text())
+        if key == "max_tokens":
+            (model / "libreflux.json").write_text(json.dumps(facts | {"max_tokens": value}))
+        padding = value if key == "padding" else "drop"
+        source = DataSource(path=str(tmp_path / "data"))
+        return prepare(str(model), [source], views=[SQUARE], text_padding=padding, out=out)[0].text([caption.strip()])
+
+    first, fresh = prepared(tmp_path / "one", values[0]), prepared(tmp_path / "two", values[1])
+    with pytest.raises(DataError, match=f"{key} {values[0]}, now {values[1]}"):
+        prepared(tmp_path / "one", values[1])
+    encoders = family.open_model(tiny_model_dir, parts=("text",)).text
+    assert encoders is not None
+    known: dict[str, TextConditioning] = {}
+    for value, wanted in zip(values, (first, fresh), strict=True):
+        settings = {"padding": "drop", "max_tokens": 512} | {key: value}
+        served = original_cached_text(known, caption.strip(), lambda texts, how=settings: encoders.encode(texts, **how))
+        right = served.lengths == wanted.lengths
+        right = right and torch.allclose(served.tokens[0], wanted.tokens[0].float(), rtol=2**-7, atol=1e-3)
+        assert right == (value == values[0])  # the second time it is the first one's again
 
 
 def test_aspect_batches_are_of_one_size_and_all_views_are_shown(tmp_path: Path, tiny_model_dir: Path) -> None:

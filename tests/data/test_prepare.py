@@ -322,7 +322,7 @@ def test_a_recipe_is_prepared_with_its_sample_prompts(tmp_path: Path, tiny_model
             "samples.prompts=[a fox on a rocket]",
         ],
     )
-    batches = prepare_recipe(recipe)
+    batches, _ = prepare_recipe(recipe)
     assert batches.cache.folder == tmp_path / "run" / "cache"
     assert len(batches) == 7
     assert len(batches.cache.text(["a fox on a rocket"])) == 1

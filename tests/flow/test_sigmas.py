@@ -115,12 +115,17 @@ def test_pooled_strata_follow_the_law(b: float) -> None:
     assert wrong > 0.05
 
 
-def test_each_slot_alone_follows_the_law() -> None:
-    """Whoever owns a slot sees every noise band: the hazard that shuffling removes."""
-    steps = torch.stack([stratified(Beta(), 7, seeded(step)) for step in range(1500)]).double().numpy()
-    for rank in range(7):
-        assert scipy.stats.kstest(steps[:, rank], scipy.stats.beta(2, 2).cdf).pvalue > 1e-4
-        assert abs(steps[:, rank].mean() - 0.5) < 5 * 0.224 / np.sqrt(1500)
+def original_strata(law: Law, count: int, generator: torch.Generator) -> torch.Tensor:
+    """As published: slot i, which is rank i's, draws from the i-th stratum in every step."""
+    return law.icdf((torch.arange(count) + torch.rand(count, generator=generator)).double() / count).float()
+
+
+def test_each_slot_alone_follows_the_law_where_the_originals_is_bound_to_its_band() -> None:
+    for draw, follows in ((stratified, True), (original_strata, False)):
+        steps = torch.stack([draw(Beta(), 7, seeded(step)) for step in range(1500)]).double().numpy()
+        for rank in range(7):
+            assert (scipy.stats.kstest(steps[:, rank], scipy.stats.beta(2, 2).cdf).pvalue > 1e-4) == follows
+        assert (abs(steps.mean(axis=0) - 0.5).max() < 5 * 0.224 / np.sqrt(1500)) == follows
 
 
 def test_strata_have_less_variance_than_independent_draws() -> None:

@@ -93,6 +93,27 @@ def test_equals_padded_diffusers_with_a_bool_mask(model: Model, padding: str, le
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def original_float_mask_velocity(
+    transformer: FluxTransformer2DModel, packed: Tensor, sigma: Tensor, embeds: Tensor, mask: Tensor, pooled: Tensor
+) -> Tensor:
+    """The mask cast to the hidden states' dtype: attention then *adds* 1 to what is seen, and hides nothing."""
+    return diffusers_velocity(transformer, packed, sigma, embeds, mask.to(embeds.dtype), pooled)
+
+
+@torch.no_grad()
+def test_padding_is_not_read_where_a_float_mask_only_weighs_it_down(transformer: FluxTransformer2DModel) -> None:
+    """A prompt of 5 tokens padded to 20, by its neighbour in our batch and by two kinds of padding in diffusers."""
+    text, packed, sigma = random_text(5, 20), random_packed(2), torch.tensor([0.6, 0.6])
+    ours = velocity(transformer, packed, sigma, text, IDS)[:1]
+    mask = torch.arange(20)[None] < 5
+    for route, masks in ((diffusers_velocity, True), (original_float_mask_velocity, False)):
+        for padding in (torch.zeros(15, 24), random_text(15, seed=9).tokens[0]):
+            embeds = torch.cat([text.tokens[0], padding])[None]
+            found = route(transformer, packed[:1], sigma[:1], embeds, mask, text.pooled[:1])
+            assert torch.allclose(found, ours, atol=1e-5, rtol=0) == masks
+            assert masks or (found - ours).abs().max() > 0.01
+
+
 def test_ragged_batch_is_its_samples_one_by_one(transformer: FluxTransformer2DModel) -> None:
     text, packed = random_text(1, 7, 20, 3), random_packed(4)
     sigma = torch.tensor([0.05, 0.4, 0.7, 1.0])
@@ -164,7 +185,8 @@ def test_neighbouring_sigmas_stay_distinct(transformer: FluxTransformer2DModel, 
             v = velocity(transformer, packed, SIGMAS, text, ids)
         assert v.dtype == torch.float32
 
-    def diffusers_own() -> None:
+    def original_timestep() -> None:
+        """diffusers' own path: sigma is cast to the hidden states' dtype, unlike the noise that it stands for."""
         dtype = transformer.dtype
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=route == "bf16 autocast"):
             transformer(
@@ -176,9 +198,9 @@ def test_neighbouring_sigmas_stay_distinct(transformer: FluxTransformer2DModel, 
                 txt_ids=torch.zeros(1, 3),
             )
 
-    before = seen_by_time_proj(transformer, diffusers_own)
+    before = seen_by_time_proj(transformer, original_timestep)
     arrived = seen_by_time_proj(transformer, ours)
-    after = seen_by_time_proj(transformer, diffusers_own)
+    after = seen_by_time_proj(transformer, original_timestep)
     assert arrived.dtype == torch.float32
     assert torch.equal(arrived, 1000 * SIGMAS)
     # The same count by diffusers' own path fails, before and after: our hook acts in our call only.

@@ -1,7 +1,10 @@
-"""Five small captioned pictures, and recipes that train on them in about a second."""
+"""Five small captioned pictures, recipes that train on them in about a second, and processes to do it."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
+from libreflux.data.held_out import places
+from libreflux.files import sha256_file
 
 PICTURES = 5
 
@@ -22,6 +28,13 @@ def pictures_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         captions = ("a red apple on blue", f"a small green frog, {'very ' * number}calm")
         (folder / f"{number}.txt").write_text("\n".join(captions), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def share(pictures_dir: Path) -> float:
+    """The `held_out.share` that holds out one of the five pictures."""
+    ids = [sha256_file(path)[:32] for path in pictures_dir.glob("*.png")]
+    return float(np.sort(places(ids))[:2].mean())
 
 
 @pytest.fixture
@@ -47,3 +60,19 @@ def recipe_tree(tiny_model_dir: Path, pictures_dir: Path) -> Callable[..., dict[
         }
 
     return tree
+
+
+@pytest.fixture(scope="session")
+def fork_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
+    """Runs, one after another, in real processes; see fork_runs.py."""
+
+    def run(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        plan = tmp_path_factory.mktemp("plan") / "runs.json"
+        plan.write_text(json.dumps(runs), encoding="utf-8")
+        script = Path(__file__).with_name("fork_runs.py")
+        done = subprocess.run([sys.executable, str(script), str(plan)], capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr
+        results: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+        return results
+
+    return run

@@ -7,7 +7,8 @@ A run is {"recipe": {…}, "moment": null or {…}}, one after another. At its m
     {"backward": 4}                                      in the backward pass of step 4
     {"seconds": 0.3}                                     that long after training began
     {"signal": "SIGTERM", "step": 3}                     not killed: that signal arrives during step 3's callback
-With "rival": true a second process tries the same run folder while the first one stands at its moment.
+With "rival": true a second process tries the same run folder while the first one stands at its moment; with
+"fork": true the recipe may have changed.
 """
 
 from __future__ import annotations
@@ -67,12 +68,12 @@ class Teller(Callbacks):
             self.stand()
 
 
-def child(recipe: dict[str, Any], moment: dict[str, Any], pipe: int) -> int:
+def child(recipe: dict[str, Any], moment: dict[str, Any], pipe: int, forked: bool) -> int:
     teller = Teller(moment, lambda line: os.write(pipe, line))
     if "event" in moment:
         sys.addaudithook(teller.watch)
     try:
-        fit(Recipe.model_validate(recipe), teller)
+        fit(Recipe.model_validate(recipe), teller, fork=forked)
     except Interrupted as stopped:
         return stopped.exit_code
     except LibrefluxError as error:
@@ -84,7 +85,7 @@ def child(recipe: dict[str, Any], moment: dict[str, Any], pipe: int) -> int:
     return 0
 
 
-def fork(recipe: dict[str, Any], moment: dict[str, Any]) -> tuple[int, int]:
+def fork(recipe: dict[str, Any], moment: dict[str, Any], forked: bool) -> tuple[int, int]:
     """(process id, reading end of its pipe)."""
     reading, pipe = os.pipe()
     process = os.fork()
@@ -92,7 +93,7 @@ def fork(recipe: dict[str, Any], moment: dict[str, Any]) -> tuple[int, int]:
         os.close(reading)
         code = 1
         try:
-            code = child(recipe, moment, pipe)
+            code = child(recipe, moment, pipe, forked)
         finally:
             sys.stderr.flush()
             os._exit(code)
@@ -100,8 +101,8 @@ def fork(recipe: dict[str, Any], moment: dict[str, Any]) -> tuple[int, int]:
     return process, reading
 
 
-def one(recipe: dict[str, Any], moment: dict[str, Any], rival: bool) -> dict[str, Any]:
-    process, reading = fork(recipe, moment)
+def one(recipe: dict[str, Any], moment: dict[str, Any], rival: bool, forked: bool = False) -> dict[str, Any]:
+    process, reading = fork(recipe, moment, forked)
     result: dict[str, Any] = {"errors": []}
     with open(reading, encoding="utf-8") as lines:
         for line in lines:
@@ -122,7 +123,10 @@ def one(recipe: dict[str, Any], moment: dict[str, Any], rival: bool) -> dict[str
 def main(path: Path) -> None:
     Image.init()  # loads the plug-ins of Pillow here, once, instead of in every child
     runs = json.loads(path.read_text(encoding="utf-8"))
-    print(json.dumps([one(run["recipe"], dict(run["moment"] or {}), run.get("rival", False)) for run in runs]))
+    results = [
+        one(run["recipe"], dict(run["moment"] or {}), run.get("rival", False), run.get("fork", False)) for run in runs
+    ]
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

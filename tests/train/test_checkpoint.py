@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -137,7 +138,7 @@ def test_a_changed_recipe_is_refused_by_key_with_both_values(tmp_path: Path) -> 
 
 def test_a_source_that_is_added_is_a_change(tmp_path: Path) -> None:
     _begun(tmp_path)
-    with pytest.raises(RunError, match=r"data\.1\.path \(absent -> 'scans'\)"):
+    with pytest.raises(RunError, match=r"data\.1\.path \(none -> 'scans'\)"):
         checkpoint.check_recipe(tmp_path, _recipe(data=[{"path": "photos"}, {"path": "scans"}]))
 
 
@@ -177,8 +178,18 @@ def test_checkpoints_without_a_recipe_are_refused(tmp_path: Path) -> None:
 def test_metrics_after_the_checkpoint_and_a_torn_line_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / checkpoint.METRICS
     path.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n{"step": 3, "loss": 0.3}\n{"step": 4, "lo')
-    checkpoint.rewind_metrics(tmp_path, 2)
+    checkpoint.rewind(tmp_path / checkpoint.METRICS, 2)
     assert path.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n'
+
+
+def test_a_record_takes_the_place_of_its_step_and_of_later_ones(tmp_path: Path) -> None:
+    path = tmp_path / checkpoint.HELD_OUT
+    for step, value in ((0, 0.9), (2, 0.8), (4, 0.7), (2, 0.6)):
+        checkpoint.record(path, {"step": step, "loss": value})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 0, "loss": 0.9},
+        {"step": 2, "loss": 0.6},
+    ]
 
 
 def test_publish_copies_the_bytes(tmp_path: Path) -> None:

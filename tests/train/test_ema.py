@@ -59,11 +59,15 @@ def test_ramp_and_jump_average_to_their_integrals() -> None:
         assert jump[width] == pytest.approx(1 - 0.85 ** (gamma + 1), rel=1e-4)
 
 
-def test_a_bf16_average_would_stand_still() -> None:
-    """From 1 to 1.1 at weights of about 1e-3: each step of a bf16 average is rounded away."""
+def original_average_(average: Tensor, theta: Tensor) -> None:
+    """An average kept in the weights' own bf16, as trainers do: a step of 1e-3 of the way is rounded away."""
+    average.lerp_(theta, 1e-3)
+
+
+def test_an_average_of_bf16_weights_moves_where_one_in_bf16_stands_still() -> None:
     low = torch.ones(1, dtype=torch.bfloat16)
     for _ in range(STEPS):
-        low.lerp_(torch.full_like(low, 1.1), 1e-3)
+        original_average_(low, torch.full_like(low, 1.1))
     assert low.item() == 1.0
     theta = torch.ones(1, dtype=torch.bfloat16)
     averages = ema.Averages({"x": theta}, [0.1])

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 STEPS = 8
 SIGKILL = -9
@@ -26,7 +22,7 @@ def _recipe(tree: Callable[..., dict[str, Any]], out: Path) -> dict[str, Any]:
         accumulate=2,
         steps=STEPS,
         optimizer={"kind": "adamw_bf16", "learning_rate": 1e-2, "warmup": 3, "schedule": "cosine"},
-        samples={"every": 1, "at_start": True},
+        samples={"every": 1, "at_start": True, "prompts": ["a fox"]},
         save={"every": 2, "keep": 1, "keep_every": 4},
         cache=None,
     )
@@ -42,20 +38,6 @@ HELD: list[dict[str, Any]] = [
     {"event": "os.rename", "match": r"adapter\.safetensors\.tmp-\w+$", "nth": 3},  # the result, a step from done
 ]
 TIMED: list[dict[str, Any]] = [{"seconds": seconds} for seconds in (0.0, 0.1, 0.25)]
-
-
-@pytest.fixture(scope="module")
-def fork_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
-    def run(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        plan = tmp_path_factory.mktemp("plan") / "runs.json"
-        plan.write_text(json.dumps(runs), encoding="utf-8")
-        script = Path(__file__).with_name("fork_runs.py")
-        done = subprocess.run([sys.executable, str(script), str(plan)], capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stderr
-        results: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-        return results
-
-    return run
 
 
 def _contents(run: Path) -> dict[str, bytes]:

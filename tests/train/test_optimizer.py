@@ -87,11 +87,13 @@ def test_bf16_follows_torchs_fp64_adamw_in_expectation() -> None:
         assert ((moments[f"w.{name}"].double().mean(0) - state[name]).abs() < 0.01 * scale).all()
 
 
-def test_momentum_is_a_running_mean() -> None:
-    """One gradient, then none: m falls as beta1^t, and the weight goes on moving by it.
+def original_momentum(m: float, grad: float) -> float:
+    """The recipe's first optimizer meant m <- 0.9 m + 0.1 g; its add took the factor for the wrong summand."""
+    return grad + (1 - 0.9) * (0.9 * m)
 
-    The recipe's first optimizer added beta1-scaled momentum to the gradient the wrong way round, m <- g + 0.09 m.
-    """
+
+def test_momentum_is_a_running_mean() -> None:
+    """One gradient, then none: m falls as beta1^t, and the weight goes on moving by it."""
     grads = torch.tensor([[1.0], [0.0], [0.0], [0.0]])
     adamw = bf16_copies(torch.zeros(1), grads, 1e-3, weight_decay=0.0)
     m = adamw.state_dict_tensors()["w.exp_avg"].double().mean()
@@ -100,8 +102,8 @@ def test_momentum_is_a_running_mean() -> None:
     assert weights(adamw).double().mean() == pytest.approx(float(expected), rel=5e-3)
     lost = 0.0
     for grad in grads[:, 0].tolist():
-        lost = grad + (1 - 0.9) * 0.9 * lost
-    assert lost < 0.02 * float(m)  # what this test guards against: after three steps nothing is left
+        lost = original_momentum(lost, grad)
+    assert lost < 0.02 * float(m)  # after three steps nothing is left
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -119,8 +121,12 @@ def test_weight_decay_below_the_last_place_acts() -> None:
     torch.testing.assert_close(weights(adamw).double().mean(0), expected, rtol=1e-3, atol=0)
 
 
+def original_second_moment_(v: Tensor, grad: Tensor) -> None:
+    """The recipe's first optimizer: in bf16, rounded to nearest, where 0.999 v is v again."""
+    v.mul_(0.999).addcmul_(grad.bfloat16(), grad.bfloat16(), value=0.001)
+
+
 def test_second_moment_falls_after_a_tenfold_gradient_drop() -> None:
-    """Rounded to nearest, a bf16 v under beta2 = 0.999 never falls (the trap in the recipe's first optimizer)."""
     grads = torch.ones(1200, 1)
     grads[200:] = 0.1
     parameter = nn.Parameter(torch.zeros(256, dtype=torch.bfloat16))
@@ -132,8 +138,8 @@ def test_second_moment_falls_after_a_tenfold_gradient_drop() -> None:
     assert v == pytest.approx(float(state["exp_avg_sq"]), rel=0.03)
     stuck = torch.zeros(1, dtype=torch.bfloat16)
     for grad in grads:
-        stuck.mul_(0.999).addcmul_(grad.bfloat16(), grad.bfloat16(), value=0.001)
-    assert stuck.item() > 1.5 * float(v)  # what this test guards against: rounded to nearest it stays where it was
+        original_second_moment_(stuck, grad)
+    assert stuck.item() > 1.5 * float(v)  # it stays where it was
 
 
 @given(
@@ -251,8 +257,8 @@ def test_clip_grad_norm() -> None:
     assert clip_grad_norm(gradient, 1.0) == pytest.approx(5.0)
     torch.testing.assert_close(gradient, torch.tensor([0.6, 0.0, -0.8]))
     assert clip_grad_norm(gradient, None) == pytest.approx(1.0)
-    with pytest.raises(RunError, match="nan"):
-        clip_grad_norm(torch.tensor([math.nan]), 1.0)
+    assert math.isnan(clip_grad_norm(torch.tensor([1.0, math.nan]), 1.0))
+    assert clip_grad_norm(torch.tensor([1.0, -math.inf]), 1.0) == math.inf
 
 
 def test_learning_rates() -> None:

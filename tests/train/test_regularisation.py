@@ -167,7 +167,7 @@ def test_a_step_mixes_both_kinds_by_weight_and_reports_them_apart(recipe_tree: T
         expected = torch.cat([each.flatten() for each in gradient]).norm()
         assert info.gradient_norm == pytest.approx(float(expected), rel=1e-4)
         for told, each in ((info.loss, losses[False]), (info.regularisation_loss, losses[True])):
-            mean = float(sum(each)) / len(each) if each else None
+            mean = sum(loss.item() for loss in each) / len(each) if each else None
             assert told == (None if mean is None else pytest.approx(mean, rel=1e-4, abs=1e-9))
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from libreflux.errors import AdapterError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def adapter_argument(text: str) -> tuple[str, float]:
-    """`FILE` or `FILE:weight`: the path and its weight, 1 when none is given.
+    """`PATH` or `PATH:weight`: the path and its weight, 1 when none is given.
 
     Raises:
         AdapterError: the weight is no finite number.
@@ -43,9 +44,47 @@ def adapter_argument(text: str) -> tuple[str, float]:
     return path, value
 
 
+def adapter_file(path: Path) -> Path:
+    """A file as it is; of a run folder its result or, while the run has more to do, its newest whole checkpoint.
+
+    Raises:
+        AdapterError: a folder with neither.
+    """
+    if not path.is_dir():
+        return path
+
+    from libreflux.train import checkpoint
+
+    result, saved = path / checkpoint.ADAPTER, checkpoint.listed(path)
+    if result.is_file() and (not saved or saved[-1].step <= _trained_steps(result)):
+        return result
+    newest = checkpoint.latest(path)
+    if newest is None and not result.is_file():
+        what = (
+            "all its checkpoints are damaged" if saved else f"no {checkpoint.ADAPTER} and no checkpoint in this folder"
+        )
+        raise AdapterError(what, where=path, mend="name a run folder of `libreflux train`, or an adapter file")
+    if newest is None or (result.is_file() and newest.step <= _trained_steps(result)):
+        return result
+    logger.warning("%s is not finished: its adapter after step %d is taken (%s)", path, newest.step, newest.adapter)
+    return newest.adapter
+
+
+def _trained_steps(path: Path) -> int:
+    """The steps that a run's result says it had; 0 when it does not say."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return int((file.metadata() or {}).get("step", 0))
+    except (safetensors.SafetensorError, ValueError):
+        return 0  # whoever reads the tensors says what is wrong
+
+
 def load_arguments(texts: Iterable[str]) -> list[tuple[AdapterFile, float]]:
-    """The files that adapter arguments name, read, each with its weight; see `adapter_argument`."""
-    chosen = [adapter_argument(text) for text in texts]
+    """The files that adapter arguments name, read, each with its weight; see `adapter_argument` and `adapter_file`."""
+    named = [adapter_argument(text) for text in texts]
+    chosen = [(adapter_file(Path(path)), weight) for path, weight in named]
 
     from libreflux.adapter.files import load_adapter
 

@@ -48,7 +48,7 @@ adapter:
 sigmas: {{law: beta, alpha: 2.0, beta: 2.0, stratified: true}}
 batch: 16
 steps: {steps}
-optimizer: {{kind: adamw, learning_rate: 1e-3, weight_decay: 0.0, warmup: 20, schedule: cosine}}
+optimizer: {{kind: adamw, learning_rate: 1e-3, weight_decay: 0.0, warmup: {warmup}, schedule: cosine}}
 samples: {{every: 0}}
 save: {{every: 100, keep: 2}}
 seed: 0
@@ -78,7 +78,8 @@ def demo(
         raise RunError("is not a demo's model", where=model, mend="name another folder with --out")
     if recipe_file.exists() and not recipe_file.read_text("utf-8").startswith(RECIPE.partition("\n")[0]):
         raise RunError("is not a demo's recipe", where=recipe_file, mend="name another folder with --out")
-    text = RECIPE.format(model=MODEL, data=scalar(str(data)), steps=steps, out=scalar(str(run)))
+    places = {"data": scalar(str(data)), "out": scalar(str(run))}
+    text = RECIPE.format(model=MODEL, steps=steps, warmup=min(20, steps // 10), **places)
     recipe = read_recipe(text, str(recipe_file))
     check_recipe(run, recipe)
     atomic_write_text(recipe_file, text)
@@ -104,7 +105,8 @@ def demo(
     with _timed(times, "drawing after"):
         after = _draw(str(model), "after")
 
-    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    steps_told = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    losses = [told["loss"] for told in steps_told if told["loss"] is not None]  # null: a step that was skipped
     page = demo_page.write(
         out, before=before, after=after, prompts=PROMPTS, guidance=GUIDANCE, examples=sorted(data.glob("*.png"))[:8],
         losses=losses, times=times, commands=_by_hand(out, pictures), recipe=text,

@@ -38,7 +38,7 @@ class Opened:
 
 
 def open_for_drawing(model: str, adapters: Iterable[str] = (), device: str = "auto") -> Opened:
-    """Open a model with adapter arguments (`FILE[:WEIGHT]`); whatever can be refused is, before weights are loaded."""
+    """Open a model with adapter arguments (`PATH[:WEIGHT]`); whatever can be refused is, before weights are loaded."""
     place, files = pick_device(device), load_arguments(adapters)
     facts = adapted_facts(open_model(model, parts=()).facts, files)
     check_padding(facts.text_padding)

@@ -18,7 +18,8 @@ def generate(
     ],
     model: Annotated[str, typer.Option(help="Model: a name, a folder or a hub id.")] = "emoji-base",
     adapter: Annotated[
-        list[str] | None, typer.Option(metavar="FILE[:WEIGHT]", help="Adapter to put on the model; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="PATH[:WEIGHT]", help="Adapter file or run folder, put on the model; may be repeated."),
     ] = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     guidance: Annotated[

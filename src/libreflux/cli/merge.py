@@ -15,7 +15,9 @@ def merge(
     model: Annotated[str, typer.Argument(help="Model to start from: name, folder or hub id.", show_default=False)],
     adapters: Annotated[
         list[str],
-        typer.Argument(metavar="ADAPTER[:WEIGHT]...", help="Adapter files and their weights (1).", show_default=False),
+        typer.Argument(
+            metavar="ADAPTER[:WEIGHT]...", help="Adapter files or run folders, and weights (1).", show_default=False
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the new model; it must not exist yet.", show_default=False)],
 ) -> None:

@@ -35,7 +35,9 @@ def prepare(
         list[str] | None, typer.Option(help="square, aspect or centre; repeatable. [default: square]")
     ] = None,
     text_padding: Annotated[str, typer.Option(help="drop or trim.")] = "drop",
-    text_cache: Annotated[str, typer.Option(help="bf16, or none: captions are encoded while training.")] = "bf16",
+    text_cache: Annotated[
+        str, typer.Option(help="bf16; int8: half the disk; none: captions are encoded while training.")
+    ] = "bf16",
     crops_per_picture: Annotated[int, typer.Option(min=1, help="Cached crops of each picture.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps: where the encoders run.")] = "auto",
     background: Annotated[str, typer.Option(help="Colour laid under transparent pictures.")] = "white",

@@ -26,6 +26,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved recipe, its layers, memory and disk; train nothing.")
     ] = False,
+    fork: Annotated[
+        bool, typer.Option("--fork", help="Go on from the last checkpoint though the recipe or the data have changed.")
+    ] = False,
 ) -> None:
     """Train an adapter. Stop it at any time: the same command goes on from the last checkpoint."""
     from libreflux.recipe import load_recipe
@@ -44,7 +47,7 @@ def train(
 
     with _no_empty_run(Path(resolved.out)), ShowTraining(resolved) as shown:
         try:
-            adapter = fit(resolved, shown)
+            adapter = fit(resolved, shown, fork=fork)
         except Interrupted as stopped:
             code = stopped.exit_code
             message = str(stopped)

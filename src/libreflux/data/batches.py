@@ -103,6 +103,10 @@ class Batches:
         digest.update(json.dumps([sources, views, self.cache.settings], sort_keys=True).encode())
         return digest.hexdigest()
 
+    def text(self, captions: Sequence[str]) -> TextConditioning:
+        """Conditioning of captions of these samples, or of the empty prompt, in this order."""
+        return self._encode(captions)
+
     def batch(self, unit: Unit) -> Batch:
         """The pictures and prompts of one unit.
 
@@ -125,7 +129,7 @@ class Batches:
             of.append(source)
         return Batch(
             latents=torch.stack(latents),
-            text=self._encode(captions),
+            text=self.text(captions),
             sample_ids=tuple(ids),
             captions=captions,
             slots=unit.slots,

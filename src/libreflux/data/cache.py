@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from libreflux.data import index as indexing
+from libreflux.data import int8_text
 from libreflux.data.index import COUNTED, INDEX, MEND, SHARDS, Rows, latents_key, text_key
 from libreflux.errors import DataError
 from libreflux.files import atomic_save_safetensors, lock
@@ -133,9 +134,15 @@ class Cache:
             shard = COUNTED if row < 0 else int(self._texts.columns["shard"][row])
             if shard == COUNTED:
                 raise DataError(f"caption {caption!r} is not here", where=self.folder, mend=MEND)
-            tokens.append(self._tensor(shard, text_name("tokens", caption)))
+            tokens.append(self._tokens(shard, caption))
             pooled.append(self._tensor(shard, text_name("pooled", caption)))
         return TextConditioning(tokens=tokens, pooled=torch.stack(pooled))
+
+    def _tokens(self, shard: int, caption: str) -> Tensor:
+        tokens = self._tensor(shard, text_name("tokens", caption))
+        if self.settings["text"] != "int8":
+            return tokens
+        return int8_text.dequantise(tokens, self._tensor(shard, text_name("scales", caption)))
 
     def _tensor(self, shard: int, name: str) -> Tensor:
         path = self._paths[shard]
@@ -155,8 +162,8 @@ class Cache:
 class CacheWriter:
     """Adds to a cache; use :func:`writing`, which holds the folder's lock."""
 
-    def __init__(self, folder: Path, index: sqlite3.Connection) -> None:
-        self.folder, self._index = folder, index
+    def __init__(self, folder: Path, index: sqlite3.Connection, text_precision: str) -> None:
+        self.folder, self._index, self._text_precision = folder, index, text_precision
         (folder / SHARDS).mkdir(exist_ok=True)
         self._drop_damaged()
         self._sweep()
@@ -168,16 +175,24 @@ class CacheWriter:
             rows = [(latents_key(*key), shard, *tensor.shape[-2:]) for key, tensor in found.items()]
             self._index.executemany("INSERT INTO latents VALUES (?, ?, ?, ?)", rows)
 
-    def add_texts(self, captions: Sequence[str], text: TextConditioning) -> None:
-        """Stores distinct captions with their conditioning, row by row: one shard, all or nothing."""
+    def add_texts(self, captions: Sequence[str], text: TextConditioning) -> int:
+        """Stores distinct captions with their conditioning: one shard, all or nothing; returns the tensors' bytes.
+
+        The pooled vector is stored in bf16, tokens in bf16 or int8 as the cache's settings say.
+        """
         tensors: dict[str, Tensor] = {}
         for caption, tokens, pooled in zip(captions, text.tokens, text.pooled, strict=True):
-            tensors[text_name("tokens", caption)] = tokens
+            if self._text_precision == "int8":
+                values, tensors[text_name("scales", caption)] = int8_text.quantise(tokens)
+                tensors[text_name("tokens", caption)] = values
+            else:
+                tensors[text_name("tokens", caption)] = tokens.to(torch.bfloat16)
             # A row of the batch: safetensors refuses shared memory.
-            tensors[text_name("pooled", caption)] = pooled.clone()
+            tensors[text_name("pooled", caption)] = pooled.to(torch.bfloat16).clone()
         with self._shard("texts", tensors) as shard:
             rows = [(text_key(caption), shard, count) for caption, count in zip(captions, text.lengths, strict=True)]
             self._index.executemany("INSERT OR REPLACE INTO texts VALUES (?, ?, ?)", rows)
+        return sum(tensor.nbytes for tensor in tensors.values())
 
     def add_token_counts(self, captions: Sequence[str], counts: Sequence[int]) -> None:
         """Notes the tokens of distinct captions that are not stored."""
@@ -226,7 +241,7 @@ def writing(folder: Path, settings: Mapping[str, Any]) -> Iterator[CacheWriter]:
     """
     with lock(folder), indexing.connect(folder) as index:
         indexing.begin(index, folder, settings)
-        yield CacheWriter(folder, index)
+        yield CacheWriter(folder, index, settings["text"])
 
 
 def latents_name(picture: str, crop: str) -> str:
@@ -235,7 +250,7 @@ def latents_name(picture: str, crop: str) -> str:
 
 
 def text_name(part: str, caption: str) -> str:
-    """Tensor name of a caption's ``tokens`` or ``pooled`` inside its shard."""
+    """Tensor name of a caption's ``tokens``, ``scales`` (of int8 tokens) or ``pooled`` inside its shard."""
     return f"{part}/{hashlib.sha256(caption.encode()).hexdigest()[:32]}"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from libreflux.data.int8_text import token_bytes
 from libreflux.errors import DataError
 
 CHARACTERS_PER_TOKEN = 3.0  # English under T5's vocabulary has above four: the estimate is on the safe side
@@ -16,7 +17,7 @@ SPARE = 2**26  # what may be left on the disk at the end: 64 MB
 
 
 def needed_bytes(
-    model: Path, crops: Sequence[tuple[int, int]], texts: Sequence[str], max_tokens: int
+    model: Path, crops: Sequence[tuple[int, int]], texts: Sequence[str], max_tokens: int, text_cache: str = "bf16"
 ) -> tuple[int, int]:
     """About how many bytes (latents, text) will be stored.
 
@@ -25,6 +26,7 @@ def needed_bytes(
         crops: (width, height) in pixels of each.
         texts: distinct captions.
         max_tokens: no caption has more.
+        text_cache: "int8", or anything else for bf16.
     """
     vae, t5, clip = (_config(model / part) for part in ("vae", "text_encoder_2", "text_encoder"))
     stride = 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
@@ -32,20 +34,29 @@ def needed_bytes(
     latents = sum(width * height * pixel + HEADER for width, height in crops)
     tokens = sum(min(max_tokens, len(text) / CHARACTERS_PER_TOKEN + 1) for text in texts)
     width, pooled = t5.get("d_model", 4096), clip.get("hidden_size", 768)
-    return int(latents), int(2 * tokens * width + len(texts) * (2 * pooled + 2 * HEADER))
+    per_token, parts = (token_bytes(width), 3) if text_cache == "int8" else (2 * width, 2)
+    return int(latents), int(tokens * per_token + len(texts) * (2 * pooled + parts * HEADER))
 
 
-def check_disk(model: Path, out: Path, crops: Sequence[tuple[int, int]], texts: Sequence[str], max_tokens: int) -> None:
+def check_disk(
+    model: Path,
+    out: Path,
+    crops: Sequence[tuple[int, int]],
+    texts: Sequence[str],
+    max_tokens: int,
+    text_cache: str = "bf16",
+) -> None:
     """Refuses to begin what the disk cannot hold; see :func:`needed_bytes`.
 
     Raises:
         DataError: says what is needed and what is free.
     """
-    latents, text = needed_bytes(model, crops, texts, max_tokens)
+    latents, text = needed_bytes(model, crops, texts, max_tokens, text_cache)
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
     if latents + text + SPARE > free:
-        smaller = "text_cache: none" if text > latents else "fewer crops_per_picture or resolutions"
+        less_text = "text_cache: none" if text_cache == "int8" else "text_cache: int8 or none"
+        smaller = less_text if text > latents else "fewer crops_per_picture or resolutions"
         mend = f"free some, put `cache` on another disk, or use {smaller}"
         told = f"needs {_told(latents + text)} (latents {_told(latents)}, text {_told(text)}); {_told(free)} free"
         raise DataError(told, where=out, mend=mend)

@@ -82,10 +82,8 @@ def encode_texts(
     encoders = open_text(open_model)
     stored = done = 0
     for part in _parts(texts):
-        text = encoders.encode(part, padding=padding, max_tokens=max_tokens).to(device="cpu", dtype=torch.bfloat16)
-        writer.add_texts(part, text)
+        stored += writer.add_texts(part, encoders.encode(part, padding=padding, max_tokens=max_tokens).to("cpu"))
         done += len(part)
-        stored += 2 * (sum(tokens.numel() for tokens in text.tokens) + text.pooled.numel())
         bar.note = f"{stored / done / 1e3:.3g} kB a caption"
         bar.advance(len(part))
 

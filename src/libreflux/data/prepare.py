@@ -25,6 +25,7 @@ from libreflux.data.crops import View, views
 from libreflux.data.digests import FileMemory, encoder_digests
 from libreflux.data.disk import check_disk
 from libreflux.data.encode import Crop, count_tokens, encode_crops, encode_texts, open_text
+from libreflux.data.held_out import HeldOut, refuse_trained, split
 from libreflux.data.index import INDEX, latents_key, text_key
 from libreflux.data.quarantine import report_quarantine
 from libreflux.data.sources import Part, Quarantined, Sample, read_source
@@ -41,26 +42,48 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WHOLE: Part = (0, 1)
 
 
-def prepare_recipe(recipe: Recipe, *, device: str = "cpu", progress: Progress | None = None) -> Batches:
-    """Prepares what a recipe trains on, its sample prompts too, and gives the batches of its epochs.
+def prepare_recipe(
+    recipe: Recipe, *, device: str = "cpu", progress: Progress | None = None
+) -> tuple[Batches, HeldOut | None]:
+    """Prepares what a recipe needs, its sample prompts too.
 
     Args:
-        recipe: its model, data, crops, resolutions, text padding, text cache, cache folder and seed are used.
+        recipe: its model, data, held-out pictures, crops, resolutions, text padding, text cache, cache folder and seed
+            are used.
         device: where the encoders run.
         progress: see :func:`prepare`.
+
+    Returns:
+        The batches of its epochs, and the held-out pictures, which are in none of them; None if it asks for none.
+
+    Raises:
+        DataError: also for held-out pictures that are trained on, or a share that holds out nothing or everything.
     """
     cache, sources = prepare_cache(recipe, device=device, progress=progress)
     encode = _online(recipe, device) if recipe.text_cache == "none" else None
-    return Batches(cache, sources, views=views(recipe.crop, recipe.resolution), seed=recipe.seed, encode=encode)
+    wanted, shown = recipe.held_out, views(recipe.crop, recipe.resolution)
+    if wanted.path is None:
+        trained, held_out = split(sources, wanted.share)
+    else:
+        trained, held_out = sources[:-1], sources[-1:]
+        refuse_trained(held_out, trained)
+    batches = Batches(cache, trained, views=shown, seed=recipe.seed, encode=encode)
+    if not wanted.chosen:
+        return batches, None
+    return batches, HeldOut(cache, held_out, view=shown[0], count=wanted.pictures, encode=encode)
 
 
 def prepare_cache(
     recipe: Recipe, *, device: str = "cpu", part: Part = WHOLE, progress: Progress | None = None
 ) -> tuple[Cache, Sources]:
-    """Prepares what a recipe trains on, or a part of it; see :func:`prepare`."""
+    """Prepares what a recipe trains on and holds out, or a part of it; see :func:`prepare`.
+
+    The folder of ``held_out.path`` is the last source.
+    """
+    apart = [] if recipe.held_out.path is None else [DataSource(path=recipe.held_out.path)]
     return prepare(
         recipe.model,
-        recipe.data,
+        [*recipe.data, *apart],
         views=views(recipe.crop, recipe.resolution),
         text_padding=recipe.text_padding,
         out=recipe.cache_dir,
@@ -83,7 +106,7 @@ def prepare(
     prompts: Sequence[str] = (),
     device: str = "cpu",
     precision: Literal["float32", "bfloat16"] = "float32",
-    text_cache: Literal["bf16", "none"] = "bf16",
+    text_cache: Literal["bf16", "int8", "none"] = "bf16",
     max_quarantined: float = 0.02,
     part: Part = WHOLE,
     progress: Progress | None = None,
@@ -98,8 +121,9 @@ def prepare(
         out: the cache folder.
         prompts: texts to encode besides the captions; the empty prompt always is.
         device: where the encoders run.
-        precision: the encoders' dtype. Latents are stored in fp32, text in bf16.
-        text_cache: "none" stores how many tokens each caption has, and the conditioning of ``prompts`` alone.
+        precision: the encoders' dtype. Latents are stored in fp32.
+        text_cache: how text is stored, see ``int8_text`` for int8; "none" stores how many tokens each caption has, and
+            the conditioning of ``prompts`` alone.
         max_quarantined: share of the pictures, in [0, 1], that may be unusable.
         part: (i, n): encode the i-th of n parts alone, from 0, into a folder of its own in ``out``.
         progress: called with (done, total, note), total counting checks and encodings alike.
@@ -129,14 +153,15 @@ def prepare(
         "max_tokens": facts.max_tokens,
         "precision": precision,
         "latents": "float32",
-        "text": "bfloat16",
+        "text": "int8" if text_cache == "int8" else "bfloat16",
     }
-    wanted = _Wanted(sources, views, ["", *prompts] if part[0] == 0 else [], text_cache == "bf16")
+    wanted = _Wanted(sources, views, ["", *prompts] if part[0] == 0 else [], text_cache != "none")
     todo = wanted.missing(_known(out, settings))
     begun = part == WHOLE or (own / INDEX).is_file()  # a part without a picture of its own is a part too
     if todo or not begun:
         _tell_enlarged(todo.crops)
-        check_disk(folder, out, [crop.size for crop in todo.crops], todo.texts, facts.max_tokens)
+        sizes = [crop.size for crop in todo.crops]
+        check_disk(folder, out, sizes, todo.texts, facts.max_tokens, text_cache)
         with writing(own, settings) as writer:
             todo = wanted.missing(_known(out, settings))  # another process may have written before our lock
             bar.expect(len(todo.crops) + len(todo.texts) + len(todo.counted))

@@ -51,14 +51,14 @@ def quantise_weight(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tenso
     for part, of_q, of_scale in zip(weight.detach().split(rows), q.split(rows), scale.split(rows), strict=True):
         wide = part.float()
         low, high = wide.aminmax(dim=1)
-        of_scale.copy_(_up_to_bf16(torch.maximum(high, -low) / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny))
+        of_scale.copy_(up_to_bf16(torch.maximum(high, -low) / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny))
         of_q.copy_((wide / of_scale[:, None]).round_())
     if not scale.isfinite().all():
         raise ModelError("has weights that are not finite", where=name, mend="the file is damaged: download it again")
     return q, scale
 
 
-def _up_to_bf16(positive: Tensor) -> Tensor:
+def up_to_bf16(positive: Tensor) -> Tensor:
     """The smallest bf16 number that is not below each fp32 number, as fp32."""
     return ((positive.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
 

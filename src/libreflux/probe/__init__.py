@@ -1,1 +1,1 @@
-"""How free a model is: measures, judges, report."""
+"""How free a model is: measures on held-out pictures, judges, distances."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from diffusers import FluxTransformer2DModel
 
 from libreflux.adapter.targets import Resolved
+from libreflux.data.held_out import HeldOut
 from libreflux.model.facts import Facts
 
 
@@ -21,6 +22,7 @@ class Started:
         step: steps already finished; 0 for a new run.
         steps: of the whole run.
         pictures: samples of the data: each picture once in each view.
+        held_out: pictures that are never trained on; None if the recipe asks for none.
         epoch_steps: steps of the first epoch.
         padding_share: share of its text tokens that are padding.
         facts: of the model that is trained: the base's, freed of a distillation's own defaults.
@@ -37,6 +39,7 @@ class Started:
     facts: Facts
     resolved: Sequence[Resolved]
     start_norm: float | None = None
+    held_out: HeldOut | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,29 +50,35 @@ class StepInfo:
         step: finished steps, this one included.
         steps: of the whole run.
         epoch: from 0.
-        loss: mean over the step's pictures, regularised ones left out; None in a step of those alone.
-        gradient_norm: before clipping.
+        loss: mean over the step's pictures, regularised ones left out; None in a step of those alone or a skipped one.
+        gradient_norm: before clipping; None in a step that was skipped.
         learning_rate: that this step used.
         seconds: wall time of the step.
         sample_ids: the step's pictures, in slot order.
         sigmas: the noise level of each.
         losses: the loss of each.
+        sigma_means: mean noise level of each rank's pictures; None for a rank without any.
         group_norms: layer group -> gradient norm before clipping, if the recipe asks for `gradient_norms`.
         regularisation_loss: mean over the step's regularised pictures; None without any.
+        at_fault: the pictures for which this step was skipped, see `train.skips`; none in any other.
+        skipped: steps of the run that were skipped so far, this one included.
     """
 
     step: int
     steps: int
     epoch: int
     loss: float | None
-    gradient_norm: float
+    gradient_norm: float | None
     learning_rate: float
     seconds: float
     sample_ids: Sequence[str]
     sigmas: Sequence[float]
     losses: Sequence[float]
+    sigma_means: Sequence[float | None] = ()
     group_norms: dict[str, float] | None = None
     regularisation_loss: float | None = None
+    at_fault: Sequence[str] = ()
+    skipped: int = 0
 
     @property
     def pictures_per_second(self) -> float:
@@ -92,6 +101,12 @@ class Callbacks:
         """Time for sample pictures after `step` steps; the transformer is the live one, leave it as it is.
 
         The checkpoint of `step`, if one is due, is already written. A run that is resumed at `step` calls this again.
+        """
+
+    def on_measure(self, step: int, transformer: FluxTransformer2DModel) -> None:
+        """Time to measure the held-out pictures after `step` steps, 0 and the last included; else as `on_sample`.
+
+        Under torchrun the other processes wait, for `ranks.TIMEOUT` seconds at most.
         """
 
     def on_save(self, step: int, folder: Path) -> None:

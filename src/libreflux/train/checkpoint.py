@@ -1,7 +1,8 @@
 """Checkpoints of a run: complete or absent, verified, numbered by finished steps, never ordered by name or date.
 
-    RUN/recipe.json                                   what this run was started with
+    RUN/recipe.json                                   what this run was started with, and each later fork
     RUN/metrics.jsonl                                 one line per finished step
+    RUN/held_out.jsonl                                one line per measurement of the held-out pictures
     RUN/checkpoints/step-00000500/adapter.safetensors      only what is trained
                                  /optimizer.safetensors
                                  /ema.safetensors          its averages, if the recipe asks for some
@@ -21,7 +22,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ AVERAGES = "ema.safetensors"
 STATE = "state.json"
 RECIPE = "recipe.json"
 METRICS = "metrics.jsonl"
+HELD_OUT = "held_out.jsonl"
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -139,7 +141,7 @@ def recover(run: Path) -> Checkpoint | None:
     with the run locked.
     """
     folder = run / FOLDER
-    for name in (ADAPTER, RECIPE, METRICS):
+    for name in (ADAPTER, RECIPE, METRICS, HELD_OUT):
         for path in run.glob(f".{name}.tmp-*"):
             path.unlink()
     if folder.is_dir():
@@ -177,57 +179,86 @@ def prune(run: Path, keep: int, keep_every: int | None) -> list[int]:
 # ---- the recipe of a run ------------------------------------------------------------------------------------------
 
 
-def check_recipe(run: Path, recipe: Recipe, world: int = 1) -> None:
-    """Checks that this recipe continues the run that is there, if one has saved anything yet.
+def changes(run: Path, recipe: Recipe, world: int = 1) -> dict[str, list[Any]]:
+    """What differs from the recipe of the run that is there; nothing, if that has saved nothing yet.
 
     Args:
         run: the run folder, locked.
-        recipe: as resolved now; what does not decide the trained numbers (`Recipe.decisive`) may have changed.
-        world: processes; world × accumulate must stay.
+        recipe: as resolved now; what does not decide the trained numbers (`Recipe.decisive`) may differ.
+        world: processes; world × accumulate counts.
+
+    Returns:
+        Dotted key -> [value then, value now]; None where it is absent.
+
+    Raises:
+        RunError: recipe.json is missing or torn.
+    """
+    path = run / RECIPE
+    if not listed(run) and not (run / ADAPTER).exists():
+        return {}
+    if not path.exists():
+        mend = "choose another `out`, or put the file back"
+        raise RunError(f"there are checkpoints but no {RECIPE}", where=run, mend=mend)
+    was, its_world, _ = _read_recipe(path)
+    before, after = was.decisive(its_world), recipe.decisive(world)
+    return {key: [_at(before, key), _at(after, key)] for key in differences(before, after)}
+
+
+def check_recipe(
+    run: Path, recipe: Recipe, world: int = 1, mend: str = "restore these keys to resume, or choose another `out`"
+) -> None:
+    """Checks that this recipe continues the run that is there, if one has saved anything yet; see `changes`.
 
     Raises:
         RunError: a decisive key has changed; the line names it with its old and new value.
     """
-    path = run / RECIPE
-    if not listed(run) and not (run / ADAPTER).exists():
-        return
-    if not path.exists():
-        mend = "choose another `out`, or put the file back"
-        raise RunError(f"there are checkpoints but no {RECIPE}", where=run, mend=mend)
-    was, its_world = _read_recipe(path)
-    before, after = was.decisive(its_world), recipe.decisive(world)
-    keys = differences(before, after)
-    if keys:
-        told = ", ".join(f"{key} ({_at(before, key)} -> {_at(after, key)})" for key in keys)
-        mend = "restore these keys to resume, or choose another `out`"
+    changed = changes(run, recipe, world)
+    if changed:
+        told = ", ".join(f"{key} ({_told(then)} -> {_told(now)})" for key, (then, now) in changed.items())
         raise RunError(f"the recipe has changed since this run began: {told}", where=run, mend=mend)
 
 
-def claim(run: Path, recipe: Recipe, world: int = 1) -> None:
-    """Writes RUN/recipe.json, once the recipe has passed `check_recipe` and everything it names was found."""
-    files.atomic_write_json(run / RECIPE, recipe.resolved() | {"world": world})
+def claim(run: Path, recipe: Recipe, world: int = 1, forks: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Writes RUN/recipe.json, once the recipe may go on here and everything it names was found.
+
+    Args:
+        run: the run folder, locked.
+        recipe: as resolved now.
+        world: processes.
+        forks: earlier changes of the recipe, see `train.forks`.
+    """
+    files.atomic_write_json(run / RECIPE, recipe.resolved() | {"world": world, "forks": list(forks)})
 
 
-def _read_recipe(path: Path) -> tuple[Recipe, int]:
-    """The recipe, and the number of processes it ran on."""
+def stored_forks(run: Path) -> list[dict[str, Any]]:
+    """The forks that RUN/recipe.json knows of; none without one."""
+    return _read_recipe(run / RECIPE)[2] if (run / RECIPE).exists() else []
+
+
+def _read_recipe(path: Path) -> tuple[Recipe, int, list[dict[str, Any]]]:
+    """The recipe, the number of processes it ran on, and its forks."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        world = int(tree.pop("world"))
-        return Recipe.model_validate(tree), world
+        world, forks = int(tree.pop("world")), list(tree.pop("forks", []))
+        return Recipe.model_validate(tree), world, forks
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         mend = "restore the file, or choose another `out`"
         raise RunError(f"cannot be read as a recipe ({lines[0]})", where=path, mend=mend) from None
 
 
-def _at(tree: Any, dotted: str) -> str:
-    """The value under a dotted key, or `absent`."""
+def _at(tree: Any, dotted: str) -> Any:
+    """The value under a dotted key; None where there is none."""
     for name in dotted.split("."):
         try:
             tree = tree[int(name)] if isinstance(tree, list | tuple) else tree[name]
         except (KeyError, IndexError, TypeError, ValueError):
-            return "absent"
-    return repr(tree)
+            return None
+    return tree
+
+
+def _told(value: Any) -> str:
+    return "none" if value is None else repr(value)
 
 
 # ---- the result and the metrics -----------------------------------------------------------------------------------
@@ -250,7 +281,7 @@ class Metrics:
 
     def __init__(self, run: Path, step: int) -> None:
         self._path = run / METRICS
-        rewind_metrics(run, step)
+        rewind(self._path, step)
 
     def __enter__(self) -> Metrics:
         self._file = open(self._path, "a", encoding="utf-8", buffering=1)
@@ -264,9 +295,8 @@ class Metrics:
         self._file.write(json.dumps(line) + "\n")
 
 
-def rewind_metrics(run: Path, step: int) -> None:
-    """Drops the lines of RUN/metrics.jsonl after `step` and a torn last line: those steps are trained again."""
-    path = run / METRICS
+def rewind(path: Path, step: int) -> None:
+    """Drops the lines of a .jsonl file after `step` and a torn last line: those steps are trained again."""
     if not path.exists():
         return
     kept = []
@@ -278,3 +308,10 @@ def rewind_metrics(run: Path, step: int) -> None:
         if number <= step:
             kept.append(line + "\n")
     files.atomic_write_text(path, "".join(kept))
+
+
+def record(path: Path, line: Mapping[str, Any]) -> None:
+    """Writes a JSON object into a .jsonl file in place of all lines from its `step` on."""
+    rewind(path, line["step"] - 1)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line, allow_nan=False) + "\n")

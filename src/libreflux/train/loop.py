@@ -22,7 +22,7 @@ from libreflux.model.device import pick_device
 from libreflux.model.facts import Facts, freed
 from libreflux.model.family import Model, open_model, weights_hash
 from libreflux.recipe import Recipe
-from libreflux.train import checkpoint, ema
+from libreflux.train import checkpoint, ema, forks, memory, skips
 from libreflux.train.callbacks import Callbacks, StepInfo
 from libreflux.train.checkpoint import Checkpoint
 from libreflux.train.interrupt import Interrupted, StopRequest
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}  # int8: of what stays dense
 
 
-def fit(recipe: Recipe, callbacks: Callbacks | None = None) -> Path:
+def fit(recipe: Recipe, callbacks: Callbacks | None = None, *, fork: bool = False) -> Path:
     """Trains what the recipe says, from where its run folder stands.
 
     Every random number is a function of (seed, purpose, step or sample), so a run that was stopped or killed at any
@@ -45,14 +45,15 @@ def fit(recipe: Recipe, callbacks: Callbacks | None = None) -> Path:
     Args:
         recipe: see `recipe.Recipe`; `recipe.out` is the run folder.
         callbacks: who listens.
+        fork: whether the recipe and the data may have changed since the run began; see `train.forks`.
 
     Returns:
         RUN/adapter.safetensors.
 
     Raises:
         Interrupted: SIGINT or SIGTERM; the step was finished and saved.
-        RunError: another process holds the run folder, the recipe, data or base have changed since the run began, or
-            the loss is not finite.
+        RunError: another process holds the run folder, the recipe, data or base have changed since the run began,
+            too many steps in a row were skipped (see `train.skips`), or memory ran out.
         LibrefluxError: a fault of the model, the data or the targets; see its kinds.
     """
     callbacks = callbacks or Callbacks()
@@ -60,20 +61,23 @@ def fit(recipe: Recipe, callbacks: Callbacks | None = None) -> Path:
     if device.startswith("mps"):
         raise RunError("training on MPS is not supported yet", where="device", mend="set device: cpu")
     with joined(device) as ranks, contextlib.ExitStack() as held:
-        newest = ranks.in_turn(lambda: _standing(recipe, run, ranks.world, held), lambda: checkpoint.latest(run))
+        newest = ranks.in_turn(lambda: _standing(recipe, run, ranks.world, held, fork), lambda: checkpoint.latest(run))
         if newest is None or newest.step < recipe.steps:
             heard = callbacks if ranks.first else Callbacks()
-            with _threads(recipe.threads):
-                newest = _train(_open(recipe, run, newest, heard, ranks, device), heard)
+            with _threads(recipe.threads), memory.explained("loading or saving", recipe):
+                newest = _train(_open(recipe, run, newest, heard, ranks, device, fork), heard)
         done = newest
         return ranks.in_turn(lambda: checkpoint.publish(run, done), lambda: run / checkpoint.ADAPTER)
 
 
-def _standing(recipe: Recipe, run: Path, world: int, held: contextlib.ExitStack) -> Checkpoint | None:
+def _standing(recipe: Recipe, run: Path, world: int, held: contextlib.ExitStack, fork: bool) -> Checkpoint | None:
     """Locks the run folder and finds where the run stands; None at its start."""
     held.enter_context(files.lock(run))
-    checkpoint.check_recipe(run, recipe, world)
+    changed = forks.allow(run, recipe, world, fork=fork)
     newest = checkpoint.recover(run)
+    if newest is not None and newest.step == recipe.steps and changed:
+        mend = "raise steps, or choose another `out`"
+        raise RunError(f"step {newest.step}, the last, is done already: nothing is left to fork", where=run, mend=mend)
     if newest is not None and newest.step > recipe.steps:
         mend = f"set steps to at least {newest.step}, or choose another `out`"
         raise RunError(f"step {newest.step} is done already, beyond steps: {recipe.steps}", where=run, mend=mend)
@@ -96,29 +100,36 @@ def _train(training: Training, callbacks: Callbacks) -> Checkpoint:
     """Steps from where `training` stands to the recipe's last; returns the checkpoint of that."""
     recipe, ranks, first = training.recipe, training.ranks, training.step
     if ranks.first:
-        checkpoint.claim(training.run, recipe, ranks.world)
+        checkpoint.claim(training.run, recipe, ranks.world, training.forks)
         ema.rewind(training.run, first)
     callbacks.on_start(training.started())
     saved: Checkpoint | None = None
     with StopRequest() as stop, _metrics(training) as metrics:
+        if recipe.held_out.due(first, recipe.steps):
+            callbacks.on_measure(first, training.transformer)
         if _sample_due(recipe, first):
-            callbacks.on_sample(first, training.transformer)
+            _sample(training, callbacks)
         while training.step < recipe.steps:
             signum = ranks.agree_max(stop.signum or 0)
             if signum:
                 break
-            info = training.take_step()
+            with memory.explained(f"step {training.step + 1}", recipe):
+                info = training.take_step()
             if metrics is not None:
                 metrics.write(_metrics_line(info))
             callbacks.on_step(info)
+            skips.watch(info, training.skips, recipe.max_skipped, training.run, tell=ranks.first)
             last = training.step == recipe.steps
             if last or training.step % recipe.save.every == 0:
                 saved = _save(training, callbacks)
             snapshots = recipe.save.averages_every if ranks.first and recipe.ema else None
             if snapshots and training.step % snapshots == 0:
                 _write_averages(training, ema.snapshot_path(training.run, training.step))
-            if _sample_due(recipe, training.step) and (last or stop.signum is None):
-                callbacks.on_sample(training.step, training.transformer)
+            watched = last or stop.signum is None
+            if watched and recipe.held_out.due(training.step, recipe.steps):
+                callbacks.on_measure(training.step, training.transformer)
+            if watched and _sample_due(recipe, training.step):
+                _sample(training, callbacks)
         if training.step > (saved.step if saved else first):
             saved = _save(training, callbacks)
         if training.step < recipe.steps:
@@ -131,6 +142,11 @@ def _metrics(training: Training) -> contextlib.AbstractContextManager[checkpoint
     if not training.ranks.first:
         return contextlib.nullcontext()
     return checkpoint.Metrics(training.run, training.step)
+
+
+def _sample(training: Training, callbacks: Callbacks) -> None:
+    with memory.explained(f"samples after step {training.step}", training.recipe, memory.DRAWING):
+        callbacks.on_sample(training.step, training.transformer)
 
 
 def _sample_due(recipe: Recipe, step: int) -> bool:
@@ -150,7 +166,9 @@ def _metrics_line(info: StepInfo) -> dict[str, Any]:
         "gradient_norm": info.gradient_norm,
         "learning_rate": info.learning_rate,
         "pictures_per_second": round(info.pictures_per_second, 4),
+        "sigma_mean": info.sigma_means,
         **asked,
+        **({"skipped": info.at_fault} if info.at_fault else {}),
     }
 
 
@@ -181,18 +199,25 @@ def _open_base(recipe: Recipe, *, parts: Sequence[str], device: str = "cpu") -> 
 
 
 def _open(
-    recipe: Recipe, run: Path, newest: Checkpoint | None, callbacks: Callbacks, ranks: Ranks, device: str
+    recipe: Recipe,
+    run: Path,
+    newest: Checkpoint | None,
+    callbacks: Callbacks,
+    ranks: Ranks,
+    device: str,
+    fork: bool = False,
 ) -> Training:
     """Base, adapter, data and optimizer, as they were after `newest`, or as they are at the start."""
     if recipe.optimizer.kind == "adamw_8bit":
         require_8bit()
     resolved = plan_layers(recipe).layers  # first: a misspelt pattern should not cost an hour of preparing
-    if ranks.world > 1:
-        prepare_cache(recipe, device=device, part=(ranks.rank, ranks.world), progress=callbacks.on_prepare)
-    batches = ranks.in_turn(
-        lambda: prepare_recipe(recipe, device=device, progress=callbacks.on_prepare),
-        lambda: prepare_recipe(recipe, device=device),
-    )
+    with memory.explained("preparing", recipe, memory.PREPARING):
+        if ranks.world > 1:
+            prepare_cache(recipe, device=device, part=(ranks.rank, ranks.world), progress=callbacks.on_prepare)
+        batches, held_out = ranks.in_turn(
+            lambda: prepare_recipe(recipe, device=device, progress=callbacks.on_prepare),
+            lambda: prepare_recipe(recipe, device=device),
+        )
     model = _open_base(recipe, parts=("transformer",), device=device)
     if model.transformer is None or model.path is None:
         raise ModelError("has no transformer on disk", where=recipe.model, mend="use a complete model")
@@ -212,10 +237,11 @@ def _open(
         ranks=ranks,
         batches=batches,
         device=device,
+        held_out=held_out,
         identity={"model_hash": weights_hash(model.path), "data_hash": batches.fingerprint()},
     )
     if newest is not None:
-        _restore(training, newest)
+        _restore(training, newest, fork)
     else:
         training.start_norm = plan.start_norm(recipe.adapter, adapter)
     return training
@@ -227,12 +253,13 @@ def _trained_facts(facts: Facts, recipe: Recipe) -> Facts:
     return dataclasses.replace(freed(dataclasses.replace(facts, guidance=guidance)), text_padding=recipe.text_padding)
 
 
-def _restore(training: Training, newest: Checkpoint) -> None:
+def _restore(training: Training, newest: Checkpoint, fork: bool) -> None:
     state = newest.state()
-    for key, thing in (("model_hash", "weights of the base model"), ("data_hash", "pictures, captions or encoders")):
-        if state[key] != training.identity[key]:
-            mend = "put them back as they were, or choose another `out`"
-            raise RunError(f"the {thing} have changed since this run began", where=newest.path, mend=mend)
+    if state["model_hash"] != training.identity["model_hash"]:
+        mend = "put them back as they were, or choose another `out`"
+        raise RunError("the weights of the base model have changed since this run began", where=newest.path, mend=mend)
+    recipe, world, now = training.recipe, training.ranks.world, training.identity["data_hash"]
+    training.forks = forks.history(training.run, recipe, world, newest.step, state, now, fork=fork)
     here = _machine(training.device)
     for key, value in here.items():
         if state.get(key) != value:
@@ -246,6 +273,7 @@ def _restore(training: Training, newest: Checkpoint) -> None:
             raise RunError("this checkpoint has no averages", where=newest.path, mend=mend)
         training.averages.load(load_file(newest.averages))
     training.step = newest.step
+    training.skips = skips.Skips(**state.get("skips", {}))
 
 
 def _save(training: Training, callbacks: Callbacks) -> Checkpoint:
@@ -263,9 +291,15 @@ def _save(training: Training, callbacks: Callbacks) -> Checkpoint:
         training.run,
         step,
         writers,
-        {"recipe": recipe.fingerprint(training.ranks.world), **training.identity, **_machine(training.device)},
+        {
+            "recipe": recipe.fingerprint(training.ranks.world),
+            "skips": dataclasses.asdict(training.skips),
+            **training.identity,
+            **_machine(training.device),
+        },
     )
-    checkpoint.prune(training.run, recipe.save.keep, recipe.save.keep_every)
+    if not training.skips.in_a_row:  # weights without a finite loss must not push out the last ones that had one
+        checkpoint.prune(training.run, recipe.save.keep, recipe.save.keep_every)
     callbacks.on_save(step, written.path)
     return written
 
@@ -283,6 +317,7 @@ def _origin(training: Training) -> dict[str, str]:
         "guidance": str(training.facts.guidance),
         "licence": training.facts.licence,
         "libreflux": __version__,
+        **({"forked_at": " ".join(str(one["step"]) for one in training.forks)} if training.forks else {}),
     }
 
 

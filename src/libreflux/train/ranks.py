@@ -8,6 +8,7 @@ then takes the same optimizer step from the same numbers, so replicas stay byte-
 from __future__ import annotations
 
 import datetime
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from libreflux.errors import RunError
 T = TypeVar("T")
 
 TIMEOUT = 1800.0
-"""Seconds that a rank waits for the others, e.g. while the first one prepares or saves."""
+"""Seconds that a rank waits for the others, e.g. while the first one prepares, saves, draws or measures."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,17 @@ class Ranks:
         return int(shared)
 
     def gather(self, value: Any) -> Sequence[Any]:
-        """Every rank's JSON-like value, in rank order, on all of them."""
+        """Every rank's value, in rank order, on all of them, as JSON has it: tuples as lists, floats to the bit."""
+        text = json.dumps(value)
         if self.world == 1:
-            return [value]
-        everyone: list[Any] = [None] * self.world
-        dist.all_gather_object(everyone, value)
-        return everyone
+            return [json.loads(text)]
+        own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([len(own)]))
+        longest = max(int(size) for size in sizes)
+        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world)]
+        dist.all_gather(parts, torch.nn.functional.pad(own, (0, longest - len(own))))
+        return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
 
     def in_turn(self, first: Callable[[], T], rest: Callable[[], T]) -> T:
         """The first rank calls `first` while the others wait; then they call `rest`.

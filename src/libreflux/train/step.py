@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -17,6 +18,7 @@ from libreflux import keyed
 from libreflux.adapter.files import Adapter
 from libreflux.adapter.targets import Resolved, group
 from libreflux.data.batches import Batch, Batches
+from libreflux.data.held_out import HeldOut
 from libreflux.data.order import Unit, padding_share, step_plan, steps_of_epoch
 from libreflux.errors import RunError
 from libreflux.flow.sigmas import independent, make_law, stratified
@@ -27,6 +29,7 @@ from libreflux.train.ema import Averages
 from libreflux.train.objective import flow_matching_loss, keyed_noise, regularised_target
 from libreflux.train.optimizer import Optimizer, clip_grad_norm, lr_at
 from libreflux.train.ranks import Ranks
+from libreflux.train.skips import Skips, at_fault, require_finite
 
 
 def draw_sigmas(spec: SigmaSpec, count: int, seed: int, step: int) -> Tensor:
@@ -68,12 +71,18 @@ def group_norms(gradient: Tensor, adapter: Adapter) -> dict[str, float]:
     return {name: math.sqrt(square) for name, square in squares.items()}
 
 
-def require_finite(losses: Sequence[float], sample_ids: Sequence[str], step: int) -> None:
-    """Raises RunError naming the pictures whose loss is not finite."""
-    bad = [sample for sample, loss in zip(sample_ids, losses, strict=True) if not math.isfinite(loss)]
-    if bad:
-        mend = "look at these pictures and captions, or lower optimizer.learning_rate"
-        raise RunError(f"the loss of picture {', '.join(bad)} is not finite", where=f"step {step + 1}", mend=mend)
+def sigma_means(units: Sequence[Unit], sigmas: Tensor, world: int) -> list[float | None]:
+    """Mean noise level of each rank's pictures in one step; None for a rank that has none.
+
+    Args:
+        units: the step's, of all ranks.
+        sigmas: [count] fp32, by slot.
+        world: number of ranks.
+    """
+    by_rank: list[list[int]] = [[] for _ in range(world)]
+    for unit in units:
+        by_rank[unit.rank] += unit.slots
+    return [float(sigmas[slots].double().mean()) if slots else None for slots in by_rank]
 
 
 @dataclass
@@ -83,6 +92,8 @@ class Training:
     Attributes:
         identity: hashes of what a resumed run must find unchanged.
         start_norm: ||delta|| / ||W|| of the adapter before the first step; None in a resumed run.
+        skips: the steps that were skipped.
+        forks: the changes of the recipe so far, see `train.forks`.
     """
 
     recipe: Recipe
@@ -99,6 +110,9 @@ class Training:
     ranks: Ranks = field(default_factory=Ranks)
     step: int = 0
     start_norm: float | None = None
+    skips: Skips = field(default_factory=Skips)
+    forks: Sequence[dict[str, Any]] = ()
+    held_out: HeldOut | None = None
 
     def started(self) -> Started:
         recipe, samples = self.recipe, self.batches.samples
@@ -112,6 +126,7 @@ class Training:
             facts=self.facts,
             resolved=self.resolved,
             start_norm=self.start_norm,
+            held_out=self.held_out,
         )
 
     def require_replicas(self) -> None:
@@ -125,7 +140,13 @@ class Training:
             raise RunError(f"the adapters of the processes differ after step {self.step}", where=self.run, mend=mend)
 
     def take_step(self) -> StepInfo:
-        """One optimizer step: accumulate × batch pictures (fewer at an epoch's end), each by its `loss_weight`."""
+        """One optimizer step: accumulate × batch pictures (fewer at an epoch's end), each by its `loss_weight`.
+
+        With a loss or gradient that is not finite it is skipped: counted, and neither weights nor optimizer move.
+
+        Raises:
+            RunError: the step made weights that are not finite.
+        """
         recipe, step, begun = self.recipe, self.step, time.perf_counter()
         world, rank = self.ranks.world, self.ranks.rank
         units = step_plan(recipe.seed, step, self.batches.samples, world, recipe.batch, recipe.accumulate)
@@ -141,38 +162,46 @@ class Training:
         self.ranks.sum_(gradient)
         rows = sorted(row for part in self.ranks.gather(own) for row in part)
         sample_ids, losses = [row[1] for row in rows], [row[2] for row in rows]
-        require_finite(losses, sample_ids, step)
         norms = group_norms(gradient, self.adapter) if recipe.gradient_norms else None
-        try:
-            norm = clip_grad_norm(gradient, recipe.optimizer.clip)
-        except RunError as error:
-            raise RunError(
-                error.what, where=f"step {step + 1}, pictures {', '.join(sample_ids)}", mend=error.mend
-            ) from None
-        learning_rate = lr_at(
-            step,
-            learning_rate=recipe.optimizer.learning_rate,
-            steps=recipe.steps,
-            warmup=recipe.optimizer.warmup,
-            schedule=recipe.optimizer.schedule,
-        )
-        self.optimizer.step(learning_rate, gradient)
-        self.step += 1
-        self.averages.update(self.step)
+        norm = clip_grad_norm(gradient, recipe.optimizer.clip)
+        faulty = at_fault(sample_ids, losses, norm, recipe.optimizer.clip)
+        learning_rate = self._update(gradient, skip=bool(faulty))
+        told = [] if faulty else rows
         return StepInfo(
             step=self.step,
             steps=recipe.steps,
             epoch=units[0].epoch,
-            loss=_mean([loss for _, _, loss, regularised in rows if not regularised]),
-            regularisation_loss=_mean([loss for _, _, loss, regularised in rows if regularised]),
-            gradient_norm=norm,
+            loss=_mean([loss for _, _, loss, regularised in told if not regularised]),
+            regularisation_loss=_mean([loss for _, _, loss, regularised in told if regularised]),
+            gradient_norm=None if faulty else norm,
             learning_rate=learning_rate,
             seconds=time.perf_counter() - begun,
             sample_ids=sample_ids,
             sigmas=sigmas.tolist(),
             losses=losses,
-            group_norms=norms,
+            sigma_means=sigma_means(units, sigmas, world),
+            group_norms=None if faulty else norms,
+            at_fault=faulty,
+            skipped=self.skips.total,
         )
+
+    def _update(self, gradient: Tensor, *, skip: bool) -> float:
+        """Moves the weights along a clipped gradient, unless it is to be skipped; returns the learning rate."""
+        spec = self.recipe.optimizer
+        learning_rate = lr_at(
+            self.step,
+            learning_rate=spec.learning_rate,
+            steps=self.recipe.steps,
+            warmup=spec.warmup,
+            schedule=spec.schedule,
+        )
+        self.skips.count(skip)
+        if not skip:
+            self.optimizer.step(learning_rate, gradient)
+            require_finite(self.adapter.parameters(), self.step + 1, self.run)
+        self.step += 1
+        self.averages.update(self.step)  # after a skipped step too: the averages' time is the number of the step
+        return learning_rate
 
     def _backward(self, unit: Unit, sigmas: Tensor) -> tuple[Batch, Tensor]:
         """Leaves the unit's share of the step's gradient in the parameters; returns its batch and losses [B]."""

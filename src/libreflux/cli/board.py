@@ -1,0 +1,61 @@
+"""Curves and sample sheets for TensorBoard, an extra; RUN/metrics.jsonl has the same numbers without it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from libreflux.errors import RunError
+from libreflux.train.callbacks import StepInfo
+
+FOLDER = "tensorboard"
+
+
+def require_tensorboard() -> None:
+    """Raises RunError where TensorBoard is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        mend = "pip install 'libreflux[tensorboard]', or tensorboard: false"
+        raise RunError("TensorBoard is not installed", where="tensorboard: true", mend=mend)
+
+
+class Board:
+    """Writes event files into RUN/tensorboard.
+
+    Args:
+        run: the run folder.
+        step: steps already finished; what earlier processes wrote of later ones is no longer shown.
+    """
+
+    def __init__(self, run: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run / FOLDER), purge_step=step + 1)
+
+    def add_step(self, info: StepInfo) -> None:
+        """The numbers of one step; a skipped one has no loss and no gradient norm."""
+        numbers = {
+            "loss": info.loss,
+            "regularisation_loss": info.regularisation_loss,
+            "gradient_norm": info.gradient_norm,
+            "learning_rate": info.learning_rate,
+            "skipped": info.skipped,
+            **{f"sigma_mean/rank{rank}": mean for rank, mean in enumerate(info.sigma_means)},
+        }
+        for name, value in numbers.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, info.step)
+
+    def add_sheet(self, step: int, picture: Image.Image) -> None:
+        """A sheet of samples."""
+        self._writer.add_image("samples", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Writes what is still in memory."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Writes what is still in memory and ends the event file."""
+        self._writer.close()

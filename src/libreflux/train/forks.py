@@ -1,0 +1,76 @@
+"""Going on under a changed recipe: what may change, and what a run remembers of it.
+
+A fork goes on in its run folder from the last checkpoint. Weights, optimizer state, averages and the step number stay;
+from the next step on, order, noise and learning rate are what the new recipe gives for that number. The epoch under way
+is then another cut of the pictures: some of them are shown once more or once less in it.
+
+RUN/recipe.json becomes the new recipe, with one entry more under `forks`:
+    {"step": 400, "changed": {"batch": [2, 4]}, "data_hash": …}    null for a key that one side does not have
+It is written before the fork's first step. A fork that is killed before its first checkpoint goes on without --fork.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from libreflux.errors import RunError
+from libreflux.recipe import Recipe
+from libreflux.train import checkpoint
+
+Fork = dict[str, Any]
+
+MEND = "restore these keys to resume, go on under the new ones with --fork, or choose another `out`"
+
+
+def allow(run: Path, recipe: Recipe, world: int, *, fork: bool) -> bool:
+    """Whether this recipe differs from that of the run that is there.
+
+    Args:
+        run: the run folder, locked.
+        recipe: as resolved now.
+        world: processes; only world × accumulate counts.
+        fork: whether it may differ.
+
+    Raises:
+        RunError: it differs and may not, or in what a fork cannot change: the adapter and the kind of optimizer, whose
+            tensors are in the checkpoint.
+    """
+    changed = checkpoint.changes(run, recipe, world)
+    settled = [key for key in changed if key.split(".")[0] == "adapter" or key == "optimizer.kind"]
+    if settled:
+        mend = f"restore {', '.join(settled)}, or choose another `out`; adapter.init_from starts from an adapter file"
+        checkpoint.check_recipe(run, recipe, world, mend)
+    if not fork:
+        checkpoint.check_recipe(run, recipe, world, MEND)
+    return bool(changed)
+
+
+def history(
+    run: Path, recipe: Recipe, world: int, step: int, state: Mapping[str, Any], data_hash: str, *, fork: bool
+) -> list[Fork]:
+    """The forks of a run that goes on now, this one included if something has changed.
+
+    Args:
+        run: the run folder, locked by the first process.
+        recipe: as resolved now.
+        world: processes.
+        step: of the checkpoint it goes on from.
+        state: that checkpoint's state.json.
+        data_hash: of the data that is there now.
+        fork: whether the data may differ.
+
+    Raises:
+        RunError: the data differs and may not.
+    """
+    # Of a fork whose checkpoints are all gone the steps are trained again, from here.
+    known = [{**one, "step": min(one["step"], step)} for one in checkpoint.stored_forks(run)]
+    agreed = known[-1]["data_hash"] if known and known[-1]["step"] == step else state["data_hash"]
+    if agreed != data_hash and not fork:
+        mend = "put them back as they were, go on with what is there now with --fork, or choose another `out`"
+        raise RunError("the pictures, captions or encoders have changed since this run began", where=run, mend=mend)
+    changed = checkpoint.changes(run, recipe, world)
+    if not changed and agreed == data_hash:
+        return known
+    return [*known, {"step": step, "changed": changed, "data_hash": data_hash}]

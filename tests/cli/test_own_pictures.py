@@ -1,0 +1,77 @@
+"""The README's path for a user's own pictures, its commands as they stand there; and runs that are not finished."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from libreflux.emoji import compose
+from libreflux.sample.metadata import read_origin
+
+README = Path(__file__).parent.parent.parent / "README.md"
+FEWER = {"train": ["steps=2", "batch=2", "save.every=1"], "generate": ["--steps", 2], "average": [], "merge": []}
+
+
+@pytest.fixture(scope="module")
+def place(run: Callable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Twenty pictures in `photos`, and everything that the README then does; it is the working folder."""
+    section = README.read_text("utf-8").partition("## The same with your own pictures")[2].partition("\n## ")[0]
+    blocks = dict(re.findall(r"```(yaml|sh)\n(.*?)```", section, re.DOTALL))
+    folder = tmp_path_factory.mktemp("user")
+    compose.write_folder(folder / "photos", 20, 1)
+    (folder / "mine.yaml").write_text(blocks["yaml"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for line in blocks["sh"].splitlines():
+            program, verb, *rest = shlex.split(line, comments=True)
+            done = run(verb, *rest, *FEWER[verb])
+            assert (program, done.code) == ("libreflux", 0), done.err
+        yield folder
+
+
+def _draw(run: Callable, adapter: object, out: Path) -> bytes:
+    done = run("generate", "a fox", "--adapter", adapter, "--steps", 1, "--out", out)
+    assert done.code == 0, done.err
+    return out.read_bytes()
+
+
+def test_the_readmes_commands_draw_with_what_was_trained(place: Path) -> None:
+    [adapter] = read_origin(place / "fox.png").adapters
+    assert adapter["file"] == "adapter.safetensors" and adapter["weight"] == 1.0
+    merged = next((place / "out").glob("*.png"))
+    assert read_origin(merged).hashes != read_origin(place / "fox.png").hashes
+
+
+def test_a_run_folder_is_its_result_or_its_newest_whole_checkpoint(
+    run: Callable, place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine, out = place / "runs" / "mine", place / "a.png"
+    first, second = (mine / f"checkpoints/step-0000000{step}/adapter.safetensors" for step in (1, 2))
+    result = mine / "adapter.safetensors"
+    after_1, after_2 = (_draw(run, file, out) for file in (first, second))
+    assert after_1 != after_2
+    assert _draw(run, mine, out) == _draw(run, result, out) == after_2
+    assert not caplog.records
+
+    whole = result.read_bytes()
+    result.unlink()
+    assert _draw(run, "runs/mine", out) == after_2
+    assert "runs/mine is not finished: its adapter after step 2 is taken" in caplog.text
+    second.write_bytes(whole[:-9])
+    assert _draw(run, mine, out) == after_1
+    assert "step-00000002 is not used" in caplog.text and "after step 1 is taken" in caplog.text
+
+    result.write_bytes(first.read_bytes())  # a run that was prolonged after its result, and stopped
+    second.write_bytes(whole)
+    assert _draw(run, mine, out) == after_2
+
+
+def test_folders_without_an_adapter_are_refused(run: Callable, place: Path) -> None:
+    for command in (["generate", "a fox", "--adapter", "photos:0.5"], ["merge", "emoji-base", "photos", "--out", "m"]):
+        refused = run(*command)
+        assert refused.code == 2 and refused.err.count("\n") == 1
+        assert "photos: no adapter.safetensors and no checkpoint in this folder; mend: name a run folder" in refused.err

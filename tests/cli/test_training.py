@@ -1,0 +1,84 @@
+"""What a run shows of itself: the line on the terminal, TensorBoard's event files; and --fork through the command."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from libreflux.cli.training import ShowTraining
+from libreflux.recipe import load_recipe
+from libreflux.train.callbacks import StepInfo
+from libreflux.train.loop import fit
+
+
+class Broken(ShowTraining):
+    """Dies in step 3, after its numbers are on the board and before a checkpoint."""
+
+    def on_step(self, info: StepInfo) -> None:
+        super().on_step(info)
+        if info.step == 3:
+            raise KeyboardInterrupt
+
+
+def test_the_board_shows_every_step_once_though_one_was_trained_twice(
+    run: Callable, recipe: Path, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    changes = [f"out={out}", "steps=5", "tensorboard=true", "samples.every=2", "samples.guidance=[1]"]
+    told = load_recipe(recipe, changes)
+    with pytest.raises(KeyboardInterrupt), Broken(told) as shown:
+        fit(told, shown)
+    done = run("train", recipe, *changes)
+    assert done.code == 0, done.err
+    assert re.search(r"training: 5/5, .* loss [\d.]+, gradient [\d.e-]+, [\d.e+]+ pictures/s, [\d.]+ GB\n", done.err)
+
+    board = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "gradient_norm", "learning_rate"):
+        shown_values = [(event.step, event.value) for event in board.Scalars(name)]
+        assert shown_values == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
+    assert [event.value for event in board.Scalars("sigma_mean/rank0")] == pytest.approx(
+        [line["sigma_mean"][0] for line in lines], rel=1e-6
+    )
+    assert [event.value for event in board.Scalars("skipped")] == [0.0] * 5
+    assert {event.step for event in board.Images("samples")} == {2, 4}
+    assert board.Images("samples")[-1].encoded_image_string[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_without_tensorboard_it_is_refused_before_anything_is_done(
+    run: Callable, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    refused = run("train", recipe, f"out={tmp_path / 'run'}", "tensorboard=true")
+    assert refused.code == 2 and refused.err.count("\n") == 1
+    assert "TensorBoard is not installed; mend: pip install 'libreflux[tensorboard]'" in refused.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_fork_through_the_command(run: Callable, recipe: Path, tmp_path: Path) -> None:
+    common = ["train", recipe, f"out={tmp_path / 'run'}", "samples.every=0"]
+    assert run(*common, "steps=1").code == 0
+    refused = run(*common, "steps=2", "batch=1")
+    assert refused.code == 2 and "batch (2 -> 1)" in refused.err and "--fork" in refused.err
+    assert run(*common, "steps=2", "batch=1", "--fork").code == 0
+    again = run(*common, "steps=3", "batch=1")
+    assert again.code == 0 and "resumes after step 2" in again.err
+
+
+def test_a_run_that_only_skips_exits_with_2_and_one_line(run: Callable, recipe: Path, tmp_path: Path) -> None:
+    from tiny import poison_latents
+
+    common = ["train", recipe, f"out={tmp_path / 'run'}", "samples.every=0", "save.every=1"]
+    assert run(*common, "steps=1").code == 0
+    [poisoned, *_] = poison_latents(tmp_path / "run" / "cache")
+    stopped = run(*common, "steps=9", "max_skipped=2")
+    [line] = [line for line in stopped.err.splitlines() if line.startswith("libreflux: error: ")]
+    assert stopped.code == 2 and "2 steps in a row up to step 3" in line and "mend" in line
+    assert "1 skipped" in stopped.err or poisoned in (tmp_path / "run" / "metrics.jsonl").read_text()

@@ -1,0 +1,86 @@
+"""Running out of memory, with the exceptions that really come: one line with what helps, and nothing lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+
+from libreflux.errors import RunError
+from libreflux.recipe import Recipe
+from libreflux.train.callbacks import Callbacks
+from libreflux.train.loop import fit
+from libreflux.train.memory import explained, is_out_of_memory
+
+Tree = Callable[..., dict[str, Any]]
+
+
+def too_much(*_: object) -> torch.Tensor:
+    return torch.empty(1 << 46)  # 2^48 bytes: more than any process can address
+
+
+def raised(function: Callable[[], object]) -> BaseException:
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        function()
+    return caught.value
+
+
+def test_what_torch_and_python_raise_is_known() -> None:
+    assert is_out_of_memory(raised(too_much))
+    assert is_out_of_memory(raised(lambda: bytearray(1 << 60)))
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    assert not is_out_of_memory(raised(lambda: torch.zeros(2) @ torch.zeros(3)))
+
+
+class OutOfMemoryIn(Callbacks):
+    """From the `nth` step of this process on its forward pass takes more memory than there is."""
+
+    def __init__(self, nth: int) -> None:
+        self.left = nth
+
+    def on_sample(self, step: int, transformer: FluxTransformer2DModel) -> None:
+        transformer.register_forward_pre_hook(self.forward)
+
+    def forward(self, *_: object) -> None:
+        self.left -= 1
+        if self.left <= 0:
+            too_much()
+
+
+def test_a_step_without_memory_ends_the_run_in_one_line_and_it_resumes(recipe_tree: Tree, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"steps": 3, "save": {"every": 1}, "samples": {"every": 9, "at_start": True}}
+    whole = fit(Recipe.model_validate(recipe_tree(tmp_path / "whole", **changes)))
+    recipe = Recipe.model_validate(recipe_tree(tmp_path / "run", **changes))
+    with pytest.raises(RunError) as refusal:
+        fit(recipe, OutOfMemoryIn(2))
+    line = str(refusal.value)
+    assert line.startswith("step 2, batch 2, resolution 32, device auto: out of memory; mend: ")
+    mends = ["gradient_checkpointing: true", "base: int8", "batch: 1 with accumulate: 2", "adamw_bf16", "resolution"]
+    line = line.partition("mend: ")[2]
+    assert sorted(mends, key=line.index) == mends
+    assert fit(recipe).read_bytes() == whole.read_bytes()
+
+
+def test_what_is_set_already_is_no_mend(recipe_tree: Tree, tmp_path: Path) -> None:
+    spare = {"gradient_checkpointing": True, "base": "int8", "batch": 1, "optimizer": {"kind": "adamw_bf16"}}
+    with pytest.raises(RunError) as refusal, explained("step 1", Recipe.model_validate(recipe_tree(tmp_path, **spare))):
+        too_much()
+    assert "in this order, resolution below 32" in str(refusal.value)
+
+
+def test_preparing_without_memory_has_its_own_mend(
+    recipe_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AutoencoderKL, "encode", too_much)
+    with pytest.raises(RunError, match=r"^preparing, .*out of memory; mend: a smaller resolution") as refusal:
+        fit(Recipe.model_validate(recipe_tree(tmp_path / "run")))
+    assert "gradient_checkpointing" not in str(refusal.value)
+
+
+def test_other_errors_pass(recipe_tree: Tree, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="size"), explained("step 1", Recipe.model_validate(recipe_tree(tmp_path))):
+        torch.zeros(2) @ torch.zeros(3)
