@@ -50,15 +50,14 @@ def _told(fault: Any) -> str:
     """pydantic's words, with the value, in the terms of YAML."""
     if fault["type"] == "missing":
         return "too few items"
-    what = str(fault["msg"]).removeprefix("Value error, ")
-    if fault["type"] == "model_type":
+    what = str(fault["msg"]).removeprefix("Value error, ").replace("valid tuple", "list")
+    if fault["type"] in ("model_type", "dict_type"):
         what = "Input should be a mapping of keys to values"
     value = _brief.repr(fault["input"])
     if fault["type"] != "value_error":
-        what += f", not {value}"
-    elif value not in what and not isinstance(fault["input"], dict):
-        what += f" (found {value})"
-    return what.replace("valid tuple", "list").replace("valid dictionary", "mapping of keys to values")
+        return f"{what}, not {value}"
+    # A section's own rules name its keys.
+    return what if value in what or isinstance(fault["input"], dict) else f"{what} (found {value})"
 
 
 class _Brief(reprlib.Repr):
