@@ -96,10 +96,10 @@ class DataSource(Section):
         from PIL import ImageColor
 
         try:
-            found = ImageColor.getrgb(value)
+            known = all(0 <= part <= 255 for part in ImageColor.getrgb(value))
         except ValueError:
-            found = (-1,)
-        if not all(0 <= part <= 255 for part in found):
+            known = False
+        if not known:
             raise ValueError(f"{value!r} is no colour; write a name such as white, or #rrggbb")
         return value
 

@@ -77,15 +77,13 @@ def override(tree: dict[str, Any], text: str) -> None:
 
 def _below(node: Any, part: str, empty: Any, text: str) -> Any:
     """The mapping or list under one part of a path, made if need be; copied, since an alias (`*a`) shares it."""
-    place = _index(node, part, text) if isinstance(node, list) else part
-    known = (node[place] if place < len(node) else None) if isinstance(node, list) else node.get(place)
-    below = empty if known is None else copy.copy(known)
+    place: Any = _index(node, part, text) if isinstance(node, list) else part
+    if isinstance(node, list):
+        node[place:] = node[place:] or [None]
+    known = node[place] if isinstance(node, list) else node.get(place)
+    node[place] = below = empty if known is None else copy.copy(known)
     if not isinstance(below, dict | list):
         raise RecipeError(f"{part} is a value, it has no keys", where=text, mend="shorten the key")
-    if isinstance(node, list):
-        node[place : place + 1] = [below]
-    else:
-        node[place] = below
     return below
 
 
