@@ -245,7 +245,8 @@ def choices(
     visits: int = VISITS,
 ) -> list[list[int | None]]:
     """For each sample the chosen caption of each visit, by its place among the sample's own; None: dropped."""
-    choice = CaptionChoice(np.array(ids, np.uint64), weights, np.full(len(ids), dropout), seed)
+    counts = np.array([len(row) for row in weights])
+    choice = CaptionChoice(np.array(ids, np.uint64), counts, weights, np.full(len(ids), dropout), seed)
     rows = []
     for number in range(len(ids)):
         places, dropped = choice.choose(np.full(visits, number), np.arange(visits))

@@ -8,14 +8,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from libreflux.errors import LibrefluxError
-
-if TYPE_CHECKING:
-    from libreflux.recipe import Recipe
 
 
 def train(
@@ -25,7 +22,10 @@ def train(
         typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change.", show_default=False),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved recipe, its layers, memory and disk; train nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the resolved recipe, its layers, memory, disk, steps and time; train nothing."
+        ),
     ] = False,
     fork: Annotated[
         bool, typer.Option("--fork", help="Go on from the last checkpoint though the recipe or the data have changed.")
@@ -36,10 +36,9 @@ def train(
 
     resolved = load_recipe(recipe, overrides or [])
     if dry_run:
-        layers, memory = layer_table(resolved), memory_table(resolved)
-        typer.echo(resolved.to_yaml())
-        typer.echo(layers)
-        typer.echo(f"\n{memory}")
+        from libreflux.cli.dry_run import report
+
+        typer.echo(report(resolved))
         return
 
     _refuse_second_trainer(Path(resolved.out))
@@ -83,22 +82,3 @@ def _no_empty_run(run: Path) -> Iterator[None]:
                 if {path.name for path in run.iterdir()} <= {files.LOCK, RECIPE}:
                     shutil.rmtree(run)
         raise
-
-
-def layer_table(recipe: Recipe) -> str:
-    """The layers that a recipe adapts, resolved against the model's configuration; no weight is loaded."""
-    from libreflux.train.loop import plan_layers
-
-    return plan_layers(recipe).text()
-
-
-def memory_table(recipe: Recipe) -> str:
-    """Memory and disk by part, at the model's longest prompt; no weight is loaded."""
-    from libreflux.model.facts import freed
-    from libreflux.model.family import open_model
-    from libreflux.train.estimate import estimate_recipe
-
-    tokens = freed(open_model(recipe.model, parts=()).facts).max_tokens
-    found = estimate_recipe(recipe, text_tokens=tokens)
-    kept = recipe.save.keep + (recipe.steps // recipe.save.keep_every if recipe.save.keep_every else 0)
-    return f"memory, estimated for prompts of {tokens} tokens\n{found.table(kept)}"
