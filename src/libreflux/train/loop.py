@@ -78,10 +78,10 @@ def _standing(recipe: Recipe, run: Path, world: int, held: contextlib.ExitStack,
     if newest is not None and newest.step == recipe.steps and changed:
         mend = "raise steps, or choose another `out`"
         raise RunError(f"step {newest.step}, the last, is done already: nothing is left to fork", where=run, mend=mend)
-    checkpoint.prune(run, recipe.save.keep, recipe.save.keep_every)  # a kill may have come between a save and this
     if newest is not None and newest.step > recipe.steps:
         mend = f"set steps to at least {newest.step}, or choose another `out`"
         raise RunError(f"step {newest.step} is done already, beyond steps: {recipe.steps}", where=run, mend=mend)
+    checkpoint.prune(run, recipe.save.keep, recipe.save.keep_every)  # a kill may have come between a save and this
     return newest
 
 
