@@ -203,7 +203,7 @@ def run_all(recipe: Path, out: Path, faults: list[str]) -> dict[str, Any]:
     def reopen(recipe: Any, run: Path, newest: Any, *_: Any) -> Any:
         training = dataclasses.replace(opened, recipe=recipe, run=run)
         if newest is not None:
-            loop._restore(training, newest)
+            loop._restore(training, newest, fork=False)
         return training
 
     loop._open = reopen  # type: ignore[assignment]
