@@ -75,7 +75,7 @@ def test_a_fork_that_is_killed_before_its_first_checkpoint_goes_on_without_the_o
 ) -> None:
     plan: list[dict[str, Any]] = []
     for name in ("whole", "killed"):
-        old = recipe_tree(tmp_path / name, steps=2, samples={"every": 1})
+        old = recipe_tree(tmp_path / name, steps=2, samples={"every": 1, "prompts": ["a fox"]})
         new = {**old, "steps": 6, "batch": 3, "data": [{**old["data"][0], "prefix": "b "}], "save": {"every": 2}}
         plan.append({"recipe": old, "moment": None})
         if name == "killed":

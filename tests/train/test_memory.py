@@ -52,7 +52,11 @@ class OutOfMemoryIn(Callbacks):
 
 
 def test_a_step_without_memory_ends_the_run_in_one_line_and_it_resumes(recipe_tree: Tree, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"steps": 3, "save": {"every": 1}, "samples": {"every": 9, "at_start": True}}
+    changes: dict[str, Any] = {
+        "steps": 3,
+        "save": {"every": 1},
+        "samples": {"every": 9, "at_start": True, "prompts": ["a fox"]},
+    }
     whole = fit(Recipe.model_validate(recipe_tree(tmp_path / "whole", **changes)))
     recipe = Recipe.model_validate(recipe_tree(tmp_path / "run", **changes))
     with pytest.raises(RunError) as refusal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -40,6 +41,7 @@ def train(
         typer.echo(report(resolved))
         return
 
+    _refuse_second_trainer(Path(resolved.out))
     from libreflux.cli.training import ShowTraining
     from libreflux.train.interrupt import Interrupted
     from libreflux.train.loop import fit
@@ -54,6 +56,15 @@ def train(
             code, message = 0, f"adapter: {adapter}"
     typer.echo(message, err=code != 0)
     sys.exit(code)
+
+
+def _refuse_second_trainer(run: Path) -> None:
+    """At once: what is imported next takes seconds. Of several processes the first one holds the lock for all."""
+    from libreflux import files
+
+    if run.is_dir() and os.environ.get("RANK", "0") == "0":
+        with files.lock(run):
+            pass
 
 
 @contextmanager

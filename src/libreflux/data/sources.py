@@ -92,10 +92,10 @@ def read_source(
     """
     folder = Path(os.path.normpath(Path(source.path).expanduser()))
     if not folder.is_dir():
-        raise DataError("no such folder", where=folder, mend="check data.path")
+        raise DataError("no such folder", where=folder, mend="check the path")
     pictures, lists = _walk(folder)
     if not pictures:
-        raise DataError("no picture in this folder", where=folder, mend="check data.path")
+        raise DataError("no picture in this folder", where=folder, mend="check the path")
     listed = _read_metadata(lists)
     for stray in sorted(listed.keys() - set(pictures)):
         mend = "list files of this folder that are not hidden"

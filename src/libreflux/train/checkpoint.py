@@ -8,7 +8,8 @@
                                  /ema.safetensors          its averages, if the recipe asks for some
                                  /state.json
                                  /manifest.json            sizes and hashes, written last
-    RUN/averages/step-00000500.safetensors            averages kept for hindsight, never pruned
+    RUN/averages/step-00000500/ema.safetensors             averages kept for hindsight, never pruned
+                              /manifest.json
     RUN/adapter.safetensors                           the result, when the last step is done
 
 A checkpoint is staged beside its final name and appears by one rename, so that a process killed at any moment leaves
@@ -43,6 +44,7 @@ RECIPE = "recipe.json"
 METRICS = "metrics.jsonl"
 HELD_OUT = "held_out.jsonl"
 
+_WRITTEN = (FOLDER, "averages", "samples")
 _NAME = re.compile(r"step-(\d{8,})")
 
 Writer = Callable[[Path], None]
@@ -140,18 +142,12 @@ def recover(run: Path) -> Checkpoint | None:
     Damaged checkpoints above the latest are renamed `damaged-…`, so that the resumed run can write its own. Call it
     with the run locked.
     """
-    folder = run / FOLDER
-    for name in (ADAPTER, RECIPE, METRICS, HELD_OUT):
-        for path in run.glob(f".{name}.tmp-*"):
-            path.unlink()
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if path.name.startswith(".") and path.is_dir():
-                shutil.rmtree(path)
+    for folder in (run, *(run / name for name in _WRITTEN)):
+        files.sweep(folder)
     newest = latest(run)
     for checkpoint in listed(run):
         if newest is None or checkpoint.step > newest.step:
-            aside = folder / f"damaged-{checkpoint.path.name}"
+            aside = checkpoint.path.with_name(f"damaged-{checkpoint.path.name}")
             if aside.exists():
                 shutil.rmtree(aside)
             os.rename(checkpoint.path, aside)
@@ -169,10 +165,7 @@ def prune(run: Path, keep: int, keep_every: int | None) -> list[int]:
     by_step = {checkpoint.step: checkpoint.path for checkpoint in listed(run)}
     steps = doomed(by_step, keep, keep_every)
     for step in steps:
-        path = by_step[step]
-        gone = path.with_name(f".deleted-{path.name}")
-        os.rename(path, gone)
-        shutil.rmtree(gone)
+        files.remove_folder(by_step[step])
     return steps
 
 
@@ -288,11 +281,18 @@ class Metrics:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        with files.placed(self._path):
+            self._file.close()
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends one JSON object; `step` is one of its keys."""
-        self._file.write(json.dumps(line) + "\n")
+        with files.placed(self._path):
+            self._file.write(json.dumps(line) + "\n")
+
+    def sync(self) -> None:
+        """Lets the lines written so far survive a power cut."""
+        with files.placed(self._path):
+            os.fsync(self._file.fileno())
 
 
 def rewind(path: Path, step: int) -> None:

@@ -121,21 +121,20 @@ def average_key(width: float, name: str) -> str:
 
 
 def snapshot_path(run: Path, step: int) -> Path:
-    """RUN/averages/step-00000500.safetensors for step 500."""
-    return run / FOLDER / f"step-{step:08d}.safetensors"
+    """RUN/averages/step-00000500 for step 500: a folder with the averages and a manifest."""
+    return run / FOLDER / f"step-{step:08d}"
 
 
 def rewind(run: Path, step: int) -> None:
-    """Deletes the snapshots after `step`, whose steps are trained again, and what a killed process left."""
-    kept = {snapshot_path(run, number) for number in snapshot_steps(run) if number <= step}
-    for path in (run / FOLDER).glob("*step-*.safetensors*"):
-        if path not in kept:
-            path.unlink()
+    """Deletes the snapshots after `step`, whose steps are trained again."""
+    for number in snapshot_steps(run):
+        if number > step:
+            files.remove_folder(snapshot_path(run, number))
 
 
 def snapshot_steps(run: Path) -> list[int]:
     """The steps of RUN/averages, rising as numbers."""
-    names = (path.stem.removeprefix("step-") for path in (run / FOLDER).glob("step-*.safetensors"))
+    names = (path.name.removeprefix("step-") for path in (run / FOLDER).glob("step-*") if path.is_dir())
     return sorted(int(name) for name in names if name.isdigit())
 
 

@@ -81,6 +81,7 @@ def _standing(recipe: Recipe, run: Path, world: int, held: contextlib.ExitStack,
     if newest is not None and newest.step > recipe.steps:
         mend = f"set steps to at least {newest.step}, or choose another `out`"
         raise RunError(f"step {newest.step} is done already, beyond steps: {recipe.steps}", where=run, mend=mend)
+    checkpoint.prune(run, recipe.save.keep, recipe.save.keep_every)  # a kill may have come between a save and this
     return newest
 
 
@@ -120,18 +121,18 @@ def _train(training: Training, callbacks: Callbacks) -> Checkpoint:
             callbacks.on_step(info)
             skips.watch(info, training.skips, recipe.max_skipped, training.run, tell=ranks.first)
             last = training.step == recipe.steps
-            if last or training.step % recipe.save.every == 0:
-                saved = _save(training, callbacks)
             snapshots = recipe.save.averages_every if ranks.first and recipe.ema else None
             if snapshots and training.step % snapshots == 0:
-                _write_averages(training, ema.snapshot_path(training.run, training.step))
+                _write_snapshot(training)  # before the checkpoint: a run resumed from that does not come here again
+            if last or training.step % recipe.save.every == 0:
+                saved = _save(training, metrics, callbacks)
             watched = last or stop.signum is None
             if watched and recipe.held_out.due(training.step, recipe.steps):
                 callbacks.on_measure(training.step, training.transformer)
             if watched and _sample_due(recipe, training.step):
                 _sample(training, callbacks)
         if training.step > (saved.step if saved else first):
-            saved = _save(training, callbacks)
+            saved = _save(training, metrics, callbacks)
         if training.step < recipe.steps:
             raise Interrupted(signum, training.step, training.run)
     assert saved is not None
@@ -276,10 +277,10 @@ def _restore(training: Training, newest: Checkpoint, fork: bool) -> None:
     training.skips = skips.Skips(**state.get("skips", {}))
 
 
-def _save(training: Training, callbacks: Callbacks) -> Checkpoint:
+def _save(training: Training, metrics: checkpoint.Metrics | None, callbacks: Callbacks) -> Checkpoint:
     recipe, step = training.recipe, training.step
     training.require_replicas()
-    if not training.ranks.first:
+    if metrics is None:
         return Checkpoint(step, checkpoint.step_folder(training.run, step))
     writers: dict[str, checkpoint.Writer] = {
         checkpoint.ADAPTER: lambda path: save_adapter(training.adapter, path, _origin(training)),
@@ -287,6 +288,7 @@ def _save(training: Training, callbacks: Callbacks) -> Checkpoint:
     }
     if recipe.ema:
         writers[checkpoint.AVERAGES] = lambda path: _write_averages(training, path)
+    metrics.sync()
     written = checkpoint.write(
         training.run,
         step,
@@ -330,6 +332,12 @@ def _write_averages(training: Training, path: Path) -> None:
     alphas = {name: value for name, value in training.adapter.state_dict().items() if name.endswith(".alpha")}
     metadata = {**_origin(training), **file_metadata(training.adapter)}
     ema.write_averages(training.averages, alphas, path, metadata)
+
+
+def _write_snapshot(training: Training) -> None:
+    with files.staged_dir(ema.snapshot_path(training.run, training.step)) as folder:
+        _write_averages(training, folder / checkpoint.AVERAGES)
+        files.write_manifest(folder)
 
 
 def _machine(device: str) -> dict[str, Any]:
