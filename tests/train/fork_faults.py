@@ -2,9 +2,10 @@
 
     python fork_faults.py RECIPE.yaml OUT FAULT...      prints what became of each run as JSON
 
-The base and its data are opened once; each run is then a fork in a folder of its own below OUT. A point is an operation
-that changes the run folder: a file opened for writing or saved, a rename, a removal, a folder made, an fsync. For each
-point and FAULT the run is broken there, what it left is looked at, and after "kill" the same command runs again.
+The base and its data are opened once; each run is then a fork that goes on from a copy of one with a step done and
+saved. A point is an operation that changes the run folder: a file opened for writing or saved, a rename, a removal, a
+folder made, an fsync. For each point and FAULT the run is broken there, what it left is looked at, and after "kill" the
+same command runs again.
 
     kill    SIGKILL just before the operation
     tear    from there on a write past the 16th byte of a file kills the process (RLIMIT_FSIZE): it stays half-written
@@ -20,6 +21,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import traceback
@@ -205,6 +207,8 @@ def run_all(recipe: Path, out: Path, faults: list[str]) -> dict[str, Any]:
         return training
 
     loop._open = reopen  # type: ignore[assignment]
+    first = train([str(recipe), "steps=1"], out / "first")
+    shutil.copytree(out / "first", out / "whole")
     whole = train([str(recipe)], out / "whole")
     broken = []
     for fault in faults:
@@ -212,6 +216,7 @@ def run_all(recipe: Path, out: Path, faults: list[str]) -> dict[str, Any]:
             if fault == "tear" and not name.startswith(("open", "save_file")):
                 continue
             run = out / f"{fault}-{point}"
+            shutil.copytree(out / "first", run)
             result = train([str(recipe)], run, fault, point)
             result |= {"run": run.name, "point": f"{fault} at {name}", "left": left(run)}
             if fault == "kill":
@@ -220,7 +225,7 @@ def run_all(recipe: Path, out: Path, faults: list[str]) -> dict[str, Any]:
                 with files.lock(run):
                     checkpoint.recover(run)
             broken.append(result)
-    return {"whole": whole, "broken": broken}
+    return {"first": first, "whole": whole, "broken": broken}
 
 
 if __name__ == "__main__":

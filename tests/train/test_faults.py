@@ -65,11 +65,11 @@ def test_bytes_are_synced_before_they_get_their_name_and_its_folder_right_after(
     faults: dict[str, tuple[Path, Outcome]],
 ) -> None:
     _, outcome = faults["kill"]
-    assert outcome["whole"]["code"] == 0, outcome["whole"]
-    assert outcome["whole"]["order"] == []
-    points = [point.split()[0] for point in outcome["whole"]["points"]]
-    assert len(points) > 80
-    assert {"open", "save_file", "fsync", "os.rename", "os.mkdir", "os.remove", "os.rmdir"} == set(points)
+    for run in (outcome["first"], outcome["whole"]):
+        assert run["code"] == 0, run
+        assert run["order"] == []
+        assert {"open", "save_file", "fsync", "os.rename", "os.mkdir"} <= {point.split()[0] for point in run["points"]}
+    assert len(outcome["whole"]["points"]) > 60
 
 
 def test_a_run_killed_at_any_point_ends_with_the_same_bytes(faults: dict[str, tuple[Path, Outcome]]) -> None:
@@ -81,6 +81,7 @@ def test_a_run_killed_at_any_point_ends_with_the_same_bytes(faults: dict[str, tu
         run, where = folder / result["run"], result["point"]
         assert result["code"] == -9, where
         assert result["left"]["unloadable"] == [], where
+        assert result["left"]["step"] >= 1, where
         assert result["left"]["lost"] <= EVERY, where
         assert result["again"]["code"] == 0, (where, result["again"]["said"])
         found = _contents(run)
@@ -95,7 +96,7 @@ def test_a_half_written_file_or_a_full_disk_costs_no_saved_step(
 ) -> None:
     folder, outcome = faults["full"]
     results = [result for result in outcome["broken"] if result["run"].startswith(fault)]
-    assert len(results) > 20
+    assert len(results) > 10
     for result in results:
         run, where = folder / result["run"], result["point"]
         if fault == "tear":
@@ -103,6 +104,7 @@ def test_a_half_written_file_or_a_full_disk_costs_no_saved_step(
         else:
             _one_line(result, run)
         assert result["left"]["unloadable"] == [], where
+        assert result["left"]["step"] >= 1, where
         assert result["left"]["lost"] <= EVERY, where
         assert _litter(run) == [], where
 
