@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,31 +70,26 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(path.parent) == ["numbers.json"]
 
 
-REFUSED = """
-import resource, torch
-from safetensors.torch import save_file
-from libreflux.errors import RunError
-path, tensors = Path(sys.argv[1]), {"w": torch.zeros(99)}
-def one():
-    files.atomic_write_bytes(path, bytes(99))
-def ours():
-    files.atomic_save_safetensors(tensors, path)
-def theirs():
-    with files.staged_dir(path) as folder:
-        save_file(tensors, folder / "w")
-resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))  # as on a full disk, but for the error's number
-for write in (one, ours, theirs):
-    try:
-        write()
-        sys.exit("written")
-    except RunError as error:
-        if str(error) != f"{path}: File too large; mend: make room or rights there, or name another place":
-            raise
-"""
-
-
 def test_a_write_that_the_disk_refuses_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
-    assert run(REFUSED, tmp_path / "x") == 0
+    import torch
+    from safetensors.torch import save_file
+
+    path, tensors = tmp_path / "x", {"w": torch.zeros(99)}
+
+    def stage() -> None:
+        with files.staged_dir(path) as folder:
+            save_file(tensors, folder / "w")
+
+    writes = [partial(files.atomic_write_bytes, path, bytes(99)), partial(files.atomic_save_safetensors, tensors, path)]
+    for write in (*writes, stage):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))  # as on a full disk, but for the error's number
+        try:
+            with pytest.raises(RunError) as refusal:
+                write()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert str(refusal.value).startswith(f"{path}: File too large; mend: make room")
     assert os.listdir(tmp_path) == []
 
 
