@@ -1,6 +1,6 @@
 """Kills real `libreflux train` processes at random instants, fills their disk, makes it read-only: `make soak`.
 
-    python tests/soak.py [--kills 50] [--disks 4] [--seed 0]
+    python tests/soak.py [--kills 50] [--disks 4] [--seed 0] [--steps 200] [--seconds 200]
 
 Each run is resumed by its own command until it is done, and must end with the bytes of one that was left alone. Full
 and read-only disks are small tmpfs, which need the right to mount; without it they are left out, and that is said.
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
+import math
 import multiprocessing
 import os
 import random
@@ -62,7 +64,7 @@ class Soak:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.counts, self.lock = folder, Counter[str](), threading.Lock()
-        self.most_lost = 0
+        self.most_lost, self.until = 0, math.inf
         self.processes = multiprocessing.get_context("forkserver")
         self.processes.set_forkserver_preload(["libreflux.cli.training", "libreflux.train.loop", "tiny"])
         data = folder / "data"
@@ -135,25 +137,24 @@ def contents(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in found}
 
 
-def kill_lane(soak: Soak, lane: int, kills: int, seed: int, whole: Path, steps: int) -> None:
-    """`kills` SIGKILLs, in as many runs as that takes; the last one is finished too."""
-    chance = random.Random(f"{seed}/{lane}")
-    for number in range(kills):
+def kill_lane(soak: Soak, lane: int, kills: int, chance: random.Random, whole: Path, steps: int) -> None:
+    """`kills` SIGKILLs, fewer if time is up, in as many runs as that takes; the last one is finished too."""
+    for number in itertools.count():
         run = soak.folder / f"killed-{lane}-{number}"
-        while kills > 0 and strike(soak, soak.start(run, steps), run, chance):
+        while kills > 0 and time.monotonic() < soak.until and strike(soak, soak.start(run, steps), run, chance):
             kills -= 1
             soak.look(run)
         soak.finish(run, steps)
         soak.compare(run, whole)
         shutil.rmtree(run)
-        if not kills:
+        if kills == 0 or time.monotonic() > soak.until:
             return
 
 
 def strike(soak: Soak, process: ForkServerProcess, run: Path, chance: random.Random) -> bool:
     """Kills a run at a random instant, one in four while it starts; False if it was done before."""
     starting = chance.random() < 1 / 4
-    delay, began = chance.uniform(0, 1 if starting else 3), time.monotonic()
+    delay, began = chance.uniform(0, 1 if starting else 2), time.monotonic()
     while process.exitcode is None and time.monotonic() < began + delay:
         if not starting and b"run folder" not in soak.said(run).read_bytes():
             began = time.monotonic()
@@ -222,10 +223,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50, help="SIGKILLs (default 50)")
     parser.add_argument("--disks", type=int, default=4, help="sizes of small disks (default 4)")
     parser.add_argument("--seed", type=int, default=0, help="of the instants and sizes (default 0)")
-    parser.add_argument("--steps", type=int, default=300, help="of each killed run (default 300)")
+    parser.add_argument("--steps", type=int, default=200, help="of each killed run (default 200)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="kill no longer than that, but finish the runs")
     asked = parser.parse_args()
     began = time.monotonic()
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     with tempfile.TemporaryDirectory(prefix="libreflux-soak-") as name, ThreadPoolExecutor(LANES) as pool:
         soak = Soak(Path(name))
         wholes = {steps: soak.folder / f"whole-{steps}" for steps in (50, asked.steps)}
@@ -233,16 +235,17 @@ def main() -> None:
         jobs = []
         if asked.kills:
             soak.finish(wholes[asked.steps], asked.steps)
+            soak.until = time.monotonic() + asked.seconds
             for lane in range(LANES):
-                share = len(range(lane, asked.kills, LANES))
-                jobs.append(pool.submit(kill_lane, soak, lane, share, asked.seed, wholes[asked.steps], asked.steps))
+                share, chance = len(range(lane, asked.kills, LANES)), random.Random(f"{asked.seed}/{lane}")
+                jobs.append(pool.submit(kill_lane, soak, lane, share, chance, wholes[asked.steps], asked.steps))
         if asked.disks and not can_mount(soak.folder / "probe"):
             print("no right to mount a tmpfs: full and read-only disks are left out")
         elif asked.disks:
             need = sum(path.stat().st_size for path in wholes[50].rglob("*") if path.is_file())
-            chance = random.Random(f"{asked.seed}/disks")
+            sizes = random.Random(f"{asked.seed}/disks")
             for number in range(asked.disks):
-                size = 1 << 14 | int(need * (number + chance.random()) / asked.disks)  # of 0 bytes would be without end
+                size = 1 << 14 | int(need * (number + sizes.random()) / asked.disks)  # of 0 bytes would be without end
                 jobs.append(pool.submit(bad_disk, soak, number, size, wholes[50], 50))
         for job in jobs:
             job.result()
