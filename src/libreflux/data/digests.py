@@ -76,10 +76,10 @@ class FileMemory:
                 bar.advance(len(part) - len(fresh) if told else 0)
                 for index, found in zip(fresh, looked, strict=True):
                     name, size, mtime = states[index]
-                    row = (size, mtime, found.digest, found.width, found.height, found.fault)
-                    known[index] = row
+                    new: Row = (size, mtime, found.digest, found.width, found.height, found.fault)
+                    known[index] = new
                     if found.digest:  # rights come back without a new modification time
-                        self._new[name] = row
+                        self._new[name] = new
                     bar.advance(1)
                 if len(self._new) >= _AT_ONCE:
                     self.save()

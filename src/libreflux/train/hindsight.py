@@ -70,7 +70,7 @@ def average(run: Path, width: float, step: int | None = None) -> Averaged:
         step: of the wanted average; None: the newest that was kept. Later ones are not used.
 
     Raises:
-        RunError: no averages were kept, none at `step`, or too few to form this one.
+        RunError: no averages were kept, none at `step`, too few to form this one, or a damaged file among them.
     """
     _run_folder(run)
     if not 0.01 <= width <= 0.28:
