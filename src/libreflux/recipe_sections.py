@@ -222,7 +222,7 @@ class OptimizerSpec(Section):
         default="adamw_bf16",
         description="adamw (fp32), adamw_bf16 (bf16 weights, stochastic rounding), adamw_8bit (CUDA, bitsandbytes)",
     )
-    learning_rate: Real = Field(default=1e-4, gt=0, description="peak learning rate")
+    learning_rate: Real = Field(default=1e-4, gt=0, le=1000, description="peak learning rate")
     weight_decay: Real = Field(default=0.01, ge=0, description="decoupled weight decay")
     betas: tuple[Real, Real] = Field(default=(0.9, 0.999), description="decay rates of the two moments")
     warmup: Whole = Field(default=0, ge=0, description="steps of linear warm-up")

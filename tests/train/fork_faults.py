@@ -37,7 +37,7 @@ from libreflux import files
 from libreflux.cli import main
 from libreflux.errors import RunError
 from libreflux.recipe import load_recipe
-from libreflux.train import checkpoint, loop
+from libreflux.train import checkpoint, loop, saving
 from libreflux.train.callbacks import Callbacks
 from libreflux.train.ranks import Ranks
 
@@ -203,7 +203,7 @@ def run_all(recipe: Path, out: Path, faults: list[str]) -> dict[str, Any]:
     def reopen(recipe: Any, run: Path, newest: Any, *_: Any) -> Any:
         training = dataclasses.replace(opened, recipe=recipe, run=run)
         if newest is not None:
-            loop._restore(training, newest, fork=False)
+            saving.restore(training, newest, fork=False)
         return training
 
     loop._open = reopen  # type: ignore[assignment]

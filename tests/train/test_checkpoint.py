@@ -228,3 +228,15 @@ def test_publish_copies_the_bytes(tmp_path: Path) -> None:
     done = _write(tmp_path, 7, value=0.5)
     assert checkpoint.publish(tmp_path, done).read_bytes() == done.adapter.read_bytes()
     assert load_file(tmp_path / checkpoint.ADAPTER)["w"].tolist() == [0.5] * 3
+
+
+def test_a_stored_recipe_that_todays_rules_refuse_is_told_with_its_key(tmp_path: Path) -> None:
+    recipe = Recipe.model_validate({"data": [{"path": "a"}], "resolution": 32, "steps": 3, "out": str(tmp_path)})
+    checkpoint.claim(tmp_path, recipe)
+    (tmp_path / checkpoint.ADAPTER).touch()
+    stored = json.loads((tmp_path / checkpoint.RECIPE).read_text())
+    (tmp_path / checkpoint.RECIPE).write_text(json.dumps(stored | {"idle": 1}))
+    with pytest.raises(RunError, match=r"recipe\.json: idle: written .*unknown key; mend: correct that key"):
+        checkpoint.changes(tmp_path, recipe)
+    (tmp_path / checkpoint.RECIPE).write_text(json.dumps(stored))
+    assert checkpoint.changes(tmp_path, recipe) == {}

@@ -209,6 +209,7 @@ def test_averages_of_a_run_resume_to_the_bit_and_serve_in_hindsight(
     with pytest.raises(Interrupted):
         fit(stopped, StopAt(5))
     ema.snapshot_path(tmp_path / "stopped", 6).mkdir()  # of a life that was lost
+    (tmp_path / "stopped" / "averages" / "step-9").mkdir()  # no name of ours
     fit(stopped)
     with pytest.raises(RunError, match=r"0\.1/lycoris.*mend: ask only for widths that were tracked"):
         fit(stopped.model_copy(update={"steps": 7, "ema": (0.08, 0.1)}))

@@ -28,7 +28,7 @@ def faults(
         "resolution": 32,
         "adapter": {"targets": [{"layers": "single_transformer_blocks.0.**", "factor": 4}]},
         "batch": 1,
-        "steps": 2,
+        "steps": 3,
         "optimizer": {"kind": "adamw", "learning_rate": 1e-2},
         "ema": [0.1],
         "samples": {"every": 0},

@@ -41,9 +41,9 @@ def allow(run: Path, recipe: Recipe, world: int, *, fork: bool) -> bool:
     settled = [key for key in changed if key.split(".")[0] == "adapter" or key == "optimizer.kind"]
     if settled:
         mend = f"restore {', '.join(settled)}, or choose another `out`; adapter.init_from starts from an adapter file"
-        checkpoint.check_recipe(run, recipe, world, mend)
+        checkpoint.require_same(changed, run, mend)
     if not fork:
-        checkpoint.check_recipe(run, recipe, world, MEND)
+        checkpoint.require_same(changed, run, MEND)
     return bool(changed)
 
 

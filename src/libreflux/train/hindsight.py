@@ -147,7 +147,7 @@ def _complete(run: Path) -> list[checkpoint.Checkpoint]:
 def _average_files(run: Path) -> dict[int, Path]:
     """Step -> file of averages: of the checkpoints and the snapshots beside them; a damaged one is refused."""
     kept = {one.step: one.averages for one in _complete(run) if one.averages.exists()}
-    snapshots = {step: ema.snapshot_path(run, step) for step in ema.snapshot_steps(run)}
+    snapshots = ema.snapshots(run)
     for folder in snapshots.values():
         files.verify_manifest(folder)
     return kept | {step: folder / checkpoint.AVERAGES for step, folder in snapshots.items()}
