@@ -266,9 +266,7 @@ class HeldOutSpec(Section):
     share: Real = Field(
         default=0.0, ge=0, lt=1, description="share of the pictures of data, chosen by their content; 0: none"
     )
-    path: str | None = Field(
-        default=None, min_length=1, description="folder of other captioned pictures, instead of a share"
-    )
+    path: Place | None = Field(default=None, description="folder of other captioned pictures, instead of a share")
     every: Whole = Field(default=500, ge=0, description="steps between measurements, from step 0 on; 0: none")
     pictures: Whole = Field(default=64, ge=1, description="at most so many of them are measured")
     sigmas: tuple[Annotated[Real, Field(gt=0, lt=1)], ...] = Field(

@@ -73,6 +73,8 @@ def test_a_changed_recipe_goes_on_only_with_fork_and_is_remembered(recipe_tree: 
         run(tree | {"steps": 5, "batch": 2}, fork=True)
     assert run(tree | {"steps": 6}, fork=True)[0].step == 6  # nothing has changed: no second fork
     assert len(remembered(out)) == 1
+    with pytest.raises(RunError, match="the pictures it adds have been trained on"):
+        run(tree | {"steps": 7, "held_out": {"share": 0.5}}, fork=True)
 
 
 def test_a_fork_that_is_killed_before_its_first_checkpoint_goes_on_without_the_option(

@@ -60,16 +60,22 @@ def disk_table(recipe: Recipe, found: Estimate, data: Forecast | DataError) -> s
     rows.append(("adapter, the result", found.adapter))
     if not isinstance(data, DataError):
         rows.append((f"cache of {data.pictures:,} pictures", data.cache_bytes))
-    total = sum(size for _, size in rows)
-    there = _held(run) + (0 if recipe.cache_dir.is_relative_to(run) else _held(recipe.cache_dir))
-    rows += [("all", total), ("there already", there)]
+    cache = 0 if isinstance(data, DataError) else data.cache_bytes
+    of_run = sum(size for _, size in rows) - cache
+    inside = recipe.cache_dir.is_relative_to(run)
+    there = {recipe.cache_dir: _held(recipe.cache_dir)}
+    there[run] = _held(run) - (there[recipe.cache_dir] if inside else 0)
+    rows += [("all", of_run + cache), ("there already", sum(there.values()))]
     lines = [f"{name:<40}{_told(size):>12}" for name, size in rows]
+    more: dict[int, int] = {}  # by disk
+    for folder, size in ((run, of_run), (recipe.cache_dir, cache)):
+        disk = _existing(folder).stat().st_dev
+        more[disk] = more.get(disk, 0) + max(0, size - there[folder])
     for folder in dict.fromkeys((_existing(run), _existing(recipe.cache_dir))):
-        lines.append(f"{f'free in {folder}':<40}{_told(shutil.disk_usage(folder).free):>12}")
-    if total - there > shutil.disk_usage(_existing(run)).free:
-        lines.append(
-            "too little is free in the run folder's disk; mend: lower save.keep, or set out or cache elsewhere"
-        )
+        free = shutil.disk_usage(folder).free
+        lines.append(f"{f'free in {folder}':<40}{_told(free):>12}")
+        if more[folder.stat().st_dev] > free:
+            lines.append(f"too little is free in {folder}; mend: lower save.keep, or set out or cache elsewhere")
     if isinstance(data, DataError):
         lines.append(f"the cache comes on top: {data}")
     return "\n".join(lines)
@@ -97,10 +103,20 @@ def time_line(recipe: Recipe) -> str:
     if not rows:
         return "time: known only after the first steps, from their rate: `train` shows it, and so does --dry-run then"
     step, rate = rows[-1][0], statistics.median(rate for _, rate in rows)
-    left = max(0, recipe.steps - step) * recipe.batch * recipe.accumulate / rate
+    left = max(0, recipe.steps - step) * recipe.batch * recipe.accumulate * _processes(recipe) / rate
     return (
         f"time: {clock(left)} for the steps after {step:,}, at the {rate:.3g} pictures/s of the last {len(rows)} steps"
     )
+
+
+def _processes(recipe: Recipe) -> int:
+    """How many this run was begun on, all of which its rate counts; 1 before it has begun."""
+    from libreflux.train.checkpoint import RECIPE
+
+    try:
+        return int(json.loads((Path(recipe.out) / RECIPE).read_text(encoding="utf-8"))["world"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 1
 
 
 def _row(line: str) -> tuple[int, float] | None:

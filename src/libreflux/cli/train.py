@@ -6,13 +6,13 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from libreflux.errors import LibrefluxError
+from libreflux.errors import LibrefluxError, RunError
 
 
 def train(
@@ -70,7 +70,7 @@ def _refuse_second_trainer(run: Path) -> None:
 @contextmanager
 def _no_empty_run(run: Path) -> Iterator[None]:
     """A run that is refused before its first result leaves no folder behind, if there was none before."""
-    existed = run.exists()
+    existed = run.exists() or os.environ.get("RANK", "0") != "0"  # of several processes the first one tidies up
     try:
         yield
     except LibrefluxError:
@@ -78,7 +78,7 @@ def _no_empty_run(run: Path) -> Iterator[None]:
         from libreflux.train.checkpoint import RECIPE
 
         if not existed and run.is_dir():
-            with files.lock(run):
+            with suppress(RunError), files.lock(run):  # who holds it now is no concern of this refusal
                 if {path.name for path in run.iterdir()} <= {files.LOCK, RECIPE}:
                     shutil.rmtree(run)
         raise

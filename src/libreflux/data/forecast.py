@@ -11,7 +11,7 @@ from libreflux.data.crops import views
 from libreflux.data.disk import needed_bytes
 from libreflux.data.pictures import Inspected
 from libreflux.data.sources import read_source
-from libreflux.recipe import Recipe
+from libreflux.recipe import DataSource, Recipe
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def forecast(recipe: Recipe, model: Path, max_tokens: int) -> Forecast:
     """Reads names and captions alone; every picture counts as a square, whose crops are as large as any other's.
 
     Args:
-        recipe: its data, views, sample prompts and text cache are used.
+        recipe: its data, held-out pictures, views, sample prompts and text cache are used.
         model: folder; see `disk.needed_bytes`.
         max_tokens: no caption has more.
 
@@ -44,10 +44,12 @@ def forecast(recipe: Recipe, model: Path, max_tokens: int) -> Forecast:
     crops: list[tuple[int, int]] = []
     texts = {"", *recipe.samples.prompts}
     pictures, visits = 0, 0.0
-    for source in recipe.data:
+    apart = [] if recipe.held_out.path is None else [DataSource(path=recipe.held_out.path)]
+    for source in [*recipe.data, *apart]:
         samples, _ = read_source(source, _unopened)
         pictures += len(samples)
-        visits += len(shown) * source.weight * source.repeats * sum(sample.repeats for sample in samples)
+        rate = len(shown) * source.weight * source.repeats * (1 - recipe.held_out.share)
+        visits += 0 if source in apart else rate * sum(sample.repeats for sample in samples)
         for view in shown:
             crops += [view.size(1, 1)] * (view.crops(source.crops_per_picture) * len(samples))
         if recipe.text_cache != "none":

@@ -128,15 +128,26 @@ def _columns(captions: dict[str, str], once: dict[tuple[Any, ...], Any]) -> tupl
     return tuple(captions), once.setdefault(kinds, kinds)
 
 
+def _unreadable(error: OSError) -> None:
+    mend = "make it readable, or move it elsewhere"
+    raise DataError(f"cannot be read ({error.strerror})", where=error.filename, mend=mend) from None
+
+
 def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
     """(pictures, metadata.jsonl files) below a folder, in the order of their names."""
     pictures, lists = [], []
-    for root, folders, names in os.walk(folder):
+    for root, folders, names in os.walk(folder, onerror=_unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        for name in folders:
+            if Path(root, name).is_symlink():
+                mend = "name the folder that it leads to as a source of its own, or remove the link"
+                raise DataError("links to folders are not followed", where=Path(root, name), mend=mend)
         for name in sorted(names):
             path, suffix = Path(root, name), os.path.splitext(name)[1].lower()
             if name.startswith("."):
                 continue
+            if not name.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in name):
+                raise DataError("this file's name is no UTF-8", where=ascii(str(path)), mend="rename it")
             if suffix in OTHER_PICTURES:
                 mend = "convert it to PNG or remove it"
                 raise DataError(f"{suffix} pictures are not supported yet", where=path, mend=mend)
