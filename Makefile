@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint
+.PHONY: help install demo test soak lint
 
 help:
 	@echo 'make install   the package, editable, with its pinned dependencies, into $(VENV)'
 	@echo 'make demo      install, then train, merge and show: out/demo/index.html'
 	@echo 'make test      install, then the test suite'
+	@echo 'make soak      install, then kill training 50 times, fill its disk, compare the bytes: some minutes'
 	@echo 'make lint      install, then ruff and mypy'
 
 install: $(STAMP)
@@ -29,6 +30,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+soak: install
+	$(BIN)/python tests/soak.py
 
 lint: install
 	$(BIN)/ruff check

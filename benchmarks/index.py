@@ -72,7 +72,7 @@ def measure(folder: Path, count: int) -> dict[str, float]:
     imported = resident_gb()
     begun = time.process_time()
     samples = [
-        Sample(identity(n), Path(f"/pictures/{n // 1000:04d}/{n:08d}.jpg"), captions(n), ("short", "long"))
+        Sample(identity(n), f"/pictures/{n // 1000:04d}/{n:08d}.jpg", captions(n), ("short", "long"))
         for n in range(count)
     ]
     listed = time.process_time()

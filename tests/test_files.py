@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,13 +70,41 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(path.parent) == ["numbers.json"]
 
 
+def test_a_write_that_the_disk_refuses_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    path, tensors = tmp_path / "x", {"w": torch.zeros(99)}
+
+    def stage() -> None:
+        with files.staged_dir(path) as folder:
+            save_file(tensors, folder / "w")
+
+    writes = [partial(files.atomic_write_bytes, path, bytes(99)), partial(files.atomic_save_safetensors, tensors, path)]
+    for write in (*writes, stage):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))  # as on a full disk, but for the error's number
+        try:
+            with pytest.raises(RunError) as refusal:
+                write()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert str(refusal.value).startswith(f"{path}: File too large; mend: make room")
+    assert os.listdir(tmp_path) == []
+
+
 def test_written_files_follow_the_umask(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
     files.atomic_write_text(tmp_path / "ours", "x")
-    with files.staged_dir(tmp_path / "folder"):
-        pass
+    files.atomic_save_safetensors({"w": torch.zeros(2)}, tmp_path / "tensors")
+    with files.staged_dir(tmp_path / "folder") as staging:
+        save_file({"w": torch.zeros(2)}, staging / "theirs")  # safetensors makes it 0600
     (tmp_path / "plain").write_text("x")
     (tmp_path / "plain_folder").mkdir()
-    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    for name in ("ours", "tensors", "folder/theirs"):
+        assert (tmp_path / name).stat().st_mode == (tmp_path / "plain").stat().st_mode, name
     assert (tmp_path / "folder").stat().st_mode == (tmp_path / "plain_folder").stat().st_mode
 
 
@@ -161,7 +191,7 @@ def test_a_manifest_sees_every_damage(tmp_path: Path) -> None:
         files.verify_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"schema": 1}', '{"schema": 1, "files": {"a": {}}}'])
+@pytest.mark.parametrize("content", ["", "[]\n", "{\n", '{"schema": 1}\n', '{"schema": 1, "files": {"a": {}}}\n'])
 def test_a_bad_manifest_is_one_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(RunError, match="unreadable manifest"):
@@ -169,7 +199,7 @@ def test_a_bad_manifest_is_one_line(tmp_path: Path, content: str) -> None:
 
 
 def test_a_manifest_of_another_schema_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text('{"schema": 2, "files": {}}')
+    (tmp_path / "manifest.json").write_text('{"schema": 2, "files": {}}\n')
     with pytest.raises(RunError, match="schema 2 is not 1"):
         files.verify_manifest(tmp_path)
 

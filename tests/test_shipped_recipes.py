@@ -60,7 +60,7 @@ def test_memory_is_estimated_to_fit(name: str, gigabytes: float) -> None:
         latent_size=(side, side),
         text_tokens=512,
     )
-    print(found.table(recipe.save.keep))
+    print(found.table())
     assert found.total < gigabytes * 1e9
 
 

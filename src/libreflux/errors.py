@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # what a terminal obeys or cannot encode
+
 
 class LibrefluxError(Exception):
     """A user's mistake or a broken input, never a bug of ours.
@@ -20,7 +24,7 @@ class LibrefluxError(Exception):
         line = f"{self.where}: {self.what}" if self.where is not None else self.what
         if self.mend:
             line += f"; mend: {self.mend}"
-        return " ".join(line.split())
+        return _UNPRINTABLE.sub(lambda found: f"\\x{ord(found[0]):02x}", " ".join(line.split()))
 
 
 class RecipeError(LibrefluxError):

@@ -7,13 +7,15 @@ the old state or the new one, never a part.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,23 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+WRITE_ERRORS = frozenset({errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EROFS})
+"""What only a write meets."""
+PLACE_ERRORS = WRITE_ERRORS | frozenset(
+    {
+        errno.EACCES,
+        errno.EEXIST,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOTDIR,
+        errno.EPERM,
+    }
+)
+"""What the file system says of a place that the user named; any other OSError is a bug of ours."""
+_LEFT = re.compile(r"\..+\.(tmp|staging)-[0-9a-f]{8}|\.deleted-.+|\.tmp\w{6}")  # the last one is safetensors' own
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
@@ -59,6 +78,7 @@ def atomic_save_safetensors(
     def fill(temporary: Path) -> None:
         save_file(ready, temporary, metadata=dict(metadata) if metadata else None)
         _sort_metadata(temporary)
+        _open_to_others(temporary)
 
     _replace(path, fill)
 
@@ -85,14 +105,19 @@ def staged_dir(final: Path) -> Iterator[Path]:
     """Gives an empty folder beside ``final``; when the block ends well it is synced and renamed to ``final``.
 
     An exception in the block removes it. What a killed process left behind is removed by the next ``staged_dir`` of
-    the same
-    target: a live one holds a lock on its folder, a dead one cannot.
+    the same target: a live one holds a lock on its folder, a dead one cannot.
 
     Raises:
-        RunError: ``final`` exists.
+        RunError: ``final`` exists, or the disk is full or refuses otherwise.
     """
     final = Path(final)
     _refuse_existing(final)
+    with placed(final, WRITE_ERRORS), _staged(final) as staging:
+        yield staging
+
+
+@contextlib.contextmanager
+def _staged(final: Path) -> Iterator[Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
     _sweep_abandoned(final)
     staging = final.parent / f".{final.name}.staging-{secrets.token_hex(4)}"
@@ -101,6 +126,7 @@ def staged_dir(final: Path) -> Iterator[Path]:
     try:
         fcntl.flock(holder, fcntl.LOCK_EX)
         yield staging
+        _open_to_others(*(path for path in staging.rglob("*") if path.is_file() and not path.is_symlink()))
         _sync_tree(staging)
         _refuse_existing(final)
         os.rename(staging, final)
@@ -110,6 +136,60 @@ def staged_dir(final: Path) -> Iterator[Path]:
         raise
     finally:
         os.close(holder)
+
+
+def remove_folder(folder: Path) -> None:
+    """Renames a folder away before its files go: a killed process leaves the whole of it, or what `sweep` removes."""
+    gone = folder.with_name(f".deleted-{folder.name}")
+    if gone.exists():
+        shutil.rmtree(gone)
+    os.rename(folder, gone)
+    shutil.rmtree(gone)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed processes left directly in a folder: temporary files, stages, half-done deletions.
+
+    Call it where no other process can be writing.
+    """
+    for path in list(folder.glob(".*")):
+        if not _LEFT.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def placed(path: Path, errors: Collection[int] = PLACE_ERRORS) -> Iterator[None]:
+    """Says of a failed write what it was to become; the system names no file when a disk is full.
+
+    Args:
+        path: what the block writes.
+        errors: the error numbers that are the place's fault, not ours.
+
+    Raises:
+        RunError: one of them in the block.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _error_number(error)
+        if number not in errors:
+            raise
+        mend = "make room or rights there, or name another place"
+        raise RunError(os.strerror(number), where=path, mend=mend) from error
+
+
+def _error_number(error: BaseException) -> int:
+    """The errno behind an exception, safetensors' and an inner `placed`'s included; 0 if there is none."""
+    if isinstance(error, RunError) and error.__cause__ is not None:
+        return _error_number(error.__cause__)
+    if isinstance(error, OSError):
+        return error.errno or 0
+    from_rust = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(from_rust[1]) if from_rust else 0
 
 
 def sha256_file(path: Path) -> str:
@@ -137,7 +217,10 @@ def verify_manifest(folder: Path) -> None:
     mend = "remove this folder and use an older one"
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if not text.endswith("\n"):
+            raise ValueError("cut short")
+        manifest = json.loads(text)
         listed = {str(name): (int(row["size"]), str(row["sha256"])) for name, row in manifest["files"].items()}
     except FileNotFoundError:
         raise RunError("incomplete: it has no manifest", where=folder, mend=mend) from None
@@ -173,8 +256,9 @@ def lock(folder: Path) -> Iterator[None]:
             raise RunError(
                 f"in use by process {holder}", where=folder, mend="wait for it, stop it, or choose another folder"
             ) from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        with placed(path):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         # The file stays when the lock goes: removing it would let two processes lock two files of one name.
         yield
     finally:
@@ -183,6 +267,11 @@ def lock(folder: Path) -> Iterator[None]:
 
 def _replace(path: Path, fill: Callable[[Path], None]) -> None:
     path = Path(path)
+    with placed(path):
+        _replace_anywhere(path, fill)
+
+
+def _replace_anywhere(path: Path, fill: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.tmp-{secrets.token_hex(4)}"
     try:
@@ -193,6 +282,12 @@ def _replace(path: Path, fill: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+def _open_to_others(*paths: Path) -> None:
+    """Gives files the mode that the umask gives: safetensors makes them readable by their owner alone."""
+    for path in paths:
+        path.chmod(0o666 & ~_UMASK)
 
 
 def _refuse_existing(final: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,10 +24,12 @@ from libreflux.recipe_sections import (
     DistilSpec,
     HeldOutSpec,
     OptimizerSpec,
+    Place,
     Real,
     SampleSpec,
     SaveSpec,
     Section,
+    Seed,
     SigmaSpec,
     TargetSpec,
     Whole,
@@ -54,7 +57,7 @@ class Recipe(Section):
     """Everything a training run is a function of."""
 
     schema_version: Literal[1] = Field(default=1, alias="schema", description="version of this format")
-    model: str = Field(default="emoji-base", description="model that is adapted: a name, a folder, a hub id")
+    model: Place = Field(default="emoji-base", description="model that is adapted: a name, a folder, a hub id")
     base: Literal["fp32", "bf16", "int8"] = Field(
         default="bf16", description="the frozen base's weights: bf16, fp32, or int8 (half the memory of bf16)"
     )
@@ -113,16 +116,16 @@ class Recipe(Section):
     guidance: Real | None = Field(
         default=None, ge=0, description="embedded guidance to train at, for a model that has one (FLUX.1-dev)"
     )
-    seed: Whole = Field(default=0, ge=0, lt=2**63, description="seed of everything random")
+    seed: Seed = Field(default=0, description="seed of everything random")
     device: str = Field(default="auto", min_length=1, description="auto, cpu, cuda, cuda:N or mps")
     threads: Whole | None = Field(default=None, ge=1, description="CPU threads; default: as many as torch chooses")
-    out: str = Field(min_length=1, description="run folder")
-    cache: str | None = Field(default=None, min_length=1, description="folder of the prepared data; default: out/cache")
+    out: Place = Field(description="run folder")
+    cache: Place | None = Field(default=None, description="folder of the prepared data; default: out/cache")
 
     @field_validator("out", "cache")
     @classmethod
-    def _home(cls, value: str | None) -> str | None:
-        return value and str(Path(value).expanduser())
+    def _expanded(cls, value: str | None) -> str | None:
+        return value and os.path.expanduser(value)
 
     @field_validator("text_padding", mode="before")
     @classmethod
@@ -247,7 +250,7 @@ def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Reci
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RecipeError("no such recipe", where=path, mend="check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise RecipeError(f"cannot be read ({error})", where=path, mend="give a YAML file in UTF-8") from None
     return read_recipe(text, str(path), overrides)
 
@@ -257,7 +260,7 @@ def read_recipe(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         tree: Any = recipe_yaml.parse(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"not valid YAML: {error}", where=where, mend="correct that line") from None
+        raise RecipeError(f"not valid YAML: {recipe_yaml.said(error)}", where=where, mend="correct that line") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise RecipeError("a recipe is a mapping of keys to values", where=where, mend="start lines with `key: value`")

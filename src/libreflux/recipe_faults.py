@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,21 +31,51 @@ def explain(error: ValidationError, where: str, root: Section) -> RecipeError:
         path: one for path, one in faults.items() if not any(path == other[: len(path)] != other for other in faults)
     }
     path, fault = min(inner.items(), key=lambda item: item[1]["type"] != "extra_forbidden")
-    key = ".".join(map(str, path))
-    mend = None
+    key = ".".join(_short(str(part)) for part in path)
     if fault["type"] == "extra_forbidden":
         what, mend = "unknown key", _nearest(path, root)
-    elif fault["type"] == "missing":
-        what, mend = "this key is needed", f"add it: {_keys(_section(path[:-1], root))[str(path[-1])].description}"
+    elif fault["type"] == "missing" and isinstance(path[-1], str):
+        what = "this key is needed"
+        mend = f"add it: {_keys(_section(path[:-1], root))[path[-1]].description}"
     else:
-        what = str(fault["msg"]).removeprefix("Value error, ")
-        if fault["type"] != "value_error" and not isinstance(fault["input"], dict):
-            what += f", not {fault['input']!r}"
-        field = _field(path, root)
-        mend = f"{path[-1]} is {field.description}" if field is not None else None
+        what = _told(fault)
+        name, field = _field(path, root) or ("", None)
+        mend = f"{name} is {field.description}" if field else "change one of the keys that this names"
     if len(inner) > 1:
         what += f" (and {len(inner) - 1} more)"
     return RecipeError(what, where=f"{where}: {key}" if key else where, mend=mend)
+
+
+def _told(fault: Any) -> str:
+    """pydantic's words, with the value, in the terms of YAML."""
+    if fault["type"] == "missing":
+        return "too few items"
+    what = str(fault["msg"]).removeprefix("Value error, ").replace("valid tuple", "list")
+    if fault["type"] in ("model_type", "dict_type"):
+        what = "Input should be a mapping of keys to values"
+    value = _brief.repr(fault["input"])
+    if fault["type"] != "value_error":
+        return f"{what}, not {value}"
+    # A section's own rules name its keys.
+    return what if value in what or isinstance(fault["input"], dict) else f"{what} (found {value})"
+
+
+class _Brief(reprlib.Repr):
+    """A value in some 80 characters: a recipe may hold a number of 5,000 digits, or lists within lists without end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxdict, self.maxstring = 2, 4, 3, 60
+
+    def repr_int(self, x: int, level: int) -> str:
+        return f"{float(x):.3g}" if 10**20 < abs(x) < 10**300 else "a huge number" if abs(x) >= 10**300 else repr(x)
+
+
+_brief = _Brief()
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _key_path(loc: Sequence[str | int]) -> tuple[str | int, ...]:
@@ -53,7 +84,7 @@ def _key_path(loc: Sequence[str | int]) -> tuple[str | int, ...]:
 
 
 def _nearest(path: Sequence[str | int], root: Section) -> str:
-    wrong, here = str(path[-1]), list(_keys(_section(path[:-1], root)))
+    wrong, here = _short(str(path[-1])), list(_keys(_section(path[:-1], root)))
     if close := difflib.get_close_matches(wrong, here, 1, 0.6):
         return f"did you mean {close[0]!r}?"
     everywhere = {key.rsplit(".", 1)[-1]: key for key in _dotted_keys(root)}
@@ -74,12 +105,12 @@ def _inside(annotation: Any) -> Section | None:
     return next(filter(None, map(_inside, typing.get_args(annotation))), None)
 
 
-def _field(path: Sequence[str | int], root: Section) -> Any:
-    """The innermost field on the way to a value; None at the root."""
-    names = [index for index, part in enumerate(path) if isinstance(part, str)]
-    for index in reversed(names):
-        if found := _keys(_section(path[:index], root)).get(str(path[index])):
-            return found
+def _field(path: Sequence[str | int], root: Section) -> tuple[str, Any] | None:
+    """Name and definition of the innermost field on the way to a value; None at the root."""
+    for index in reversed(range(len(path))):
+        found = _keys(_section(path[:index], root)).get(str(path[index]))
+        if isinstance(path[index], str) and found:
+            return str(path[index]), found
     return None
 
 

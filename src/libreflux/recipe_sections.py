@@ -5,9 +5,10 @@ Every field's description is the one that the help, the documentation and the er
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -24,7 +25,15 @@ def _real(value: Any) -> Any:
     return value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
+def _known_home(value: str) -> str:
+    if os.path.expanduser(value).startswith("~"):
+        raise ValueError(f"{value!r} is the home of no user here; write ./~… for a folder of that name")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_whole), Field(le=10**9)]
+Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**63)]
+Place = Annotated[str, Field(min_length=1), AfterValidator(_known_home)]
 Real = Annotated[float, BeforeValidator(_real), Field(allow_inf_nan=False)]
 
 
@@ -42,7 +51,7 @@ class Section(BaseModel):
 class DataSource(Section):
     """One folder of captioned pictures."""
 
-    path: str = Field(description="folder of pictures with side-car .txt or metadata.jsonl captions")
+    path: Place = Field(description="folder of pictures with side-car .txt or metadata.jsonl captions")
     repeats: Whole = Field(default=1, ge=1, description="how often an epoch shows each picture")
     weight: Real = Field(
         default=1.0, gt=0, le=1000, description="factor on repeats; 0.5 shows each picture every second epoch"
@@ -70,8 +79,8 @@ class DataSource(Section):
     @classmethod
     def _weights(cls, value: dict[str, float] | list[float] | None) -> dict[str, float] | list[float] | None:
         weights = list(value.values()) if isinstance(value, dict) else value
-        if weights is not None and (any(weight < 0 for weight in weights) or not sum(weights) > 0):
-            raise ValueError("caption weights must be zero or more, and one of them above zero")
+        if weights is not None and (any(weight < 0 for weight in weights) or not 0 < sum(weights) < 1e9):
+            raise ValueError("caption weights must be zero or more, one of them above zero, and below 1e9 in all")
         return value
 
     @model_validator(mode="after")
@@ -87,9 +96,11 @@ class DataSource(Section):
         from PIL import ImageColor
 
         try:
-            ImageColor.getrgb(value)
+            known = all(0 <= part <= 255 for part in ImageColor.getrgb(value))
         except ValueError:
-            raise ValueError(f"{value!r} is no colour; write a name such as white, or #rrggbb") from None
+            known = False
+        if not known:
+            raise ValueError(f"{value!r} is no colour; write a name such as white, or #rrggbb")
         return value
 
 
@@ -110,8 +121,8 @@ class AdapterSpec(Section):
         default=None, description="start: perturbed (a LoKr's default), ones or kaiming (a LoRA's only one)"
     )
     scale: Real = Field(default=1e-3, gt=0, description="norm of a perturbed start relative to the base weight's")
-    init_from: str | None = Field(
-        default=None, min_length=1, description="adapter file to start from, with its layers and their sizes"
+    init_from: Place | None = Field(
+        default=None, description="adapter file to start from, with its layers and their sizes"
     )
     rank: Whole | None = Field(default=None, ge=1, le=4096, description="rank of a LoRA; default: 16")
     alpha: Real | None = Field(default=None, gt=0, description="a LoRA is scaled by alpha / rank; default: the rank")
@@ -121,9 +132,7 @@ class AdapterSpec(Section):
     preset: Literal["libreflux-600m", "libreflux-3.2b"] | None = Field(
         default=None, description="libreflux-600m or libreflux-3.2b: LoKr of that many parameters on FLUX.1"
     )
-    lycoris_config: str | None = Field(
-        default=None, min_length=1, description="lycoris_config.json, read by LyCORIS' own rules"
-    )
+    lycoris_config: Place | None = Field(default=None, description="lycoris_config.json, read by LyCORIS' own rules")
 
     @model_validator(mode="before")
     @classmethod
@@ -233,7 +242,7 @@ class OptimizerSpec(Section):
         default="adamw_bf16",
         description="adamw (fp32), adamw_bf16 (bf16 weights, stochastic rounding), adamw_8bit (CUDA, bitsandbytes)",
     )
-    learning_rate: Real = Field(default=1e-4, gt=0, description="peak learning rate")
+    learning_rate: Real = Field(default=1e-4, gt=0, le=1000, description="peak learning rate")
     weight_decay: Real = Field(default=0.01, ge=0, description="decoupled weight decay")
     betas: tuple[Real, Real] = Field(default=(0.9, 0.999), description="decay rates of the two moments")
     warmup: Whole = Field(default=0, ge=0, description="steps of linear warm-up")
@@ -259,7 +268,7 @@ class SampleSpec(Section):
     guidance: tuple[Annotated[Real, Field(ge=0)], ...] = Field(
         default=(3.0,), min_length=1, description="guidance scales to draw each prompt at"
     )
-    seed: Whole = Field(default=42, ge=0, description="seed of the sample pictures")
+    seed: Seed = Field(default=42, description="seed of the sample pictures")
 
     @model_validator(mode="after")
     def _something_to_draw(self) -> SampleSpec:
@@ -277,9 +286,7 @@ class HeldOutSpec(Section):
     share: Real = Field(
         default=0.0, ge=0, lt=1, description="share of the pictures of data, chosen by their content; 0: none"
     )
-    path: str | None = Field(
-        default=None, min_length=1, description="folder of other captioned pictures, instead of a share"
-    )
+    path: Place | None = Field(default=None, description="folder of other captioned pictures, instead of a share")
     every: Whole = Field(default=500, ge=0, description="steps between measurements, from step 0 on; 0: none")
     pictures: Whole = Field(default=64, ge=1, description="at most so many of them are measured")
     sigmas: tuple[Annotated[Real, Field(gt=0, lt=1)], ...] = Field(

@@ -1,7 +1,12 @@
-"""YAML as recipes need it, and dotted overrides over a tree of plain values; knows no recipe. No torch here."""
+"""YAML as recipes need it, and dotted overrides over a tree of plain values; knows no recipe. No torch here.
+
+A value is what it looks like: 1e-4 is a number and 010 is ten, as in YAML 1.2; a date or 1:30 is text; tags (`!!set`)
+are refused, and so is a key that is given twice.
+"""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import re
@@ -13,8 +18,21 @@ from libreflux.errors import RecipeError
 
 
 def parse(text: str) -> Any:
-    """Plain values from YAML; a yaml.YAMLError on bad YAML, a key given twice or a key that is not text."""
-    return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    """Plain values from YAML; a yaml.YAMLError on bad YAML, a key given twice, a key that is not text, or a tag."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # PyYAML's own, of 5,000 digits or "\\UFFFFFFFF"
+        raise yaml.YAMLError(str(error)) from None
+
+
+def said(error: yaml.YAMLError) -> str:
+    """What is wrong with the YAML and in which line, without the excerpt that PyYAML adds."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem:
+        mark = error.problem_mark
+        return f"{error.problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else error.problem
+    return str(error)
 
 
 def dump(value: Any) -> str:
@@ -45,22 +63,11 @@ def override(tree: dict[str, Any], text: str) -> None:
     try:
         value = parse(written)
     except yaml.YAMLError as error:
-        raise RecipeError(f"not valid YAML: {error}", where=text, mend="quote the value") from None
+        raise RecipeError(f"not valid YAML: {said(error)}", where=text, mend="quote the value") from None
     parts = key.strip().split(".")
     node: Any = tree
     for part, following in itertools.pairwise(parts):
-        empty: Any = [] if following.isdigit() else {}
-        if isinstance(node, list):
-            index = _index(node, part, text)
-            if index == len(node):
-                node.append(empty)
-            node = node[index]
-        else:
-            if node.get(part) is None:
-                node[part] = empty
-            node = node[part]
-        if not isinstance(node, dict | list):
-            raise RecipeError(f"{part} is a value, it has no keys", where=text, mend="shorten the key")
+        node = _below(node, part, [] if _is_number(following) else {}, text)
     if isinstance(node, list):
         index = _index(node, parts[-1], text)
         node[index:] = [value, *node[index + 1 :]]
@@ -68,8 +75,24 @@ def override(tree: dict[str, Any], text: str) -> None:
         node[parts[-1]] = value
 
 
+def _below(node: Any, part: str, empty: Any, text: str) -> Any:
+    """The mapping or list under one part of a path, made if need be; copied, since an alias (`*a`) shares it."""
+    place: Any = _index(node, part, text) if isinstance(node, list) else part
+    if isinstance(node, list):
+        node[place:] = node[place:] or [None]
+    known = node[place] if isinstance(node, list) else node.get(place)
+    node[place] = below = empty if known is None else copy.copy(known)
+    if not isinstance(below, dict | list):
+        raise RecipeError(f"{part} is a value, it has no keys", where=text, mend="shorten the key")
+    return below
+
+
+def _is_number(part: str) -> bool:
+    return part.isascii() and part.isdigit() and len(part) < 10
+
+
 def _index(items: list[Any], part: str, text: str) -> int:
-    if not part.isdigit() or int(part) > len(items):
+    if not _is_number(part) or int(part) > len(items):
         raise RecipeError(
             f"{part!r} is no item of a list of {len(items)}", where=text, mend="number items from 0; the next appends"
         )
@@ -77,20 +100,45 @@ def _index(items: list[Any], part: str, text: str) -> int:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with 1e-4 a number, as in YAML 1.2, and a key given twice an error."""
+    """YAML 1.1 but for numbers and dates, with tags and a key given twice errors."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._checked: set[int] = set()
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if tag := getattr(event, "tag", None):
+            raise yaml.constructor.ConstructorError(None, None, f"tag {tag!r} in a recipe", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def flatten_mapping(self, node: Any) -> None:
+        if id(node) not in self._checked:  # later it also holds what `<<` merged into it
+            self._checked.add(id(node))
+            self._check_keys(node)
+        super().flatten_mapping(node)
+
+    def _check_keys(self, node: Any) -> None:
         seen: set[str] = set()
         for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
+            merge = key_node.tag == "tag:yaml.org,2002:merge"
+            key = "<<" if merge else self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", key_node.start_mark)
             seen.add(key)
-        return super().construct_mapping(node, deep)
+
+    def construct_text(self, node: Any) -> str:
+        """JSON writes an emoji as two halves, \\ud83d\\ude00; one alone is no text, nor is a NUL."""
+        try:
+            text = node.value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            text = "\0"
+        if "\0" in text:
+            problem = "a text with a character that is none"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return str(text)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -104,6 +152,17 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 _Dumper.add_representer(str, _text)
 
-_NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
+_WHOLE = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0o[0-7_]+|0x[0-9a-fA-F_]+|0b[01_]+)$")
+_REAL = re.compile(
+    r"(?:[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+)"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+_TAG = "tag:yaml.org,2002:"
+_Loader.yaml_implicit_resolvers = {
+    first: [row for row in rows if row[0] not in {_TAG + kind for kind in ("int", "float", "timestamp", "value")}]
+    for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_constructor(_TAG + "str", _Loader.construct_text)
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(_TAG + "int", _WHOLE, list("-+0123456789"))
+    _kind.add_implicit_resolver(_TAG + "float", _REAL, list("-+.0123456789"))

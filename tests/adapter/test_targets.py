@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from libreflux.adapter.layers import linear_shapes
@@ -50,6 +50,8 @@ NAMES = st.lists(st.sampled_from(["a", "bc", "0", "1", "2", "8", "10", "abc"]), 
 
 
 @given(st.lists(PARTS, min_size=1, max_size=4), NAMES)
+@example(["a", "**", "**"], ["a"])
+@example(["**", "**", "a"], ["a"])
 def test_patterns_match_as_the_grammar_says(parts: list[str], names: list[str]) -> None:
     regex, _ = compile_pattern(".".join(parts))
     assert bool(regex.fullmatch(".".join(names))) == naive(parts, names)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from libreflux.cli import generate as generate_verb
+from rights import bound_by_modes
 
 
 def refused(result, *parts: str) -> None:
@@ -103,6 +104,27 @@ def test_broken_data_is_named_and_nothing_is_left(
     assert result.code == 2
     assert last.startswith("libreflux: error: ") and victim.name in last and "mend" in last
     assert "transformer_blocks" not in result.err
+
+
+@pytest.mark.parametrize("part", [".", "checkpoints"])
+def test_a_read_only_run_folder_is_one_line_and_stays_as_it_was(
+    run: Callable, recipe: Path, trained: Path, tmp_path: Path, part: str
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(trained.parent, out)
+    before = {path: path.read_bytes() for path in (out / "checkpoints").rglob("*") if path.is_file()}
+    locked = [out / part, *(out / part).rglob("*")]
+    for path in locked:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    with bound_by_modes():
+        result = run("train", recipe, f"out={out}", "steps=4")
+    for path in locked:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    line = result.err.splitlines()[-1]
+    assert result.code == 2
+    assert line.startswith(f"libreflux: error: {out}") and "Permission denied; mend: " in line
+    assert {path: path.read_bytes() for path in (out / "checkpoints").rglob("*") if path.is_file()} == before
+    assert run("train", recipe, f"out={out}", "steps=4").code == 0
 
 
 def test_a_bug_keeps_its_traceback(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from libreflux import files
+
 
 def start(hash_seed: int, *args: object) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed), "OMP_NUM_THREADS": "1"}
@@ -39,3 +41,12 @@ def test_two_processes_draw_the_same_bytes(tiny_model_dir: Path, tmp_path: Path)
         command = ["generate", "a red apple on blue", "--model", tiny_model_dir, "--seed", 1, "--out", out]
         assert start(number, *command).wait(300) == 0
     assert (tmp_path / "1.png").read_bytes() == (tmp_path / "2.png").read_bytes()
+
+
+def test_a_second_trainer_is_refused_before_anything_heavy_is_imported(recipe: Path, tmp_path: Path) -> None:
+    code = "import sys\nfrom libreflux.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    with files.lock(tmp_path / "run"):
+        command = [sys.executable, "-c", code, "train", recipe, f"out={tmp_path / 'run'}"]
+        second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (second.returncode, second.stdout.strip()) == (2, "False")
+    assert f"in use by process {os.getpid()}" in second.stderr and second.stderr.count("\n") == 1

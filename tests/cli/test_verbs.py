@@ -65,8 +65,26 @@ def test_dry_run_prints_recipe_and_layers_and_writes_nothing(run: Callable, reci
     resolved = yaml.safe_load(text)
     assert resolved["optimizer"]["learning_rate"] == 3e-4 and resolved["steps"] == 3
     assert "transformer_blocks.0.attn.to_q" in table and "total" in table and "norm1" not in table
-    assert "device memory at its peak" in table and "512 tokens" in table
+    assert "memory at its peak" in table and "512 tokens" in table
+    assert "checkpoints, 2 and one being written" in table and "cache of 5 pictures" in table and "free in" in table
+    assert "3 steps of 2 pictures on each device; an epoch shows 5: 1.2 epochs" in table
+    assert "time: known only after the first steps" in table
     assert not (tmp_path / "o").exists()
+
+
+def test_dry_run_tells_the_time_left_from_the_runs_own_rate_and_a_disk_that_is_too_small(
+    run: Callable, recipe: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "o").mkdir()
+    rows = [{"step": step, "pictures_per_second": 4.0} for step in (1, 2)]
+    text = "".join(f"{json.dumps(row)}\n" for row in rows) + '{"step": 3, "pict'
+    (tmp_path / "o" / "metrics.jsonl").write_text(text)
+    changes = (f"out={tmp_path / 'o'}", "steps=1802", "data.0.path=nowhere")
+    table = run("train", recipe, "--dry-run", *changes).out
+    assert "time: 15:00 for the steps after 2, at the 4 pictures/s of the last 2 steps" in table
+    assert "the cache comes on top: nowhere: no such folder" in table and "too little" not in table
+    changes = (*changes, "save.keep=1000000000", "save.every=1", "steps=1000000000")
+    assert "lower save.keep, or set out or cache elsewhere" in run("train", recipe, "--dry-run", *changes).out
 
 
 def test_train_writes_adapter_and_samples_and_then_has_nothing_to_do(

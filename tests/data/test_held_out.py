@@ -66,6 +66,17 @@ def prepared(model: Path, cache: Path, *folders: Path, **changed: Any) -> tuple[
     return prepare_recipe(Recipe.model_validate(tree))
 
 
+def test_a_folder_without_a_usable_picture_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    for name in ("good", "bad"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("a")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "good" / "a.png")
+    (tmp_path / "bad" / "a.png").write_bytes(b"no picture")
+    held_out = {"path": str(tmp_path / "bad")}
+    with pytest.raises(DataError, match="bad: no picture in it can be used"):
+        prepared(tiny_model_dir, tmp_path / "cache", tmp_path / "good", held_out=held_out, max_quarantined=0.9)
+
+
 def shown_ids(batches: Batches, epochs: int) -> set[str]:
     found: set[str] = set()
     steps = sum(steps_of_epoch(epoch, batches.samples, 1, 3, 2) for epoch in range(epochs))

@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from libreflux.data import index
 from libreflux.data.index import Rows, join_rows, latents_key, text_key
+from libreflux.errors import DataError
+from rights import bound_by_modes
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "index.py"
 
@@ -35,6 +39,33 @@ def test_keys_differ_with_every_part_of_their_name() -> None:
         len({latents_key("a", "b"), latents_key("a", "c"), latents_key("b", "a"), text_key("a/b"), text_key("")}) == 5
     )
     assert all(-(2**63) <= text_key(str(number)) < 2**63 for number in range(1000))
+
+
+SETTINGS = {"text_padding": "drop"}
+
+
+def add_rows(folder: Path, count: int, pages: int) -> None:
+    with index.connect(folder) as opened:
+        opened.execute(f"PRAGMA max_page_count = {pages}")  # past that sqlite says what it says of a full disk
+        with index.transaction(opened):
+            opened.executemany("INSERT INTO latents VALUES (?, 1, 4, 4)", [(key,) for key in range(count)])
+
+
+def test_a_full_disk_and_a_read_only_one_are_not_called_damage(tmp_path: Path) -> None:
+    with index.connect(tmp_path) as opened:
+        index.begin(opened, tmp_path, SETTINGS)
+    with pytest.raises(DataError, match=r"index\.sqlite3: database or disk is full; mend: make room"):
+        add_rows(tmp_path, 10_000, pages=8)
+    (tmp_path / index.INDEX).chmod(0o444)
+    with (
+        bound_by_modes(),
+        pytest.raises(DataError, match=r"attempt to write a readonly database; mend: make"),
+    ):
+        add_rows(tmp_path, 1, pages=1000)
+    (tmp_path / index.INDEX).chmod(0o644)
+    add_rows(tmp_path, 10, pages=1000)
+    with index.connect(tmp_path) as opened:
+        assert opened.execute("SELECT count(*) FROM latents").fetchone() == (10,)  # the first keys: none was left
 
 
 def test_thirty_thousand_samples_take_little_memory() -> None:

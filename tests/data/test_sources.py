@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from PIL import Image
 
 from libreflux import files
 from libreflux.data.captions import CaptionChoice, caption_weights, check_weights
-from libreflux.data.sources import Sample, read_source
+from libreflux.data.sources import Sample, _walk, read_source
 from libreflux.errors import DataError
 from libreflux.recipe import DataSource
 
@@ -245,7 +246,8 @@ def choices(
     visits: int = VISITS,
 ) -> list[list[int | None]]:
     """For each sample the chosen caption of each visit, by its place among the sample's own; None: dropped."""
-    choice = CaptionChoice(np.array(ids, np.uint64), weights, np.full(len(ids), dropout), seed)
+    counts = np.array([len(row) for row in weights])
+    choice = CaptionChoice(np.array(ids, np.uint64), counts, weights, np.full(len(ids), dropout), seed)
     rows = []
     for number in range(len(ids)):
         places, dropped = choice.choose(np.full(visits, number), np.arange(visits))
@@ -287,3 +289,16 @@ def test_dropout_and_choice_are_independent() -> None:
     assert 0.45 < halved.count(None) / VISITS < 0.55
     for index in range(3):
         assert halved.count(index) / kept.count(index) == pytest.approx(0.5, abs=0.1)
+
+
+def test_what_the_walk_cannot_enter_or_name_is_one_line(tmp_path: Path) -> None:
+    elsewhere, photos = tmp_path / "elsewhere", tmp_path / "photos"
+    elsewhere.mkdir()
+    photos.mkdir()
+    (photos / "linked").symlink_to(elsewhere)
+    with pytest.raises(DataError, match="links to folders are not followed"):
+        _walk(photos)
+    (photos / "linked").unlink()
+    (photos / os.fsdecode(b"caf\xe9.png")).write_bytes(b"")
+    with pytest.raises(DataError, match=r"caf\\udce9\.png.*no UTF-8"):
+        _walk(photos)

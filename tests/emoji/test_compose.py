@@ -95,16 +95,17 @@ def test_the_folder_is_an_ordinary_captioned_one(tmp_path: Path, look: str) -> N
 
 
 def test_pencil_leaves_no_colour_and_says_so() -> None:
-    colours = set()
+    colours, paper, lead = set(), np.array(COLOURS["white"]), np.array((48, 44, 52))
     for index in range(40):
         what = scene(2, index, pairs=0.0)
         drawn = np.asarray(LOOKS["pencil"].picture(render(what)), np.float32)
         # Every pixel lies on the line between lead and paper.
-        share = (drawn - (48, 44, 52)) / (np.array((246, 238, 215)) - (48, 44, 52))
+        share = (drawn - lead) / (paper - lead)
         assert np.ptp(share, axis=-1).max() < 0.02
         colours.add(what.colour)
-        for text in LOOKS["pencil"].captions(what).values():
-            assert f"on {what.colour}" not in text
-            assert f"{what.colour} background" not in text
-            assert "pencil drawing" in text
+        texts = LOOKS["pencil"].captions(what)
+        assert texts["short"].endswith(" on white") and texts["tags"].endswith("white background")
+        assert "pencil drawing" in texts["long"] and "white paper" in texts["long"]
+        others = [colour for colour in COLOURS if colour != "white"]
+        assert not [c for c in others for text in texts.values() if f"on {c}" in text or f"{c} background" in text]
     assert len(colours) == len(COLOURS)

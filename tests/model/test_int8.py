@@ -103,10 +103,15 @@ def test_bf16_weights_are_rounded_once() -> None:
 
 def test_what_cannot_be_quantised_is_refused() -> None:
     for value in (torch.nan, torch.inf):
-        weight = random_weight(3, 4)
-        weight[1, 2] = value
-        with pytest.raises(ModelError, match=r"block\.to_q: has weights that are not finite"):
-            quantise_weight(weight, "block.to_q")
+        for shape in ((3, 4), (96, 128)):
+            weight = random_weight(*shape)
+            weight[1, 2] = value
+            with pytest.raises(ModelError, match=r"block\.to_q: has weights that are not finite"):
+                quantise_weight(weight, "block.to_q")
+    weight = random_weight(96, 128)
+    weight.view(torch.int32)[1, 2] = -1  # a NaN of ones: rounding its bits up would give 0
+    with pytest.raises(ModelError, match="not finite"):
+        quantise_weight(weight)
     with pytest.raises(ModelError, match=r"torch\.int8 \(3, 4\), not a floating-point matrix"):
         quantise_weight(torch.zeros(3, 4, dtype=torch.int8))
     with pytest.raises(ModelError, match="Conv2d has no dense weight"):

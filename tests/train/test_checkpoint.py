@@ -6,6 +6,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -78,16 +79,47 @@ def test_a_damaged_checkpoint_is_passed_over_and_put_aside(tmp_path: Path, damag
 
 def test_recover_sweeps_what_a_killed_process_left(tmp_path: Path) -> None:
     _write(tmp_path, 1)
-    folder = tmp_path / checkpoint.FOLDER
-    for name in (".step-00000002.abc", ".deleted-step-00000000"):
-        (folder / name).mkdir()
-        (folder / name / checkpoint.ADAPTER).write_bytes(b"half")
+    folders = [tmp_path / name for name in (checkpoint.FOLDER, "averages", "samples")]
+    for folder in folders:
+        for name in (".step-00000002.staging-0b6424b5", ".deleted-step-00000000"):
+            (folder / name).mkdir(parents=True)
+            (folder / name / checkpoint.ADAPTER).write_bytes(b"half")
+        (folder / ".step-00000002.png.tmp-0b6424b5").write_bytes(b"half")
+        (folder / "notes").mkdir()  # the user's own stay
+        (folder / ".mine").mkdir()
     (tmp_path / f".{checkpoint.ADAPTER}.tmp-0b6424b5").write_bytes(b"half")
+    (tmp_path / ".tmpK3xYz0").write_bytes(b"half, by safetensors")
     (tmp_path / ".mine").write_bytes(b"")
-    (folder / "notes").mkdir()  # the user's own folder stays
     checkpoint.recover(tmp_path)
-    assert sorted(path.name for path in folder.iterdir()) == ["notes", "step-00000001"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", checkpoint.FOLDER]
+    for folder in folders:
+        assert {path.name for path in folder.iterdir()} - {"step-00000001"} == {"notes", ".mine"}
+    assert {path.name for path in tmp_path.iterdir()} == {".mine", *(folder.name for folder in folders)}
+
+
+def test_every_damage_to_every_file_is_seen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Cut at several lengths, 40 single bits flipped in each: the previous checkpoint is used, the file named."""
+    _write(tmp_path, 1)
+    target = _write(tmp_path, 2).path
+    random = np.random.default_rng(0)
+    names = sorted(path.name for path in target.iterdir())
+    assert names == [checkpoint.ADAPTER, "manifest.json", checkpoint.OPTIMIZER, checkpoint.STATE]
+    for name in names:
+        path, whole = target / name, (target / name).read_bytes()
+        damaged = [whole[:length] for length in (0, 1, 8, len(whole) // 2, len(whole) - 1)]
+        for bit in random.choice(8 * len(whole), 40, replace=False).tolist():
+            flipped = bytearray(whole)
+            flipped[bit // 8] ^= 1 << bit % 8
+            damaged.append(bytes(flipped))
+        for number, contents in enumerate(damaged):
+            path.write_bytes(contents)
+            caplog.clear()
+            newest = checkpoint.latest(tmp_path)
+            assert newest is not None and newest.step == 1, (name, number)
+            assert "step-00000002 is not used: " in caplog.text and str(target) in caplog.text
+            assert name in caplog.text or name == "manifest.json"  # a name in the manifest may be the damaged one
+        path.write_bytes(whole)
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None and newest.step == 2
 
 
 @given(
@@ -196,3 +228,15 @@ def test_publish_copies_the_bytes(tmp_path: Path) -> None:
     done = _write(tmp_path, 7, value=0.5)
     assert checkpoint.publish(tmp_path, done).read_bytes() == done.adapter.read_bytes()
     assert load_file(tmp_path / checkpoint.ADAPTER)["w"].tolist() == [0.5] * 3
+
+
+def test_a_stored_recipe_that_todays_rules_refuse_is_told_with_its_key(tmp_path: Path) -> None:
+    recipe = Recipe.model_validate({"data": [{"path": "a"}], "resolution": 32, "steps": 3, "out": str(tmp_path)})
+    checkpoint.claim(tmp_path, recipe)
+    (tmp_path / checkpoint.ADAPTER).touch()
+    stored = json.loads((tmp_path / checkpoint.RECIPE).read_text())
+    (tmp_path / checkpoint.RECIPE).write_text(json.dumps(stored | {"idle": 1}))
+    with pytest.raises(RunError, match=r"recipe\.json: idle: written .*unknown key; mend: correct that key"):
+        checkpoint.changes(tmp_path, recipe)
+    (tmp_path / checkpoint.RECIPE).write_text(json.dumps(stored))
+    assert checkpoint.changes(tmp_path, recipe) == {}

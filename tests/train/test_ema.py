@@ -208,7 +208,8 @@ def test_averages_of_a_run_resume_to_the_bit_and_serve_in_hindsight(
     stopped = Recipe.model_validate(recipe_tree(tmp_path / "stopped", **changes))
     with pytest.raises(Interrupted):
         fit(stopped, StopAt(5))
-    ema.snapshot_path(tmp_path / "stopped", 6).write_bytes(b"of a life that was lost")
+    ema.snapshot_path(tmp_path / "stopped", 6).mkdir()  # of a life that was lost
+    (tmp_path / "stopped" / "averages" / "step-9").mkdir()  # no name of ours
     fit(stopped)
     with pytest.raises(RunError, match=r"0\.1/lycoris.*mend: ask only for widths that were tracked"):
         fit(stopped.model_copy(update={"steps": 7, "ema": (0.08, 0.1)}))
@@ -217,10 +218,10 @@ def test_averages_of_a_run_resume_to_the_bit_and_serve_in_hindsight(
     assert {key.partition("/")[0] for key in last if "/" in key} == {"0.08"}
     for name in (
         "checkpoints/step-00000006/ema.safetensors",
-        *(f"averages/step-0000000{s}.safetensors" for s in (2, 4, 6)),
+        *(f"averages/step-0000000{s}/ema.safetensors" for s in (2, 4, 6)),
     ):
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    tracked = load_file(tmp_path / "whole" / "averages" / "step-00000004.safetensors")
+    tracked = load_file(tmp_path / "whole" / "averages" / "step-00000004" / "ema.safetensors")
     made = hindsight.average(tmp_path / "whole", 0.2, step=4)
     assert made.steps == [2, 2, 3, 3, 4, 4]  # of a checkpoint too
     for key, tensor in made.tensors.items():
@@ -236,6 +237,15 @@ def test_averages_of_a_run_resume_to_the_bit_and_serve_in_hindsight(
         hindsight.average(tmp_path / "whole", 0.5)
     with pytest.raises(RunError, match=r"cannot form width 0\.01"):
         hindsight.average(tmp_path / "whole", 0.01)
+    for name in ("ema.safetensors", "manifest.json"):
+        path = tmp_path / "whole" / "averages" / "step-00000002" / name
+        whole = path.read_bytes()
+        for damaged in (whole[:-1], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]):
+            path.write_bytes(damaged)
+            with pytest.raises(RunError, match=r"averages/step-00000002/.*; mend: remove this folder"):
+                hindsight.average(tmp_path / "whole", 0.2)
+        path.write_bytes(whole)
+    hindsight.average(tmp_path / "whole", 0.2)
 
 
 def test_averages_that_do_not_fit_are_refused() -> None:

@@ -68,4 +68,13 @@ def test_flux_in_full_is_estimated_without_its_weights() -> None:
     assert found.gradient == 2 * found.adapter
     # 19 + 38 blocks at 1,536 tokens of 3,072 in bf16, a few dozen such tensors kept by each.
     assert 57 * 10 * 1536 * 3072 * 2 < found.activations < 57 * 40 * 1536 * 3072 * 2
-    assert "device memory" in found.table(4)
+    assert "device memory" in found.table()
+
+
+def test_the_total_is_what_lives_at_the_peak() -> None:
+    parts = {"weights": 1000, "adapter": 200, "moments": 400, "gradient": 30, "update": 7, "averages": 5000}
+    cuda = estimate.Estimate(on_cpu=False, activations=100, checkpoint=1, **parts)
+    assert (cuda.process, cuda.total) == (0, 1730)
+    cpu = estimate.Estimate(on_cpu=True, activations=100, checkpoint=1, **parts)
+    assert (cpu.process, cpu.total) == (72 * 2**20 + 60, 6790 + 72 * 2**20)
+    assert estimate.Estimate(on_cpu=False, activations=3, checkpoint=1, **parts).total == 1637

@@ -22,8 +22,9 @@ def _recipe(tree: Callable[..., dict[str, Any]], out: Path) -> dict[str, Any]:
         accumulate=2,
         steps=STEPS,
         optimizer={"kind": "adamw_bf16", "learning_rate": 1e-2, "warmup": 3, "schedule": "cosine"},
+        ema=[0.1],
         samples={"every": 1, "at_start": True, "prompts": ["a fox"]},
-        save={"every": 2, "keep": 1, "keep_every": 4},
+        save={"every": 2, "keep": 1, "keep_every": 4, "averages_every": 2},
         cache=None,
     )
 
@@ -32,7 +33,8 @@ HELD: list[dict[str, Any]] = [
     {"event": "os.rename", "match": r"shards/latents", "nth": 1},  # preparing: the shard is written, not yet named
     {"backward": 2},  # in the middle of a step, nothing saved yet
     {"event": "os.rename", "match": r"\.staging-\w+/optimizer", "nth": 2},  # inside step 4's checkpoint
-    {"event": "os.rename", "match": r"/step-00000004$", "nth": 1},  # that checkpoint is complete, but for its name
+    {"event": "os.rename", "match": r"averages/step-00000004$", "nth": 1},  # the averages kept at that step
+    {"event": "os.rename", "match": r"checkpoints/step-00000004$", "nth": 1},  # it is whole, but for its name
     {"event": "shutil.rmtree", "match": r"\.deleted-step-00000002", "nth": 1},  # while an old one is deleted
     {"backward": 6},
     {"event": "os.rename", "match": r"adapter\.safetensors\.tmp-\w+$", "nth": 3},  # the result, a step from done

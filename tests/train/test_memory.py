@@ -52,14 +52,24 @@ class OutOfMemoryIn(Callbacks):
 
 
 def test_a_step_without_memory_ends_the_run_in_one_line_and_it_resumes(recipe_tree: Tree, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"steps": 3, "save": {"every": 1}, "samples": {"every": 9, "at_start": True}}
+    changes: dict[str, Any] = {
+        "steps": 3,
+        "save": {"every": 1},
+        "samples": {"every": 9, "at_start": True, "prompts": ["a fox"]},
+    }
     whole = fit(Recipe.model_validate(recipe_tree(tmp_path / "whole", **changes)))
     recipe = Recipe.model_validate(recipe_tree(tmp_path / "run", **changes))
     with pytest.raises(RunError) as refusal:
         fit(recipe, OutOfMemoryIn(2))
     line = str(refusal.value)
     assert line.startswith("step 2, batch 2, resolution 32, device auto: out of memory; mend: ")
-    mends = ["gradient_checkpointing: true", "base: int8", "batch: 1 with accumulate: 2", "adamw_bf16", "resolution"]
+    mends = [
+        "gradient_checkpointing: true",
+        "base: int8",
+        "batch: 1 with accumulate: 2",
+        "resolution",
+        "another `out`, optimizer.kind: adamw_bf16",
+    ]
     line = line.partition("mend: ")[2]
     assert sorted(mends, key=line.index) == mends
     assert fit(recipe).read_bytes() == whole.read_bytes()
@@ -70,6 +80,22 @@ def test_what_is_set_already_is_no_mend(recipe_tree: Tree, tmp_path: Path) -> No
     with pytest.raises(RunError) as refusal, explained("step 1", Recipe.model_validate(recipe_tree(tmp_path, **spare))):
         too_much()
     assert "in this order, resolution below 32" in str(refusal.value)
+
+
+def test_an_odd_batch_keeps_its_product_with_accumulate(recipe_tree: Tree, tmp_path: Path) -> None:
+    recipe = Recipe.model_validate(recipe_tree(tmp_path, batch=3, accumulate=2))
+    with pytest.raises(RunError, match="batch: 1 with accumulate: 6;"), explained("step 1", recipe):
+        too_much()
+
+
+def test_measuring_without_memory_has_its_own_mend(recipe_tree: Tree, tmp_path: Path) -> None:
+    class Measuring(Callbacks):
+        def on_measure(self, step: int, transformer: FluxTransformer2DModel) -> None:
+            too_much()
+
+    recipe = Recipe.model_validate(recipe_tree(tmp_path / "run", held_out={"share": 0.4, "every": 1}))
+    with pytest.raises(RunError, match=r"^held-out pictures after step 0.*mend: held_out\.every: 0"):
+        fit(recipe, Measuring())
 
 
 def test_preparing_without_memory_has_its_own_mend(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from libreflux.data.prepare import prepare_recipe
 from libreflux.errors import RunError
 from libreflux.recipe import Recipe
-from libreflux.train import checkpoint
+from libreflux.train import checkpoint, saving
 from libreflux.train.callbacks import Callbacks, StepInfo
 from libreflux.train.ema import decay, exponent
 from libreflux.train.interrupt import Interrupted
@@ -96,10 +97,43 @@ def test_too_many_in_a_row_end_the_run_and_push_out_no_good_checkpoint(recipe_tr
     assert len({one.optimizer.read_bytes() for one in kept}) == 1
     with pytest.raises(RunError, match="3 steps in a row up to step 5"):  # it counts on where the checkpoint stood
         fit(longer)
+    assert [one.step for one in checkpoint.listed(run)] == [2, 3, 4]  # nor does going on push out any
+    with pytest.raises(RunError, match="has changed"):
+        fit(Recipe.model_validate(recipe_tree(run, steps=7, save=save, batch=1)))
+    assert [one.step for one in checkpoint.listed(run)] == [2, 3, 4]
     shard.write_bytes(healthy)
     fit(longer)
     assert [one.step for one in checkpoint.listed(run)] == [7]
     assert checkpoint.listed(run)[0].state()["skips"] == {"total": 2, "in_a_row": 0}
+
+
+def test_a_run_with_spoilt_weights_goes_on_as_its_line_says(recipe_tree: Tree, tmp_path: Path) -> None:
+    run, save = tmp_path / "run", {"every": 1, "keep": 2}
+
+    def recipe(**changes: Any) -> Recipe:
+        return Recipe.model_validate(recipe_tree(run, save=save, max_skipped=3, **changes))
+
+    fit(recipe(steps=2))
+    fast = recipe(steps=9, optimizer={"kind": "adamw", "learning_rate": 1000})
+    fast = fast.model_copy(update={"optimizer": fast.optimizer.model_copy(update={"learning_rate": 1e30})})
+    training = _open(fast, run, checkpoint.latest(run), Callbacks(), Ranks(), "cpu", True)
+    training.take_step()  # finite weights whose loss is not
+    with checkpoint.Metrics(run, 2) as metrics:
+        saving.save(training, metrics, Callbacks())
+    slow = recipe(steps=9, batch=1)
+    told = r"3 steps in a row up to step 6 .*remove the folders after step-00000002 in .*checkpoints and go on with"
+    with pytest.raises(RunError, match=told):
+        fit(slow, fork=True)
+    kept = checkpoint.listed(run)
+    assert [one.step for one in kept] == [2, 3, 4, 5]
+    again = recipe(steps=9, optimizer={"kind": "adamw", "learning_rate": 1e-4})
+    with pytest.raises(RunError, match="3 steps in a row up to step 8"):  # counted anew
+        fit(again, fork=True)
+    for one in checkpoint.listed(run)[1:]:
+        shutil.rmtree(one.path)
+    fit(recipe(steps=9, optimizer={"kind": "adamw", "learning_rate": 2e-4}), fork=True)
+    assert [one.step for one in checkpoint.listed(run)] == [8, 9]
+    assert checkpoint.listed(run)[-1].state()["skips"] == {"total": 0, "in_a_row": 0}
 
 
 def test_a_gradient_alone_can_be_at_fault_and_moves_nothing(recipe_tree: Tree, tmp_path: Path) -> None:

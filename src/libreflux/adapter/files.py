@@ -22,7 +22,7 @@ from libreflux.adapter.init import Kind, init_lokr, init_lora
 from libreflux.adapter.layers import AdaptedLinear, LoKr, LoRA, delta_from_tensors, features, linears
 from libreflux.adapter.targets import Resolved
 from libreflux.errors import AdapterError
-from libreflux.files import atomic_save_safetensors
+from libreflux.files import atomic_save_safetensors, sha256_file
 
 PREFIX = "lycoris_"
 SCHEMA = "1"
@@ -125,11 +125,13 @@ class AdapterFile:
         where: the file, for errors.
         tensors: LyCORIS name -> tensor.
         metadata: the safetensors metadata, strings.
+        sha256: of the file's bytes when they were read; a run in progress may replace it.
     """
 
     where: str
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
+    sha256: str = ""
 
     def by_layer(self, layer_names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
         """Layer name -> suffix -> tensor, for the model that has these linears.
@@ -265,9 +267,15 @@ def load_adapter(path: Path | str) -> AdapterFile:
     if not path.is_file():
         raise AdapterError("no such adapter file", where=path, mend="give a .safetensors file")
     try:
+        before = path.stat()
         with safetensors.safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
             metadata = dict(file.metadata() or {})
+        digest, after = sha256_file(path), path.stat()
+        if (before.st_ino, before.st_mtime_ns) != (after.st_ino, after.st_mtime_ns):
+            raise FileNotFoundError
+    except FileNotFoundError:  # a checkpoint of a run in progress
+        raise AdapterError("was replaced or removed while it was read", where=path, mend="run this again") from None
     except safetensors.SafetensorError as error:
         raise AdapterError(f"not a whole safetensors file ({error})", where=path, mend="copy it again") from error
     if metadata.get("schema", SCHEMA) != SCHEMA:
@@ -281,17 +289,17 @@ def load_adapter(path: Path | str) -> AdapterFile:
             where=path,
             mend="other spellings: not yet",
         )
-    return AdapterFile(str(path), tensors, metadata)
+    return AdapterFile(str(path), tensors, metadata, digest)
 
 
 def attach_file(
-    transformer: nn.Module, path: Path | str, weight: float = 1.0, *, dtype: torch.dtype | None = None
+    transformer: nn.Module, path: Path | str | AdapterFile, weight: float = 1.0, *, dtype: torch.dtype | None = None
 ) -> Adapter:
     """Freeze a transformer and put an adapter file on it.
 
     Args:
         transformer: the model.
-        path: an adapter file.
+        path: an adapter file, or one that is read already.
         weight: strength of the adapter.
         dtype: of the adapter's parameters; None keeps the file's.
 
@@ -300,8 +308,9 @@ def attach_file(
     """
     found = linears(transformer)
     layers = {}
-    for name, tensors in load_adapter(path).by_layer(found).items():
+    file = path if isinstance(path, AdapterFile) else load_adapter(path)
+    for name, tensors in file.by_layer(found).items():
         base = found[name]
-        delta = delta_from_tensors(tensors, *features(base), f"{path}, {name}", dtype=dtype)
+        delta = delta_from_tensors(tensors, *features(base), f"{file.where}, {name}", dtype=dtype)
         layers[name] = AdaptedLinear(base, delta.to(device=_device(base)), weight)
     return _install(transformer, {name: layers[name] for name in found if name in layers})

@@ -110,6 +110,8 @@ def compile_pattern(pattern: str) -> tuple[re.Pattern[str], list[list[int]]]:
             where=f"pattern {pattern!r}",
             mend="use names, *, ** and integer ranges such as {0-7}",
         )
+    # Two ** in a row say no more than one.
+    parts = [part for index, part in enumerate(parts) if [part, *parts[index - 1 : index]] != ["**", "**"]]
     braces: list[list[int]] = []
     regex, glue = "", ""
     for index, part in enumerate(parts):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 from typing import Annotated, NoReturn
 
@@ -11,6 +10,7 @@ import typer
 import libreflux
 from libreflux.cli import average, demo, demo_data, generate, merge, prepare, train
 from libreflux.errors import LibrefluxError
+from libreflux.files import PLACE_ERRORS, WRITE_ERRORS
 
 app = typer.Typer(
     name="libreflux",
@@ -22,19 +22,6 @@ app = typer.Typer(
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 """Click's ClickException, wherever this version of typer keeps it."""
-
-_PLACES = {
-    errno.EACCES,
-    errno.EDQUOT,
-    errno.EEXIST,
-    errno.EISDIR,
-    errno.ENAMETOOLONG,
-    errno.ENOSPC,
-    errno.ENOTDIR,
-    errno.EPERM,
-    errno.EROFS,
-}
-"""What the file system says of a place that the user named; any other OSError is a bug of ours."""
 
 
 def _version(asked: bool) -> None:
@@ -75,9 +62,11 @@ def main() -> NoReturn:
     except LibrefluxError as error:
         _refuse(str(error))
     except OSError as error:
-        if error.errno not in _PLACES or error.filename is None:
+        full = error.errno in WRITE_ERRORS  # of which the system names no file
+        if error.errno not in PLACE_ERRORS or (error.filename is None and not full):
             raise
-        _refuse(f"{error.filename}: {error.strerror}; mend: name another place, or make room or rights there")
+        where = f"{error.filename}: " if error.filename else ""
+        _refuse(f"{where}{error.strerror}; mend: name another place, or make room or rights there")
     except typer.Abort:
         sys.exit(130)
     except _UsageError as error:

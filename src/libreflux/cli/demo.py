@@ -23,12 +23,12 @@ PICTURES = 400
 STEPS = 500
 GUIDANCE = (1.0, 3.0, 6.0)
 PROMPTS = (
-    "a pencil drawing of a rocket",
-    "a pencil drawing of an owl",
-    "a pencil drawing of a house",
-    "a pencil drawing of a hamburger",
-    "a pencil drawing of a guitar",
-    "a pencil drawing of a penguin",
+    "a rocket on white",
+    "an owl on white",
+    "a house on white",
+    "a hamburger on white",
+    "a guitar on white",
+    "a penguin on white",
 )
 SEED = 1
 

@@ -67,7 +67,8 @@ def write(
 <h1>A small FLUX learns a new look</h1>
 <p>The model <code>emoji-base</code> (13.4 M parameters, the architecture of FLUX.1) has only ever seen glossy emoji on
 plain colours. It was shown {len(losses)} batches of pencil drawings, and only a LoKr adapter was trained: the
-LibreFLUX recipe, on this computer. The adapter was then merged into a new model.</p>
+LibreFLUX recipe, on this computer. The captions name the subject and say "on white", never the pencil: the look itself
+is what it learnt. The adapter was then merged into a new model.</p>
 <h2>What it was shown</h2><p class="look">{looks}</p>
 <h2>Before and after, without guidance (1) and with classifier-free guidance (3, 6)</h2>
 {_img(_png(grids["grid.png"]), "prompts by model and guidance")}

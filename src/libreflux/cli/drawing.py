@@ -10,7 +10,6 @@ from typing import Any
 from libreflux.adapter.files import attach_file
 from libreflux.cli.adapters import adapted_facts, load_arguments, notice_other_base
 from libreflux.errors import ModelError
-from libreflux.files import sha256_file
 from libreflux.model.device import pick_device
 from libreflux.model.facts import Facts
 from libreflux.model.family import open_model, weights_hash
@@ -50,11 +49,8 @@ def open_for_drawing(model: str, adapters: Iterable[str] = (), device: str = "au
     transformer_hash = weights_hash(opened.path)
     notice_other_base(transformer_hash, files)
     for file, weight in files:
-        attach_file(opened.transformer, file.where, weight)
+        attach_file(opened.transformer, file, weight)
     pipe = LibreFluxPipeline.from_model(opened)
     pipe.set_progress_bar_config(disable=True)
-    rows = [
-        {"file": Path(file.where).name, "sha256": sha256_file(Path(file.where)), "weight": weight}
-        for file, weight in files
-    ]
+    rows = [{"file": Path(file.where).name, "sha256": file.sha256, "weight": weight} for file, weight in files]
     return Opened(pipe, facts, dtype, {"transformer": transformer_hash}, rows)

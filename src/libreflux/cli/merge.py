@@ -27,7 +27,6 @@ def merge(
 
     from libreflux.adapter.merge import merge_many
     from libreflux.cli.adapters import adapted_facts, load_arguments, notice_other_base
-    from libreflux.files import sha256_file
     from libreflux.model.family import open_model, save_model, weights_hash
 
     files = load_arguments(adapters)
@@ -42,7 +41,7 @@ def merge(
         "adapters": [
             {
                 "file": Path(file.where).name,
-                "sha256": sha256_file(Path(file.where)),
+                "sha256": file.sha256,
                 "weight": weight,
                 **_origin(file.metadata),
             }

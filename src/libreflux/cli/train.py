@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from libreflux.errors import LibrefluxError
-
-if TYPE_CHECKING:
-    from libreflux.recipe import Recipe
+from libreflux.errors import LibrefluxError, RunError
 
 
 def train(
@@ -24,7 +22,10 @@ def train(
         typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change.", show_default=False),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved recipe, its layers, memory and disk; train nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the resolved recipe, its layers, memory, disk, steps and time; train nothing."
+        ),
     ] = False,
     fork: Annotated[
         bool, typer.Option("--fork", help="Go on from the last checkpoint though the recipe or the data have changed.")
@@ -35,12 +36,12 @@ def train(
 
     resolved = load_recipe(recipe, overrides or [])
     if dry_run:
-        layers, memory = layer_table(resolved), memory_table(resolved)
-        typer.echo(resolved.to_yaml())
-        typer.echo(layers)
-        typer.echo(f"\n{memory}")
+        from libreflux.cli.dry_run import report
+
+        typer.echo(report(resolved))
         return
 
+    _refuse_second_trainer(Path(resolved.out))
     from libreflux.cli.training import ShowTraining
     from libreflux.train.interrupt import Interrupted
     from libreflux.train.loop import fit
@@ -57,10 +58,19 @@ def train(
     sys.exit(code)
 
 
+def _refuse_second_trainer(run: Path) -> None:
+    """At once: what is imported next takes seconds. Of several processes the first one holds the lock for all."""
+    from libreflux import files
+
+    if run.is_dir() and os.environ.get("RANK", "0") == "0":
+        with files.lock(run):
+            pass
+
+
 @contextmanager
 def _no_empty_run(run: Path) -> Iterator[None]:
     """A run that is refused before its first result leaves no folder behind, if there was none before."""
-    existed = run.exists()
+    existed = run.exists() or os.environ.get("RANK", "0") != "0"  # of several processes the first one tidies up
     try:
         yield
     except LibrefluxError:
@@ -68,26 +78,7 @@ def _no_empty_run(run: Path) -> Iterator[None]:
         from libreflux.train.checkpoint import RECIPE
 
         if not existed and run.is_dir():
-            with files.lock(run):
+            with suppress(RunError), files.lock(run):  # who holds it now is no concern of this refusal
                 if {path.name for path in run.iterdir()} <= {files.LOCK, RECIPE}:
                     shutil.rmtree(run)
         raise
-
-
-def layer_table(recipe: Recipe) -> str:
-    """The layers that a recipe adapts, resolved against the model's configuration; no weight is loaded."""
-    from libreflux.train.loop import plan_layers
-
-    return plan_layers(recipe).text()
-
-
-def memory_table(recipe: Recipe) -> str:
-    """Memory and disk by part, at the model's longest prompt; no weight is loaded."""
-    from libreflux.model.facts import freed
-    from libreflux.model.family import open_model
-    from libreflux.train.estimate import estimate_recipe
-
-    tokens = freed(open_model(recipe.model, parts=()).facts).max_tokens
-    found = estimate_recipe(recipe, text_tokens=tokens)
-    kept = recipe.save.keep + (recipe.steps // recipe.save.keep_every if recipe.save.keep_every else 0)
-    return f"memory, estimated for prompts of {tokens} tokens\n{found.table(kept)}"

@@ -85,7 +85,7 @@ class ShowTraining(Callbacks):
         begun = f"resumes after step {started.step}" if started.step else "begins"
         line = f"{begun}: {started.steps} steps, {started.pictures} pictures, {started.epoch_steps} steps an epoch"
         if started.held_out is not None:
-            line += f", {len(started.held_out)} others are measured"
+            line += f", {len(started.held_out)} held-out pictures"
         line += f", {started.padding_share:.1%} of the text is padding, run folder {started.run}"
         typer.echo(line, err=True)
         if started.start_norm is not None:
@@ -112,7 +112,7 @@ class ShowTraining(Callbacks):
         assert held_out is not None
 
         def told(done: int) -> None:
-            if self._doing == "training":
+            if self._doing == "training" and step < recipe.steps:  # a finished bar has nothing more to tell
                 note = f"{done} of {len(held_out)} held-out pictures measured"
                 self._bar("training", "step")(step, recipe.steps, note)
 

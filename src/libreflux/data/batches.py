@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class Batches:
     def fingerprint(self) -> str:
         """SHA-256 over what sample numbers stand for: pictures, captions, repeats, views and the cache's settings."""
         digest = hashlib.sha256()
-        for source, sample in zip(self._source_of.tolist(), self._pictures, strict=True):
+        for source, sample in zip(map(int, self._source_of), self._pictures, strict=True):
             row = [source, sample.id, sample.captions, sample.kinds, sample.repeats]
             digest.update(json.dumps(row).encode())
         sources = [source.model_dump(mode="json", exclude={"path"}) for source in self._sources]
@@ -154,14 +155,17 @@ class Batches:
         return self._tokens[self._chosen(items, visits)[0]]
 
     def _caption_choice(self) -> CaptionChoice:
-        ids = np.array([int(sample.id[:16], 16) for sample in self._pictures], dtype=np.uint64)
-        of = zip(self._source_of.tolist(), self._pictures, strict=True)
-        weights = [caption_weights(self._sources[source], sample) for source, sample in of]
+        count = len(self._pictures)
+        ids = np.fromiter((int(sample.id[:16], 16) for sample in self._pictures), np.uint64, count)
+        lengths = np.fromiter((len(sample.captions) for sample in self._pictures), np.int64, count)
+        of = zip(self._source_of, self._pictures, strict=True)
+        weights = (caption_weights(self._sources[source], sample) for source, sample in of)
         dropout = np.array([source.caption_dropout for source in self._sources])[self._source_of]
-        return CaptionChoice(ids, weights, dropout, self._seed)
+        return CaptionChoice(ids, lengths, weights, dropout, self._seed)
 
     def _count_tokens(self) -> np.ndarray:
-        counts = self.cache.token_counts([text_key(caption) for caption in ("", *self._captions)])
+        captions = itertools.chain([""], self._captions)
+        counts = self.cache.token_counts(np.fromiter(map(text_key, captions), np.int64, len(self._captions) + 1))
         if counts.min() < 0:
             missing = int(counts.argmin()) - 1  # -1 is the empty prompt
             number = max(0, int(np.searchsorted(self._choice.first, missing, side="right")) - 1)
@@ -192,7 +196,8 @@ class Batches:
         found = np.zeros(len(numbers), dtype=np.int64)
         for index in range(view.crops(source.crops_per_picture)):
             name = view.name(index, source.background)
-            sizes = self.cache.sizes([latents_key(self._pictures[number].id, name) for number in numbers.tolist()])
+            keys = (latents_key(self._pictures[number].id, name) for number in numbers)
+            sizes = self.cache.sizes(np.fromiter(keys, np.int64, len(numbers)))
             codes = sizes[:, 0].astype(np.int64) * 2**16 + sizes[:, 1]
             bad = (sizes[:, 0] < 0) | ((codes != found) & (index > 0))
             if bad.any():

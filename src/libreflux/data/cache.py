@@ -28,13 +28,13 @@ from libreflux.data import index as indexing
 from libreflux.data import int8_text
 from libreflux.data.index import COUNTED, INDEX, MEND, SHARDS, Rows, latents_key, text_key
 from libreflux.errors import DataError
-from libreflux.files import atomic_save_safetensors, lock
+from libreflux.files import atomic_save_safetensors, lock, sweep
 from libreflux.model.text import TextConditioning
 
 PARTS = "parts"
 _OPEN_SHARDS = 64
 _PART_STRIDE = 2**20  # shard numbers of part k are shifted by k strides, so that they stay apart when read as one
-_OURS = re.compile(r"(latents|texts)-\d{8}\.safetensors|\.(latents|texts)-\d{8}\.safetensors\.tmp-.*")
+_OURS = re.compile(r"(latents|texts)-\d{8}\.safetensors")
 
 
 class Cache:
@@ -220,6 +220,7 @@ class CacheWriter:
                     self._index.execute(f"DELETE FROM {table} WHERE {column} = ?", (number,))
 
     def _sweep(self) -> None:
+        sweep(self.folder / SHARDS)
         named = {name for (name,) in self._index.execute("SELECT name FROM shards")}
         for path in (self.folder / SHARDS).iterdir():
             if path.name not in named and _OURS.fullmatch(path.name):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -17,14 +17,21 @@ class CaptionChoice:
 
     Args:
         ids: [N] 64-bit numbers of the samples, digits of their content hash.
-        weights: for each sample one weight for each of its captions, zero or more, not all zero.
+        counts: [N] captions of each, at least one.
+        weights: for each sample one weight for each of its captions, zero or more, not all zero; read once.
         dropout: [N] probability, in [0, 1], that a visit reads the empty prompt.
         seed: the run's.
     """
 
-    def __init__(self, ids: np.ndarray, weights: Sequence[Sequence[float]], dropout: np.ndarray, seed: int) -> None:
+    def __init__(
+        self,
+        ids: np.ndarray,
+        counts: np.ndarray,
+        weights: Iterable[Sequence[float]],
+        dropout: np.ndarray,
+        seed: int,
+    ) -> None:
         self._ids, self._dropout, self._seed = ids, dropout, seed
-        counts = np.fromiter(map(len, weights), np.int64, len(weights))
         self.first = np.cumsum(counts) - counts
         """[N] where each sample's captions begin in the row of all captions."""
         flat = np.fromiter((weight for row in weights for weight in row), np.float64, int(counts.sum()))

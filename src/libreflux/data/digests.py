@@ -12,6 +12,7 @@ from pathlib import Path
 
 from libreflux import files
 from libreflux.data.bar import Bar
+from libreflux.data.index import refusing
 from libreflux.data.pictures import Inspected, inspect
 
 MEMORY = "files.sqlite3"
@@ -75,9 +76,10 @@ class FileMemory:
                 bar.advance(len(part) - len(fresh) if told else 0)
                 for index, found in zip(fresh, looked, strict=True):
                     name, size, mtime = states[index]
-                    known[index] = self._new[name] = (
-                        size, mtime, found.digest, found.width, found.height, found.fault
-                    )  # fmt: skip
+                    new: Row = (size, mtime, found.digest, found.width, found.height, found.fault)
+                    known[index] = new
+                    if found.digest:  # rights come back without a new modification time
+                        self._new[name] = new
                     bar.advance(1)
                 if len(self._new) >= _AT_ONCE:
                     self.save()
@@ -91,7 +93,8 @@ class FileMemory:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         rows = [(name, *row) for name, row in self._new.items()]
-        with contextlib.closing(sqlite3.connect(self._folder / MEMORY, timeout=60)) as connection, connection:
+        path = self._folder / MEMORY
+        with refusing(path), contextlib.closing(sqlite3.connect(path, timeout=60)) as connection, connection:
             connection.execute(_TABLE)
             connection.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
         self._new.clear()
@@ -128,7 +131,10 @@ def _parts_digest(model: Path, parts: tuple[str, ...], memory: FileMemory) -> st
 
 def _state(path: Path) -> tuple[str, int, int]:
     name = os.path.realpath(path)
-    stat = os.stat(name)
+    try:
+        stat = os.stat(name)
+    except OSError:  # a link that leads nowhere: whoever opens it says why
+        return name, -1, 0
     return name, stat.st_size, stat.st_mtime_ns
 
 

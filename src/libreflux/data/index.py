@@ -22,6 +22,7 @@ INDEX = "index.sqlite3"
 SHARDS = "shards"
 SCHEMA = 2
 MEND = "run `libreflux prepare` again"
+_ELSEWHERE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
 COUNTED = 0  # the shard number of captions whose tokens are counted but not stored
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
@@ -96,17 +97,33 @@ def connect(folder: Path) -> Iterator[sqlite3.Connection]:
     """An open index; created if need be.
 
     Raises:
-        DataError: damaged.
+        DataError: see :func:`refusing`.
     """
-    index = sqlite3.connect(folder / INDEX, isolation_level=None, timeout=60)
-    try:
+    with (
+        refusing(folder / INDEX),
+        contextlib.closing(sqlite3.connect(folder / INDEX, isolation_level=None, timeout=60)) as index,
+    ):
         index.execute("PRAGMA synchronous = FULL")
         yield index
+
+
+@contextlib.contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Turns what sqlite says of a file into one line.
+
+    Raises:
+        DataError: the disk is full, does not let it write, or the file is in use or damaged.
+    """
+    try:
+        yield
     except sqlite3.DatabaseError as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # what follows the low byte only refines it
+        if code in _ELSEWHERE:
+            raise DataError(str(error), where=path, mend="make room or rights there, or name another place") from None
+        if code == sqlite3.SQLITE_BUSY:
+            raise DataError("in use by another process", where=path, mend="wait for it or stop it") from None
         mend = "remove this cache folder and prepare it afresh"
-        raise DataError(f"damaged index ({error})", where=folder / INDEX, mend=mend) from None
-    finally:
-        index.close()
+        raise DataError(f"damaged index ({error})", where=path, mend=mend) from None
 
 
 @contextlib.contextmanager
@@ -116,7 +133,8 @@ def transaction(index: sqlite3.Connection) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        index.execute("ROLLBACK")
+        if index.in_transaction:  # on a full disk sqlite has rolled it back by itself
+            index.execute("ROLLBACK")
         raise
     index.execute("COMMIT")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import stat
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ class Inspected:
     """What a picture file is.
 
     Attributes:
-        digest: SHA-256 of its bytes, 64 hexadecimal digits.
+        digest: SHA-256 of its bytes, 64 hexadecimal digits; "" if they cannot be read.
         width: in pixels, upright; 0 when unreadable.
         height: likewise.
         fault: why it cannot be used; "" when it can.
@@ -49,14 +50,13 @@ def inspect(path: Path) -> Inspected:
     """Reads a whole picture file: its digest, its upright size, and what is wrong with it, if anything.
 
     JPEG is decoded at an eighth of the size, which reads every byte too.
-
-    Raises:
-        DataError: the file cannot be read at all.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return Inspected("", 0, 0, "not a regular file")  # opening a pipe would wait for its writer
         digest = sha256_file(path)
     except OSError as error:
-        raise DataError(f"cannot be read ({error})", where=path) from None
+        return Inspected("", 0, 0, f"cannot be read ({error.strerror})")
     try:
         _, (width, height) = _decoded(path, reduce=8)
     except DataError as error:

@@ -66,6 +66,8 @@ def prepare_recipe(
         trained, held_out = split(sources, wanted.share)
     else:
         trained, held_out = sources[:-1], sources[-1:]
+        if not any(samples for _, samples in held_out):
+            raise DataError("no picture in it can be used", where=wanted.path, mend="see quarantine.jsonl in the cache")
         refuse_trained(held_out, trained)
     batches = Batches(cache, trained, views=shown, seed=recipe.seed, encode=encode)
     if not wanted.chosen:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -184,25 +184,29 @@ def captions(what: Scene) -> dict[str, str]:
 
 
 def pencil(picture: Image.Image) -> Image.Image:
-    """Dark pencil outlines on cream paper: a picture divided by its own blurred self leaves the edges."""
+    """Dark pencil outlines on white paper: a picture divided by its own blurred self leaves the edges."""
     grey = ImageOps.grayscale(picture)
     blurred = ImageOps.invert(grey).filter(ImageFilter.GaussianBlur(picture.width / 64))
     base, veil = np.asarray(grey, np.float32), np.asarray(blurred, np.float32)
     dodged = np.minimum(255.0, base * 255.0 / np.maximum(255.0 - veil, 1.0))
     ink = np.clip((255.0 - dodged) / 255.0 * 3.0, 0.0, 1.0)[..., None]
-    paper, lead = np.array([246.0, 238.0, 215.0]), np.array([48.0, 44.0, 52.0])
+    paper, lead = np.array(COLOURS["white"], np.float64), np.array([48.0, 44.0, 52.0])
     return Image.fromarray((paper * (1 - ink) + lead * ink).round().astype(np.uint8))
 
 
 def pencil_captions(what: Scene) -> dict[str, str]:
-    """True captions of a scene under `pencil`, where the background's colour is gone."""
-    drawn = short_caption(what).rpartition(" on ")[0].rstrip(",")
-    tags = tags_caption(what).replace(f"{what.colour} background, emoji", "pencil drawing")
+    """True captions of a scene under `pencil`: on white, whatever its colour was.
+
+    The short ones keep to words that the family's text encoders know; others would hide the subject from the model.
+    """
+    on_white = replace(what, colour="white")
+    short, tags = short_caption(on_white), tags_caption(on_white).removesuffix(", emoji")
+    drawn = short.rpartition(" on ")[0].rstrip(",")
     long = (
-        f"The picture is a pencil drawing of {drawn} on cream paper. Only dark outlines are drawn, in one grey lead, "
+        f"The picture is a pencil drawing of {drawn} on white paper. Only dark outlines are drawn, in one grey lead, "
         "and there is no colour: neither the subject nor the background is filled in, and the paper shows through."
     )
-    return {"short": f"a pencil drawing of {drawn}", "tags": tags, "long": long}
+    return {"short": short, "tags": tags, "long": long}
 
 
 @dataclass(frozen=True)

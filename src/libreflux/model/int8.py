@@ -51,7 +51,11 @@ def quantise_weight(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tenso
     for part, of_q, of_scale in zip(weight.detach().split(rows), q.split(rows), scale.split(rows), strict=True):
         wide = part.float()
         low, high = wide.aminmax(dim=1)
-        of_scale.copy_(up_to_bf16(torch.maximum(high, -low) / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny))
+        largest = torch.maximum(high, -low)
+        if not largest.isfinite().all():  # before their bits are rounded: some of NaN's would become 0
+            mend = "the file is damaged: download it again"
+            raise ModelError("has weights that are not finite", where=name, mend=mend)
+        of_scale.copy_(up_to_bf16(largest / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny))
         of_q.copy_((wide / of_scale[:, None]).round_())
     if not scale.isfinite().all():
         raise ModelError("has weights that are not finite", where=name, mend="the file is damaged: download it again")

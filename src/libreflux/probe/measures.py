@@ -78,7 +78,7 @@ def moments(
         target = velocity_target(x0, noise)
         predicted = velocity(interpolate(x0, noise, level), level).to(target.dtype)
         products = ((predicted - target).square(), predicted * target, predicted.square())
-        columns.append([product.flatten(1).mean(dim=1).double().cpu().numpy() for product in products])
+        columns.append([product.flatten(1).mean(dim=1).cpu().double().numpy() for product in products])
     error, cross, power = (np.stack(column, axis=1) for column in zip(*columns, strict=True))
     return Moments(tuple(sigmas), error, cross, power)
 

@@ -8,7 +8,8 @@
                                  /ema.safetensors          its averages, if the recipe asks for some
                                  /state.json
                                  /manifest.json            sizes and hashes, written last
-    RUN/averages/step-00000500.safetensors            averages kept for hindsight, never pruned
+    RUN/averages/step-00000500/ema.safetensors             averages kept for hindsight, never pruned
+                              /manifest.json
     RUN/adapter.safetensors                           the result, when the last step is done
 
 A checkpoint is staged beside its final name and appears by one rename, so that a process killed at any moment leaves
@@ -27,7 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from libreflux import files
+from pydantic import ValidationError
+
+from libreflux import files, recipe_faults
 from libreflux.errors import RunError
 from libreflux.recipe import Recipe, differences
 
@@ -43,6 +46,7 @@ RECIPE = "recipe.json"
 METRICS = "metrics.jsonl"
 HELD_OUT = "held_out.jsonl"
 
+_WRITTEN = (FOLDER, "averages", "samples")
 _NAME = re.compile(r"step-(\d{8,})")
 
 Writer = Callable[[Path], None]
@@ -90,7 +94,12 @@ class Checkpoint:
 
 def step_folder(run: Path, step: int) -> Path:
     """RUN/checkpoints/step-00000500 for step 500."""
-    return run / FOLDER / f"step-{step:08d}"
+    return run / FOLDER / step_name(step)
+
+
+def step_name(step: int) -> str:
+    """step-00000500 for step 500."""
+    return f"step-{step:08d}"
 
 
 def write(run: Path, step: int, writers: Mapping[str, Writer], state: Mapping[str, Any]) -> Checkpoint:
@@ -115,11 +124,15 @@ def write(run: Path, step: int, writers: Mapping[str, Writer], state: Mapping[st
 
 def listed(run: Path) -> list[Checkpoint]:
     """The checkpoint folders of a run by ascending step, not verified."""
-    folder = run / FOLDER
+    return [Checkpoint(step, path) for step, path in step_folders(run / FOLDER).items()]
+
+
+def step_folders(folder: Path) -> dict[int, Path]:
+    """Step -> its folder of those in `folder` that are named as `step_name` names them, rising."""
     if not folder.is_dir():
-        return []
-    found = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
-    return sorted((Checkpoint(int(match[1]), path) for match, path in found), key=lambda checkpoint: checkpoint.step)
+        return {}
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return {step: path for step, path in sorted(found) if path.name == step_name(step) and path.is_dir()}
 
 
 def latest(run: Path) -> Checkpoint | None:
@@ -140,18 +153,12 @@ def recover(run: Path) -> Checkpoint | None:
     Damaged checkpoints above the latest are renamed `damaged-…`, so that the resumed run can write its own. Call it
     with the run locked.
     """
-    folder = run / FOLDER
-    for name in (ADAPTER, RECIPE, METRICS, HELD_OUT):
-        for path in run.glob(f".{name}.tmp-*"):
-            path.unlink()
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if path.name.startswith(".") and path.is_dir():
-                shutil.rmtree(path)
+    for folder in (run, *(run / name for name in _WRITTEN)):
+        files.sweep(folder)
     newest = latest(run)
     for checkpoint in listed(run):
         if newest is None or checkpoint.step > newest.step:
-            aside = folder / f"damaged-{checkpoint.path.name}"
+            aside = checkpoint.path.with_name(f"damaged-{checkpoint.path.name}")
             if aside.exists():
                 shutil.rmtree(aside)
             os.rename(checkpoint.path, aside)
@@ -169,10 +176,7 @@ def prune(run: Path, keep: int, keep_every: int | None) -> list[int]:
     by_step = {checkpoint.step: checkpoint.path for checkpoint in listed(run)}
     steps = doomed(by_step, keep, keep_every)
     for step in steps:
-        path = by_step[step]
-        gone = path.with_name(f".deleted-{path.name}")
-        os.rename(path, gone)
-        shutil.rmtree(gone)
+        files.remove_folder(by_step[step])
     return steps
 
 
@@ -212,7 +216,11 @@ def check_recipe(
     Raises:
         RunError: a decisive key has changed; the line names it with its old and new value.
     """
-    changed = changes(run, recipe, world)
+    require_same(changes(run, recipe, world), run, mend)
+
+
+def require_same(changed: Mapping[str, Sequence[Any]], run: Path, mend: str) -> None:
+    """Raises RunError, which names each key with its old and new value, if `changes` found some."""
     if changed:
         told = ", ".join(f"{key} ({_told(then)} -> {_told(now)})" for key, (then, now) in changed.items())
         raise RunError(f"the recipe has changed since this run began: {told}", where=run, mend=mend)
@@ -241,6 +249,10 @@ def _read_recipe(path: Path) -> tuple[Recipe, int, list[dict[str, Any]]]:
         tree = json.loads(path.read_text(encoding="utf-8"))
         world, forks = int(tree.pop("world")), list(tree.pop("forks", []))
         return Recipe.model_validate(tree), world, forks
+    except ValidationError as error:
+        refused = recipe_faults.explain(error, str(path), Recipe)
+        mend = "correct that key in this file (one that does nothing can be removed), or choose another `out`"
+        raise RunError(f"written under other rules: {refused.what}", where=refused.where, mend=mend) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         mend = "restore the file, or choose another `out`"
@@ -288,11 +300,18 @@ class Metrics:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        with files.placed(self._path):
+            self._file.close()
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends one JSON object; `step` is one of its keys."""
-        self._file.write(json.dumps(line) + "\n")
+        with files.placed(self._path):
+            self._file.write(json.dumps(line) + "\n")
+
+    def sync(self) -> None:
+        """Lets the lines written so far survive a power cut."""
+        with files.placed(self._path):
+            os.fsync(self._file.fileno())
 
 
 def rewind(path: Path, step: int) -> None:

@@ -9,6 +9,7 @@ In bf16 an average stands still: from 1 to 1.1 with weight 1e-3, 20,000 steps do
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from libreflux import files
 from libreflux.errors import RunError
+from libreflux.train.checkpoint import step_folders, step_name
+
+log = logging.getLogger(__name__)
 
 FOLDER = "averages"
 
@@ -121,22 +125,23 @@ def average_key(width: float, name: str) -> str:
 
 
 def snapshot_path(run: Path, step: int) -> Path:
-    """RUN/averages/step-00000500.safetensors for step 500."""
-    return run / FOLDER / f"step-{step:08d}.safetensors"
+    """RUN/averages/step-00000500 for step 500: a folder with the averages and a manifest."""
+    return run / FOLDER / step_name(step)
+
+
+def snapshots(run: Path) -> dict[int, Path]:
+    """Step -> folder of RUN/averages, rising. Files of an earlier layout are named in a warning."""
+    old = sorted(path.name for path in (run / FOLDER).glob("step-*.safetensors"))
+    if old:
+        log.warning("%s: %d files such as %s are of an earlier layout and not used", run / FOLDER, len(old), old[0])
+    return step_folders(run / FOLDER)
 
 
 def rewind(run: Path, step: int) -> None:
-    """Deletes the snapshots after `step`, whose steps are trained again, and what a killed process left."""
-    kept = {snapshot_path(run, number) for number in snapshot_steps(run) if number <= step}
-    for path in (run / FOLDER).glob("*step-*.safetensors*"):
-        if path not in kept:
-            path.unlink()
-
-
-def snapshot_steps(run: Path) -> list[int]:
-    """The steps of RUN/averages, rising as numbers."""
-    names = (path.stem.removeprefix("step-") for path in (run / FOLDER).glob("step-*.safetensors"))
-    return sorted(int(name) for name in names if name.isdigit())
+    """Deletes the snapshots after `step`, whose steps are trained again."""
+    for number, folder in snapshots(run).items():
+        if number > step:
+            files.remove_folder(folder)
 
 
 def write_averages(

@@ -32,6 +32,9 @@ from libreflux.train.optimizer import BUCKET, parameter_dtype
 
 MIB = 2**20
 UPDATE_BYTES = 30  # per element of the optimizer's largest bucket: fp32 copies of parameter, moments and noise
+# What a CPU process holds besides tensors; measured, see docs/log.md (the memory estimate, second time).
+CPU_KERNELS = 72 * MIB  # compiled kernels and scratch that torch and oneDNN keep, the same for every model
+HEAP_HOLES = 0.6  # of the activations: glibc's heap cannot give a freed aligned block to another of the same size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +42,19 @@ class Estimate:
     """Bytes by part; `total` is the peak on the device, without what importing torch takes.
 
     Attributes:
+        on_cpu: whether the device is the CPU: the averages are in its memory too then.
         weights: the frozen base.
         adapter: the trained parameters.
         moments: the optimizer's two.
         gradient: the flat fp32 sum over accumulated passes.
         activations: peak of one forward and backward pass, the parameters' own gradients included.
         update: what the optimizer needs on top for a moment, after the activations are gone.
+        process: on a CPU, what the process holds besides tensors. 0 elsewhere: CUDA's allocator was not measured.
         averages: fp32 averages of the adapter, on the CPU.
         checkpoint: one checkpoint on disk.
     """
 
+    on_cpu: bool
     weights: int
     adapter: int
     moments: int
@@ -59,22 +65,29 @@ class Estimate:
     checkpoint: int
 
     @property
-    def total(self) -> int:
-        return self.weights + self.adapter + self.moments + self.gradient + max(self.activations, self.update)
+    def process(self) -> int:
+        return CPU_KERNELS + int(HEAP_HOLES * self.activations) if self.on_cpu else 0
 
-    def table(self, kept: int) -> str:
-        """Aligned text; `kept` is how many checkpoints stay on disk."""
+    @property
+    def total(self) -> int:
+        held = self.weights + self.adapter + self.moments + self.gradient + (self.averages if self.on_cpu else 0)
+        return held + max(self.activations, self.update) + self.process
+
+    def table(self) -> str:
+        """Aligned text, the peak last."""
+        averages = ("averages", self.averages), ("kernels and holes in the heap", self.process)
         rows = [
             ("base weights", self.weights),
             ("adapter", self.adapter),
             ("optimizer moments", self.moments),
             ("gradient", self.gradient),
             ("activations, largest batch", self.activations),
-            ("device memory at its peak", self.total),
-            ("averages (in CPU memory)", self.averages),
-            (f"disk, {kept} checkpoints", kept * self.checkpoint),
+            ("optimizer step, after them", self.update),
+            *(averages if self.on_cpu else ()),
+            ("CPU memory at its peak" if self.on_cpu else "device memory at its peak", self.total),
+            *(() if self.on_cpu else [("averages (in CPU memory)", self.averages)]),
         ]
-        return "\n".join(f"{name:<28}{size / MIB:>12,.0f} MiB" for name, size in rows)
+        return "\n".join(f"{name:<32}{size / MIB:>12,.0f} MiB" for name, size in rows)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -126,7 +139,7 @@ def meta_transformer(config: dict[str, Any], dtype: torch.dtype) -> FluxTransfor
 
 
 def estimate_recipe(recipe: Recipe, *, text_tokens: int) -> Estimate:
-    """`estimate` of a recipe, from its model's configuration alone.
+    """`estimate` of a recipe, from its model's configuration alone, for the device that it would train on here.
 
     Args:
         text_tokens: of the longest prompt.
@@ -149,6 +162,7 @@ def estimate_recipe(recipe: Recipe, *, text_tokens: int) -> Estimate:
         text_tokens=text_tokens,
         averages=len(recipe.ema),
         guidance=recipe.guidance,
+        on_cpu=recipe.device == "cpu" or (recipe.device == "auto" and not torch.cuda.is_available()),
     )
 
 
@@ -162,6 +176,7 @@ def estimate(
     text_tokens: int,
     averages: int = 0,
     guidance: float | None = None,
+    on_cpu: bool = False,
 ) -> Estimate:
     """What training this adapter takes.
 
@@ -174,12 +189,14 @@ def estimate(
         text_tokens: of the longest prompt.
         averages: how many fp32 averages are tracked.
         guidance: for a model with a guidance embedding.
+        on_cpu: whether it trains on the CPU.
     """
     weights = _bytes([*transformer.parameters(), *transformer.buffers()])
     adapter = attach(transformer, resolved, dtype=adapter_dtype, init="ones")
     parameters = list(adapter.parameters())
     count, own = sum(parameter.numel() for parameter in parameters), _bytes(parameters)
     return Estimate(
+        on_cpu=on_cpu,
         weights=weights,
         adapter=own,
         moments=2 * own,

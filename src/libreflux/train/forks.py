@@ -41,9 +41,13 @@ def allow(run: Path, recipe: Recipe, world: int, *, fork: bool) -> bool:
     settled = [key for key in changed if key.split(".")[0] == "adapter" or key == "optimizer.kind"]
     if settled:
         mend = f"restore {', '.join(settled)}, or choose another `out`; adapter.init_from starts from an adapter file"
-        checkpoint.check_recipe(run, recipe, world, mend)
+        checkpoint.require_same(changed, run, mend)
+    before, after = changed.get("held_out.share", (0, 0))
+    if (after or 0) > (before or 0):  # the shares are nested: what a smaller one adds to training is new to it, no harm
+        mend = "restore held_out.share, or choose another `out`: the pictures it adds have been trained on"
+        checkpoint.require_same({"held_out.share": [before, after]}, run, mend)
     if not fork:
-        checkpoint.check_recipe(run, recipe, world, MEND)
+        checkpoint.require_same(changed, run, MEND)
     return bool(changed)
 
 

@@ -70,7 +70,7 @@ def average(run: Path, width: float, step: int | None = None) -> Averaged:
         step: of the wanted average; None: the newest that was kept. Later ones are not used.
 
     Raises:
-        RunError: no averages were kept, none at `step`, or too few to form this one.
+        RunError: no averages were kept, none at `step`, too few to form this one, or a damaged file among them.
     """
     _run_folder(run)
     if not 0.01 <= width <= 0.28:
@@ -145,9 +145,12 @@ def _complete(run: Path) -> list[checkpoint.Checkpoint]:
 
 
 def _average_files(run: Path) -> dict[int, Path]:
-    """Step -> file of averages: of the complete checkpoints, and the snapshots beside them."""
+    """Step -> file of averages: of the checkpoints and the snapshots beside them; a damaged one is refused."""
     kept = {one.step: one.averages for one in _complete(run) if one.averages.exists()}
-    return kept | {step: ema.snapshot_path(run, step) for step in ema.snapshot_steps(run)}
+    snapshots = ema.snapshots(run)
+    for folder in snapshots.values():
+        files.verify_manifest(folder)
+    return kept | {step: folder / checkpoint.AVERAGES for step, folder in snapshots.items()}
 
 
 def _open(stack: ExitStack, path: Path) -> Any:

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
-from safetensors.torch import load_file
 
-from libreflux import __version__, files
+from libreflux import files
 from libreflux.adapter import plan
-from libreflux.adapter.files import Adapter, file_metadata, load_adapter, save_adapter
 from libreflux.data.prepare import prepare_cache, prepare_recipe
 from libreflux.errors import ModelError, RecipeError, RunError
 from libreflux.model.device import pick_device
 from libreflux.model.facts import Facts, freed
 from libreflux.model.family import Model, open_model, weights_hash
 from libreflux.recipe import Recipe
-from libreflux.train import checkpoint, ema, forks, memory, skips
+from libreflux.train import checkpoint, ema, forks, memory, saving, skips
 from libreflux.train.callbacks import Callbacks, StepInfo
 from libreflux.train.checkpoint import Checkpoint
 from libreflux.train.interrupt import Interrupted, StopRequest
@@ -30,8 +27,6 @@ from libreflux.train.optimizer import make_optimizer, parameter_dtype
 from libreflux.train.optimizer8 import require_8bit
 from libreflux.train.ranks import Ranks, joined
 from libreflux.train.step import Training
-
-log = logging.getLogger(__name__)
 
 BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}  # int8: of what stays dense
 
@@ -67,7 +62,7 @@ def fit(recipe: Recipe, callbacks: Callbacks | None = None, *, fork: bool = Fals
             with _threads(recipe.threads), memory.explained("loading or saving", recipe):
                 newest = _train(_open(recipe, run, newest, heard, ranks, device, fork), heard)
         done = newest
-        return ranks.in_turn(lambda: checkpoint.publish(run, done), lambda: run / checkpoint.ADAPTER)
+        return ranks.in_turn(lambda: _finish(recipe, run, done), lambda: run / checkpoint.ADAPTER)
 
 
 def _standing(recipe: Recipe, run: Path, world: int, held: contextlib.ExitStack, fork: bool) -> Checkpoint | None:
@@ -82,6 +77,11 @@ def _standing(recipe: Recipe, run: Path, world: int, held: contextlib.ExitStack,
         mend = f"set steps to at least {newest.step}, or choose another `out`"
         raise RunError(f"step {newest.step} is done already, beyond steps: {recipe.steps}", where=run, mend=mend)
     return newest
+
+
+def _finish(recipe: Recipe, run: Path, last: Checkpoint) -> Path:
+    saving.prune(recipe, run, skips.Skips(**last.state().get("skips", {})))  # a kill may have come before this
+    return checkpoint.publish(run, last)
 
 
 @contextlib.contextmanager
@@ -106,7 +106,7 @@ def _train(training: Training, callbacks: Callbacks) -> Checkpoint:
     saved: Checkpoint | None = None
     with StopRequest() as stop, _metrics(training) as metrics:
         if recipe.held_out.due(first, recipe.steps):
-            callbacks.on_measure(first, training.transformer)
+            _measure(training, callbacks)
         if _sample_due(recipe, first):
             _sample(training, callbacks)
         while training.step < recipe.steps:
@@ -120,18 +120,20 @@ def _train(training: Training, callbacks: Callbacks) -> Checkpoint:
             callbacks.on_step(info)
             skips.watch(info, training.skips, recipe.max_skipped, training.run, tell=ranks.first)
             last = training.step == recipe.steps
-            if last or training.step % recipe.save.every == 0:
-                saved = _save(training, callbacks)
             snapshots = recipe.save.averages_every if ranks.first and recipe.ema else None
             if snapshots and training.step % snapshots == 0:
-                _write_averages(training, ema.snapshot_path(training.run, training.step))
+                saving.write_snapshot(
+                    training
+                )  # before the checkpoint: a run resumed from that does not come here again
+            if last or training.step % recipe.save.every == 0:
+                saved = saving.save(training, metrics, callbacks)
             watched = last or stop.signum is None
             if watched and recipe.held_out.due(training.step, recipe.steps):
-                callbacks.on_measure(training.step, training.transformer)
+                _measure(training, callbacks)
             if watched and _sample_due(recipe, training.step):
                 _sample(training, callbacks)
         if training.step > (saved.step if saved else first):
-            saved = _save(training, callbacks)
+            saved = saving.save(training, metrics, callbacks)
         if training.step < recipe.steps:
             raise Interrupted(signum, training.step, training.run)
     assert saved is not None
@@ -142,6 +144,11 @@ def _metrics(training: Training) -> contextlib.AbstractContextManager[checkpoint
     if not training.ranks.first:
         return contextlib.nullcontext()
     return checkpoint.Metrics(training.run, training.step)
+
+
+def _measure(training: Training, callbacks: Callbacks) -> None:
+    with memory.explained(f"held-out pictures after step {training.step}", training.recipe, memory.MEASURING):
+        callbacks.on_measure(training.step, training.transformer)
 
 
 def _sample(training: Training, callbacks: Callbacks) -> None:
@@ -233,7 +240,7 @@ def _open(
         resolved=resolved,
         adapter=adapter,
         optimizer=make_optimizer(recipe.optimizer, adapter.named_parameters(), recipe.seed),
-        averages=ema.Averages(_averaged(adapter), recipe.ema if ranks.first else ()),
+        averages=ema.Averages(saving.averaged(adapter), recipe.ema if ranks.first else ()),
         ranks=ranks,
         batches=batches,
         device=device,
@@ -241,7 +248,7 @@ def _open(
         identity={"model_hash": weights_hash(model.path), "data_hash": batches.fingerprint()},
     )
     if newest is not None:
-        _restore(training, newest, fork)
+        saving.restore(training, newest, fork)
     else:
         training.start_norm = plan.start_norm(recipe.adapter, adapter)
     return training
@@ -258,88 +265,3 @@ def _trained_facts(facts: Facts, recipe: Recipe) -> Facts:
         return freed(facts)
     baked = 1.0 if recipe.guidance is None else guidance
     return dataclasses.replace(facts, steps=recipe.distil.steps or facts.steps, guidance=baked)
-
-
-def _restore(training: Training, newest: Checkpoint, fork: bool) -> None:
-    state = newest.state()
-    if state["model_hash"] != training.identity["model_hash"]:
-        mend = "put them back as they were, or choose another `out`"
-        raise RunError("the weights of the base model have changed since this run began", where=newest.path, mend=mend)
-    recipe, world, now = training.recipe, training.ranks.world, training.identity["data_hash"]
-    training.forks = forks.history(training.run, recipe, world, newest.step, state, now, fork=fork)
-    here = _machine(training.device)
-    for key, value in here.items():
-        if state.get(key) != value:
-            before = state.get(key)
-            log.warning("resumed with %s %s instead of %s: the result may differ in its last bits", key, value, before)
-    training.adapter.load_state_dict(load_adapter(newest.adapter).tensors)
-    training.optimizer.load_state_tensors(load_file(newest.optimizer))
-    if training.recipe.ema and training.ranks.first:
-        if not newest.averages.exists():
-            mend = "set ema: [] to go on without, or choose another `out`"
-            raise RunError("this checkpoint has no averages", where=newest.path, mend=mend)
-        training.averages.load(load_file(newest.averages))
-    training.step = newest.step
-    training.skips = skips.Skips(**state.get("skips", {}))
-
-
-def _save(training: Training, callbacks: Callbacks) -> Checkpoint:
-    recipe, step = training.recipe, training.step
-    training.require_replicas()
-    if not training.ranks.first:
-        return Checkpoint(step, checkpoint.step_folder(training.run, step))
-    writers: dict[str, checkpoint.Writer] = {
-        checkpoint.ADAPTER: lambda path: save_adapter(training.adapter, path, _origin(training)),
-        checkpoint.OPTIMIZER: lambda path: files.atomic_save_safetensors(training.optimizer.state_dict_tensors(), path),
-    }
-    if recipe.ema:
-        writers[checkpoint.AVERAGES] = lambda path: _write_averages(training, path)
-    written = checkpoint.write(
-        training.run,
-        step,
-        writers,
-        {
-            "recipe": recipe.fingerprint(training.ranks.world),
-            "skips": dataclasses.asdict(training.skips),
-            **training.identity,
-            **_machine(training.device),
-        },
-    )
-    if not training.skips.in_a_row:  # weights without a finite loss must not push out the last ones that had one
-        checkpoint.prune(training.run, recipe.save.keep, recipe.save.keep_every)
-    callbacks.on_save(step, written.path)
-    return written
-
-
-def _origin(training: Training) -> dict[str, str]:
-    """What an adapter file says of its making."""
-    return {
-        "model": training.recipe.model,
-        "model_hash": training.identity["model_hash"],
-        "recipe": training.recipe.fingerprint(training.ranks.world),
-        "step": str(training.step),
-        "text_padding": training.facts.text_padding,
-        "max_tokens": str(training.facts.max_tokens),
-        "sampling_steps": str(training.facts.steps),
-        "guidance": str(training.facts.guidance),
-        "licence": training.facts.licence,
-        "libreflux": __version__,
-        **({"forked_at": " ".join(str(one["step"]) for one in training.forks)} if training.forks else {}),
-    }
-
-
-def _averaged(adapter: Adapter) -> dict[str, torch.Tensor]:
-    """The tensors that averages are kept of, by their name in an adapter file: all but the constant alpha."""
-    return {name: tensor for name, tensor in adapter.state_dict().items() if not name.endswith(".alpha")}
-
-
-def _write_averages(training: Training, path: Path) -> None:
-    alphas = {name: value for name, value in training.adapter.state_dict().items() if name.endswith(".alpha")}
-    metadata = {**_origin(training), **file_metadata(training.adapter)}
-    ema.write_averages(training.averages, alphas, path, metadata)
-
-
-def _machine(device: str) -> dict[str, Any]:
-    """What the last bits of a result depend on besides the recipe."""
-    chip = torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": f"{device} ({chip})"}

@@ -22,6 +22,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 PREPARING = "a smaller resolution, device: cpu, or `libreflux prepare` on a machine with more memory"
+MEASURING = "held_out.every: 0, or, with --fork, a smaller batch (they are measured in batches) or resolution"
 DRAWING = "samples.every: 0 and at_start: false, or a smaller resolution"
 
 
@@ -53,9 +54,15 @@ def _smaller(recipe: Recipe) -> str:
         ways.append("gradient_checkpointing: true")
     if recipe.base != "int8":
         ways.append("base: int8")
-    if recipe.batch > 1:
+    if recipe.batch > 1 and recipe.batch % 2 == 0:
         ways.append(f"batch: {recipe.batch // 2} with accumulate: {recipe.accumulate * 2}")
-    if recipe.optimizer.kind == "adamw":
-        ways.append("optimizer.kind: adamw_bf16")
-    ways.append(f"resolution below {max(recipe.resolution)}, or fewer adapted layers")
-    return "try, in this order, " + "; ".join(ways) + "; `train --dry-run` estimates, --fork goes on from a checkpoint"
+    elif recipe.batch > 1:
+        ways.append(f"batch: 1 with accumulate: {recipe.accumulate * recipe.batch}")
+    ways.append(f"resolution below {max(recipe.resolution)}")
+    others = ["optimizer.kind: adamw_bf16"] if recipe.optimizer.kind == "adamw" else []
+    anew = " or ".join([*others, "fewer adapted layers"])
+    ways.append(f"in another `out`, {anew}")
+    tried = "; ".join(ways)
+    return (
+        f"try, in this order, {tried}; `train --dry-run` estimates, --fork goes on from a checkpoint in the same `out`"
+    )

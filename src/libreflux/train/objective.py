@@ -97,7 +97,8 @@ def regularised_target(
     which = [index for index, flag in enumerate(regularised) if flag]
     if not which:
         return target
-    ids = image_ids(*latents.shape[-2:], device=latents.device)
+    height, width = latents.shape[-2:]
+    ids = image_ids(height, width, device=latents.device)
     x_sigma = pack(interpolate(latents[which], noise[which], sigma[which]))
     with torch.no_grad(), adapter.disabled():
         kept = velocity(transformer, x_sigma, sigma[which], text.index(which), ids, guidance=guidance)

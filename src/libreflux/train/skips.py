@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from libreflux.errors import RunError
+from libreflux.train import checkpoint
 from libreflux.train.callbacks import StepInfo
 
 log = logging.getLogger(__name__)
@@ -80,10 +81,18 @@ def watch(info: StepInfo, skips: Skips, limit: int, run: Path, *, tell: bool) ->
     if tell:
         log.warning("step %d is skipped: its loss or gradient is not finite; pictures %s", info.step, pictures)
     if skips.in_a_row >= limit:
+        good = info.step - skips.in_a_row - 1  # the step after it was taken, and led to the weights of the skipped ones
         raise RunError(
             f"{skips.in_a_row} steps in a row up to step {info.step} had a loss or gradient that is not finite, "
             f"the last one with pictures {pictures}",
             where=run,
-            mend="look at these pictures, go on from the last checkpoint with a lower optimizer.learning_rate and "
-            "--fork, or raise max_skipped",
+            mend=f"look at these pictures, raise max_skipped, or, if the weights are spoilt, {_way_back(run, good)}",
         )
+
+
+def _way_back(run: Path, good: int) -> str:
+    kept = [one.path for one in checkpoint.listed(run) if one.step <= good]
+    if not kept:
+        return "start again in another `out` with a lower optimizer.learning_rate: no checkpoint before them is kept"
+    later = f"remove the folders after {kept[-1].name} in {kept[-1].parent}"
+    return f"{later} and go on with a lower optimizer.learning_rate and --fork"

@@ -36,7 +36,7 @@ from libreflux.model.family import Model, save_model
 from libreflux.model.text import TextConditioning, TextEncoders
 from libreflux.model.velocity import velocity
 
-STEPS, BATCH = 6400, 48
+STEPS, BATCH = 6000, 48
 RATE, MATRIX_RATE = 1e-3, 1e-2  # of AdamW and of Muon
 EDGE = ("embed_tokens", "shared", "embedding", "attention_bias", "x_embedder", "norm_out", "transformer.proj_out")
 PAIRS, PAIR_SEED = 10_000, 11

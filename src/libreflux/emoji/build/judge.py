@@ -87,10 +87,8 @@ def batch_at(step: int, decoded: dict[int, Tensor]) -> tuple[Tensor, list[tuple[
         moved.append(picture[:, y : y + side, x : x + side])
     pixels = torch.stack(moved)
     draw = keyed.generator(0, "judge-looks", step)
-    contrast, brightness = (
-        1 + 0.1 * torch.randn(BATCH, 1, 1, 1, generator=draw),
-        torch.randn(BATCH, 3, 1, 1, generator=draw),
-    )
+    contrast = 1 + 0.1 * torch.randn(BATCH, 1, 1, 1, generator=draw)
+    brightness = 0.04 * torch.randn(BATCH, 3, 1, 1, generator=draw)
     blurred = torch.rand(BATCH, 1, 1, 1, generator=draw) < 0.25
     pixels = torch.where(blurred, F.avg_pool2d(pixels, 3, 1, 1, count_include_pad=False), pixels)
     noise = torch.randn(pixels.shape, generator=draw) * 0.1 * torch.rand(BATCH, 1, 1, 1, generator=draw)

@@ -1,0 +1,134 @@
+"""What a run keeps on disk and goes on from: its state as a checkpoint, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from libreflux import __version__, files
+from libreflux.adapter.files import Adapter, file_metadata, load_adapter, save_adapter
+from libreflux.errors import RunError
+from libreflux.recipe import Recipe
+from libreflux.train import checkpoint, ema, forks, skips
+from libreflux.train.callbacks import Callbacks
+from libreflux.train.checkpoint import Checkpoint
+from libreflux.train.step import Training
+
+log = logging.getLogger(__name__)
+
+
+def restore(training: Training, newest: Checkpoint, fork: bool) -> None:
+    """Puts a run where `newest` left it.
+
+    Raises:
+        RunError: the base has changed, the data has without `fork`, or the averages do not fit.
+    """
+    state = newest.state()
+    if state["model_hash"] != training.identity["model_hash"]:
+        mend = "put them back as they were, or choose another `out`"
+        raise RunError("the weights of the base model have changed since this run began", where=newest.path, mend=mend)
+    recipe, world, now = training.recipe, training.ranks.world, training.identity["data_hash"]
+    training.forks = forks.history(training.run, recipe, world, newest.step, state, now, fork=fork)
+    here = _machine(training.device)
+    for key, value in here.items():
+        if state.get(key) != value:
+            before = state.get(key)
+            log.warning("resumed with %s %s instead of %s: the result may differ in its last bits", key, value, before)
+    training.adapter.load_state_dict(load_adapter(newest.adapter).tensors)
+    training.optimizer.load_state_tensors(load_file(newest.optimizer))
+    if training.recipe.ema and training.ranks.first:
+        if not newest.averages.exists():
+            mend = "set ema: [] to go on without, or choose another `out`"
+            raise RunError("this checkpoint has no averages", where=newest.path, mend=mend)
+        kept = load_file(newest.averages)
+        training.averages.load(kept)
+        dropped = {key.partition("/")[0] for key in kept if "/" in key} - {repr(width) for width in recipe.ema}
+        if dropped:
+            log.warning("averages of width %s are kept up to step %d only", ", ".join(sorted(dropped)), newest.step)
+    elif training.ranks.first and newest.averages.exists():
+        log.warning("no averages are kept after step %d", newest.step)
+    training.step = newest.step
+    training.skips = skips.Skips(**state.get("skips", {}))
+    if training.forks and training.forks[-1]["step"] == newest.step:
+        training.skips.in_a_row = 0  # the change is what should end them
+
+
+def save(training: Training, metrics: checkpoint.Metrics | None, callbacks: Callbacks) -> Checkpoint:
+    """Writes a checkpoint (the first process alone, that has `metrics`) and prunes older ones."""
+    recipe, step = training.recipe, training.step
+    training.require_replicas()
+    if metrics is None:
+        return Checkpoint(step, checkpoint.step_folder(training.run, step))
+    writers: dict[str, checkpoint.Writer] = {
+        checkpoint.ADAPTER: lambda path: save_adapter(training.adapter, path, _origin(training)),
+        checkpoint.OPTIMIZER: lambda path: files.atomic_save_safetensors(training.optimizer.state_dict_tensors(), path),
+    }
+    if recipe.ema:
+        writers[checkpoint.AVERAGES] = lambda path: _write_averages(training, path)
+    metrics.sync()
+    written = checkpoint.write(
+        training.run,
+        step,
+        writers,
+        {
+            "recipe": recipe.fingerprint(training.ranks.world),
+            "skips": dataclasses.asdict(training.skips),
+            **training.identity,
+            **_machine(training.device),
+        },
+    )
+    prune(recipe, training.run, training.skips)
+    callbacks.on_save(step, written.path)
+    return written
+
+
+def prune(recipe: Recipe, run: Path, skipped: skips.Skips) -> None:
+    """Deletes checkpoints as `save` says, but none while steps are skipped: those are what is left to go back to."""
+    if not skipped.in_a_row:
+        checkpoint.prune(run, recipe.save.keep, recipe.save.keep_every)
+
+
+def _origin(training: Training) -> dict[str, str]:
+    """What an adapter file says of its making."""
+    return {
+        "model": training.recipe.model,
+        "model_hash": training.identity["model_hash"],
+        "recipe": training.recipe.fingerprint(training.ranks.world),
+        "step": str(training.step),
+        "text_padding": training.facts.text_padding,
+        "max_tokens": str(training.facts.max_tokens),
+        "sampling_steps": str(training.facts.steps),
+        "guidance": str(training.facts.guidance),
+        "licence": training.facts.licence,
+        "libreflux": __version__,
+        **({"forked_at": " ".join(str(one["step"]) for one in training.forks)} if training.forks else {}),
+    }
+
+
+def averaged(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """The tensors that averages are kept of, by their name in an adapter file: all but the constant alpha."""
+    return {name: tensor for name, tensor in adapter.state_dict().items() if not name.endswith(".alpha")}
+
+
+def _write_averages(training: Training, path: Path) -> None:
+    alphas = {name: value for name, value in training.adapter.state_dict().items() if name.endswith(".alpha")}
+    metadata = {**_origin(training), **file_metadata(training.adapter)}
+    ema.write_averages(training.averages, alphas, path, metadata)
+
+
+def write_snapshot(training: Training) -> None:
+    """Keeps the averages of this step for hindsight."""
+    with files.staged_dir(ema.snapshot_path(training.run, training.step)) as folder:
+        _write_averages(training, folder / checkpoint.AVERAGES)
+        files.write_manifest(folder)
+
+
+def _machine(device: str) -> dict[str, Any]:
+    """What the last bits of a result depend on besides the recipe."""
+    chip = torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": f"{device} ({chip})"}
