@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,19 @@ def test_the_same_command_draws_the_same_bytes_and_the_png_says_how(
     assert (origin.steps, origin.guidance) == (4, 3.0)  # the model's facts
     assert (origin.width, origin.height) == Image.open(tmp_path / "a.png").size
     assert len(origin.hashes["transformer"]) == 64
+
+
+def test_a_negative_prompt_is_refused_where_the_models_own_guidance_is_none(
+    run: Callable, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    facts = json.loads((model / "libreflux.json").read_text())
+    (model / "libreflux.json").write_text(json.dumps(facts | {"guidance": 1.0}))
+    common = ["generate", "x", "--model", model, "--negative", "fox", "--out", tmp_path / "x.png"]
+    refused = run(*common)
+    assert refused.code == 2 and "--negative: has no effect at guidance 1; mend: " in refused.err
+    assert not (tmp_path / "x.png").exists()
+    assert run(*common, "--guidance", 0).code == 0
 
 
 def test_a_picture_depends_on_its_prompt_and_seed_alone(run: Callable, tiny_model_dir: Path, tmp_path: Path) -> None:
