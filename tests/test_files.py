@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -224,6 +226,22 @@ def test_a_lock_has_one_holder_and_dies_with_it(tmp_path: Path) -> None:
                 pass
     with files.lock(folder):
         pass
+
+
+def test_a_lock_on_a_folder_that_its_last_holder_removed_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, lock, removed = tmp_path / "run", fcntl.flock, []
+
+    def flock(handle: int, how: int) -> None:
+        if not removed:
+            removed.append(shutil.rmtree(folder))
+        lock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with files.lock(folder), pytest.raises(RunError, match=f"in use by process {os.getpid()}"), files.lock(folder):
+        pass
+    assert removed
 
 
 def test_sha256_of_a_file(tmp_path: Path) -> None:

@@ -245,23 +245,35 @@ def lock(folder: Path) -> Iterator[None]:
     Raises:
         RunError: somebody else holds it; their process id is named.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    path, handle = folder / LOCK, _lock_handle(folder)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            raise RunError(
-                f"in use by process {holder}", where=folder, mend="wait for it, stop it, or choose another folder"
-            ) from None
         with placed(path):
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         # The file stays when the lock goes: removing it would let two processes lock two files of one name.
         yield
     finally:
+        os.close(handle)
+
+
+def _lock_handle(folder: Path) -> int:
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its last holder may have removed the whole folder since it was opened: then this locks nothing.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.stat(folder / LOCK)):
+                    return handle
+        except BlockingIOError:
+            holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(handle)
+            mend = "wait for it, stop it, or choose another folder"
+            raise RunError(f"in use by process {holder}", where=folder, mend=mend) from None
+        except BaseException:
+            os.close(handle)
+            raise
         os.close(handle)
 
 

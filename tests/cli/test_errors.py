@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -11,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from libreflux import files
 from libreflux.cli import generate as generate_verb
+from libreflux.cli import train as train_verb
+from libreflux.errors import RecipeError
 from rights import bound_by_modes
 
 
@@ -49,6 +53,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (["generate", "x", "--model", "MODEL", "--adapter", "a.safetensors:much"], ["'much' is no weight"]),
         (["generate", "x", "--model", "MODEL", "--adapter", "file.txt"], ["file.txt", "safetensors"]),
         (["generate", "x", "--width", "100"], ["--width", "use 96"]),
+        (["generate", "x", "--guidance", "1", "--negative", "y"], ["--negative", "no effect at guidance 1", "mend"]),
+        (["generate", "x", "--guidance", "1", "--no-cfg-until", "2"], ["--no-cfg-until", "no effect", "mend"]),
         (["generate", "x", "--out", "a.jpg"], ["a.jpg", "mend"]),
         (["generate", "x", "y", "--out", "a.png"], ["2 pictures do not fit one file"]),
         (["merge", "MODEL", "no.safetensors", "--out", "m"], ["no such adapter file"]),
@@ -125,6 +131,27 @@ def test_a_read_only_run_folder_is_one_line_and_stays_as_it_was(
     assert line.startswith(f"libreflux: error: {out}") and "Permission denied; mend: " in line
     assert {path: path.read_bytes() for path in (out / "checkpoints").rglob("*") if path.is_file()} == before
     assert run("train", recipe, f"out={out}", "steps=4").code == 0
+
+
+@pytest.mark.parametrize(("rank", "held", "stays"), [("0", False, False), ("0", True, True), ("1", False, True)])
+def test_the_refusal_of_a_new_run_is_told_whoever_holds_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str, held: bool, stays: bool
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    out = tmp_path / "run"
+    with contextlib.ExitStack() as others:
+
+        def begin() -> None:
+            with train_verb._no_empty_run(out):
+                with files.lock(out):
+                    pass
+                if held:
+                    others.enter_context(files.lock(out))
+                raise RecipeError("the refusal")
+
+        with pytest.raises(RecipeError, match="the refusal"):
+            begin()
+    assert out.exists() == stays
 
 
 def test_a_bug_keeps_its_traceback(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +41,19 @@ def test_the_same_command_draws_the_same_bytes_and_the_png_says_how(
     assert (origin.steps, origin.guidance) == (4, 3.0)  # the model's facts
     assert (origin.width, origin.height) == Image.open(tmp_path / "a.png").size
     assert len(origin.hashes["transformer"]) == 64
+
+
+def test_a_negative_prompt_is_refused_where_the_models_own_guidance_is_none(
+    run: Callable, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    facts = json.loads((model / "libreflux.json").read_text())
+    (model / "libreflux.json").write_text(json.dumps(facts | {"guidance": 1.0}))
+    common = ["generate", "x", "--model", model, "--negative", "fox", "--out", tmp_path / "x.png"]
+    refused = run(*common)
+    assert refused.code == 2 and "--negative: has no effect at guidance 1; mend: " in refused.err
+    assert not (tmp_path / "x.png").exists()
+    assert run(*common, "--guidance", 0).code == 0
 
 
 def test_a_picture_depends_on_its_prompt_and_seed_alone(run: Callable, tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -83,8 +98,56 @@ def test_dry_run_tells_the_time_left_from_the_runs_own_rate_and_a_disk_that_is_t
     table = run("train", recipe, "--dry-run", *changes).out
     assert "time: 15:00 for the steps after 2, at the 4 pictures/s of the last 2 steps" in table
     assert "the cache comes on top: nowhere: no such folder" in table and "too little" not in table
+    (tmp_path / "o" / "recipe.json").write_text('{"world": 2}')  # the rate is of both, the steps left are of each
+    assert "time: 30:00 for the steps after 2" in run("train", recipe, "--dry-run", *changes).out
     changes = (*changes, "save.keep=1000000000", "save.every=1", "steps=1000000000")
     assert "lower save.keep, or set out or cache elsewhere" in run("train", recipe, "--dry-run", *changes).out
+
+
+def test_a_disk_is_charged_with_what_goes_on_it_alone(recipe: Path, tmp_path: Path) -> None:
+    from libreflux.cli.dry_run import disk_table
+    from libreflux.data.forecast import Forecast
+    from libreflux.recipe import load_recipe
+    from libreflux.train.estimate import Estimate
+
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("one file system only")
+    parts = dict.fromkeys(("weights", "adapter", "moments", "gradient", "activations", "update", "averages"), 1)
+    for checkpoint, cache, short in ((1, 10**18, other), (10**18, 1, tmp_path)):
+        told = load_recipe(recipe, [f"out={tmp_path / 'o'}", f"cache={other / 'nothing-here' / 'cache'}"])
+        table = disk_table(told, Estimate(on_cpu=True, checkpoint=checkpoint, **parts), Forecast(5, 5.0, cache))
+        assert [line.partition(";")[0] for line in table.splitlines() if "too little" in line] == [
+            f"too little is free in {short}"
+        ]
+
+
+@pytest.mark.parametrize("verb", ["merge", "generate"])
+def test_an_adapter_that_its_run_prunes_after_it_was_read_is_used_as_it_was_read(
+    run: Callable, tiny_model_dir: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    from libreflux.cli import drawing
+    from libreflux.files import sha256_file
+    from libreflux.model import family
+
+    adapter = tmp_path / "a.safetensors"
+    adapter.write_bytes(trained.read_bytes())
+    opened = family.open_model
+
+    def prune_first(*args: Any, **kwargs: Any) -> family.Model:
+        adapter.unlink(missing_ok=True)
+        return opened(*args, **kwargs)
+
+    monkeypatch.setattr(family, "open_model", prune_first)
+    monkeypatch.setattr(drawing, "open_model", prune_first)
+    if verb == "merge":
+        done = run("merge", tiny_model_dir, adapter, "--out", tmp_path / "model")
+        rows = json.loads((tmp_path / "model" / "libreflux.json").read_text())["lineage"]["adapters"]
+    else:
+        done = run("generate", "x", "--model", tiny_model_dir, "--adapter", adapter, "--out", tmp_path / "x.png")
+        rows = read_origin(tmp_path / "x.png").adapters
+    assert done.code == 0 and not adapter.exists()
+    assert [row["sha256"] for row in rows] == [sha256_file(trained)]
 
 
 def test_train_writes_adapter_and_samples_and_then_has_nothing_to_do(

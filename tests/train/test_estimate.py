@@ -71,6 +71,21 @@ def test_flux_in_full_is_estimated_without_its_weights() -> None:
     assert "device memory" in found.table()
 
 
+def test_8_bit_moments_are_a_quarter_but_for_small_parameters() -> None:
+    def found(eight: bool) -> estimate.Estimate:
+        flux = estimate.meta_transformer({"num_layers": 1, "num_single_layers": 0}, torch.bfloat16)
+        layers = resolve(linear_shapes(flux), [Target(layers="**.attn.to_q", factor=3)])
+        return estimate.estimate(
+            flux, layers, adapter_dtype=torch.float32, batch=1, latent_size=(8, 8), text_tokens=8, moments_8bit=eight
+        )
+
+    wide, narrow = found(False), found(True)
+    small, large = 3 * 3, 1024 * 1024  # the two factors of a layer of 3,072 x 3,072
+    assert wide.moments == 2 * 4 * (small + large)
+    assert narrow.moments == 2 * (4 * small + large + 4 * large // 256)
+    assert narrow.adapter == wide.adapter and wide.checkpoint - narrow.checkpoint == wide.moments - narrow.moments
+
+
 def test_the_total_is_what_lives_at_the_peak() -> None:
     parts = {"weights": 1000, "adapter": 200, "moments": 400, "gradient": 30, "update": 7, "averages": 5000}
     cuda = estimate.Estimate(on_cpu=False, activations=100, checkpoint=1, **parts)

@@ -26,13 +26,13 @@ class Board:
 
     Args:
         run: the run folder.
-        step: steps already finished; what earlier processes wrote of later ones is no longer shown.
+        step: steps already finished; what earlier processes wrote of later ones, or at 0 of any, is no longer shown.
     """
 
     def __init__(self, run: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run / FOLDER), purge_step=step + 1)
+        self._writer = SummaryWriter(str(run / FOLDER), purge_step=step + 1 if step else 0)
 
     def add_step(self, info: StepInfo) -> None:
         """The numbers of one step; a skipped one has no loss and no gradient norm."""

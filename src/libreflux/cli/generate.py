@@ -40,6 +40,7 @@ def generate(
             raise RecipeError(f"{size} is not a multiple of 16", where=name, mend=f"use {round(size / 16) * 16}")
     wanted = [(prompt, seed + index) for prompt in prompts for index in range(count)]
     targets = _targets(out, prompts, wanted)
+    _refuse_unused(guidance, negative, no_cfg_until)
 
     from libreflux.cli.drawing import open_for_drawing
     from libreflux.cli.progress import progress
@@ -51,6 +52,7 @@ def generate(
     steps = facts.steps if steps is None else steps
     if guidance is None:
         guidance = 1.0 if facts.guidance_embeds else facts.guidance
+        _refuse_unused(guidance, negative, no_cfg_until)
     embedded = facts.guidance if facts.guidance_embeds else None
     drawn = 0
 
@@ -93,6 +95,13 @@ def generate(
             save_png(image, target, origin)
             typer.echo(str(target))
             drawn += 1
+
+
+def _refuse_unused(guidance: float | None, negative: str, no_cfg_until: int) -> None:
+    """Raises RecipeError for an option that a guidance scale of 1 leaves without effect; None is not known yet."""
+    for name, given in (("--negative", negative), ("--no-cfg-until", no_cfg_until)):
+        if given and guidance == 1:
+            raise RecipeError("has no effect at guidance 1", where=name, mend="add --guidance 3, or remove it")
 
 
 def _targets(out: Path, prompts: list[str], wanted: list[tuple[str, int]]) -> list[Path]:

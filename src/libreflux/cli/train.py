@@ -78,7 +78,7 @@ def _no_empty_run(run: Path) -> Iterator[None]:
         from libreflux.train.checkpoint import RECIPE
 
         if not existed and run.is_dir():
-            with suppress(RunError), files.lock(run):  # who holds it now is no concern of this refusal
+            with suppress(RunError, OSError), files.lock(run):  # what hinders the tidying must not hide the refusal
                 if {path.name for path in run.iterdir()} <= {files.LOCK, RECIPE}:
                     shutil.rmtree(run)
         raise

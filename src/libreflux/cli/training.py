@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from PIL import Image
 
 from libreflux.adapter.targets import table
-from libreflux.cli.board import Board, require_tensorboard
+from libreflux.cli.board import FOLDER, Board, require_tensorboard
 from libreflux.cli.progress import Report, progress
 from libreflux.data.cache import Cache
 from libreflux.data.held_out import HeldOut
@@ -59,6 +59,7 @@ class ShowTraining(Callbacks):
         self._facts: Facts | None = None
         self._vae: AutoencoderKL | None = None
         self._board: Board | None = None
+        self._on_board: int | None = None
         self._held_out: HeldOut | None = None
 
     def __enter__(self) -> ShowTraining:
@@ -80,6 +81,8 @@ class ShowTraining(Callbacks):
         self._facts, self._held_out = started.facts, started.held_out
         checkpoint.rewind(started.run / checkpoint.HELD_OUT, started.step)
         if self.recipe.tensorboard:
+            resumes = started.step > 0 and (started.run / FOLDER).is_dir()
+            self._on_board = started.step if resumes else None
             self._board = Board(started.run, started.step)
         typer.echo(table(started.resolved), err=True)
         begun = f"resumes after step {started.step}" if started.step else "begins"
@@ -132,9 +135,11 @@ class ShowTraining(Callbacks):
         if not wanted.prompts:
             return
         picture = self.sample_sheet(transformer)
-        save_png(picture, Path(self.recipe.out) / "samples" / f"step-{step:08d}.png")
-        if self._board is not None:
+        path = Path(self.recipe.out) / "samples" / f"step-{step:08d}.png"
+        if self._board is not None and not (step == self._on_board and path.exists()):
             self._board.add_sheet(step, picture)
+            self._board.flush()  # before the file: that tells a resumed run that the board has this sheet
+        save_png(picture, path)
 
     def on_save(self, step: int, folder: Path) -> None:
         if self._board is not None:

@@ -35,6 +35,8 @@ UPDATE_BYTES = 30  # per element of the optimizer's largest bucket: fp32 copies 
 # What a CPU process holds besides tensors; measured, see docs/log.md (the memory estimate, second time).
 CPU_KERNELS = 72 * MIB  # compiled kernels and scratch that torch and oneDNN keep, the same for every model
 HEAP_HOLES = 0.6  # of the activations: glibc's heap cannot give a freed aligned block to another of the same size
+# bitsandbytes: numbers of a moment that share an fp32 scale; smaller parameters than the second keep fp32 moments.
+BLOCK_8BIT, SMALL_8BIT = 256, 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +159,7 @@ def estimate_recipe(recipe: Recipe, *, text_tokens: int) -> Estimate:
         transformer,
         plan_layers(recipe).layers,
         adapter_dtype=parameter_dtype(recipe.optimizer),
+        moments_8bit=recipe.optimizer.kind == "adamw_8bit",
         batch=recipe.batch,
         latent_size=(side, side),
         text_tokens=text_tokens,
@@ -177,35 +180,43 @@ def estimate(
     averages: int = 0,
     guidance: float | None = None,
     on_cpu: bool = False,
+    moments_8bit: bool = False,
 ) -> Estimate:
     """What training this adapter takes.
 
     Args:
         transformer: on the meta device, see `meta_transformer`; it is adapted in place.
         resolved: the layers to adapt.
-        adapter_dtype: fp32 or bf16; the moments' too.
+        adapter_dtype: fp32 or bf16; the moments' too, unless they have 8 bits.
         batch: pictures per forward pass.
         latent_size: (h, w) of the largest latents.
         text_tokens: of the longest prompt.
         averages: how many fp32 averages are tracked.
         guidance: for a model with a guidance embedding.
         on_cpu: whether it trains on the CPU.
+        moments_8bit: whether the optimizer is `train.optimizer8.AdamW8bit`.
     """
     weights = _bytes([*transformer.parameters(), *transformer.buffers()])
     adapter = attach(transformer, resolved, dtype=adapter_dtype, init="ones")
     parameters = list(adapter.parameters())
     count, own = sum(parameter.numel() for parameter in parameters), _bytes(parameters)
+    moments = sum(map(_moments_8bit, parameters)) if moments_8bit else 2 * own
     return Estimate(
         on_cpu=on_cpu,
         weights=weights,
         adapter=own,
-        moments=2 * own,
+        moments=moments,
         gradient=4 * count,
         activations=trace_pass(transformer, batch, latent_size, text_tokens, guidance),
         update=UPDATE_BYTES * min(count, max(BUCKET, *(parameter.numel() for parameter in parameters))),
         averages=averages * 4 * count,
-        checkpoint=3 * own + averages * 4 * count,
+        checkpoint=own + moments + averages * 4 * count,
     )
+
+
+def _moments_8bit(parameter: Tensor) -> int:
+    count = parameter.numel()
+    return 2 * (4 * count if count < SMALL_8BIT else count + 4 * -(-count // BLOCK_8BIT))
 
 
 def trace_pass(
