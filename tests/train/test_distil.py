@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from libreflux.flow.guidance import cfg
 from libreflux.flow.path import interpolate
 from libreflux.flow.schedule import ladder
 from libreflux.flow.solve import euler
+from libreflux.model.facts import read_facts, write_facts
 from libreflux.model.latents import image_ids, pack
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
@@ -136,3 +139,13 @@ def test_what_makes_no_distillation_is_refused(overrides: list[str], told: str) 
     common = ["data.0.path=x", "resolution=128", "steps=1", "out=o"]
     with pytest.raises(RecipeError, match=told):
         load_recipe(None, [*common, *overrides])
+
+
+def test_a_model_whose_ladder_depends_on_the_pictures_size_makes_no_few_step_student(
+    recipe_tree: Callable[..., dict[str, Any]], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    write_facts(tmp_path / "model", dataclasses.replace(read_facts(tiny_model_dir), shift=None))
+    changes = {"model": str(tmp_path / "model"), "objective": "distil", "distil": {"guidance": 3.0, "steps": 4}}
+    with pytest.raises(RecipeError, match=r"distil\.steps.*depend"):
+        fit(Recipe.model_validate(recipe_tree(tmp_path / "run", **changes)))

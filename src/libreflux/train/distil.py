@@ -97,7 +97,7 @@ def distilled_target(
     Returns:
         [B, h*w/4, 4C] packed, fp32.
     """
-    ids = image_ids(*latents.shape[-2:], device=latents.device)
+    ids = image_ids(latents.shape[-2], latents.shape[-1], device=latents.device)
     without = empty.index([0] * len(text))
 
     def field(x: Tensor, at: Tensor) -> Tensor:
