@@ -21,6 +21,7 @@ from libreflux.errors import RecipeError
 from libreflux.recipe_sections import (
     AdapterSpec,
     DataSource,
+    DistilSpec,
     HeldOutSpec,
     OptimizerSpec,
     Place,
@@ -38,6 +39,7 @@ from libreflux.recipe_sections import (
 __all__ = [
     "AdapterSpec",
     "DataSource",
+    "DistilSpec",
     "HeldOutSpec",
     "OptimizerSpec",
     "Recipe",
@@ -59,7 +61,10 @@ class Recipe(Section):
     base: Literal["fp32", "bf16", "int8"] = Field(
         default="bf16", description="the frozen base's weights: bf16, fp32, or int8 (half the memory of bf16)"
     )
-    objective: Literal["flow"] = Field(default="flow", description="flow: plain flow matching")
+    objective: Literal["flow", "distil"] = Field(
+        default="flow", description="flow: plain flow matching; distil: the base's guided steps in fewer and plain ones"
+    )
+    distil: DistilSpec | None = Field(default=None, description="for objective distil: its guidance and steps")
     text_padding: Literal["drop", "trim"] = Field(
         default="drop", description="drop: no padding anywhere; trim: T5 sees it"
     )
@@ -122,10 +127,10 @@ class Recipe(Section):
     def _expanded(cls, value: str | None) -> str | None:
         return value and os.path.expanduser(value)
 
-    @field_validator("objective", "text_padding", mode="before")
+    @field_validator("text_padding", mode="before")
     @classmethod
     def _not_yet(cls, value: Any) -> Any:
-        return later(value, "distil", "keep", "bias")
+        return later(value, "keep", "bias")
 
     @field_validator("resolution", "crop", mode="before")
     @classmethod
@@ -154,6 +159,14 @@ class Recipe(Section):
         if not all(0.01 <= width <= 0.28 for width in value) or len(set(value)) < len(value):
             raise ValueError("wanted different widths from 0.01 to 0.28, such as [0.05, 0.1]")
         return value
+
+    @model_validator(mode="after")
+    def _distillation(self) -> Recipe:
+        if (self.objective == "distil") != (self.distil is not None):
+            raise ValueError("objective: distil and a distil section go together, e.g. distil: {guidance: 3}")
+        if self.objective == "distil" and any(source.regularisation for source in self.data):
+            raise ValueError("objective: distil keeps to the base already: leave out regularisation")
+        return self
 
     @model_validator(mode="after")
     def _no_idle_key(self) -> Recipe:

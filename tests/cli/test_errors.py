@@ -71,7 +71,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (["train", "RECIPE", "out=o", "model=no/such/model/here"], ["no such model"]),
         (["train", "RECIPE", "out=o", "adapter.targets.0.layers=transformer_block.**"], ["matches no linear layer"]),
         (["train", "RECIPE", "out=o", "data.0.path=nowhere"], ["nowhere", "no such folder"]),
-        (["train", "RECIPE", "out=o", "objective=distil"], ["objective", "not supported yet", "mend"]),
+        (["train", "RECIPE", "out=o", "text_padding=bias"], ["text_padding", "not supported yet", "mend"]),
         (["train", "RECIPE", "out=o", "steps=0"], ["steps", "not 0", "mend"]),
         (["train", "RECIPE", "out=o", "device=tpu"], ["device", "mend"]),
         (["train", "RECIPE", "out=o", "device=cuda:7"], ["this machine has no cuda:7", "mend"]),

@@ -137,6 +137,10 @@ class Batches:
             regularised=tuple(source.regularisation for source in of),
         )
 
+    def empty_prompt(self) -> TextConditioning:
+        """The prompt that dropped captions become, once."""
+        return self._encode([""])
+
     def _crop(self, source: DataSource, sample: Sample, view: View, visit: int) -> str:
         # A keyed start, then in turn: every crop is shown as often as any other.
         crops = view.crops(source.crops_per_picture)

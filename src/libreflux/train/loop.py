@@ -184,7 +184,8 @@ def plan_layers(recipe: Recipe) -> plan.Plan:
 
     Raises:
         ModelError: no such model, or one stored in int8 under another `base`.
-        RecipeError: a guidance-embedded model without `guidance`, or `guidance` for any other.
+        RecipeError: a guidance-embedded model without `guidance`, or `guidance` for any other; a student's steps on
+            a ladder that depends on the picture's size.
         AdapterError: a pattern that matches nothing, or a file that does not fit; see `adapter.plan`.
     """
     opened = _open_base(recipe, parts=())
@@ -195,6 +196,9 @@ def plan_layers(recipe: Recipe) -> plan.Plan:
         raise RecipeError("this model has a guidance embedding", where="guidance", mend=mend)
     if recipe.guidance is not None and not opened.facts.guidance_embeds:
         raise RecipeError("this model has no guidance embedding", where="guidance", mend="remove this key")
+    if opened.facts.shift is None and recipe.distil is not None and recipe.distil.steps is not None:
+        mend = "write a fixed shift into its libreflux.json, or remove this key"
+        raise RecipeError("this model's steps depend on the picture's size", where="distil.steps", mend=mend)
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(path / "transformer"))
     return plan.plan(recipe.adapter, transformer)
@@ -255,6 +259,13 @@ def _open(
 
 
 def _trained_facts(facts: Facts, recipe: Recipe) -> Facts:
-    """What the trained model is drawn with: freed, under the recipe's padding, at the guidance that it embedded."""
+    """What the trained model is drawn with: freed, or as a student draws; under the recipe's padding.
+
+    The embedded guidance, for a model that has one, is what it was trained at.
+    """
     guidance = facts.guidance if recipe.guidance is None else recipe.guidance
-    return dataclasses.replace(freed(dataclasses.replace(facts, guidance=guidance)), text_padding=recipe.text_padding)
+    facts = dataclasses.replace(facts, guidance=guidance, text_padding=recipe.text_padding)
+    if recipe.distil is None:
+        return freed(facts)
+    baked = 1.0 if recipe.guidance is None else guidance
+    return dataclasses.replace(facts, steps=recipe.distil.steps or facts.steps, guidance=baked)

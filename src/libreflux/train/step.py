@@ -25,6 +25,7 @@ from libreflux.flow.sigmas import independent, make_law, stratified
 from libreflux.model.facts import Facts
 from libreflux.recipe import Recipe, SigmaSpec
 from libreflux.train.callbacks import Started, StepInfo
+from libreflux.train.distil import distilled_target, on_rungs
 from libreflux.train.ema import Averages
 from libreflux.train.objective import flow_matching_loss, keyed_noise, regularised_target
 from libreflux.train.optimizer import Optimizer, clip_grad_norm, lr_at
@@ -114,6 +115,11 @@ class Training:
     forks: Sequence[dict[str, Any]] = ()
     held_out: HeldOut | None = None
 
+    @property
+    def shift(self) -> float:
+        """Of a student's ladder; what has no fixed one is refused as a student before training."""
+        return 1.0 if self.facts.shift is None else self.facts.shift
+
     def started(self) -> Started:
         recipe, samples = self.recipe, self.batches.samples
         return Started(
@@ -151,6 +157,8 @@ class Training:
         world, rank = self.ranks.world, self.ranks.rank
         units = step_plan(recipe.seed, step, self.batches.samples, world, recipe.batch, recipe.accumulate)
         sigmas = draw_sigmas(recipe.sigmas, units[0].total, recipe.seed, step)
+        if recipe.distil is not None and recipe.distil.steps is not None:
+            sigmas = on_rungs(sigmas, recipe.distil.steps, self.shift)
         parameters = list(self.adapter.parameters())
         gradient = torch.zeros(sum(parameter.numel() for parameter in parameters), device=self.device)
         own: list[tuple[int, str, float, bool]] = []
@@ -209,10 +217,16 @@ class Training:
         named = zip(batch.sample_ids, unit.slots, strict=True)
         noise = torch.stack([keyed_noise(batch.latents.shape[1:], seed, name, self.step, slot) for name, slot in named])
         latents, noise, text = batch.latents.to(self.device), noise.to(self.device), batch.text.to(self.device)
-        given = (latents, noise, sigmas[list(unit.slots)].to(self.device), text)
-        guidance = self.recipe.guidance
-        target = regularised_target(self.transformer, self.adapter, *given, batch.regularised, guidance=guidance)
-        losses = flow_matching_loss(self.transformer, *given, guidance=guidance, target=target)
+        sigma, guidance, distil = sigmas[list(unit.slots)].to(self.device), self.recipe.guidance, self.recipe.distil
+        net, adapter = self.transformer, self.adapter
+        if distil is None:
+            target = regularised_target(net, adapter, latents, noise, sigma, text, batch.regularised, guidance=guidance)
+        else:
+            empty = self.batches.empty_prompt().to(self.device)
+            target = distilled_target(
+                net, adapter, latents, noise, sigma, text, empty, distil, shift=self.shift, guidance=guidance
+            )
+        losses = flow_matching_loss(net, latents, noise, sigma, text, guidance=guidance, target=target)
         (losses @ batch.loss_weights.to(self.device) / unit.total).backward()
         return batch, losses.detach()
 
