@@ -19,7 +19,7 @@ import torch
 
 from libreflux.data.bar import Bar, Progress
 from libreflux.data.batches import Batches
-from libreflux.data.cache import PARTS, Cache, index_folders, writing
+from libreflux.data.cache import LATENTS, PARTS, Cache, index_folders, writing
 from libreflux.data.captions import check_weights
 from libreflux.data.crops import View, views
 from libreflux.data.digests import FileMemory, encoder_digests
@@ -48,8 +48,8 @@ def prepare_recipe(
     """Prepares what a recipe needs, its sample prompts too.
 
     Args:
-        recipe: its model, data, held-out pictures, crops, resolutions, text padding, text cache, cache folder and seed
-            are used.
+        recipe: its model, data, held-out pictures, crops, resolutions, latents, text padding, text cache, cache folder
+            and seed are used.
         device: where the encoders run.
         progress: see :func:`prepare`.
 
@@ -69,7 +69,8 @@ def prepare_recipe(
         if not any(samples for _, samples in held_out):
             raise DataError("no picture in it can be used", where=wanted.path, mend="see quarantine.jsonl in the cache")
         refuse_trained(held_out, trained)
-    batches = Batches(cache, trained, views=shown, seed=recipe.seed, encode=encode)
+    sample = recipe.latents == "sample"  # in training alone: measurements keep to the mean
+    batches = Batches(cache, trained, views=shown, seed=recipe.seed, encode=encode, sample=sample)
     if not wanted.chosen:
         return batches, None
     return batches, HeldOut(cache, held_out, view=shown[0], count=wanted.pictures, encode=encode)
@@ -92,6 +93,7 @@ def prepare_cache(
         prompts=recipe.samples.prompts,
         device=device,
         text_cache=recipe.text_cache,
+        latents=recipe.latents,
         max_quarantined=recipe.max_quarantined,
         part=part,
         progress=progress,
@@ -109,6 +111,7 @@ def prepare(
     device: str = "cpu",
     precision: Literal["float32", "bfloat16"] = "float32",
     text_cache: Literal["bf16", "int8", "none"] = "bf16",
+    latents: Literal["mean", "sample"] = "mean",
     max_quarantined: float = 0.02,
     part: Part = WHOLE,
     progress: Progress | None = None,
@@ -126,6 +129,7 @@ def prepare(
         precision: the encoders' dtype. Latents are stored in fp32.
         text_cache: how text is stored, see ``int8_text`` for int8; "none" stores how many tokens each caption has, and
             the conditioning of ``prompts`` alone.
+        latents: "mean" of the posterior, or its standard deviation too, to "sample" from.
         max_quarantined: share of the pictures, in [0, 1], that may be unusable.
         part: (i, n): encode the i-th of n parts alone, from 0, into a folder of its own in ``out``.
         progress: called with (done, total, note), total counting checks and encodings alike.
@@ -154,7 +158,7 @@ def prepare(
         "text_padding": text_padding,
         "max_tokens": facts.max_tokens,
         "precision": precision,
-        "latents": "float32",
+        "latents": LATENTS[latents],
         "text": "int8" if text_cache == "int8" else "bfloat16",
     }
     wanted = _Wanted(sources, views, ["", *prompts] if part[0] == 0 else [], text_cache != "none")
@@ -163,7 +167,7 @@ def prepare(
     if todo or not begun:
         _tell_enlarged(todo.crops)
         sizes = [crop.size for crop in todo.crops]
-        check_disk(folder, out, sizes, todo.texts, facts.max_tokens, text_cache)
+        check_disk(folder, out, sizes, todo.texts, facts.max_tokens, text_cache, latents)
         with writing(own, settings) as writer:
             todo = wanted.missing(_known(out, settings))  # another process may have written before our lock
             bar.expect(len(todo.crops) + len(todo.texts) + len(todo.counted))
