@@ -82,6 +82,9 @@ class HeldOut:
         self._items = first[np.argsort(places(distinct.tolist()))][:count]
         self.sample_ids = tuple(ids[item] for item in self._items)
         """The pictures' ids."""
+        everyone = [sample for _, samples in sources for sample in samples]
+        self.paths = tuple(everyone[item].path for item in self._items)
+        """A file of each of them."""
 
     def __len__(self) -> int:
         return len(self._items)
