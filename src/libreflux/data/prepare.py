@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 Sources = list[tuple[DataSource, list[Sample]]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WHOLE: Part = (0, 1)
+_AT_ONCE = 2**16
 
 
 def prepare_recipe(
@@ -210,12 +211,15 @@ class _Wanted:
     store_captions: bool
 
     def missing(self, cache: Cache | None) -> _Todo:
-        captions = {caption for _, samples in self.sources for sample in samples for caption in sample.captions}
-        stored = {*self.prompts, *(captions if self.store_captions else ())}
+        captions = (caption for _, samples in self.sources for sample in samples for caption in sample.captions)
+        if self.store_captions:
+            stored, counted = itertools.chain(self.prompts, captions), iter(())
+        else:
+            stored, counted = iter(self.prompts), captions
         return _Todo(
             self._missing_crops(cache),
-            _without(sorted(stored), cache.stored_texts if cache else None),
-            _without(sorted(captions - stored), cache.known_texts if cache else None),
+            sorted(_absent(stored, cache.stored_texts if cache else None)),
+            sorted(_absent(counted, cache.known_texts if cache else None) - set(self.prompts)),
         )
 
     def _missing_crops(self, cache: Cache | None) -> list[Crop]:
@@ -225,7 +229,8 @@ class _Wanted:
                 name = view.name(index, source.background)
                 here = np.zeros(len(samples), bool)
                 if cache is not None:
-                    here = cache.sizes([latents_key(sample.id, name) for sample in samples])[:, 0] >= 0
+                    keys = (latents_key(sample.id, name) for sample in samples)
+                    here = cache.sizes(np.fromiter(keys, np.int64, len(samples)))[:, 0] >= 0
                 for number in np.flatnonzero(~here).tolist():
                     crop = Crop(samples[number], view, index, source.background)
                     crops.setdefault((crop.sample.id, name), crop)
@@ -233,11 +238,15 @@ class _Wanted:
         return sorted(crops.values(), key=lambda crop: (crop.sample.id, crop.background))
 
 
-def _without(texts: list[str], here: Callable[[list[int]], np.ndarray] | None) -> list[str]:
-    if here is None or not texts:
-        return texts
-    found = here([text_key(text) for text in texts])
-    return [text for text, known in zip(texts, found.tolist(), strict=True) if not known]
+def _absent(texts: Iterator[str], here: Callable[[np.ndarray], np.ndarray] | None) -> set[str]:
+    """Those that are not here: of millions that are, no list is made."""
+    if here is None:
+        return set(texts)
+    found: set[str] = set()
+    while part := list(itertools.islice(texts, _AT_ONCE)):
+        known = here(np.fromiter(map(text_key, part), np.int64, len(part)))
+        found.update(text for text, one in zip(part, known.tolist(), strict=True) if not one)
+    return found
 
 
 def _known(out: Path, settings: dict[str, Any]) -> Cache | None:
