@@ -212,10 +212,9 @@ class _Wanted:
 
     def missing(self, cache: Cache | None) -> _Todo:
         captions = (caption for _, samples in self.sources for sample in samples for caption in sample.captions)
-        if self.store_captions:
-            stored, counted = itertools.chain(self.prompts, captions), iter(())
-        else:
-            stored, counted = iter(self.prompts), captions
+        none: Iterator[str] = iter(())
+        stored = itertools.chain(self.prompts, captions if self.store_captions else none)
+        counted = none if self.store_captions else captions
         return _Todo(
             self._missing_crops(cache),
             sorted(_absent(stored, cache.stored_texts if cache else None)),
