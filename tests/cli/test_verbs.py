@@ -232,6 +232,16 @@ def test_an_adapter_brings_its_text_padding(run: Callable, tiny_model_dir: Path,
     assert clash.code == 2 and "text padding" in clash.err and not (tmp_path / "m").exists()
 
 
+def test_prepare_for_samples_is_no_cache_of_means(
+    run: Callable, tiny_model_dir: Path, pictures: Path, tmp_path: Path
+) -> None:
+    args = ["prepare", pictures, "--out", tmp_path / "cache", "--model", tiny_model_dir, "--resolution", 32]
+    assert run(*args, "--latents", "sample").code == 0
+    assert (refused := run(*args)).code == 2 and "latents float32 mean and std, now float32; mend: " in refused.err
+    unknown = run(*args, "--latents", "mode")
+    assert unknown.code == 2 and "latents" in unknown.err and unknown.err.count("\n") == 1
+
+
 def test_prepare_again_finds_nothing_to_do(run: Callable, tiny_model_dir: Path, pictures: Path, tmp_path: Path) -> None:
     args = ["prepare", pictures, "--out", tmp_path / "cache", "--model", tiny_model_dir, "--resolution", 32]
     first = run(*args)

@@ -13,6 +13,7 @@ from PIL import Image
 from libreflux.data import disk
 from libreflux.data.batches import Batches
 from libreflux.data.crops import View
+from libreflux.data.forecast import forecast
 from libreflux.data.held_out import HeldOut
 from libreflux.data.order import Unit
 from libreflux.data.prepare import prepare_recipe
@@ -129,3 +130,8 @@ def test_the_disk_is_asked_for_both(tree: dict[str, Any], prepared: tuple[Batche
     assert (both / 2, text) == disk.needed_bytes(Path(tree["model"]), [(SIZE, SIZE)] * 3, ["a red apple"], 512)
     stored = sum(path.stat().st_size for path in prepared[0].cache.folder.glob("shards/latents-*"))
     assert 0.7 < both / stored < 1.5
+    told = [
+        forecast(Recipe.model_validate({**tree, "latents": kind}), Path(tree["model"]), 512).cache_bytes
+        for kind in ("mean", "sample")
+    ]
+    assert told[1] - told[0] == 5 / 3 * both / 2  # both sources count: what they share is known to preparing alone
