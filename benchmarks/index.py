@@ -3,8 +3,9 @@
     python benchmarks/index.py [SAMPLES] [--limit-seconds 60] [--limit-gb 2]
 
 Writes an index of SAMPLES pictures (default 1,000,000) with two captions each, then measures, in a process of its own,
-what a training run does before its first step: open the cache, address every sample, plan a step of epoch 0 and one of
-epoch 3. Prints one JSON line, seconds of processor time; exits 1 beyond a limit. The list of samples itself, which
+what a training run does before its first step: open the cache, find nothing missing in it, compare 1,000 held-out
+pictures with the trained ones, address every sample, plan a step of epoch 0 and one of epoch 3. Prints one JSON line,
+seconds of processor time; exits 1 beyond a limit. The list of samples itself, which
 reading the folders gives, and the imports are in the peak memory; the making of the list is timed apart.
 """
 
@@ -65,7 +66,9 @@ def measure(folder: Path, count: int) -> dict[str, float]:
     from libreflux.data.batches import Batches
     from libreflux.data.cache import Cache
     from libreflux.data.crops import View
+    from libreflux.data.held_out import refuse_trained, split
     from libreflux.data.order import padding_share, step_plan
+    from libreflux.data.prepare import _Wanted
     from libreflux.data.sources import Sample
     from libreflux.recipe import DataSource
 
@@ -79,7 +82,17 @@ def measure(folder: Path, count: int) -> dict[str, float]:
     cache = Cache(folder)
     opened = time.process_time()
     source = DataSource(path="pictures", captions={"short": 0.3, "long": 0.7})
-    batches = Batches(cache, [(source, samples)], views=[View("aspect", 512, 64)], seed=0)
+    view = View("aspect", 512, 64)
+    todo = _Wanted([(source, samples)], [view], [""], True).missing(cache)
+    assert not todo, "an index of all of it lacks something"
+    checked = time.process_time()
+    others = [Sample(identity(n), f"/others/{n}.jpg", ("x",), ("",)) for n in range(count, count + 1000)]
+    refuse_trained([(source, others)], [(source, samples)])
+    _, apart = split([(source, samples)], 0.01)
+    assert 0.005 < len(apart[0][1]) / count < 0.02
+    del apart
+    parted = time.process_time()
+    batches = Batches(cache, [(source, samples)], views=[view], seed=0)
     addressed = time.process_time()
     first = step_plan(0, 0, batches.samples, 8, 4, 4)
     planned = time.process_time()
@@ -90,7 +103,9 @@ def measure(folder: Path, count: int) -> dict[str, float]:
         "samples": count,
         "list_seconds": listed - begun,
         "open_seconds": opened - listed,
-        "address_seconds": addressed - opened,
+        "missing_seconds": checked - opened,
+        "held_out_seconds": parted - checked,
+        "address_seconds": addressed - parted,
         "first_step_seconds": planned - addressed,
         "resume_seconds": again - planned,
         "index_seconds": again - listed,

@@ -283,6 +283,7 @@ def test_the_fingerprint_follows_what_decides_the_numbers() -> None:
         "max_skipped=1",
         "ema=[]",
         "held_out={path: more, every: 7, pictures: 8, sigmas: [0.5]}",
+        "latents=mean",
     ):
         assert load_recipe(None, [*LEAST, harmless]).fingerprint() == base.fingerprint(), harmless
     for decisive in (
@@ -293,8 +294,10 @@ def test_the_fingerprint_follows_what_decides_the_numbers() -> None:
         "optimizer.clip=null",
         "adapter.scale=2e-3",
         "held_out.share=0.1",
+        "latents=sample",
     ):
         assert load_recipe(None, [*LEAST, decisive]).fingerprint() != base.fingerprint(), decisive
+    assert "latents" not in base.decisive()  # so that runs from before this key go on
     falling = [*LEAST, "optimizer.schedule=cosine"]
     assert load_recipe(None, falling).fingerprint() != load_recipe(None, [*falling, "steps=99"]).fingerprint()
 

@@ -84,6 +84,10 @@ class Recipe(Section):
         default="bf16",
         description="captions are encoded once and stored in bf16, or in int8 (half the disk); none: in every step",
     )
+    latents: Literal["mean", "sample"] = Field(
+        default="mean",
+        description="mean of the VAE's posterior, or at each visit another sample of it (twice the disk)",
+    )
     adapter: AdapterSpec = Field(default_factory=lambda: AdapterSpec.model_validate({}), description="what is trained")
     sigmas: SigmaSpec = Field(default_factory=SigmaSpec, description="law of the noise level")
     batch: Whole = Field(default=1, ge=1, description="pictures per forward pass on each device")
@@ -205,6 +209,8 @@ class Recipe(Section):
         if self.optimizer.schedule == "constant":
             del kept["steps"]
         kept["accumulate"] *= world
+        if self.latents == "mean":  # the only one that runs without this key had
+            del kept["latents"]
         kept["held_out"] = {"share": self.held_out.share}
         return kept
 

@@ -56,6 +56,16 @@ def test_a_negative_prompt_is_refused_where_the_models_own_guidance_is_none(
     assert run(*common, "--guidance", 0).code == 0
 
 
+def test_a_pause_of_guidance_that_never_ends_is_refused(run: Callable, tiny_model_dir: Path, tmp_path: Path) -> None:
+    common = ["generate", "x", "--model", tiny_model_dir, "--out", tmp_path / "x.png", "--negative", "fox"]
+    for steps, given in ((["--steps", 2], 2), ([], 4), (["--steps", 1], 1)):  # 4 are the model's own
+        refused = run(*common, *steps, "--no-cfg-until", given)
+        assert refused.code == 2 and refused.err.count("\n") == 1
+        assert f"--no-cfg-until: leaves none of {given} steps guided; mend: " in refused.err
+    assert not (tmp_path / "x.png").exists()
+    assert run(*common, "--steps", 2, "--no-cfg-until", 1).code == 0
+
+
 def test_a_picture_depends_on_its_prompt_and_seed_alone(run: Callable, tiny_model_dir: Path, tmp_path: Path) -> None:
     common = ["--model", tiny_model_dir, "--steps", 2, "--width", 48, "--height", 32]
     many = run("generate", "a fox", "a red apple", "--count", 2, "--seed", 5, *common, "--out", tmp_path / "many")
@@ -220,6 +230,16 @@ def test_an_adapter_brings_its_text_padding(run: Callable, tiny_model_dir: Path,
         save_file(tensors, other, {**file.metadata(), "text_padding": "trim"})
     clash = run("merge", keep, trained, other, "--out", tmp_path / "m")
     assert clash.code == 2 and "text padding" in clash.err and not (tmp_path / "m").exists()
+
+
+def test_prepare_for_samples_is_no_cache_of_means(
+    run: Callable, tiny_model_dir: Path, pictures: Path, tmp_path: Path
+) -> None:
+    args = ["prepare", pictures, "--out", tmp_path / "cache", "--model", tiny_model_dir, "--resolution", 32]
+    assert run(*args, "--latents", "sample").code == 0
+    assert (refused := run(*args)).code == 2 and "latents float32 mean and std, now float32; mend: " in refused.err
+    unknown = run(*args, "--latents", "mode")
+    assert unknown.code == 2 and "latents" in unknown.err and unknown.err.count("\n") == 1
 
 
 def test_prepare_again_finds_nothing_to_do(run: Callable, tiny_model_dir: Path, pictures: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from libreflux import files
 from libreflux.errors import RunError
 from libreflux.recipe import Recipe
 from libreflux.train import checkpoint
@@ -75,6 +76,24 @@ def test_a_damaged_checkpoint_is_passed_over_and_put_aside(tmp_path: Path, damag
     _write(tmp_path, 3)  # the resumed run can write its own
     last = checkpoint.latest(tmp_path)
     assert last is not None and last.step == 3
+
+
+def test_checkpoints_that_a_live_run_deletes_while_they_are_read_are_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2):
+        _write(tmp_path, step)
+    verify = files.verify_manifest
+
+    def read_while_the_run_goes_on(folder: Path) -> None:
+        if folder.name.endswith("2"):
+            _write(tmp_path, 3)
+            assert checkpoint.prune(tmp_path, 1, None) == [1, 2]
+        verify(folder)
+
+    monkeypatch.setattr(files, "verify_manifest", read_while_the_run_goes_on)
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None and newest.step == 3 and not caplog.text
 
 
 def test_recover_sweeps_what_a_killed_process_left(tmp_path: Path) -> None:

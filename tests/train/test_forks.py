@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from libreflux.data.held_out import places
 from libreflux.data.order import step_plan
 from libreflux.data.prepare import prepare_recipe
 from libreflux.errors import RunError
+from libreflux.files import sha256_file
 from libreflux.recipe import Recipe
 from libreflux.train import checkpoint
 from libreflux.train.callbacks import Callbacks, StepInfo
@@ -152,3 +155,51 @@ def test_a_fork_whose_checkpoints_are_lost_starts_again_from_the_one_before(reci
         (checkpoint.step_folder(out, step) / checkpoint.OPTIMIZER).write_bytes(b"gone")
     assert [info.step for info in run(forked)] == [2, 3, 4]
     assert [one["step"] for one in remembered(out)] == [1]
+
+
+def pictures_in(folder: Path, paths: Iterable[Path]) -> str:
+    folder.mkdir()
+    for path in paths:
+        shutil.copy(path, folder / f"{folder.name}-{path.name}")
+        shutil.copy(path.with_suffix(".txt"), folder / f"{folder.name}-{path.stem}.txt")
+    return str(folder)
+
+
+def test_a_picture_that_was_trained_on_before_a_fork_cannot_be_held_out_after_it(
+    recipe_tree: Tree, tmp_path: Path, pictures_dir: Path
+) -> None:
+    all_five = sorted(pictures_dir.glob("*.png"))
+    kept, dropped = (pictures_in(tmp_path / name, part) for name, part in (("k", all_five[:2]), ("d", all_five[2:4])))
+    copies, others = (pictures_in(tmp_path / name, part) for name, part in (("c", all_five[3:]), ("o", all_five[4:])))
+    tree = recipe_tree(tmp_path / "run", steps=2, data=[{"path": dropped}, {"path": kept}])
+    run(tree)
+    fewer = {**tree, "steps": 3, "data": [{"path": kept}]}
+    refused = r"was trained on before the fork at step 2, as .*/d/d-\d\.png; mend: hold out other pictures"
+    for apart in (dropped, copies):
+        with pytest.raises(RunError, match=rf"^{apart}/.*\.png: {refused}"):
+            run({**fewer, "held_out": {"path": apart}}, fork=True)
+    assert run({**fewer, "held_out": {"path": others}}, fork=True)[-1].step == 3
+    for changes in ({"steps": 4}, {"steps": 4, "batch": 1}):  # without a fork, and by a second one
+        with pytest.raises(RunError, match=refused):
+            run({**fewer, **changes, "held_out": {"path": dropped}}, fork="batch" in changes)
+    for path in (tmp_path / "cache").glob("files.sqlite3*"):
+        path.unlink()
+    with pytest.raises(RunError, match=refused):  # where nothing remembers contents the path tells
+        run({**fewer, "steps": 4, "held_out": {"path": dropped}})
+
+
+def test_what_a_share_held_out_may_be_moved_to_a_folder_of_its_own_and_no_other_picture(
+    recipe_tree: Tree, tmp_path: Path, pictures_dir: Path, share: float
+) -> None:
+    everyone = pictures_in(tmp_path / "all", pictures_dir.glob("*.png"))
+    tree = recipe_tree(tmp_path / "run", steps=2, data=[{"path": everyone}], held_out={"share": share})
+    run(tree)
+    order = sorted(Path(everyone).glob("*.png"), key=lambda path: places([sha256_file(path)[:32]])[0])
+    for name, path in (("apart", order[0]), ("trained", order[1])):
+        (tmp_path / name).mkdir()
+        for file in (path, path.with_suffix(".txt")):
+            file.rename(tmp_path / name / file.name)
+    forked = {**tree, "steps": 3}
+    with pytest.raises(RunError, match=r"trained/.*\.png: was trained on before the fork at step 2"):
+        run({**forked, "held_out": {"path": str(tmp_path / "trained")}}, fork=True)
+    assert run({**forked, "held_out": {"path": str(tmp_path / "apart")}}, fork=True)[-1].step == 3

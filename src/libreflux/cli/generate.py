@@ -41,6 +41,8 @@ def generate(
     wanted = [(prompt, seed + index) for prompt in prompts for index in range(count)]
     targets = _targets(out, prompts, wanted)
     _refuse_unused(guidance, negative, no_cfg_until)
+    if steps is not None:
+        _refuse_unguided(steps, no_cfg_until)  # before anything is loaded
 
     from libreflux.cli.drawing import open_for_drawing
     from libreflux.cli.progress import progress
@@ -50,6 +52,7 @@ def generate(
     opened = open_for_drawing(model, adapter or (), device)
     facts = opened.facts
     steps = facts.steps if steps is None else steps
+    _refuse_unguided(steps, no_cfg_until)
     if guidance is None:
         guidance = 1.0 if facts.guidance_embeds else facts.guidance
         _refuse_unused(guidance, negative, no_cfg_until)
@@ -102,6 +105,13 @@ def _refuse_unused(guidance: float | None, negative: str, no_cfg_until: int) -> 
     for name, given in (("--negative", negative), ("--no-cfg-until", no_cfg_until)):
         if given and guidance == 1:
             raise RecipeError("has no effect at guidance 1", where=name, mend="add --guidance 3, or remove it")
+
+
+def _refuse_unguided(steps: int, no_cfg_until: int) -> None:
+    """Raises RecipeError if no step is left to guide: guidance and negative prompt would do nothing."""
+    if no_cfg_until >= steps:
+        mend = f"use at most {steps - 1}, or --guidance 1 instead" if steps > 1 else "remove it, or use more --steps"
+        raise RecipeError(f"leaves none of {steps} steps guided", where="--no-cfg-until", mend=mend)
 
 
 def _targets(out: Path, prompts: list[str], wanted: list[tuple[str, int]]) -> list[Path]:

@@ -31,7 +31,7 @@ class Batch:
     """What one forward pass trains on.
 
     Attributes:
-        latents: [B, C, h, w] as cached (fp32), normalised.
+        latents: [B, C, h, w] fp32, normalised: means as cached, or samples.
         text: B prompts, bf16, without padding.
         sample_ids: the pictures' ids.
         captions: the text of each prompt; "" where it was dropped.
@@ -61,6 +61,7 @@ class Batches:
         views: crop and resolution in which every picture is shown, see ``crops.views``.
         seed: the run's; keys caption choice, caption dropout and crop choice by (sample, visit).
         encode: captions → conditioning, for a cache that only counts the tokens of its captions.
+        sample: latents are mean + std · eps, with an eps of each visit's own, instead of the mean.
 
     Raises:
         DataError: something is not in the cache.
@@ -74,7 +75,9 @@ class Batches:
         views: Sequence[View],
         seed: int,
         encode: Encode | None = None,
+        sample: bool = False,
     ) -> None:
+        self._sample = sample
         self.cache, self._seed, self._views = cache, seed, tuple(views)
         self._encode = encode or cache.text
         self._sources = [source for source, _ in sources]
@@ -124,7 +127,8 @@ class Batches:
         for item, visit in zip(unit.items, unit.visits, strict=True):
             number, view = divmod(item, len(self._views))
             sample, source = self._pictures[number], self._sources[self._source_of[number]]
-            latents.append(self.cache.latents(sample.id, self._crop(source, sample, self._views[view], visit)))
+            crop = self._crop(source, sample, self._views[view], visit)
+            latents.append(self._latents(int(self._source_of[number]), sample.id, crop, visit))
             ids.append(sample.id)
             of.append(source)
         return Batch(
@@ -140,6 +144,14 @@ class Batches:
     def empty_prompt(self) -> TextConditioning:
         """The prompt that dropped captions become, once."""
         return self._encode([""])
+
+    def _latents(self, source: int, picture: str, crop: str, visit: int) -> Tensor:
+        mean = self.cache.latents(picture, crop)
+        if not self._sample:
+            return mean
+        # By the source too: a picture in two of them is two samples, which can meet in one step.
+        generator = keyed.generator(self._seed, "posterior", source, picture, visit, crop)
+        return mean + self.cache.latent_std(picture, crop) * torch.randn(mean.shape, generator=generator)
 
     def _crop(self, source: DataSource, sample: Sample, view: View, visit: int) -> str:
         # A keyed start, then in turn: every crop is shown as often as any other.

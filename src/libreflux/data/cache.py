@@ -15,7 +15,7 @@ import hashlib
 import re
 import sqlite3
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from libreflux.files import atomic_save_safetensors, lock, sweep
 from libreflux.model.text import TextConditioning
 
 PARTS = "parts"
+LATENTS = {"mean": "float32", "sample": "float32 mean and std"}
+"""What is stored of each crop, as the settings call it, by what training reads: see ``Recipe.latents``."""
 _OPEN_SHARDS = 64
 _PART_STRIDE = 2**20  # shard numbers of part k are shifted by k strides, so that they stay apart when read as one
 _OURS = re.compile(r"(latents|texts)-\d{8}\.safetensors")
@@ -118,10 +120,24 @@ class Cache:
         Raises:
             DataError: not in this cache.
         """
+        return self._of_crop(picture, crop, latents_name)
+
+    def latent_std(self, picture: str, crop: str) -> Tensor:
+        """Normalised posterior standard deviation of one crop, [C, h, w] fp32.
+
+        Raises:
+            DataError: not in this cache, or a cache of means alone.
+        """
+        if self.settings.get("latents") != LATENTS["sample"]:
+            mend = "prepare another cache with latents: sample"
+            raise DataError("this cache holds the mean of its latents alone", where=self.folder, mend=mend)
+        return self._of_crop(picture, crop, std_name)
+
+    def _of_crop(self, picture: str, crop: str, name: Callable[[str, str], str]) -> Tensor:
         [row] = self._latents.find([latents_key(picture, crop)])
         if row < 0:
             raise DataError(f"crop {crop} of picture {picture} is not here", where=self.folder, mend=MEND)
-        return self._tensor(int(self._latents.columns["shard"][row]), latents_name(picture, crop))
+        return self._tensor(int(self._latents.columns["shard"][row]), name(picture, crop))
 
     def text(self, captions: Sequence[str]) -> TextConditioning:
         """Conditioning of these captions in this order: tokens [S_i, D] without padding and pooled [B, P], bf16.
@@ -162,15 +178,30 @@ class Cache:
 class CacheWriter:
     """Adds to a cache; use :func:`writing`, which holds the folder's lock."""
 
-    def __init__(self, folder: Path, index: sqlite3.Connection, text_precision: str) -> None:
-        self.folder, self._index, self._text_precision = folder, index, text_precision
+    def __init__(self, folder: Path, index: sqlite3.Connection, settings: Mapping[str, Any]) -> None:
+        self.folder, self._index, self._text_precision = folder, index, settings["text"]
+        self.wants_std = settings.get("latents") == LATENTS["sample"]
+        """Whether the settings ask for the standard deviation of latents too."""
         (folder / SHARDS).mkdir(exist_ok=True)
         self._drop_damaged()
         self._sweep()
 
-    def add_latents(self, found: Mapping[tuple[str, str], Tensor]) -> None:
-        """Stores crops [C, h, w] by (picture, crop name): one shard, all or nothing."""
+    def add_latents(
+        self, found: Mapping[tuple[str, str], Tensor], std: Mapping[tuple[str, str], Tensor] | None = None
+    ) -> None:
+        """Stores crops [C, h, w] by (picture, crop name): one shard, all or nothing.
+
+        Args:
+            found: means.
+            std: standard deviations of the same crops, if the cache `wants_std`; else None.
+
+        Raises:
+            ValueError: they are not what the cache wants.
+        """
+        if (std or {}).keys() != (found.keys() if self.wants_std else set()):
+            raise ValueError("every crop has a std in a cache that wants them, and none in another")
         tensors = {latents_name(*key): tensor for key, tensor in found.items()}
+        tensors |= {std_name(*key): tensor for key, tensor in (std or {}).items()}
         with self._shard("latents", tensors) as shard:
             rows = [(latents_key(*key), shard, *tensor.shape[-2:]) for key, tensor in found.items()]
             self._index.executemany("INSERT INTO latents VALUES (?, ?, ?, ?)", rows)
@@ -242,12 +273,17 @@ def writing(folder: Path, settings: Mapping[str, Any]) -> Iterator[CacheWriter]:
     """
     with lock(folder), indexing.connect(folder) as index:
         indexing.begin(index, folder, settings)
-        yield CacheWriter(folder, index, settings["text"])
+        yield CacheWriter(folder, index, settings)
 
 
 def latents_name(picture: str, crop: str) -> str:
     """Tensor name of a crop inside its shard."""
     return f"{picture}/{crop}"
+
+
+def std_name(picture: str, crop: str) -> str:
+    """Tensor name of a crop's standard deviation, in the same shard."""
+    return f"std/{latents_name(picture, crop)}"
 
 
 def text_name(part: str, caption: str) -> str:

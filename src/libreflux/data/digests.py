@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -86,6 +86,18 @@ class FileMemory:
                 for row in known:
                     assert row is not None and row[5] is not None
                     yield Inspected(*row[2:5], row[5])
+
+    def paths_of(self, digests: Set[str]) -> Iterator[tuple[str, Path]]:
+        """(digest, path) of all files saved here, those since deleted too, whose digest begins with one of these.
+
+        Args:
+            digests: hexadecimal digits, all of them as many.
+        """
+        length = len(next(iter(digests), ""))
+        for connection in self._open:
+            for path, digest in connection.execute("SELECT path, digest FROM files"):
+                if digest[:length] in digests:
+                    yield digest[:length], Path(path)
 
     def save(self) -> None:
         """Writes what is new, if anything is."""

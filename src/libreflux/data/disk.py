@@ -17,7 +17,12 @@ SPARE = 2**26  # what may be left on the disk at the end: 64 MB
 
 
 def needed_bytes(
-    model: Path, crops: Sequence[tuple[int, int]], texts: Sequence[str], max_tokens: int, text_cache: str = "bf16"
+    model: Path,
+    crops: Sequence[tuple[int, int]],
+    texts: Sequence[str],
+    max_tokens: int,
+    text_cache: str = "bf16",
+    latents: str = "mean",
 ) -> tuple[int, int]:
     """About how many bytes (latents, text) will be stored.
 
@@ -27,15 +32,16 @@ def needed_bytes(
         texts: distinct captions.
         max_tokens: no caption has more.
         text_cache: "int8", or anything else for bf16.
+        latents: "mean", or "sample" for mean and standard deviation.
     """
     vae, t5, clip = (_config(model / part) for part in ("vae", "text_encoder_2", "text_encoder"))
     stride = 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
     pixel = 4 * vae.get("latent_channels", 16) / stride**2
-    latents = sum(width * height * pixel + HEADER for width, height in crops)
+    stored = (2 if latents == "sample" else 1) * sum(width * height * pixel + HEADER for width, height in crops)
     tokens = sum(min(max_tokens, len(text) / CHARACTERS_PER_TOKEN + 1) for text in texts)
     width, pooled = t5.get("d_model", 4096), clip.get("hidden_size", 768)
     per_token, parts = (token_bytes(width), 3) if text_cache == "int8" else (2 * width, 2)
-    return int(latents), int(tokens * per_token + len(texts) * (2 * pooled + parts * HEADER))
+    return int(stored), int(tokens * per_token + len(texts) * (2 * pooled + parts * HEADER))
 
 
 def check_disk(
@@ -45,20 +51,22 @@ def check_disk(
     texts: Sequence[str],
     max_tokens: int,
     text_cache: str = "bf16",
+    latents: str = "mean",
 ) -> None:
     """Refuses to begin what the disk cannot hold; see :func:`needed_bytes`.
 
     Raises:
         DataError: says what is needed and what is free.
     """
-    latents, text = needed_bytes(model, crops, texts, max_tokens, text_cache)
+    pictures, text = needed_bytes(model, crops, texts, max_tokens, text_cache, latents)
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
-    if latents + text + SPARE > free:
+    if pictures + text + SPARE > free:
         less_text = "text_cache: none" if text_cache == "int8" else "text_cache: int8 or none"
-        smaller = less_text if text > latents else "fewer crops_per_picture or resolutions"
+        fewer = "fewer crops_per_picture or resolutions" + (", or latents: mean" if latents == "sample" else "")
+        smaller = less_text if text > pictures else fewer
         mend = f"free some, put `cache` on another disk, or use {smaller}"
-        told = f"needs {_told(latents + text)} (latents {_told(latents)}, text {_told(text)}); {_told(free)} free"
+        told = f"needs {_told(pictures + text)} (latents {_told(pictures)}, text {_told(text)}); {_told(free)} free"
         raise DataError(told, where=out, mend=mend)
 
 

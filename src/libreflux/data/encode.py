@@ -62,15 +62,21 @@ def encode_crops(crops: Sequence[Crop], open_model: Open, writer: CacheWriter, b
     done = 0
     for part in _parts(crops):
         found: dict[tuple[str, str], torch.Tensor] = {}
+        stds: dict[tuple[str, str], torch.Tensor] = {}
         for crop in part:
             pixel = torch.from_numpy(next(pixels).copy())
             normal = rearrange(pixel, "h w c -> 1 c h w").float() / 127.5 - 1.0
             # One at a time: what is stored depends on its picture alone, not on who shared its batch.
-            found[crop.sample.id, crop.name] = latents.encode(model.vae, normal)[0].float().cpu()
+            if writer.wants_std:
+                mean, std = latents.posterior(model.vae, normal)
+                stds[crop.sample.id, crop.name] = std[0].float().cpu()
+            else:
+                mean = latents.encode(model.vae, normal)
+            found[crop.sample.id, crop.name] = mean[0].float().cpu()
             done += 1
             bar.note = f"{done / max(time.monotonic() - begun, 1e-3):.3g} crops/s"
             bar.advance(1)
-        writer.add_latents(found)
+        writer.add_latents(found, stds)
 
 
 def encode_texts(

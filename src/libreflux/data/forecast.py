@@ -33,7 +33,7 @@ def forecast(recipe: Recipe, model: Path, max_tokens: int) -> Forecast:
     """Reads names and captions alone; every picture counts as a square, whose crops are as large as any other's.
 
     Args:
-        recipe: its data, held-out pictures, views, sample prompts and text cache are used.
+        recipe: its data, held-out pictures, views, sample prompts, latents and text cache are used.
         model: folder; see `disk.needed_bytes`.
         max_tokens: no caption has more.
 
@@ -54,8 +54,8 @@ def forecast(recipe: Recipe, model: Path, max_tokens: int) -> Forecast:
             crops += [view.size(1, 1)] * (view.crops(source.crops_per_picture) * len(samples))
         if recipe.text_cache != "none":
             texts.update(caption for sample in samples for caption in sample.captions)
-    latents, text = needed_bytes(model, crops, sorted(texts), max_tokens, recipe.text_cache)
-    return Forecast(pictures, visits, latents + text)
+    stored = needed_bytes(model, crops, sorted(texts), max_tokens, recipe.text_cache, recipe.latents)
+    return Forecast(pictures, visits, sum(stored))
 
 
 def _unopened(paths: Sequence[Path]) -> Iterator[Inspected]:

@@ -24,7 +24,7 @@ def places(sample_ids: Sequence[str]) -> np.ndarray:
 
     A share s holds out the pictures whose place is below s, so a larger share holds out those of a smaller one too.
     """
-    digits = np.array([int(name[:16], 16) for name in sample_ids], dtype=np.uint64)
+    digits = np.fromiter((int(name[:16], 16) for name in sample_ids), np.uint64, len(sample_ids))
     return keyed.uniforms(0, "held-out", digits, np.zeros(len(digits), np.uint64), 1)[:, 0]
 
 
@@ -51,12 +51,12 @@ def split(sources: Sources, share: float) -> tuple[Sources, Sources]:
 
 def refuse_trained(held_out: Sources, trained: Sources) -> None:
     """Raises DataError if a picture is on both sides, to the byte."""
-    known = {sample.id: sample.path for _, samples in trained for sample in samples}
-    for _, samples in held_out:
+    apart = {sample.id: sample for _, samples in held_out for sample in samples}  # the fewer of the two
+    for _, samples in trained:
         for sample in samples:
-            if sample.id in known:
-                told = f"the same picture as {known[sample.id]}, which is trained on"
-                raise DataError(told, where=sample.path, mend="remove one of them")
+            if twin := apart.get(sample.id):
+                told = f"the same picture as {sample.path}, which is trained on"
+                raise DataError(told, where=twin.path, mend="remove one of them")
 
 
 class HeldOut:
@@ -82,6 +82,9 @@ class HeldOut:
         self._items = first[np.argsort(places(distinct.tolist()))][:count]
         self.sample_ids = tuple(ids[item] for item in self._items)
         """The pictures' ids."""
+        everyone = [sample for _, samples in sources for sample in samples]
+        self.paths = tuple(everyone[item].path for item in self._items)
+        """A file of each of them."""
 
     def __len__(self) -> int:
         return len(self._items)

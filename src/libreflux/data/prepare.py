@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ import torch
 
 from libreflux.data.bar import Bar, Progress
 from libreflux.data.batches import Batches
-from libreflux.data.cache import PARTS, Cache, index_folders, writing
+from libreflux.data.cache import LATENTS, PARTS, Cache, index_folders, writing
 from libreflux.data.captions import check_weights
 from libreflux.data.crops import View, views
 from libreflux.data.digests import FileMemory, encoder_digests
@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 Sources = list[tuple[DataSource, list[Sample]]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WHOLE: Part = (0, 1)
+_AT_ONCE = 2**16
 
 
 def prepare_recipe(
@@ -48,8 +49,8 @@ def prepare_recipe(
     """Prepares what a recipe needs, its sample prompts too.
 
     Args:
-        recipe: its model, data, held-out pictures, crops, resolutions, text padding, text cache, cache folder and seed
-            are used.
+        recipe: its model, data, held-out pictures, crops, resolutions, latents, text padding, text cache, cache folder
+            and seed are used.
         device: where the encoders run.
         progress: see :func:`prepare`.
 
@@ -69,7 +70,8 @@ def prepare_recipe(
         if not any(samples for _, samples in held_out):
             raise DataError("no picture in it can be used", where=wanted.path, mend="see quarantine.jsonl in the cache")
         refuse_trained(held_out, trained)
-    batches = Batches(cache, trained, views=shown, seed=recipe.seed, encode=encode)
+    sample = recipe.latents == "sample"  # in training alone: measurements keep to the mean
+    batches = Batches(cache, trained, views=shown, seed=recipe.seed, encode=encode, sample=sample)
     if not wanted.chosen:
         return batches, None
     return batches, HeldOut(cache, held_out, view=shown[0], count=wanted.pictures, encode=encode)
@@ -92,6 +94,7 @@ def prepare_cache(
         prompts=recipe.samples.prompts,
         device=device,
         text_cache=recipe.text_cache,
+        latents=recipe.latents,
         max_quarantined=recipe.max_quarantined,
         part=part,
         progress=progress,
@@ -109,6 +112,7 @@ def prepare(
     device: str = "cpu",
     precision: Literal["float32", "bfloat16"] = "float32",
     text_cache: Literal["bf16", "int8", "none"] = "bf16",
+    latents: Literal["mean", "sample"] = "mean",
     max_quarantined: float = 0.02,
     part: Part = WHOLE,
     progress: Progress | None = None,
@@ -126,6 +130,7 @@ def prepare(
         precision: the encoders' dtype. Latents are stored in fp32.
         text_cache: how text is stored, see ``int8_text`` for int8; "none" stores how many tokens each caption has, and
             the conditioning of ``prompts`` alone.
+        latents: "mean" of the posterior, or its standard deviation too, to "sample" from.
         max_quarantined: share of the pictures, in [0, 1], that may be unusable.
         part: (i, n): encode the i-th of n parts alone, from 0, into a folder of its own in ``out``.
         progress: called with (done, total, note), total counting checks and encodings alike.
@@ -154,7 +159,7 @@ def prepare(
         "text_padding": text_padding,
         "max_tokens": facts.max_tokens,
         "precision": precision,
-        "latents": "float32",
+        "latents": LATENTS[latents],
         "text": "int8" if text_cache == "int8" else "bfloat16",
     }
     wanted = _Wanted(sources, views, ["", *prompts] if part[0] == 0 else [], text_cache != "none")
@@ -163,7 +168,7 @@ def prepare(
     if todo or not begun:
         _tell_enlarged(todo.crops)
         sizes = [crop.size for crop in todo.crops]
-        check_disk(folder, out, sizes, todo.texts, facts.max_tokens, text_cache)
+        check_disk(folder, out, sizes, todo.texts, facts.max_tokens, text_cache, latents)
         with writing(own, settings) as writer:
             todo = wanted.missing(_known(out, settings))  # another process may have written before our lock
             bar.expect(len(todo.crops) + len(todo.texts) + len(todo.counted))
@@ -206,12 +211,14 @@ class _Wanted:
     store_captions: bool
 
     def missing(self, cache: Cache | None) -> _Todo:
-        captions = {caption for _, samples in self.sources for sample in samples for caption in sample.captions}
-        stored = {*self.prompts, *(captions if self.store_captions else ())}
+        captions = (caption for _, samples in self.sources for sample in samples for caption in sample.captions)
+        none: Iterator[str] = iter(())
+        stored = itertools.chain(self.prompts, captions if self.store_captions else none)
+        counted = none if self.store_captions else captions
         return _Todo(
             self._missing_crops(cache),
-            _without(sorted(stored), cache.stored_texts if cache else None),
-            _without(sorted(captions - stored), cache.known_texts if cache else None),
+            sorted(_absent(stored, cache.stored_texts if cache else None)),
+            sorted(_absent(counted, cache.known_texts if cache else None) - set(self.prompts)),
         )
 
     def _missing_crops(self, cache: Cache | None) -> list[Crop]:
@@ -221,7 +228,8 @@ class _Wanted:
                 name = view.name(index, source.background)
                 here = np.zeros(len(samples), bool)
                 if cache is not None:
-                    here = cache.sizes([latents_key(sample.id, name) for sample in samples])[:, 0] >= 0
+                    keys = (latents_key(sample.id, name) for sample in samples)
+                    here = cache.sizes(np.fromiter(keys, np.int64, len(samples)))[:, 0] >= 0
                 for number in np.flatnonzero(~here).tolist():
                     crop = Crop(samples[number], view, index, source.background)
                     crops.setdefault((crop.sample.id, name), crop)
@@ -229,11 +237,15 @@ class _Wanted:
         return sorted(crops.values(), key=lambda crop: (crop.sample.id, crop.background))
 
 
-def _without(texts: list[str], here: Callable[[list[int]], np.ndarray] | None) -> list[str]:
-    if here is None or not texts:
-        return texts
-    found = here([text_key(text) for text in texts])
-    return [text for text, known in zip(texts, found.tolist(), strict=True) if not known]
+def _absent(texts: Iterator[str], here: Callable[[np.ndarray], np.ndarray] | None) -> set[str]:
+    """Those that are not here: of millions that are, no list is made."""
+    if here is None:
+        return set(texts)
+    found: set[str] = set()
+    while part := list(itertools.islice(texts, _AT_ONCE)):
+        known = here(np.fromiter(map(text_key, part), np.int64, len(part)))
+        found.update(text for text, one in zip(part, known.tolist(), strict=True) if not one)
+    return found
 
 
 def _known(out: Path, settings: dict[str, Any]) -> Cache | None:

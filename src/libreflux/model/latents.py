@@ -27,6 +27,24 @@ def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def posterior(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, standard deviation) of the posterior, normalised: the mean is `encode`'s, std = posterior std * scale.
+
+    A sample of the posterior is mean + std * eps, eps standard normal (Kingma and Welling 2013, eq. 10).
+
+    Args:
+        vae: see `encode`.
+        pixels: see `encode`.
+
+    Returns:
+        Two of [B, C, H / 8, W / 8] in the VAE's dtype; the second is zero or above.
+    """
+    found = vae.encode(pixels.to(device=vae.device, dtype=vae.dtype)).latent_dist
+    shift, scale = _normalisation(vae)
+    return (found.mode() - shift) * scale, found.std * abs(scale)
+
+
+@torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """The picture of latents [B, C, h, w]: [B, 3, 8h, 8w], about [-1, 1] and not clipped, in the VAE's dtype.
 

@@ -136,14 +136,23 @@ def step_folders(folder: Path) -> dict[int, Path]:
 
 
 def latest(run: Path) -> Checkpoint | None:
-    """The highest step whose files agree with their manifest, or None. Damaged ones above it are named in a warning."""
-    for checkpoint in reversed(listed(run)):
-        try:
-            files.verify_manifest(checkpoint.path)
-        except RunError as damage:
-            log.warning("%s is not used: %s", checkpoint.path.name, damage)
-            continue
-        return checkpoint
+    """The highest step whose files agree with their manifest, or None. Damaged ones above it are named in a warning.
+
+    Without the lock too: what a live run deletes meanwhile is not damaged, and what it has saved instead is found.
+    """
+    seen: set[int] = set()
+    for _ in range(2):  # all that were listed may be gone by the time they are read
+        for checkpoint in reversed(listed(run)):
+            if checkpoint.step in seen:
+                continue
+            seen.add(checkpoint.step)
+            try:
+                files.verify_manifest(checkpoint.path)
+            except (RunError, FileNotFoundError) as damage:
+                if checkpoint.path.is_dir():
+                    log.warning("%s is not used: %s", checkpoint.path.name, damage)
+                continue
+            return checkpoint
     return None
 
 

@@ -11,10 +11,16 @@ It is written before the fork's first step. A fork that is killed before its fir
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import os
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from libreflux.data.cache import index_folders
+from libreflux.data.digests import FileMemory
+from libreflux.data.held_out import HeldOut, places
 from libreflux.errors import RunError
 from libreflux.recipe import Recipe
 from libreflux.train import checkpoint
@@ -49,6 +55,49 @@ def allow(run: Path, recipe: Recipe, world: int, *, fork: bool) -> bool:
     if not fork:
         checkpoint.require_same(changed, run, MEND)
     return bool(changed)
+
+
+def refuse_trained(recipe: Recipe, forks: Sequence[Fork], held_out: HeldOut | None) -> None:
+    """Refuses pictures of `held_out.path` that this run was trained on before one of its forks.
+
+    Those are the files of a folder that was in `data` then, but for what `held_out.share` kept apart, and their copies:
+    the cache remembers what a file was, also of one that has since been moved.
+
+    Args:
+        recipe: as resolved now.
+        forks: see `history`.
+        held_out: what would be measured.
+
+    Raises:
+        RunError: names the first.
+    """
+    folders = _once_trained(recipe, forks)
+    if held_out is None or recipe.held_out.path is None or not folders:
+        return
+    ids = dict(zip(held_out.sample_ids, held_out.paths, strict=True))
+    place = dict(zip(ids, places(held_out.sample_ids).tolist(), strict=True))
+    memory = FileMemory(recipe.cache_dir, index_folders(recipe.cache_dir))
+    for name, file in itertools.chain(ids.items(), memory.paths_of(ids.keys())):
+        for step, folder, share in folders:
+            if place[name] >= share and Path(os.path.realpath(file)).is_relative_to(folder):
+                told = f"was trained on before the fork at step {step}, as {file}"
+                raise RunError(told, where=ids[name], mend="hold out other pictures, or choose another `out`")
+
+
+def _once_trained(recipe: Recipe, forks: Sequence[Fork]) -> list[tuple[int, str, float]]:
+    """(step of the fork, folder, held_out.share until then) of all that was trained on before each fork."""
+    found, share = [], recipe.held_out.share
+    folders: dict[str, str | None] = {str(number): source.path for number, source in enumerate(recipe.data)}
+    begun = [0, *(one["step"] for one in forks)]
+    for fork, since in reversed(list(zip(forks, begun, strict=False))):
+        share = fork["changed"].get("held_out.share", [share])[0] or 0.0
+        for key, (before, _) in fork["changed"].items():
+            if match := re.fullmatch(r"data\.(\d+)\.path", key):
+                folders[match[1]] = before
+        if fork["step"] > since:
+            real = [os.path.realpath(os.path.expanduser(path)) for path in folders.values() if path is not None]
+            found += [(fork["step"], path, share) for path in real]
+    return found
 
 
 def history(

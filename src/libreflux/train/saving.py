@@ -26,7 +26,8 @@ def restore(training: Training, newest: Checkpoint, fork: bool) -> None:
     """Puts a run where `newest` left it.
 
     Raises:
-        RunError: the base has changed, the data has without `fork`, or the averages do not fit.
+        RunError: the base has changed, the data has without `fork`, a held-out picture was trained on before a fork,
+            or the averages do not fit.
     """
     state = newest.state()
     if state["model_hash"] != training.identity["model_hash"]:
@@ -34,6 +35,7 @@ def restore(training: Training, newest: Checkpoint, fork: bool) -> None:
         raise RunError("the weights of the base model have changed since this run began", where=newest.path, mend=mend)
     recipe, world, now = training.recipe, training.ranks.world, training.identity["data_hash"]
     training.forks = forks.history(training.run, recipe, world, newest.step, state, now, fork=fork)
+    forks.refuse_trained(recipe, training.forks, training.held_out)
     here = _machine(training.device)
     for key, value in here.items():
         if state.get(key) != value:
