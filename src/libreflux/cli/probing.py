@@ -193,8 +193,7 @@ class _Data:
             texts = texts or list(dict.fromkeys(captions))[: settings.prompts]
             colours = judge.colours if judge is not None else ()
             prompts = [asked(text, known, colours) for text in texts]
-            chosen = prompts[: settings.negative_prompts]
-            needed = [*texts, *(text for kind in negative.KINDS for text in negative.negatives(chosen, kind))]
+            needed = [*texts, *(negative.texts(prompts[: settings.negative_prompts], known, colours) if judge else [])]
             cache, sources = _prepare(request.model, subject.facts, folder, needed, out, settings, device, report)
             held_out = _held_out(cache, sources, settings)
         if len(held_out) < 2 or len(prompts) < 2:
