@@ -114,6 +114,23 @@ def test_a_killed_probe_goes_on_after_its_finished_sections_and_finds_the_same(
     assert rows == [dataclasses.asdict(one) for one in read_result(whole).measures]
 
 
+def test_an_adapter_is_probed_with_its_model(
+    run: Callable[..., Any], done: Path, tiny_model_dir: Path, plain: Path, trained: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "adapted"
+    words = ["--adapter", f"{trained}:0.5", "--data", plain, "--out", out, "--dtype", "fp32", "--guidance", "1"]
+    result = run("probe", tiny_model_dir, *words, "--quick", "--prompts", 2, "--steps", "1,2", "--seed", 1)
+    assert result.code == 0, result.err
+    found, base = read_result(out), read_result(done)
+    [row] = found.model["adapters"]
+    assert (row["name"], row["weight"]) == ("adapter.safetensors", 0.5)
+    assert found.model["sha256"] == base.model["sha256"]
+    gap = found.find("step_gap", steps=1, against=2)
+    assert gap is not None and gap.unit == "latents, RMS"  # no judge here
+    assert not any(one.name in ("accuracy", "distance", "best_guidance") for one in found.measures)
+    assert {one.at["what"] for one in found.measures if one.name == "negative"} == {"velocity"}
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

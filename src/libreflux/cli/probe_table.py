@@ -20,8 +20,8 @@ def print_table(result: Result, console: Console | None = None) -> None:
     table.add_column("value [95 % interval]", justify="right", no_wrap=True)
     table.add_column("theory", justify="right")
     table.add_column("unit")
-    before = ""
-    for one in result.measures:
+    before, order = "", list(dict.fromkeys(one.name for one in result.measures))
+    for one in sorted(result.measures, key=lambda one: order.index(one.name)):
         if before and one.name != before:
             table.add_section()
         before = one.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,27 +15,23 @@ import torch
 
 from libreflux.adapter.files import AdapterFile, attach_file
 from libreflux.cli.adapters import adapted_facts, load_arguments, notice_other_base
+from libreflux.cli.probe_data import ProbeData
 from libreflux.cli.progress import progress
-from libreflux.data.cache import Cache
-from libreflux.data.crops import View, bucket_step
-from libreflux.data.held_out import HeldOut
-from libreflux.data.prepare import Sources, prepare
-from libreflux.errors import DataError, ModelError, RunError
+from libreflux.errors import RunError
 from libreflux.files import lock, sha256_file
 from libreflux.model.device import pick_device
 from libreflux.model.facts import Facts
 from libreflux.model.family import open_model, weights_hash
 from libreflux.model.locate import EMOJI, locate
 from libreflux.model.text import check_padding
-from libreflux.probe import negative, padding
+from libreflux.probe import padding
 from libreflux.probe import run as probe_run
 from libreflux.probe.bench import Bench, PaddingTexts
 from libreflux.probe.judges import Judge, load_judge
 from libreflux.probe.results import Result
 from libreflux.probe.section import Section
 from libreflux.probe.settings import LARGE, LARGE_QUICK, QUICK, Settings, digest, own_guidance, rungs
-from libreflux.probe.subjects import Asked, asked, read_seen
-from libreflux.recipe import DataSource
+from libreflux.probe.subjects import read_seen
 from libreflux.sample.metadata import versions
 
 DTYPES = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -92,7 +89,10 @@ def run(request: Request) -> tuple[Path, Result]:
     judge = None if judge_file is None else load_judge(judge_file)
     settings = _settings(request, subject, judge_file)
     with lock(out), contextlib.ExitStack() as bars:
-        data = _Data.make(request, subject, settings, judge, out, device)
+        data = ProbeData.make(
+            subject.name, subject.facts, subject.family, request.data,
+            settings=settings, judge=judge, out=out, device=device,
+        )  # fmt: skip
         settings = data.settings
 
         def open_bench(todo: Sequence[Section]) -> Bench:
@@ -101,7 +101,7 @@ def run(request: Request) -> tuple[Path, Result]:
 
         result = probe_run.probe(
             out, open_bench, model=subject.as_json(), settings=settings, asked=data.asked, versions=versions(),
-            progress=bars.enter_context(progress("probing", "pass")),
+            progress=bars.enter_context(progress("probing", "evaluation")),
         )  # fmt: skip
     return out, result
 
@@ -150,13 +150,7 @@ def _settings(request: Request, subject: _Subject, judge_file: Path | None) -> S
     changed |= {"own_guidance": own, "diversity_guidance": tuple(sorted({1.0, own}))}
     changed |= dict(request.chosen) | {"seed": request.seed, "dtype": request.dtype}
     settings = Settings(**changed, judge=None if judge_file is None else sha256_file(judge_file))
-    return _replace(settings, rungs=rungs(subject.facts, settings.sigmas), seen=_seen(request, subject))
-
-
-def _replace(settings: Settings, **changed: Any) -> Settings:
-    import dataclasses
-
-    return dataclasses.replace(settings, **changed)
+    return dataclasses.replace(settings, rungs=rungs(subject.facts, settings.sigmas), seen=_seen(request, subject))
 
 
 def _seen(request: Request, subject: _Subject) -> tuple[str, ...] | None:
@@ -166,85 +160,7 @@ def _seen(request: Request, subject: _Subject) -> tuple[str, ...] | None:
     return tuple(map(str, told)) if isinstance(told, list) and told else None
 
 
-@dataclass(frozen=True)
-class _Data:
-    """Pictures and prompts, encoded."""
-
-    settings: Settings
-    held_out: HeldOut
-    cache: Cache
-    asked: list[Asked]
-    captions: list[str]
-    subjects: tuple[str, ...]
-
-    @staticmethod
-    def make(
-        request: Request, subject: _Subject, settings: Settings, judge: Judge | None, out: Path, device: torch.device
-    ) -> _Data:
-        known = tuple(judge.subjects) if judge is not None else ()
-        folder, texts = request.data, None
-        if folder is None:
-            folder, texts, known = _family_data(subject, settings, out)
-        known = tuple(dict.fromkeys([*known, *(settings.seen or ())]))
-        with progress("preparing", "item") as report:
-            cache, sources = _prepare(request.model, subject.facts, folder, (), out, settings, device, report)
-            held_out = _held_out(cache, sources, settings)
-            captions = [text for part in held_out.batches(settings.batch) for text in part.captions]
-            texts = texts or list(dict.fromkeys(captions))[: settings.prompts]
-            colours = judge.colours if judge is not None else ()
-            prompts = [asked(text, known, colours) for text in texts]
-            needed = [*texts, *(negative.texts(prompts[: settings.negative_prompts], known, colours) if judge else [])]
-            cache, sources = _prepare(request.model, subject.facts, folder, needed, out, settings, device, report)
-            held_out = _held_out(cache, sources, settings)
-        if len(held_out) < 2 or len(prompts) < 2:
-            raise DataError("fewer than two pictures or captions", where=folder, mend="give more of them")
-        origin = (folder.name if request.data else "emoji", digest([held_out.sample_ids, captions, texts]))
-        counted = _replace(settings, data=origin, pictures=len(held_out), prompts=len(prompts))
-        return _Data(counted, held_out, cache, prompts, captions, known)
-
-
-def _family_data(subject: _Subject, settings: Settings, out: Path) -> tuple[Path, list[str], tuple[str, ...]]:
-    if not subject.family:
-        mend = "name a folder of captioned pictures that it was not trained on"
-        raise ModelError("is not of the emoji family, whose pictures we have", where="--data", mend=mend)
-    from libreflux.emoji import held_out
-
-    folder = held_out.write_held_out(out / "data" / f"emoji-{settings.pictures}", settings.pictures)
-    return folder, held_out.prompts(settings.prompts), held_out.subject_names()
-
-
-def _prepare(
-    model: str,
-    facts: Facts,
-    folder: Path,
-    prompts: Sequence[str],
-    out: Path,
-    settings: Settings,
-    device: torch.device,
-    report: Any,
-) -> tuple[Cache, Sources]:
-    return prepare(
-        model,
-        [DataSource(path=str(folder), caption_dropout=0.0)],
-        views=[_view(settings)],
-        text_padding=facts.text_padding,
-        out=out / "cache",
-        prompts=prompts,
-        device=str(device),
-        max_tokens=facts.max_tokens,
-        progress=report,
-    )
-
-
-def _view(settings: Settings) -> View:
-    return View("centre", settings.resolution, bucket_step(settings.resolution))
-
-
-def _held_out(cache: Cache, sources: Sources, settings: Settings) -> HeldOut:
-    return HeldOut(cache, sources, view=_view(settings), count=settings.pictures)
-
-
-def _padding_texts(subject: _Subject, data: _Data, device: torch.device) -> PaddingTexts:
+def _padding_texts(subject: _Subject, data: ProbeData, device: torch.device) -> PaddingTexts:
     encoders = open_model(subject.name, parts=("text",), dtype=torch.float32, device=device).text
     assert encoders is not None
     return padding.encode(encoders, subject.facts, data.captions, data.settings)
@@ -253,7 +169,7 @@ def _padding_texts(subject: _Subject, data: _Data, device: torch.device) -> Padd
 def _open(
     request: Request,
     subject: _Subject,
-    data: _Data,
+    data: ProbeData,
     judge: Judge | None,
     out: Path,
     device: torch.device,

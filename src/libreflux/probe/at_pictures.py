@@ -12,7 +12,7 @@ from libreflux.probe.bench import Bench
 from libreflux.probe.bootstrap import mean, measured, ratio, root_ratio
 from libreflux.probe.drawing import mean_square
 from libreflux.probe.measures import Moments, Velocity, moments
-from libreflux.probe.results import Measure
+from libreflux.probe.results import Coordinate, Measure
 from libreflux.probe.section import Found, Plan, Section
 from libreflux.probe.settings import Settings
 from libreflux.probe.subjects import Asked
@@ -67,11 +67,11 @@ def measures_of(
     count, seed, rows = len(caption), settings.seed, list[Measure]()
     for column, sigma in enumerate(caption.sigmas):
         for text, side in (("caption", caption), ("empty", empty)):
-            at = {"sigma": sigma, "text": text}
+            at: dict[str, Coordinate] = {"sigma": sigma, "text": text}
             rows += measured("loss", at, mean(side.error[:, column]), count, groups, seed=seed, unit="MSE")
             slope = ratio(side.cross[:, column], side.power[:, column])
             rows += measured("slope", at, slope, count, groups, seed=seed, reference=1.0)
-        at_sigma = {"sigma": sigma}
+        at_sigma: dict[str, Coordinate] = {"sigma": sigma}
         gain = mean(empty.error[:, column] - caption.error[:, column])
         rows += measured("prompt_gain", at_sigma, gain, count, groups, seed=seed, unit="MSE")
         relative = root_ratio(response[:, column], caption.power[:, column])

@@ -85,5 +85,7 @@ def kernel_replicates(features: Tensor, reference: Tensor, weights: np.ndarray) 
     own = _kernel(a, a).fill_diagonal_(0).numpy()
     across = _kernel(a, b).mean(dim=1).numpy()
     pairs = 1 - np.square(weights).sum(axis=1)
-    inner = np.einsum("ri,ij,rj->r", weights, own, weights, optimize=True) / pairs
+    inner = np.einsum("ri,ij,rj->r", weights, own, weights, optimize=True)
+    # A resample of one picture alone has no pair.
+    inner = np.divide(inner, pairs, out=np.full_like(inner, np.nan), where=pairs > 1e-9)
     return inner + float(_off_diagonal_mean(_kernel(b, b))) - 2 * weights @ across

@@ -11,7 +11,7 @@ from torch import Tensor
 from libreflux.probe.bench import Bench
 from libreflux.probe.bootstrap import mean, measured
 from libreflux.probe.drawing import Wanted
-from libreflux.probe.results import Measure
+from libreflux.probe.results import Coordinate, Measure
 from libreflux.probe.section import SEED_STRIDE, Found, Plan, Section
 from libreflux.probe.settings import Settings
 from libreflux.probe.subjects import Asked
@@ -43,7 +43,7 @@ def measure(bench: Bench) -> Found:
             spaces["features"] = verdict.features
         for kind, points in spaces.items():
             apart = mean_pairwise(points.unflatten(0, (len(chosen), settings.diversity_seeds)))
-            at = {"guidance": scale, "kind": kind}
+            at: dict[str, Coordinate] = {"guidance": scale, "kind": kind}
             unit = f"{'judge features' if kind == 'features' else kind}, RMS"
             rows += measured("diversity", at, mean(apart), len(chosen), groups, seed=settings.seed, unit=unit)
         shown = range(min(settings.shown, len(chosen)) * settings.diversity_seeds)

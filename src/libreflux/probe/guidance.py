@@ -11,7 +11,7 @@ from libreflux.probe.bootstrap import Groups, Statistic, mean, measured
 from libreflux.probe.distances import frechet_replicates, kernel_replicates
 from libreflux.probe.drawing import Wanted
 from libreflux.probe.looks import Look, accuracies
-from libreflux.probe.results import Measure
+from libreflux.probe.results import Coordinate, Measure
 from libreflux.probe.section import Found, Plan, Section, prompted
 from libreflux.probe.settings import Settings
 from libreflux.probe.subjects import Asked
@@ -73,7 +73,7 @@ def judged(bench: Bench, looks: Mapping[float, Look], groups: Groups) -> list[Me
     for scale, each in right.items():
         for what, values in each.items():
             if np.isfinite(values).any():
-                at = {"guidance": scale, "what": what}
+                at: dict[str, Coordinate] = {"guidance": scale, "what": what}
                 rows += measured("accuracy", at, mean(values), count, groups, seed=seed, unit="share")
     distances = distance_rows(bench, looks, groups)
     rows += distances

@@ -41,7 +41,8 @@ class Look:
                 torch.cat([getattr(one, name) for one in verdicts]) for name in ("subjects", "colours", "features")
             )
             merged = Verdict(*columns)
-        return Look(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("clipped", "std")), merged)
+        clipped, std = (np.concatenate([getattr(part, name) for part in parts]) for name in ("clipped", "std"))
+        return Look(clipped, std, merged)
 
     def index(self, rows: Sequence[int]) -> Look:
         """The pictures at these positions."""
@@ -52,8 +53,10 @@ class Look:
 
 
 @torch.no_grad()
-def look_at(latents: Tensor, vae: AutoencoderKL, judge: Judge | None, batch: int = 16) -> Look:
+def look_at(latents: Tensor, vae: AutoencoderKL, judge: Judge | None) -> Look:
     """Decodes latents [N, C, h, w] and looks at the pictures."""
+    # The VAE's activations are large: 16 pictures of 128 pixels at once, one of 512 or more.
+    batch = max(1, 16 * 16 * 16 // (latents.shape[-1] * latents.shape[-2]))
     return Look.cat([_look(latents[start : start + batch], vae, judge) for start in range(0, len(latents), batch)])
 
 

@@ -19,7 +19,7 @@ from libreflux.probe.bootstrap import measured, root_ratio
 from libreflux.probe.drawing import mean_square
 from libreflux.probe.held_out import model_velocity
 from libreflux.probe.measures import Velocity, paired_noise
-from libreflux.probe.results import Measure
+from libreflux.probe.results import Coordinate, Measure
 from libreflux.probe.section import Found, Plan, Section
 from libreflux.probe.settings import Settings
 from libreflux.probe.subjects import Asked
@@ -101,7 +101,7 @@ def measure(bench: Bench) -> Found:
         compared["padding_batch", bench.facts.text_padding, 0] = differ(own[min(own)], beside)
     rows, everyone = list[Measure](), {"all": np.arange(len(ids))}
     for (name, padding, tokens), found in compared.items():
-        at = {"padding": padding, "tokens": tokens} if name == "padding" else {}
+        at: dict[str, Coordinate] = {"padding": padding, "tokens": tokens} if name == "padding" else {}
         theory = 0.0 if bench.facts.text_padding == padding == "drop" else None
         rows += measured(
             name, at, root_ratio(*found), len(ids), everyone, seed=settings.seed, reference=theory, unit="of ‖v‖"

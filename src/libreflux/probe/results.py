@@ -60,10 +60,10 @@ class Measure:
     @staticmethod
     def from_json(row: Mapping[str, Any]) -> Measure:
         """The inverse of `as_json`."""
-        numbers = {name: _number(row[name]) for name in ("value", "low", "high")}
-        replicates = [_number(value) for value in row["replicates"]]
+        numbers: dict[str, Any] = {name: _number(row[name]) for name in ("value", "low", "high")}
+        numbers["replicates"] = [_number(value) for value in row["replicates"]]
         kept = {name: row[name] for name in ("name", "at", "subset", "reference", "unit")}
-        return Measure(**kept, **numbers, replicates=replicates)
+        return Measure(**kept, **numbers)
 
 
 @dataclass(frozen=True, kw_only=True)

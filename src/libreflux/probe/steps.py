@@ -10,7 +10,7 @@ from libreflux.probe.bench import Bench
 from libreflux.probe.bootstrap import mean, measured, ratio
 from libreflux.probe.drawing import Wanted
 from libreflux.probe.looks import Look, accuracies
-from libreflux.probe.results import Measure
+from libreflux.probe.results import Coordinate, Measure
 from libreflux.probe.section import Found, Plan, Section, prompted
 from libreflux.probe.settings import Settings
 from libreflux.probe.subjects import Asked
@@ -43,7 +43,7 @@ def measure(bench: Bench) -> Found:
         for steps, each in wanted.items():
             for what, right in accuracies(bench.look(each), bench.judge, asked).items():
                 if np.isfinite(right).any():
-                    place = {"steps": steps, "guidance": settings.own_guidance, "what": what}
+                    place: dict[str, Coordinate] = {"steps": steps, "guidance": settings.own_guidance, "what": what}
                     rows += measured("accuracy", place, mean(right), count, groups, seed=seed, unit="share")
     path = bench.drawn(_unguided(settings, asked))
     bent = ratio((path.energy - path.length).clamp_min(0).numpy(), path.length.numpy())
