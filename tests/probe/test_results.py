@@ -13,6 +13,8 @@ from libreflux import keyed
 from libreflux.errors import DataError
 from libreflux.probe.bootstrap import REPLICATES, mean, measured, ratio, root_ratio
 from libreflux.probe.results import Measure, Picture, Result, read_result, write_result
+from libreflux.probe.run import read_section, section_file, write_section
+from libreflux.probe.section import Found
 from libreflux.probe.subjects import asked, find_subject, groups
 
 EVERYONE = {"all": np.arange(40)}
@@ -52,6 +54,22 @@ def test_replicates_of_two_models_are_paired_and_depend_on_the_count_alone() -> 
     [seen] = measured("a", {}, mean(VALUES), 40, part, seed=0)  # one unit has no interval
     [alone] = measured("a", {}, mean(VALUES[30:]), 10, {"seen": np.arange(10)}, seed=0)
     assert seen.value == pytest.approx(VALUES[30:].mean()) and seen.replicates == pytest.approx(alone.replicates)
+
+
+def test_a_section_is_kept_until_anything_of_it_is_another(tmp_path: Path) -> None:
+    [row] = measured("a", {"sigma": 0.5}, mean(VALUES), 40, EVERYONE, seed=0)
+    picture = Picture(file="pictures/a.png", at={}, purpose="steps")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / picture.file).write_bytes(b"")
+    write_section(tmp_path, "steps", "key", Found([row], [picture]), 2.5)
+    assert read_section(tmp_path, "steps", "key") == (Found([row], [picture]), 2.5)
+    assert read_section(tmp_path, "steps", "other key") is None and read_section(tmp_path, "guidance", "key") is None
+    text = section_file(tmp_path, "steps").read_text()
+    section_file(tmp_path, "steps").write_text(text[: len(text) // 2])
+    assert read_section(tmp_path, "steps", "key") is None
+    section_file(tmp_path, "steps").write_text(text)
+    (tmp_path / picture.file).unlink()
+    assert read_section(tmp_path, "steps", "key") is None
 
 
 def test_statistics() -> None:

@@ -74,7 +74,9 @@ class ProbeData:
             texts = texts or list(dict.fromkeys(captions))[: settings.prompts]
             colours = judge.colours if judge is not None else ()
             prompts = [asked(text, known, colours) for text in texts]
-            needed = [*texts, *(negative.texts(prompts[: settings.negative_prompts], known, colours) if judge else [])]
+            needed = [*texts]
+            if judge is not None:
+                needed += negative.texts(prompts[: settings.negative_prompts], judge.subjects, judge.colours)
             cache, sources = _prepare(model, facts, folder, needed, out, settings, device, report)
             held_out = _held_out(cache, sources, settings)
         if len(held_out) < 2 or len(prompts) < 2:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ from libreflux.probe.section import Section
 from libreflux.probe.settings import LARGE, LARGE_QUICK, QUICK, Settings, digest, own_guidance, rungs
 from libreflux.probe.subjects import read_seen
 from libreflux.sample.metadata import versions
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 LARGE_BYTES = 2_000_000_000
@@ -135,7 +138,10 @@ def _judge_file(request: Request, subject: _Subject) -> Path | None:
         return request.judge
     from libreflux.emoji.held_out import JUDGE
 
-    return JUDGE if JUDGE.is_file() else None
+    if JUDGE.is_file():
+        return JUDGE
+    logger.warning("this installation has no judge: accuracy and distances are not measured")
+    return None
 
 
 def _settings(request: Request, subject: _Subject, judge_file: Path | None) -> Settings:

@@ -48,7 +48,7 @@ class Settings:
     seed: int = 0
     sigmas: tuple[float, ...] = SIGMAS
     pictures: int = 192
-    prompts: int = 60
+    prompts: int = 50
     guidance: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
     draw_steps: int = 28
     steps: tuple[int, ...] = (4, 28, 50)
