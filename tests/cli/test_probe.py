@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from libreflux.probe.judges import Judge
 from libreflux.probe.results import read_result
@@ -82,6 +84,21 @@ def test_the_same_command_measures_nothing_again_and_other_settings_do(
     assert run(*command, "--seen", seen).code == 0
     assert {one.subset for one in read_result(done).measures} >= {"all", "seen"}
     assert all(path.stat().st_mtime_ns != before for path, before in files.items())
+
+
+def test_a_kept_picture_is_the_one_that_generate_draws(
+    run: Callable[..., Any], done: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    kept = [one for one in read_result(done).pictures if one.purpose == "negative" and "negative" in one.at]
+    chosen = [*kept[:1], *(one for one in read_result(done).pictures if one.at == {**one.at, "guidance": 1})][:2]
+    for number, one in enumerate(chosen):
+        at, out = one.at, tmp_path / f"{number}.png"
+        words = ["--model", tiny_model_dir, "--seed", at["seed"], "--steps", at["steps"], "--out", out]
+        words += ["--negative", at["negative"]] if "negative" in at else []
+        assert run("generate", at["prompt"], "--guidance", at["guidance"], *words).code == 0
+        ours, theirs = (np.asarray(Image.open(path), np.int64) for path in (done / one.file, out))
+        assert ours.std() > 1 and abs(ours - theirs).max() <= 2
+    assert len(chosen) == 2
 
 
 def captions(folder: Path) -> list[str]:

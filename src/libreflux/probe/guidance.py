@@ -86,7 +86,11 @@ def judged(bench: Bench, looks: Mapping[float, Look], groups: Groups) -> list[Me
 
 
 def distance_rows(bench: Bench, looks: Mapping[float, Look], groups: Groups) -> list[Measure]:
-    """Fréchet ("FD") and kernel ("KD") distance of a subset's drawn pictures to its held-out ones."""
+    """Fréchet ("FD") and kernel ("KD") distance of a subset's drawn pictures to its held-out ones.
+
+    Both compare models, and mean little alone. Few pictures raise FD, by the same amount for every model; KD is
+    unbiased for independent prompts, and falls below 0 where prompts repeat fewer subjects than chance would.
+    """
     captions, reference = bench.groups(bench.held_out_captions()), bench.held_out_look().verdict
     assert reference is not None
     rows = list[Measure]()
