@@ -22,7 +22,7 @@ def pixels(path: Path) -> np.ndarray:
 
 def test_version_and_help(run: Callable) -> None:
     assert run("--version").out.strip() == f"libreflux {libreflux.__version__}"
-    for verb in ("generate", "prepare", "train", "merge", "average", "demo-data"):
+    for verb in ("generate", "prepare", "train", "merge", "average", "probe", "demo-data"):
         assert verb in run().out
         assert "Usage" in run(verb, "--help").out
 

@@ -114,6 +114,7 @@ def prepare(
     text_cache: Literal["bf16", "int8", "none"] = "bf16",
     latents: Literal["mean", "sample"] = "mean",
     max_quarantined: float = 0.02,
+    max_tokens: int | None = None,
     part: Part = WHOLE,
     progress: Progress | None = None,
 ) -> tuple[Cache, Sources]:
@@ -132,6 +133,7 @@ def prepare(
             the conditioning of ``prompts`` alone.
         latents: "mean" of the posterior, or its standard deviation too, to "sample" from.
         max_quarantined: share of the pictures, in [0, 1], that may be unusable.
+        max_tokens: the most T5 tokens of a text; None: as many as the model reads once it is set free.
         part: (i, n): encode the i-th of n parts alone, from 0, into a folder of its own in ``out``.
         progress: called with (done, total, note), total counting checks and encodings alike.
 
@@ -148,7 +150,8 @@ def prepare(
     if out.exists() and not out.is_dir():
         raise DataError("is a file", where=out, mend="name a folder for the cache")
     check_padding(text_padding)
-    facts, folder = freed(family.open_model(model, parts=()).facts), family.locate(model)
+    folder = family.locate(model)
+    max_tokens = freed(family.open_model(model, parts=()).facts).max_tokens if max_tokens is None else max_tokens
     own = out if part == WHOLE else out / PARTS / f"{part[0]:04d}-of-{part[1]:04d}"
     memory = FileMemory(own, [each for each in index_folders(out) if each != own])
     bar = Bar(progress)
@@ -157,7 +160,7 @@ def prepare(
     settings: dict[str, Any] = {
         **encoder_digests(folder, memory),
         "text_padding": text_padding,
-        "max_tokens": facts.max_tokens,
+        "max_tokens": max_tokens,
         "precision": precision,
         "latents": LATENTS[latents],
         "text": "int8" if text_cache == "int8" else "bfloat16",
@@ -168,15 +171,15 @@ def prepare(
     if todo or not begun:
         _tell_enlarged(todo.crops)
         sizes = [crop.size for crop in todo.crops]
-        check_disk(folder, out, sizes, todo.texts, facts.max_tokens, text_cache, latents)
+        check_disk(folder, out, sizes, todo.texts, max_tokens, text_cache, latents)
         with writing(own, settings) as writer:
             todo = wanted.missing(_known(out, settings))  # another process may have written before our lock
             bar.expect(len(todo.crops) + len(todo.texts) + len(todo.counted))
             memory.save()
             opened = functools.partial(family.open_model, model, dtype=DTYPES[precision], device=device)
             encode_crops(todo.crops, opened, writer, bar)
-            encode_texts(todo.texts, text_padding, facts.max_tokens, opened, writer, bar)
-            count_tokens(todo.counted, facts.max_tokens, opened, writer, bar)
+            encode_texts(todo.texts, text_padding, max_tokens, opened, writer, bar)
+            count_tokens(todo.counted, max_tokens, opened, writer, bar)
     memory.save()
     return Cache(out), sources
 

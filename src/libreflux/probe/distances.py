@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,3 +52,40 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 def _off_diagonal_mean(square: Tensor) -> Tensor:
     count = len(square)
     return (square.sum() - square.trace()) / (count * (count - 1))
+
+
+def frechet_replicates(features: Tensor, reference: Tensor, weights: np.ndarray) -> np.ndarray:
+    """[R]: `frechet_distance` of features [N, D], weighed by [R, N] (rows that sum to 1), to a fixed reference [M, D].
+
+    The covariances of the features divide by 1 − Σ w², which is N − 1 over N for equal weights.
+    """
+    a, b = features.double(), reference.double()
+    mean_b, cov_b = b.mean(0), b.T.cov()
+    root, trace_b = _root(cov_b), cov_b.trace()
+    found = []
+    for row in torch.from_numpy(weights):
+        kept = row > 0
+        w, x = row[kept], a[kept]
+        mean = w @ x
+        scaled = (x - mean) * (w / (1 - w.square().sum())).sqrt()[:, None]
+        # tr (C_a C_b)^½ is the sum of singular values of A C_b^½, where C_a = AᵀA: the smaller Gram matrix has them.
+        turned = scaled @ root
+        gram = turned @ turned.T if len(turned) < turned.shape[1] else turned.T @ turned
+        cross = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().sum()
+        found.append(float((mean - mean_b).square().sum() + scaled.square().sum() + trace_b - 2 * cross))
+    return np.array(found)
+
+
+def kernel_replicates(features: Tensor, reference: Tensor, weights: np.ndarray) -> np.ndarray:
+    """[R]: `kernel_distance` of features [N, D], weighed by [R, N], to a fixed reference [M, D].
+
+    A picture that a resample holds twice is not compared with itself: that would bias the distance upwards.
+    """
+    a, b = features.double(), reference.double()
+    own = _kernel(a, a).fill_diagonal_(0).numpy()
+    across = _kernel(a, b).mean(dim=1).numpy()
+    pairs = 1 - np.square(weights).sum(axis=1)
+    inner = np.einsum("ri,ij,rj->r", weights, own, weights, optimize=True)
+    # A resample of one picture alone has no pair.
+    inner = np.divide(inner, pairs, out=np.full_like(inner, np.nan), where=pairs > 1e-9)
+    return inner + float(_off_diagonal_mean(_kernel(b, b))) - 2 * weights @ across

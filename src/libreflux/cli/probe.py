@@ -1,0 +1,98 @@
+"""`libreflux probe MODEL`: how free is it?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from libreflux.errors import RecipeError
+
+
+def probe(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model: a name, a folder or a hub id.", show_default=False)
+    ],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH[:WEIGHT]", help="Adapter file or run folder, put on the model; may be repeated."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of captioned pictures the model was not trained on. [default: the emoji family's]"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the result; continued. [default: out/probe/NAME]")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer pictures, scales and steps: a first look.")] = False,
+    pictures: Annotated[int | None, typer.Option(min=2, help="Held-out pictures, at most.")] = None,
+    prompts: Annotated[int | None, typer.Option(min=2, help="Prompts to draw, at most.")] = None,
+    guidance: Annotated[
+        str | None, typer.Option(metavar="G,G,...", help="Guidance scales to draw at. [default: 1,2,3,4,6,8]")
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Steps: the first against the others. [default: 4,28,50]")
+    ] = None,
+    seen: Annotated[
+        Path | None, typer.Option(help="Subjects the model was trained on, one a line; default: what it says itself.")
+    ] = None,
+    judge: Annotated[
+        Path | None, typer.Option(help="Judge of subjects and colours. [default: the emoji family's own]")
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=16, help="Side of the pictures in pixels; default: the model's.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Pictures per forward pass; by the model's size.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of noise, pictures and intervals.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Weights: stored, fp32 or bf16.")] = "stored",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")] = False,
+) -> None:
+    """Measure how free a model is: loss, calibration, guidance, steps, diversity, padding and negative prompts.
+
+    Interrupted, the same command goes on after the last finished measure.
+    """
+    if resolution is not None and resolution % 16:
+        mend = f"use {max(16, round(resolution / 16) * 16)}"
+        raise RecipeError(f"{resolution} is not a multiple of 16", where="--resolution", mend=mend)
+    if dtype not in ("stored", "fp32", "bf16"):
+        raise RecipeError(f"{dtype!r} is no precision", where="--dtype", mend="use stored, fp32 or bf16")
+    scales = _numbers("--guidance", guidance, least=0.0)
+    counts = _numbers("--steps", steps, least=1.0, whole=True)
+    chosen = {
+        "pictures": pictures, "prompts": prompts, "batch": batch, "resolution": resolution,
+        "guidance": scales, "steps": counts and tuple(map(int, counts)),
+    }  # fmt: skip
+
+    from libreflux.cli.probe_table import print_table
+    from libreflux.cli.probing import Request, run
+
+    request = Request(
+        model=model, adapters=adapter or [], data=data, out=out, quick=quick, seen=seen, judge=judge, seed=seed,
+        dtype=dtype, device=device, chosen={key: value for key, value in chosen.items() if value is not None},
+    )  # fmt: skip
+    folder, result = run(request)
+    if json:
+        typer.echo((folder / "probe.json").read_text(encoding="utf-8"), nl=False)
+    else:
+        print_table(result)
+        typer.echo(f"{folder / 'probe.json'}, measured in {result.seconds:.0f} s")
+
+
+def _numbers(where: str, text: str | None, *, least: float, whole: bool = False) -> tuple[float, ...] | None:
+    """Distinct numbers from "1,2,3".
+
+    Raises:
+        RecipeError: no such list.
+    """
+    if text is None:
+        return None
+    mend = f"write {'4,28,50' if whole else '1,2,4'}"
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise RecipeError(f"{text!r} is no list of numbers", where=where, mend=mend) from None
+    if not all(least <= value < 1e4 and (not whole or value.is_integer()) for value in values):
+        raise RecipeError(f"{text!r} has a value out of range", where=where, mend=mend)
+    if len(set(values)) < len(values):
+        raise RecipeError(f"{text!r} has a value twice", where=where, mend=mend)
+    return values

@@ -1,0 +1,127 @@
+"""What a model is probed with: held-out pictures and prompts, from a folder or from the emoji family."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from libreflux.cli.progress import progress
+from libreflux.data.cache import Cache
+from libreflux.data.crops import View, bucket_step
+from libreflux.data.held_out import HeldOut
+from libreflux.data.prepare import Sources, prepare
+from libreflux.errors import DataError, ModelError
+from libreflux.model.facts import Facts
+from libreflux.probe import negative
+from libreflux.probe.judges import Judge
+from libreflux.probe.settings import Settings, digest
+from libreflux.probe.subjects import Asked, asked
+from libreflux.recipe import DataSource
+
+
+@dataclass(frozen=True)
+class ProbeData:
+    """Held-out pictures and prompts, encoded, before any transformer is loaded.
+
+    Attributes:
+        settings: with what is known now: digests, how many pictures and prompts there are.
+        held_out: the pictures.
+        cache: holds their latents and every text.
+        asked: the prompts to draw.
+        captions: of the pictures.
+        subjects: every known subject's name.
+    """
+
+    settings: Settings
+    held_out: HeldOut
+    cache: Cache
+    asked: list[Asked]
+    captions: list[str]
+    subjects: tuple[str, ...]
+
+    @staticmethod
+    def make(
+        model: str,
+        facts: Facts,
+        family: bool,
+        data: Path | None,
+        *,
+        settings: Settings,
+        judge: Judge | None,
+        out: Path,
+        device: torch.device,
+    ) -> ProbeData:
+        """Reads and encodes what is not encoded yet; `data` None is the emoji family's own.
+
+        Raises:
+            ModelError: no data for a model that is not of the `family`.
+            DataError: fewer than two pictures or captions, or whatever `prepare` refuses.
+        """
+        known = tuple(judge.subjects) if judge is not None else ()
+        folder, texts = data, None
+        if folder is None:
+            folder, texts, known = _family_data(family, settings, out)
+        known = tuple(dict.fromkeys([*known, *(settings.seen or ())]))
+        with progress("preparing", "item") as report:
+            cache, sources = _prepare(model, facts, folder, (), out, settings, device, report)
+            held_out = _held_out(cache, sources, settings)
+            captions = [text for part in held_out.batches(settings.batch) for text in part.captions]
+            texts = texts or list(dict.fromkeys(captions))[: settings.prompts]
+            colours = judge.colours if judge is not None else ()
+            prompts = [asked(text, known, colours) for text in texts]
+            needed = [*texts]
+            if judge is not None:
+                needed += negative.texts(prompts[: settings.negative_prompts], judge.subjects, judge.colours)
+            cache, sources = _prepare(model, facts, folder, needed, out, settings, device, report)
+            held_out = _held_out(cache, sources, settings)
+        if len(held_out) < 2 or len(prompts) < 2:
+            raise DataError("fewer than two pictures or captions", where=folder, mend="give more of them")
+        origin = (folder.name if data else "emoji", digest([held_out.sample_ids, captions, texts]))
+        counted = dataclasses.replace(settings, data=origin, pictures=len(held_out), prompts=len(prompts))
+        return ProbeData(counted, held_out, cache, prompts, captions, known)
+
+
+def _family_data(family: bool, settings: Settings, out: Path) -> tuple[Path, list[str], tuple[str, ...]]:
+    if not family:
+        mend = "name a folder of captioned pictures that it was not trained on"
+        raise ModelError("is not of the emoji family, whose pictures we have", where="--data", mend=mend)
+    from libreflux.emoji import held_out
+
+    folder = held_out.write_held_out(out / "data" / f"emoji-{settings.pictures}", settings.pictures)
+    return folder, held_out.prompts(settings.prompts), held_out.subject_names()
+
+
+def _prepare(
+    model: str,
+    facts: Facts,
+    folder: Path,
+    prompts: Sequence[str],
+    out: Path,
+    settings: Settings,
+    device: torch.device,
+    report: Any,
+) -> tuple[Cache, Sources]:
+    return prepare(
+        model,
+        [DataSource(path=str(folder), caption_dropout=0.0)],
+        views=[_view(settings)],
+        text_padding=facts.text_padding,
+        out=out / "cache",
+        prompts=prompts,
+        device=str(device),
+        max_tokens=facts.max_tokens,
+        progress=report,
+    )
+
+
+def _view(settings: Settings) -> View:
+    return View("centre", settings.resolution, bucket_step(settings.resolution))
+
+
+def _held_out(cache: Cache, sources: Sources, settings: Settings) -> HeldOut:
+    return HeldOut(cache, sources, view=_view(settings), count=settings.pictures)

@@ -1,0 +1,53 @@
+"""A probe's result on a terminal: one row a measure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+from libreflux.probe.results import Coordinate, Measure, Result
+
+
+def print_table(result: Result, console: Console | None = None) -> None:
+    """Prints every measure with its interval; intervals hold 95 %."""
+    table = Table(title=f"{result.model['name']}: how free is it?", title_justify="left")
+    subsets = len({one.subset for one in result.measures}) > 1
+    for column in ("measure", "at", *(["subset"] if subsets else [])):
+        table.add_column(column)
+    table.add_column("value [95 % interval]", justify="right", no_wrap=True)
+    table.add_column("theory", justify="right")
+    table.add_column("unit")
+    before, order = "", list(dict.fromkeys(one.name for one in result.measures))
+    for one in sorted(result.measures, key=lambda one: order.index(one.name)):
+        if before and one.name != before:
+            table.add_section()
+        before = one.name
+        theory = "" if one.reference is None else f"{one.reference:g}"
+        subset = [one.subset] if subsets else []
+        table.add_row(one.name, place(one.at), *subset, figure(one), theory, one.unit)
+    # Elsewhere than on a terminal nothing is cut to fit.
+    console = console or Console()
+    console = console if console.is_terminal else Console(file=console.file, width=160)
+    console.print(table, markup=False)
+
+
+def place(at: Mapping[str, Coordinate]) -> str:
+    """{"sigma": 0.5, "text": "caption"} as "sigma 0.5, caption"."""
+    return ", ".join(f"{key} {value:g}" if isinstance(value, int | float) else str(value) for key, value in at.items())
+
+
+def figure(one: Measure) -> str:
+    """The value with its interval, to as many digits as matter."""
+    if not math.isfinite(one.value):
+        return "none" if one.name == "saturation_guidance" else "not finite"
+    value, low, high = (_short(number) for number in (one.value, one.low, one.high))
+    return f"{value} [{low}, {high}]"
+
+
+def _short(number: float) -> str:
+    if not math.isfinite(number):
+        return "–"
+    return f"{number:.4g}" if abs(number) < 1e-3 and number else f"{number:.3f}"

@@ -1,0 +1,204 @@
+"""What `probe` does between its arguments and its table: pictures, prompts, text, model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from libreflux.adapter.files import AdapterFile, attach_file
+from libreflux.cli.adapters import adapted_facts, load_arguments, notice_other_base
+from libreflux.cli.probe_data import ProbeData
+from libreflux.cli.progress import progress
+from libreflux.errors import RunError
+from libreflux.files import lock, sha256_file
+from libreflux.model.device import pick_device
+from libreflux.model.facts import Facts
+from libreflux.model.family import open_model, weights_hash
+from libreflux.model.locate import EMOJI, locate
+from libreflux.model.text import check_padding
+from libreflux.probe import padding
+from libreflux.probe import run as probe_run
+from libreflux.probe.bench import Bench, PaddingTexts
+from libreflux.probe.judges import Judge, load_judge
+from libreflux.probe.results import Result
+from libreflux.probe.section import Section
+from libreflux.probe.settings import LARGE, LARGE_QUICK, QUICK, Settings, digest, own_guidance, rungs
+from libreflux.probe.subjects import read_seen
+from libreflux.sample.metadata import versions
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}
+LARGE_BYTES = 2_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The arguments of the verb; `chosen` are settings that the user named."""
+
+    model: str
+    adapters: Sequence[str] = ()
+    data: Path | None = None
+    out: Path | None = None
+    quick: bool = False
+    seen: Path | None = None
+    judge: Path | None = None
+    seed: int = 0
+    dtype: str = "stored"
+    device: str = "auto"
+    chosen: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The model, before its weights are loaded."""
+
+    name: str
+    folder: Path
+    facts: Facts
+    sha256: str
+    files: list[tuple[AdapterFile, float]]
+    family: bool
+
+    def as_json(self) -> dict[str, Any]:
+        rows = [{"name": Path(f.where).name, "sha256": f.sha256, "weight": weight} for f, weight in self.files]
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "adapters": rows,
+            "steps": self.facts.steps,
+            "guidance": self.facts.guidance,
+            "text_padding": self.facts.text_padding,
+        }
+
+
+def run(request: Request) -> tuple[Path, Result]:
+    """Does what the verb was asked for; returns the result's folder and the result."""
+    device = pick_device(request.device)
+    subject = _subject(request)
+    out = request.out or Path("out/probe") / _slug(subject)
+    if out.exists() and not out.is_dir():
+        raise RunError("is a file", where=out, mend="name a folder with --out")
+    judge_file = _judge_file(request, subject)
+    judge = None if judge_file is None else load_judge(judge_file)
+    settings = _settings(request, subject, judge_file)
+    with lock(out), contextlib.ExitStack() as bars:
+        data = ProbeData.make(
+            subject.name, subject.facts, subject.family, request.data,
+            settings=settings, judge=judge, out=out, device=device,
+        )  # fmt: skip
+        settings = data.settings
+
+        def open_bench(todo: Sequence[Section]) -> Bench:
+            texts = _padding_texts(subject, data, device) if padding.SECTION in todo else {}
+            return _open(request, subject, data, judge, out, device, texts)
+
+        result = probe_run.probe(
+            out, open_bench, model=subject.as_json(), settings=settings, asked=data.asked, versions=versions(),
+            progress=bars.enter_context(progress("probing", "evaluation")),
+        )  # fmt: skip
+    return out, result
+
+
+def _subject(request: Request) -> _Subject:
+    files = load_arguments(request.adapters)
+    facts = adapted_facts(open_model(request.model, parts=()).facts, files)
+    check_padding(facts.text_padding)
+    folder = locate(request.model)
+    sha256 = weights_hash(folder)
+    notice_other_base(sha256, files)
+    return _Subject(request.model, folder, facts, sha256, files, _is_family(request.model, folder))
+
+
+def _is_family(name: str, folder: Path) -> bool:
+    """Whether a model draws in the emoji family's latents: it has the very VAE."""
+    if name in EMOJI:
+        return True
+    here, ours = (sorted((each / "vae").glob("*.safetensors")) for each in (folder, locate(EMOJI[0])))
+    sizes = [[file.stat().st_size for file in files] for files in (here, ours)]
+    return sizes[0] == sizes[1] and [sha256_file(f) for f in here] == [sha256_file(f) for f in ours]
+
+
+def _slug(subject: _Subject) -> str:
+    names = [Path(subject.name).name, *(Path(file.where).resolve().parent.name for file, _ in subject.files)]
+    return re.sub(r"[^\w.+-]+", "-", "+".join(names)).strip(".-") or "model"
+
+
+def _judge_file(request: Request, subject: _Subject) -> Path | None:
+    if request.judge is not None or request.data is not None or not subject.family:
+        return request.judge
+    from libreflux.emoji.held_out import JUDGE
+
+    if JUDGE.is_file():
+        return JUDGE
+    logger.warning("this installation has no judge: accuracy and distances are not measured")
+    return None
+
+
+def _settings(request: Request, subject: _Subject, judge_file: Path | None) -> Settings:
+    files = (subject.folder / "transformer").glob("*.safetensors")
+    large = sum(file.stat().st_size for file in files) > LARGE_BYTES
+    changed: dict[str, Any] = {**(QUICK if request.quick else {}), **(LARGE if large else {})}
+    changed |= LARGE_QUICK if large and request.quick else {}
+    if "resolution" not in request.chosen:
+        config = json.loads((subject.folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        changed["resolution"] = max(16, int(config.get("sample_size", 1024)) // 16 * 16)
+    own = own_guidance(subject.facts)
+    changed |= {"own_guidance": own, "diversity_guidance": tuple(sorted({1.0, own}))}
+    changed |= dict(request.chosen) | {"seed": request.seed, "dtype": request.dtype}
+    settings = Settings(**changed, judge=None if judge_file is None else sha256_file(judge_file))
+    return dataclasses.replace(settings, rungs=rungs(subject.facts, settings.sigmas), seen=_seen(request, subject))
+
+
+def _seen(request: Request, subject: _Subject) -> tuple[str, ...] | None:
+    if request.seen is not None:
+        return read_seen(request.seen)
+    told = subject.facts.lineage.get("trained_subjects")
+    return tuple(map(str, told)) if isinstance(told, list) and told else None
+
+
+def _padding_texts(subject: _Subject, data: ProbeData, device: torch.device) -> PaddingTexts:
+    encoders = open_model(subject.name, parts=("text",), dtype=torch.float32, device=device).text
+    assert encoders is not None
+    return padding.encode(encoders, subject.facts, data.captions, data.settings)
+
+
+def _open(
+    request: Request,
+    subject: _Subject,
+    data: ProbeData,
+    judge: Judge | None,
+    out: Path,
+    device: torch.device,
+    padding_texts: PaddingTexts,
+) -> Bench:
+    opened = open_model(request.model, parts=("transformer",), dtype=DTYPES[request.dtype], device=device)
+    # In fp32, as the pipeline has it: it is small beside the transformer.
+    vae = open_model(request.model, parts=("vae",), dtype=torch.float32, device=device).vae
+    assert opened.transformer is not None and vae is not None
+    for file, weight in subject.files:
+        attach_file(opened.transformer, file, weight)
+    deciding = [subject.as_json() | {"name": ""}, data.settings.resolution, data.settings.dtype, data.settings.batch]
+    return Bench(
+        transformer=opened.transformer.eval(),
+        vae=vae,
+        facts=subject.facts,
+        settings=data.settings,
+        held_out=data.held_out,
+        asked=data.asked,
+        texts=data.cache.text,
+        out=out,
+        identity=digest(deciding),
+        subjects=data.subjects,
+        padding_texts=padding_texts,
+        judge=judge,
+    )

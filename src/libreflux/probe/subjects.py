@@ -1,0 +1,62 @@
+"""What a prompt asks for, read from its words, and which subjects a model has been trained on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from libreflux.errors import DataError
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt and what it names, None for what it does not."""
+
+    text: str
+    subject: str | None = None
+    colour: str | None = None
+
+
+def asked(text: str, subjects: Collection[str], colours: Collection[str]) -> Asked:
+    """Reads "a red apple on blue": a colour after the last "on", the longest known subject before it."""
+    before, _, after = text.rpartition(" on ")
+    colour = after.strip() if before and after.strip() in colours else None
+    return Asked(text, find_subject(before if colour else text, subjects), colour)
+
+
+def find_subject(text: str, subjects: Collection[str]) -> str | None:
+    """The longest of these names that a text contains as whole words; of equals the first said."""
+    found = [(-len(name), match.start(), name) for name in subjects if (match := _said(name, text))]
+    return min(found)[2] if found else None
+
+
+def _said(name: str, text: str) -> re.Match[str] | None:
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.IGNORECASE)
+
+
+def groups(named: Sequence[str | None], seen: Collection[str] | None) -> dict[str, np.ndarray]:
+    """Subsets "all" and, where it is known what was trained on, "seen", "unseen"; units without a subject aside."""
+    found = {"all": np.arange(len(named))}
+    if seen is not None:
+        found["seen"] = np.array([i for i, name in enumerate(named) if name in seen], np.int64)
+        found["unseen"] = np.array([i for i, name in enumerate(named) if name and name not in seen], np.int64)
+    return found
+
+
+def read_seen(path: Path) -> tuple[str, ...]:
+    """Subjects of a text file, one a line.
+
+    Raises:
+        DataError: unreadable or empty.
+    """
+    try:
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot be read ({error})", where=path, mend="write one subject a line, in UTF-8") from None
+    if not names:
+        raise DataError("names no subject", where=path, mend="write one subject a line")
+    return names

@@ -1,0 +1,168 @@
+"""`libreflux probe`, as a user runs it: a tiny model, a folder of pictures, a real process killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from libreflux.probe.judges import Judge
+from libreflux.probe.results import read_result
+
+SMALL = ["--quick", "--prompts", 3, "--guidance", "1,3", "--steps", "2,4"]
+SECTIONS = ["pictures", "guidance", "steps", "diversity", "padding", "negative"]
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+
+    from libreflux.emoji import compose
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("judge") / "judge.safetensors"
+    Judge([subject.name for subject in compose.subjects()], list(compose.COLOURS)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of one subject: compose.write_folder with no pair, its short captions alone."""
+    from libreflux.emoji import compose
+
+    folder = tmp_path_factory.mktemp("probed") / "plain"
+    folder.mkdir()
+    for index in range(5):
+        what = compose.scene(5, index, pairs=0.0)
+        compose.render(what).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(compose.short_caption(what))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(run: Callable[..., Any], tiny_model_dir: Path, plain: Path, judge: Path, tmp_path_factory: Any) -> Path:
+    out: Path = tmp_path_factory.mktemp("probe") / "out"
+    result = run("probe", tiny_model_dir, "--data", plain, "--judge", judge, "--out", out, *SMALL)
+    assert result.code == 0, result.err
+    assert "slope" in result.out and "sigma 0.9, caption" in result.out and str(out / "probe.json") in result.out
+    return out
+
+
+def test_all_seven_measures_are_there_with_intervals_and_pictures(done: Path) -> None:
+    result = read_result(done)
+    names = {one.name for one in result.measures}
+    assert names >= {"loss", "slope", "prompt_gain", "guidance_response", "clipped", "latents_std", "accuracy"}
+    assert names >= {"distance", "step_gap", "straightness", "diversity", "padding", "padding_batch", "negative"}
+    assert {one.at["what"] for one in result.measures if one.name == "negative"} == {"velocity", "colour", "subject"}
+    assert all(len(one.replicates) == 200 for one in result.measures)
+    assert all(one.value == 0 for one in result.measures if one.name == "padding" and one.at["padding"] == "drop")
+    assert {one.purpose for one in result.pictures} == {"guidance", "steps", "seeds", "negative"}
+    assert all((done / one.file).is_file() for one in result.pictures)
+    assert result.settings["rungs"] == [0.25, 0.5] and result.settings["pictures"] == 5
+    json.dumps(result.as_json(), allow_nan=False)
+
+
+def test_the_same_command_measures_nothing_again_and_other_settings_do(
+    run: Callable[..., Any], done: Path, tiny_model_dir: Path, plain: Path, judge: Path, tmp_path: Path
+) -> None:
+    files = {path: path.stat().st_mtime_ns for path in (done / "sections").iterdir()}
+    command = ["probe", tiny_model_dir, "--data", plain, "--judge", judge, "--out", done, *SMALL]
+    again = run(*command, "--json")
+    assert json.loads(again.out) == json.loads((done / "probe.json").read_text())
+    assert {path: path.stat().st_mtime_ns for path in (done / "sections").iterdir()} == files
+    seen = tmp_path / "seen.txt"
+    seen.write_text("\n".join(find.split(" on ")[0].split(" ", 1)[1] for find in captions(plain)[:3]))
+    assert run(*command, "--seen", seen).code == 0
+    assert {one.subset for one in read_result(done).measures} >= {"all", "seen"}
+    assert all(path.stat().st_mtime_ns != before for path, before in files.items())
+
+
+def test_a_kept_picture_is_the_one_that_generate_draws(
+    run: Callable[..., Any], done: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    kept = [one for one in read_result(done).pictures if one.purpose == "negative" and "negative" in one.at]
+    chosen = [*kept[:1], *(one for one in read_result(done).pictures if one.at == {**one.at, "guidance": 1})][:2]
+    for number, one in enumerate(chosen):
+        at, out = one.at, tmp_path / f"{number}.png"
+        words = ["--model", tiny_model_dir, "--seed", at["seed"], "--steps", at["steps"], "--out", out]
+        words += ["--negative", at["negative"]] if "negative" in at else []
+        assert run("generate", at["prompt"], "--guidance", at["guidance"], *words).code == 0
+        ours, theirs = (np.asarray(Image.open(path), np.int64) for path in (done / one.file, out))
+        assert ours.std() > 1 and abs(ours - theirs).max() <= 2
+    assert len(chosen) == 2
+
+
+def captions(folder: Path) -> list[str]:
+    return [path.read_text() for path in sorted(folder.glob("*.txt"))]
+
+
+def test_a_killed_probe_goes_on_after_its_finished_sections_and_finds_the_same(
+    done: Path, tiny_model_dir: Path, plain: Path, judge: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    words = ["probe", tiny_model_dir, "--data", plain, "--judge", judge, "--out", out, *SMALL]
+    command = [sys.executable, "-m", "libreflux", *map(str, words)]
+    first = out / "sections" / "guidance.json"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not first.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    assert first.is_file(), process.communicate()[1]
+    process.wait()
+    assert not (out / "probe.json").exists()
+    before = first.stat().st_mtime_ns
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    assert first.stat().st_mtime_ns == before
+    rows = [dataclasses.asdict(one) for one in read_result(out).measures]
+    whole = tmp_path / "whole"
+    subprocess.run(
+        [*command[: -len(SMALL) - 1], str(whole), *map(str, SMALL)], check=True, capture_output=True, timeout=120
+    )
+    assert rows == [dataclasses.asdict(one) for one in read_result(whole).measures]
+
+
+def test_an_adapter_is_probed_with_its_model(
+    run: Callable[..., Any], done: Path, tiny_model_dir: Path, plain: Path, trained: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "adapted"
+    words = ["--adapter", f"{trained}:0.5", "--data", plain, "--out", out, "--dtype", "fp32", "--guidance", "1"]
+    result = run("probe", tiny_model_dir, *words, "--quick", "--prompts", 2, "--steps", "1,2", "--seed", 1)
+    assert result.code == 0, result.err
+    found, base = read_result(out), read_result(done)
+    [row] = found.model["adapters"]
+    assert (row["name"], row["weight"]) == ("adapter.safetensors", 0.5)
+    assert found.model["sha256"] == base.model["sha256"]
+    gap = found.find("step_gap", steps=1, against=2)
+    assert gap is not None and gap.unit == "latents, RMS"  # no judge here
+    assert not any(one.name in ("accuracy", "distance", "best_guidance") for one in found.measures)
+    assert {one.at["what"] for one in found.measures if one.name == "negative"} == {"velocity"}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--guidance", "1,x"], "no list of numbers"),
+        (["--guidance", "3,3"], "twice"),
+        (["--steps", "4,2.5"], "out of range"),
+        (["--resolution", "40"], "multiple of 16"),
+        (["--dtype", "fp8"], "no precision"),
+        ([], "not of the emoji family"),
+        (["--data", "nowhere"], "no such folder"),
+        (["--judge", "nowhere"], "no such judge"),
+    ],
+)
+def test_mistakes_are_one_line(
+    run: Callable[..., Any], tiny_model_dir: Path, tmp_path: Path, words: Any, told: str
+) -> None:
+    result = run("probe", tiny_model_dir, "--out", tmp_path / "out", *words)
+    assert result.code == 2 and told in result.err and len(result.err.strip().splitlines()) == 1
