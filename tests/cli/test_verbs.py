@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 import libreflux
+from libreflux.model.family import quantise_folder
 from libreflux.sample.metadata import read_origin
 
 
@@ -193,7 +195,9 @@ def test_an_interrupted_run_exits_as_signalled_and_resumes_to_the_same_bytes(
     assert (tmp_path / "o" / "adapter.safetensors").read_bytes() == trained.read_bytes()
 
 
-def test_merging_equals_attaching(run: Callable, tiny_model_dir: Path, trained: Path, tmp_path: Path) -> None:
+def test_merging_equals_attaching(
+    run: Callable, tiny_model_dir: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     merged = run("merge", tiny_model_dir, f"{trained}:0.5", "--out", tmp_path / "merged")
     assert merged.code == 0, merged.err
     facts = json.loads((tmp_path / "merged" / "libreflux.json").read_text())
@@ -208,6 +212,17 @@ def test_merging_equals_attaching(run: Callable, tiny_model_dir: Path, trained: 
     moved = np.abs(pixels(tmp_path / "attached.png") - pixels(tmp_path / "base.png"))
     assert apart.max() <= 1
     assert moved.max() > 1
+    int8 = quantise_folder(tiny_model_dir, tmp_path / "int8")
+    of_int8 = run("merge", int8, f"{trained}:0.5", "--out", tmp_path / "of-int8")
+    assert of_int8.code == 0 and "stored in int8" in caplog.text
+    one, other = (
+        load_file(tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors")
+        for name in ("merged", "of-int8")
+    )
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        apart_by = (other[name].float() - weight.float()).abs().max()
+        assert apart_by <= weight.float().abs().max() / 127, name
     again = run("merge", tiny_model_dir, trained, "--out", tmp_path / "merged")
     assert again.code == 2 and "already exists" in again.err
 

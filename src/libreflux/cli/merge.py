@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from libreflux.errors import RunError
+
+logger = logging.getLogger(__name__)
 
 
 def merge(
@@ -25,16 +28,24 @@ def merge(
     if out.exists():
         raise RunError("already exists", where=out, mend="choose another name or remove it")
 
+    import torch
+
     from libreflux.adapter.merge import merge_many
     from libreflux.cli.adapters import adapted_facts, load_arguments, notice_other_base
     from libreflux.model.family import open_model, save_model, weights_hash
+    from libreflux.model.int8 import dequantise_model
 
     files = load_arguments(adapters)
     base = open_model(model, parts=("transformer",))
     assert base.transformer is not None and base.path is not None
     base_hash = weights_hash(base.path)
     notice_other_base(base_hash, files)
+    dtype = base.transformer.dtype
+    if was_int8 := dequantise_model(base.transformer, torch.float32):
+        logger.warning("%s is stored in int8: the new model is in %s", model, str(dtype).removeprefix("torch."))
     changed = merge_many(base.transformer, files)
+    for name in was_int8:
+        base.transformer.get_submodule(name).to(dtype)
     lineage: dict[str, Any] = {
         "base": model,
         "base_sha256": base_hash,

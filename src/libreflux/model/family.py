@@ -21,7 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from libreflux.errors import LibrefluxError, ModelError
 from libreflux.files import atomic_write_json, sha256_file, staged_dir
 from libreflux.model.facts import Facts, find_facts, read_facts, write_facts
-from libreflux.model.int8 import int8_layers
+from libreflux.model.int8 import dequantise_model, int8_layers
 from libreflux.model.int8_files import METHOD, empty_int8, load_int8, stored_as, stream_int8, write_int8
 from libreflux.model.locate import PARTS, locate
 from libreflux.model.text import TextEncoders
@@ -93,11 +93,12 @@ def open_model(
         name: see `locate`.
         parts: any of "transformer", "vae", "text".
         dtype: of the weights, in an int8 transformer of those that are not int8; None keeps what is stored.
-        quantise: True: the transformer in int8, quantised tensor by tensor if it is stored otherwise; None: as stored.
+        quantise: True: the transformer in int8, quantised tensor by tensor if it is stored otherwise; False: dense,
+            scale * q where it is stored in int8; None: as stored.
         device: where to.
 
     Raises:
-        ModelError: no such model, a part of another kind, a damaged one, or an int8 one when `quantise` is False.
+        ModelError: no such model, a part of another kind, or a damaged one.
     """
     if unknown := set(parts) - set(ALL):
         raise ValueError(f"unknown parts {sorted(unknown)}, wanted some of {ALL}")
@@ -117,8 +118,6 @@ def open_model(
             "guidance_embeds in libreflux.json is not the transformer's", where=path, mend="correct the file"
         )
     in_int8 = stored_as(config, path) == METHOD
-    if in_int8 and quantise is False:
-        raise ModelError("is stored in int8", where=path, mend="use it as such (base: int8), or use its bf16 weights")
     with _quiet():
         if (path / "scheduler").is_dir():
             with _part(path / "scheduler"):
@@ -126,6 +125,8 @@ def open_model(
         if "transformer" in parts and (in_int8 or quantise):
             with _part(path / "transformer"):
                 model.transformer = load_int8(path / "transformer", dtype=dtype, device=device)
+                if quantise is False:
+                    dequantise_model(model.transformer, model.transformer.dtype)
         elif "transformer" in parts:
             model.transformer = _diffusers_part(FluxTransformer2DModel, path / "transformer", dtype).to(device)
         if "vae" in parts:
@@ -172,9 +173,11 @@ def quantise_folder(name: str | Path, out: Path) -> Path:
         ModelError: no such model, a damaged one, or one that is quantised already.
         RunError: `out` exists.
     """
-    model = open_model(name, parts=(), quantise=False)
+    model = open_model(name, parts=())
     assert model.path is not None
     source = model.path / "transformer"
+    if stored_as(_json(source / "config.json"), source) == METHOD:
+        raise ModelError("is stored in int8", where=source, mend="use it as it is")
     with _part(source):
         empty = empty_int8(source)
     with staged_dir(Path(out)) as staging:

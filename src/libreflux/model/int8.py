@@ -184,6 +184,29 @@ def quantise_model(transformer: nn.Module) -> list[str]:
     return int8_layers(transformer)
 
 
+def dequantise_model(transformer: nn.Module, dtype: torch.dtype) -> list[str]:
+    """Put plain linears, frozen, in the place of a transformer's int8 ones, one by one.
+
+    Args:
+        transformer: FLUX's; its config no longer says that it is int8.
+        dtype: of the new weights and biases.
+
+    Returns:
+        Names of the layers that were int8.
+    """
+    names = int8_layers(transformer)
+    for name in names:
+        path, _, child = name.rpartition(".")
+        old = transformer.get_submodule(name)
+        assert isinstance(old, Int8Linear)
+        made = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
+        made.weight = nn.Parameter(dequantise(old.weight, old.scale, torch.float32).to(dtype), requires_grad=False)
+        if old.bias is not None:
+            made.bias = nn.Parameter(old.bias.to(dtype), requires_grad=False)
+        setattr(transformer.get_submodule(path), child, made)
+    return names
+
+
 def int8_layers(transformer: nn.Module) -> list[str]:
     """Names of the int8 linears of a transformer, in its order; none for a plain one."""
     return [name for name, module in transformer.named_modules() if isinstance(module, Int8Linear)]

@@ -46,7 +46,8 @@ def stored_as(config: Mapping[str, Any], where: object) -> str | None:
 
 def empty_int8(folder: Path) -> FluxTransformer2DModel:
     """The transformer that a folder's config.json describes, its block linears int8, on the meta device."""
-    config = FluxTransformer2DModel.load_config(folder)
+    config = {**FluxTransformer2DModel.load_config(folder)}
+    config.pop("quantization_config", None)  # of the files, not of the model: that may be dense later
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(config)
     quantise_model(transformer)

@@ -183,7 +183,7 @@ def plan_layers(recipe: Recipe) -> plan.Plan:
     """The layers that a recipe adapts, from the model's configuration alone: no weight is loaded.
 
     Raises:
-        ModelError: no such model, or one stored in int8 under another `base`.
+        ModelError: no such model.
         RecipeError: a guidance-embedded model without `guidance`, or `guidance` for any other; a student's steps on
             a ladder that depends on the picture's size.
         AdapterError: a pattern that matches nothing, or a file that does not fit; see `adapter.plan`.
