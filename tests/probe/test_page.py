@@ -71,6 +71,7 @@ class Page(HTMLParser):
 
 def model(folder: Path, name: str, excess: float) -> Result:
     units = 0.1 * keyed.rng(0, "units").standard_normal(UNITS)
+    units -= units.mean()
     rows: list[Measure] = []
 
     def add(name: str, level: float, at: dict[str, Any], reference: float | None = None) -> None:

@@ -19,8 +19,8 @@ Told = tuple[float, float, float, str]
 
 def headlines(results: Sequence[Result], labels: Sequence[str], freedom: Sequence[FreedomRow] = ()) -> list[str]:
     """Sentences as HTML, the plainest first; a measure that not all models have is left out."""
-    found = [*_guidance(results, labels), *_steps(results, labels), *_velocity(results, labels)]
-    found += [*_diversity(results, labels), *_freedom(freedom)]
+    found = [*_freedom(freedom), *_guidance(results, labels), *_steps(results, labels)]
+    found += [*_velocity(results, labels), *_diversity(results, labels)]
     return [one for one in found if one]
 
 
@@ -29,15 +29,17 @@ def _guidance(results: Sequence[Result], labels: Sequence[str]) -> Iterator[str]
     if scale is None:
         return
     real = results[0].find("held_out_clipped")
-    beside = f" In real pictures it is {percent(real.value)}." if real else ""
+    beside = f"; in real pictures it is {percent(real.value)}" if real else ""
     yield _sentence(
-        f"Pushed to follow the prompt (guidance {scale:g}), this share of all colour values is burnt, "
-        "too dark or too bright to be shown:",
-        labels, [_told(one.find("clipped", guidance=scale)) for one in results], percent, beside,
+        "Burnt colours.",
+        f"Share of colour values that are too dark or too bright to be shown, where the model is pushed to follow the "
+        f"prompt (guidance {scale:g}{beside}):",
+        labels, [_told(one.find("clipped", guidance=scale)) for one in results], percent,
     )  # fmt: skip
     yield _sentence(
-        "At the same guidance, the subject and the background are what the prompt asked for in",
-        labels, [_told(one.find("accuracy", guidance=scale, what="both")) for one in results], percent, " of pictures.",
+        "Right pictures.",
+        f"Share whose subject and background are what the prompt asked for, at guidance {scale:g}:",
+        labels, [_told(one.find("accuracy", guidance=scale, what="both")) for one in results], percent,
     )  # fmt: skip
 
 
@@ -57,9 +59,9 @@ def _steps(results: Sequence[Result], labels: Sequence[str]) -> Iterator[str]:
         for one, scale in zip(results, own, strict=True)
     ]
     yield _sentence(
-        f"In {counts[0]} steps, which is what distilled models are made for, and at each model's own guidance, "
-        "the pictures are right in",
-        labels, found, percent, " of cases.",
+        "Few steps.",
+        f"Share of right pictures in only {counts[0]} steps, what distilled models are made for:",
+        labels, found, percent,
     )  # fmt: skip
 
 
@@ -68,15 +70,17 @@ def _velocity(results: Sequence[Result], labels: Sequence[str]) -> Iterator[str]
     if all(slopes):
         worst = [max(rows, key=lambda row: abs(row.value - 1)) for rows in slopes]
         yield _sentence(
-            "Shown a noisy picture and asked which way is clean, a calibrated model answers with strength 1; "
-            "below 1 it exaggerates. Where each is furthest off:",
-            labels, [_told(row, f"at noise level {row.at['sigma']:g}") for row in worst], _two, "",
+            "Calibration.",
+            "Shown a noisy picture and asked which way is clean, a free model's answer is neither too strong nor too "
+            "weak: 1. Below 1 it exaggerates. Where each is furthest off:",
+            labels, [_told(row, f"at noise level {row.at['sigma']:g}") for row in worst], _two,
         )  # fmt: skip
     losses = [_by_sigma(one, "loss") for one in results]
     if all(losses):
         yield _sentence(
-            "Its mean error on pictures that it has never seen, over all noise levels (less is better):",
-            labels, [_mean(rows) for rows in losses], _three, "",
+            "Error.",
+            "The mean over all noise levels on pictures that were kept out of training (less is better):",
+            labels, [_mean(rows) for rows in losses], _three,
         )  # fmt: skip
 
 
@@ -96,8 +100,8 @@ def _diversity(results: Sequence[Result], labels: Sequence[str]) -> Iterator[str
     for kind in ("features", "latents"):
         found = [_told(one.find("diversity", guidance=1.0, kind=kind)) for one in results]
         if all(found):
-            intro = "Without guidance, pictures of one prompt from different seeds differ by (more is more varied):"
-            yield _sentence(intro, labels, found, _two, "")
+            intro = "How far pictures of one prompt from different seeds are apart, without guidance:"
+            yield _sentence("Variety.", intro, labels, found, _two)
             return
 
 
@@ -115,7 +119,8 @@ def _freedom(rows: Sequence[FreedomRow]) -> Iterator[str]:
             where = f" at guidance {LOOKED_AT:g}" if row.name == "accuracy" else ""
             parts.append(f"<b>{told} by {named[row.name]}{where}")
     if parts:
-        yield f"Of the way from the distilled model to the reference, so much is made good: {'; '.join(parts)}."
+        intro = "Of the way from the distilled model to the reference, so much has been made good:"
+        yield f"<b>Freedom.</b> {intro} {'; '.join(parts)}."
 
 
 def _told(row: Measure | None, remark: str = "") -> Told | None:
@@ -123,7 +128,7 @@ def _told(row: Measure | None, remark: str = "") -> Told | None:
 
 
 def _sentence(
-    intro: str, labels: Sequence[str], found: Sequence[Told | None], write: Callable[[float], str], end: str
+    lead: str, intro: str, labels: Sequence[str], found: Sequence[Told | None], write: Callable[[float], str]
 ) -> str:
     parts = []
     for label, told in zip(labels, found, strict=True):
@@ -133,7 +138,7 @@ def _sentence(
         more = f" {remark}" if remark else ""
         interval = f'<span class="faint">[{write(low)}, {write(high)}]</span>'
         parts.append(f"{escape(label)} <b>{write(value)}</b>{escape(more)} {interval}")
-    return f"{escape(intro)} {', '.join(parts)}{escape(end) or '.'}"
+    return f"<b>{escape(lead)}</b> {escape(intro)} {', '.join(parts)}."
 
 
 def percent(value: float) -> str:

@@ -24,12 +24,16 @@ pre { background: var(--box); padding: .8rem; overflow-x: auto; font-size: .85re
 table { border-collapse: collapse; } th { text-align: left; font-weight: 600; }
 td, th { padding: .2rem .9rem .2rem 0; vertical-align: top; }
 .scroll { overflow-x: auto; } .numbers { font-size: .85rem; } .numbers td { border-top: 1px solid var(--line); }
+.numbers td:nth-child(2) { min-width: 9rem; }
 .numbers td.n, .numbers th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .faint, figcaption small { color: var(--faint); font-size: .85rem; }
 .found { padding-left: 1.1rem; } .found li { margin: .5rem 0; } .found b { font-variant-numeric: tabular-nums; }
-.pictures { border-spacing: 4px; border-collapse: separate; width: 100%; table-layout: fixed; max-width: 46rem; }
+.grids { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 0 1.6rem; }
+.grids > div { break-inside: avoid; }
+.pictures { border-spacing: 4px; border-collapse: separate; table-layout: fixed; }
+.pictures td, .pictures th { width: 6.2rem; }
 .pictures td, .pictures th { padding: 0; font-size: .82rem; line-height: 1.25; }
-.pictures th:first-child { width: 7.5rem; padding-right: .4rem; vertical-align: middle; }
+.pictures th:first-child { width: 6.5rem; padding-right: .4rem; vertical-align: middle; }
 .pictures img { width: 100%; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1.2rem; }
 figure { margin: 0; break-inside: avoid; } figcaption { font-weight: 600; }
@@ -42,8 +46,8 @@ circle { fill: var(--c); } circle.hollow { fill: var(--paper); stroke: var(--c);
 .key { width: 30px; height: 10px; margin-right: .35rem; vertical-align: middle; }
 details { border-top: 1px solid var(--line); padding: .4rem 0; } summary { cursor: pointer; }
 .look img { width: 11%; margin-right: .4rem; display: inline-block; }
-@media (max-width: 40rem) { .pictures th:first-child { width: 4.6rem; }
-  .pictures td, .pictures th { font-size: .72rem; } }
+@media (max-width: 40rem) { .pictures th:first-child { width: 5.2rem; }
+  .pictures { width: 100%; } .pictures td, .pictures th { font-size: .72rem; } }
 @media print { body { margin: 0; max-width: none; font-size: 11pt; } tr { break-inside: avoid; }
   details::details-content { content-visibility: visible; block-size: auto; } }
 """
@@ -81,5 +85,5 @@ def jpeg(picture: Image.Image, side: int, quality: int) -> bytes:
     """JPEG with full colour resolution, its longer side at most `side` pixels."""
     held, small = io.BytesIO(), picture.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    small.save(held, "JPEG", quality=quality, subsampling=0, optimize=True)
+    small.save(held, "JPEG", quality=quality, subsampling=0)
     return held.getvalue()

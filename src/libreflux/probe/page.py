@@ -25,10 +25,10 @@ QUALITIES = ((256, 85), (192, 80), (160, 70), (128, 60), (96, 40), (64, 30))
 """Side in pixels and JPEG quality, the first at which all pictures are within `PICTURE_BYTES`."""
 WHAT_IT_IS = """
 <p>A text-to-image model turns noise into a picture, step by step. A <b>distilled</b> model has been trained to need
-very few steps, and pays for it: its answers are exaggerated, so that <b>guidance</b> (following the prompt more
-closely) burns its pictures, negative prompts do little, and it is hard to train further. To set it <b>free</b> is to
+very few steps, and pays for it: its answers are exaggerated, so that <b>guidance</b> (being pushed to follow the
+prompt) burns its pictures, negative prompts do little, and it is hard to train further. To set it <b>free</b> is to
 undo that. This page measures how much of it is there; every number is from pictures and prompts that are the same for
-all models, and the interval beside it holds 95 %.</p>"""
+all models, and the numbers in brackets are its 95 % interval.</p>"""
 
 
 def write_page(
@@ -95,7 +95,7 @@ def _pictures(results: Sequence[Result], names: Sequence[str]) -> str:
         return ""
     files = {file for grid in found for row in grid.rows for file in row if file is not None}
     sources = _embedded(files)
-    return "<h2>Seen</h2>" + "".join(_grid(grid, names, sources) for grid in found)
+    return f'<h2>Seen</h2><div class="grids">{"".join(_grid(grid, names, sources) for grid in found)}</div>'
 
 
 def _grid(grid: Grid, names: Sequence[str], sources: Mapping[Path, bytes]) -> str:
@@ -110,8 +110,8 @@ def _grid(grid: Grid, names: Sequence[str], sources: Mapping[Path, bytes]) -> st
         small = f'<br><span class="faint">{escape(remark)}</span>' if remark else ""
         lines.append(f"<tr><th>{escape(name)}{small}</th>{cells}</tr>")
     return (
-        f"<h3>{escape(grid.what)}: “{escape(grid.prompt)}”</h3>"
-        f'<table class="pictures"><tr><th></th>{heads}</tr>{"".join(lines)}</table>'
+        f"<div><h3>{escape(grid.what)}: “{escape(grid.prompt)}”</h3>"
+        f'<table class="pictures"><tr><th></th>{heads}</tr>{"".join(lines)}</table></div>'
     )
 
 
@@ -157,7 +157,9 @@ def _plots(results: Sequence[Result], names: Sequence[str]) -> str:
     if not any(drawn):
         return ""
     ladder = " Hollow marks: noise levels that a few-step model was trained on." if rungs else ""
-    return f'<h2>Measured</h2><p class="faint">Bands hold 95 %.{ladder}</p><div class="plots">{"".join(drawn)}</div>'
+    return (
+        f'<h2>Measured</h2><p class="faint">Bands: 95 % intervals.{ladder}</p><div class="plots">{"".join(drawn)}</div>'
+    )
 
 
 def _series(

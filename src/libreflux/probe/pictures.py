@@ -41,7 +41,7 @@ def grids(results: Sequence[Result]) -> list[Grid]:
     stepped = [_index(one, "steps", "steps") for one in results]
     plain = [_index(one, "seeds", "seed", guidance=1.0) for one in results]
     found = _grids("Guidance", guided, "guidance {:g}", none, PROMPTS, SCALES)
-    found += _grids("Few and many steps", stepped, "{:g} steps", own, PROMPTS)
+    found += _grids("Few and many steps", stepped, "{:g} steps", own, PROMPTS, columns=2)
     return found + _grids("Seeds, without guidance", plain, "seed {:g}", none, 1)
 
 
@@ -64,14 +64,20 @@ def _file(result: Result, picture: Picture) -> Path:
 
 
 def _grids(
-    what: str, tables: Sequence[Index], head: str, remarks: Sequence[str], prompts: int, wanted: Sequence[float] = ()
+    what: str,
+    tables: Sequence[Index],
+    head: str,
+    remarks: Sequence[str],
+    prompts: int,
+    wanted: Sequence[float] = (),
+    columns: int = COLUMNS,
 ) -> list[Grid]:
     shared = [key for key in tables[0] if all(key in table for table in tables)]
     found = []
     for prompt in list(dict.fromkeys(prompt for prompt, _ in shared))[:prompts]:
-        columns = [column for name, column in shared if name == prompt]
-        chosen = [column for column in columns if column in wanted]
-        columns = chosen if len(chosen) > 2 else columns[:COLUMNS]
-        rows = [[table.get((prompt, column)) for column in columns] for table in tables]
-        found.append(Grid(what, prompt, [head.format(column) for column in columns], remarks, rows))
+        there = [column for name, column in shared if name == prompt]
+        chosen = [column for column in there if column in wanted]
+        chosen = chosen if len(chosen) > 2 else there[:columns]
+        rows = [[table.get((prompt, column)) for column in chosen] for table in tables]
+        found.append(Grid(what, prompt, [head.format(column) for column in chosen], remarks, rows))
     return found
