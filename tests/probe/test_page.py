@@ -20,9 +20,10 @@ from libreflux.errors import DataError
 from libreflux.probe.bootstrap import mean, measured
 from libreflux.probe.freedom import freedom
 from libreflux.probe.headlines import headlines
+from libreflux.probe.html import STYLE
 from libreflux.probe.page import model_labels, write_page
 from libreflux.probe.plots import Series, lines
-from libreflux.probe.results import Measure, Picture, Result, read_result, write_result
+from libreflux.probe.results import Coordinate, Measure, Picture, Result, read_result, write_result
 
 UNITS = 40
 EVIL = '<script>alert("1 & 2")</script>'
@@ -95,7 +96,7 @@ def model(folder: Path, name: str, excess: float) -> Result:
         pixels = keyed.rng(index, name).integers(256, size=(300, 300, 3), dtype=np.uint8)
         (folder / "pictures").mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(folder / file)
-        at = {"prompt": EVIL, "guidance": scale, "steps": steps, "seed": 0}
+        at: dict[str, Coordinate] = {"prompt": EVIL, "guidance": scale, "steps": steps, "seed": 0}
         pictures.append(Picture(file=file, at=at, purpose=purpose))
     settings = {**SETTINGS, "rungs": SETTINGS["rungs"] if excess > 0.3 else []}
     told = {"name": name, "sha256": "ab" * 32, "adapters": [], "steps": 4}
@@ -126,13 +127,14 @@ def test_the_page_is_whole_self_contained_and_tells_all(results: list[Result], t
     assert "script" not in page.tags and EVIL in page.text and "<script" not in text
     assert not re.search(r"https?:|url\(|@import|//\w", re.sub(r'src="data:[^"]*"', "", text))
     assert len(page.images) == 3 * 6 and page.tags.count("figure") == 4
+    assert text.count("hollow") == 2 + STYLE.count("hollow")  # loss and slope of the few-step model, at its own rung
     for source in page.images:
         Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/jpeg;base64,")))).verify()
     assert path.stat().st_size <= 3_000_000  # of noise, which no codec makes small
     for word in ("dist & illed", "freed", "base", "FD-emoji", "no gap", "80 % [80, 80]"):
         assert word in page.text
     assert "FID" not in page.text
-    assert "dist & illed 25 %" in page.text and "freed 5.0 %" in page.text  # clipped at guidance 4
+    assert "dist & illed 25\u00a0%" in page.text and "freed 5.0\u00a0%" in page.text  # clipped at guidance 4
     again = write_page(results, tmp_path / "again.html", freedom=rows)
     assert again.name == "again.html" and again.read_bytes() == path.read_bytes()
 

@@ -115,7 +115,7 @@ def _freedom(rows: Sequence[FreedomRow]) -> Iterator[str]:
         else:
             chosen = row.name == "accuracy" and dict(row.at) == {"guidance": LOOKED_AT, "what": "both"}
         if whole and chosen:
-            told = f"{100 * row.share:.0f} %</b> [{100 * row.low:.0f}, {100 * row.high:.0f}]"
+            told = f"{100 * row.share:.0f}&nbsp;%</b> [{100 * row.low:.0f}, {100 * row.high:.0f}]"
             where = f" at guidance {LOOKED_AT:g}" if row.name == "accuracy" else ""
             parts.append(f"<b>{told} by {named[row.name]}{where}")
     if parts:
@@ -142,8 +142,8 @@ def _sentence(
 
 
 def percent(value: float) -> str:
-    """0.312 → "31 %", 0.0123 → "1.2 %"."""
-    return f"{100 * value:.0f} %" if abs(value) >= 0.1 or value == 0 else f"{100 * value:.1f} %"
+    """0.312 → "31 %", 0.0123 → "1.2 %", with a space that does not break."""
+    return f"{100 * value:.0f}\u00a0%" if abs(value) >= 0.1 or value == 0 else f"{100 * value:.1f}\u00a0%"
 
 
 def _two(value: float) -> str:

@@ -47,7 +47,7 @@ circle { fill: var(--c); } circle.hollow { fill: var(--paper); stroke: var(--c);
 details { border-top: 1px solid var(--line); padding: .4rem 0; } summary { cursor: pointer; }
 .look img { width: 11%; margin-right: .4rem; display: inline-block; }
 @media (max-width: 40rem) { .pictures th:first-child { width: 5.2rem; }
-  .pictures { width: 100%; } .pictures td, .pictures th { font-size: .72rem; } }
+  .pictures { width: 100%; } .pictures td, .pictures th { font-size: .72rem; width: auto; } }
 @media print { body { margin: 0; max-width: none; font-size: 11pt; } tr { break-inside: avoid; }
   details::details-content { content-visibility: visible; block-size: auto; } }
 """

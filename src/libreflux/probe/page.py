@@ -95,7 +95,7 @@ def _pictures(results: Sequence[Result], names: Sequence[str]) -> str:
         return ""
     files = {file for grid in found for row in grid.rows for file in row if file is not None}
     sources = _embedded(files)
-    return f'<h2>Seen</h2><div class="grids">{"".join(_grid(grid, names, sources) for grid in found)}</div>'
+    return f'<h2>Pictures</h2><div class="grids">{"".join(_grid(grid, names, sources) for grid in found)}</div>'
 
 
 def _grid(grid: Grid, names: Sequence[str], sources: Mapping[Path, bytes]) -> str:
@@ -133,17 +133,17 @@ def _embedded(files: set[Path]) -> dict[Path, bytes]:
 
 
 def _plots(results: Sequence[Result], names: Sequence[str]) -> str:
-    rungs = sorted({sigma for one in results for sigma in one.settings.get("rungs") or ()})
+    rungs = any(one.settings.get("rungs") for one in results)
     noise = "noise level sigma (0 picture, 1 noise)"
     by_sigma, by_scale = {"text": "caption"}, {"what": "both"}
     drawn = [
         plots.lines(
-            _series(results, names, "loss", "sigma", by_sigma, rungs),
+            _series(results, names, "loss", "sigma", by_sigma),
             title="Error on unseen pictures (lower is better)", x=noise, y="loss, MSE",
         ),
         plots.lines(
-            _series(results, names, "slope", "sigma", by_sigma, rungs),
-            title="Calibration (1 is right, below it the model exaggerates)", x=noise, y="slope k", level=1.0,
+            _series(results, names, "slope", "sigma", by_sigma),
+            title="Calibration (1 is right)", x=noise, y="slope k", level=1.0,
         ),
         plots.lines(
             _series(results, names, "accuracy", "guidance", by_scale),
@@ -156,10 +156,9 @@ def _plots(results: Sequence[Result], names: Sequence[str]) -> str:
     ]  # fmt: skip
     if not any(drawn):
         return ""
-    ladder = " Hollow marks: noise levels that a few-step model was trained on." if rungs else ""
-    return (
-        f'<h2>Measured</h2><p class="faint">Bands: 95 % intervals.{ladder}</p><div class="plots">{"".join(drawn)}</div>'
-    )
+    ladder = " Hollow marks: noise levels of a few-step model's own steps." if rungs else ""
+    note = f'<p class="faint">Bands: 95 % intervals.{ladder}</p>'
+    return f'<h2>By noise level and guidance</h2>{note}<div class="plots">{"".join(drawn)}</div>'
 
 
 def _series(
@@ -168,14 +167,13 @@ def _series(
     measure: str,
     along: str,
     rest: Mapping[str, str],
-    hollow: Sequence[float] = (),
 ) -> list[plots.Series]:
     found = []
     for index, (one, name) in enumerate(zip(results, names, strict=True)):
         rows = [row for row in one.measures if row.name == measure and row.subset == "all" and along in row.at]
         kept = [row for row in rows if {key: at for key, at in row.at.items() if key != along} == rest]
         points = sorted((float(row.at[along]), row.value, row.low, row.high) for row in kept)
-        found.append(plots.Series(name, index, points, hollow))
+        found.append(plots.Series(name, index, points, one.settings.get("rungs") or ()))
     return found
 
 
