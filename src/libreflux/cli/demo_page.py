@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
@@ -13,15 +12,8 @@ from PIL import Image
 from libreflux import __version__
 from libreflux.cli.progress import clock
 from libreflux.files import atomic_write_bytes, atomic_write_text
+from libreflux.probe.html import document, image
 from libreflux.sample.grid import sheet
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-img { max-width: 100%; height: auto; } pre { background: #f4f4f2; padding: .8rem; overflow-x: auto; font-size: .85rem; }
-table { border-collapse: collapse; } td, th { padding: .2rem .9rem .2rem 0; text-align: left; }
-.look img { width: 11%; margin-right: .4rem; } svg { background: #fafaf8; width: 100%; height: auto; }
-"""
 
 
 def write(
@@ -60,26 +52,22 @@ def write(
     for name, grid in grids.items():
         atomic_write_bytes(out / name, _png(grid))
     rows = "".join(f"<tr><td>{html.escape(what)}</td><td>{clock(took)}</td></tr>" for what, took in times.items())
-    looks = "".join(_img(path.read_bytes(), "a training picture") for path in examples)
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>libreflux demo</title><style>{STYLE}</style></head><body>
-<h1>A small FLUX learns a new look</h1>
+    looks = "".join(image(path.read_bytes(), "a training picture") for path in examples)
+    page = f"""<h1>A small FLUX learns a new look</h1>
 <p>The model <code>emoji-base</code> (13.4 M parameters, the architecture of FLUX.1) has only ever seen glossy emoji on
 plain colours. It was shown {len(losses)} batches of pencil drawings, and only a LoKr adapter was trained: the
 LibreFLUX recipe, on this computer. The captions name the subject and say "on white", never the pencil: the look itself
 is what it learnt. The adapter was then merged into a new model.</p>
 <h2>What it was shown</h2><p class="look">{looks}</p>
 <h2>Before and after, without guidance (1) and with classifier-free guidance (3, 6)</h2>
-{_img(_png(grids["grid.png"]), "prompts by model and guidance")}
+{image(_png(grids["grid.png"]), "prompts by model and guidance")}
 <p>Each row has one prompt and one seed, so left and right start from the same noise.</p>
 <h2>Loss</h2>{loss_curve(losses)}
 <h2>Time</h2><table>{rows}<tr><th>together</th><th>{clock(sum(times.values()))}</th></tr></table>
 <h2>The same by hand</h2><pre>{html.escape(chr(10).join(commands))}</pre>
 <h2>The recipe</h2><pre>{html.escape(recipe)}</pre>
-<p>libreflux {__version__}</p></body></html>
-"""
-    atomic_write_text(out / "index.html", page)
+<p>libreflux {__version__}</p>"""
+    atomic_write_text(out / "index.html", document("libreflux demo", page))
     return out / "index.html"
 
 
@@ -119,7 +107,3 @@ def _png(image: Image.Image) -> bytes:
     held = io.BytesIO()
     image.save(held, "PNG", optimize=True)
     return held.getvalue()
-
-
-def _img(png: bytes, alt: str) -> str:
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-
 from rich.console import Console
 from rich.table import Table
 
-from libreflux.probe.results import Coordinate, Measure, Result
+from libreflux.probe.results import Result
+from libreflux.probe.words import figure, place
 
 
 def print_table(result: Result, console: Console | None = None) -> None:
@@ -32,22 +30,3 @@ def print_table(result: Result, console: Console | None = None) -> None:
     console = console or Console()
     console = console if console.is_terminal else Console(file=console.file, width=160)
     console.print(table, markup=False)
-
-
-def place(at: Mapping[str, Coordinate]) -> str:
-    """{"sigma": 0.5, "text": "caption"} as "sigma 0.5, caption"."""
-    return ", ".join(f"{key} {value:g}" if isinstance(value, int | float) else str(value) for key, value in at.items())
-
-
-def figure(one: Measure) -> str:
-    """The value with its interval, to as many digits as matter."""
-    if not math.isfinite(one.value):
-        return "none" if one.name == "saturation_guidance" else "not finite"
-    value, low, high = (_short(number) for number in (one.value, one.low, one.high))
-    return f"{value} [{low}, {high}]"
-
-
-def _short(number: float) -> str:
-    if not math.isfinite(number):
-        return "–"
-    return f"{number:.4g}" if abs(number) < 1e-3 and number else f"{number:.3f}"

@@ -1,166 +1,221 @@
-"""Freedom: how much of what distillation changed a training has undone, measure by measure, with intervals."""
+"""Freedom: the share of the distance from a distilled model to a reference that a freed model has closed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
 from libreflux.errors import DataError
 from libreflux.probe.measures import CONFIDENCE
-from libreflux.probe.results import Measure, Result
+from libreflux.probe.results import Coordinate, Measure, Result
 
-OWN = ("own_guidance", "diversity_guidance", "rungs")
-"""Settings that follow the model: they may differ, and what is measured at different places is not compared."""
-AVERAGED = ("sigma",)
-"""Coordinates that a row may sum distances over."""
+BY_MODEL = ("own_guidance", "diversity_guidance", "rungs")
+"""Settings that follow from the model; all others must be alike."""
+OF_THE_DATA = ("held_out_clipped", "held_out_latents_std", "judge_ceiling")
+"""Measures that are the same for every model."""
+OVER_SIGMA = ("loss", "slope")
+ROUNDING = 1e-5
+"""Differences as small as this are fp32's, not the model's: padding that is masked leaves about 4e-7."""
+Place = tuple[str, tuple[tuple[str, Coordinate], ...], str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FreedomRow:
-    """One measure of three models.
+    """How much of the distance is closed by one measure.
 
     Attributes:
-        name, at, subset: of the measure; without "sigma" where the distances are summed over it.
-        distilled, freed: their values; of sums, the mean distances from the target.
-        target: the reference model's value, or theory's; None for sums.
-        freedom: share of the distance that is closed: 1 all of it, 0 none, below 0 further away than before; NaN where
-            there is no gap.
-        low, high: ends of the 95 % interval over paired replicates; NaN where there is no gap.
-        gap: whether the distilled model is clearly off the target: its interval leaves the target out.
-        beyond: the freed model is clearly on the other side of the target.
-        unit: of the values.
+        name, at, subset, unit: of the measure; at["sigma"] is "all", "on ladder" or "off ladder" for a mean over sigma.
+        distilled, freed, reference: its three values.
+        share: 1 all of the distance, 0 none, below 0 the distance has grown; NaN unless `verdict` is "gap".
+        low, high: ends of the share's 95 % interval.
+        verdict: "gap"; "no gap" where the distance is not clearly off zero; "unknown" where a number is not finite.
+        beyond: the freed model is clearly on the reference's other side (for a mean: at most sigmas).
     """
 
     name: str
-    at: tuple[tuple[str, str | float], ...]
+    at: Mapping[str, Coordinate]
     subset: str
+    unit: str
     distilled: float
     freed: float
-    target: float | None
-    freedom: float
+    reference: float
+    share: float
     low: float
     high: float
-    gap: bool
-    beyond: bool = False
-    unit: str = ""
+    verdict: str
+    beyond: bool
+
+    @property
+    def text(self) -> str:
+        """What a table says: "82 % [75, 88]", "no gap" or "unknown"."""
+        if self.verdict != "gap":
+            return self.verdict
+        beyond = ", beyond" if self.beyond else ""
+        return f"{100 * self.share:.0f} % [{100 * self.low:.0f}, {100 * self.high:.0f}]{beyond}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; what is not finite is null."""
+        rows = {**self.__dict__, "at": dict(self.at)}
+        return {key: None if isinstance(row, float) and not math.isfinite(row) else row for key, row in rows.items()}
 
 
 def freedom(freed: Result, distilled: Result, reference: Result | None = None) -> list[FreedomRow]:
-    """1 - |m_freed - m_target| / |m_distilled - m_target| for every measure that all results have.
+    """Freedom by every measure that all of these results have, and its means over sigma for loss and slope.
 
-    m_target is the reference model's value; without one, what theory says of a free model (slope 1, padding 0), and
-    only measures that have such a value are compared. Where a measure is at several sigmas, a row of the distances'
-    sums follows.
+    Args:
+        freed: the model in question.
+        distilled: what it was made from.
+        reference: a free model; None compares with what theory says, where it says something.
 
     Raises:
-        DataError: the results were measured with different settings.
+        DataError: results that were not measured alike.
     """
-    for other in (distilled, reference):
-        if other is not None:
-            _require_like(freed, other)
-    rows, groups = [], dict[tuple[object, ...], list[_Trio]]()
-    for one in freed.measures:
-        trio = _trio(one, distilled, reference)
-        if trio is None:
-            continue
-        rows.append(trio.row())
-        rest = {key: value for key, value in one.at.items() if key not in AVERAGED}
-        if len(rest) < len(one.at):
-            groups.setdefault((one.name, one.subset, *rest.items()), []).append(trio)
-    return rows + [_summed(trios) for trios in groups.values() if len(trios) > 1]
+    check_comparable([freed, distilled, *([] if reference is None else [reference])])
+    tables = [_by_place(one) for one in (freed, distilled)]
+    third = None if reference is None else _by_place(reference)
+    triples: dict[Place, _Triple] = {}
+    for place, one in tables[0].items():
+        other, target = tables[1].get(place), one.reference if third is None else third.get(place)
+        if one.name not in OF_THE_DATA and other is not None and target is not None:
+            triples[place] = _Triple.of(place, one, other, target)
+    rungs = distilled.settings.get("rungs") or ()
+    rows = list[FreedomRow]()
+    for name in dict.fromkeys(triple.name for triple in triples.values()):
+        here = [triple for triple in triples.values() if triple.name == name]
+        rows += [_row(group, at) for group, at in (_means(here, rungs) if name in OVER_SIGMA else ())]
+        rows += [_row([triple], triple.at) for triple in here]
+    return rows
 
 
-@dataclass(frozen=True)
-class _Trio:
-    """One measure: [1 + R] arrays, the value and then its replicates, paired across the three."""
+def check_comparable(results: Sequence[Result]) -> None:
+    """Raises DataError, naming the setting, unless all results were measured alike.
 
-    of: Measure
+    Which subjects a model has seen may be unknown to some of them: then they share the subset "all" alone.
+    """
+    first = results[0]
+    for other in results[1:]:
+        for key in dict.fromkeys([*first.settings, *other.settings]):
+            a, b = first.settings.get(key), other.settings.get(key)
+            unknown = key == "seen" and (a is None or b is None)
+            if a != b and key not in BY_MODEL and not unknown:
+                told = "" if key == "seen" else f" ({_short(a)} and {_short(b)})"
+                names = f"{first.model['name']} and {other.model['name']}"
+                mend = f"probe both again with the same {key}"
+                raise DataError(f"were measured with another {key}{told}", where=names, mend=mend)
+
+
+def closed(freed: np.ndarray, distilled: np.ndarray, reference: np.ndarray) -> tuple[float, float, float, bool] | None:
+    """1 − mean|freed − reference| / mean|distilled − reference| over K places: (share, low, high, beyond).
+
+    Low is a quantile of the share over paired replicates. For high, a place where the freed model is not clearly off
+    the reference counts as closed: |·| of noise around 0 is never 0, and would keep 1 out of every interval.
+
+    Args:
+        freed, distilled, reference: [K, 1 + R], the value and then its replicates, paired.
+
+    Returns:
+        None where the distance from distilled to reference is not clearly off zero at any place (each at a confidence
+        that allows for K of them).
+    """
+    places = len(freed)
+    gap, left = distilled - reference, freed - reference
+    clear = _off_zero(gap) & (np.abs(gap[:, 0]) > ROUNDING)
+    if not clear.any():
+        return None
+    apart, total = _off_zero(left), np.abs(gap).mean(axis=0)
+    share = _one_less(np.abs(left).mean(axis=0), total)
+    favoured = _one_less(np.abs(np.where(apart[:, None], left, 0.0)).mean(axis=0), total)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(share[1:], tail), np.quantile(favoured[1:], 1 - tail)
+    beyond = clear & apart & (np.sign(left[:, 0]) == -np.sign(gap[:, 0]))
+    return float(share[0]), float(min(low, share[0])), float(max(high, share[0])), bool(2 * beyond.sum() > places)
+
+
+def _one_less(left: np.ndarray, total: np.ndarray) -> np.ndarray:
+    return 1 - left / np.maximum(total, np.finfo(np.float64).tiny)
+
+
+def _off_zero(differences: np.ndarray) -> np.ndarray:
+    """[K] whether each interval over [K, 1 + R] differences leaves out 0, at a confidence that allows for K of them."""
+    tail, places = (1 - CONFIDENCE) / 2, len(differences)
+    low, high = np.quantile(differences[:, 1:], [tail, 1 - tail], axis=1)
+    found: np.ndarray = (low > 0) | (high < 0)
+    # Two hundred replicates do not reach the tails that Bonferroni asks for: a normal law does.
+    deviations = np.abs(differences[:, 0]) > NormalDist().inv_cdf(1 - tail / places) * differences[:, 1:].std(axis=1)
+    return found if places == 1 else found & deviations
+
+
+@dataclass(frozen=True, eq=False)
+class _Triple:
+    """One measure of three models, each as its value and then its replicates."""
+
+    name: str
+    at: Mapping[str, Coordinate]
+    subset: str
+    unit: str
     freed: np.ndarray
     distilled: np.ndarray
-    target: np.ndarray
+    reference: np.ndarray
 
-    @property
-    def gap(self) -> bool:
-        return _off_zero(self.distilled - self.target)
-
-    def row(self) -> FreedomRow:
-        away, before = np.abs(self.freed - self.target), np.abs(self.distilled - self.target)
-        value, low, high = _share_closed(away, before) if self.gap else (math.nan,) * 3
-        beyond = _off_zero(self.freed - self.target) and (
-            (self.freed[0] - self.target[0]) * (self.distilled[0] - self.target[0]) < 0
-        )
-        return FreedomRow(
-            name=self.of.name, at=tuple(self.of.at.items()), subset=self.of.subset,
-            distilled=float(self.distilled[0]), freed=float(self.freed[0]), target=float(self.target[0]),
-            freedom=value, low=low, high=high, gap=self.gap, beyond=bool(self.gap and beyond), unit=self.of.unit,
-        )  # fmt: skip
+    @staticmethod
+    def of(place: Place, freed: Measure, distilled: Measure, target: Measure | float) -> _Triple:
+        sides = [np.array([one.value, *one.replicates]) for one in (freed, distilled)]
+        if isinstance(target, Measure):
+            sides.append(np.array([target.value, *target.replicates]))
+        else:
+            sides.append(np.full_like(sides[0], target))
+        if len({len(side) for side in sides}) > 1:
+            raise DataError("replicates are not paired", where=freed.name, mend="probe the models again, all alike")
+        return _Triple(freed.name, dict(place[1]), freed.subset, freed.unit, *sides)
 
 
-def _summed(trios: Sequence[_Trio]) -> FreedomRow:
-    """Distances of all sigmas together: where the distilled model is on target, what the freed one lost counts too."""
-    away = np.mean([np.abs(trio.freed - trio.target) for trio in trios], axis=0)
-    before = np.mean([np.abs(trio.distilled - trio.target) for trio in trios], axis=0)
-    gap = any(trio.gap for trio in trios)
-    value, low, high = _share_closed(away, before) if gap else (math.nan,) * 3
-    of = trios[0].of
-    at = tuple((key, value) for key, value in of.at.items() if key not in AVERAGED)
+def _by_place(result: Result) -> dict[Place, Measure]:
+    """A measure at the model's default guidance has "own" in the guidance's place."""
+    found = {}
+    for one in result.measures:
+        at = dict(one.at)
+        if "steps" in at and "guidance" in at and at["guidance"] == result.settings.get("own_guidance"):
+            at["guidance"] = "own"
+        found[one.name, tuple(sorted(at.items())), one.subset] = one
+    return found
+
+
+def _means(
+    triples: Sequence[_Triple], rungs: Sequence[float]
+) -> Iterator[tuple[list[_Triple], Mapping[str, Coordinate]]]:
+    """Measures to average over sigma: all, and those on and off a few-step student's own ladder."""
+    kept = [triple for triple in triples if "sigma" in triple.at]
+    for text, subset in dict.fromkeys((triple.at.get("text"), triple.subset) for triple in kept):
+        here = [triple for triple in kept if (triple.at.get("text"), triple.subset) == (text, subset)]
+        on = [triple for triple in here if triple.at["sigma"] in rungs]
+        parts = {"all": here}
+        if on and len(on) < len(here):
+            parts |= {"on ladder": on, "off ladder": [triple for triple in here if triple not in on]}
+        for which, group in parts.items():
+            yield group, {**group[0].at, "sigma": which}
+
+
+def _row(triples: Sequence[_Triple], at: Mapping[str, Coordinate]) -> FreedomRow:
+    freed, distilled, reference = (
+        np.stack([getattr(triple, side) for triple in triples]) for side in ("freed", "distilled", "reference")
+    )
+    verdict, share, low, high, beyond = "unknown", math.nan, math.nan, math.nan, False
+    if all(np.isfinite(side).all() for side in (freed, distilled, reference)):
+        found = closed(freed, distilled, reference)
+        verdict = "no gap" if found is None else "gap"
+        share, low, high, beyond = found or (share, low, high, beyond)
     return FreedomRow(
-        name=of.name, at=(*at, ("sigma", "all")), subset=of.subset, distilled=float(before[0]), freed=float(away[0]),
-        target=None, freedom=value, low=low, high=high, gap=gap, unit="mean distance",
+        name=triples[0].name, at=at, subset=triples[0].subset, unit=triples[0].unit,
+        distilled=float(distilled[:, 0].mean()), freed=float(freed[:, 0].mean()),
+        reference=float(reference[:, 0].mean()), share=share, low=low, high=high, verdict=verdict, beyond=beyond,
     )  # fmt: skip
 
 
-def _trio(one: Measure, distilled: Result, reference: Result | None) -> _Trio | None:
-    at = dict(one.at)
-    before = distilled.find(one.name, one.subset, **at)
-    target = None if reference is None else reference.find(one.name, one.subset, **at)
-    if before is None or (reference is not None and target is None):
-        return None
-    freed, old = _column(one), _column(before)
-    if target is not None:
-        aim = _column(target)
-    elif one.reference is not None:
-        aim = np.full_like(freed, one.reference)
-    else:
-        return None
-    if not (len(freed) == len(old) == len(aim)):
-        return None
-    together = np.isfinite(freed) & np.isfinite(old) & np.isfinite(aim)
-    if not together[0] or together.mean() < CONFIDENCE:
-        return None
-    return _Trio(one, freed[together], old[together], aim[together])
-
-
-def _column(one: Measure) -> np.ndarray:
-    return np.array([one.value, *one.replicates], np.float64)
-
-
-def _off_zero(differences: np.ndarray) -> bool:
-    """Whether the interval of [value, replicates…] leaves 0 out; a difference without any spread counts if not 0."""
-    low, high = np.quantile(differences[1:], _TAILS)
-    return bool(low > 0 or high < 0)
-
-
-def _share_closed(away: np.ndarray, before: np.ndarray) -> tuple[float, float, float]:
-    shares = 1 - np.divide(away, before, out=np.full_like(away, np.nan), where=before > 0)
-    low, high = np.nanquantile(shares[1:], _TAILS)
-    return float(shares[0]), float(low), float(high)
-
-
-_TAILS = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
-
-
-def _require_like(one: Result, other: Result) -> None:
-    for key in sorted(set(one.settings) | set(other.settings)):
-        if key not in OWN and one.settings.get(key) != other.settings.get(key):
-            told = f"{key} differs: {_brief(one.settings.get(key))} and {_brief(other.settings.get(key))}"
-            where = f"{one.model['name']} and {other.model['name']}"
-            raise DataError(told, where=where, mend="probe both with the same options")
-
-
-def _brief(value: object) -> str:
+def _short(value: object) -> str:
     text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+    return text if len(text) <= 40 else text[:39] + "…"

@@ -90,6 +90,7 @@ class Result:
         seconds: that the measuring took.
         measures: the numbers.
         pictures: what they were seen on, a few of them.
+        folder: where its pictures' files are; not part of the file.
     """
 
     model: Mapping[str, Any]
@@ -98,6 +99,7 @@ class Result:
     seconds: float
     measures: list[Measure] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
+    folder: Path | None = field(default=None, compare=False)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -139,6 +141,7 @@ def read_result(folder: Path) -> Result:
             **{name: rows[name] for name in ("model", "settings", "versions", "seconds")},
             measures=[Measure.from_json(row) for row in rows["measures"]],
             pictures=[Picture(**row) for row in rows["pictures"]],
+            folder=path.parent,
         )
     except FileNotFoundError:
         raise DataError("no such file", where=path, mend=mend) from None

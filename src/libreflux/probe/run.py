@@ -70,6 +70,7 @@ def probe(
         seconds=sum(seconds for _, seconds in parts),
         measures=[row for found, _ in parts for row in found.measures],
         pictures=[row for found, _ in parts for row in found.pictures],
+        folder=out,
     )
     write_result(out, result)
     return result
