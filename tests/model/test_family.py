@@ -233,3 +233,37 @@ def test_facts_of_foreign_models(copy_dir: Path, caplog: pytest.LogCaptureFixtur
     assert "taken for a model like FLUX.1-schnell" in caplog.text
     dev = find_facts("x", copy_dir, guidance_embeds=True)
     assert dev.guidance_embeds and dev.shift is None and dev.max_tokens == 512
+
+
+def test_a_model_takes_the_parts_it_lacks_from_the_folder_that_its_facts_name(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    from libreflux.data.digests import FileMemory, encoder_digests
+
+    shutil.copytree(tiny_model_dir, tmp_path / "whole")
+    lean = tmp_path / "lean"
+    shutil.copytree(tiny_model_dir / "transformer", lean / "transformer")
+    shutil.copyfile(tiny_model_dir / "model_index.json", lean / "model_index.json")
+    write_facts(lean, dataclasses.replace(read_facts(tiny_model_dir), parts_from="whole"))
+
+    ours, whole = open_model(lean), open_model(tmp_path / "whole")
+    assert ours.vae is not None and ours.text is not None and whole.vae is not None and whole.text is not None
+    for part, other in ((ours.vae, whole.vae), (ours.text.text_encoder_2, whole.text.text_encoder_2)):
+        assert all(torch.equal(a, b) for a, b in zip(part.parameters(), other.parameters(), strict=True))
+    encoded = [each.text.encode(["a cat"], padding="drop", max_tokens=512).pooled for each in (ours, whole)]
+    assert torch.equal(*encoded)
+    assert ours.scheduler.config.shift == whole.scheduler.config.shift
+    memory = FileMemory(())
+    assert encoder_digests(lean, memory) == encoder_digests(tmp_path / "whole", memory)
+
+    saved = save_model(open_model(lean, parts=("transformer",)), tmp_path / "elsewhere" / "saved")
+    assert read_facts(saved).parts_from is None
+    assert open_model(saved).vae is not None
+
+    shutil.rmtree(tmp_path / "whole")
+    with pytest.raises(ModelError, match="it has no vae folder"):
+        locate(lean)
+    for wrong in ("../whole", "..", "a/b", ""):
+        write_facts(lean, dataclasses.replace(read_facts(tiny_model_dir), parts_from=wrong))
+        with pytest.raises(ModelError, match="parts_from cannot be"):
+            locate(lean)

@@ -297,6 +297,36 @@ def test_an_int8_folder_opens_in_floating_point_too_and_then_diffusers_reads_it(
     assert run(pipe.transformer).equal(run(dense.transformer))
 
 
+def test_what_two_int8_models_have_alike_is_stored_once(int8_dir: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(int8_dir, first)
+    changed = open_model(int8_dir)
+    assert changed.transformer is not None
+    layer = changed.transformer.get_submodule("transformer_blocks.0.attn.to_q")
+    layer.scale.mul_(2.0)
+    save_model(changed, second)
+    before = {name: part.clone() for name, part in changed.transformer.state_dict().items()}
+    alone = weights_hash(second)
+
+    shared = int8_files.share_equal(second / "transformer", first / "transformer")
+    kept = {name for file in (second / "transformer").glob("*.safetensors") for name in load_file(file)}
+    assert kept == {f"transformer_blocks.0.attn.to_q.{part}" for part in ("weight", "scale", "bias")}
+    assert kept.isdisjoint(shared) and kept | set(shared) == set(before)
+    opened = open_model(second, parts=("transformer",)).transformer
+    assert opened is not None
+    assert all(torch.equal(part, before[name]) for name, part in opened.state_dict().items())
+
+    # The hash covers the other folder's files too: with another first, second is another model.
+    hashed = weights_hash(second)
+    assert hashed != alone and hashed == weights_hash(second)
+    file = next((first / "transformer").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert weights_hash(second) != hashed
+    file.unlink()
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        open_model(second, parts=("transformer",))
+
+
 def test_an_int8_folder_says_what_it_is(tiny_model_dir: Path, int8_dir: Path) -> None:
     facts, before = read_facts(int8_dir), read_facts(tiny_model_dir)
     assert facts.lineage["quantised"]["sha256"] == weights_hash(tiny_model_dir) != weights_hash(int8_dir)

@@ -14,6 +14,7 @@ from libreflux import files
 from libreflux.data.bar import Bar
 from libreflux.data.index import refusing
 from libreflux.data.pictures import Inspected, inspect
+from libreflux.model.locate import part_folder
 
 MEMORY = "files.sqlite3"
 VAE_PARTS = ("vae",)
@@ -135,9 +136,10 @@ def encoder_digests(model: Path, memory: FileMemory) -> dict[str, str]:
 def _parts_digest(model: Path, parts: tuple[str, ...], memory: FileMemory) -> str:
     total = hashlib.sha256()
     for part in parts:
-        for path in sorted((model / part).rglob("*")):
+        folder = part_folder(model, part)
+        for path in sorted(folder.rglob("*")):
             if path.is_file() and path.suffix in DECIDING and not path.name.startswith("."):
-                total.update(f"{path.relative_to(model).as_posix()}\0{memory.sha256(path)}\n".encode())
+                total.update(f"{part}/{path.relative_to(folder).as_posix()}\0{memory.sha256(path)}\n".encode())
     return total.hexdigest()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from libreflux.data.int8_text import token_bytes
 from libreflux.errors import DataError
+from libreflux.model.locate import part_folder
 
 CHARACTERS_PER_TOKEN = 3.0  # English under T5's vocabulary has above four: the estimate is on the safe side
 HEADER = 128  # bytes of a tensor's entry in its shard
@@ -34,7 +35,7 @@ def needed_bytes(
         text_cache: "int8", or anything else for bf16.
         latents: "mean", or "sample" for mean and standard deviation.
     """
-    vae, t5, clip = (_config(model / part) for part in ("vae", "text_encoder_2", "text_encoder"))
+    vae, t5, clip = (_config(part_folder(model, part)) for part in ("vae", "text_encoder_2", "text_encoder"))
     stride = 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
     pixel = 4 * vae.get("latent_channels", 16) / stride**2
     stored = (2 if latents == "sample" else 1) * sum(width * height * pixel + HEADER for width, height in crops)

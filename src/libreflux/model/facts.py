@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class Facts:
         guidance_embeds: it has the guidance embedding of a guidance-distilled model.
         licence: SPDX id or name; merges inherit it.
         lineage: base, adapters, hashes, steps: whatever the maker of the file knew.
+        parts_from: folder beside its own that has the parts it lacks; None where it is whole.
     """
 
     schema: int = 1
@@ -44,6 +46,7 @@ class Facts:
     guidance_embeds: bool = False
     licence: str = "unknown"
     lineage: dict[str, Any] = field(default_factory=dict)
+    parts_from: str | None = None
 
     @staticmethod
     def from_dict(values: Any, where: object) -> Facts:
@@ -55,10 +58,10 @@ class Facts:
             raise ModelError(f"schema {values.get('schema')!r} is not 1", where=where, mend="update libreflux")
         if unknown := sorted(set(values) - set(_TYPES)):
             raise ModelError(f"unknown key {unknown[0]!r}", where=where, mend=mend)
-        if missing := [name for name in _TYPES if name not in values]:
+        if missing := [name for name in _TYPES if name not in values and name not in _OPTIONAL]:
             raise ModelError(f"key {missing[0]!r} is missing", where=where, mend=mend)
         for name, wanted in _TYPES.items():
-            value = values[name]
+            value = values.get(name)
             if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
                 raise ModelError(f"{name} has the wrong type: {value!r}", where=where, mend=mend)
         facts = Facts(**values)
@@ -72,6 +75,7 @@ class Facts:
             "steps": self.steps >= 1,
             "guidance": math.isfinite(self.guidance) and self.guidance >= 0,
             "shift": self.shift is None or (math.isfinite(self.shift) and self.shift > 0),
+            "parts_from": self.parts_from is None or _FOLDER.fullmatch(self.parts_from) is not None,
         }
         for name, good in checks.items():
             if not good:
@@ -90,7 +94,10 @@ _TYPES: dict[str, Any] = {
     "guidance_embeds": bool,
     "licence": str,
     "lineage": dict,
+    "parts_from": (str, type(None)),
 }
+_OPTIONAL = ("parts_from",)
+_FOLDER = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 _SCHNELL = Facts(text_padding="keep", max_tokens=256, steps=4, guidance=1.0, shift=1.0, licence="apache-2.0")
 _DEV = Facts(
@@ -146,7 +153,8 @@ def read_facts(folder: Path) -> Facts:
 
 def write_facts(folder: Path, facts: Facts) -> None:
     """Writes `libreflux.json` into a model folder."""
-    atomic_write_json(folder / FACTS_FILE, dataclasses.asdict(facts))
+    rows = dataclasses.asdict(facts)
+    atomic_write_json(folder / FACTS_FILE, {k: v for k, v in rows.items() if v is not None or k not in _OPTIONAL})
 
 
 def find_facts(name: str, folder: Path, *, guidance_embeds: bool) -> Facts:

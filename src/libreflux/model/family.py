@@ -22,8 +22,8 @@ from libreflux.errors import LibrefluxError, ModelError
 from libreflux.files import atomic_write_json, sha256_file, staged_dir
 from libreflux.model.facts import Facts, find_facts, read_facts, write_facts
 from libreflux.model.int8 import dequantise_model, int8_layers
-from libreflux.model.int8_files import METHOD, empty_int8, load_int8, stored_as, stream_int8, write_int8
-from libreflux.model.locate import PARTS, locate
+from libreflux.model.int8_files import METHOD, empty_int8, load_int8, stored_as, stream_int8, weight_files, write_int8
+from libreflux.model.locate import PARTS, locate, part_folder
 from libreflux.model.text import TextEncoders
 
 __all__ = [
@@ -119,9 +119,9 @@ def open_model(
         )
     in_int8 = stored_as(config, path) == METHOD
     with _quiet():
-        if (path / "scheduler").is_dir():
-            with _part(path / "scheduler"):
-                model.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(path / "scheduler")
+        if (scheduler := part_folder(path, "scheduler")).is_dir():
+            with _part(scheduler):
+                model.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(scheduler)
         if "transformer" in parts and (in_int8 or quantise):
             with _part(path / "transformer"):
                 model.transformer = load_int8(path / "transformer", dtype=dtype, device=device)
@@ -130,7 +130,7 @@ def open_model(
         elif "transformer" in parts:
             model.transformer = _diffusers_part(FluxTransformer2DModel, path / "transformer", dtype).to(device)
         if "vae" in parts:
-            model.vae = _diffusers_part(AutoencoderKL, path / "vae", dtype).to(device)
+            model.vae = _diffusers_part(AutoencoderKL, part_folder(path, "vae"), dtype).to(device)
         if "text" in parts:
             model.text = _text(path, dtype).to(device)
     return model
@@ -152,13 +152,13 @@ def save_model(model: Model, out: Path) -> Path:
                 write_int8(staging / part, json.loads(live[part].to_json_string()), live[part].state_dict().items())
             elif part in live:
                 live[part].save_pretrained(staging / part)
-            elif model.path is not None and (model.path / part).is_dir():
-                shutil.copytree(model.path / part, staging / part)  # follows the hub cache's links
+            elif model.path is not None and (stored := part_folder(model.path, part)).is_dir():
+                shutil.copytree(stored, staging / part)  # follows the hub cache's links
             else:
                 raise ModelError(f"has no {part} to save", where=model.name, mend="open it with all its parts")
         index = {**_INDEX, "_diffusers_version": diffusers.__version__}
         atomic_write_json(staging / "model_index.json", index)
-        write_facts(staging, model.facts)
+        write_facts(staging, dataclasses.replace(model.facts, parts_from=None))
     return Path(out)
 
 
@@ -183,19 +183,19 @@ def quantise_folder(name: str | Path, out: Path) -> Path:
     with staged_dir(Path(out)) as staging:
         write_int8(staging / "transformer", _json(source / "config.json"), stream_int8(source, empty))
         for part in PARTS:
-            if part != "transformer" and (model.path / part).is_dir():
-                shutil.copytree(model.path / part, staging / part)
+            if part != "transformer" and (stored := part_folder(model.path, part)).is_dir():
+                shutil.copytree(stored, staging / part)
         shutil.copyfile(model.path / "model_index.json", staging / "model_index.json")
         origin = {"how": METHOD, "from": str(name), "sha256": weights_hash(model.path)}
         lineage = {**model.facts.lineage, "quantised": origin}
-        write_facts(staging, dataclasses.replace(model.facts, lineage=lineage))
+        write_facts(staging, dataclasses.replace(model.facts, lineage=lineage, parts_from=None))
     return Path(out)
 
 
 def weights_hash(folder: Path) -> str:
     """SHA-256 over the transformer's safetensors files, names included: which weights drew a picture."""
     digest = hashlib.sha256()
-    for file in sorted((folder / "transformer").glob("*.safetensors")):
+    for file in weight_files(folder / "transformer"):
         digest.update(f"{file.name}:{sha256_file(file)}\n".encode())
     return digest.hexdigest()
 
@@ -220,17 +220,19 @@ def _diffusers_part(kind: Any, folder: Path, dtype: torch.dtype | None) -> Any:
 def _text(path: Path, dtype: torch.dtype | None) -> TextEncoders:
     encoders = []
     for kind, part in ((CLIPTextModel, "text_encoder"), (T5EncoderModel, "text_encoder_2")):
-        with _part(path / part):
+        folder = part_folder(path, part)
+        with _part(folder):
             encoder, found = kind.from_pretrained(
-                path / part, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+                folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
             )
         # Unexpected keys are left to transformers: full T5 and CLIP files carry decoders and position ids.
-        _check_keys(path / part, found, ("missing_keys", "mismatched_keys", "error_msgs"))
+        _check_keys(folder, found, ("missing_keys", "mismatched_keys", "error_msgs"))
         encoders.append(encoder.requires_grad_(False).eval())
-    with _part(path / "tokenizer"):
-        clip_tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer")
-    with _part(path / "tokenizer_2"):
-        t5_tokenizer = T5Tokenizer.from_pretrained(path / "tokenizer_2")
+    first, second = part_folder(path, "tokenizer"), part_folder(path, "tokenizer_2")
+    with _part(first):
+        clip_tokenizer = CLIPTokenizer.from_pretrained(first)
+    with _part(second):
+        t5_tokenizer = T5Tokenizer.from_pretrained(second)
     return TextEncoders(clip_tokenizer, encoders[0], t5_tokenizer, encoders[1])
 
 

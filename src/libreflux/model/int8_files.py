@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,43 @@ def write_int8(folder: Path, config: Mapping[str, Any], tensors: Iterable[tuple[
         weight_map |= dict.fromkeys(names, final)
     atomic_write_json(folder / f"{_WEIGHTS}.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     atomic_write_json(folder / "config.json", {**config, "quantization_config": _MARK})
+
+
+def share_equal(folder: Path, other: Path) -> list[str]:
+    """Leave out of an int8 folder the tensors that another one beside it has too: its index names the other's files.
+
+    Args:
+        folder: as `write_int8` left it, in one shard.
+        other: such a folder, which `folder` cannot be moved away from any more.
+
+    Returns:
+        Names of the tensors that `folder` no longer stores, all of an int8 layer or none.
+    """
+    own, theirs = _weight_map(folder), _weight_map(other)
+    layers = {name.rpartition(".")[0] for name in own}
+    parts = {layer: [name for name in own if name.rpartition(".")[0] == layer] for layer in layers}
+
+    def equal(name: str) -> bool:
+        return name in theirs and torch.equal(_read(own[name], name), _read(theirs[name], name))
+
+    shared = {name for names in parts.values() if all(map(equal, names)) for name in names}
+    kept = {name: _read(file, name).clone() for name, file in own.items() if name not in shared}
+    for file in set(own.values()):
+        file.unlink()
+    single = f"{_WEIGHTS}-00001-of-00001.safetensors"
+    atomic_save_safetensors(kept, folder / single)
+    there = {name: os.path.relpath(theirs[name], folder).replace(os.sep, "/") for name in shared}
+    table = {name: there.get(name, single) for name in own}
+    atomic_write_json(folder / f"{_WEIGHTS}.safetensors.index.json", {"metadata": {}, "weight_map": table})
+    return sorted(shared)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files in a transformer folder, then those elsewhere that its index names; each sorted."""
+    own = sorted(folder.glob("*.safetensors"))
+    index = folder / f"{_WEIGHTS}.safetensors.index.json"
+    named = {str(file) for file in _weight_map(folder).values()} if index.is_file() else set()
+    return own + [Path(file) for file in sorted(named) if Path(file).parent != folder]
 
 
 def _written(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[str]]:

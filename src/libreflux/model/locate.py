@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from libreflux.errors import ModelError
-from libreflux.model.facts import FACTS_FILE
+from libreflux.model.facts import FACTS_FILE, read_facts
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "emoji" / "weights"
 EMOJI = ("emoji-base", "emoji-schnell", "emoji-libre")
@@ -55,12 +55,25 @@ def locate(name: str | Path, *, weights: bool = True) -> Path:
     return _checked(_download(text, weights))
 
 
+def part_folder(folder: Path, part: str) -> Path:
+    """Where a part of a located model is: in its own folder, or in the one beside it that its facts name.
+
+    Raises:
+        ModelError: unreadable facts.
+    """
+    own = folder / part
+    if own.is_dir() or not (folder / FACTS_FILE).is_file():
+        return own
+    told = read_facts(folder).parts_from
+    return own if told is None else folder.parent / told / part
+
+
 def _checked(folder: Path) -> Path:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ModelError("not a model: it has no model_index.json", where=folder, mend="give a diffusers FLUX folder")
     for part in ("transformer", "vae"):
-        if not (folder / part).is_dir():
+        if not part_folder(folder, part).is_dir():
             raise ModelError(f"incomplete: it has no {part} folder", where=folder, mend="give a diffusers FLUX folder")
     return folder
 
