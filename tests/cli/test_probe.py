@@ -166,3 +166,50 @@ def test_mistakes_are_one_line(
 ) -> None:
     result = run("probe", tiny_model_dir, "--out", tmp_path / "out", *words)
     assert result.code == 2 and told in result.err and len(result.err.strip().splitlines()) == 1
+
+
+def test_against_prints_the_freedom_of_models_that_were_measured_alike(
+    run: Callable[..., Any],
+    done: Path,
+    tiny_model_dir: Path,
+    plain: Path,
+    judge: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from libreflux.model.family import open_model, read_facts, save_model, write_facts
+
+    changed = open_model(tiny_model_dir)
+    assert changed.transformer is not None
+    for index, parameter in enumerate(changed.transformer.parameters()):
+        parameter.data.mul_(1.0 + 0.02 * (index % 3))
+    student = save_model(changed, tmp_path / "student")
+    out = tmp_path / "out"
+    command = ["probe", tiny_model_dir, "--data", plain, "--judge", judge, *SMALL, "--out", out]
+
+    theory = run(*command, "--against", student)
+    assert theory.code == 0, theory.err
+    assert "does not say what it was distilled from: compared with theory alone" in caplog.text
+    assert "slope" in theory.out and "freedom" in theory.out and "index.html" in theory.out
+    rows = json.loads((out / "freedom.json").read_text())["freedom"]
+    assert {row["reference"] for row in rows if row["name"] == "slope"} == {1.0}
+    assert "loss" not in {row["name"] for row in rows}
+
+    # Its lineage names the reference: the model itself, so everything that differs is closed.
+    facts = read_facts(student)
+    write_facts(student, dataclasses.replace(facts, lineage={"distilled_from": str(tiny_model_dir)}))
+    told = run(*command, "--against", student, "--json")
+    assert told.code == 0, told.err
+    losses = [row for row in json.loads(told.out)["freedom"] if row["name"] == "loss" and row["verdict"] == "gap"]
+    assert losses and all(row["share"] == 1.0 for row in losses)
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert page.count("<h1>") == 1 and "student" in page and "http" not in page.replace("http-equiv", "")
+
+    # Results that exist can be named instead of models; others' settings are refused.
+    again = run(*command, "--against", out / "against", "--reference", done)
+    assert again.code == 0, again.err
+    elsewhere = run("probe", tiny_model_dir, "--data", plain, "--judge", judge, *SMALL, "--seed", 1, "--out",
+                    tmp_path / "other", "--against", out / "against")  # fmt: skip
+    assert elsewhere.code == 2 and "another seed" in elsewhere.err
+    alone = run("probe", tiny_model_dir, "--reference", student)
+    assert alone.code == 2 and "--reference: needs --against" in alone.err

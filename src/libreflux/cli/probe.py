@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from libreflux.errors import RecipeError
+
+if TYPE_CHECKING:
+    from libreflux.cli.probing import Request
 
 
 def probe(
@@ -17,6 +20,17 @@ def probe(
     adapter: Annotated[
         list[str] | None,
         typer.Option(metavar="PATH[:WEIGHT]", help="Adapter file or run folder, put on the model; may be repeated."),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The distilled model it was freed from (or its probe's folder): freedom."),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="What a free model is like; default: what the distilled model was distilled from, or theory.",
+        ),
     ] = None,
     data: Annotated[
         Path | None,
@@ -45,12 +59,16 @@ def probe(
     seed: Annotated[int, typer.Option(min=0, help="Seed of noise, pictures and intervals.")] = 0,
     dtype: Annotated[str, typer.Option(help="Weights: stored, fp32 or bf16.")] = "stored",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON (with --against freedom's), no table.")] = False,
 ) -> None:
     """Measure how free a model is: loss, calibration, guidance, steps, diversity, padding and negative prompts.
 
+    With --against, also which share of the distance from the distilled model to the reference is closed.
+
     Interrupted, the same command goes on after the last finished measure.
     """
+    if reference is not None and against is None:
+        raise RecipeError("needs --against", where="--reference", mend="name the distilled model with --against")
     if resolution is not None and resolution % 16:
         mend = f"use {max(16, round(resolution / 16) * 16)}"
         raise RecipeError(f"{resolution} is not a multiple of 16", where="--resolution", mend=mend)
@@ -63,19 +81,41 @@ def probe(
         "guidance": scales, "steps": counts and tuple(map(int, counts)),
     }  # fmt: skip
 
-    from libreflux.cli.probe_table import print_table
-    from libreflux.cli.probing import Request, run
+    from libreflux.cli.probing import Request
 
     request = Request(
         model=model, adapters=adapter or [], data=data, out=out, quick=quick, seen=seen, judge=judge, seed=seed,
         dtype=dtype, device=device, chosen={key: value for key, value in chosen.items() if value is not None},
     )  # fmt: skip
+    if against is not None:
+        _compare(request, against, reference, json)
+        return
+
+    from libreflux.cli.probe_table import print_table
+    from libreflux.cli.probing import run
+    from libreflux.probe.page import write_page
+
     folder, result = run(request)
+    page = write_page([result], folder)
     if json:
         typer.echo((folder / "probe.json").read_text(encoding="utf-8"), nl=False)
     else:
         print_table(result)
-        typer.echo(f"{folder / 'probe.json'}, measured in {result.seconds:.0f} s")
+        typer.echo(f"{folder / 'probe.json'}, measured in {result.seconds:.0f} s\n{page}, to be looked at")
+
+
+def _compare(request: Request, against: str, reference: str | None, as_json: bool) -> None:
+    from libreflux.cli.comparing import FREEDOM_FILE, compare
+    from libreflux.cli.freedom_table import print_freedom
+    from libreflux.probe.page import write_page
+
+    found = compare(request, against, reference)
+    page = write_page(found.in_order, found.folder, freedom=found.freedom)
+    if as_json:
+        typer.echo((found.folder / FREEDOM_FILE).read_text(encoding="utf-8"), nl=False)
+    else:
+        print_freedom(found.freedom, str((found.result.settings.get("data") or ("",))[0]))
+        typer.echo(f"{found.folder / FREEDOM_FILE}\n{page}, to be looked at")
 
 
 def _numbers(where: str, text: str | None, *, least: float, whole: bool = False) -> tuple[float, ...] | None:

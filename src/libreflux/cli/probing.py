@@ -23,7 +23,7 @@ from libreflux.files import lock, sha256_file
 from libreflux.model.device import pick_device
 from libreflux.model.facts import Facts
 from libreflux.model.family import open_model, weights_hash
-from libreflux.model.locate import EMOJI, locate
+from libreflux.model.locate import EMOJI, locate, part_folder
 from libreflux.model.text import check_padding
 from libreflux.probe import padding
 from libreflux.probe import run as probe_run
@@ -38,12 +38,13 @@ from libreflux.sample.metadata import versions
 logger = logging.getLogger(__name__)
 
 DTYPES = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}
+PROBES = Path("out/probe")
 LARGE_BYTES = 2_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """The arguments of the verb; `chosen` are settings that the user named."""
+    """The arguments of the verb; `chosen` are settings that the user named, `told_seen` goes before a model's own."""
 
     model: str
     adapters: Sequence[str] = ()
@@ -51,6 +52,7 @@ class Request:
     out: Path | None = None
     quick: bool = False
     seen: Path | None = None
+    told_seen: tuple[str, ...] | None = None
     judge: Path | None = None
     seed: int = 0
     dtype: str = "stored"
@@ -59,7 +61,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class _Subject:
+class Subject:
     """The model, before its weights are loaded."""
 
     name: str
@@ -68,6 +70,18 @@ class _Subject:
     sha256: str
     files: list[tuple[AdapterFile, float]]
     family: bool
+
+    @property
+    def slug(self) -> str:
+        """A folder's name for it."""
+        names = [Path(self.name).name, *(Path(file.where).resolve().parent.name for file, _ in self.files)]
+        return re.sub(r"[^\w.+-]+", "-", "+".join(names)).strip(".-") or "model"
+
+    @property
+    def trained_subjects(self) -> tuple[str, ...] | None:
+        """Subjects that it says it was trained on."""
+        told = self.facts.lineage.get("trained_subjects")
+        return tuple(map(str, told)) if isinstance(told, list) and told else None
 
     def as_json(self) -> dict[str, Any]:
         rows = [{"name": Path(f.where).name, "sha256": f.sha256, "weight": weight} for f, weight in self.files]
@@ -78,14 +92,15 @@ class _Subject:
             "steps": self.facts.steps,
             "guidance": self.facts.guidance,
             "text_padding": self.facts.text_padding,
+            "distilled_from": self.facts.lineage.get("distilled_from"),
         }
 
 
 def run(request: Request) -> tuple[Path, Result]:
     """Does what the verb was asked for; returns the result's folder and the result."""
     device = pick_device(request.device)
-    subject = _subject(request)
-    out = request.out or Path("out/probe") / _slug(subject)
+    subject = subject_of(request)
+    out = request.out or PROBES / subject.slug
     if out.exists() and not out.is_dir():
         raise RunError("is a file", where=out, mend="name a folder with --out")
     judge_file = _judge_file(request, subject)
@@ -109,31 +124,26 @@ def run(request: Request) -> tuple[Path, Result]:
     return out, result
 
 
-def _subject(request: Request) -> _Subject:
+def subject_of(request: Request) -> Subject:
     files = load_arguments(request.adapters)
     facts = adapted_facts(open_model(request.model, parts=()).facts, files)
     check_padding(facts.text_padding)
     folder = locate(request.model)
     sha256 = weights_hash(folder)
     notice_other_base(sha256, files)
-    return _Subject(request.model, folder, facts, sha256, files, _is_family(request.model, folder))
+    return Subject(request.model, folder, facts, sha256, files, _is_family(request.model, folder))
 
 
 def _is_family(name: str, folder: Path) -> bool:
     """Whether a model draws in the emoji family's latents: it has the very VAE."""
     if name in EMOJI:
         return True
-    here, ours = (sorted((each / "vae").glob("*.safetensors")) for each in (folder, locate(EMOJI[0])))
+    here, ours = (sorted(part_folder(each, "vae").glob("*.safetensors")) for each in (folder, locate(EMOJI[0])))
     sizes = [[file.stat().st_size for file in files] for files in (here, ours)]
     return sizes[0] == sizes[1] and [sha256_file(f) for f in here] == [sha256_file(f) for f in ours]
 
 
-def _slug(subject: _Subject) -> str:
-    names = [Path(subject.name).name, *(Path(file.where).resolve().parent.name for file, _ in subject.files)]
-    return re.sub(r"[^\w.+-]+", "-", "+".join(names)).strip(".-") or "model"
-
-
-def _judge_file(request: Request, subject: _Subject) -> Path | None:
+def _judge_file(request: Request, subject: Subject) -> Path | None:
     if request.judge is not None or request.data is not None or not subject.family:
         return request.judge
     from libreflux.emoji.held_out import JUDGE
@@ -144,13 +154,13 @@ def _judge_file(request: Request, subject: _Subject) -> Path | None:
     return None
 
 
-def _settings(request: Request, subject: _Subject, judge_file: Path | None) -> Settings:
+def _settings(request: Request, subject: Subject, judge_file: Path | None) -> Settings:
     files = (subject.folder / "transformer").glob("*.safetensors")
     large = sum(file.stat().st_size for file in files) > LARGE_BYTES
     changed: dict[str, Any] = {**(QUICK if request.quick else {}), **(LARGE if large else {})}
     changed |= LARGE_QUICK if large and request.quick else {}
     if "resolution" not in request.chosen:
-        config = json.loads((subject.folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((part_folder(subject.folder, "vae") / "config.json").read_text(encoding="utf-8"))
         changed["resolution"] = max(16, int(config.get("sample_size", 1024)) // 16 * 16)
     own = own_guidance(subject.facts)
     changed |= {"own_guidance": own, "diversity_guidance": tuple(sorted({1.0, own}))}
@@ -159,14 +169,13 @@ def _settings(request: Request, subject: _Subject, judge_file: Path | None) -> S
     return dataclasses.replace(settings, rungs=rungs(subject.facts, settings.sigmas), seen=_seen(request, subject))
 
 
-def _seen(request: Request, subject: _Subject) -> tuple[str, ...] | None:
+def _seen(request: Request, subject: Subject) -> tuple[str, ...] | None:
     if request.seen is not None:
         return read_seen(request.seen)
-    told = subject.facts.lineage.get("trained_subjects")
-    return tuple(map(str, told)) if isinstance(told, list) and told else None
+    return subject.trained_subjects if request.told_seen is None else request.told_seen
 
 
-def _padding_texts(subject: _Subject, data: ProbeData, device: torch.device) -> PaddingTexts:
+def _padding_texts(subject: Subject, data: ProbeData, device: torch.device) -> PaddingTexts:
     encoders = open_model(subject.name, parts=("text",), dtype=torch.float32, device=device).text
     assert encoders is not None
     return padding.encode(encoders, subject.facts, data.captions, data.settings)
@@ -174,7 +183,7 @@ def _padding_texts(subject: _Subject, data: ProbeData, device: torch.device) -> 
 
 def _open(
     request: Request,
-    subject: _Subject,
+    subject: Subject,
     data: ProbeData,
     judge: Judge | None,
     out: Path,

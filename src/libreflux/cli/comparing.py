@@ -1,0 +1,102 @@
+"""`probe --against`: a model, what it was distilled into before, and what it is to be like, measured alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from libreflux.cli.probing import PROBES, Request, run, subject_of
+from libreflux.errors import LibrefluxError
+from libreflux.files import atomic_write_json
+from libreflux.model.locate import locate
+from libreflux.probe.freedom import FreedomRow, check_comparable, freedom
+from libreflux.probe.results import FILE, Result, read_result
+
+logger = logging.getLogger(__name__)
+
+FREEDOM_FILE = "freedom.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What was found.
+
+    Attributes:
+        folder: of the model's result.
+        result: of the model.
+        others: of what it is compared with: the distilled model, then the reference if there is one.
+        freedom: how much of the distance between those two the model has closed.
+    """
+
+    folder: Path
+    result: Result
+    others: list[Result]
+    freedom: list[FreedomRow]
+
+    @property
+    def in_order(self) -> list[Result]:
+        """Before, after, and what is aimed at."""
+        return [*self.others[:1], self.result, *self.others[1:]]
+
+
+def compare(request: Request, against: str, reference: str | None) -> Comparison:
+    """Probes up to three models with equal settings; results that exist are used.
+
+    Args:
+        request: of the model.
+        against, reference: models, or folders that `probe` wrote; no reference: what the distilled model says it was
+            distilled from, or else theory's values.
+
+    Raises:
+        DataError: a result that was measured with other settings.
+    """
+    subject = subject_of(request)
+    places = {request.out or PROBES / subject.slug}
+    results: list[Result] = []
+    for name, where in ((against, "against"), (reference, "reference")):
+        if name is None and results:
+            name = _origin(against, results[0])
+        if name is None:
+            continue
+        found = _given(name)
+        if found is None:
+            found = _probe(
+                dataclasses.replace(request, model=name, adapters=(), told_seen=subject.trained_subjects), where, places
+            )
+        results.append(found)
+    folder, result = run(request)
+    check_comparable([result, *results])
+    rows = freedom(result, *results)
+    atomic_write_json(folder / FREEDOM_FILE, {"schema": 1, "freedom": [row.as_json() for row in rows]})
+    return Comparison(folder=folder, result=result, others=results, freedom=rows)
+
+
+def _given(name: str) -> Result | None:
+    """A result that was named itself."""
+    path = Path(name)
+    return read_result(path) if (path / FILE).is_file() or path.name == FILE else None
+
+
+def _probe(request: Request, role: str, places: set[Path]) -> Result:
+    subject = subject_of(request)
+    out = PROBES / subject.slug if request.out is None else request.out / role
+    if out in places:
+        out = out.with_name(f"{out.name}-{subject.sha256[:6]}")
+    places.add(out)
+    return run(dataclasses.replace(request, out=out))[1]
+
+
+def _origin(against: str, distilled: Result) -> str | None:
+    """What the distilled model says it was distilled from, if that is here."""
+    told = distilled.model.get("distilled_from")
+    if not isinstance(told, str):
+        logger.warning("%s does not say what it was distilled from: compared with theory alone", against)
+        return None
+    try:
+        locate(told)
+    except LibrefluxError:
+        logger.warning("%s was distilled from %s, which is not here: compared with theory alone", against, told)
+        return None
+    return told
