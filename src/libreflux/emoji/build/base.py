@@ -42,7 +42,6 @@ EDGE = ("embed_tokens", "shared", "embedding", "attention_bias", "x_embedder", "
 PAIRS, PAIR_SEED = 10_000, 11
 PAIR_SHARE, EMPTY_SHARE, TAGS_SHARE, LONG_EVERY = 0.2, 0.1, 0.35, 20
 SIZE_SHARE = {"small": 0.15, "medium": 0.25, "large": 0.6}
-WEIGHTS = Path(compose.__file__).parent / "weights" / "emoji-base"
 
 
 def layouts() -> list[tuple[str, str]]:
@@ -214,8 +213,8 @@ def _stage(work: Path, modules: dict[str, nn.Module]) -> Stage:
     return Stage(work / "base.safetensors", modules, lr=RATE, matrix_lr=MATRIX_RATE, average=0.998, edge=EDGE)
 
 
-def export(work: Path, out: Path = WEIGHTS, *, steps: int | None = None) -> Path:
-    """Write the family's folder in bf16 from whatever the stages have reached; replaces an older one."""
+def export(work: Path, out: Path | None = None) -> Path:
+    """Write `work/m/base`, the teacher in bf16, from whatever the stages have reached; replaces an older one."""
     import shutil
 
     transformer, text = make_transformer(), make_text(work / "tokenizers")
@@ -244,6 +243,8 @@ def export(work: Path, out: Path = WEIGHTS, *, steps: int | None = None) -> Path
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         name="emoji-base",
     )
+    out = out or work / "m" / "base"
+    out.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = out.with_name(f"{out.name}.new"), out.with_name(f"{out.name}.old")
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
