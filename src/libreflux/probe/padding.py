@@ -12,7 +12,6 @@ from torch import Tensor
 
 from libreflux.flow.path import interpolate
 from libreflux.model.facts import Facts
-from libreflux.model.int8 import int8_layers
 from libreflux.model.text import SUPPORTED_PADDING, TextConditioning, TextEncoders
 from libreflux.probe.bench import OWN, Bench, PaddingTexts
 from libreflux.probe.bootstrap import measured, root_ratio
@@ -149,7 +148,7 @@ def alone(text: TextConditioning) -> list[TextConditioning]:
 
 def exact(transformer: FluxTransformer2DModel) -> FluxTransformer2DModel:
     """A small model's copy in fp32, another one as it is."""
-    if int8_layers(transformer) or sum(parameter.numel() for parameter in transformer.parameters()) >= SMALL:
+    if sum(tensor.numel() for tensor in transformer.state_dict().values()) >= SMALL:
         return transformer
     return copy.deepcopy(transformer).float()
 

@@ -80,7 +80,8 @@ def model_labels(results: Sequence[Result]) -> list[str]:
         adapters = one.model.get("adapters") or []
         weights = [f" × {row['weight']:g}" if row["weight"] != 1 else "" for row in adapters]
         names = [f"{row['name']}{weight}" for row, weight in zip(adapters, weights, strict=True)]
-        found.append(" + ".join([str(one.model["name"]), *names]))
+        name = str(one.model["name"])
+        found.append(" + ".join([name if name.count("/") < 2 else Path(name).name, *names]))
     for name in [name for name in dict.fromkeys(found) if found.count(name) > 1]:
         for index, one in enumerate(results):
             if found[index] == name:
