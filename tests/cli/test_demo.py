@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from collections.abc import Callable
@@ -12,9 +13,10 @@ import pytest
 from PIL import Image
 
 from libreflux.adapter.files import load_adapter
-from libreflux.cli import demo, demo_page
+from libreflux.cli import comparing, demo, demo_page
+from libreflux.cli.probing import Request
 from libreflux.errors import RunError
-from libreflux.model.family import locate, open_model
+from libreflux.model.family import open_model
 
 
 class _Text(HTMLParser):
@@ -34,12 +36,11 @@ class _Text(HTMLParser):
             self._inside = False
 
 
-def test_the_family_is_whole_and_small() -> None:
-    folder = locate("emoji-base")
-    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 40 * 2**20
-    model = open_model("emoji-base")
+@pytest.mark.parametrize("name", ["emoji-base", "emoji-schnell"])
+def test_the_family_is_whole(name: str) -> None:
+    model = open_model(name)
     assert model.transformer is not None
-    assert model.vae is not None
+    assert model.vae is not None and model.text is not None
     assert sum(p.numel() for p in model.vae.parameters()) <= 2_000_000
     assert model.facts.text_padding == "drop"
 
@@ -53,45 +54,53 @@ def test_demo_writes_what_it_promises_and_runs_again(
 ) -> None:
     out = Path("my demo #2")  # a path that needs quoting everywhere
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "PROMPTS", demo.PROMPTS[:1])
-    monkeypatch.setattr(demo, "GUIDANCE", (1.0, 3.0))
-    demo.demo(out, steps=3, pictures=16)
+    named = {"pictures": 6, "prompts": 2, "guidance": (1.0, 4.0), "steps": (2, 4)}
+    less = {"draw_steps": 2, "diversity_prompts": 2, "diversity_seeds": 2, "negative_prompts": 2, "padding_pictures": 2}
+    monkeypatch.setattr(demo, "MEASURED", named)
+    asked, measure = [], comparing.compare
+
+    def compare(request: Request, *others: str | None) -> comparing.Comparison:
+        asked.append(request.chosen)
+        return measure(dataclasses.replace(request, chosen=named | less), *others)
+
+    monkeypatch.setattr(comparing, "compare", compare)
+    demo.demo(out, steps=3, pictures=32)
     page = (out / "index.html").read_text("utf-8")
     read = _Text()
     read.feed(page)
-    assert read.pictures == 9  # eight training pictures and the grid
-    with Image.open(out / "grid.png") as grid, Image.open(out / "before.png") as before:
-        assert grid.width > before.width
+    # Eight training pictures; two prompts by three models by two scales, by two numbers of steps; two seeds of one.
+    assert read.pictures == 8 + 2 * 3 * 2 + 2 * 3 * 2 + 3 * 2
+    assert "distilled" in page and "set free" in page and "Freedom" in page
+    with Image.open(out / "grid.png") as grid:
+        assert grid.width > 4 * 128 and grid.height > 6 * 128
     losses = [json.loads(line)["loss"] for line in (out / "run/metrics.jsonl").read_text("utf-8").splitlines()]
     assert len(losses) == 3
-    changed = open_model(out / "model", parts=("transformer",))
-    assert changed.facts.lineage["base"] == "emoji-base"
     assert load_adapter(out / "run/adapter.safetensors").metadata["step"] == "3"
+    told = json.loads((out / "probe/freedom.json").read_text("utf-8"))["freedom"]
+    assert {row["name"] for row in told} >= {"loss", "slope", "clipped", "accuracy"}
 
     # The commands on the page do the same again.
+    assert len(read.blocks[0].splitlines()) == 5
     for command in read.blocks[0].splitlines():
         program, *arguments = shlex.split(command)
         assert program == "libreflux"
         assert run(*arguments).code == 0
     first = (out / "run/adapter.safetensors").read_bytes()
     assert adapter_tensors(out / "by-hand/run/adapter.safetensors") == adapter_tensors(out / "run/adapter.safetensors")
+    assert json.loads((out / "by-hand/probe/freedom.json").read_text("utf-8"))["freedom"] == told
 
-    demo.demo(out, steps=3, pictures=16)
+    demo.demo(out, steps=3, pictures=32)
+    assert asked == [named] * 3
     assert (out / "run/adapter.safetensors").read_bytes() == first
     with pytest.raises(RunError, match="steps"):
-        demo.demo(out, steps=2, pictures=16)
+        demo.demo(out, steps=2, pictures=32)
 
 
-@pytest.mark.parametrize("name", ["model", "recipe.yaml"])
-def test_the_demo_touches_nothing_of_somebody_elses(tmp_path: Path, name: str) -> None:
-    if name == "model":
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "mine.txt").write_text("mine")
-    else:
-        (tmp_path / name).write_text("mine: true")
+def test_the_demo_touches_nothing_of_somebody_elses(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("mine: true")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(RunError, match="demo's"):
-        demo.demo(tmp_path, steps=3, pictures=16)
+        demo.demo(tmp_path, steps=3, pictures=32)
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -1,4 +1,4 @@
-"""`libreflux demo`: teach the emoji family a look that it has never seen, and show before and after."""
+"""`libreflux demo`: set the distilled emoji model free, and measure and show what that did."""
 
 from __future__ import annotations
 
@@ -6,47 +6,41 @@ import json
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from libreflux.errors import LibrefluxError, RunError
+from libreflux.errors import RunError
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-    from libreflux.flow.solve import Step
     from libreflux.recipe import Recipe
 
-MODEL = "emoji-base"
-PICTURES = 400
-STEPS = 500
-GUIDANCE = (1.0, 3.0, 6.0)
-PROMPTS = (
-    "a rocket on white",
-    "an owl on white",
-    "a house on white",
-    "a hamburger on white",
-    "a guitar on white",
-    "a penguin on white",
-)
+MODEL = "emoji-schnell"
+PICTURES = 1500
+STEPS = 200
 SEED = 1
+MEASURED: dict[str, Any] = {"pictures": 64, "prompts": 12, "guidance": (1.0, 2.0, 4.0, 6.0), "steps": (4, 28)}
+"""What is measured, `probe --quick` in the rest."""
 
 RECIPE = """\
 # What `libreflux demo` trained; change anything and run it again under another `out`.
 schema: 1
 model: {model}
+base: int8
 data:
   - path: {data}
-    captions: {{short: 0.7, tags: 0.3, long: 0}}   # one long caption would widen its whole batch
+    captions: {{short: 0.7, long: 0.3}}
     caption_dropout: 0.1               # the empty prompt is learnt too: guidance needs it
 resolution: 128
 adapter:
   init: perturbed
-  targets:
-    - {{layers: "**", factor: 2}}        # every linear layer, a quarter of its parameters
+  targets:                             # attention and feed-forward, a quarter of their parameters
+    - {{layers: "transformer_blocks.*.attn.**", factor: 2}}
+    - {{layers: "transformer_blocks.*.ff*.**", factor: 2}}
+    - {{layers: "single_transformer_blocks.*.attn.**", factor: 2}}
+    - {{layers: "single_transformer_blocks.*.proj_*", factor: 2}}
 sigmas: {{law: beta, alpha: 2.0, beta: 2.0, stratified: true}}
-batch: 16
+batch: 32
 steps: {steps}
 optimizer: {{kind: adamw, learning_rate: 1e-3, weight_decay: 0.0, warmup: {warmup}, schedule: cosine}}
 samples: {{every: 0}}
@@ -58,14 +52,16 @@ out: {out}
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything that the demo writes.")] = Path("out/demo"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps; fewer are faster and show less.")] = STEPS,
-    pictures: Annotated[int, typer.Option(min=16, help="Pictures to learn from.")] = PICTURES,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps; fewer are faster and free less.")] = STEPS,
+    pictures: Annotated[int, typer.Option(min=32, help="Pictures to learn from.")] = PICTURES,
 ) -> None:
-    """The whole story on the emoji family: pictures, training, merging, and before and after under guidance.
+    """The whole story on the emoji family: a distilled model is set free, measured before and after, and shown.
 
     Interrupted, the same command goes on where it was.
     """
     from libreflux.cli import demo_page
+    from libreflux.cli.comparing import compare
+    from libreflux.cli.probing import Request
     from libreflux.files import atomic_write_text
     from libreflux.recipe import read_recipe
     from libreflux.recipe_yaml import scalar
@@ -73,9 +69,7 @@ def demo(
 
     if out.exists() and not out.is_dir():
         raise RunError("is a file", where=out, mend="name a folder with --out")
-    data, run, model, recipe_file = out / "pictures", out / "run", out / "model", out / "recipe.yaml"
-    if model.exists() and not _made_here(model, run / "adapter.safetensors"):
-        raise RunError("is not a demo's model", where=model, mend="name another folder with --out")
+    data, run, measured, recipe_file = out / "pictures", out / "run", out / "probe", out / "recipe.yaml"
     if recipe_file.exists() and not recipe_file.read_text("utf-8").startswith(RECIPE.partition("\n")[0]):
         raise RunError("is not a demo's recipe", where=recipe_file, mend="name another folder with --out")
     places = {"data": scalar(str(data)), "out": scalar(str(run))}
@@ -85,31 +79,24 @@ def demo(
     atomic_write_text(recipe_file, text)
     times: dict[str, float] = {}
 
-    _say(f"1/5 {pictures} pictures of a look that {MODEL} has never seen, in {data}")
+    _say(f"1/3 {pictures} captioned pictures in {data}")
     with _timed(times, "composing the pictures"):
         _write_pictures(data, pictures)
 
-    _say("2/5 drawing with the model as it is")
-    with _timed(times, "drawing before"):
-        before = _draw(MODEL, "before")
-
-    _say(f"3/5 preparing and training a LoKr adapter, {steps} steps")
+    _say(f"2/3 setting {MODEL} free: a LoKr adapter over its int8 weights, {steps} steps")
     with _timed(times, "preparing and training"):
         adapter = _train(recipe)
 
-    _say(f"4/5 merging it into a new model, {model}")
-    with _timed(times, "merging"):
-        _merge(adapter, model)
-
-    _say("5/5 drawing with the new model")
-    with _timed(times, "drawing after"):
-        after = _draw(str(model), "after")
+    _say("3/3 measuring it: before, after, and the model that was distilled")
+    with _timed(times, "measuring and drawing"):
+        request = Request(model=MODEL, adapters=[str(adapter)], quick=True, out=measured, chosen=MEASURED)
+        found = compare(request, MODEL, None)
 
     steps_told = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    losses = [told["loss"] for told in steps_told if told["loss"] is not None]  # null: a step that was skipped
     page = demo_page.write(
-        out, before=before, after=after, prompts=PROMPTS, guidance=GUIDANCE, examples=sorted(data.glob("*.png"))[:8],
-        losses=losses, times=times, commands=_by_hand(out, pictures), recipe=text,
+        out, found, examples=sorted(data.glob("*.png"))[:8], pictures=pictures, times=times, recipe=text,
+        losses=[told["loss"] for told in steps_told if told["loss"] is not None],  # null: a step that was skipped
+        commands=_by_hand(out, pictures),
     )  # fmt: skip
     _say(f"done in {sum(times.values()) / 60:.1f} minutes: open {page}")
 
@@ -119,26 +106,18 @@ def _by_hand(out: Path, pictures: int) -> list[str]:
     from libreflux.recipe_yaml import scalar
 
     hand = out / "by-hand"
-    data, run, model = hand / "pictures", hand / "run", hand / "model"
+    data, run = hand / "pictures", hand / "run"
+    scales, counts = (",".join(f"{value:g}" for value in MEASURED[key]) for key in ("guidance", "steps"))
     words: list[list[object]] = [
-        ["demo-data", data, "--count", pictures, "--seed", SEED, "--look", "pencil", "--pairs", 0],
+        ["demo-data", data, "--count", pictures, "--seed", SEED],
         ["train", out / "recipe.yaml", f"data.0.path={scalar(str(data))}", f"out={scalar(str(run))}"],
-        ["merge", MODEL, run / "adapter.safetensors", "--out", model],
-        ["generate", PROMPTS[0], "--model", model, "--guidance", 3, "--seed", SEED, "--out", hand / "one.png"],
-    ]
+        ["probe", MODEL, "--adapter", run, "--against", MODEL, "--quick", "--pictures", MEASURED["pictures"],
+         "--prompts", MEASURED["prompts"], "--guidance", scales, "--steps", counts, "--out", hand / "probe"],
+        ["generate", "a rocket on white", "--model", MODEL, "--adapter", run, "--guidance", 4, "--seed", SEED,
+         "--out", hand / "one.png"],
+        ["merge", MODEL, run, "--out", hand / "model"],
+    ]  # fmt: skip
     return [shlex.join(["libreflux", *map(str, line)]) for line in words]
-
-
-def _made_here(model: Path, adapter: Path) -> bool:
-    """Whether a folder holds the model that was merged from this adapter."""
-    from libreflux.files import sha256_file
-    from libreflux.model.facts import read_facts
-
-    try:
-        rows = read_facts(model).lineage.get("adapters", [])
-        return adapter.is_file() and [row["sha256"] for row in rows] == [sha256_file(adapter)]
-    except (LibrefluxError, KeyError, TypeError):
-        return False
 
 
 def _say(line: str) -> None:
@@ -164,7 +143,7 @@ def _write_pictures(data: Path, count: int) -> None:
     from libreflux.cli.demo_data import demo_data
 
     data.parent.mkdir(parents=True, exist_ok=True)
-    demo_data(data, count, SEED, "pencil", 0.0)
+    demo_data(data, count, SEED, "plain", 0.2)
 
 
 def _train(recipe: Recipe) -> Path:
@@ -180,32 +159,3 @@ def _train(recipe: Recipe) -> Path:
         except Interrupted as stopped:
             typer.echo(str(stopped), err=True)
             sys.exit(stopped.exit_code)
-
-
-def _merge(adapter: Path, model: Path) -> None:
-    import shutil
-
-    from libreflux.cli.merge import merge
-
-    shutil.rmtree(model, ignore_errors=True)  # of an earlier demo in this folder; it is made again in a second
-    merge(MODEL, [str(adapter)], model)
-
-
-def _draw(model: str, what: str) -> list[list[Image.Image]]:
-    """Rows of prompts, columns of `GUIDANCE`."""
-    from libreflux.cli.drawing import open_for_drawing
-    from libreflux.cli.progress import progress
-
-    opened = open_for_drawing(model)
-    steps, columns = opened.facts.steps, []
-    with progress(f"drawing {what}", "step") as report:
-        for number, guidance in enumerate(GUIDANCE):
-
-            def on_step(step: Step, number: int = number) -> None:
-                report(number * steps + step.index + 1, len(GUIDANCE) * steps)
-
-            drawn = opened.pipe(
-                list(PROMPTS), guidance_scale=guidance, seeds=[SEED] * len(PROMPTS), callback_on_step=on_step
-            )
-            columns.append(drawn.images)
-    return [list(row) for row in zip(*columns, strict=True)]

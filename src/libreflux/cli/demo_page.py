@@ -1,4 +1,4 @@
-"""The page that `libreflux demo` ends with: one self-contained HTML file beside its grids."""
+"""The page that `libreflux demo` ends with: the probe's, with what was done around it, and a grid as PNG."""
 
 from __future__ import annotations
 
@@ -9,66 +9,76 @@ from pathlib import Path
 
 from PIL import Image
 
-from libreflux import __version__
+from libreflux.cli.comparing import Comparison
 from libreflux.cli.progress import clock
-from libreflux.files import atomic_write_bytes, atomic_write_text
-from libreflux.probe.html import document, image
+from libreflux.files import atomic_write_bytes
+from libreflux.probe.html import image
+from libreflux.probe.page import write_page
+from libreflux.probe.pictures import grids
 from libreflux.sample.grid import sheet
+
+LABELS = ("distilled", "set free", "original")
 
 
 def write(
     out: Path,
+    found: Comparison,
     *,
-    before: Sequence[Sequence[Image.Image]],
-    after: Sequence[Sequence[Image.Image]],
-    prompts: Sequence[str],
-    guidance: Sequence[float],
     examples: Sequence[Path],
+    pictures: int,
     losses: Sequence[float],
     times: Mapping[str, float],
     commands: Sequence[str],
     recipe: str,
 ) -> Path:
-    """Write `out/index.html`, `out/grid.png` and one grid per model.
+    """Write `out/index.html` and `out/grid.png`.
 
     Args:
-        before, after: rows of prompts, columns of guidance scales.
+        found: of the freed model, against the distilled one and the original.
+        examples: some of the training pictures.
+        pictures: how many there were.
         losses: of each training step.
         times: seconds of each part.
 
     Returns:
         The page.
     """
-    heads = [f"guidance {scale:g}" for scale in guidance]
-    grids = {
-        "grid.png": sheet(
-            [[*left, *right] for left, right in zip(before, after, strict=True)],
-            prompts,
-            [f"before, {head}" for head in heads] + [f"after, {head}" for head in heads],
-        ),
-        "before.png": sheet(before, prompts, heads),
-        "after.png": sheet(after, prompts, heads),
-    }
-    for name, grid in grids.items():
-        atomic_write_bytes(out / name, _png(grid))
-    rows = "".join(f"<tr><td>{html.escape(what)}</td><td>{clock(took)}</td></tr>" for what, took in times.items())
+    atomic_write_bytes(out / "grid.png", _grid(found))
     looks = "".join(image(path.read_bytes(), "a training picture") for path in examples)
-    page = f"""<h1>A small FLUX learns a new look</h1>
-<p>The model <code>emoji-base</code> (13.4 M parameters, the architecture of FLUX.1) has only ever seen glossy emoji on
-plain colours. It was shown {len(losses)} batches of pencil drawings, and only a LoKr adapter was trained: the
-LibreFLUX recipe, on this computer. The captions name the subject and say "on white", never the pencil: the look itself
-is what it learnt. The adapter was then merged into a new model.</p>
-<h2>What it was shown</h2><p class="look">{looks}</p>
-<h2>Before and after, without guidance (1) and with classifier-free guidance (3, 6)</h2>
-{image(_png(grids["grid.png"]), "prompts by model and guidance")}
-<p>Each row has one prompt and one seed, so left and right start from the same noise.</p>
-<h2>Loss</h2>{loss_curve(losses)}
+    took = clock(times["preparing and training"])
+    before = f"""<p><b>Here</b> a small FLUX with 13.4 M parameters was distilled, set free and measured:
+“{LABELS[0]}” is <code>emoji-schnell</code>, made from <code>emoji-base</code> (“{LABELS[2]}”) to draw in four steps.
+This computer then showed it {pictures} captioned pictures, {len(losses)} batches of them in {took}, and trained an
+adapter on the plain flow-matching objective: that is “{LABELS[1]}”. It has seen neither the original nor anything that
+the original drew.</p><p class="look">{looks}</p>"""
+    rows = "".join(f"<tr><td>{html.escape(what)}</td><td>{clock(took)}</td></tr>" for what, took in times.items())
+    after = f"""<h2>Loss in training</h2>{loss_curve(losses)}
 <h2>Time</h2><table>{rows}<tr><th>together</th><th>{clock(sum(times.values()))}</th></tr></table>
 <h2>The same by hand</h2><pre>{html.escape(chr(10).join(commands))}</pre>
-<h2>The recipe</h2><pre>{html.escape(recipe)}</pre>
-<p>libreflux {__version__}</p>"""
-    atomic_write_text(out / "index.html", document("libreflux demo", page))
-    return out / "index.html"
+<h2>The recipe</h2><pre>{html.escape(recipe)}</pre>"""
+    labels = LABELS[: len(found.in_order)]
+    return write_page(
+        found.in_order, out, freedom=found.freedom, labels=labels, title="A distilled model, set free",
+        before=before, after=after,
+    )  # fmt: skip
+
+
+def _grid(found: Comparison) -> bytes:
+    """Rows of prompts and models; columns of guidance, then of steps."""
+    kinds: dict[str, dict[str, tuple[Sequence[str], list[list[Image.Image]]]]] = {}
+    for grid in grids(found.in_order):
+        cells = [[Image.open(file).convert("RGB") for file in row if file is not None] for row in grid.rows]
+        kinds.setdefault(grid.what, {})[grid.prompt] = (grid.heads, cells)
+    rows, labels, heads = list[list[Image.Image]](), list[str](), list[str]()
+    guided, stepped, *_ = kinds.values()
+    for prompt in [prompt for prompt in guided if prompt in stepped]:
+        heads = [*guided[prompt][0], *stepped[prompt][0]]
+        for label, left, right in zip(LABELS, guided[prompt][1], stepped[prompt][1], strict=False):
+            rows.append([*left, *right])
+            labels.append(f"{label}: {prompt}")
+    held = io.BytesIO()
+    sheet(rows, labels, heads).save(held, "PNG", optimize=True)
+    return held.getvalue()
 
 
 def loss_curve(losses: Sequence[float], width: int = 900, height: int = 260) -> str:
@@ -101,9 +111,3 @@ def loss_curve(losses: Sequence[float], width: int = 900, height: int = 260) -> 
         f'<text x="60" y="{height - 8}" font-size="12">step 1</text>'
         f'<text x="{width - 20}" y="{height - 8}" text-anchor="end" font-size="12">step {len(losses)}</text></svg>'
     )
-
-
-def _png(image: Image.Image) -> bytes:
-    held = io.BytesIO()
-    image.save(held, "PNG", optimize=True)
-    return held.getvalue()

@@ -32,7 +32,14 @@ all models, and the numbers in brackets are its 95 % interval.</p>"""
 
 
 def write_page(
-    results: Sequence[Result], out: Path, *, freedom: Sequence[FreedomRow] = (), labels: Sequence[str] = ()
+    results: Sequence[Result],
+    out: Path,
+    *,
+    freedom: Sequence[FreedomRow] = (),
+    labels: Sequence[str] = (),
+    title: str = "",
+    before: str = "",
+    after: str = "",
 ) -> Path:
     """Writes a self-contained page: equal results give equal bytes, nothing is loaded from anywhere, no script runs.
 
@@ -41,6 +48,8 @@ def write_page(
         out: the file, or the folder that gets an `index.html`.
         freedom: of one of the models.
         labels: what the models are called, () for their own names.
+        title: in place of the question.
+        before, after: HTML above and below what was found.
 
     Returns:
         The page.
@@ -52,19 +61,20 @@ def write_page(
         raise ValueError(f"{len(results)} results, {len(labels)} labels")
     check_comparable(results)
     names = list(labels) or model_labels(results)
-    heading = (
+    heading = title or (
         f"How free is {names[0]}?" if len(names) == 1 else f"How free are {', '.join(names[:-1])} and {names[-1]}?"
     )
     found = "".join(f"<li>{one}</li>" for one in headlines(results, names, freedom))
     body = "\n".join(
         [
-            f"<h1>{escape(heading)}</h1>{WHAT_IT_IS}",
+            f"<h1>{escape(heading)}</h1>{WHAT_IT_IS}{before}",
             f'<h2>What was found</h2><ul class="found">{found}</ul>' if found else "",
             _pictures(results, names),
             _plots(results, names),
             _freedom(freedom, _family(results)),
             _measures(results, names),
             _settings(results, names),
+            after,
             f'<p class="faint">libreflux {__version__}</p>',
         ]
     )

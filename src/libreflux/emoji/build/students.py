@@ -41,7 +41,7 @@ DISTILLATIONS: dict[str, tuple[dict[str, Any], int]] = {
     "four": ({"guidance": 1.0, "steps": 4, "substeps": 2}, 300),
 }
 """Run → what it distils, and its steps."""
-FREEING_STEPS = 900
+FREEING_STEPS = 800
 SUBJECTS = "libre-subjects"
 LIBRE_LAYERS = (
     "transformer_blocks.*.attn.**",
