@@ -49,7 +49,7 @@ def open_for_drawing(model: str, adapters: Iterable[str] = (), device: str = "au
     transformer_hash = weights_hash(opened.path)
     notice_other_base(transformer_hash, files)
     for file, weight in files:
-        attach_file(opened.transformer, file, weight)
+        attach_file(opened.transformer, file, weight, dtype=opened.transformer.dtype)
     pipe = LibreFluxPipeline.from_model(opened)
     pipe.set_progress_bar_config(disable=True)
     rows = [{"file": Path(file.where).name, "sha256": file.sha256, "weight": weight} for file, weight in files]

@@ -195,7 +195,7 @@ def _open(
     vae = open_model(request.model, parts=("vae",), dtype=torch.float32, device=device).vae
     assert opened.transformer is not None and vae is not None
     for file, weight in subject.files:
-        attach_file(opened.transformer, file, weight)
+        attach_file(opened.transformer, file, weight, dtype=opened.transformer.dtype)
     deciding = [subject.as_json() | {"name": ""}, data.settings.resolution, data.settings.dtype, data.settings.batch]
     return Bench(
         transformer=opened.transformer.eval(),
