@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak lint
+.PHONY: help install demo test soak lint emoji
 
 help:
 	@echo 'make install   the package, editable, with its pinned dependencies, into $(VENV)'
-	@echo 'make demo      install, then train, merge and show: out/demo/index.html'
+	@echo 'make demo      install, then set a model free, measure it and show: out/demo/index.html'
 	@echo 'make test      install, then the test suite'
+	@echo 'make emoji     install, then the emoji family from nothing: about 6 hours on two cores, resumable; WORK=DIR'
 	@echo 'make soak      install, then kill training 50 times, fill its disk, compare the bytes: some minutes'
 	@echo 'make lint      install, then ruff and mypy'
 
@@ -27,6 +28,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/libreflux demo
+
+WORK ?= out/emoji
+
+emoji: install
+	$(BIN)/python -m libreflux.emoji.build all --work $(WORK)
 
 test: install
 	$(BIN)/python -m pytest

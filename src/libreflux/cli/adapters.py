@@ -20,6 +20,7 @@ ADAPTED: dict[str, tuple[str, Callable[[str], Any]]] = {
     "guidance": ("guidance", float),
 }
 """The facts that training decides: their keys in an adapter's metadata, and their types."""
+DEMO_MODEL = "emoji-libre"
 
 if TYPE_CHECKING:
     from libreflux.adapter.files import AdapterFile
@@ -89,6 +90,15 @@ def load_arguments(texts: Iterable[str]) -> list[tuple[AdapterFile, float]]:
     from libreflux.adapter.files import load_adapter
 
     return [(load_adapter(path), weight) for path, weight in chosen]
+
+
+def default_model(texts: Iterable[str]) -> str:
+    """What is drawn with when nobody names a model: what the first adapter was trained on, else emoji-libre."""
+    for file, _ in load_arguments(list(texts)[:1]):
+        if told := file.metadata.get("model"):
+            return told
+    logger.warning("%s is a demo model: emoji only, 128 pixels; for photographs name another with --model", DEMO_MODEL)
+    return DEMO_MODEL
 
 
 def adapted_facts(facts: Facts, files: Sequence[tuple[AdapterFile, float]]) -> Facts:

@@ -16,7 +16,10 @@ def generate(
     prompts: Annotated[
         list[str], typer.Argument(metavar="PROMPT...", help="What to draw; quote each prompt.", show_default=False)
     ],
-    model: Annotated[str, typer.Option(help="Model: a name, a folder or a hub id.")] = "emoji-base",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model: a name, a folder or a hub id; default: emoji-libre, or what the adapter is for."),
+    ] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(metavar="PATH[:WEIGHT]", help="Adapter file or run folder, put on the model; may be repeated."),
@@ -44,11 +47,13 @@ def generate(
     if steps is not None:
         _refuse_unguided(steps, no_cfg_until)  # before anything is loaded
 
+    from libreflux.cli.adapters import default_model
     from libreflux.cli.drawing import open_for_drawing
     from libreflux.cli.progress import progress
     from libreflux.flow.solve import Step
     from libreflux.sample.metadata import Origin, save_png, versions
 
+    model = model or default_model(adapter or ())
     opened = open_for_drawing(model, adapter or (), device)
     facts = opened.facts
     steps = facts.steps if steps is None else steps

@@ -1,7 +1,8 @@
 """Make the emoji family from nothing: `python -m libreflux.emoji.build STAGE --work DIR`, resumable at every stage.
 
-Stages in order: vae, latents, base, decoder, export, judge, check (an unlabelled sheet in DIR, to be read by eye).
-Each but the last is a no-op when its result is there.
+Stages in order: vae, latents, base, decoder, export, judge, schnell, libre, check (an unlabelled sheet in DIR, for the
+eye). Each but the last is a no-op when its result is there. Apart: controls, the recipe of libre with fewer steps, on
+emoji-base and on random weights.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ from pathlib import Path
 
 import torch
 
+STAGES = ("vae", "latents", "base", "decoder", "export", "judge", "schnell", "libre", "check", "all", "controls")
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m libreflux.emoji.build", description=__doc__)
-    parser.add_argument("stage", choices=["vae", "latents", "base", "decoder", "export", "judge", "check", "all"])
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--work", type=Path, required=True, help="folder for states and latents")
     parser.add_argument("--steps", type=int, default=None, help="steps of the base, decoder or judge stage")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
-    from libreflux.emoji.build import base, vae
+    from libreflux.emoji.build import base, students, vae
 
     if args.stage in ("vae", "all"):
         model = vae.train(args.work)
@@ -35,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         model = vae.train(args.work, decoder_steps=args.steps or vae.DECODER_STEPS)
         print(f"held-out PSNR {vae.psnr(model):.2f} dB")
     if args.stage in ("export", "all"):
-        print(base.export(args.work))
+        base.export(args.work)
+        print(students.ship(args.work, "base"))
     if args.stage in ("judge", "all"):
         from libreflux.emoji.build import judge
 
@@ -44,6 +48,16 @@ def main(argv: list[str] | None = None) -> int:
         seen = judge.ceiling(trained, args.work)
         rates = f"subject {seen.subject.float().mean():.1%}, colour {seen.colour.float().mean():.1%}"
         print(f"held-out reconstructions: {rates}, both {seen.both.float().mean():.1%}")
+    if args.stage in ("schnell", "all"):
+        students.schnell(args.work)
+        print(students.ship(args.work, "schnell"))
+    if args.stage in ("libre", "all"):
+        students.libre(args.work)
+        print(students.ship(args.work, "libre"))
+    if args.stage == "controls":
+        for run, (model, steps) in students.CONTROLS.items():
+            start = students.random_model(args.work) if model is None else model
+            print(students.set_free(run, start, args.work, steps=steps))
     if args.stage in ("check", "all"):
         from libreflux.emoji.build import check
 

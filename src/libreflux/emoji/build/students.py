@@ -42,6 +42,13 @@ DISTILLATIONS: dict[str, tuple[dict[str, Any], int]] = {
 }
 """Run → what it distils, and its steps."""
 FREEING_STEPS = 800
+CONTROLS: dict[str, tuple[str | None, int]] = {
+    "free-50": ("emoji-schnell", 50),
+    "free-250": ("emoji-schnell", 250),
+    "control-base": ("emoji-base", FREEING_STEPS),
+    "control-random": (None, FREEING_STEPS),
+}
+"""Run → model (None: random weights) and steps."""
 SUBJECTS = "libre-subjects"
 LIBRE_LAYERS = (
     "transformer_blocks.*.attn.**",
