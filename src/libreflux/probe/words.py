@@ -23,7 +23,7 @@ MEANINGS = {
     "best_guidance": "The guidance at which pictures are best.",
     "saturation_guidance": "The lowest guidance at which clipping is twice that of real pictures.",
     "step_gap": "How far pictures of few steps are from those of many, at the model's own guidance.",
-    "straightness": "How bent the path from noise to picture is; 0 is straight. Distilled models are straight.",
+    "straightness": "How bent the path from noise to picture is; 0 is straight.",
     "diversity": "How far apart pictures of one prompt are that differ in their seed.",
     "padding": "How much the answer depends on the text's padding, which says nothing.",
     "padding_batch": "How much the answer depends on what else is in the batch.",
