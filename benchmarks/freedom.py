@@ -34,6 +34,8 @@ CONTROLS = {
     "recipe on random": ["random", "--adapter", "control-random"],
     "base": ["emoji-base"],
 }
+FULL = ["--prompts", "24", "--guidance", "1,2,4,8", "--steps", "4,28"]
+QUICK = ["--quick", "--guidance", "1,4,6"]
 BRIEF = (
     ("loss", {"sigma": "all", "text": "caption"}),
     ("loss", {"sigma": "all", "text": "empty"}),
@@ -81,9 +83,7 @@ def _probed(work: Path, name: str, words: Sequence[str], quick: bool, seen: Path
     model = str(work / "m" / "random") if model == "random" else model
     adapter = ["--adapter", str(work / "runs" / rest[1])] if rest else []
     command = [sys.executable, "-m", "libreflux", "probe", model, *adapter, "--seen", str(seen), "--out", str(out)]
-    subprocess.run(
-        [*command, *(["--quick", "--guidance", "1,4,6"] if quick else [])], check=True, stdout=subprocess.DEVNULL
-    )
+    subprocess.run([*command, *(QUICK if quick else FULL)], check=True, stdout=subprocess.DEVNULL)
     return read_result(out)
 
 
