@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import libreflux
-from libreflux.cli import average, demo, demo_data, generate, merge, prepare, probe, train
+from libreflux.cli import average, demo, demo_data, export, generate, merge, prepare, probe, train
 from libreflux.errors import LibrefluxError
 from libreflux.files import PLACE_ERRORS, WRITE_ERRORS
 
@@ -48,6 +48,7 @@ app.command("train")(train.train)
 app.command("merge")(merge.merge)
 app.command("average")(average.average)
 app.command("probe")(probe.probe)
+app.command("export")(export.export)
 app.command("demo-data")(demo_data.demo_data)
 
 
