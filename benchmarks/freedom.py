@@ -41,6 +41,7 @@ BRIEF = (
     ("loss", {"sigma": "all", "text": "empty"}),
     ("slope", {"sigma": 0.5, "text": "caption"}),
     ("slope", {"sigma": 0.9, "text": "caption"}),
+    ("slope", {"sigma": 0.98, "text": "caption"}),
     ("slope", {"sigma": "all", "text": "caption"}),
     ("prompt_gain", {"sigma": 0.9}),
     ("guidance_response", {"sigma": 0.9}),
@@ -106,7 +107,8 @@ def _table(
             cells.append("–" if one is None else f"{_value(results[name], row, one.freed)} ({one.text})")
         ends = [_value(results["schnell"], row, row.distilled), _value(results["base"], row, row.reference)]
         label, at = title(row.name, row.at, "emoji")
-        print(f"| {label}, {place(at)} | {ends[0]} | {' | '.join(cells)} | {ends[1]} |".replace(", |", " |"))
+        label = f"{label}, {place(at)}" if at else label
+        print(f"| {label} | {ends[0]} | {' | '.join(cells)} | {ends[1]} |")
 
 
 def _key(row: FreedomRow) -> tuple[object, ...]:
