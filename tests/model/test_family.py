@@ -253,7 +253,7 @@ def test_a_model_takes_the_parts_it_lacks_from_the_folder_that_its_facts_name(
     encoded = [each.text.encode(["a cat"], padding="drop", max_tokens=512).pooled for each in (ours, whole)]
     assert torch.equal(*encoded)
     assert ours.scheduler.config.shift == whole.scheduler.config.shift
-    memory = FileMemory(())
+    memory = FileMemory(tmp_path / "memory")
     assert encoder_digests(lean, memory) == encoder_digests(tmp_path / "whole", memory)
 
     saved = save_model(open_model(lean, parts=("transformer",)), tmp_path / "elsewhere" / "saved")
