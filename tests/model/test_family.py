@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -267,3 +268,30 @@ def test_a_model_takes_the_parts_it_lacks_from_the_folder_that_its_facts_name(
         write_facts(lean, dataclasses.replace(read_facts(tiny_model_dir), parts_from=wrong))
         with pytest.raises(ModelError, match="parts_from cannot be"):
             locate(lean)
+
+
+@pytest.mark.parametrize(("suffix", "told"), [(".ckpt", "pickle"), (".pt", "pickle"), (".gguf", "GGUF is not read")])
+def test_pickles_and_gguf_are_refused_by_name(copy_dir: Path, tmp_path: Path, suffix: str, told: str) -> None:
+    (tmp_path / f"flux{suffix}").write_bytes(b"x")
+    with pytest.raises(ModelError, match=told):
+        locate(tmp_path / f"flux{suffix}")
+    weights = copy_dir / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(suffix))
+    with pytest.raises(ModelError, match=f"transformer: has no safetensors: .*{told}"):
+        locate(copy_dir)
+
+
+def _lie(data: bytes) -> bytes:
+    return (2**40).to_bytes(8, "little") + data[8:]
+
+
+@pytest.mark.parametrize("broken", [lambda data: b"", lambda data: data[: len(data) // 2], _lie])
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder_2"])
+def test_a_broken_file_is_one_line_with_its_place(
+    copy_dir: Path, part: str, broken: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    (file,) = (copy_dir / part).glob("*.safetensors")
+    file.write_bytes(broken(file.read_bytes()))
+    with pytest.raises(ModelError, match=f"{part}: cannot be loaded") as told:
+        open_model(copy_dir)
+    assert "\n" not in str(told.value) and "mend: " in str(told.value)

@@ -49,8 +49,8 @@ def write(
     before = f"""<p><b>Here</b> a small FLUX with 13.4 M parameters was distilled, set free and measured:
 “{LABELS[0]}” is <code>emoji-schnell</code>, made from <code>emoji-base</code> (“{LABELS[2]}”) to draw in four steps.
 This computer then showed it {pictures} captioned pictures, {len(losses)} batches of them in {took}, and trained an
-adapter on the plain flow-matching objective: that is “{LABELS[1]}”. It has seen neither the original nor anything that
-the original drew.</p><p class="look">{looks}</p>"""
+adapter on the plain flow-matching objective: that is “{LABELS[1]}”. The training saw neither the original nor
+anything that the original drew.</p><p class="look">{looks}</p>"""
     rows = "".join(f"<tr><td>{html.escape(what)}</td><td>{clock(took)}</td></tr>" for what, took in times.items())
     after = f"""<h2>Loss in training</h2>{loss_curve(losses)}
 <h2>Time</h2><table>{rows}<tr><th>together</th><th>{clock(sum(times.values()))}</th></tr></table>

@@ -24,6 +24,12 @@ _WANTED = ["model_index.json", FACTS_FILE] + [
 
 _SMALL = [pattern for pattern in _WANTED if not pattern.endswith(".safetensors")]
 
+_FOLDER = "give a diffusers folder or a hub id"
+_PICKLE = ("is a pickle, which runs code when it is opened", "use the model's safetensors files")
+_REFUSED = dict.fromkeys((".ckpt", ".pt", ".pth", ".bin", ".pkl"), _PICKLE) | {
+    ".gguf": ("GGUF is not read", "use the safetensors weights; `libreflux export --int8` makes them small")
+}
+
 
 def locate(name: str | Path, *, weights: bool = True) -> Path:
     """The folder of a model.
@@ -49,7 +55,8 @@ def locate(name: str | Path, *, weights: bool = True) -> Path:
     if path.is_dir():
         return _checked(path)
     if path.exists():
-        raise ModelError("single files are not supported yet", where=path, mend="give a diffusers folder or a hub id")
+        told, mend = _REFUSED.get(path.suffix.lower(), ("single files are not supported yet", _FOLDER))
+        raise ModelError(told, where=path, mend=mend)
     if not _HUB_ID.fullmatch(text) or Path(text).parts[0] in (".", "..") or Path(text).parent.is_dir():
         raise ModelError(f"no such model: {text}", mend=_suggestion(text))
     return _checked(_download(text, weights))
@@ -73,8 +80,13 @@ def _checked(folder: Path) -> Path:
     if not index.is_file():
         raise ModelError("not a model: it has no model_index.json", where=folder, mend="give a diffusers FLUX folder")
     for part in ("transformer", "vae"):
-        if not part_folder(folder, part).is_dir():
+        where = part_folder(folder, part)
+        if not where.is_dir():
             raise ModelError(f"incomplete: it has no {part} folder", where=folder, mend="give a diffusers FLUX folder")
+        found = {file.suffix for file in where.iterdir() if file.suffix in (".safetensors", *_REFUSED)}
+        if found and ".safetensors" not in found:
+            told, mend = _REFUSED[min(found)]
+            raise ModelError(f"has no safetensors: what it has {told}", where=where, mend=mend)
     return folder
 
 

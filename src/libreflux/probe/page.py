@@ -26,7 +26,7 @@ QUALITIES = ((256, 85), (192, 80), (160, 70), (128, 60), (96, 40), (64, 30))
 WHAT_IT_IS = """
 <p>A text-to-image model turns noise into a picture, step by step. A <b>distilled</b> model has been trained to need
 very few steps, and pays for it: its answers are exaggerated, so that <b>guidance</b> (being pushed to follow the
-prompt) burns its pictures, negative prompts do little, and it is hard to train further. To set it <b>free</b> is to
+prompt) burns its pictures, seeds give nearly the same one, and it is hard to train further. To set it <b>free</b> is to
 undo that. This page measures how much of it is there; every number is from pictures and prompts that are the same for
 all models, and the numbers in brackets are its 95 % interval.</p>"""
 
