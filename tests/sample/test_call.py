@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from PIL import Image
 from torch import Tensor
 
+import libreflux
 from libreflux.model.facts import Facts
-from libreflux.model.family import Model
-from libreflux.model.latents import pack
+from libreflux.model.family import Model, open_model
+from libreflux.model.latents import encode, pack
 from libreflux.sample.noise import noise
+from libreflux.sample.output import decoded
 from libreflux.sample.pipeline import LibreFluxPipeline
 
 LONG, SHORT = "a small green frog sits under a tall tree, and the sky behind it is orange", "a fox"
@@ -147,3 +150,27 @@ def test_steps_show_what_comes(pipe: LibreFluxPipeline) -> None:
     assert np.abs(difference).max() <= 0.51 / 255
     with pytest.raises(TypeError, match="guidance_scal"):
         next(pipe.steps(SHORT, guidance_scal=3))
+
+
+def test_tiles_bound_what_the_decoder_sees(pipe: LibreFluxPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny VAE was made for 32 pixels: a tile is at most 4 latents wide, and whole pictures come together."""
+    widest: list[int] = []
+    pipe.vae.decoder.register_forward_pre_hook(lambda module, args: widest.append(max(args[0].shape[-2:])))
+    sizes = {"seeds": 1, "height": 64, "width": 96, "num_inference_steps": 1, "output_type": "pt"}
+    whole, tiled = (pipe(SHORT, tile=tile, **sizes).images for tile in (None, True))
+    assert widest[0] == 12 and max(widest[1:]) == 4 and not pipe.vae.use_tiling
+    assert whole.shape == tiled.shape and not torch.equal(whole, tiled)
+    monkeypatch.setattr("libreflux.sample.output.TILE_ABOVE", 95)
+    assert torch.equal(pipe(SHORT, **sizes).images, tiled)
+    assert torch.equal(pipe(SHORT, tile=False, **sizes).images, whole)
+
+
+def test_tiles_are_nearly_the_whole_picture() -> None:
+    """With the trained VAE of the emoji family, made for 128 pixels: 256 x 192 from the latents of a real picture."""
+    vae = open_model("emoji-base", parts=("vae",), dtype=torch.float32).vae
+    picture = next(iter(sorted(Path(libreflux.__file__).parent.glob("emoji/pictures/*.webp"))))
+    image = Image.open(picture).convert("RGBA").resize((256, 192))
+    canvas = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    pixels = torch.from_numpy(np.asarray(canvas, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+    whole, tiled = (decoded(vae, encode(vae, pixels), tile) for tile in (False, True))
+    assert 0 < (whole - tiled).abs().mean() < 0.01

@@ -26,6 +26,7 @@ from libreflux.model.family import Model, open_model
 from libreflux.model.text import TextConditioning, TextEncoders
 from libreflux.sample.guidance import BatchCfg, GuidedVelocity
 from libreflux.sample.noise import Generators, start
+from libreflux.sample.output import decoded, to_pil
 from libreflux.sample.settings import NUMBERS, RESOLVED, check_values, resolve
 from libreflux.sample.walk import TENSORS, Job, check_tensors, walk
 
@@ -201,10 +202,11 @@ class LibreFluxPipeline(DiffusionPipeline):
         guidance_rescale: float = 0.0,
         batch_cfg: BatchCfg = "auto",
         max_sequence_length: int | None = None,
+        tile: bool | None = None,
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
-    ) -> LibreFluxOutput | tuple[Any]:
+    ) -> LibreFluxOutput:
         """Draw pictures: v = v_u + g (v_c - v_u) along an Euler ladder from sigma 1 to 0.
 
         Args:
@@ -226,6 +228,7 @@ class LibreFluxPipeline(DiffusionPipeline):
             latents: noise to start from instead, packed [B, N, 4C] as in diffusers or [B, C, H/8, W/8].
             prompt_conditioning, negative_conditioning: ready-made instead of the prompts; one negative may serve all.
             max_sequence_length: T5's limit, see `encode_prompt`.
+            tile: decode in tiles that overlap, in less memory and with nearly the same pixels; None: above 1536 pixels.
             callback_on_step: called with each `flow.solve.Step`; its x is packed.
             callback_on_step_end: called as (pipe, step, timestep = 1000 sigma, tensors); what it returns replaces.
             callback_on_step_end_tensor_inputs: of "latents" (packed), "prompt_conditioning", "negative_conditioning".
@@ -244,9 +247,11 @@ class LibreFluxPipeline(DiffusionPipeline):
                 if callback_on_step is not None:
                     callback_on_step(step)
                 progress.update()
-        images = self._finish(latent_space.unpack(x, job.rows, job.columns), output_type)
+        images = self._finish(latent_space.unpack(x, job.rows, job.columns), output_type, tile)
         self.maybe_free_model_hooks()
-        return LibreFluxOutput(images=images, seeds=job.seeds) if return_dict else (images,)
+        if not return_dict:
+            return (images,)  # type: ignore[return-value]  # as diffusers' pipelines do
+        return LibreFluxOutput(images=images, seeds=job.seeds)
 
     @torch.no_grad()
     def steps(self, *args: Any, **options: Any) -> Iterator[tuple[Step, list[Image.Image]]]:
@@ -261,7 +266,10 @@ class LibreFluxPipeline(DiffusionPipeline):
         job = self._prepare(bound.arguments)
         for step in walk(self, job):
             x0 = x0_from_velocity(step.x, step.velocity, step.sigma_next)
-            yield step, to_pil(self._pixels(latent_space.unpack(x0, job.rows, job.columns)))
+            yield (
+                step,
+                to_pil(decoded(self.vae, latent_space.unpack(x0, job.rows, job.columns), bound.arguments["tile"])),
+            )
         self.maybe_free_model_hooks()
 
     def _prepare(self, given: Mapping[str, Any]) -> Job:
@@ -305,25 +313,13 @@ class LibreFluxPipeline(DiffusionPipeline):
             raise RecipeError(f"no {what}", mend=f"pass {what} or its conditioning")
         return self.encode_prompt(prompts, second, limit)
 
-    def _finish(self, latents: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
+    def _finish(self, latents: Tensor, output_type: str, tile: bool | None) -> list[Image.Image] | np.ndarray | Tensor:
         if output_type == "latent":
             return latents
-        pixels = self._pixels(latents)
+        pixels = decoded(self.vae, latents, tile)
         if output_type == "np":
             return pixels.permute(0, 2, 3, 1).cpu().numpy()
         return pixels if output_type == "pt" else to_pil(pixels)
-
-    def _pixels(self, latents: Tensor) -> Tensor:
-        """[B, C, H/8, W/8] to [B, 3, H, W] in [0, 1]."""
-        # One by one: the VAE's activations are large, and batch mates stay without effect.
-        pixels = torch.cat([latent_space.decode(self.vae, one[None]) for one in latents]).float()
-        return (pixels / 2 + 0.5).clamp(0, 1)
-
-
-def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """[B, 3, H, W] in [0, 1] to 8-bit pictures, rounded to the nearest."""
-    array = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(one) for one in array]
 
 
 def _listed(prompts: str | Sequence[str]) -> list[str]:

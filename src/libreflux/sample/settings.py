@@ -86,7 +86,6 @@ def guided_steps(steps: int, no_cfg_until: int = 0, start: float = 0.0, stop: fl
     if not found and (start > 0 or stop < 1):
         raise RecipeError(
             f"no one of {steps} steps is guided from {max(start, no_cfg_until / steps):g} to {stop:g}",
-            where="guidance_start",
             mend="widen the interval, or use guidance 1",
         )
     return found
