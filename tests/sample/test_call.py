@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 import libreflux
+from libreflux.errors import RecipeError
 from libreflux.model.facts import Facts
 from libreflux.model.family import Model, open_model
 from libreflux.model.latents import encode, pack
@@ -105,6 +106,13 @@ def test_the_callback_sees_and_replaces_what_diffusers_shows(pipe: LibreFluxPipe
         torch.testing.assert_close(mine[2], other[2], atol=2e-5, rtol=0)
 
 
+def test_no_negative_prompt_is_an_empty_one(pipe: LibreFluxPipeline) -> None:
+    none, empty, other = (
+        pipe(SHORT, negative, seeds=1, output_type="latent", batch_cfg=False).images for negative in (None, "", LONG)
+    )
+    assert torch.equal(none, empty) and not torch.equal(none, other)
+
+
 def test_the_callback_replaces_text(pipe: LibreFluxPipeline) -> None:
     """From the second step on another prompt; and None, or nothing, changes nothing."""
     other = pipe.encode_prompt(LONG)
@@ -130,6 +138,7 @@ def test_an_interrupted_call_ends_after_its_step(pipe: LibreFluxPipeline) -> Non
         calls.append(index)
         owner.interrupt = index == 1
 
+    assert not pipe.interrupt
     early = pipe(SHORT, seeds=1, callback_on_step_end=stop, output_type="latent").images
     assert calls == [0, 1] and pipe.interrupt
     states = []
@@ -139,7 +148,10 @@ def test_an_interrupted_call_ends_after_its_step(pipe: LibreFluxPipeline) -> Non
 
 
 def test_steps_show_what_comes(pipe: LibreFluxPipeline) -> None:
-    shown = list(pipe.steps([LONG, SHORT], seeds=1, guidance_scale=2.0))
+    shown = []
+    for pair in pipe.steps([LONG, SHORT], seeds=1, guidance_scale=2.0):
+        assert torch.is_grad_enabled()  # the caller's own
+        shown.append(pair)
     drawn = pipe([LONG, SHORT], seeds=1, guidance_scale=2.0).images
     assert [step.index for step, _ in shown] == [0, 1, 2, 3] and shown[-1][0].sigma_next == 0
     assert [image.tobytes() for image in shown[-1][1]] == [image.tobytes() for image in drawn]
@@ -148,6 +160,8 @@ def test_steps_show_what_comes(pipe: LibreFluxPipeline) -> None:
     preview = next(pipe.steps(SHORT, seeds=2, guidance_scale=2.0))[1][0]
     difference = np.asarray(preview, dtype=float) / 255 - one.permute(1, 2, 0).numpy()
     assert np.abs(difference).max() <= 0.51 / 255
+    with pytest.raises(RecipeError, match=r"output_type: has no effect on steps\(\)"):
+        next(pipe.steps(SHORT, output_type="pt"))
     with pytest.raises(TypeError, match="guidance_scal"):
         next(pipe.steps(SHORT, guidance_scal=3))
 

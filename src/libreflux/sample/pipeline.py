@@ -178,7 +178,7 @@ class LibreFluxPipeline(DiffusionPipeline):
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = "",
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -211,7 +211,7 @@ class LibreFluxPipeline(DiffusionPipeline):
 
         Args:
             prompt: one or P texts; or pass `prompt_conditioning`.
-            negative_prompt: one text for all or P texts; "" is the unconditional model. Read only when guided.
+            negative_prompt: one text for all or P texts; "" or None is the unconditional model. Read only when guided.
             prompt_2, negative_prompt_2: other texts for T5, as in diffusers; CLIP reads `prompt`.
             height, width: pixels, multiples of 16; None is the size the VAE was made for.
             num_inference_steps: transformer steps; None is the model's own.
@@ -259,18 +259,24 @@ class LibreFluxPipeline(DiffusionPipeline):
 
         Yields:
             Each `flow.solve.Step`, and the pictures that it points to, x0 = x - sigma v: the last are the call's own.
+
+        Raises:
+            RecipeError, ModelError: as a call; or an argument that only a call has a use for.
         """
         bound = inspect.signature(type(self).__call__).bind(self, *args, **options)
+        for name in ("callback_on_step", "output_type", "return_dict"):
+            if name in bound.arguments:
+                raise RecipeError("has no effect on steps()", where=name, mend="leave it out")
         bound.apply_defaults()
-        bound.arguments.pop("self")
-        job = self._prepare(bound.arguments)
-        for step in walk(self, job):
-            x0 = x0_from_velocity(step.x, step.velocity, step.sigma_next)
-            yield (
-                step,
-                to_pil(decoded(self.vae, latent_space.unpack(x0, job.rows, job.columns), bound.arguments["tile"])),
-            )
-        self.maybe_free_model_hooks()
+        given = bound.arguments
+        job = self._prepare(given)
+        try:
+            for step in walk(self, job):
+                x0 = x0_from_velocity(step.x, step.velocity, step.sigma_next)
+                latents = latent_space.unpack(x0, job.rows, job.columns)
+                yield step, to_pil(decoded(self.vae, latents, given["tile"]))
+        finally:
+            self.maybe_free_model_hooks()
 
     def _prepare(self, given: Mapping[str, Any]) -> Job:
         sizes = {name: self.default_size if given[name] is None else given[name] for name in ("height", "width")}
@@ -301,6 +307,8 @@ class LibreFluxPipeline(DiffusionPipeline):
         """Of the prompts (side "") or the negative prompts ("negative_"): ready-made, or encoded."""
         what, ready = f"{side}prompt", given[f"{side or 'prompt_'}conditioning"]
         prompts, second, limit = given[what], given[f"{what}_2"], given["max_sequence_length"]
+        if side and prompts is None:
+            prompts = ""
         if ready is not None:
             if prompts or second:
                 raise RecipeError(f"both {what} and its conditioning were given", mend="pass one of them")
