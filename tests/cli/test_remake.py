@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from libreflux.sample.metadata import read_origin
 from tiny import tiny_transformer
@@ -87,3 +89,29 @@ def test_a_picture_is_not_replaced_by_its_copy(run: Callable, drawn: Path) -> No
     refused = run("generate", "--remake", drawn, "--out", drawn)
     assert refused.code == 2 and "would replace the picture itself; mend: " in refused.err
     assert drawn.read_bytes() == before
+
+
+@pytest.mark.parametrize(("changed", "told"), [
+    ({"steps": "many"}, "steps: "),
+    ({"steps": -3}, "num_inference_steps cannot be -3"),
+    ({"width": 40}, "width cannot be 40"),
+    ({"guidance": float("nan")}, "guidance_scale cannot be nan"),
+    ({"guidance_start": 1.0}, "is not below the stop"),
+    ({"batch_cfg": "perhaps"}, "batch_cfg: "),
+    ({"adapters": [{"file": "x"}]}, "drawn with 1 adapters, not 0"),
+    ({"model": "no/such/model/here"}, "no such model"),
+    ({"colour": 1}, "colour"),
+    ({"embedded_guidance": 3.5}, "no guidance embedding"),
+])  # fmt: skip
+def test_a_damaged_record_is_one_line(
+    run: Callable, drawn: Path, tmp_path: Path, changed: dict[str, object], told: str
+) -> None:
+    with Image.open(drawn) as image:
+        record = json.loads(image.text["libreflux"]) | changed
+        info = PngInfo()
+        info.add_text("libreflux", json.dumps(record))
+        image.save(tmp_path / "x.png", pnginfo=info)
+    refused = run("generate", "--remake", tmp_path / "x.png", "--out", tmp_path / "y.png")
+    lines = [line for line in refused.err.splitlines() if not line.startswith("drawing")]
+    assert refused.code == 2 and len(lines) == 1 and told in lines[0] and "; mend: " in lines[0], refused.err
+    assert "pydantic" not in refused.err and not (tmp_path / "y.png").exists()

@@ -17,6 +17,7 @@ from libreflux.cli.generate import picture_targets
 from libreflux.cli.progress import progress
 from libreflux.errors import DataError, RecipeError
 from libreflux.sample.metadata import Origin, differences, read_origin, save_png
+from libreflux.sample.settings import check_values
 
 
 def draw_again(
@@ -37,6 +38,7 @@ def draw_again(
         RecipeError: adapters that are not as many as it had, or an `out` that would replace it.
     """
     origin = read_origin(picture)
+    _check(origin, picture)
     (target,) = picture_targets(out, [origin.prompt], [(origin.prompt, origin.seed)])
     if target != out:
         target = out / f"{picture.stem}-again.png"
@@ -52,6 +54,19 @@ def draw_again(
     save_png(image, target, now if with_metadata else None)
     typer.echo(str(target))
     typer.echo(_compared(picture, image, changed), err=True)
+
+
+def _check(origin: Origin, picture: Path) -> None:
+    """Raises DataError for numbers that nothing can be drawn with."""
+    try:
+        check_values({
+            "num_inference_steps": origin.steps, "guidance_scale": origin.guidance, "width": origin.width,
+            "height": origin.height, "no_cfg_until": origin.no_cfg_until, "guidance_start": origin.guidance_start,
+            "guidance_stop": origin.guidance_stop, "guidance_rescale": origin.guidance_rescale,
+        })  # fmt: skip
+    except RecipeError as error:
+        what = f"damaged origin ({error.where} {error.what})"
+        raise DataError(what, where=picture, mend="give the picture unchanged") from None
 
 
 def _found(origin: Origin, adapters: Sequence[str], picture: Path) -> list[str]:

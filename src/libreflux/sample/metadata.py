@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image, PngImagePlugin
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from libreflux.errors import DataError
 from libreflux.files import atomic_write_bytes
@@ -174,6 +174,9 @@ def read_origin(path: Path) -> Origin:
         Origin(**values)  # unknown keys
         return TypeAdapter(Origin).validate_python(values)
     except (ValueError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"damaged origin ({error})", where=path, mend="give a PNG made by libreflux, unchanged"
-        ) from None
+        why = (
+            "; ".join(f"{row['loc'][0]}: {row['msg']}" for row in error.errors())
+            if isinstance(error, ValidationError)
+            else error
+        )
+        raise DataError(f"damaged origin ({why})", where=path, mend="give a PNG made by libreflux, unchanged") from None
