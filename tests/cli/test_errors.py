@@ -43,7 +43,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
-        (["generate"], ["Missing argument", "libreflux generate --help"]),
+        (["generate"], ["nothing to draw", "libreflux generate --help"]),
         (["genrate", "x"], ["No such command", "genrate"]),
         (["generate", "x", "--stepz", "3"], ["--stepz"]),
         (["generate", "x", "--steps", "0"], ["--steps"]),
@@ -55,6 +55,25 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (["generate", "x", "--width", "100"], ["--width", "use 96"]),
         (["generate", "x", "--guidance", "1", "--negative", "y"], ["--negative", "no effect at guidance 1", "mend"]),
         (["generate", "x", "--guidance", "1", "--no-cfg-until", "2"], ["--no-cfg-until", "no effect", "mend"]),
+        (["generate", "x", "--steps", "-4"], ["--steps"]),
+        (["generate", "x", "--guidance", "nan"], ["--guidance"]),
+        (["generate", "x", "--guidance", "inf"], ["--guidance", "cannot be inf", "mend"]),
+        (["generate", "x", "--guidance-start", "1.5"], ["--guidance-start", "fraction of the steps", "mend"]),
+        (["generate", "x", "--guidance-stop", "nan"], ["--guidance-stop", "cannot be nan", "mend"]),
+        (
+            ["generate", "x", "--guidance-start", ".5", "--guidance-stop", ".5"],
+            ["--guidance-start", "not below the stop"],
+        ),
+        (["generate", "x", "--guidance-start", ".6", "--guidance-stop", ".7", "--steps", "4"], ["no one of 4 steps"]),
+        (["generate", "x", "--guidance-start", ".5", "--no-cfg-until", "1"], ["--no-cfg-until", "--guidance-start"]),
+        (["generate", "x", "--guidance", "0.5", "--guidance-rescale", "0.5"], ["--guidance-rescale", "no effect"]),
+        (["generate", "x", "--guidance-rescale", "2"], ["--guidance-rescale", "cannot be 2", "mend"]),
+        (["generate", "x", "--guidance", "1", "--batch-cfg", "on"], ["--batch-cfg", "no effect at guidance 1"]),
+        (["generate", "x", "--batch-cfg", "maybe"], ["--batch-cfg", "maybe"]),
+        (["generate", "x", "--remake", "file.txt"], ["PROMPT", "no effect beside --remake", "mend"]),
+        (["generate", "--remake", "file.txt", "--seed", "0"], ["--seed", "no effect beside --remake"]),
+        (["generate", "--remake", "file.txt"], ["file.txt", "not a readable picture", "mend"]),
+        (["generate", "--remake", "no.png"], ["no.png", "mend"]),
         (["generate", "x", "--out", "a.jpg"], ["a.jpg", "mend"]),
         (["generate", "x", "y", "--out", "a.png"], ["2 pictures do not fit one file"]),
         (["merge", "MODEL", "no.safetensors", "--out", "m"], ["no such adapter file"]),
@@ -158,7 +177,7 @@ def test_a_bug_keeps_its_traceback(run: Callable, monkeypatch: pytest.MonkeyPatc
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(generate_verb, "_targets", broken)
+    monkeypatch.setattr(generate_verb, "picture_targets", broken)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         run("generate", "x")
 

@@ -55,7 +55,7 @@ def test_a_negative_prompt_is_refused_where_the_models_own_guidance_is_none(
     refused = run(*common)
     assert refused.code == 2 and "--negative: has no effect at guidance 1; mend: " in refused.err
     assert not (tmp_path / "x.png").exists()
-    assert run(*common, "--guidance", 0).code == 0
+    assert run(*common, "--guidance", 2).code == 0
 
 
 def test_a_pause_of_guidance_that_never_ends_is_refused(run: Callable, tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from libreflux.errors import DataError
-from libreflux.sample.metadata import Origin, png_bytes, read_origin, save_png, versions
+from libreflux.sample.metadata import Origin, differences, png_bytes, read_origin, save_png, versions
 
 ORIGIN = Origin(
     prompt="a red apple, ünïcödé 🍎\nsecond line",
@@ -39,8 +40,37 @@ def test_round_trip(tmp_path: Path) -> None:
             "second line",
             "Negative prompt: blurry: yes",
             "Steps: 28, Sampler: Euler, CFG scale: 3.5, Seed: 1099511627777, Size: 32x16, Model: emoji-base, "
-            "Model hash: ababababab, Version: libreflux 0.1.0",
+            "No CFG until step: 2, Model hash: ababababab, Version: libreflux 0.1.0",
         ]
+
+
+def test_the_text_says_what_is_not_as_usual() -> None:
+    def said(**given: object) -> str:
+        return dataclasses.replace(ORIGIN, no_cfg_until=0, **given).parameters().splitlines()[-1]
+
+    assert said() == said(guidance_start=0.0, guidance_stop=1.0, guidance_rescale=0.0, batch_cfg="auto", tile=None)
+    every = said(guidance_start=0.25, guidance_stop=0.8, guidance_rescale=0.7, batch_cfg=True, tile=False)
+    assert "CFG start: 0.25, CFG stop: 0.8, CFG rescale: 0.7, CFG in one pass: True, Tiled VAE: False" in every
+    assert "Distilled CFG scale: 3.5" in said(embedded_guidance=3.5, guidance=1.0)
+    assert "CFG rescale" not in said(guidance=1.0, guidance_rescale=0.7)  # nothing was rescaled
+
+
+def test_differences_are_named() -> None:
+    adapter = {"file": "a.safetensors", "sha256": "cd" * 32, "weight": 0.5}
+    was = dataclasses.replace(ORIGIN, adapters=[adapter], device="cpu, 2 threads")
+    assert differences(was, dataclasses.replace(was, model="moved", seed=3)) == []
+    now = dataclasses.replace(
+        ORIGIN, adapters=[], hashes={"transformer": "ef" * 32}, versions={"libreflux": "9", "torch": "2"},
+        dtype="float32", device="cpu, 1 thread",
+    )  # fmt: skip
+    assert differences(was, now) == [
+        f"the transformer's hash was {'ab' * 32}, is {'ef' * 32}",
+        "adapter 1 was a.safetensors:0.5 cdcdcdcdcd, is none",
+        "libreflux was 0.1.0, is 9",
+        "torch was none, is 2",
+        "the dtype was bfloat16, is float32",
+        "the device was cpu, 2 threads, is cpu, 1 thread",
+    ]
 
 
 def test_equal_inputs_give_equal_bytes() -> None:
@@ -68,4 +98,9 @@ def test_pictures_of_others_are_refused(tmp_path: Path) -> None:
     info.add_text("libreflux", '{"schema": 1, "colour": 3}')
     IMAGE.save(damaged, pnginfo=info)
     with pytest.raises(DataError, match="damaged origin"):
+        read_origin(damaged)
+    wrong = PngInfo()
+    wrong.add_text("libreflux", json.dumps({**vars(ORIGIN), "steps": "many"}))
+    IMAGE.save(damaged, pnginfo=wrong)
+    with pytest.raises(DataError, match=r"damaged origin .*steps"):
         read_origin(damaged)

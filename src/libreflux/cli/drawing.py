@@ -1,19 +1,25 @@
-"""What `generate` and `demo` share: a model, perhaps with adapters, opened for drawing."""
+"""What `generate`, its `--remake` and `demo` share: a model, perhaps with adapters, opened for drawing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
+
 from libreflux.adapter.files import attach_file
 from libreflux.cli.adapters import adapted_facts, load_arguments, notice_other_base
 from libreflux.errors import ModelError
+from libreflux.flow.solve import Step
 from libreflux.model.device import pick_device
 from libreflux.model.facts import Facts
 from libreflux.model.family import open_model, weights_hash
 from libreflux.model.text import check_padding
+from libreflux.sample.metadata import Origin, versions
 from libreflux.sample.pipeline import LibreFluxPipeline
 
 
@@ -35,6 +41,35 @@ class Opened:
     hashes: dict[str, str]
     adapters: list[dict[str, Any]] = field(default_factory=list)
 
+    def stamped(self, origin: Origin) -> Origin:
+        """The same picture, made with this model on this machine."""
+        return dataclasses.replace(
+            origin, dtype=self.dtype, device=_device_name(self.pipe.device), hashes=self.hashes,
+            adapters=self.adapters, versions=versions(),
+        )  # fmt: skip
+
+    def draw(self, origin: Origin, on_step: Callable[[Step], None] | None = None) -> Image.Image:
+        """The picture that an origin tells of; alone, since its last bits depend on who shares its batch."""
+        (image,) = self.pipe(
+            origin.prompt,
+            origin.negative,
+            height=origin.height,
+            width=origin.width,
+            num_inference_steps=origin.steps,
+            guidance_scale=origin.guidance,
+            no_cfg_until=origin.no_cfg_until,
+            guidance_start=origin.guidance_start,
+            guidance_stop=origin.guidance_stop,
+            guidance_rescale=origin.guidance_rescale,
+            batch_cfg=origin.batch_cfg,
+            embedded_guidance=origin.embedded_guidance,
+            tile=origin.tile,
+            seeds=[origin.seed],
+            callback_on_step=on_step,
+        ).images
+        assert isinstance(image, Image.Image)
+        return image
+
 
 def open_for_drawing(model: str, adapters: Iterable[str] = (), device: str = "auto") -> Opened:
     """Open a model with adapter arguments (`PATH[:WEIGHT]`); whatever can be refused is, before weights are loaded."""
@@ -54,3 +89,10 @@ def open_for_drawing(model: str, adapters: Iterable[str] = (), device: str = "au
     pipe.set_progress_bar_config(disable=True)
     rows = [{"file": Path(file.where).name, "sha256": file.sha256, "weight": weight} for file, weight in files]
     return Opened(pipe, facts, dtype, {"transformer": transformer_hash}, rows)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{device.type}, {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type

@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from libreflux.errors import RecipeError
 
+if TYPE_CHECKING:
+    from libreflux.cli.drawing import Opened
+    from libreflux.sample.metadata import Origin
+
+REMAKE_TAKES = ("remake", "model", "adapter", "device", "no_metadata", "out")
+
+
+class Batch(enum.StrEnum):
+    """`--batch-cfg`."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+    @property
+    def as_value(self) -> bool | Literal["auto"]:
+        """As `LibreFluxPipeline` takes it."""
+        return "auto" if self is Batch.auto else self is Batch.on
+
 
 def generate(
+    context: typer.Context,
     prompts: Annotated[
-        list[str], typer.Argument(metavar="PROMPT...", help="What to draw; quote each prompt.", show_default=False)
-    ],
+        list[str] | None,
+        typer.Argument(metavar="PROMPT...", help="What to draw; quote each prompt.", show_default=False),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(help="Model: a name, a folder or a hub id; default: emoji-libre, or what the adapter is for."),
@@ -26,100 +50,148 @@ def generate(
     ] = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     guidance: Annotated[
-        float | None, typer.Option(min=0, help="Guidance scale, 1 is none; default: the model's own.")
+        float | None, typer.Option(min=0, help="Guidance scale, 1 and below is none; default: the model's own.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default: the model's own.")] = None,
     no_cfg_until: Annotated[int, typer.Option(min=0, help="First steps (a count) that go without guidance.")] = 0,
+    guidance_start: Annotated[float, typer.Option(help="Guide from this fraction of the steps on, 0 to 1.")] = 0.0,
+    guidance_stop: Annotated[float, typer.Option(help="Guide up to this fraction of the steps, 0 to 1.")] = 1.0,
+    guidance_rescale: Annotated[
+        float, typer.Option(help="Take back the contrast that guidance adds (Lin et al. 2023): 0 none, 1 all.")
+    ] = 0.0,
+    batch_cfg: Annotated[
+        Batch,
+        typer.Option(help="Guided steps as one pass (on) or two (off); auto: one where prompts are equally long."),
+    ] = Batch.auto,
     seed: Annotated[int, typer.Option(min=0, help="Seed of each prompt's first picture.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Pictures per prompt, seeds counting up.")] = 1,
     width: Annotated[int | None, typer.Option(min=16, help="Pixels, a multiple of 16; default: the model's.")] = None,
     height: Annotated[int | None, typer.Option(min=16, help="Pixels, a multiple of 16; default: the model's.")] = None,
+    tile: Annotated[
+        bool | None,
+        typer.Option(
+            "--tile/--no-tile", help="Decode in tiles, in less memory; default: above 1536 pixels.", show_default=False
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    remake: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PIC.png", help="Draw this picture again, from what it says of itself.", show_default=False
+        ),
+    ] = None,
+    no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Leave out of the PNG how it was made.")] = False,
     out: Annotated[Path, typer.Option(help="A .png file for one picture, else a folder; replaced.")] = Path("out"),
 ) -> None:
     """Draw pictures. The same command draws the same bytes, and each PNG says how it was made."""
+    if remake is not None:
+        _refuse_beside_remake(context)
+        from libreflux.cli.remake import draw_again
+
+        draw_again(remake, model, adapter or (), device, out, with_metadata=not no_metadata)
+        return
+    if not prompts:
+        mend = "quote what to draw, or give --remake PIC.png; see libreflux generate --help"
+        raise RecipeError("nothing to draw", where="PROMPT", mend=mend)
     for name, size in (("--width", width), ("--height", height)):
         if size is not None and size % 16:
             raise RecipeError(f"{size} is not a multiple of 16", where=name, mend=f"use {round(size / 16) * 16}")
     wanted = [(prompt, seed + index) for prompt in prompts for index in range(count)]
-    targets = _targets(out, prompts, wanted)
-    _refuse_unused(guidance, negative, no_cfg_until)
+    targets = picture_targets(out, prompts, wanted)
+    effects = {
+        "--negative": negative, "--no-cfg-until": no_cfg_until, "--guidance-start": guidance_start,
+        "--guidance-stop": guidance_stop != 1, "--guidance-rescale": guidance_rescale,
+        "--batch-cfg": batch_cfg is not Batch.auto,
+    }  # fmt: skip
+    _check_guidance(guidance, guidance_start, guidance_stop, guidance_rescale, no_cfg_until)
+    _refuse_unused(guidance, effects)
     if steps is not None:
-        _refuse_unguided(steps, no_cfg_until)  # before anything is loaded
+        _refuse_unguided(steps, no_cfg_until, guidance_start, guidance_stop)  # before anything is loaded
 
     from libreflux.cli.adapters import default_model
     from libreflux.cli.drawing import open_for_drawing
-    from libreflux.cli.progress import progress
-    from libreflux.flow.solve import Step
-    from libreflux.sample.metadata import Origin, save_png, versions
+    from libreflux.sample.metadata import Origin
 
     model = model or default_model(adapter or ())
     opened = open_for_drawing(model, adapter or (), device)
     facts = opened.facts
     steps = facts.steps if steps is None else steps
-    _refuse_unguided(steps, no_cfg_until)
     if guidance is None:
         guidance = 1.0 if facts.guidance_embeds else facts.guidance
-        _refuse_unused(guidance, negative, no_cfg_until)
-    embedded = facts.guidance if facts.guidance_embeds else None
-    drawn = 0
+        _refuse_unused(guidance, effects)
+    _refuse_unguided(steps, no_cfg_until, guidance_start, guidance_stop)
+    size = opened.pipe.default_size
+    common = Origin(
+        prompt="", seed=0, negative=negative, steps=steps, guidance=guidance, width=width or size,
+        height=height or size, model=model, no_cfg_until=no_cfg_until, guidance_start=guidance_start,
+        guidance_stop=guidance_stop, guidance_rescale=guidance_rescale, batch_cfg=batch_cfg.as_value, tile=tile,
+        embedded_guidance=facts.guidance if facts.guidance_embeds else None,
+    )  # fmt: skip
+    origins = [dataclasses.replace(opened.stamped(common), prompt=prompt, seed=own) for prompt, own in wanted]
+    _draw_all(opened, list(zip(origins, targets, strict=True)), with_metadata=not no_metadata)
 
+
+def _draw_all(opened: Opened, wanted: list[tuple[Origin, Path]], *, with_metadata: bool) -> None:
+    from libreflux.cli.progress import progress
+    from libreflux.flow.solve import Step
+    from libreflux.sample.metadata import save_png
+
+    total = sum(origin.steps for origin, _ in wanted)
+    done = 0
     with progress("drawing", "step") as report:
+        for index, (origin, target) in enumerate(wanted):
+            note = f"picture {index + 1}" if len(wanted) > 1 else ""
 
-        def on_step(step: Step) -> None:
-            note = f"picture {drawn + 1}" if len(wanted) > 1 else ""
-            report(drawn * steps + step.index + 1, len(wanted) * steps, note)
+            def on_step(step: Step, done: int = done, note: str = note) -> None:
+                report(done + step.index + 1, total, note)
 
-        # One by one: a picture's last bits depend on who shares its batch.
-        for (prompt, own_seed), target in zip(wanted, targets, strict=True):
-            (image,) = opened.pipe(
-                prompt,
-                negative,
-                height=height,
-                width=width,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                no_cfg_until=no_cfg_until,
-                embedded_guidance=embedded,
-                seeds=[own_seed],
-                callback_on_step=on_step,
-            ).images
-            origin = Origin(
-                prompt=prompt,
-                negative=negative,
-                seed=own_seed,
-                steps=steps,
-                guidance=guidance,
-                width=image.width,
-                height=image.height,
-                model=model,
-                no_cfg_until=no_cfg_until,
-                embedded_guidance=embedded,
-                dtype=opened.dtype,
-                hashes=opened.hashes,
-                adapters=opened.adapters,
-                versions=versions(),
-            )
-            save_png(image, target, origin)
+            save_png(opened.draw(origin, on_step), target, origin if with_metadata else None)
             typer.echo(str(target))
-            drawn += 1
+            done += origin.steps
 
 
-def _refuse_unused(guidance: float | None, negative: str, no_cfg_until: int) -> None:
+def _check_guidance(scale: float | None, start: float, stop: float, rescale: float, no_cfg_until: int) -> None:
+    from libreflux.sample.settings import check_values
+
+    given = {
+        "guidance_scale": scale, "guidance_start": start, "guidance_stop": stop, "guidance_rescale": rescale
+    }  # fmt: skip
+    names = {name: f"--{name.replace('_', '-')}" for name in given} | {"guidance_scale": "--guidance"}
+    check_values(given, names)
+    if no_cfg_until and start:
+        raise RecipeError("does what --guidance-start does", where="--no-cfg-until", mend="give one of them")
+
+
+def _refuse_beside_remake(context: typer.Context) -> None:
+    """Raises RecipeError for an option whose value the picture itself gives."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        given = source is not None and source.name != "DEFAULT" and context.params[name] not in (None, [], ())
+        if given and name not in REMAKE_TAKES:
+            what = "PROMPT" if name == "prompts" else f"--{name.replace('_', '-')}"
+            raise RecipeError("has no effect beside --remake", where=what, mend="remove it: the picture says it")
+
+
+def _refuse_unused(guidance: float | None, effects: Mapping[str, object]) -> None:
     """Raises RecipeError for an option that a guidance scale of 1 leaves without effect; None is not known yet."""
-    for name, given in (("--negative", negative), ("--no-cfg-until", no_cfg_until)):
-        if given and guidance == 1:
-            raise RecipeError("has no effect at guidance 1", where=name, mend="add --guidance 3, or remove it")
+    for name, given in effects.items():
+        if given and guidance is not None and guidance <= 1:
+            raise RecipeError(
+                f"has no effect at guidance {guidance:g}", where=name, mend="add --guidance 3, or remove it"
+            )
 
 
-def _refuse_unguided(steps: int, no_cfg_until: int) -> None:
+def _refuse_unguided(steps: int, no_cfg_until: int, start: float, stop: float) -> None:
     """Raises RecipeError if no step is left to guide: guidance and negative prompt would do nothing."""
+    from libreflux.sample.settings import guided_steps
+
     if no_cfg_until >= steps:
         mend = f"use at most {steps - 1}, or --guidance 1 instead" if steps > 1 else "remove it, or use more --steps"
         raise RecipeError(f"leaves none of {steps} steps guided", where="--no-cfg-until", mend=mend)
+    guided_steps(steps, no_cfg_until, start, stop)
 
 
-def _targets(out: Path, prompts: list[str], wanted: list[tuple[str, int]]) -> list[Path]:
+def picture_targets(out: Path, prompts: list[str], wanted: list[tuple[str, int]]) -> list[Path]:
     """Where each picture goes: the one file, or numbered names in a folder.
 
     Raises:

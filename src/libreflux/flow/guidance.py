@@ -14,3 +14,18 @@ def cfg(v_cond: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
         scale: the guidance scale g, any real number.
     """
     return v_uncond + scale * (v_cond - v_uncond)
+
+
+def rescale(v_guided: Tensor, v_cond: Tensor, phi: float) -> Tensor:
+    """Guidance rescale (Lin et al. 2023, arXiv 2305.08891, eq. 15-16): a guided velocity with less excess of contrast.
+
+    v' = v_guided std(v_cond) / std(v_guided), then phi v' + (1 - phi) v_guided; the deviations are each sample's own.
+
+    Args:
+        v_guided: from `cfg`, [B, …].
+        v_cond: velocity under the prompt, same shape.
+        phi: in [0, 1]; 0 leaves `v_guided`, 1 gives it the deviation of `v_cond`.
+    """
+    rest = list(range(1, v_cond.ndim))
+    ratio = v_cond.std(rest, keepdim=True) / v_guided.std(rest, keepdim=True)
+    return v_guided * (phi * ratio + (1 - phi))

@@ -7,9 +7,10 @@ import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image, PngImagePlugin
+from pydantic import TypeAdapter, ValidationError
 
 from libreflux.errors import DataError
 from libreflux.files import atomic_write_bytes
@@ -30,8 +31,13 @@ class Origin:
         width, height: pixels.
         model: as the user named it.
         no_cfg_until: steps without guidance at the start.
+        guidance_start, guidance_stop: the interval of guidance, as fractions of the steps.
+        guidance_rescale: see `flow.guidance.rescale`.
+        batch_cfg: True, False or "auto": how the passes were batched, which decides the last bits.
+        tile: whether the VAE decoded in tiles; None is by size.
         embedded_guidance: of a guidance-distilled model; None for others.
         dtype: of the transformer's weights.
+        device: what computed it: the last bits are its own.
         hashes: name (e.g. "transformer") to SHA-256.
         adapters: file, sha256 and weight of each adapter, in order.
         versions: package to version.
@@ -47,8 +53,14 @@ class Origin:
     height: int
     model: str
     no_cfg_until: int = 0
+    guidance_start: float = 0.0
+    guidance_stop: float = 1.0
+    guidance_rescale: float = 0.0
+    batch_cfg: bool | Literal["auto"] = "auto"
+    tile: bool | None = None
     embedded_guidance: float | None = None
     dtype: str = "float32"
+    device: str = "unrecorded"
     hashes: dict[str, str] = field(default_factory=dict)
     adapters: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
@@ -66,6 +78,12 @@ class Origin:
             "Size": f"{self.width}x{self.height}",
             "Model": self.model,
         }
+        if self.embedded_guidance is not None:
+            facts["Distilled CFG scale"] = f"{self.embedded_guidance:g}"
+        if self.guidance > 1:
+            facts |= self._guidance_parameters()
+        if self.tile is not None:
+            facts["Tiled VAE"] = self.tile
         if "transformer" in self.hashes:
             facts["Model hash"] = self.hashes["transformer"][:10]
         if self.adapters:
@@ -73,6 +91,33 @@ class Origin:
         facts["Version"] = f"libreflux {self.versions.get('libreflux', '?')}"
         lines.append(", ".join(f"{name}: {value}" for name, value in facts.items()))
         return "\n".join(lines)
+
+    def _guidance_parameters(self) -> dict[str, Any]:
+        """What is not as usual: intervals of all steps, no rescale and automatic batches go without saying."""
+        return {
+            name: f"{value:g}"
+            for name, value, usual in (
+                ("No CFG until step", self.no_cfg_until, 0),
+                ("CFG start", self.guidance_start, 0),
+                ("CFG stop", self.guidance_stop, 1),
+                ("CFG rescale", self.guidance_rescale, 0),
+            )
+            if value != usual
+        } | ({} if self.batch_cfg == "auto" else {"CFG in one pass": self.batch_cfg})
+
+
+def differences(was: Origin, now: Origin) -> list[str]:
+    """What may give the same prompt and numbers other pixels, one line each: weights, adapters, versions, device."""
+    rows = [(f"the {name}'s hash", was.hashes.get(name), now.hashes.get(name)) for name in was.hashes | now.hashes]
+    for index in range(max(len(was.adapters), len(now.adapters))):
+        one, other = (
+            f"{row.get('file')}:{row.get('weight')} {str(row.get('sha256'))[:10]}" if row else None
+            for row in (dict(enumerate(origin.adapters)).get(index) for origin in (was, now))
+        )
+        rows.append((f"adapter {index + 1}", one, other))
+    rows += [(name, was.versions.get(name), now.versions.get(name)) for name in was.versions | now.versions]
+    rows += [("the dtype", was.dtype, now.dtype), ("the device", was.device, now.device)]
+    return [f"{name} was {a or 'none'}, is {b or 'none'}" for name, a, b in rows if a != b]
 
 
 def versions() -> dict[str, str]:
@@ -126,8 +171,12 @@ def read_origin(path: Path) -> Origin:
         values: Any = json.loads(text)
         if values.get("schema") != 1:
             raise DataError(f"schema {values.get('schema')!r} is not 1", where=path, mend="update libreflux")
-        return Origin(**values)
+        Origin(**values)  # unknown keys
+        return TypeAdapter(Origin).validate_python(values)
     except (ValueError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"damaged origin ({error})", where=path, mend="give a PNG made by libreflux, unchanged"
-        ) from None
+        why = (
+            "; ".join(f"{row['loc'][0]}: {row['msg']}" for row in error.errors())
+            if isinstance(error, ValidationError)
+            else error
+        )
+        raise DataError(f"damaged origin ({why})", where=path, mend="give a PNG made by libreflux, unchanged") from None

@@ -1,13 +1,15 @@
-"""LibreFluxPipeline: true classifier-free guidance in one batch, unpadded text, noise by seed alone."""
+"""LibreFluxPipeline: true classifier-free guidance, text padded as its model was trained, noise by seed alone."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.utils import BaseOutput
@@ -15,18 +17,18 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
-from libreflux import keyed
 from libreflux.errors import ModelError, RecipeError
-from libreflux.flow.guidance import cfg
-from libreflux.flow.schedule import ladder, shift_for_tokens
-from libreflux.flow.solve import Step, euler
+from libreflux.flow.path import x0_from_velocity
+from libreflux.flow.solve import Step
 from libreflux.model import latents as latent_space
 from libreflux.model.facts import Facts, write_facts
 from libreflux.model.family import Model, open_model
 from libreflux.model.text import TextConditioning, TextEncoders
-from libreflux.model.velocity import velocity
-
-OUTPUT_TYPES = ("pil", "pt", "latent")
+from libreflux.sample.guidance import BatchCfg, GuidedVelocity
+from libreflux.sample.noise import Generators, start
+from libreflux.sample.output import decoded, to_pil
+from libreflux.sample.settings import NUMBERS, RESOLVED, check_values, resolve
+from libreflux.sample.walk import TENSORS, Job, check_tensors, walk
 
 
 @dataclass
@@ -34,11 +36,11 @@ class LibreFluxOutput(BaseOutput):
     """What a call returns.
 
     Attributes:
-        images: PIL pictures, or one tensor: "pt" [B, 3, H, W] in [0, 1], "latent" [B, C, H/8, W/8].
-        seeds: the seed of each picture; passed back in, it draws the picture again.
+        images: PIL pictures, or one array: "np" [B, H, W, 3] or "pt" [B, 3, H, W] in [0, 1], "latent" [B, C, H/8, W/8].
+        seeds: the seed of each picture; passed back in, it draws the picture again. Empty for given latents.
     """
 
-    images: list[Image.Image] | Tensor
+    images: list[Image.Image] | np.ndarray | Tensor
     seeds: list[int]
 
 
@@ -56,6 +58,8 @@ class LibreFluxPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
+    _callback_tensor_inputs: ClassVar[list[str]] = list(TENSORS)
+    _interrupt = False
     _optional_components: ClassVar[list[str]] = [
         "scheduler",
         "tokenizer",
@@ -129,29 +133,57 @@ class LibreFluxPipeline(DiffusionPipeline):
         super().save_pretrained(save_directory, **options)
         write_facts(Path(save_directory), self.facts)
 
-    def encode_prompt(self, prompts: str | Sequence[str]) -> TextConditioning:
+    def encode_prompt(
+        self,
+        prompts: str | Sequence[str],
+        prompts_2: str | Sequence[str] | None = None,
+        max_sequence_length: int | None = None,
+    ) -> TextConditioning:
         """Prompts to conditioning, under the model's own text padding.
+
+        Args:
+            prompts: P texts, for CLIP and T5.
+            prompts_2: P other texts for T5, as in diffusers; None is `prompts`.
+            max_sequence_length: T5's limit, 1 to the model's own, which None is.
 
         Raises:
             ModelError: the pipeline has no text encoders.
+            RecipeError: a limit out of range, or numbers of texts that do not agree.
         """
         if self.text_encoder is None or self.text_encoder_2 is None:
             raise ModelError(
                 "this pipeline has no text encoders", mend="pass prompt_conditioning and negative_conditioning"
             )
+        most = self.facts.max_tokens
+        tokens = most if max_sequence_length is None else max_sequence_length
+        if not 1 <= tokens <= most:
+            raise RecipeError(f"cannot be {tokens}", where="max_sequence_length", mend=f"use 1 to {most}")
         encoders = TextEncoders(self.tokenizer, self.text_encoder, self.tokenizer_2, self.text_encoder_2)
-        return encoders.encode(_listed(prompts), padding=self.facts.text_padding, max_tokens=self.facts.max_tokens)
+        clip, t5 = _listed(prompts), _listed(prompts if prompts_2 is None else prompts_2)
+        if len(clip) != len(t5):
+            raise RecipeError(f"{len(t5)} second prompts for {len(clip)} prompts", mend="give one each")
+        found = encoders.encode(t5, padding=self.facts.text_padding, max_tokens=tokens)
+        return found if clip == t5 else dataclasses.replace(found, pooled=encoders._clip(clip))
+
+    @property
+    def interrupt(self) -> bool:
+        """Set to True, from a callback or another thread, it ends the call after its step; each call clears it."""
+        return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, value: bool) -> None:
+        self._interrupt = value
 
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = "",
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Generators = None,
         seeds: int | Sequence[int] | None = None,
         num_images_per_prompt: int = 1,
         no_cfg_until: int = 0,
@@ -160,157 +192,142 @@ class LibreFluxPipeline(DiffusionPipeline):
         negative_conditioning: TextConditioning | None = None,
         callback_on_step: Callable[[Step], None] | None = None,
         output_type: str = "pil",
+        *,
+        prompt_2: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        sigmas: Sequence[float] | None = None,
+        latents: Tensor | None = None,
+        guidance_start: float = 0.0,
+        guidance_stop: float = 1.0,
+        guidance_rescale: float = 0.0,
+        batch_cfg: BatchCfg = "auto",
+        max_sequence_length: int | None = None,
+        tile: bool | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        return_dict: bool = True,
     ) -> LibreFluxOutput:
         """Draw pictures: v = v_u + g (v_c - v_u) along an Euler ladder from sigma 1 to 0.
 
         Args:
             prompt: one or P texts; or pass `prompt_conditioning`.
-            negative_prompt: one text for all or P texts; "" is the unconditional model. Read only when guided.
+            negative_prompt: one text for all or P texts; "" or None is the unconditional model. Read only when guided.
+            prompt_2, negative_prompt_2: other texts for T5, as in diffusers; CLIP reads `prompt`.
             height, width: pixels, multiples of 16; None is the size the VAE was made for.
             num_inference_steps: transformer steps; None is the model's own.
-            guidance_scale: g >= 0. 1 is the conditional model, in a single pass per step; else both passes are one
-                batch [negative, prompt]. None is the model's own.
-            generator: a source of seeds, when `seeds` is None. With neither, seeds are drawn afresh.
-            seeds: one per picture, or a first one to count up from. A picture depends on its seed, not on its batch.
-            num_images_per_prompt: pictures per prompt, in a row.
-            no_cfg_until: the first steps (a count) that go without guidance, in a single pass.
+            sigmas: an own ladder, falling in (0, 1], without the last 0; the model's shift applies, as in diffusers.
+            guidance_scale: g >= 0. At 1 and below the conditional model, in a single pass. None is the model's own.
+            guidance_start, guidance_stop: step i of N is guided where start <= i / N < stop; others cost one pass.
+            no_cfg_until: the start as a count of steps.
+            guidance_rescale: phi in [0, 1], see `flow.guidance.rescale`.
+            batch_cfg: how the two passes run, see `GuidedVelocity`; equal up to rounding.
             embedded_guidance: for a guidance-distilled model (FLUX.1-dev) only; None is the model's own.
+            num_images_per_prompt: pictures per prompt, in a row.
+            generator: a source of seeds, or one per picture, when `seeds` is None. With neither, drawn afresh.
+            seeds: one per picture, or a first one to count up from. A picture depends on its seed, not on its batch.
+            latents: noise to start from instead, packed [B, N, 4C] as in diffusers or [B, C, H/8, W/8].
             prompt_conditioning, negative_conditioning: ready-made instead of the prompts; one negative may serve all.
+            max_sequence_length: T5's limit, see `encode_prompt`.
+            tile: decode in tiles that overlap, in less memory and with nearly the same pixels; None: above 1536 pixels.
             callback_on_step: called with each `flow.solve.Step`; its x is packed.
-            output_type: "pil", "pt" or "latent".
+            callback_on_step_end: called as (pipe, step, timestep = 1000 sigma, tensors); what it returns replaces.
+            callback_on_step_end_tensor_inputs: of "latents" (packed), "prompt_conditioning", "negative_conditioning".
+            output_type: "pil", "np" [B, H, W, 3], "pt" [B, 3, H, W], both in [0, 1], or "latent" [B, C, H/8, W/8].
+            return_dict: False returns the tuple (images,).
 
         Raises:
             RecipeError: a value out of range.
             ModelError: an embedded guidance for a model without, conditioning that cannot be made.
         """
-        facts = self.facts
-        own_scale = 1.0 if facts.guidance_embeds else facts.guidance
-        scale = own_scale if guidance_scale is None else float(guidance_scale)
-        steps = facts.steps if num_inference_steps is None else num_inference_steps
-        height = self.default_size if height is None else height
-        width = self.default_size if width is None else width
-        _check_values(height, width, steps, scale, num_images_per_prompt, no_cfg_until, output_type)
-        if facts.guidance_embeds and embedded_guidance is None:
-            embedded_guidance = facts.guidance
-        guided_from = steps if scale == 1.0 else no_cfg_until
-
-        positive = self._conditioning("prompt", prompt, prompt_conditioning)
-        negative = None
-        if guided_from < steps:
-            negative = self._conditioning("negative_prompt", negative_prompt, negative_conditioning)
-            negative = _match(negative, len(positive)).repeat(num_images_per_prompt)
-        positive = positive.repeat(num_images_per_prompt)
-        chosen = choose_seeds(seeds, generator, len(positive))
-
-        device = self._execution_device
-        rows, columns = height // latent_space.stride(self.vae), width // latent_space.stride(self.vae)
-        ids = latent_space.image_ids(rows, columns, device=device)
-        field = guided_velocity(
-            self.transformer, positive.to(device), negative and negative.to(device), ids, scale=scale,
-            guided_from=guided_from, embedded_guidance=embedded_guidance,
-        )  # fmt: skip
-        shift = shift_for_tokens(ids.shape[0]) if facts.shift is None else facts.shift
-        x = latent_space.pack(noise(chosen, int(self.vae.config.latent_channels), rows, columns)).to(device)
-        with self.progress_bar(total=steps) as progress:
-            for step in euler(field, x, ladder(steps, shift)):
+        job = self._prepare({name: value for name, value in locals().items() if name != "self"})
+        x = job.x
+        with self.progress_bar(total=len(job.sigmas) - 1) as progress:
+            for step in walk(self, job):
                 x = step.x
                 if callback_on_step is not None:
                     callback_on_step(step)
                 progress.update()
-        images = self._finish(latent_space.unpack(x, rows, columns), output_type)
+        images = self._finish(latent_space.unpack(x, job.rows, job.columns), output_type, tile)
         self.maybe_free_model_hooks()
-        return LibreFluxOutput(images=images, seeds=chosen)
+        if not return_dict:
+            return (images,)  # type: ignore[return-value]  # as diffusers' pipelines do
+        return LibreFluxOutput(images=images, seeds=job.seeds)
 
-    def _conditioning(
-        self, what: str, prompts: str | Sequence[str] | None, ready: TextConditioning | None
-    ) -> TextConditioning:
+    @torch.no_grad()
+    def steps(self, *args: Any, **options: Any) -> Iterator[tuple[Step, list[Image.Image]]]:
+        """Draw as a call with these arguments does, step by step.
+
+        Yields:
+            Each `flow.solve.Step`, and the pictures that it points to, x0 = x - sigma v: the last are the call's own.
+
+        Raises:
+            RecipeError, ModelError: as a call; or an argument that only a call has a use for.
+        """
+        bound = inspect.signature(type(self).__call__).bind(self, *args, **options)
+        for name in ("callback_on_step", "output_type", "return_dict"):
+            if name in bound.arguments:
+                raise RecipeError("has no effect on steps()", where=name, mend="leave it out")
+        bound.apply_defaults()
+        given = bound.arguments
+        job = self._prepare(given)
+        try:
+            for step in walk(self, job):
+                x0 = x0_from_velocity(step.x, step.velocity, step.sigma_next)
+                latents = latent_space.unpack(x0, job.rows, job.columns)
+                yield step, to_pil(decoded(self.vae, latents, given["tile"]))
+        finally:
+            self.maybe_free_model_hooks()
+
+    def _prepare(self, given: Mapping[str, Any]) -> Job:
+        sizes = {name: self.default_size if given[name] is None else given[name] for name in ("height", "width")}
+        check_values({**{name: given[name] for name in NUMBERS}, **sizes})
+        tensors = given["callback_on_step_end_tensor_inputs"]
+        check_tensors(tensors, "callback_on_step_end_tensor_inputs")
+        rows, columns = (sizes[name] // latent_space.stride(self.vae) for name in ("height", "width"))
+        settings = resolve(self.facts, rows * columns // 4, **{name: given[name] for name in RESOLVED})
+
+        repeats, negative = given["num_images_per_prompt"], None
+        positive = self._conditioning(given, "")
+        if settings.guided:
+            negative = _match(self._conditioning(given, "negative_"), len(positive)).repeat(repeats)
+        positive = positive.repeat(repeats)
+        x, seeds = start(
+            given["latents"], given["seeds"], given["generator"], count=len(positive),
+            channels=int(self.vae.config.latent_channels), rows=rows, columns=columns,
+        )  # fmt: skip
+        device = self._execution_device
+        field = GuidedVelocity(
+            self.transformer, positive.to(device), negative and negative.to(device),
+            latent_space.image_ids(rows, columns, device=device), scale=settings.scale, guided=settings.guided,
+            phi=given["guidance_rescale"], batch_cfg=given["batch_cfg"], embedded_guidance=settings.embedded,
+        )  # fmt: skip
+        return Job(field, x.to(device), settings.sigmas, rows, columns, seeds, given["callback_on_step_end"], tensors)
+
+    def _conditioning(self, given: Mapping[str, Any], side: str) -> TextConditioning:
+        """Of the prompts (side "") or the negative prompts ("negative_"): ready-made, or encoded."""
+        what, ready = f"{side}prompt", given[f"{side or 'prompt_'}conditioning"]
+        prompts, second, limit = given[what], given[f"{what}_2"], given["max_sequence_length"]
+        if side and prompts is None:
+            prompts = ""
         if ready is not None:
-            if prompts:
+            if prompts or second:
                 raise RecipeError(f"both {what} and its conditioning were given", mend="pass one of them")
-            return ready
+            if limit is not None:
+                raise RecipeError(
+                    "has no effect on ready-made conditioning", where="max_sequence_length", mend="encode with it"
+                )
+            return ready  # type: ignore[no-any-return]
         if prompts is None or not _listed(prompts):
             raise RecipeError(f"no {what}", mend=f"pass {what} or its conditioning")
-        return self.encode_prompt(prompts)
+        return self.encode_prompt(prompts, second, limit)
 
-    def _finish(self, latents: Tensor, output_type: str) -> list[Image.Image] | Tensor:
+    def _finish(self, latents: Tensor, output_type: str, tile: bool | None) -> list[Image.Image] | np.ndarray | Tensor:
         if output_type == "latent":
             return latents
-        # One by one: the VAE's activations are large, and batch mates stay without effect.
-        pixels = torch.cat([latent_space.decode(self.vae, one[None]) for one in latents]).float()
-        pixels = (pixels / 2 + 0.5).clamp(0, 1)
+        pixels = decoded(self.vae, latents, tile)
+        if output_type == "np":
+            return pixels.permute(0, 2, 3, 1).cpu().numpy()
         return pixels if output_type == "pt" else to_pil(pixels)
-
-
-def guided_velocity(
-    transformer: FluxTransformer2DModel,
-    positive: TextConditioning,
-    negative: TextConditioning | None,
-    image_ids: Tensor,
-    *,
-    scale: float,
-    guided_from: int = 0,
-    embedded_guidance: float | None = None,
-) -> Callable[[Tensor, float], Tensor]:
-    """A velocity callable for `flow.solve`: classifier-free guidance in one batch of 2B, from call `guided_from` on.
-
-    Args:
-        positive: B prompts.
-        negative: B prompts; None when no call is guided.
-        scale: the guidance scale; 1 makes every call a single pass.
-        guided_from: calls before this one are single passes.
-        embedded_guidance: see `model.velocity`.
-    """
-    both = None if negative is None else TextConditioning.cat([negative, positive])
-    calls = 0
-
-    def field(x: Tensor, sigma: float) -> Tensor:
-        nonlocal calls
-        guided = both is not None and scale != 1.0 and calls >= guided_from
-        calls += 1
-        text = both if guided and both is not None else positive
-        batch = torch.cat([x, x]) if guided else x
-        sigmas = torch.full((batch.shape[0],), sigma, dtype=torch.float32, device=x.device)
-        v = velocity(transformer, batch, sigmas, text, image_ids, guidance=embedded_guidance)
-        if not guided:
-            return v
-        v_uncond, v_cond = v.chunk(2)
-        return cfg(v_cond, v_uncond, scale)
-
-    return field
-
-
-def noise(seeds: Iterable[int], channels: int, rows: int, columns: int) -> Tensor:
-    """[B, channels, rows, columns] fp32, drawn on the CPU: picture i is a function of seeds[i] and the size."""
-    return torch.stack(
-        [torch.randn(channels, rows, columns, generator=keyed.generator(seed, "noise")) for seed in seeds]
-    )
-
-
-def choose_seeds(
-    seeds: int | Sequence[int] | None, generator: torch.Generator | Sequence[torch.Generator] | None, count: int
-) -> list[int]:
-    """`count` seeds: as given, counted up from one, drawn from a generator (or from one each), or drawn afresh."""
-    if isinstance(seeds, int):
-        return [seeds + i for i in range(count)]
-    if seeds is not None:
-        if len(seeds) != count:
-            raise RecipeError(
-                f"{len(seeds)} seeds for {count} pictures", mend="give one per picture, or a single number"
-            )
-        return [int(seed) for seed in seeds]
-    if isinstance(generator, Sequence):
-        if len(generator) != count:
-            raise RecipeError(f"{len(generator)} generators for {count} pictures", mend="give one per picture, or one")
-        sources: list[torch.Generator | None] = list(generator)
-    else:
-        sources = [generator] * count
-    return [int(torch.randint(2**32, (1,), generator=g, device=g.device if g else "cpu")) for g in sources]
-
-
-def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """[B, 3, H, W] in [0, 1] to 8-bit pictures, rounded to the nearest."""
-    array = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(one) for one in array]
 
 
 def _listed(prompts: str | Sequence[str]) -> list[str]:
@@ -323,20 +340,3 @@ def _match(negative: TextConditioning, count: int) -> TextConditioning:
     if len(negative) == 1:
         return negative.repeat(count)
     raise RecipeError(f"{len(negative)} negative prompts for {count} prompts", mend="give one for all, or one each")
-
-
-def _check_values(
-    height: int, width: int, steps: int, scale: float, per_prompt: int, no_cfg_until: int, output_type: str
-) -> None:
-    checks: list[tuple[bool, str, Any, str]] = [
-        (height >= 16 and height % 16 == 0, "height", height, "use a multiple of 16"),
-        (width >= 16 and width % 16 == 0, "width", width, "use a multiple of 16"),
-        (steps >= 1, "num_inference_steps", steps, "use 1 or more"),
-        (math.isfinite(scale) and scale >= 0, "guidance_scale", scale, "use 0 or more; 1 is no guidance"),
-        (per_prompt >= 1, "num_images_per_prompt", per_prompt, "use 1 or more"),
-        (no_cfg_until >= 0, "no_cfg_until", no_cfg_until, "use 0 or more steps"),
-        (output_type in OUTPUT_TYPES, "output_type", output_type, f"use one of {', '.join(OUTPUT_TYPES)}"),
-    ]
-    for good, name, value, mend in checks:
-        if not good:
-            raise RecipeError(f"cannot be {value!r}", where=name, mend=mend)

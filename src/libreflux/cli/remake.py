@@ -1,0 +1,98 @@
+"""`libreflux generate --remake PIC.png`: a picture again, from what it says of itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import typer
+from PIL import Image
+
+from libreflux.cli.adapters import adapter_argument
+from libreflux.cli.drawing import open_for_drawing
+from libreflux.cli.generate import picture_targets
+from libreflux.cli.progress import progress
+from libreflux.errors import DataError, RecipeError
+from libreflux.sample.metadata import Origin, differences, read_origin, save_png
+from libreflux.sample.settings import check_values
+
+
+def draw_again(
+    picture: Path, model: str | None, adapters: Sequence[str], device: str, out: Path, *, with_metadata: bool
+) -> None:
+    """Draw what `picture` tells of into `out`; say what differs from then, and whether the pixels do.
+
+    Args:
+        picture: a PNG that `libreflux generate` wrote.
+        model: where its model is now; None: where it was.
+        adapters: where its adapters are now, in their order; the weights are the picture's.
+        device: see `model.device`.
+        out: a .png file, or a folder.
+        with_metadata: of the new picture.
+
+    Raises:
+        DataError: a picture that does not say how it was made.
+        RecipeError: adapters that are not as many as it had, or an `out` that would replace it.
+    """
+    origin = read_origin(picture)
+    _check(origin, picture)
+    (target,) = picture_targets(out, [origin.prompt], [(origin.prompt, origin.seed)])
+    if target != out:
+        target = out / f"{picture.stem}-again.png"
+    if os.path.exists(target) and os.path.samefile(target, picture):
+        raise RecipeError("would replace the picture itself", where=target, mend="name another place with --out")
+    opened = open_for_drawing(model or origin.model, _found(origin, adapters, picture), device)
+    now = dataclasses.replace(opened.stamped(origin), model=model or origin.model)
+    changed = differences(origin, now)
+    for line in changed:
+        typer.echo(f"{picture}: {line}", err=True)
+    with progress("drawing", "step") as report:
+        image = opened.draw(now, lambda step: report(step.index + 1, now.steps, ""))
+    save_png(image, target, now if with_metadata else None)
+    typer.echo(str(target))
+    typer.echo(_compared(picture, image, changed), err=True)
+
+
+def _check(origin: Origin, picture: Path) -> None:
+    """Raises DataError for numbers that nothing can be drawn with."""
+    try:
+        check_values({
+            "num_inference_steps": origin.steps, "guidance_scale": origin.guidance, "width": origin.width,
+            "height": origin.height, "no_cfg_until": origin.no_cfg_until, "guidance_start": origin.guidance_start,
+            "guidance_stop": origin.guidance_stop, "guidance_rescale": origin.guidance_rescale,
+        })  # fmt: skip
+    except RecipeError as error:
+        what = f"damaged origin ({error.where} {error.what})"
+        raise DataError(what, where=picture, mend="give the picture unchanged") from None
+
+
+def _found(origin: Origin, adapters: Sequence[str], picture: Path) -> list[str]:
+    """Adapter arguments with the picture's own weights."""
+    if len(adapters) != len(origin.adapters):
+        names = " ".join(f"--adapter {row.get('file')}" for row in origin.adapters) or "no --adapter"
+        raise RecipeError(
+            f"drawn with {len(origin.adapters)} adapters, not {len(adapters)}",
+            where=picture,
+            mend=f"give {names}, from where the files are now",
+        )
+    try:
+        weights = [float(row["weight"]) for row in origin.adapters]
+    except (KeyError, TypeError, ValueError):
+        raise DataError("damaged origin (adapters)", where=picture, mend="give the picture unchanged") from None
+    return [f"{adapter_argument(text)[0]}:{weight!r}" for text, weight in zip(adapters, weights, strict=True)]
+
+
+def _compared(picture: Path, image: Image.Image, changed: list[str]) -> str:
+    with Image.open(picture) as file:
+        before = np.asarray(file.convert("RGB"), dtype=np.int16)
+    after = np.asarray(image.convert("RGB"), dtype=np.int16)
+    if before.shape != after.shape:
+        return f"{picture} has been resized since it was made"
+    if (before == after).all():
+        return f"bit for bit the pixels of {picture}"
+    off = np.abs(before - after)
+    why = "" if changed else "; nothing that is recorded has changed: perhaps its text encoders, VAE or pixels have"
+    return f"{(off.max(-1) > 0).mean():.2%} of its pixels differ from {picture}, by at most {off.max()} of 255{why}"

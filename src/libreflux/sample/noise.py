@@ -1,0 +1,85 @@
+"""Where a picture starts: noise by its seed alone, or latents that the caller has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from libreflux import keyed
+from libreflux.errors import RecipeError
+from libreflux.model.latents import pack
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def noise(seeds: Iterable[int], channels: int, rows: int, columns: int) -> Tensor:
+    """[B, channels, rows, columns] fp32, drawn on the CPU: picture i is a function of seeds[i] and the size."""
+    return torch.stack(
+        [torch.randn(channels, rows, columns, generator=keyed.generator(seed, "noise")) for seed in seeds]
+    )
+
+
+def choose_seeds(seeds: int | Sequence[int] | None, generator: Generators, count: int) -> list[int]:
+    """`count` seeds: as given, counted up from one, drawn from a generator (or from one each), or drawn afresh.
+
+    Raises:
+        RecipeError: a list of another length, or both seeds and a generator.
+    """
+    if seeds is not None and generator is not None:
+        raise RecipeError("both seeds and a generator were given", mend="pass one of them")
+    if isinstance(seeds, int):
+        return [seeds + i for i in range(count)]
+    if seeds is not None:
+        if len(seeds) != count:
+            raise RecipeError(
+                f"{len(seeds)} seeds for {count} pictures", mend="give one per picture, or a single number"
+            )
+        return [int(seed) for seed in seeds]
+    if isinstance(generator, Sequence):
+        if len(generator) != count:
+            raise RecipeError(f"{len(generator)} generators for {count} pictures", mend="give one per picture, or one")
+        sources: list[torch.Generator | None] = list(generator)
+    else:
+        sources = [generator] * count
+    return [int(torch.randint(2**32, (1,), generator=g, device=g.device if g else "cpu")) for g in sources]
+
+
+def packed_latents(latents: Tensor, count: int, channels: int, rows: int, columns: int) -> Tensor:
+    """The caller's start, packed: [B, N, 4C] as diffusers' FluxPipeline takes it, or [B, C, rows, columns].
+
+    Raises:
+        RecipeError: another shape, or values that are not finite.
+    """
+    as_tokens, as_picture = (count, rows * columns // 4, 4 * channels), (count, channels, rows, columns)
+    if tuple(latents.shape) not in (as_tokens, as_picture):
+        raise RecipeError(
+            f"have shape {tuple(latents.shape)}", where="latents", mend=f"use {as_picture}, or packed {as_tokens}"
+        )
+    if not bool(latents.isfinite().all()):
+        raise RecipeError("are not all finite", where="latents", mend="start from standard normal noise")
+    return pack(latents.float()) if latents.ndim == 4 else latents.float()
+
+
+def start(
+    latents: Tensor | None,
+    seeds: int | Sequence[int] | None,
+    generator: Generators,
+    *,
+    count: int,
+    channels: int,
+    rows: int,
+    columns: int,
+) -> tuple[Tensor, list[int]]:
+    """Packed latents [count, N, 4C] and the seeds that they are of, none where the caller gave `latents`.
+
+    Raises:
+        RecipeError: see `choose_seeds` and `packed_latents`; or latents and a source of noise.
+    """
+    if latents is None:
+        chosen = choose_seeds(seeds, generator, count)
+        return pack(noise(chosen, channels, rows, columns)), chosen
+    if seeds is not None or generator is not None:
+        raise RecipeError("both latents and a source of noise were given", mend="pass latents alone, or none")
+    return packed_latents(latents, count, channels, rows, columns), []

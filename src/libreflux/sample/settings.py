@@ -1,0 +1,154 @@
+"""The numbers of a call: defaults resolved from the model's facts, every value checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from libreflux.errors import RecipeError
+from libreflux.flow.schedule import ladder, shift_for_tokens, shift_sigmas
+from libreflux.model.facts import Facts
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a call draws.
+
+    Attributes:
+        steps: number of Euler steps.
+        sigmas: [steps + 1] fp32, falling to 0, the shift applied.
+        scale: the guidance scale.
+        guided: the steps that are guided; empty at a scale of 1 or below.
+        embedded: the embedded guidance of a guidance-distilled model, else what was asked for (None).
+    """
+
+    steps: int
+    sigmas: Tensor
+    scale: float
+    guided: range
+    embedded: float | None
+
+
+def resolve(
+    facts: Facts,
+    image_tokens: int,
+    *,
+    num_inference_steps: int | None = None,
+    sigmas: Sequence[float] | None = None,
+    guidance_scale: float | None = None,
+    no_cfg_until: int = 0,
+    guidance_start: float = 0.0,
+    guidance_stop: float = 1.0,
+    embedded_guidance: float | None = None,
+) -> Settings:
+    """Settings from checked values (see `check_values`); None is the model's own.
+
+    Raises:
+        RecipeError: sigmas and a number of steps that do not agree, or an interval without a step.
+    """
+    shift = shift_for_tokens(image_tokens) if facts.shift is None else facts.shift
+    if sigmas is None:
+        steps = facts.steps if num_inference_steps is None else num_inference_steps
+        values = ladder(steps, shift)
+    else:
+        steps = len(sigmas)
+        if num_inference_steps not in (None, steps):
+            raise RecipeError(f"{steps} sigmas for {num_inference_steps} steps", mend="leave num_inference_steps out")
+        own = shift_sigmas(torch.tensor(list(sigmas), dtype=torch.float64), shift)
+        values = torch.cat([own, torch.zeros(1, dtype=torch.float64)]).float()
+    own_scale = 1.0 if facts.guidance_embeds else facts.guidance
+    scale = own_scale if guidance_scale is None else float(guidance_scale)
+    guided = range(0)
+    if scale > 1:
+        guided = guided_steps(steps, no_cfg_until, guidance_start, guidance_stop)
+    embedded = facts.guidance if facts.guidance_embeds and embedded_guidance is None else embedded_guidance
+    return Settings(steps=steps, sigmas=values, scale=scale, guided=guided, embedded=embedded)
+
+
+def guided_steps(steps: int, no_cfg_until: int = 0, start: float = 0.0, stop: float = 1.0) -> range:
+    """The steps i of `steps` with start <= i / steps < stop; `no_cfg_until` = k is start = k / steps.
+
+    Raises:
+        RecipeError: both forms of the start were given, or fractions between which no step lies.
+    """
+    if no_cfg_until and start:
+        raise RecipeError("both no_cfg_until and guidance_start were given", mend="pass one of them")
+    first = max(no_cfg_until, math.ceil(start * steps - 1e-9))  # 1e-9: 0.1 * 30 is a little more than 3
+    found = range(first, math.ceil(stop * steps - 1e-9))
+    if not found and (start > 0 or stop < 1):
+        raise RecipeError(
+            f"no one of {steps} steps is guided from {max(start, no_cfg_until / steps):g} to {stop:g}",
+            mend="widen the interval, or use guidance 1",
+        )
+    return found
+
+
+def check_values(given: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
+    """Raises RecipeError for a value out of range; None is not checked.
+
+    Args:
+        given: some arguments of `LibreFluxPipeline.__call__`.
+        names: what the user calls them, if otherwise.
+    """
+    for name, value in given.items():
+        good, mend = _CHECKS[name]
+        if value is not None and not good(value):
+            raise RecipeError(f"cannot be {value!r}", where=(names or {}).get(name, name), mend=mend)
+    start, stop = given.get("guidance_start", 0.0), given.get("guidance_stop", 1.0)
+    if start >= stop:
+        name = (names or {}).get("guidance_start", "guidance_start")
+        raise RecipeError(f"{start:g} is not below the stop, {stop:g}", where=name, mend="start before the stop")
+
+
+def _is_size(value: int) -> bool:
+    return value >= 16 and value % 16 == 0
+
+
+def _is_fraction(value: float) -> bool:
+    return 0 <= value <= 1
+
+
+def _is_scale(value: float) -> bool:
+    return math.isfinite(value) and value >= 0
+
+
+def _falls(sigmas: Sequence[float]) -> bool:
+    values = [float(sigma) for sigma in sigmas]
+    return bool(values) and all(0 < v <= 1 for v in values) and all(a > b for a, b in pairwise(values))
+
+
+_CHECKS: dict[str, tuple[Any, str]] = {
+    "height": (_is_size, "use a multiple of 16"),
+    "width": (_is_size, "use a multiple of 16"),
+    "num_inference_steps": (lambda steps: steps >= 1, "use 1 or more"),
+    "sigmas": (_falls, "use falling numbers in (0, 1]; the last one, 0, is added"),
+    "guidance_scale": (_is_scale, "use 0 or more; 1 is no guidance"),
+    "embedded_guidance": (_is_scale, "use 0 or more"),
+    "no_cfg_until": (lambda steps: steps >= 0, "use 0 or more steps"),
+    "guidance_start": (_is_fraction, "use a fraction of the steps, 0 to 1"),
+    "guidance_stop": (_is_fraction, "use a fraction of the steps, 0 to 1"),
+    "guidance_rescale": (_is_fraction, "use 0 to 1; 0 is none"),
+    "batch_cfg": (lambda how: how in (True, False, "auto"), 'use True, False or "auto"'),
+    "num_images_per_prompt": (lambda count: count >= 1, "use 1 or more"),
+    "output_type": (OUTPUT_TYPES.__contains__, f"use one of {', '.join(OUTPUT_TYPES)}"),
+}
+NUMBERS = tuple(_CHECKS)
+"""Every argument that `check_values` knows."""
+RESOLVED = (
+    "num_inference_steps",
+    "sigmas",
+    "guidance_scale",
+    "no_cfg_until",
+    "guidance_start",
+    "guidance_stop",
+    "embedded_guidance",
+)
+"""The arguments that `resolve` makes settings of."""

@@ -1,0 +1,117 @@
+"""Pictures drawn again from what they say of themselves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from libreflux.sample.metadata import read_origin
+from tiny import tiny_transformer
+
+OPTIONS = [
+    "--negative", "a rocket", "--guidance", 4, "--guidance-start", 0.25, "--guidance-stop", 0.75,
+    "--guidance-rescale", 0.7, "--batch-cfg", "on", "--steps", 4, "--seed", 9, "--width", 48, "--tile",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def drawn(run: Callable, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("drawn") / "a.png"
+    result = run("generate", "a fox, ünïcödé", "--model", tiny_model_dir, *OPTIONS, "--out", path)
+    assert result.code == 0, result.err
+    return path
+
+
+def test_every_option_reaches_the_picture_and_its_record(drawn: Path) -> None:
+    origin = read_origin(drawn)
+    assert (origin.guidance_start, origin.guidance_stop, origin.guidance_rescale) == (0.25, 0.75, 0.7)
+    assert (origin.batch_cfg, origin.tile, origin.width, origin.height) == (True, True, 48, 32)
+    assert (
+        "CFG start: 0.25, CFG stop: 0.75, CFG rescale: 0.7, CFG in one pass: True"
+        in Image.open(drawn).text["parameters"]
+    )
+
+
+def test_remade_bit_for_bit(run: Callable, drawn: Path, tmp_path: Path) -> None:
+    again = run("generate", "--remake", drawn, "--out", tmp_path / "b.png")
+    assert again.code == 0 and again.out.strip() == str(tmp_path / "b.png")
+    assert f"bit for bit the pixels of {drawn}" in again.err and " was " not in again.err
+    assert (tmp_path / "b.png").read_bytes() == drawn.read_bytes()
+    bare = run("generate", "--remake", drawn, "--no-metadata", "--out", tmp_path / "folder")
+    assert bare.out.strip() == str(tmp_path / "folder" / "a-again.png")
+    with Image.open(bare.out.strip()) as image, Image.open(drawn) as original:
+        assert image.text == {} and image.tobytes() == original.tobytes()
+
+
+def test_without_metadata_nothing_is_said(run: Callable, tiny_model_dir: Path, drawn: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.png"
+    args = ["generate", "a fox, ünïcödé", "--model", tiny_model_dir, *OPTIONS, "--no-metadata", "--out", out]
+    assert run(*args).code == 0
+    with Image.open(out) as image, Image.open(drawn) as original:
+        assert image.text == {} and image.info.keys() <= {"dpi"} and image.tobytes() == original.tobytes()
+    refused = run("generate", "--remake", out)
+    assert refused.code == 2 and "says nothing of how it was made; mend: " in refused.err
+
+
+def test_other_weights_are_told(run: Callable, tiny_model_dir: Path, drawn: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    moved = run("generate", "--remake", drawn, "--model", model, "--out", tmp_path / "m.png")
+    assert moved.code == 0 and "bit for bit" in moved.err and " was " not in moved.err
+    tiny_transformer(seed=5).save_pretrained(model / "transformer")
+    other = run("generate", "--remake", drawn, "--model", model, "--out", tmp_path / "o.png")
+    assert other.code == 0 and "the transformer's hash was " in other.err and "of its pixels differ" in other.err
+    before, after = (np.asarray(Image.open(path)) for path in (drawn, tmp_path / "o.png"))
+    assert (before != after).any()
+
+
+def test_adapters_are_asked_for_and_keep_their_weight(
+    run: Callable, tiny_model_dir: Path, trained: Path, tmp_path: Path
+) -> None:
+    first = tmp_path / "a.png"
+    args = ["generate", "a fox", "--model", tiny_model_dir, "--adapter", f"{trained}:0.5", "--out", first]
+    assert run(*args).code == 0
+    missing = run("generate", "--remake", first, "--out", tmp_path / "b.png")
+    assert missing.code == 2 and f"drawn with 1 adapters, not 0; mend: give --adapter {trained.name}" in missing.err
+    again = run("generate", "--remake", first, "--adapter", trained, "--out", tmp_path / "b.png")
+    assert again.code == 0, again.err
+    assert (tmp_path / "b.png").read_bytes() == first.read_bytes()
+
+
+def test_a_picture_is_not_replaced_by_its_copy(run: Callable, drawn: Path) -> None:
+    before = drawn.read_bytes()
+    refused = run("generate", "--remake", drawn, "--out", drawn)
+    assert refused.code == 2 and "would replace the picture itself; mend: " in refused.err
+    assert drawn.read_bytes() == before
+
+
+@pytest.mark.parametrize(("changed", "told"), [
+    ({"steps": "many"}, "steps: "),
+    ({"steps": -3}, "num_inference_steps cannot be -3"),
+    ({"width": 40}, "width cannot be 40"),
+    ({"guidance": float("nan")}, "guidance_scale cannot be nan"),
+    ({"guidance_start": 1.0}, "is not below the stop"),
+    ({"batch_cfg": "perhaps"}, "batch_cfg: "),
+    ({"adapters": [{"file": "x"}]}, "drawn with 1 adapters, not 0"),
+    ({"model": "no/such/model/here"}, "no such model"),
+    ({"colour": 1}, "colour"),
+    ({"embedded_guidance": 3.5}, "no guidance embedding"),
+])  # fmt: skip
+def test_a_damaged_record_is_one_line(
+    run: Callable, drawn: Path, tmp_path: Path, changed: dict[str, object], told: str
+) -> None:
+    with Image.open(drawn) as image:
+        record = json.loads(image.text["libreflux"]) | changed
+        info = PngInfo()
+        info.add_text("libreflux", json.dumps(record))
+        image.save(tmp_path / "x.png", pnginfo=info)
+    refused = run("generate", "--remake", tmp_path / "x.png", "--out", tmp_path / "y.png")
+    lines = [line for line in refused.err.splitlines() if not line.startswith("drawing")]
+    assert refused.code == 2 and len(lines) == 1 and told in lines[0] and "; mend: " in lines[0], refused.err
+    assert "pydantic" not in refused.err and not (tmp_path / "y.png").exists()

@@ -1,0 +1,108 @@
+"""Guidance: which passes it costs, and that what they are batched as does not matter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+from libreflux.flow.guidance import cfg, rescale
+from libreflux.sample.pipeline import LibreFluxPipeline
+from libreflux.sample.settings import guided_steps
+
+LONG, SHORT = "a small green frog sits under a tall tree, and the sky behind it is orange", "a fox"
+
+
+def passes(pipe: LibreFluxPipeline, *args: object, **options: object) -> list[tuple[int, bool]]:
+    """(batch, masked) of each of the transformer's calls."""
+    seen = []
+
+    def look(module, args, kwargs):
+        seen.append((kwargs["hidden_states"].shape[0], kwargs["joint_attention_kwargs"] is not None))
+
+    handle = pipe.transformer.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        pipe(*args, seeds=0, output_type="latent", **options)
+    finally:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize(("prompt", "negative", "how", "expected"), [
+    (SHORT, SHORT, "auto", [(2, False)]),
+    (SHORT, LONG, "auto", [(1, False), (1, False)]),
+    (SHORT, LONG, True, [(2, True)]),
+    (SHORT, SHORT, False, [(1, False), (1, False)]),
+    ([SHORT, SHORT], "", "auto", [(2, False), (2, False)]),
+    ([SHORT, LONG], [LONG, SHORT], "auto", [(4, True)]),  # each of two passes would be masked too
+])  # fmt: skip
+def test_passes_of_a_guided_step(pipe: LibreFluxPipeline, prompt, negative, how, expected) -> None:
+    assert passes(pipe, prompt, negative, guidance_scale=3.0, num_inference_steps=2, batch_cfg=how) == expected * 2
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.7, 0.0])
+@pytest.mark.parametrize("how", [True, False, "auto"])
+def test_no_guidance_costs_one_pass(pipe: LibreFluxPipeline, scale: float, how: object) -> None:
+    options = {"guidance_scale": scale, "num_inference_steps": 3, "batch_cfg": how, "guidance_rescale": 0.5}
+    assert passes(pipe, SHORT, LONG, **options) == [(1, False)] * 3
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.7])
+def test_batched_or_not_is_one_result(pipe: LibreFluxPipeline, phi: float) -> None:
+    one, two, auto = (
+        pipe([SHORT, LONG], ["", LONG], guidance_scale=4.0, guidance_rescale=phi, seeds=3, batch_cfg=how,
+             output_type="latent").images
+        for how in (True, False, "auto")
+    )  # fmt: skip
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
+    torch.testing.assert_close(auto, two, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("start", "stop", "guided"), [
+    (0.0, 1.0, [0, 1, 2, 3]),
+    (0.25, 0.75, [1, 2]),
+    (0.3, 0.6, [2]),
+    (0.5, 1.0, [2, 3]),
+    (0.0, 0.01, [0]),
+])  # fmt: skip
+def test_the_interval_of_guidance(pipe: LibreFluxPipeline, start: float, stop: float, guided: list[int]) -> None:
+    options = {"guidance_scale": 3.0, "num_inference_steps": 4, "batch_cfg": True}
+    seen = passes(pipe, SHORT, SHORT, guidance_start=start, guidance_stop=stop, **options)
+    assert [batch for batch, _ in seen] == [2 if i in guided else 1 for i in range(4)]
+
+
+def test_a_start_in_steps_and_one_in_fractions_agree() -> None:
+    for steps in range(1, 120):
+        for k in range(steps):
+            assert guided_steps(steps, start=k / steps) == guided_steps(steps, no_cfg_until=k) == range(k, steps)
+            assert guided_steps(steps, stop=(k + 1) / steps) == range(k + 1)
+
+
+def test_no_cfg_until_is_the_fraction(pipe: LibreFluxPipeline) -> None:
+    counted, fraction, whole = (
+        pipe(SHORT, LONG, guidance_scale=3.0, num_inference_steps=4, seeds=1, output_type="latent", **given).images
+        for given in ({"no_cfg_until": 1}, {"guidance_start": 0.25}, {})
+    )
+    assert torch.equal(counted, fraction) and not torch.equal(counted, whole)
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.3, 1.0])
+def test_rescale_is_diffusers_and_gives_the_deviation_back(phi: float) -> None:
+    torch.manual_seed(0)
+    v_cond, v_uncond = torch.randn(3, 20, 8) * torch.tensor([1.0, 2.0, 0.1])[:, None, None], torch.randn(3, 20, 8)
+    guided = cfg(v_cond, v_uncond, 5.0)
+    ours = rescale(guided, v_cond, phi)
+    torch.testing.assert_close(ours, rescale_noise_cfg(guided, v_cond, guidance_rescale=phi))
+    if phi == 1.0:
+        torch.testing.assert_close(ours.std((1, 2)), v_cond.std((1, 2)))
+
+
+def test_the_pipeline_rescales_each_picture_by_itself(pipe: LibreFluxPipeline) -> None:
+    """One step from noise: the last latents are x - v', and v' has the conditional velocity's deviation at phi 1."""
+    options = {"num_inference_steps": 1, "seeds": [1, 2], "callback_on_step": lambda step: v.append(step.velocity)}
+    v: list[torch.Tensor] = []
+    for given in ({"guidance_scale": 1.0}, {"guidance_scale": 5.0}, {"guidance_scale": 5.0, "guidance_rescale": 1.0}):
+        pipe([SHORT, LONG], "a rocket", **options, **given)
+    conditional, guided, rescaled = (one.std((1, 2)) for one in v)
+    torch.testing.assert_close(rescaled, conditional)
+    assert ((guided - conditional).abs() > 1e-3).all()
