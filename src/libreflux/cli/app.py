@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import libreflux
-from libreflux.cli import average, demo, demo_data, export, generate, merge, prepare, probe, train
+from libreflux.cli import average, demo, demo_data, export, generate, grid, merge, prepare, probe, train
 from libreflux.errors import LibrefluxError
 from libreflux.files import PLACE_ERRORS, WRITE_ERRORS
 
@@ -43,6 +43,7 @@ def _root(
 
 app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
+app.command("grid")(grid.grid)
 app.command("prepare")(prepare.prepare)
 app.command("train")(train.train)
 app.command("merge")(merge.merge)

@@ -1,0 +1,164 @@
+"""`libreflux grid PROMPT…`: the same noise by models, steps and guidance scales, as a sheet and a page."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from libreflux.errors import LibrefluxError, RecipeError, RunError
+
+if TYPE_CHECKING:
+    from libreflux.cli.drawing import Opened
+    from libreflux.sample.metadata import Origin
+
+MOST = 10_000
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column of the grid is drawn with; None is the model's own."""
+
+    model: str
+    steps: int | None
+    guidance: float | None
+
+
+def grid(
+    prompts: Annotated[
+        list[str], typer.Argument(metavar="PROMPT...", help="What to draw; quote each prompt.", show_default=False)
+    ],
+    model: Annotated[
+        list[str] | None, typer.Option(help="Model: a name, a folder or a hub id; may be repeated.")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="PATH[:WEIGHT]", help="Put on every model; may be repeated.")
+    ] = None,
+    guidance: Annotated[
+        str | None, typer.Option(metavar="1,3.5 or 1:6:1", help="Guidance scales; the last one of a range is in it.")
+    ] = None,
+    steps: Annotated[str | None, typer.Option(metavar="4,28", help="Numbers of sampling steps.")] = None,
+    seeds: Annotated[str, typer.Option(metavar="0,1 or 0:3", help="Seeds: a row for each, with one noise.")] = "0",
+    negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
+    width: Annotated[int | None, typer.Option(min=16, help="Pixels, a multiple of 16; default: the model's.")] = None,
+    height: Annotated[int | None, typer.Option(min=16, help="Pixels, a multiple of 16; default: the model's.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder of grid.png, index.html and the cells; continued.")] = Path(
+        "out/grid"
+    ),
+) -> None:
+    """Compare models, guidance scales and steps on the same noise. Cells that exist are not drawn again."""
+    for name, size in (("--width", width), ("--height", height)):
+        if size is not None and size % 16:
+            raise RecipeError(f"{size} is not a multiple of 16", where=name, mend=f"use {round(size / 16) * 16}")
+    if out.exists() and not out.is_dir():
+        raise RunError("is a file", where=out, mend="name a folder with --out")
+    scales = [None] if guidance is None else numbers("--guidance", guidance)
+    counts = [None] if steps is None else [int(n) for n in numbers("--steps", steps, whole=True, least=1)]
+    noises = [int(n) for n in numbers("--seeds", seeds, whole=True)]
+    models = model or ["emoji-libre"]
+    columns = [Column(*each) for each in itertools.product(models, counts, scales)]
+    rows = list(itertools.product(prompts, noises))
+
+    from libreflux.cli.grid_page import write
+    from libreflux.files import lock
+
+    common = {"negative": negative, "width": width, "height": height}
+    with lock(out):
+        cells = _Cells(out, common, adapter or [], device, len(rows) * len(columns))
+        drawn = [[cells.cell(column, prompt, seed) for prompt, seed in rows] for column in columns]
+        table = [list(row) for row in zip(*drawn, strict=True)]
+        page = write(out, table, [f"{prompt}, seed {seed}" for prompt, seed in rows], len(models) > 1)
+    typer.echo(f"{out / 'grid.png'}\n{page}, to be looked at; {cells.made} of {cells.total} cells were drawn now")
+
+
+class _Cells:
+    """Pictures by column, prompt and seed; a model is opened when its first missing one is asked for."""
+
+    def __init__(
+        self, out: Path, common: dict[str, str | int | None], adapters: list[str], device: str, total: int
+    ) -> None:
+        self.out, self.common, self.adapters, self.device, self.total = out, common, adapters, device, total
+        self.made = self.done = 0
+        self._opened: tuple[str, Opened] | None = None
+        self._weights: dict[str, list[object]] = {}
+
+    def cell(self, column: Column, prompt: str, seed: int) -> tuple[Path, Origin]:
+        from libreflux.sample.metadata import read_origin
+
+        asked = [asdict(column), prompt, seed, self.common, self._identity(column.model)]
+        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        path = self.out / "cells" / f"{digest[:24]}.png"
+        self.done += 1
+        try:
+            return path, read_origin(path)
+        except (LibrefluxError, OSError):
+            return path, self._draw(column, prompt, seed, path)
+
+    def _identity(self, model: str) -> list[object]:
+        """Hashes of the weights and of the adapters, without loading any of them into memory."""
+        if model not in self._weights:
+            from libreflux.cli.adapters import load_arguments
+            from libreflux.model.family import locate, weights_hash
+
+            files = [[file.sha256, weight] for file, weight in load_arguments(self.adapters)]
+            self._weights[model] = [weights_hash(locate(model)), files]
+        return self._weights[model]
+
+    def _draw(self, column: Column, prompt: str, seed: int, path: Path) -> Origin:
+        from libreflux.cli.drawing import open_for_drawing
+        from libreflux.cli.progress import progress
+        from libreflux.sample.metadata import Origin, save_png
+
+        if self._opened is None or self._opened[0] != column.model:
+            self._opened = None  # before the next one needs the memory
+            self._opened = column.model, open_for_drawing(column.model, self.adapters, self.device)
+        opened = self._opened[1]
+        facts, size = opened.facts, opened.pipe.default_size
+        own = 1.0 if facts.guidance_embeds else facts.guidance
+        scale = own if column.guidance is None else column.guidance
+        wanted = Origin(
+            prompt=prompt, seed=seed, negative=str(self.common["negative"]) if scale > 1 else "",
+            steps=column.steps or facts.steps, guidance=scale, width=int(self.common["width"] or size),
+            height=int(self.common["height"] or size), model=column.model,
+            embedded_guidance=facts.guidance if facts.guidance_embeds else None,
+        )  # fmt: skip
+        origin = opened.stamped(wanted)
+        with progress("drawing", "step") as report:
+            note = f"cell {self.done} of {self.total}"
+            image = opened.draw(origin, lambda step: report(step.index + 1, origin.steps, note))
+        save_png(image, path, origin)
+        self.made += 1
+        return origin
+
+
+def numbers(where: str, text: str, *, whole: bool = False, least: float = 0.0) -> list[float]:
+    """Distinct numbers from "1,3.5" and ranges "FIRST:LAST" or "FIRST:LAST:STEP", LAST included.
+
+    Raises:
+        RecipeError: no such list.
+    """
+    found: list[float] = []
+    for part in text.split(","):
+        try:
+            first, *rest = (float(each) for each in part.split(":"))
+            last, step = rest[0] if rest else first, rest[1] if len(rest) > 1 else 1.0
+            count = math.floor((last - first) / step + 1e-9) + 1
+            if len(rest) > 2 or step <= 0 or not 1 <= count <= MOST:
+                raise ValueError
+        except (ValueError, OverflowError, ZeroDivisionError):
+            mend = "write 1,3.5 or 1:6:1"
+            raise RecipeError(f"{part!r} is no number or range", where=where, mend=mend) from None
+        found += [round(first + index * step, 9) for index in range(count)]
+    for value in found:
+        if not (math.isfinite(value) and least <= value and (not whole or value.is_integer())):
+            raise RecipeError(
+                f"cannot be {value:g}", where=where, mend=f"use {'whole ' if whole else ''}numbers from {least:g}"
+            )
+    return list(dict.fromkeys(found))
