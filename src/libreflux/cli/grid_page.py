@@ -74,8 +74,8 @@ def _body(
         lines.append(f"<tr><th>{escape(label)}</th>{row}</tr>")
     heading = "".join(f"<th>{escape(head)}</th>" for head in heads)
     return f"""<style>.flip figure {{ display: none; }} .flip {{ display: grid; gap: 1rem;
-grid-template-columns: repeat(auto-fill, minmax(min(16rem, 100%), 1fr)); }} label {{ margin-right: 1rem; }} .flip figcaption {{ font-weight: 400; }}
-{rules}</style>
+grid-template-columns: repeat(auto-fill, minmax(min(16rem, 100%), 1fr)); }} label {{ margin-right: 1rem; }}
+.flip figcaption {{ font-weight: 400; }} {rules}</style>
 <h1>The same noise, drawn {len(heads)} ways</h1>
 <p class="faint">Choose a column, then flip with the arrow keys: pictures of one row start from one noise.</p>
 {keys}<div class="flip">{"".join(blocks)}</div>
