@@ -102,9 +102,21 @@ def test_long_prompts_are_cut_with_a_warning(encoders: TextEncoders, caplog: pyt
 
 
 @pytest.mark.parametrize("padding", ["keep", "bias"])
-def test_later_paddings_are_refused(encoders: TextEncoders, padding: str) -> None:
-    with pytest.raises(ModelError, match=r"not supported yet; mend: set text_padding to drop or trim"):
-        encoders.encode(["a"], padding=padding, max_tokens=8)
+def test_padding_that_flux_sees(encoders: TextEncoders, padding: str) -> None:
+    prompts = ["a fox", "a small green frog under a tree"]
+    text = encoders.encode(prompts, padding=padding, max_tokens=24)
+    trimmed = encoders.encode(prompts, padding="trim", max_tokens=24)
+    assert text.lengths == [24, 24]
+    for whole, own in zip(text.tokens, trimmed.tokens, strict=True):
+        torch.testing.assert_close(whole[: len(own)], own)
+    assert text.favoured == (trimmed.lengths if padding == "bias" else None)
+    both = TextConditioning.cat([text.index([1]), text.repeat(2)])
+    assert len(both) == 5
+    if padding == "bias":
+        first, second = trimmed.lengths
+        assert both.favoured == [second, first, first, second, second] == both.to(dtype=torch.float64).favoured
+        with pytest.raises(ValueError, match="beside"):
+            TextConditioning.cat([text, trimmed])
 
 
 def test_unknown_padding_is_refused(encoders: TextEncoders) -> None:

@@ -24,7 +24,7 @@ from libreflux.model.device import pick_device
 from libreflux.model.facts import Facts
 from libreflux.model.family import open_model, weights_hash
 from libreflux.model.locate import EMOJI, locate, part_folder
-from libreflux.model.text import check_padding
+from libreflux.model.text import check_trained_padding
 from libreflux.probe import padding
 from libreflux.probe import run as probe_run
 from libreflux.probe.bench import Bench, PaddingTexts
@@ -127,7 +127,7 @@ def run(request: Request) -> tuple[Path, Result]:
 def subject_of(request: Request) -> Subject:
     files = load_arguments(request.adapters)
     facts = adapted_facts(open_model(request.model, parts=()).facts, files)
-    check_padding(facts.text_padding)
+    check_trained_padding(facts.text_padding)
     folder = locate(request.model)
     sha256 = weights_hash(folder)
     notice_other_base(sha256, files)

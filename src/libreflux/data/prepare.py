@@ -32,7 +32,7 @@ from libreflux.data.sources import Part, Quarantined, Sample, read_source
 from libreflux.errors import DataError
 from libreflux.model import family
 from libreflux.model.facts import freed
-from libreflux.model.text import TextConditioning, check_padding
+from libreflux.model.text import TextConditioning, check_trained_padding
 from libreflux.recipe import DataSource, Recipe
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def prepare(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise DataError("is a file", where=out, mend="name a folder for the cache")
-    check_padding(text_padding)
+    check_trained_padding(text_padding)
     folder = family.locate(model)
     max_tokens = freed(family.open_model(model, parts=()).facts).max_tokens if max_tokens is None else max_tokens
     own = out if part == WHOLE else out / PARTS / f"{part[0]:04d}-of-{part[1]:04d}"

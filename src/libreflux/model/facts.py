@@ -157,19 +157,22 @@ def write_facts(folder: Path, facts: Facts) -> None:
     atomic_write_json(folder / FACTS_FILE, {k: v for k, v in rows.items() if v is not None or k not in _OPTIONAL})
 
 
-def find_facts(name: str, folder: Path, *, guidance_embeds: bool) -> Facts:
+def find_facts(name: str, folder: Path, *, guidance_embeds: bool, masked: bool = False) -> Facts:
     """The facts of a model: its own file, the table's row for a known hub id, or the nearest row with a notice.
 
     Args:
         name: as the user named it, perhaps `org/name@revision`.
         folder: where it is.
         guidance_embeds: as of its transformer's config: what tells dev from schnell.
+        masked: its transformer is of the class that the published LibreFLUX weights name.
     """
     if (folder / FACTS_FILE).exists():
         return read_facts(folder)
     known = {hub_id.lower(): facts for hub_id, facts in KNOWN.items()}.get(name.partition("@")[0].lower())
     if known is not None:
         return known
+    if masked:
+        return KNOWN["jimmycarter/LibreFLUX"]
     nearest, like = (_DEV, "FLUX.1-dev") if guidance_embeds else (_SCHNELL, "FLUX.1-schnell")
     logger.warning("%s has no %s: taken for a model like %s", name, FACTS_FILE, like)
     return nearest

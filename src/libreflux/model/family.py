@@ -51,12 +51,8 @@ _INDEX: dict[str, Any] = {
     "vae": ["diffusers", "AutoencoderKL"],
 }
 
-_MENDS = {
-    "FluxTransformer2DModelWithMasking": (
-        "the published LibreFLUX weights need text padding bias, which is not supported yet; "
-        "start from black-forest-labs/FLUX.1-schnell"
-    )
-}
+_MASKED = "FluxTransformer2DModelWithMasking"
+"""What the published LibreFLUX weights call their transformer: FLUX's, drawn under text padding `bias`."""
 
 
 @dataclass
@@ -104,12 +100,17 @@ def open_model(
         raise ValueError(f"unknown parts {sorted(unknown)}, wanted some of {ALL}")
     path = locate(name, weights=False)
     config = _json(path / "transformer" / "config.json")
-    if config.get("_class_name") != "FluxTransformer2DModel":
-        mend = _MENDS.get(str(config.get("_class_name")), "use a model of the FLUX.1 family")
+    if config.get("_class_name") not in ("FluxTransformer2DModel", _MASKED):
+        mend = "use a model of the FLUX.1 family"
         raise ModelError(f"its transformer is a {config.get('_class_name')}", where=path, mend=mend)
     path = locate(name) if parts else path
     model = Model(
-        facts=find_facts(str(name), path, guidance_embeds=bool(config.get("guidance_embeds", False))),
+        facts=find_facts(
+            str(name),
+            path,
+            guidance_embeds=bool(config.get("guidance_embeds", False)),
+            masked=config.get("_class_name") == _MASKED,
+        ),
         name=str(name),
         path=path,
     )

@@ -1,7 +1,9 @@
 """Prompts to what FLUX is conditioned on: T5's tokens, ragged, and CLIP's pooled vector.
 
 Padding values (see DESIGN, decision 2). `drop`: no padding reaches T5 or FLUX. `trim`: T5 sees its prompt padded to
-`max_tokens` without a mask, as BFL runs it, and FLUX sees the prompt's own tokens only. `keep` and `bias` come later.
+`max_tokens` without a mask, as BFL runs it, and FLUX sees the prompt's own tokens only. `keep`: FLUX sees the padding
+too, as FLUX.1 was trained. `bias`: like keep, but 1 is added to the attention logits of all that is not padding, as the
+published LibreFLUX weights were trained.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from libreflux.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED_PADDING = ("drop", "trim")
-KNOWN_PADDING = (*SUPPORTED_PADDING, "bias", "keep")
+TRAINED_PADDING = ("drop", "trim")  # what a cache can hold
+KNOWN_PADDING = (*TRAINED_PADDING, "bias", "keep")
 TOKENS_PER_PASS = 8192  # how many T5 tokens one forward pass takes, over all its prompts
 
 
@@ -28,12 +30,14 @@ class TextConditioning:
     """What the transformer sees of B prompts.
 
     Attributes:
-        tokens: B tensors [S_i, D], T5's last hidden state, without padding; S_i >= 1.
+        tokens: B tensors [S_i, D], T5's last hidden state; S_i >= 1; padding is in it under `keep` and `bias` only.
         pooled: [B, P], CLIP's last hidden state at its end-of-text token.
+        favoured: under `bias`, how many tokens at the start of each prompt are its own; None under all others.
     """
 
     tokens: list[Tensor]
     pooled: Tensor
+    favoured: list[int] | None = None
 
     def __post_init__(self) -> None:
         if len(self.tokens) != self.pooled.shape[0]:
@@ -50,18 +54,24 @@ class TextConditioning:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextConditioning:
         """The same on another device or in another dtype; None leaves it."""
         tokens = [sequence.to(device=device, dtype=dtype) for sequence in self.tokens]
-        return TextConditioning(tokens, self.pooled.to(device=device, dtype=dtype))
+        return TextConditioning(tokens, self.pooled.to(device=device, dtype=dtype), self.favoured)
 
     @staticmethod
     def cat(parts: Sequence[TextConditioning]) -> TextConditioning:
-        """All prompts of all parts, in order; lengths may differ."""
+        """All prompts of all parts, in order; lengths may differ, but parts with `favoured` go with such alone."""
+        favoured = [part.favoured for part in parts if part.favoured is not None]
+        if favoured and len(favoured) < len(parts):
+            raise ValueError("text of padding bias beside text of another")
         return TextConditioning(
-            [sequence for part in parts for sequence in part.tokens], torch.cat([part.pooled for part in parts])
+            [sequence for part in parts for sequence in part.tokens],
+            torch.cat([part.pooled for part in parts]),
+            [count for counts in favoured for count in counts] if favoured else None,
         )
 
     def index(self, which: Sequence[int]) -> TextConditioning:
         """The prompts at these positions, in this order, repeats allowed."""
-        return TextConditioning([self.tokens[i] for i in which], self.pooled[list(which)])
+        favoured = None if self.favoured is None else [self.favoured[i] for i in which]
+        return TextConditioning([self.tokens[i] for i in which], self.pooled[list(which)], favoured)
 
     def repeat(self, times: int) -> TextConditioning:
         """Each prompt `times` times in a row: a, a, b, b."""
@@ -112,15 +122,17 @@ class TextEncoders:
 
         Args:
             prompts: B texts.
-            padding: "drop" or "trim".
-            max_tokens: T5's limit, and under "trim" the length to which it is padded.
+            padding: "drop", "trim", "keep" or "bias".
+            max_tokens: T5's limit, and under all but "drop" the length to which it is padded.
 
         Raises:
-            ModelError: an unknown padding, or one that is not supported yet.
+            ModelError: an unknown padding.
         """
         check_padding(padding)
         ids = [self._t5_ids(prompt, max_tokens) for prompt in prompts]
-        return TextConditioning(self._t5(ids, max_tokens if padding == "trim" else None), self._clip(prompts))
+        tokens = self._t5(ids, None if padding == "drop" else max_tokens, cut=padding == "trim")
+        favoured = [len(each) for each in ids] if padding == "bias" else None
+        return TextConditioning(tokens, self._clip(prompts), favoured)
 
     def count_tokens(self, prompts: Sequence[str], *, max_tokens: int) -> list[int]:
         """T5 tokens of each prompt as `encode` gives them, without running an encoder."""
@@ -140,7 +152,7 @@ class TextEncoders:
         )
         return [*ids[: max_tokens - 1], self.tokenizer_2.eos_token_id]
 
-    def _t5(self, ids: list[list[int]], pad_to: int | None) -> list[Tensor]:
+    def _t5(self, ids: list[list[int]], pad_to: int | None, *, cut: bool) -> list[Tensor]:
         """T5's last hidden state per prompt, each batch of one length, so that no mask is needed."""
         device = self.text_encoder_2.device
         pad = self.tokenizer_2.pad_token_id
@@ -150,7 +162,8 @@ class TextEncoders:
             rows = [ids[i] + [pad] * (width - len(ids[i])) for i in batch]
             hidden = self.text_encoder_2(input_ids=torch.tensor(rows, device=device)).last_hidden_state
             for i, row in zip(batch, hidden, strict=True):
-                found[i] = row[: len(ids[i])].clone()  # a view would keep the padding of the whole batch alive
+                kept = len(ids[i]) if cut else width
+                found[i] = row[:kept].clone()  # a view would keep the padding of the whole batch alive
         return [found[i] for i in range(len(ids))]
 
     def _clip(self, prompts: Sequence[str]) -> Tensor:
@@ -178,11 +191,16 @@ class TextEncoders:
 def check_padding(padding: str) -> None:
     """Raises ModelError unless this text padding can be encoded."""
     if padding not in KNOWN_PADDING:
-        raise ModelError(f"unknown text padding {padding!r}", mend=f"use one of {', '.join(SUPPORTED_PADDING)}")
-    if padding not in SUPPORTED_PADDING:
+        raise ModelError(f"unknown text padding {padding!r}", mend=f"use one of {', '.join(KNOWN_PADDING)}")
+
+
+def check_trained_padding(padding: str) -> None:
+    """Raises ModelError unless text of this padding can be cached, and trained with."""
+    check_padding(padding)
+    if padding not in TRAINED_PADDING:
         raise ModelError(
-            f"text padding {padding!r} is not supported yet",
-            mend=f"set text_padding to {' or '.join(SUPPORTED_PADDING)}, in the recipe or in libreflux.json",
+            f"text padding {padding!r} is not supported yet in training and probes",
+            mend=f"set text_padding to {' or '.join(TRAINED_PADDING)}, in the recipe or in libreflux.json",
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -28,9 +28,9 @@ def velocity(
 ) -> Tensor:
     """The model's velocity v(x_sigma, sigma, text) = E[noise - x0 | ...] at B samples.
 
-    Text goes in without padding: the batch is as wide as its longest prompt, shorter ones are masked, and there is no
-    mask at all when lengths agree. Masking is the same as trimming (SPEC a): text ids are all zero, image queries see
-    keys only, and nothing reads a padded row.
+    Text goes in as it is encoded, by default without padding: the batch is as wide as its longest prompt, shorter ones
+    are masked, and there is no mask at all when lengths agree. Masking is the same as trimming (SPEC a): text ids are
+    all zero, image queries see keys only, and nothing reads a padded row.
 
     Args:
         transformer: FLUX's; its weights' dtype is that of the computation, unless autocast says otherwise.
@@ -44,12 +44,16 @@ def velocity(
         [B, N, 4C], fp32 or wider.
 
     Raises:
-        ModelError: `guidance` for a model without its embedding, or none for one with it; sizes that do not agree.
+        ModelError: `guidance` for a model without its embedding, or none for one with it; sizes that do not agree; text
+            of padding `bias` and several lengths.
     """
     _check(transformer, packed, sigma, text, guidance)
     device, dtype = packed.device, _weights_dtype(transformer)
     text = text.to(device, dtype)
     embeds, mask = text.padded()
+    seen = None if mask is None else _attention_mask(mask, packed.shape[1])
+    if text.favoured is not None:
+        seen = _attention_bias(text.favoured, embeds.shape[1], packed.shape[1], dtype).to(device)
     sigma = sigma.to(device=device, dtype=torch.float32)
     with _fp32_timestep(transformer, 1000 * sigma):
         output: Tensor = transformer(
@@ -60,7 +64,7 @@ def velocity(
             img_ids=image_ids.to(device),
             txt_ids=torch.zeros(embeds.shape[1], 3, device=device, dtype=image_ids.dtype),
             guidance=None if guidance is None else torch.full_like(sigma, guidance),
-            joint_attention_kwargs=None if mask is None else {"attention_mask": _attention_mask(mask, packed.shape[1])},
+            joint_attention_kwargs=None if seen is None else {"attention_mask": seen},
             return_dict=False,
         )[0]
     return output.to(torch.promote_types(output.dtype, torch.float32))
@@ -70,6 +74,14 @@ def _attention_mask(text_mask: Tensor, image_tokens: int) -> Tensor:
     """bool [B, 1, 1, S + N], text first; True is seen. Must be bool: diffusers *adds* a float mask to the logits."""
     image = text_mask.new_ones(text_mask.shape[0], image_tokens)
     return torch.cat([text_mask, image], dim=1)[:, None, None, :]
+
+
+def _attention_bias(favoured: Sequence[int], width: int, image_tokens: int, dtype: torch.dtype) -> Tensor:
+    """[B, 1, 1, S + N]: 1, added to the logits, on each prompt's own tokens and on the image, 0 on padding."""
+    ends = torch.tensor(favoured)[:, None]
+    text = torch.arange(width) < ends
+    both = torch.cat([text, text.new_ones(len(favoured), image_tokens)], dim=1)[:, None, None, :]
+    return both.to(dtype)
 
 
 @contextmanager
@@ -110,6 +122,8 @@ def _check(
     transformer: FluxTransformer2DModel, packed: Tensor, sigma: Tensor, text: TextConditioning, guidance: float | None
 ) -> None:
     batch = packed.shape[0]
+    if text.favoured is not None and len(set(text.lengths)) > 1:
+        raise ModelError("text of padding bias has several lengths", mend="encode all of it with one max_tokens")
     if sigma.shape != (batch,) or len(text) != batch:
         raise ModelError(f"{batch} samples, sigma of shape {tuple(sigma.shape)}, {len(text)} prompts do not agree")
     if transformer.config.guidance_embeds and guidance is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from libreflux.flow.path import interpolate
 from libreflux.model.facts import Facts
-from libreflux.model.text import SUPPORTED_PADDING, TextConditioning, TextEncoders
+from libreflux.model.text import KNOWN_PADDING, TextConditioning, TextEncoders
 from libreflux.probe.bench import OWN, Bench, PaddingTexts
 from libreflux.probe.bootstrap import measured, root_ratio
 from libreflux.probe.drawing import mean_square
@@ -42,7 +42,7 @@ def encode(encoders: TextEncoders, facts: Facts, captions: Sequence[str], settin
     for tokens in (one for one in settings.padding_tokens if one <= facts.max_tokens):
         prompts = [long_prompt(encoders, captions[start:] or captions, tokens) for start in range(PROMPTS)]
         found[OWN, tokens] = encoders.encode(prompts, padding=facts.text_padding, max_tokens=facts.max_tokens)
-        for padding in SUPPORTED_PADDING:
+        for padding in KNOWN_PADDING:
             width = facts.max_tokens + (FURTHER if padding == facts.text_padding else 0)
             found[padding, tokens] = encoders.encode(prompts, padding=padding, max_tokens=width)
     return {key: text.to("cpu") for key, text in found.items()}
@@ -66,7 +66,7 @@ def long_prompt(encoders: TextEncoders, captions: Sequence[str], tokens: int) ->
 
 def plan(settings: Settings, asked: Sequence[Asked]) -> Plan:
     """Two passes for every comparison, three for those in a batch."""
-    comparisons = 2 * len(SUPPORTED_PADDING) * len(settings.padding_tokens) + 3
+    comparisons = 2 * len(KNOWN_PADDING) * len(settings.padding_tokens) + 3
     return Plan(passes=comparisons * settings.padding_pictures * len(settings.padding_sigmas))
 
 
@@ -159,4 +159,4 @@ def _pictures(bench: Bench) -> tuple[Tensor, tuple[str, ...]]:
     return part.latents.to(bench.transformer.device), part.sample_ids
 
 
-SECTION = Section("padding", 1, plan, measure)
+SECTION = Section("padding", 2, plan, measure)
