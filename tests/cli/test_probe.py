@@ -213,3 +213,26 @@ def test_against_prints_the_freedom_of_models_that_were_measured_alike(
     assert elsewhere.code == 2 and "another seed" in elsewhere.err
     alone = run("probe", tiny_model_dir, "--reference", student)
     assert alone.code == 2 and "--reference: needs --against" in alone.err
+
+
+def test_a_local_vision_model_gives_distances_in_the_judges_place(
+    run: Callable[..., Any], tiny_model_dir: Path, plain: Path, tmp_path: Path
+) -> None:
+    from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
+
+    folder, out = tmp_path / "dino", tmp_path / "out"
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    Dinov2Model(config).save_pretrained(folder)
+    command = ["probe", tiny_model_dir, "--data", plain, "--features", folder, "--out", out, *SMALL]
+    early = run(*command)
+    assert early.code == 2 and "no vision model" in early.err
+    ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
+    done = run(*command)
+    assert done.code == 0, done.err
+    result = read_result(out)
+    found = {(one.name, one.at.get("kind")) for one in result.measures}
+    assert {("distance", "FD"), ("distance", "KD"), ("diversity", "features")} <= found
+    assert "accuracy" not in {one.name for one in result.measures}
+    assert all(np.isfinite(one.value) for one in result.measures if one.name == "distance")
+    both = run(*command, "--judge", folder)
+    assert both.code == 2 and "--features: takes the place of --judge" in both.err

@@ -52,6 +52,10 @@ def probe(
     judge: Annotated[
         Path | None, typer.Option(help="Judge of subjects and colours. [default: the emoji family's own]")
     ] = None,
+    features: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Local CLIP, DINO or other vision model for distances, in the judge's place."),
+    ] = None,
     resolution: Annotated[
         int | None, typer.Option(min=16, help="Side of the pictures in pixels; default: the model's.")
     ] = None,
@@ -69,6 +73,8 @@ def probe(
     """
     if reference is not None and against is None:
         raise RecipeError("needs --against", where="--reference", mend="name the distilled model with --against")
+    if features is not None and judge is not None:
+        raise RecipeError("takes the place of --judge", where="--features", mend="give one of them")
     if resolution is not None and resolution % 16:
         mend = f"use {max(16, round(resolution / 16) * 16)}"
         raise RecipeError(f"{resolution} is not a multiple of 16", where="--resolution", mend=mend)
@@ -84,8 +90,9 @@ def probe(
     from libreflux.cli.probing import Request
 
     request = Request(
-        model=model, adapters=adapter or [], data=data, out=out, quick=quick, seen=seen, judge=judge, seed=seed,
-        dtype=dtype, device=device, chosen={key: value for key, value in chosen.items() if value is not None},
+        model=model, adapters=adapter or [], data=data, out=out, quick=quick, seen=seen, judge=judge,
+        features=features, seed=seed, dtype=dtype, device=device,
+        chosen={key: value for key, value in chosen.items() if value is not None},
     )  # fmt: skip
     if against is not None:
         _compare(request, against, reference, json)

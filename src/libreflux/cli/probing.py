@@ -28,6 +28,7 @@ from libreflux.model.text import check_trained_padding
 from libreflux.probe import padding
 from libreflux.probe import run as probe_run
 from libreflux.probe.bench import Bench, PaddingTexts
+from libreflux.probe.features import features_digest, load_features
 from libreflux.probe.judges import Judge, load_judge
 from libreflux.probe.results import Result
 from libreflux.probe.section import Section
@@ -54,6 +55,7 @@ class Request:
     seen: Path | None = None
     told_seen: tuple[str, ...] | None = None
     judge: Path | None = None
+    features: Path | None = None
     seed: int = 0
     dtype: str = "stored"
     device: str = "auto"
@@ -104,7 +106,7 @@ def run(request: Request) -> tuple[Path, Result]:
     if out.exists() and not out.is_dir():
         raise RunError("is a file", where=out, mend="name a folder with --out")
     judge_file = _judge_file(request, subject)
-    judge = None if judge_file is None else load_judge(judge_file)
+    judge = _judge(request, judge_file)
     settings = _settings(request, subject, judge_file)
     with lock(out), contextlib.ExitStack() as bars:
         data = ProbeData.make(
@@ -144,7 +146,7 @@ def _is_family(name: str, folder: Path) -> bool:
 
 
 def _judge_file(request: Request, subject: Subject) -> Path | None:
-    if request.judge is not None or request.data is not None or not subject.family:
+    if request.features is not None or request.judge is not None or request.data is not None or not subject.family:
         return request.judge
     from libreflux.emoji.held_out import JUDGE
 
@@ -152,6 +154,12 @@ def _judge_file(request: Request, subject: Subject) -> Path | None:
         return JUDGE
     logger.warning("this installation has no judge: accuracy and distances are not measured")
     return None
+
+
+def _judge(request: Request, judge_file: Path | None) -> Judge | None:
+    if request.features is not None:
+        return load_features(request.features)
+    return None if judge_file is None else load_judge(judge_file)
 
 
 def _settings(request: Request, subject: Subject, judge_file: Path | None) -> Settings:
@@ -165,7 +173,8 @@ def _settings(request: Request, subject: Subject, judge_file: Path | None) -> Se
     own = own_guidance(subject.facts)
     changed |= {"own_guidance": own, "diversity_guidance": tuple(sorted({1.0, own}))}
     changed |= dict(request.chosen) | {"seed": request.seed, "dtype": request.dtype}
-    settings = Settings(**changed, judge=None if judge_file is None else sha256_file(judge_file))
+    told = None if judge_file is None else sha256_file(judge_file)
+    settings = Settings(**changed, judge=features_digest(request.features) if request.features else told)
     return dataclasses.replace(settings, rungs=rungs(subject.facts, settings.sigmas), seen=_seen(request, subject))
 
 

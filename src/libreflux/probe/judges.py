@@ -15,6 +15,7 @@ from libreflux.errors import ModelError
 from libreflux.files import atomic_save_safetensors
 
 SCHEMA = "1"
+JUDGED_SIDE = 128  # pixels
 WIDTHS = (32, 48, 96, 160, 192)
 
 
@@ -39,11 +40,18 @@ class Judge(nn.Module):
     Args:
         subjects: what the first head tells apart.
         colours: what the second head tells apart.
+
+    Attributes:
+        side: of the pictures it is shown, pixels.
     """
+
+    subjects: tuple[str, ...]
+    colours: tuple[str, ...]
+    side: int
 
     def __init__(self, subjects: Sequence[str], colours: Sequence[str]) -> None:
         super().__init__()
-        self.subjects, self.colours = tuple(subjects), tuple(colours)
+        self.subjects, self.colours, self.side = tuple(subjects), tuple(colours), JUDGED_SIDE
         inputs = (3, *WIDTHS[:-1])
         self.body = nn.Sequential(*[_Stage(a, b, stride=2) for a, b in zip(inputs, WIDTHS, strict=True)])
         self.subject_head = nn.Linear(WIDTHS[-1], len(subjects))

@@ -14,8 +14,6 @@ from libreflux.model import latents as latent_space
 from libreflux.probe.judges import Judge, Verdict
 from libreflux.probe.subjects import Asked
 
-JUDGED_SIDE = 128  # pixels, what judges are trained at
-
 
 @dataclass(frozen=True, eq=False)
 class Look:
@@ -67,8 +65,8 @@ def _look(latents: Tensor, vae: AutoencoderKL, judge: Judge | None) -> Look:
     if judge is None:
         return Look(clipped, std, None)
     pixels = pixels.clamp(-1, 1).nan_to_num()
-    if pixels.shape[-1] != JUDGED_SIDE or pixels.shape[-2] != JUDGED_SIDE:
-        pixels = torch.nn.functional.interpolate(pixels, (JUDGED_SIDE, JUDGED_SIDE), mode="bilinear", antialias=True)
+    if pixels.shape[-2:] != (judge.side, judge.side):
+        pixels = torch.nn.functional.interpolate(pixels, (judge.side, judge.side), mode="bilinear", antialias=True)
     seen = judge(pixels)
     return Look(clipped, std, Verdict(seen.subjects.log_softmax(1), seen.colours.log_softmax(1), seen.features))
 
@@ -85,6 +83,9 @@ def accuracies(look: Look, judge: Judge, asked: Sequence[Asked]) -> dict[str, np
         ("colour", judge.colours, look.verdict.colours),
     ):
         wanted = [getattr(one, what) for one in asked]
+        if not names:
+            found[what] = np.full(len(wanted), np.nan)
+            continue
         guess = [names[best] for best in logs.argmax(1).tolist()]
         right = [float(a == b) if b in names else np.nan for a, b in zip(guess, wanted, strict=True)]
         found[what] = np.array(right)

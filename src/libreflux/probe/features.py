@@ -1,0 +1,73 @@
+"""Features of a local vision model in the judge's place: distances and diversity of real pictures, no accuracy."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModel
+
+from libreflux.errors import ModelError
+from libreflux.files import sha256_file
+from libreflux.probe.judges import Judge, Verdict
+
+
+class Features(Judge):
+    """CLIP, DINO or another vision model of transformers as a judge that knows no names.
+
+    Args:
+        model: gives `get_image_features`, a pooled output, or hidden states whose first token stands for the picture.
+        mean, std: [3], of its inputs.
+        side: of its inputs, pixels.
+    """
+
+    def __init__(self, model: nn.Module, mean: list[float], std: list[float], side: int) -> None:
+        nn.Module.__init__(self)
+        self.subjects, self.colours, self.side = (), (), side
+        self.model = model
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    def forward(self, pixels: Tensor) -> Verdict:
+        """Looks at pixels [B, 3, side, side] in [-1, 1]; the verdict has features [B, D] alone."""
+        inputs = (pixels / 2 + 0.5 - self.get_buffer("mean")) / self.get_buffer("std")
+        if hasattr(self.model, "get_image_features"):
+            found = self.model.get_image_features(pixel_values=inputs)  # type: ignore[operator]
+        else:
+            found = self.model(pixel_values=inputs)
+        if not isinstance(found, Tensor):
+            pooled = getattr(found, "pooler_output", None)
+            found = found.last_hidden_state[:, 0] if pooled is None else pooled
+        none = pixels.new_zeros(len(pixels), 0)
+        return Verdict(none, none, found.flatten(1).float())
+
+
+def load_features(folder: Path) -> Features:
+    """A vision model from a local transformers folder: safetensors, config.json, preprocessor_config.json.
+
+    Raises:
+        ModelError: no such folder, or not such a model.
+    """
+    if not folder.is_dir():
+        raise ModelError("no such folder", where=folder, mend="name a local folder of CLIP, DINO or the like")
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
+        size = getattr(processor, "crop_size", None) or processor.size
+        side = size["height"] if "height" in size else size["shortest_edge"]
+        made = Features(model, list(processor.image_mean), list(processor.image_std), int(side))
+    except Exception as error:  # transformers' own, safetensors', the disk's: no common ancestor
+        mend = "name a folder with config.json, preprocessor_config.json and safetensors"
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"no vision model ({told[0][:200]})", where=folder, mend=mend) from error
+    return made.eval().requires_grad_(False)
+
+
+def features_digest(folder: Path) -> str:
+    """SHA-256 over the folder's JSON and safetensors files: which features they are."""
+    total = hashlib.sha256()
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        total.update(f"{file.name}:{sha256_file(file)}\n".encode())
+    return total.hexdigest()
