@@ -13,7 +13,13 @@ from libreflux.emoji import compose
 from libreflux.sample.metadata import read_origin
 
 README = Path(__file__).parent.parent.parent / "README.md"
-FEWER = {"train": ["steps=2", "batch=2", "save.every=1"], "generate": ["--steps", 2], "average": [], "merge": []}
+FEWER = {
+    "train": ["steps=2", "batch=2", "save.every=1"],
+    "generate": ["--steps", 2],
+    "average": [],
+    "merge": [],
+    "grid": ["--steps", 2, "--guidance", "1,3", "--seeds", 0],
+}
 
 
 @pytest.fixture(scope="module")
