@@ -42,6 +42,10 @@ def test_students_are_full_rank_fine_tunes_and_libre_has_schnells_files_for_what
     assert {name.rpartition(".")[0] for name in load_file(own)} == {layer.name for layer in freed}
 
 
+def test_no_file_names_a_place_on_the_machine_that_made_it() -> None:
+    assert not [file for file in students.WEIGHTS.rglob("*.json") if "_name_or_path" in file.read_text("utf-8")]
+
+
 def test_libre_has_seen_two_thirds_of_the_subjects_and_says_which() -> None:
     seen = students.seen_subjects()
     assert len(seen) == 113 and len(compose.subjects()) == 169

@@ -130,7 +130,8 @@ def write_int8(folder: Path, config: Mapping[str, Any], tensors: Iterable[tuple[
         (folder / f"{number}.safetensors").rename(folder / final)
         weight_map |= dict.fromkeys(names, final)
     atomic_write_json(folder / f"{_WEIGHTS}.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
-    atomic_write_json(folder / "config.json", {**config, "quantization_config": _MARK})
+    kept = {key: value for key, value in config.items() if key != "_name_or_path"}  # a place on this machine
+    atomic_write_json(folder / "config.json", {**kept, "quantization_config": _MARK})
 
 
 def share_equal(folder: Path, other: Path) -> list[str]:
