@@ -11,11 +11,12 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,46 @@ def atomic_save_safetensors(
         save_file(ready, temporary, metadata=dict(metadata) if metadata else None)
         _sort_metadata(temporary)
         _open_to_others(temporary)
+
+    _replace(path, fill)
+
+
+def atomic_stream_safetensors(
+    path: Path,
+    layout: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Replaces ``path`` by a safetensors file of tensors that are made one by one; one is in memory at a time.
+
+    Args:
+        layout: name -> dtype and shape, in the order of the file.
+        tensors: (name, tensor) pairs in that order.
+        metadata: strings.
+
+    Raises:
+        ValueError: the tensors are not those of the layout.
+    """
+    import torch
+    from safetensors.torch import _TYPES
+
+    codes = {dtype: code for code, dtype in _TYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw = raw.ljust(-(-len(raw) // 8) * 8)  # aligned, as the format asks
+
+    def fill(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            file.write(len(raw).to_bytes(8, "little") + raw)
+            for (name, (dtype, shape)), (given, tensor) in zip(layout.items(), tensors, strict=True):
+                if (given, tensor.dtype, tuple(tensor.shape)) != (name, dtype, tuple(shape)):
+                    raise ValueError(f"{given} {tensor.dtype} {tuple(tensor.shape)} in the place of {name}")
+                flat = tensor.detach().cpu().contiguous().reshape(-1)
+                flat.view(torch.uint8).numpy().tofile(file)
 
     _replace(path, fill)
 

@@ -131,7 +131,7 @@ def test_what_is_no_model_folder(tmp_path: Path, copy_dir: Path) -> None:
     with pytest.raises(ModelError, match=r"no model_index\.json"):
         locate(tmp_path)
     (tmp_path / "x.safetensors").touch()
-    with pytest.raises(ModelError, match="single files are not supported yet"):
+    with pytest.raises(ModelError, match="is a single file; mend: `libreflux export"):
         locate(tmp_path / "x.safetensors")
     shutil.rmtree(copy_dir / "vae")
     with pytest.raises(ModelError, match="has no vae folder"):

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,18 @@ from libreflux.model.facts import Facts, find_facts, read_facts, write_facts
 from libreflux.model.int8 import dequantise_model, int8_layers
 from libreflux.model.int8_files import METHOD, empty_int8, load_int8, stored_as, stream_int8, weight_files, write_int8
 from libreflux.model.locate import PARTS, locate, part_folder
+from libreflux.model.single_file import (
+    FACTS_KEY,
+    TOKENIZERS,
+    SingleFiles,
+    TensorFile,
+    is_single_file,
+    load_text_encoder,
+    load_transformer,
+    load_vae,
+    part_config,
+    transformer_config,
+)
 from libreflux.model.text import TextEncoders
 
 __all__ = [
@@ -39,6 +51,7 @@ __all__ = [
 ]
 
 ALL = ("transformer", "vae", "text")
+_TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 _INDEX: dict[str, Any] = {
     "_class_name": "FluxPipeline",
@@ -76,7 +89,7 @@ class Model:
 
 
 def open_model(
-    name: str | Path,
+    name: str | Path | SingleFiles,
     *,
     parts: Sequence[str] = ALL,
     dtype: torch.dtype | None = None,
@@ -86,7 +99,7 @@ def open_model(
     """Load a model, in evaluation mode.
 
     Args:
-        name: see `locate`.
+        name: see `locate`; or single files, of which one path alone says where the transformer is.
         parts: any of "transformer", "vae", "text".
         dtype: of the weights, in an int8 transformer of those that are not int8; None keeps what is stored.
         quantise: True: the transformer in int8, quantised tensor by tensor if it is stored otherwise; False: dense,
@@ -98,6 +111,9 @@ def open_model(
     """
     if unknown := set(parts) - set(ALL):
         raise ValueError(f"unknown parts {sorted(unknown)}, wanted some of {ALL}")
+    if isinstance(name, SingleFiles) or is_single_file(name):
+        files = name if isinstance(name, SingleFiles) else SingleFiles(transformer=Path(name).expanduser())
+        return _open_files(files, parts, dtype, bool(quantise), device)
     path = locate(name, weights=False)
     config = _json(path / "transformer" / "config.json")
     if config.get("_class_name") not in ("FluxTransformer2DModel", _MASKED):
@@ -133,8 +149,60 @@ def open_model(
         if "vae" in parts:
             model.vae = _diffusers_part(AutoencoderKL, part_folder(path, "vae"), dtype).to(device)
         if "text" in parts:
-            model.text = _text(path, dtype).to(device)
+            model.text = _text({part: part_folder(path, part) for part in _TEXT}, dtype).to(device)
     return model
+
+
+def _open_files(
+    files: SingleFiles, parts: Sequence[str], dtype: torch.dtype | None, quantise: bool, device: torch.device | str
+) -> Model:
+    """A model of single files, and of its base for the rest."""
+    given = TensorFile(files.transformer, "transformer")
+    base = None if files.base is None else open_model(files.base, parts=())
+    base_config = None if base is None or base.path is None else _json(base.path / "transformer" / "config.json")
+    config = transformer_config(given, base_config)
+    facts = _file_facts(given, base, bool(config.get("guidance_embeds", False)))
+    model = Model(facts=facts, name=str(files), path=files.transformer)
+    wanted = [part for part in _TEXT if "text" in parts] + [part for part in ("vae",) if part in parts]
+    where = _places(files, wanted)
+    if "transformer" in parts:
+        model.transformer = load_transformer(given, config, dtype=dtype, quantise=quantise, device=device)
+    with _quiet():
+        if isinstance(vae := where.get("vae"), TensorFile):
+            model.vae = load_vae(vae, part_config(vae, "vae"), dtype).to(device)
+        elif vae is not None:
+            model.vae = _diffusers_part(AutoencoderKL, vae, dtype).to(device)
+        if "text" in parts:
+            model.text = _text(where, dtype).to(device)
+    return model
+
+
+def _places(files: SingleFiles, wanted: Sequence[str]) -> dict[str, Path | TensorFile]:
+    """Part -> its file, or its folder; of a base on the hub only what no file has is downloaded."""
+    where: dict[str, Path | TensorFile] = {}
+    for part in wanted:
+        if (held := getattr(files, part) if part in TOKENIZERS else files.holder(part)) is not None:
+            where[part] = held
+    if lacking := [part for part in wanted if part not in where]:
+        if files.base is None:
+            mend = "name with --base a model that has it, or with --comfyui a folder of such files"
+            raise ModelError(f"no {lacking[0]} in this file", where=files.transformer, mend=mend)
+        folder = locate(files.base, weights=lacking)
+        where |= {part: part_folder(folder, part) for part in lacking}
+    return where
+
+
+def _file_facts(file: TensorFile, base: Model | None, guidance_embeds: bool) -> Facts:
+    """As the file's own metadata say, else its base's, else the nearest with a notice."""
+    if own := file.metadata.get(FACTS_KEY):
+        try:
+            return Facts.from_dict(json.loads(own), file.path)
+        except ValueError as error:
+            mend = "copy the file again"
+            raise ModelError(f"damaged facts in its metadata ({error})", where=file.path, mend=mend) from None
+    if base is not None and base.facts.guidance_embeds == guidance_embeds:
+        return dataclasses.replace(base.facts, lineage={}, parts_from=None)
+    return find_facts(str(file.path), file.path, guidance_embeds=guidance_embeds)
 
 
 def save_model(model: Model, out: Path) -> Path:
@@ -194,7 +262,9 @@ def quantise_folder(name: str | Path, out: Path) -> Path:
 
 
 def weights_hash(folder: Path) -> str:
-    """SHA-256 over the transformer's safetensors files, names included: which weights drew a picture."""
+    """SHA-256 over the transformer's safetensors files, names included, or of its single file: which weights drew."""
+    if folder.is_file():
+        return sha256_file(folder)
     digest = hashlib.sha256()
     for file in weight_files(folder / "transformer"):
         digest.update(f"{file.name}:{sha256_file(file)}\n".encode())
@@ -218,18 +288,23 @@ def _diffusers_part(kind: Any, folder: Path, dtype: torch.dtype | None) -> Any:
     return part.requires_grad_(False).eval()
 
 
-def _text(path: Path, dtype: torch.dtype | None) -> TextEncoders:
-    encoders = []
-    for kind, part in ((CLIPTextModel, "text_encoder"), (T5EncoderModel, "text_encoder_2")):
-        folder = part_folder(path, part)
-        with _part(folder):
+def _text(where: Mapping[str, Path | TensorFile], dtype: torch.dtype | None) -> TextEncoders:
+    """Both text encoders and their tokenizers, each from its folder or file."""
+    encoders: list[Any] = []
+    kinds: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
+    for part, kind in kinds.items():
+        place = where[part]
+        if isinstance(place, TensorFile):
+            encoders.append(load_text_encoder(place, part, part_config(place, part), dtype))
+            continue
+        with _part(place):
             encoder, found = kind.from_pretrained(
-                folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+                place, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
             )
         # Unexpected keys are left to transformers: full T5 and CLIP files carry decoders and position ids.
-        _check_keys(folder, found, ("missing_keys", "mismatched_keys", "error_msgs"))
+        _check_keys(place, found, ("missing_keys", "mismatched_keys", "error_msgs"))
         encoders.append(encoder.requires_grad_(False).eval())
-    first, second = part_folder(path, "tokenizer"), part_folder(path, "tokenizer_2")
+    first, second = Path(str(where["tokenizer"])), Path(str(where["tokenizer_2"]))
     with _part(first):
         clip_tokenizer = CLIPTokenizer.from_pretrained(first)
     with _part(second):

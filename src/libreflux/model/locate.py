@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,27 @@ PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "t
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 # Only what the parts need: no Python, and not the single-file copies of the weights that lie beside the parts.
-_WANTED = ["model_index.json", FACTS_FILE] + [
-    f"{part}/{pattern}" for part in PARTS for pattern in ("*.json", "*.safetensors", "*.model", "*.txt")
+_SMALL = ["model_index.json", FACTS_FILE] + [
+    f"{part}/{pattern}" for part in PARTS for pattern in ("*.json", "*.model", "*.txt")
 ]
-
-_SMALL = [pattern for pattern in _WANTED if not pattern.endswith(".safetensors")]
 
 _FOLDER = "give a diffusers folder or a hub id"
 _PICKLE = ("is a pickle, which runs code when it is opened", "use the model's safetensors files")
 _REFUSED = dict.fromkeys((".ckpt", ".pt", ".pth", ".bin", ".pkl"), _PICKLE) | {
-    ".gguf": ("GGUF is not read", "use the safetensors weights; `libreflux export --int8` makes them small")
+    ".safetensors": ("is a single file", "`libreflux export FILE --base MODEL --for diffusers` makes a folder of it"),
+    ".gguf": ("GGUF is not read", "use the safetensors weights; `libreflux export --int8` makes them small"),
 }
 
 
-def locate(name: str | Path, *, weights: bool = True) -> Path:
+def locate(name: str | Path, *, weights: bool | Collection[str] = True) -> Path:
     """The folder of a model.
 
     Args:
         name: "emoji-base" and its kin; a local folder; or a hub id "org/name" with an optional "@revision". A hub id is
             downloaded once, safetensors, JSON and tokenizer files only, and found without the network after that. The
             network is touched for nothing else: no name without "/" is a hub id, none below an existing local folder.
-        weights: False: of a hub id only what is small is wanted, configurations and tokenizers.
+        weights: of a hub id, the parts whose weights are wanted; True: all; False: none, only what is small,
+            configurations and tokenizers.
 
     Raises:
         ModelError: there is no such model, or the download failed.
@@ -55,11 +56,11 @@ def locate(name: str | Path, *, weights: bool = True) -> Path:
     if path.is_dir():
         return _checked(path)
     if path.exists():
-        told, mend = _REFUSED.get(path.suffix.lower(), ("single files are not supported yet", _FOLDER))
+        told, mend = _REFUSED.get(path.suffix.lower(), ("is neither a folder nor a .safetensors file", _FOLDER))
         raise ModelError(told, where=path, mend=mend)
     if not _HUB_ID.fullmatch(text) or Path(text).parts[0] in (".", "..") or Path(text).parent.is_dir():
         raise ModelError(f"no such model: {text}", mend=_suggestion(text))
-    return _checked(_download(text, weights))
+    return _checked(_download(text, PARTS if weights is True else weights or ()))
 
 
 def part_folder(folder: Path, part: str) -> Path:
@@ -83,7 +84,7 @@ def _checked(folder: Path) -> Path:
         where = part_folder(folder, part)
         if not where.is_dir():
             raise ModelError(f"incomplete: it has no {part} folder", where=folder, mend="give a diffusers FLUX folder")
-        found = {file.suffix for file in where.iterdir() if file.suffix in (".safetensors", *_REFUSED)}
+        found = {file.suffix for file in where.iterdir() if file.suffix in _REFUSED}
         if found and ".safetensors" not in found:
             told, mend = _REFUSED[min(found)]
             raise ModelError(f"has no safetensors: what it has {told}", where=where, mend=mend)
@@ -97,14 +98,14 @@ def _suggestion(text: str) -> str:
     return f"use {EMOJI[0]}, an existing folder, or a hub id like org/name"
 
 
-def _download(text: str, weights: bool) -> Path:
+def _download(text: str, weights: Collection[str]) -> Path:
     import huggingface_hub
 
     hub_id, _, revision = text.partition("@")
     wanted: dict[str, Any] = {
         "repo_id": hub_id,
         "revision": revision or None,
-        "allow_patterns": _WANTED if weights else _SMALL,
+        "allow_patterns": _SMALL + [f"{part}/*.safetensors" for part in weights],
     }
     with contextlib.suppress(Exception):  # nothing stored, or an older client's cache: then ask the hub
         stored = Path(huggingface_hub.snapshot_download(**wanted, local_files_only=True))
@@ -136,21 +137,20 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _complete(folder: Path, weights: bool) -> bool:
-    """Whether an earlier download got to its end: every part is there, with every shard its index names."""
+def _complete(folder: Path, weights: Collection[str]) -> bool:
+    """Whether an earlier download got to its end: every part is there, with every shard that its index names."""
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         shards = [
             table.parent / shard
-            for table in folder.glob("*/*.safetensors.index.json")
+            for part in weights
+            for table in folder.glob(f"{part}/*.safetensors.index.json")
             for shard in set(json.loads(table.read_text(encoding="utf-8"))["weight_map"].values())
         ]
     except (OSError, ValueError, KeyError, AttributeError):
         return False
     wanted = [part for part in PARTS if isinstance(index.get(part), list) and index[part][0] is not None]
-    if not weights:
-        return all((folder / part).is_dir() for part in wanted)
-    weighty = [part for part in wanted if not part.startswith("tokenizer") and part != "scheduler"]
+    weighty = [part for part in wanted if part in weights and not part.startswith("tokenizer") and part != "scheduler"]
     return (
         all((folder / part).is_dir() for part in wanted)
         and all(any((folder / part).glob("*.safetensors*")) for part in weighty)

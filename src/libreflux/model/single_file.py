@@ -1,0 +1,313 @@
+"""A model in single .safetensors files, one per part or one for all, as Black Forest Labs and ComfyUI store it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from libreflux.errors import ModelError
+from libreflux.model.int8 import int8_layers, quantise_model, quantise_weight
+from libreflux.model.keys import BFL_BLOCKS, Row, config_of, count_blocks, renamed, transformer_rows, vae_rows
+
+logger = logging.getLogger(__name__)
+
+FACTS_KEY = "libreflux"
+"""Of the metadata of a file that we wrote: the model's facts, as in libreflux.json."""
+CONFIGS = Path(__file__).resolve().parent / "configs"
+TOKENIZERS = {"tokenizer": "sd1_tokenizer", "tokenizer_2": "t5_tokenizer"}
+"""Folders of ComfyUI's own installation that hold FLUX's tokenizers."""
+
+_COMFYUI = {
+    "transformer": "flux1-*.safetensors",
+    "text_encoder": "clip_l*.safetensors",
+    "text_encoder_2": "t5xxl*.safetensors",
+    "vae": "ae*.safetensors",
+}
+_PREFIXES = {
+    "transformer": ("model.diffusion_model.", "diffusion_model.", ""),
+    "text_encoder": ("text_encoders.clip_l.transformer.text_model.", "text_model.", ""),
+    "text_encoder_2": ("text_encoders.t5xxl.transformer.", ""),
+    "vae": ("first_stage_model.", "vae.", ""),
+}
+"""Where a part's names may begin; the last is its own file's."""
+_NOT_USED = {
+    "text_encoder": ("logit_scale", "text_projection.", "embeddings.position_ids"),
+    "text_encoder_2": ("decoder.", "lm_head.", "encoder.embed_tokens.", "spiece_model"),
+}
+"""What full CLIP and T5 files hold besides the encoder."""
+_KIND = "the file is of another kind of model"
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_FP8_SCALES = (".scale_weight", ".weight_scale")
+_FP8_REST = (*_FP8_SCALES, ".scale_input", ".input_scale", "scaled_fp8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleFiles:
+    """Where the parts of a model are.
+
+    Attributes:
+        transformer: a .safetensors file with BFL's names or diffusers'; other parts may lie in it too.
+        text_encoder: CLIP's file; None: in the transformer's, or the base's.
+        text_encoder_2: T5's file; None likewise.
+        vae: the VAE's file; None likewise.
+        tokenizer: folder of CLIP's tokenizer; None: the base's.
+        tokenizer_2: folder of T5's tokenizer; None: the base's.
+        base: the model that has the rest, see `locate`.
+    """
+
+    transformer: Path
+    text_encoder: Path | None = None
+    text_encoder_2: Path | None = None
+    vae: Path | None = None
+    tokenizer: Path | None = None
+    tokenizer_2: Path | None = None
+    base: str | None = None
+
+    def __str__(self) -> str:
+        return str(self.transformer)
+
+    def holder(self, part: str) -> TensorFile | None:
+        """The file that holds a part, None where it is the base's."""
+        if own := getattr(self, part):
+            return TensorFile(own, part)
+        inside = TensorFile(self.transformer, part)
+        return inside if inside.prefix else None
+
+
+def is_single_file(name: str | Path) -> bool:
+    """Whether a user's name for a model is that of a .safetensors file that there is."""
+    path = Path(name).expanduser()
+    return path.suffix.lower() == ".safetensors" and path.is_file()
+
+
+def find_comfyui(folder: Path, *, transformer: Path | None = None, base: str | None = None) -> SingleFiles:
+    """A model of the files below a ComfyUI folder: `flux1-*`, `clip_l*`, `t5xxl*` and `ae*`, and its tokenizers.
+
+    Of several text encoders or VAEs the largest file is taken, which is the least rounded one, and named.
+
+    Args:
+        folder: of ComfyUI, of its models, or with the files themselves.
+        transformer: None: the one `flux1-*` there.
+        base: see `SingleFiles`.
+
+    Raises:
+        ModelError: no such folder, or not exactly one `flux1-*` and none named.
+    """
+    if not folder.is_dir():
+        raise ModelError("no such folder", where=folder, mend="name ComfyUI's folder, or its models")
+    found: dict[str, Path] = {}
+    for part, pattern in _COMFYUI.items():
+        files = sorted(file for file in folder.rglob(pattern) if file.is_file())
+        if part == "transformer" and transformer is None and len(files) != 1:
+            named = ", ".join(file.name for file in files[:3]) or "none"
+            mend = "name the transformer with --model FILE"
+            raise ModelError(f"{len(files)} files are called flux1-*.safetensors ({named})", where=folder, mend=mend)
+        if files:
+            found[part] = max(files, key=lambda file: file.stat().st_size)
+        if len(files) > 1 and part != "transformer":
+            logger.warning("%s is taken for the %s: the largest of %d", found[part], part, len(files))
+    for part, name in TOKENIZERS.items():
+        if folders := sorted(one for one in folder.rglob(name) if one.is_dir()):
+            found[part] = folders[0]
+    return SingleFiles(**{**found, "transformer": transformer or found["transformer"]}, base=base)  # type: ignore[arg-type]
+
+
+class TensorFile:
+    """The tensors of one part in a safetensors file, without the prefix that they have there; fp8 is read as bf16.
+
+    Args:
+        path: the file.
+        part: transformer, text_encoder, text_encoder_2 or vae.
+
+    Raises:
+        ModelError: the file is missing or damaged.
+    """
+
+    def __init__(self, path: Path, part: str) -> None:
+        self.path = path
+        with self._open() as file:
+            self.metadata: dict[str, str] = dict(file.metadata() or {})
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        self.prefix = next((one for one in _PREFIXES[part] if any(name.startswith(one) for name in shapes)), "")
+        if any(".absmax" in name or ".quant_state" in name for name in shapes):
+            mend = "use the bf16 or fp8 file; `libreflux export --int8` makes it small"
+            raise ModelError("is quantised by bitsandbytes", where=path, mend=mend)
+        self._stored = {name[len(self.prefix) :]: name for name in shapes if name.startswith(self.prefix)}
+        left_out = _NOT_USED.get(part, ())
+        names = [n for n in self._stored if not n.startswith(left_out) and not n.endswith(_FP8_REST)]
+        self.shapes = {name: shapes[self._stored[name]] for name in sorted(names)}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, mapped from the file where it is not fp8."""
+        with self._open() as file:
+            tensor: Tensor = file.get_tensor(self._stored[name])
+            if tensor.dtype not in _FP8:
+                return tensor
+            layer = name.removesuffix(".weight")
+            scales = [self._stored[layer + one] for one in _FP8_SCALES if layer + one in self._stored]
+            wide = tensor.float()
+            return (wide * file.get_tensor(scales[0]).float() if scales else wide).to(torch.bfloat16)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[Any]:
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                yield file
+        except (OSError, SafetensorError) as error:
+            mend = "the file is missing or damaged: copy or download it again"
+            raise ModelError(f"cannot be read ({error})", where=self.path, mend=mend) from error
+
+
+def transformer_config(file: TensorFile, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The configuration of the transformer in a file: as its own metadata say, else by its shapes.
+
+    Args:
+        file: of the transformer.
+        base: the base's configuration, for what no shape tells.
+
+    Raises:
+        ModelError: not a FLUX.1 transformer.
+    """
+    if own := file.metadata.get("transformer_config"):
+        with _built(file.path):
+            return {str(key): value for key, value in json.loads(own).items()}
+    try:
+        config = config_of(_shapes(file))
+    except ModelError as error:
+        raise ModelError(f"not a FLUX.1 transformer: {error.what}", where=file.path, mend=error.mend) from None
+    rope = (base or {}).get("axes_dims_rope")
+    if "axes_dims_rope" not in config and (rope is None or sum(rope) != config["attention_head_dim"]):
+        mend = "name with --base the model that it was made from"
+        raise ModelError("no size in it tells how positions are encoded", where=file.path, mend=mend)
+    return {"axes_dims_rope": rope} | config
+
+
+def load_transformer(
+    file: TensorFile,
+    config: Mapping[str, Any],
+    *,
+    dtype: torch.dtype | None = None,
+    quantise: bool = False,
+    device: torch.device | str = "cpu",
+) -> FluxTransformer2DModel:
+    """The transformer in a file, frozen and in evaluation mode; dense tensors on the CPU stay mapped.
+
+    Args:
+        file: of the transformer.
+        config: see `transformer_config`.
+        dtype: of what is not int8; None keeps what is stored.
+        quantise: in int8, tensor by tensor.
+        device: where to.
+
+    Raises:
+        ModelError: a tensor is missing, left over, or of another shape.
+    """
+    with _built(file.path), torch.device("meta"):
+        empty = FluxTransformer2DModel.from_config(dict(config))
+    wanted = empty.state_dict()
+    int8 = set(quantise_model(empty)) if quantise else set()
+    for name, tensor in _tensors(file, _rows(file), wanted):
+        layer, _, attribute = name.rpartition(".")
+        tensor = tensor.to(device)
+        if layer in int8 and attribute == "weight":
+            q, scale = quantise_weight(tensor, name)
+            _place(empty, name, q)
+            _place(empty, f"{layer}.scale", scale)
+        else:
+            _place(empty, name, tensor if dtype is None else tensor.to(dtype))
+    assert not int8 or int8 == set(int8_layers(empty))
+    return empty.requires_grad_(False).eval()
+
+
+def load_vae(file: TensorFile, config: Mapping[str, Any], dtype: torch.dtype | None = None) -> AutoencoderKL:
+    """The VAE in a file with BFL's names or diffusers', frozen and in evaluation mode; errors as `load_transformer`."""
+    with _built(file.path), torch.device("meta"):
+        vae = AutoencoderKL.from_config(dict(config))
+    wanted = vae.state_dict()
+    own = any(".down_blocks." in name for name in file.shapes)
+    rows = [] if own else vae_rows(len(vae.config.block_out_channels), vae.config.layers_per_block)
+    return _filled(vae, _tensors(file, rows, wanted), dtype)
+
+
+def load_text_encoder(
+    file: TensorFile, part: str, config: Mapping[str, Any], dtype: torch.dtype | None = None
+) -> CLIPTextModel | T5EncoderModel:
+    """CLIP (`text_encoder`) or T5 (`text_encoder_2`) in a file with transformers' names.
+
+    Raises:
+        ModelError: see `load_transformer`.
+    """
+    with _built(file.path), init_empty_weights(include_buffers=False):
+        model: Any = (
+            CLIPTextModel(CLIPTextConfig(**config)) if part == "text_encoder" else T5EncoderModel(T5Config(**config))
+        )
+    tied = set(model.all_tied_weights_keys)
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    model = _filled(model, _tensors(file, [], wanted), dtype)
+    model.tie_weights()
+    return model
+
+
+def part_config(file: TensorFile, part: str) -> dict[str, Any]:
+    """The configuration of the VAE or a text encoder in a file: as its own metadata say, else FLUX.1's."""
+    with _built(file.path):
+        text = file.metadata.get(f"{part}_config") or (CONFIGS / f"{part}.json").read_text(encoding="utf-8")
+        return {str(key): value for key, value in json.loads(text).items()}
+
+
+def _filled(model: Any, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None) -> Any:
+    for name, tensor in tensors:
+        _place(model, name, tensor if dtype is None else tensor.to(dtype))
+    return model.requires_grad_(False).eval()
+
+
+def _place(root: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, attribute = name.rpartition(".")
+    module = root.get_submodule(path)
+    is_parameter = attribute in module._parameters
+    setattr(module, attribute, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+
+
+def _rows(file: TensorFile) -> list[Row]:
+    """The names of the transformer in a file with BFL's names; none if it has diffusers'."""
+    if any(name.startswith("transformer_blocks.") for name in file.shapes):
+        return []
+    double, single = (count_blocks(file.shapes, kind) for kind in BFL_BLOCKS)
+    return transformer_rows(double, single, guidance="guidance_in.in_layer.weight" in file.shapes)
+
+
+def _shapes(file: TensorFile) -> dict[str, tuple[int, ...]]:
+    """Shapes under diffusers' names, of the layers that both have alike."""
+    rows = _rows(file)
+    alike = {row.bfl: row.parts[0] for row in rows if len(row.parts) == 1}
+    return {alike.get(name, name): shape for name, shape in file.shapes.items()} if rows else file.shapes
+
+
+def _tensors(file: TensorFile, rows: Sequence[Row], wanted: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    same = [Row(name, (name,)) for name in wanted]
+    try:
+        yield from renamed(rows or same, wanted, file.read, list(file.shapes))
+    except ModelError as error:
+        raise ModelError(error.what, where=file.path, mend=error.mend or _KIND) from None
+
+
+@contextlib.contextmanager
+def _built(where: Path) -> Iterator[None]:
+    """Whatever a library says of a configuration, on one line."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        first = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise ModelError(f"its configuration builds no model ({first})", where=where, mend=_KIND) from error

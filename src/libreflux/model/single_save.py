@@ -1,0 +1,106 @@
+"""Write a model as single .safetensors files with the names that Black Forest Labs and ComfyUI give."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from libreflux.errors import ModelError
+from libreflux.files import atomic_stream_safetensors, staged_dir
+from libreflux.model.family import Model
+from libreflux.model.int8 import int8_layers
+from libreflux.model.keys import OWN_BLOCKS, Row, count_blocks, transformer_rows, vae_rows
+from libreflux.model.single_file import FACTS_KEY, TOKENIZERS
+
+
+def save_files(model: Model, out: Path) -> list[str]:
+    """Write the model as a folder that ComfyUI finds its parts in and `find_comfyui` reads.
+
+    `flux1-<name>`, `clip_l`, `t5xxl` and `ae`, each a .safetensors with its configuration in the metadata, and the
+    tokenizers. The folder appears complete or not at all; tensors are written one by one.
+
+    Args:
+        model: with all its parts; its transformer in floating point.
+        out: the folder.
+
+    Returns:
+        Names of the files, in order.
+
+    Raises:
+        ModelError: a part is missing, or the transformer is int8.
+        RunError: `out` exists.
+    """
+    if model.vae is None or model.text is None:
+        raise ModelError("has no VAE or no text encoders", where=model.name, mend="open it with all its parts")
+    with staged_dir(Path(out)) as staging:
+        save_transformer(model, staging / f"flux1-{_stem(model.name)}.safetensors")
+        vae = model.vae
+        rows = vae_rows(len(vae.config.block_out_channels), vae.config.layers_per_block)
+        _write(staging / "ae.safetensors", rows, vae.state_dict(), _config("vae", vae))
+        clip = {f"text_model.{name}": tensor for name, tensor in model.text.text_encoder.state_dict().items()}
+        _write(staging / "clip_l.safetensors", _same(clip), clip, _config("text_encoder", model.text.text_encoder))
+        t5 = model.text.text_encoder_2
+        tied = set(t5.all_tied_weights_keys)
+        kept = {name: tensor for name, tensor in t5.state_dict().items() if name not in tied}
+        _write(staging / "t5xxl.safetensors", _same(kept), kept, _config("text_encoder_2", t5))
+        for part, folder in TOKENIZERS.items():
+            getattr(model.text, part).save_pretrained(staging / folder)
+        return sorted(path.name for path in staging.glob("*.safetensors"))
+
+
+def save_transformer(model: Model, path: Path) -> None:
+    """Write the transformer as one file with BFL's names, atomically.
+
+    Its metadata carry the configuration and the model's facts, so that `open_model` needs no guess.
+
+    Raises:
+        ModelError: there is no transformer, or it is int8.
+    """
+    transformer = model.transformer
+    if transformer is None or int8_layers(transformer):
+        raise ModelError("has no transformer in floating point", where=model.name, mend="open it with quantise=False")
+    state = transformer.state_dict()
+    double, single = (count_blocks(state, kind) for kind in OWN_BLOCKS)
+    rows = transformer_rows(double, single, guidance=bool(transformer.config.guidance_embeds))
+    facts = {name: value for name, value in dataclasses.asdict(model.facts).items() if name != "parts_from"}
+    metadata = _config("transformer", transformer) | {FACTS_KEY: json.dumps(facts, sort_keys=True)}
+    _write(path, rows, state, metadata)
+
+
+def _write(path: Path, rows: Sequence[Row], state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    used = [row for row in rows if row.parts[0] in state]
+    if left := set(state) - {part for row in used for part in row.parts}:
+        raise ModelError(f"no name for {min(left)} in files of this kind", where=path)
+    layout: dict[str, tuple[torch.dtype, Sequence[int]]] = {}
+    for row in used:
+        joined = row.join([state[part].to("meta") for part in row.parts])
+        layout[row.bfl] = (joined.dtype, tuple(joined.shape))
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for row in used:
+            yield row.bfl, row.join([state[part] for part in row.parts])
+
+    atomic_stream_safetensors(path, layout, tensors(), {"format": "pt", **metadata})
+
+
+def _same(state: Mapping[str, Tensor]) -> list[Row]:
+    return [Row(name, (name,)) for name in state]
+
+
+def _config(part: str, module: Any) -> dict[str, str]:
+    """A part's configuration as metadata, without the place that it was read from."""
+    values = dict(module.config) if part in ("transformer", "vae") else module.config.to_dict()
+    kept = {name: value for name, value in values.items() if not name.startswith("_") and value is not None}
+    return {f"{part}_config": json.dumps(kept, sort_keys=True, default=str)}
+
+
+def _stem(name: str) -> str:
+    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last.removesuffix(".safetensors")).removeprefix("flux1-") or "model"
