@@ -1,4 +1,4 @@
-"""Reading, writing and attaching adapter files, in LyCORIS' names.
+"""Reading, writing and attaching adapter files, in LyCORIS' names; other programs' are read too, see `spelling`.
 
 A tensor is called `lycoris_<layer name with _ for .>.` and then `lokr_w1`, `lokr_w2` or `alpha`. That spelling cannot
 be undone without the model, so our files also carry a key map (JSON: prefix -> layer name) in the safetensors metadata;
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -20,17 +21,15 @@ from torch import Tensor, nn
 
 from libreflux.adapter.init import Kind, init_lokr, init_lora
 from libreflux.adapter.layers import AdaptedLinear, LoKr, LoRA, delta_from_tensors, features, linears
+from libreflux.adapter.spelling import LYCORIS, is_text, lycoris_name, read_names
 from libreflux.adapter.targets import Resolved
 from libreflux.errors import AdapterError
 from libreflux.files import atomic_save_safetensors, sha256_file
 
-PREFIX = "lycoris_"
+logger = logging.getLogger(__name__)
+
+PREFIX = LYCORIS
 SCHEMA = "1"
-
-
-def lycoris_name(layer: str) -> str:
-    """LyCORIS' prefix of a layer's tensors."""
-    return PREFIX + layer.replace(".", "_")
 
 
 class Adapter:
@@ -140,7 +139,7 @@ class AdapterFile:
             AdapterError: a tensor belongs to no layer, or its spelling fits two.
         """
         known = _spellings(layer_names)
-        stored = self._key_map()
+        stored = self.layer_names()
         layers: dict[str, dict[str, Tensor]] = {}
         leftover = []
         for key, tensor in self.tensors.items():
@@ -162,7 +161,8 @@ class AdapterFile:
             )
         return layers
 
-    def _key_map(self) -> dict[str, str]:
+    def layer_names(self) -> dict[str, str]:
+        """LyCORIS prefix -> layer name, as the file or its reader says; empty for a file of lycoris-lora's own."""
         try:
             return {str(prefix): str(name) for prefix, name in json.loads(self.metadata.get("key_map", "{}")).items()}
         except (ValueError, AttributeError):
@@ -258,10 +258,12 @@ def file_metadata(adapter: Adapter) -> dict[str, str]:
 
 
 def load_adapter(path: Path | str) -> AdapterFile:
-    """Read an adapter file: ours, or one of lycoris-lora's.
+    """Read an adapter file: ours, or one of LyCORIS', diffusers', PEFT's or kohya's, in LyCORIS' names.
+
+    Tensors for text encoders are left out, with a warning.
 
     Raises:
-        AdapterError: no such file, not safetensors, no LyCORIS tensors in it, or a later schema.
+        AdapterError: no such file, not safetensors, names that are no FLUX layer's, or a later schema.
     """
     path = Path(path)
     if not path.is_file():
@@ -282,14 +284,20 @@ def load_adapter(path: Path | str) -> AdapterFile:
         raise AdapterError(
             f"schema {metadata['schema']} is newer than this version", where=path, mend="update libreflux"
         )
-    foreign = [key for key in tensors if not key.startswith(PREFIX)]
-    if foreign or not tensors:
-        raise AdapterError(
-            f"tensors without the LyCORIS prefix {PREFIX}: {_some(foreign)}",
-            where=path,
-            mend="other spellings: not yet",
-        )
+    text = [key for key in tensors if is_text(key)]
+    if text:
+        logger.warning("%s: its %d tensors for text encoders are not used, only the transformer's", path, len(text))
+        tensors = {key: tensor for key, tensor in tensors.items() if not is_text(key)}
+    if not tensors:
+        raise AdapterError("no tensors for a transformer in it", where=path, mend="give an adapter of FLUX.1")
+    if any(not key.startswith(PREFIX) for key in tensors) or _names_bfl(tensors):
+        tensors, key_map = read_names(tensors, metadata, str(path))
+        metadata["key_map"] = json.dumps(key_map, sort_keys=True)
     return AdapterFile(str(path), tensors, metadata, digest)
+
+
+def _names_bfl(tensors: Iterable[str]) -> bool:
+    return any(key.startswith((f"{PREFIX}double_blocks_", f"{PREFIX}single_blocks_")) for key in tensors)
 
 
 def attach_file(
