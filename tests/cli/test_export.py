@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from PIL import Image
+from safetensors.torch import load_file
 
+from libreflux.adapter.files import load_adapter
 from libreflux.model.family import open_model, read_facts
 from libreflux.model.int8 import int8_layers
 
@@ -45,4 +54,90 @@ def test_what_cannot_be_meant_is_refused(
     run: Callable, tiny_model_dir: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
     done = run("export", tiny_model_dir, *options, "--out", tmp_path / "x")
+    assert done.code == 2 and message in done.err and not (tmp_path / "x").exists()
+
+
+def picture(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"), dtype=np.float32)
+
+
+@pytest.mark.parametrize("padding", ["drop", "trim", "keep"])
+def test_the_script_beside_an_export_draws_the_same_picture_in_diffusers(
+    run: Callable, tiny_model_dir: Path, tmp_path: Path, padding: str
+) -> None:
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    facts = json.loads((model / "libreflux.json").read_text()) | {"text_padding": padding, "max_tokens": 24}
+    (model / "libreflux.json").write_text(json.dumps(facts))
+    assert run("export", model, "--for", "diffusers", "--out", tmp_path / "out").code == 0
+    texts = ["a fox left of a rocket, on yellow", "--negative", "red", "--seed", "5", "--out"]
+    assert run("generate", *texts, tmp_path / "ours.png", "--model", model).code == 0
+    script = [sys.executable, tmp_path / "out" / "draw.py", *texts, tmp_path / "theirs.png"]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert np.abs(picture(tmp_path / "ours.png") - picture(tmp_path / "theirs.png")).max() <= 1
+    assert run("generate", texts[0], "--out", tmp_path / "other.png", "--model", model).code == 0
+    assert np.abs(picture(tmp_path / "ours.png") - picture(tmp_path / "other.png")).max() > 3
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: apache-2.0" in card and "python draw.py" in card
+
+
+def test_a_model_goes_to_comfyui_and_comes_back(run: Callable, tmp_path: Path) -> None:
+    done = run("export", "emoji-libre", "--for", "bfl", "--out", tmp_path / "comfy")
+    assert done.code == 0, done.err
+    names = sorted(path.name for path in (tmp_path / "comfy").iterdir())
+    assert names == [
+        "ae.safetensors", "clip_l.safetensors", "flux1-emoji-libre.safetensors", "sd1_tokenizer", "t5_tokenizer",
+        "t5xxl.safetensors", "workflow.json",
+    ]  # fmt: skip
+    workflow = json.loads((tmp_path / "comfy" / "workflow.json").read_text())
+    kinds = {node["class_type"]: node["inputs"] for node in workflow.values()}
+    padding = kinds["T5TokenizerOptions"]
+    assert padding["min_padding"] == padding["min_length"] == 0
+    assert kinds["KSampler"]["cfg"] > 1 and kinds["UNETLoader"]["unet_name"] == names[2]
+    for node in workflow.values():  # every link leads to a node
+        assert all(value[0] in workflow for value in node["inputs"].values() if isinstance(value, list))
+
+    assert run("export", "--comfyui", tmp_path / "comfy", "--for", "diffusers", "--out", tmp_path / "again").code == 0
+    once = open_model("emoji-libre", quantise=False)
+    again = open_model(tmp_path / "again")
+    assert once.transformer and again.transformer and once.text and again.text and once.vae and again.vae
+    for one, other in ((once.transformer, again.transformer), (once.vae, again.vae)):
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert again.facts == dataclasses.replace(once.facts, parts_from=None)
+    assert run("export", "emoji-libre", "--for", "bfl", "--out", tmp_path / "one.safetensors").code == 0
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "comfy" / names[2]).read_bytes()
+
+
+def test_an_adapter_goes_out_under_other_names(run: Callable, trained: Path, tmp_path: Path) -> None:
+    done = run("export", trained.parent, "--for", "lycoris", "--out", tmp_path / "lycoris.safetensors")
+    assert done.code == 0, done.err
+    own = load_file(trained)
+    assert all(torch.equal(own[name], tensor) for name, tensor in load_file(tmp_path / "lycoris.safetensors").items())
+    refused = run("export", trained, "--for", "kohya", "--out", tmp_path / "kohya.safetensors")
+    assert refused.code == 2 and "add --rank 64" in refused.err and not (tmp_path / "kohya.safetensors").exists()
+    done = run("export", trained, "--for", "kohya", "--rank", 2, "--out", tmp_path / "kohya.safetensors")
+    assert done.code == 0 and "of the adapter is lost" in done.out
+    model = load_adapter(trained).metadata["model"]
+    command = ["generate", "a red apple", "--model", model, "--adapter", tmp_path / "kohya.safetensors"]
+    drawn = run(*command, "--out", tmp_path / "a.png")
+    assert drawn.code == 0, drawn.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["emoji-libre", "--for", "kohya"], "no program 'kohya' for a model; mend: use diffusers, bfl"),
+        (["RUN", "--for", "bfl"], "no program 'bfl' for an adapter; mend: use comfyui"),
+        (["RUN", "--int8"], "--int8: has no effect on an adapter"),
+        (["emoji-libre", "--int8", "--rank", "4"], "--rank: has no effect on a model"),
+        (["emoji-libre", "--int8", "--base", "emoji-base"], "--base: has no effect without a single file"),
+        (["none.safetensors", "--int8"], "none.safetensors: no such file"),
+        (["--int8"], "MODEL: nothing to export"),
+        (["--comfyui", "nowhere", "--int8"], "nowhere: no such folder"),
+    ],
+)
+def test_options_of_the_other_kind_are_refused(
+    run: Callable, trained: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    done = run("export", *[trained if one == "RUN" else one for one in options], "--out", tmp_path / "x")
     assert done.code == 2 and message in done.err and not (tmp_path / "x").exists()

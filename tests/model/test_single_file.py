@@ -16,7 +16,7 @@ from libreflux.errors import ModelError
 from libreflux.model.facts import Facts
 from libreflux.model.family import Model, open_model, save_model
 from libreflux.model.latents import image_ids
-from libreflux.model.single_file import SingleFiles, TensorFile, find_comfyui, load_vae, part_config
+from libreflux.model.single_file import SingleFiles, TensorFile, file_config, find_comfyui, load_vae
 from libreflux.model.single_save import save_files, save_transformer
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
@@ -128,7 +128,7 @@ def test_the_vae_is_what_diffusers_reads(files: Path, tmp_path: Path) -> None:
     assert stored["decoder.mid.attn_1.q.weight"].ndim == 4
     theirs = AutoencoderKL.from_single_file(ae, config=str(tmp_path / "config"))
     file = TensorFile(ae, "vae")
-    assert equal(theirs, vae) and equal(load_vae(file, part_config(file, "vae")), vae)
+    assert equal(theirs, vae) and equal(load_vae(file, file_config(file, "vae")), vae)
 
 
 def test_fp8_with_and_without_scales(files: Path, tmp_path: Path) -> None:

@@ -1,40 +1,151 @@
-"""`libreflux export MODEL --out DIR`: a model in another form, for ourselves in int8 or for other programs."""
+"""`libreflux export WHAT --out PATH`: a model or an adapter in another form, for ourselves or for other programs."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from libreflux.cli.model_card import model_card
+from libreflux.cli.models import Base, ComfyUI, chosen_model
 from libreflux.errors import RecipeError, RunError
 
-PROGRAMS = ("diffusers",)
+if TYPE_CHECKING:
+    from libreflux.model.family import Model
+    from libreflux.model.single_file import SingleFiles
+
+MODEL_PROGRAMS = ("diffusers", "bfl")
+ADAPTER_PROGRAMS = ("comfyui", "diffusers", "kohya", "lycoris")
 
 
 def export(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Model: a name, a folder or a hub id.", show_default=False)
-    ],
-    out: Annotated[Path, typer.Option(help="Folder of the new model; it must not exist yet.", show_default=False)],
-    int8: Annotated[bool, typer.Option("--int8", help="Its transformer in int8, for libreflux.")] = False,
-    program: Annotated[
-        str | None, typer.Option("--for", metavar="PROGRAM", help="diffusers: bf16, all parts in the folder.")
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL|ADAPTER]", help="A model, or an adapter file or run folder.", show_default=False
+        ),
     ] = None,
-) -> None:
-    """Write a model in int8 (half the size, one byte per weight), or as other programs read it."""
+    *,
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder of the new model, or .safetensors file; it must not exist yet.", show_default=False),
+    ],
+    int8: Annotated[bool, typer.Option("--int8", help="A model with its transformer in int8, for libreflux.")] = False,
+    program: Annotated[
+        str | None,
+        typer.Option(
+            "--for", metavar="PROGRAM", help="Of a model: diffusers or bfl; of an adapter: comfyui, diffusers, kohya or"
+            " lycoris.",
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank of the LoRA that stands for a LoKr where a program reads none.")
+    ] = None,
+    base: Base = None,
+    comfyui: ComfyUI = None,
+) -> None:  # fmt: skip
+    """Write a model in int8 (half the size), or a model or an adapter as other programs read it."""
     if int8 == (program is not None):
         raise RecipeError("one of them is needed", where="--int8, --for", mend="write --int8 or --for diffusers")
-    if program is not None and program not in PROGRAMS:
-        raise RecipeError(f"no program {program!r}", where="--for", mend=f"use {', '.join(PROGRAMS)}")
+    adapter = what is not None and comfyui is None and _is_adapter(what)
+    programs = ADAPTER_PROGRAMS if adapter else MODEL_PROGRAMS
+    if program is not None and program not in programs:
+        kind = "an adapter" if adapter else "a model"
+        mend = f"use {', '.join(programs)}"
+        raise RecipeError(f"no program {program!r} for {kind}", where="--for", mend=mend)
+    if int8 and adapter:
+        raise RecipeError("has no effect on an adapter", where="--int8", mend="use --for")
+    if rank is not None and not adapter:
+        raise RecipeError("has no effect on a model", where="--rank", mend="remove it")
     if out.exists():
         raise RunError("already exists", where=out, mend="choose another name or remove it")
-
-    from libreflux.model.family import open_model, quantise_folder, save_model
-
-    if int8:
-        quantise_folder(model, out)
+    if adapter:
+        assert what is not None and program is not None
+        if base is not None:
+            raise RecipeError("has no effect on an adapter", where="--base", mend="remove it")
+        _export_adapter(what, program, out, rank)
     else:
-        save_model(open_model(model, parts=("transformer",), quantise=False), out)
-    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    typer.echo(f"{out}, {size / 1e6:,.1f} MB")
+        model = chosen_model(what, base, comfyui)
+        if model is None:
+            raise RecipeError("nothing to export", where="MODEL", mend="name a model or an adapter")
+        _export_model(model, program, out)
+    written = [file for file in out.rglob("*") if file.is_file()] if out.is_dir() else [out]
+    typer.echo(f"{out}, {sum(file.stat().st_size for file in written) / 1e6:,.1f} MB")
+
+
+def _is_adapter(text: str) -> bool:
+    """Whether it is a run's folder, or a file with an adapter's tensors; what is neither is taken for a model."""
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return any((path / name).exists() for name in ("adapter.safetensors", "checkpoints"))
+    if path.suffix.lower() != ".safetensors" or not path.is_file():
+        return False
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return any(".lora_" in name or ".lokr_" in name for name in file.keys())  # noqa: SIM118
+    except SafetensorError:
+        return False  # whoever reads it says what is wrong
+
+
+def _export_adapter(text: str, program: str, out: Path, rank: int | None) -> None:
+    if out.suffix != ".safetensors":
+        raise RecipeError("is no .safetensors file", where=out, mend="name one with --out")
+
+    from libreflux.adapter.export import export_adapter
+    from libreflux.adapter.files import load_adapter
+    from libreflux.cli.adapters import adapter_file
+    from libreflux.cli.progress import progress
+
+    with progress("exporting", "layer") as report:
+        file = load_adapter(adapter_file(Path(text).expanduser()))
+        lost = export_adapter(file, program, out, rank=rank, on_layer=report)
+    if lost:
+        typer.echo(f"LoKr as LoRA of rank {rank}: {lost:.1%} of the adapter is lost (Frobenius norm)")
+
+
+def _export_model(name: str | SingleFiles, program: str | None, out: Path) -> None:
+    from libreflux.model.family import open_model, quantise_folder, save_model
+    from libreflux.model.single_save import save_files, save_transformer
+
+    if program is None:
+        quantise_folder(name, out)
+        return
+    single = program == "bfl" and out.suffix == ".safetensors"
+    whole = not single and (program == "bfl" or not isinstance(name, str))
+    model = open_model(name, parts=("transformer", "vae", "text") if whole else ("transformer",), quantise=False)
+    if single:
+        save_transformer(model, out)
+    elif program == "bfl":
+        save_files(model, out, extras=_for_comfyui(model))
+    else:
+        save_model(model, out, extras=_for_diffusers(model))
+
+
+def _for_diffusers(model: Model) -> dict[str, str]:
+    from libreflux.model.family import part_config
+    from libreflux.sample.elsewhere import diffusers_script
+
+    assert model.transformer is not None
+    size = part_config(model, "vae")["sample_size"]
+    dtype = str(model.transformer.dtype).removeprefix("torch.")
+    script = diffusers_script(model.facts, size=size, dtype=dtype)
+    draw = 'python draw.py "a red apple on blue"' if script else None
+    return {"README.md": model_card(model.facts, Path(model.name).stem, draw)} | ({"draw.py": script} if script else {})
+
+
+def _for_comfyui(model: Model) -> dict[str, str]:
+    from libreflux.model.single_save import transformer_file
+    from libreflux.sample.elsewhere import comfyui_workflow
+
+    assert model.vae is not None
+    workflow = comfyui_workflow(
+        model.facts,
+        transformer=transformer_file(model),
+        size=int(model.vae.config.sample_size),
+        prompt="a red apple on blue",
+    )
+    return {"workflow.json": json.dumps(workflow, indent=2) + "\n"}

@@ -29,11 +29,11 @@ from libreflux.model.single_file import (
     TOKENIZERS,
     SingleFiles,
     TensorFile,
+    file_config,
     is_single_file,
     load_text_encoder,
     load_transformer,
     load_vae,
-    part_config,
     transformer_config,
 )
 from libreflux.model.text import TextEncoders
@@ -169,7 +169,7 @@ def _open_files(
         model.transformer = load_transformer(given, config, dtype=dtype, quantise=quantise, device=device)
     with _quiet():
         if isinstance(vae := where.get("vae"), TensorFile):
-            model.vae = load_vae(vae, part_config(vae, "vae"), dtype).to(device)
+            model.vae = load_vae(vae, file_config(vae, "vae"), dtype).to(device)
         elif vae is not None:
             model.vae = _diffusers_part(AutoencoderKL, vae, dtype).to(device)
         if "text" in parts:
@@ -205,10 +205,25 @@ def _file_facts(file: TensorFile, base: Model | None, guidance_embeds: bool) -> 
     return find_facts(str(file.path), file.path, guidance_embeds=guidance_embeds)
 
 
-def save_model(model: Model, out: Path) -> Path:
+def part_config(model: Model, part: str) -> dict[str, Any]:
+    """config.json of a model's transformer, VAE or text encoder, of the live part or from disk."""
+    live = _live_parts(model).get(part)
+    if live is not None:
+        return {str(key): value for key, value in dict(live.config).items()}
+    if model.path is None:
+        raise ModelError(f"has no {part}", where=model.name, mend="open it with all its parts")
+    return _json(part_folder(model.path, part) / "config.json")
+
+
+def save_model(model: Model, out: Path, extras: Mapping[str, str] | None = None) -> Path:
     """Write a model as a folder that `open_model` and, unless it is int8, diffusers' `FluxPipeline` load.
 
     Parts that are not in memory are copied from `model.path`. The folder appears complete or not at all.
+
+    Args:
+        model: what to write.
+        out: the folder.
+        extras: further files, name -> text.
 
     Raises:
         ModelError: a part is neither in memory nor on disk.
@@ -228,22 +243,29 @@ def save_model(model: Model, out: Path) -> Path:
         index = {**_INDEX, "_diffusers_version": diffusers.__version__}
         atomic_write_json(staging / "model_index.json", index)
         write_facts(staging, dataclasses.replace(model.facts, parts_from=None))
+        for name, content in (extras or {}).items():
+            (staging / name).write_text(content, encoding="utf-8")
     return Path(out)
 
 
-def quantise_folder(name: str | Path, out: Path) -> Path:
+def quantise_folder(name: str | Path | SingleFiles, out: Path) -> Path:
     """Write a model in int8, as a folder that `open_model` loads; one dense tensor and one shard are held at a time.
 
     Args:
-        name: of a model in floating point, see `locate`.
+        name: of a model in floating point, see `locate`; of single files the int8 model is in memory as a whole.
         out: appears complete or not at all.
 
     Raises:
         ModelError: no such model, a damaged one, or one that is quantised already.
         RunError: `out` exists.
     """
+    if isinstance(name, SingleFiles) or is_single_file(name):
+        model = open_model(name, quantise=True)
+        assert model.path is not None
+        model.facts = _quantised(model.facts, str(name), weights_hash(model.path))
+        return save_model(model, out)
     model = open_model(name, parts=())
-    assert model.path is not None
+    model.path = locate(name)  # with its weights
     source = model.path / "transformer"
     if stored_as(_json(source / "config.json"), source) == METHOD:
         raise ModelError("is stored in int8", where=source, mend="use it as it is")
@@ -255,10 +277,13 @@ def quantise_folder(name: str | Path, out: Path) -> Path:
             if part != "transformer" and (stored := part_folder(model.path, part)).is_dir():
                 shutil.copytree(stored, staging / part)
         shutil.copyfile(model.path / "model_index.json", staging / "model_index.json")
-        origin = {"how": METHOD, "from": str(name), "sha256": weights_hash(model.path)}
-        lineage = {**model.facts.lineage, "quantised": origin}
-        write_facts(staging, dataclasses.replace(model.facts, lineage=lineage, parts_from=None))
+        write_facts(staging, _quantised(model.facts, str(name), weights_hash(model.path)))
     return Path(out)
+
+
+def _quantised(facts: Facts, name: str, sha256: str) -> Facts:
+    lineage = {**facts.lineage, "quantised": {"how": METHOD, "from": name, "sha256": sha256}}
+    return dataclasses.replace(facts, lineage=lineage, parts_from=None)
 
 
 def weights_hash(folder: Path) -> str:
@@ -295,7 +320,7 @@ def _text(where: Mapping[str, Path | TensorFile], dtype: torch.dtype | None) -> 
     for part, kind in kinds.items():
         place = where[part]
         if isinstance(place, TensorFile):
-            encoders.append(load_text_encoder(place, part, part_config(place, part), dtype))
+            encoders.append(load_text_encoder(place, part, file_config(place, part), dtype))
             continue
         with _part(place):
             encoder, found = kind.from_pretrained(

@@ -260,7 +260,7 @@ def load_text_encoder(
     return model
 
 
-def part_config(file: TensorFile, part: str) -> dict[str, Any]:
+def file_config(file: TensorFile, part: str) -> dict[str, Any]:
     """The configuration of the VAE or a text encoder in a file: as its own metadata say, else FLUX.1's."""
     with _built(file.path):
         text = file.metadata.get(f"{part}_config") or (CONFIGS / f"{part}.json").read_text(encoding="utf-8")

@@ -20,7 +20,7 @@ from libreflux.model.keys import OWN_BLOCKS, Row, count_blocks, transformer_rows
 from libreflux.model.single_file import FACTS_KEY, TOKENIZERS
 
 
-def save_files(model: Model, out: Path) -> list[str]:
+def save_files(model: Model, out: Path, extras: Mapping[str, str] | None = None) -> list[str]:
     """Write the model as a folder that ComfyUI finds its parts in and `find_comfyui` reads.
 
     `flux1-<name>`, `clip_l`, `t5xxl` and `ae`, each a .safetensors with its configuration in the metadata, and the
@@ -29,6 +29,7 @@ def save_files(model: Model, out: Path) -> list[str]:
     Args:
         model: with all its parts; its transformer in floating point.
         out: the folder.
+        extras: further files, name -> text.
 
     Returns:
         Names of the files, in order.
@@ -40,7 +41,9 @@ def save_files(model: Model, out: Path) -> list[str]:
     if model.vae is None or model.text is None:
         raise ModelError("has no VAE or no text encoders", where=model.name, mend="open it with all its parts")
     with staged_dir(Path(out)) as staging:
-        save_transformer(model, staging / f"flux1-{_stem(model.name)}.safetensors")
+        for name, content in (extras or {}).items():
+            (staging / name).write_text(content, encoding="utf-8")
+        save_transformer(model, staging / transformer_file(model))
         vae = model.vae
         rows = vae_rows(len(vae.config.block_out_channels), vae.config.layers_per_block)
         _write(staging / "ae.safetensors", rows, vae.state_dict(), _config("vae", vae))
@@ -53,6 +56,12 @@ def save_files(model: Model, out: Path) -> list[str]:
         for part, folder in TOKENIZERS.items():
             getattr(model.text, part).save_pretrained(staging / folder)
         return sorted(path.name for path in staging.glob("*.safetensors"))
+
+
+def transformer_file(model: Model) -> str:
+    """The name of the transformer's file: flux1-<last part of the model's name>.safetensors."""
+    last = re.split(r"[/\\]", model.name.rstrip("/\\"))[-1].removesuffix(".safetensors")
+    return f"flux1-{re.sub(r'[^A-Za-z0-9._-]+', '-', last).removeprefix('flux1-') or 'model'}.safetensors"
 
 
 def save_transformer(model: Model, path: Path) -> None:
@@ -99,8 +108,3 @@ def _config(part: str, module: Any) -> dict[str, str]:
     values = dict(module.config) if part in ("transformer", "vae") else module.config.to_dict()
     kept = {name: value for name, value in values.items() if not name.startswith("_") and value is not None}
     return {f"{part}_config": json.dumps(kept, sort_keys=True, default=str)}
-
-
-def _stem(name: str) -> str:
-    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", last.removesuffix(".safetensors")).removeprefix("flux1-") or "model"

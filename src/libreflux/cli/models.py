@@ -1,0 +1,51 @@
+"""What the verbs read from `--model`, `--base` and `--comfyui`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from libreflux.errors import ModelError, RecipeError
+
+if TYPE_CHECKING:
+    from libreflux.model.single_file import SingleFiles
+
+Base = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="Model that has what a single file lacks, tokenizers for one."),
+]
+ComfyUI = Annotated[
+    Path | None,
+    typer.Option(
+        "--comfyui", metavar="DIR", help="Folder with flux1-*, t5xxl*, clip_l* and ae* files, such as ComfyUI's models."
+    ),
+]
+
+
+def chosen_model(model: str | None, base: str | None, comfyui: Path | None) -> str | SingleFiles | None:
+    """What the options together name; None where none of them is given.
+
+    Raises:
+        RecipeError: an option that has no effect.
+        ModelError: no such files.
+    """
+    is_file = model is not None and model.lower().endswith(".safetensors")
+    if is_file and not Path(str(model)).expanduser().is_file():
+        raise ModelError("no such file", where=model, mend="mend the path")
+    if base is not None and not is_file and comfyui is None:
+        mend = "remove it, or name a .safetensors file with --model"
+        raise RecipeError("has no effect without a single file", where="--base", mend=mend)
+    if comfyui is not None and model is not None and not is_file:
+        raise RecipeError(f"has no effect beside {model}", where="--comfyui", mend="remove one of the two")
+    if not is_file and comfyui is None:
+        return model
+
+    from libreflux.model.single_file import SingleFiles, find_comfyui
+
+    transformer = Path(str(model)).expanduser() if is_file else None
+    if comfyui is not None:
+        return find_comfyui(comfyui.expanduser(), transformer=transformer, base=base)
+    assert transformer is not None
+    return SingleFiles(transformer=transformer, base=base)
