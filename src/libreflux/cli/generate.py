@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from libreflux.cli.options import Batch, Offload, OffloadOption
 from libreflux.errors import RecipeError
 
 if TYPE_CHECKING:
     from libreflux.cli.drawing import Opened
     from libreflux.sample.metadata import Origin
 
-REMAKE_TAKES = ("remake", "model", "adapter", "device", "no_metadata", "out")
-
-
-class Batch(enum.StrEnum):
-    """`--batch-cfg`."""
-
-    auto = "auto"
-    on = "on"
-    off = "off"
-
-    @property
-    def as_value(self) -> bool | Literal["auto"]:
-        """As `LibreFluxPipeline` takes it."""
-        return "auto" if self is Batch.auto else self is Batch.on
+REMAKE_TAKES = ("remake", "model", "adapter", "device", "offload", "no_metadata", "out")
 
 
 def generate(
@@ -74,6 +61,7 @@ def generate(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    offload: OffloadOption = Offload.auto,
     remake: Annotated[
         Path | None,
         typer.Option(
@@ -88,7 +76,7 @@ def generate(
         _refuse_beside_remake(context)
         from libreflux.cli.remake import draw_again
 
-        draw_again(remake, model, adapter or (), device, out, with_metadata=not no_metadata)
+        draw_again(remake, model, adapter or (), device, out, offload=offload, with_metadata=not no_metadata)
         return
     if not prompts:
         mend = "quote what to draw, or give --remake PIC.png; see libreflux generate --help"
@@ -113,22 +101,23 @@ def generate(
     from libreflux.sample.metadata import Origin
 
     model = model or default_model(adapter or ())
-    opened = open_for_drawing(model, adapter or (), device)
-    facts = opened.facts
+    chosen = open_for_drawing(model, adapter or (), device, offload)
+    facts, size = chosen.facts, chosen.size
     steps = facts.steps if steps is None else steps
     if guidance is None:
         guidance = 1.0 if facts.guidance_embeds else facts.guidance
         _refuse_unused(guidance, effects)
     _refuse_unguided(steps, no_cfg_until, guidance_start, guidance_stop)
-    size = opened.pipe.default_size
     common = Origin(
         prompt="", seed=0, negative=negative, steps=steps, guidance=guidance, width=width or size,
         height=height or size, model=model, no_cfg_until=no_cfg_until, guidance_start=guidance_start,
         guidance_stop=guidance_stop, guidance_rescale=guidance_rescale, batch_cfg=batch_cfg.as_value, tile=tile,
         embedded_guidance=facts.guidance if facts.guidance_embeds else None,
     )  # fmt: skip
-    origins = [dataclasses.replace(opened.stamped(common), prompt=prompt, seed=own) for prompt, own in wanted]
-    _draw_all(opened, list(zip(origins, targets, strict=True)), with_metadata=not no_metadata)
+    origins = [dataclasses.replace(common, prompt=prompt, seed=own) for prompt, own in wanted]
+    opened = chosen.load(origins)
+    stamped = [opened.stamped(origin) for origin in origins]
+    _draw_all(opened, list(zip(stamped, targets, strict=True)), with_metadata=not no_metadata)
 
 
 def _draw_all(opened: Opened, wanted: list[tuple[Origin, Path]], *, with_metadata: bool) -> None:
