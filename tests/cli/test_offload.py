@@ -17,6 +17,7 @@ from accelerate import cpu_offload
 from libreflux.cli import drawing
 from libreflux.cli.drawing import open_for_drawing
 from libreflux.cli.options import Offload
+from libreflux.errors import RecipeError
 from libreflux.model.family import Model, open_model
 from libreflux.sample.metadata import Origin
 from tiny import tiny_transformer
@@ -97,6 +98,12 @@ def test_diffusers_hooks_draw_the_same_bits(
         assert opened.draw(ORIGIN).tobytes() == expected.tobytes()
         parts = (opened.pipe.transformer, opened.pipe.vae)
         assert {one.device.type for part in parts for one in part.parameters()} == {resting}
+
+
+def test_int8_is_never_moved_layer_by_layer(tiny_model_dir: Path) -> None:
+    chosen = open_for_drawing(str(tiny_model_dir), device="cpu", quantize="int8")
+    with pytest.raises(RecipeError, match="--offload sequential: does nothing for int8"):
+        dataclasses.replace(chosen, offload=Offload.sequential).load([ORIGIN])
 
 
 def test_the_nearest_facts_are_told_once(

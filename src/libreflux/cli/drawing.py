@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -26,6 +26,7 @@ from libreflux.flow.solve import Step
 from libreflux.model.device import pick_device
 from libreflux.model.facts import Facts
 from libreflux.model.family import Model, open_model, weights_hash
+from libreflux.model.int8 import int8_layers
 from libreflux.model.text import TextConditioning, TextEncoders, check_padding
 from libreflux.sample.encoding import Text, encode_ahead
 from libreflux.sample.metadata import Origin, versions
@@ -41,7 +42,7 @@ class Opened:
         texts: all that may be drawn, encoded.
         facts: the model's, under its adapters.
         device: what computes.
-        dtype: of the transformer's weights.
+        dtype: of the transformer's weights, see `Origin`.
         hashes: "transformer" to its SHA-256.
         adapters: file name, SHA-256 and weight of each adapter, in order.
     """
@@ -93,13 +94,14 @@ class Chosen:
         model: with its facts as they are under the adapters.
         device: what computes.
         files: the adapters with their weights.
-        offload: see `cli.options`.
+        offload, quantize: see `cli.options`.
     """
 
     model: Model
     device: torch.device
     files: Sequence[tuple[AdapterFile, float]]
-    offload: Offload
+    offload: Offload = Offload.auto
+    quantize: Literal["int8"] | None = None
 
     @property
     def facts(self) -> Facts:
@@ -122,6 +124,9 @@ class Chosen:
         if transformer is None or path is None:
             raise ModelError("has no transformer", where=self.model.name, mend="use a complete model")
         dtype = str(transformer.dtype).removeprefix("torch.")
+        if int8_layers(transformer):
+            _refuse_int8(self.offload)
+            dtype = f"int8, {dtype}"
         transformer_hash = weights_hash(path)
         notice_other_base(transformer_hash, self.files)
         for file, weight in self.files:
@@ -150,11 +155,15 @@ class Chosen:
 
     def _open(self, parts: Sequence[str], device: torch.device) -> Model:
         with _notices_were_given():
-            return open_model(self.model.name, parts=parts, device=device)
+            return open_model(self.model.name, parts=parts, device=device, quantise=self.quantize and True)
 
 
 def open_for_drawing(
-    model: str, adapters: Iterable[str] = (), device: str = "auto", offload: Offload = Offload.auto
+    model: str,
+    adapters: Iterable[str] = (),
+    device: str = "auto",
+    offload: Offload = Offload.auto,
+    quantize: Literal["int8"] | None = None,
 ) -> Chosen:
     """Choose a model with adapter arguments (`PATH[:WEIGHT]`); what can be refused is, before large weights are loaded.
 
@@ -162,7 +171,7 @@ def open_for_drawing(
         RecipeError: an offload that the device has no use for.
         ModelError, AdapterError, RunError: see `open_model`, `load_arguments` and `pick_device`.
     """
-    place, files = device_for(device, offload), load_arguments(adapters)
+    place, files = device_for(device, offload, quantize), load_arguments(adapters)
     facts = adapted_facts(open_model(model, parts=()).facts, files)
     check_padding(facts.text_padding)
     with _notices_were_given():
@@ -170,22 +179,30 @@ def open_for_drawing(
     if opened.vae is None:
         raise ModelError("has no VAE", where=model, mend="use a complete model")
     opened.facts = facts
-    return Chosen(opened, place, files, offload)
+    return Chosen(opened, place, files, offload, quantize)
 
 
-def device_for(name: str, offload: Offload) -> torch.device:
+def device_for(name: str, offload: Offload, quantize: str | None = None) -> torch.device:
     """The device of a name, see `pick_device`.
 
     Raises:
-        RecipeError: an offload that it has no use for.
+        RecipeError: an offload that it, or an int8 model, has no use for.
         RunError: no such device.
     """
     place = pick_device(name)
+    if quantize is not None:
+        _refuse_int8(offload)
     if offload in (Offload.model, Offload.sequential) and place.type != "cuda":
         raise RecipeError(
             f"{offload} is of no use on {place.type}", where="--offload", mend="leave it out, or use a CUDA device"
         )
     return place
+
+
+def _refuse_int8(offload: Offload) -> None:
+    if offload is Offload.sequential:  # accelerate's hooks move parameters, and int8 weights are buffers
+        what = "does nothing for int8 weights, which all stay on the device"
+        raise RecipeError(what, where="--offload sequential", mend="use --offload model")
 
 
 def texts_of(origin: Origin) -> list[Text]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from libreflux.cli.options import Batch, Offload, OffloadOption
+from libreflux.cli.options import Batch, Offload, OffloadOption, QuantizeOption
 from libreflux.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def generate(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    quantize: QuantizeOption = None,
     offload: OffloadOption = Offload.auto,
     remake: Annotated[
         Path | None,
@@ -101,7 +102,7 @@ def generate(
     from libreflux.sample.metadata import Origin
 
     model = model or default_model(adapter or ())
-    chosen = open_for_drawing(model, adapter or (), device, offload)
+    chosen = open_for_drawing(model, adapter or (), device, offload, quantize and quantize.value)
     facts, size = chosen.facts, chosen.size
     steps = facts.steps if steps is None else steps
     if guidance is None:
@@ -112,7 +113,7 @@ def generate(
         prompt="", seed=0, negative=negative, steps=steps, guidance=guidance, width=width or size,
         height=height or size, model=model, no_cfg_until=no_cfg_until, guidance_start=guidance_start,
         guidance_stop=guidance_stop, guidance_rescale=guidance_rescale, batch_cfg=batch_cfg.as_value, tile=tile,
-        embedded_guidance=facts.guidance if facts.guidance_embeds else None,
+        embedded_guidance=facts.guidance if facts.guidance_embeds else None, quantize=chosen.quantize,
     )  # fmt: skip
     origins = [dataclasses.replace(common, prompt=prompt, seed=own) for prompt, own in wanted]
     opened = chosen.load(origins)

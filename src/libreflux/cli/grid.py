@@ -8,11 +8,11 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from libreflux.cli.options import Offload, OffloadOption
+from libreflux.cli.options import Offload, OffloadOption, QuantizeOption
 from libreflux.errors import LibrefluxError, RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def grid(
     width: Annotated[int | None, typer.Option(min=16, help="Pixels, a multiple of 16; default: the model's.")] = None,
     height: Annotated[int | None, typer.Option(min=16, help="Pixels, a multiple of 16; default: the model's.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    quantize: QuantizeOption = None,
     offload: OffloadOption = Offload.auto,
     out: Annotated[Path, typer.Option(help="Folder of grid.png, index.html and the cells; continued.")] = Path(
         "out/grid"
@@ -73,7 +74,9 @@ def grid(
     from libreflux.files import lock
 
     common = {"negative": negative, "width": width, "height": height}
-    device_for(device, offload)  # before there is a folder
+    if quantize is not None:
+        common["quantize"] = quantize.value
+    device_for(device, offload, quantize)  # before there is a folder
     with lock(out):
         cells = _Cells(out, common, adapter or [], device, offload, columns, rows)
         drawn = [[cells.cell(column, prompt, seed) for prompt, seed in rows] for column in columns]
@@ -96,6 +99,7 @@ class _Cells:
         rows: list[tuple[str, int]],
     ) -> None:
         self.out, self.common, self.adapters, self.device, self.offload = out, common, adapters, device, offload
+        self.quantize: Literal["int8"] | None = "int8" if "quantize" in common else None
         self.columns, self.rows, self.total = columns, rows, len(columns) * len(rows)
         self.made = self.done = 0
         self._opened: tuple[str, Chosen, Opened] | None = None
@@ -142,7 +146,7 @@ class _Cells:
 
         if self._opened is None or self._opened[0] != model:
             self._opened = None  # before the next one needs the memory
-            chosen = open_for_drawing(model, self.adapters, self.device, self.offload)
+            chosen = open_for_drawing(model, self.adapters, self.device, self.offload, self.quantize)
             columns = [column for column in self.columns if column.model == model]
             wanted = [self._wanted(chosen, column, *row) for column in columns for row in self.rows]
             self._opened = model, chosen, chosen.load(wanted)
@@ -158,7 +162,7 @@ class _Cells:
             prompt=prompt, seed=seed, negative=str(self.common["negative"]) if scale > 1 else "",
             steps=column.steps or facts.steps, guidance=scale, width=int(self.common["width"] or size),
             height=int(self.common["height"] or size), model=column.model,
-            embedded_guidance=facts.guidance if facts.guidance_embeds else None,
+            embedded_guidance=facts.guidance if facts.guidance_embeds else None, quantize=chosen.quantize,
         )  # fmt: skip
 
 

@@ -30,6 +30,20 @@ class Offload(enum.StrEnum):
     sequential = "sequential"
 
 
+class Quantize(enum.StrEnum):
+    """`--quantize`: how a transformer's weights are kept in memory, whatever is stored."""
+
+    int8 = "int8"
+
+
+QuantizeOption = Annotated[
+    Quantize | None,
+    typer.Option(
+        help="int8: quantise the transformer tensor by tensor while it is read; a quarter of fp32's memory, half of "
+        "bf16's. Default: as stored.",
+        show_default=False,
+    ),
+]
 OffloadOption = Annotated[
     Offload,
     typer.Option(

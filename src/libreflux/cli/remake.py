@@ -53,7 +53,9 @@ def draw_again(
         target = out / f"{picture.stem}-again.png"
     if os.path.exists(target) and os.path.samefile(target, picture):
         raise RecipeError("would replace the picture itself", where=target, mend="name another place with --out")
-    chosen = open_for_drawing(model or origin.model, _found(origin, adapters, picture), device, offload)
+    chosen = open_for_drawing(
+        model or origin.model, _found(origin, adapters, picture), device, offload, origin.quantize
+    )
     opened = chosen.load([origin])
     now = dataclasses.replace(opened.stamped(origin), model=model or origin.model)
     changed = differences(origin, now)

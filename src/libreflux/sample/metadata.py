@@ -36,7 +36,8 @@ class Origin:
         batch_cfg: True, False or "auto": how the passes were batched, which decides the last bits.
         tile: whether the VAE decoded in tiles; None is by size.
         embedded_guidance: of a guidance-distilled model; None for others.
-        dtype: of the transformer's weights.
+        quantize: "int8" where the transformer was quantised while it was read; None: as stored.
+        dtype: of the transformer's weights; "int8, " and the dtype of its other tensors where its linears are int8.
         device: what computed it: the last bits are its own.
         hashes: name (e.g. "transformer") to SHA-256.
         adapters: file, sha256 and weight of each adapter, in order.
@@ -59,6 +60,7 @@ class Origin:
     batch_cfg: bool | Literal["auto"] = "auto"
     tile: bool | None = None
     embedded_guidance: float | None = None
+    quantize: Literal["int8"] | None = None
     dtype: str = "float32"
     device: str = "unrecorded"
     hashes: dict[str, str] = field(default_factory=dict)
@@ -86,6 +88,8 @@ class Origin:
             facts["Tiled VAE"] = self.tile
         if "transformer" in self.hashes:
             facts["Model hash"] = self.hashes["transformer"][:10]
+        if self.quantize is not None:
+            facts["Quantized"] = self.quantize
         if self.adapters:
             facts["Adapters"] = " ".join(f"{row['file']}:{row['weight']:g}" for row in self.adapters)
         facts["Version"] = f"libreflux {self.versions.get('libreflux', '?')}"
