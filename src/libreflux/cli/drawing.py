@@ -71,6 +71,7 @@ class Opened:
             height=origin.height,
             width=origin.width,
             num_inference_steps=origin.steps,
+            sigmas=origin.sigmas,
             guidance_scale=origin.guidance,
             no_cfg_until=origin.no_cfg_until,
             guidance_start=origin.guidance_start,
@@ -207,7 +208,8 @@ def _refuse_int8(offload: Offload) -> None:
 
 def texts_of(origin: Origin) -> list[Text]:
     """What must be encoded for a picture: its prompt, and where it is guided its negative prompt."""
-    positive, negative = Text(origin.prompt), Text(origin.negative)
+    positive = Text(origin.prompt, origin.prompt_2, origin.max_tokens)
+    negative = Text(origin.negative, origin.negative_2, origin.max_tokens)
     return [positive, negative] if origin.guidance > 1 else [positive]
 
 

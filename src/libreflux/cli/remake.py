@@ -17,6 +17,7 @@ from libreflux.cli.generate import picture_targets
 from libreflux.cli.options import Offload
 from libreflux.cli.progress import progress
 from libreflux.errors import DataError, RecipeError
+from libreflux.sample.encoding import check_max_tokens
 from libreflux.sample.metadata import Origin, differences, read_origin, save_png
 from libreflux.sample.settings import check_values
 
@@ -56,6 +57,7 @@ def draw_again(
     chosen = open_for_drawing(
         model or origin.model, _found(origin, adapters, picture), device, offload, origin.quantize
     )
+    check_max_tokens(chosen.facts, origin.max_tokens, f"{picture}: max_tokens")
     opened = chosen.load([origin])
     now = dataclasses.replace(opened.stamped(origin), model=model or origin.model)
     changed = differences(origin, now)
@@ -72,9 +74,10 @@ def _check(origin: Origin, picture: Path) -> None:
     """Raises DataError for numbers that nothing can be drawn with."""
     try:
         check_values({
-            "num_inference_steps": origin.steps, "guidance_scale": origin.guidance, "width": origin.width,
-            "height": origin.height, "no_cfg_until": origin.no_cfg_until, "guidance_start": origin.guidance_start,
-            "guidance_stop": origin.guidance_stop, "guidance_rescale": origin.guidance_rescale,
+            "num_inference_steps": origin.steps, "sigmas": origin.sigmas, "guidance_scale": origin.guidance,
+            "width": origin.width, "height": origin.height, "no_cfg_until": origin.no_cfg_until,
+            "guidance_start": origin.guidance_start, "guidance_stop": origin.guidance_stop,
+            "guidance_rescale": origin.guidance_rescale,
         })  # fmt: skip
     except RecipeError as error:
         what = f"damaged origin ({error.where} {error.what})"

@@ -25,8 +25,11 @@ class Origin:
     Attributes:
         schema: version of this format, 1.
         prompt, negative: the texts.
+        prompt_2, negative_2: what T5 read instead; None is the same.
+        max_tokens: T5's limit; None is the model's own.
         seed: of this picture.
         steps: sampling steps.
+        sigmas: an own ladder of as many, before the model's shift; None is the even one.
         guidance: guidance scale.
         width, height: pixels.
         model: as the user named it.
@@ -53,6 +56,10 @@ class Origin:
     width: int
     height: int
     model: str
+    prompt_2: str | None = None
+    negative_2: str | None = None
+    max_tokens: int | None = None
+    sigmas: list[float] | None = None
     no_cfg_until: int = 0
     guidance_start: float = 0.0
     guidance_stop: float = 1.0
@@ -80,10 +87,17 @@ class Origin:
             "Size": f"{self.width}x{self.height}",
             "Model": self.model,
         }
+        if self.sigmas is not None:
+            facts["Sigmas"] = " ".join(f"{sigma:g}" for sigma in self.sigmas)
         if self.embedded_guidance is not None:
             facts["Distilled CFG scale"] = f"{self.embedded_guidance:g}"
         if self.guidance > 1:
             facts |= self._guidance_parameters()
+        for name, text in (("Prompt 2", self.prompt_2), ("Negative prompt 2", self.negative_2)):
+            if text is not None:
+                facts[name] = json.dumps(text, ensure_ascii=False)  # quoted, as A1111 does where a value has commas
+        if self.max_tokens is not None:
+            facts["Max tokens"] = self.max_tokens
         if self.tile is not None:
             facts["Tiled VAE"] = self.tile
         if "transformer" in self.hashes:
