@@ -13,11 +13,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from libreflux.sample.metadata import read_origin
+from libreflux.sample.pipeline import LibreFluxPipeline
 from tiny import tiny_transformer
 
 OPTIONS = [
     "--negative", "a rocket", "--guidance", 4, "--guidance-start", 0.25, "--guidance-stop", 0.75,
-    "--guidance-rescale", 0.7, "--batch-cfg", "on", "--steps", 4, "--seed", 9, "--width", 48, "--tile",
+    "--guidance-rescale", 0.7, "--batch-cfg", "on", "--sigmas", "1,0.8,0.5,0.3", "--seed", 9, "--width", 48, "--tile",
+    "--prompt-2", "a tree, tall", "--negative-2", "", "--max-tokens", 4,
 ]  # fmt: skip
 
 
@@ -32,6 +34,8 @@ def drawn(run: Callable, tiny_model_dir: Path, tmp_path_factory: pytest.TempPath
 def test_every_option_reaches_the_picture_and_its_record(drawn: Path) -> None:
     origin = read_origin(drawn)
     assert (origin.guidance_start, origin.guidance_stop, origin.guidance_rescale) == (0.25, 0.75, 0.7)
+    assert (origin.steps, origin.sigmas, origin.max_tokens) == (4, [1, 0.8, 0.5, 0.3], 4)
+    assert (origin.prompt_2, origin.negative, origin.negative_2) == ("a tree, tall", "a rocket", "")
     assert (origin.batch_cfg, origin.tile, origin.width, origin.height) == (True, True, 48, 32)
     assert (
         "CFG start: 0.25, CFG stop: 0.75, CFG rescale: 0.7, CFG in one pass: True"
@@ -48,6 +52,42 @@ def test_remade_bit_for_bit(run: Callable, drawn: Path, tmp_path: Path) -> None:
     assert bare.out.strip() == str(tmp_path / "folder" / "a-again.png")
     with Image.open(bare.out.strip()) as image, Image.open(drawn) as original:
         assert image.text == {} and image.tobytes() == original.tobytes()
+
+
+def test_every_option_is_the_pipelines_own(tiny_model_dir: Path, drawn: Path) -> None:
+    pipe = LibreFluxPipeline.from_pretrained(tiny_model_dir)
+    (expected,) = pipe(
+        "a fox, ünïcödé", "a rocket", 32, 48, guidance_scale=4.0, seeds=9, prompt_2="a tree, tall",
+        negative_prompt_2="",
+        sigmas=[1.0, 0.8, 0.5, 0.3], max_sequence_length=4, guidance_start=0.25, guidance_stop=0.75,
+        guidance_rescale=0.7, batch_cfg=True, tile=True,
+    ).images  # fmt: skip
+    with Image.open(drawn) as image:
+        assert image.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("change", [
+    ["--sigmas", "1,0.8,0.5,0.2"], ["--prompt-2", "a tree"], ["--negative-2", "x"], ["--max-tokens", 3],
+])  # fmt: skip
+def test_each_new_option_changes_the_pixels(
+    run: Callable, tiny_model_dir: Path, drawn: Path, tmp_path: Path, change: list[object]
+) -> None:
+    at = OPTIONS.index(change[0])
+    options = [*OPTIONS[:at], *change, *OPTIONS[at + 2 :]]
+    args = ["generate", "a fox, ünïcödé", "--model", tiny_model_dir, *options, "--out", tmp_path / "x.png"]
+    assert run(*args).code == 0
+    with Image.open(tmp_path / "x.png") as image, Image.open(drawn) as original:
+        assert image.tobytes() != original.tobytes()
+
+
+def test_each_prompt_has_its_own_second_one(run: Callable, tiny_model_dir: Path, tmp_path: Path) -> None:
+    common = ["--model", tiny_model_dir, "--steps", 1, "--out", tmp_path]
+    both = run("generate", "a", "b", "--prompt-2", "a fox", "--prompt-2", "an owl", "--count", 2, *common)
+    assert both.code == 0, both.err
+    told = [read_origin(path) for path in sorted(tmp_path.iterdir())]
+    assert [(one.prompt, one.prompt_2, one.seed) for one in told] == [
+        ("a", "a fox", 0), ("a", "a fox", 1), ("b", "an owl", 0), ("b", "an owl", 1)
+    ]  # fmt: skip
 
 
 def test_without_metadata_nothing_is_said(run: Callable, tiny_model_dir: Path, drawn: Path, tmp_path: Path) -> None:
@@ -101,6 +141,10 @@ def test_a_picture_is_not_replaced_by_its_copy(run: Callable, drawn: Path) -> No
     ({"adapters": [{"file": "x"}]}, "drawn with 1 adapters, not 0"),
     ({"model": "no/such/model/here"}, "no such model"),
     ({"colour": 1}, "colour"),
+    ({"sigmas": [0.5, 0.7, 0.3, 0.1]}, "sigmas cannot be [0.5, 0.7"),
+    ({"sigmas": [0.5]}, "1 sigmas for 4 steps"),
+    ({"max_tokens": 1000}, "max_tokens: cannot be 1000"),
+    ({"quantize": "int4"}, "quantize: "),
     ({"embedded_guidance": 3.5}, "no guidance embedding"),
 ])  # fmt: skip
 def test_a_damaged_record_is_one_line(

@@ -158,3 +158,23 @@ def test_cat_index_and_to() -> None:
     assert {t.dtype for t in [*half.tokens, half.pooled]} == {torch.bfloat16}
     with pytest.raises(ValueError, match="2 token sequences, 1 pooled"):
         TextConditioning([torch.zeros(1, 2)] * 2, torch.zeros(1, 3))
+
+
+def test_what_clip_does_not_see(encoders: TextEncoders) -> None:
+    words = ["fox"] * 75
+    assert encoders.tokenizer(" ".join(words)).input_ids[76:] == [encoders.tokenizer.eos_token_id]
+    assert encoders.unseen_by_clip(" ".join(words)) == "" == encoders.unseen_by_clip("")
+    assert encoders.unseen_by_clip(" ".join([*words, "a", "red", "apple"])) == "a red apple"
+    seen, whole = (encoders.encode([p], padding="drop", max_tokens=99) for p in (" ".join(words), "fox " * 79))
+    assert torch.equal(seen.pooled, whole.pooled)
+
+
+def test_a_second_prompt_is_t5s(encoders: TextEncoders) -> None:
+    both = encoders.encode(["a fox", "a rocket"], padding="drop", max_tokens=64, prompts_2=["on yellow", "on blue sky"])
+    first, second = (encoders.encode(p, padding="drop", max_tokens=64) for p in (
+        ["a fox", "a rocket"], ["on yellow", "on blue sky"]
+    ))  # fmt: skip
+    assert torch.equal(both.pooled, first.pooled)
+    assert all(torch.equal(one, other) for one, other in zip(both.tokens, second.tokens, strict=True))
+    with pytest.raises(ValueError, match="1 second prompts for 2 prompts"):
+        encoders.encode(["a", "b"], padding="drop", max_tokens=64, prompts_2=["c"])

@@ -52,6 +52,15 @@ def test_the_text_says_what_is_not_as_usual() -> None:
     every = said(guidance_start=0.25, guidance_stop=0.8, guidance_rescale=0.7, batch_cfg=True, tile=False)
     assert "CFG start: 0.25, CFG stop: 0.8, CFG rescale: 0.7, CFG in one pass: True, Tiled VAE: False" in every
     assert "Distilled CFG scale: 3.5" in said(embedded_guidance=3.5, guidance=1.0)
+    texts = said(prompt_2='a "b", c', negative_2="", max_tokens=64, sigmas=[1.0, 0.25], quantize="int8")
+    for part in (
+        "Sigmas: 1 0.25",
+        'Prompt 2: "a \\"b\\", c"',
+        'Negative prompt 2: ""',
+        "Max tokens: 64",
+        "Quantized: int8",
+    ):
+        assert f", {part}, " in texts
     assert "CFG rescale" not in said(guidance=1.0, guidance_rescale=0.7)  # nothing was rescaled
 
 

@@ -1,24 +1,34 @@
-"""What `generate`, its `--remake` and `demo` share: a model, perhaps with adapters, opened for drawing."""
+"""What `generate`, its `--remake` and `grid` share: a model, perhaps with adapters, opened for drawing.
+
+Text encoders and transformer are never needed at once: `open_for_drawing` looks at the model, `Chosen.load` encodes all
+texts, lets the encoders go and loads the transformer.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable
+import gc
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 
-from libreflux.adapter.files import attach_file
+from libreflux.adapter.files import AdapterFile, attach_file
 from libreflux.cli.adapters import adapted_facts, load_arguments, notice_other_base
-from libreflux.errors import ModelError
+from libreflux.cli.options import Offload
+from libreflux.errors import ModelError, RecipeError
 from libreflux.flow.solve import Step
 from libreflux.model.device import pick_device
 from libreflux.model.facts import Facts
-from libreflux.model.family import open_model, weights_hash
-from libreflux.model.text import check_padding
+from libreflux.model.family import Model, open_model, weights_hash
+from libreflux.model.int8 import int8_layers
+from libreflux.model.text import TextConditioning, TextEncoders, check_padding
+from libreflux.sample.encoding import Text, encode_ahead
 from libreflux.sample.metadata import Origin, versions
 from libreflux.sample.pipeline import LibreFluxPipeline
 
@@ -28,15 +38,19 @@ class Opened:
     """A pipeline and what a picture's record says of it.
 
     Attributes:
-        pipe: ready to draw.
+        pipe: draws from what is in `texts`.
+        texts: all that may be drawn, encoded.
         facts: the model's, under its adapters.
-        dtype: of the transformer's weights.
+        device: what computes.
+        dtype: of the transformer's weights, see `Origin`.
         hashes: "transformer" to its SHA-256.
         adapters: file name, SHA-256 and weight of each adapter, in order.
     """
 
     pipe: LibreFluxPipeline
+    texts: dict[Text, TextConditioning]
     facts: Facts
+    device: torch.device
     dtype: str
     hashes: dict[str, str]
     adapters: list[dict[str, Any]] = field(default_factory=list)
@@ -44,18 +58,20 @@ class Opened:
     def stamped(self, origin: Origin) -> Origin:
         """The same picture, made with this model on this machine."""
         return dataclasses.replace(
-            origin, dtype=self.dtype, device=_device_name(self.pipe.device), hashes=self.hashes,
+            origin, dtype=self.dtype, device=_device_name(self.device), hashes=self.hashes,
             adapters=self.adapters, versions=versions(),
         )  # fmt: skip
 
     def draw(self, origin: Origin, on_step: Callable[[Step], None] | None = None) -> Image.Image:
         """The picture that an origin tells of; alone, since its last bits depend on who shares its batch."""
+        positive, *negative = (self.texts[text] for text in texts_of(origin))
         (image,) = self.pipe(
-            origin.prompt,
-            origin.negative,
+            prompt_conditioning=positive,
+            negative_conditioning=negative[0] if negative else None,
             height=origin.height,
             width=origin.width,
             num_inference_steps=origin.steps,
+            sigmas=origin.sigmas,
             guidance_scale=origin.guidance,
             no_cfg_until=origin.no_cfg_until,
             guidance_start=origin.guidance_start,
@@ -71,24 +87,147 @@ class Opened:
         return image
 
 
-def open_for_drawing(model: str, adapters: Iterable[str] = (), device: str = "auto") -> Opened:
-    """Open a model with adapter arguments (`PATH[:WEIGHT]`); whatever can be refused is, before weights are loaded."""
-    place, files = pick_device(device), load_arguments(adapters)
+@dataclass(frozen=True)
+class Chosen:
+    """A model that nothing speaks against, of which the VAE alone is in memory.
+
+    Attributes:
+        model: with its facts as they are under the adapters.
+        device: what computes.
+        files: the adapters with their weights.
+        offload, quantize: see `cli.options`.
+    """
+
+    model: Model
+    device: torch.device
+    files: Sequence[tuple[AdapterFile, float]]
+    offload: Offload = Offload.auto
+    quantize: Literal["int8"] | None = None
+
+    @property
+    def facts(self) -> Facts:
+        """The model's, under its adapters."""
+        return self.model.facts
+
+    @property
+    def size(self) -> int:
+        """Pixels per side of a picture by default."""
+        assert self.model.vae is not None
+        return LibreFluxPipeline.size_of(self.model.vae)
+
+    def load(self, origins: Iterable[Origin]) -> Opened:
+        """Ready to draw these pictures, and whatever else has their texts."""
+        _free(self.device)  # what was drawn with before
+        texts, encoders = self._encoded([text for origin in origins for text in texts_of(origin)])
+        waits = self.offload in (Offload.model, Offload.sequential)
+        loaded = self._open(("transformer",), torch.device("cpu") if waits else self.device)
+        transformer, path = loaded.transformer, loaded.path
+        if transformer is None or path is None:
+            raise ModelError("has no transformer", where=self.model.name, mend="use a complete model")
+        dtype = str(transformer.dtype).removeprefix("torch.")
+        if int8_layers(transformer):
+            _refuse_int8(self.offload)
+            dtype = f"int8, {dtype}"
+        transformer_hash = weights_hash(path)
+        notice_other_base(transformer_hash, self.files)
+        for file, weight in self.files:
+            attach_file(transformer, file, weight, dtype=transformer.dtype)
+        model = dataclasses.replace(self.model, transformer=transformer, text=encoders)
+        pipe = LibreFluxPipeline.from_model(model)
+        pipe.set_progress_bar_config(disable=True)
+        if self.offload is Offload.model:
+            pipe.enable_model_cpu_offload(device=self.device)
+        elif self.offload is Offload.sequential:
+            pipe.enable_sequential_cpu_offload(device=self.device)
+        rows = [{"file": Path(file.where).name, "sha256": file.sha256, "weight": weight} for file, weight in self.files]
+        return Opened(pipe, texts, self.facts, self.device, dtype, {"transformer": transformer_hash}, rows)
+
+    def _encoded(self, texts: Sequence[Text]) -> tuple[dict[Text, TextConditioning], TextEncoders | None]:
+        """The texts, and the encoders if they are to stay; else nothing of them is left in memory."""
+        encoders = self._open(("text",), self.device).text
+        if encoders is None:
+            raise ModelError("has no text encoders", where=self.model.name, mend="use a complete model")
+        found = encode_ahead(encoders, self.facts, texts)
+        if self.offload is Offload.none:
+            return found, encoders
+        del encoders
+        _free(self.device)
+        return found, None
+
+    def _open(self, parts: Sequence[str], device: torch.device) -> Model:
+        with _notices_were_given():
+            return open_model(self.model.name, parts=parts, device=device, quantise=self.quantize and True)
+
+
+def open_for_drawing(
+    model: str,
+    adapters: Iterable[str] = (),
+    device: str = "auto",
+    offload: Offload = Offload.auto,
+    quantize: Literal["int8"] | None = None,
+) -> Chosen:
+    """Choose a model with adapter arguments (`PATH[:WEIGHT]`); what can be refused is, before large weights are loaded.
+
+    Raises:
+        RecipeError: an offload that the device has no use for.
+        ModelError, AdapterError, RunError: see `open_model`, `load_arguments` and `pick_device`.
+    """
+    place, files = device_for(device, offload, quantize), load_arguments(adapters)
     facts = adapted_facts(open_model(model, parts=()).facts, files)
     check_padding(facts.text_padding)
-    opened = open_model(model, device=place)
-    if opened.transformer is None or opened.vae is None or opened.path is None:
-        raise ModelError("has no transformer or no VAE", where=model, mend="use a complete model")
+    with _notices_were_given():
+        opened = open_model(model, parts=("vae",), device=place)
+    if opened.vae is None:
+        raise ModelError("has no VAE", where=model, mend="use a complete model")
     opened.facts = facts
-    dtype = str(opened.transformer.dtype).removeprefix("torch.")
-    transformer_hash = weights_hash(opened.path)
-    notice_other_base(transformer_hash, files)
-    for file, weight in files:
-        attach_file(opened.transformer, file, weight, dtype=opened.transformer.dtype)
-    pipe = LibreFluxPipeline.from_model(opened)
-    pipe.set_progress_bar_config(disable=True)
-    rows = [{"file": Path(file.where).name, "sha256": file.sha256, "weight": weight} for file, weight in files]
-    return Opened(pipe, facts, dtype, {"transformer": transformer_hash}, rows)
+    return Chosen(opened, place, files, offload, quantize)
+
+
+def device_for(name: str, offload: Offload, quantize: str | None = None) -> torch.device:
+    """The device of a name, see `pick_device`.
+
+    Raises:
+        RecipeError: an offload that it, or an int8 model, has no use for.
+        RunError: no such device.
+    """
+    place = pick_device(name)
+    if quantize is not None:
+        _refuse_int8(offload)
+    if offload in (Offload.model, Offload.sequential) and place.type != "cuda":
+        raise RecipeError(
+            f"{offload} is of no use on {place.type}", where="--offload", mend="leave it out, or use a CUDA device"
+        )
+    return place
+
+
+def _refuse_int8(offload: Offload) -> None:
+    if offload is Offload.sequential:  # accelerate's hooks move parameters, and int8 weights are buffers
+        what = "does nothing for int8 weights, which all stay on the device"
+        raise RecipeError(what, where="--offload sequential", mend="use --offload model")
+
+
+def texts_of(origin: Origin) -> list[Text]:
+    """What must be encoded for a picture: its prompt, and where it is guided its negative prompt."""
+    positive = Text(origin.prompt, origin.prompt_2, origin.max_tokens)
+    negative = Text(origin.negative, origin.negative_2, origin.max_tokens)
+    return [positive, negative] if origin.guidance > 1 else [positive]
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()  # models are full of cycles
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _notices_were_given() -> Iterator[None]:
+    """Without what the facts say of themselves whenever a model is opened: the first opening told it."""
+    facts = logging.getLogger("libreflux.model.facts")
+    before, facts.disabled = facts.disabled, True
+    try:
+        yield
+    finally:
+        facts.disabled = before
 
 
 def _device_name(device: torch.device) -> str:

@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from libreflux.cli.options import Batch, Offload, OffloadOption, QuantizeOption
 from libreflux.errors import RecipeError
 
 if TYPE_CHECKING:
     from libreflux.cli.drawing import Opened
     from libreflux.sample.metadata import Origin
 
-REMAKE_TAKES = ("remake", "model", "adapter", "device", "no_metadata", "out")
-
-
-class Batch(enum.StrEnum):
-    """`--batch-cfg`."""
-
-    auto = "auto"
-    on = "on"
-    off = "off"
-
-    @property
-    def as_value(self) -> bool | Literal["auto"]:
-        """As `LibreFluxPipeline` takes it."""
-        return "auto" if self is Batch.auto else self is Batch.on
+REMAKE_TAKES = ("remake", "model", "adapter", "device", "offload", "no_metadata", "out")
 
 
 def generate(
@@ -48,11 +35,32 @@ def generate(
         list[str] | None,
         typer.Option(metavar="PATH[:WEIGHT]", help="Adapter file or run folder, put on the model; may be repeated."),
     ] = None,
+    prompt_2: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT", help="What T5 reads instead, while CLIP reads PROMPT; one for each.", show_default=False
+        ),
+    ] = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
+    negative_2: Annotated[
+        str | None,
+        typer.Option(help="What T5 reads instead, while CLIP reads the negative prompt.", show_default=False),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="T5 tokens that a prompt may have; default: the model's own, the most.")
+    ] = None,
     guidance: Annotated[
         float | None, typer.Option(min=0, help="Guidance scale, 1 and below is none; default: the model's own.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default: the model's own.")] = None,
+    sigmas: Annotated[
+        str | None,
+        typer.Option(
+            metavar="1,0.75,0.5,0.25",
+            show_default=False,
+            help="An own ladder instead of --steps: falling, without the last 0; the model's shift applies.",
+        ),
+    ] = None,
     no_cfg_until: Annotated[int, typer.Option(min=0, help="First steps (a count) that go without guidance.")] = 0,
     guidance_start: Annotated[float, typer.Option(help="Guide from this fraction of the steps on, 0 to 1.")] = 0.0,
     guidance_stop: Annotated[float, typer.Option(help="Guide up to this fraction of the steps, 0 to 1.")] = 1.0,
@@ -74,6 +82,8 @@ def generate(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    quantize: QuantizeOption = None,
+    offload: OffloadOption = Offload.auto,
     remake: Annotated[
         Path | None,
         typer.Option(
@@ -88,7 +98,7 @@ def generate(
         _refuse_beside_remake(context)
         from libreflux.cli.remake import draw_again
 
-        draw_again(remake, model, adapter or (), device, out, with_metadata=not no_metadata)
+        draw_again(remake, model, adapter or (), device, out, offload=offload, with_metadata=not no_metadata)
         return
     if not prompts:
         mend = "quote what to draw, or give --remake PIC.png; see libreflux generate --help"
@@ -96,39 +106,52 @@ def generate(
     for name, size in (("--width", width), ("--height", height)):
         if size is not None and size % 16:
             raise RecipeError(f"{size} is not a multiple of 16", where=name, mend=f"use {round(size / 16) * 16}")
+    if prompt_2 and len(prompt_2) != len(prompts):
+        what = f"{len(prompt_2)} for {len(prompts)} prompts"
+        raise RecipeError(what, where="--prompt-2", mend="give one for each PROMPT")
     wanted = [(prompt, seed + index) for prompt in prompts for index in range(count)]
     targets = picture_targets(out, prompts, wanted)
     effects = {
         "--negative": negative, "--no-cfg-until": no_cfg_until, "--guidance-start": guidance_start,
         "--guidance-stop": guidance_stop != 1, "--guidance-rescale": guidance_rescale,
-        "--batch-cfg": batch_cfg is not Batch.auto,
+        "--batch-cfg": batch_cfg is not Batch.auto, "--negative-2": negative_2 is not None,
     }  # fmt: skip
     _check_guidance(guidance, guidance_start, guidance_stop, guidance_rescale, no_cfg_until)
     _refuse_unused(guidance, effects)
+    ladder = None if sigmas is None else _ladder(sigmas, steps)
+    steps = steps if ladder is None else len(ladder)
     if steps is not None:
         _refuse_unguided(steps, no_cfg_until, guidance_start, guidance_stop)  # before anything is loaded
 
     from libreflux.cli.adapters import default_model
     from libreflux.cli.drawing import open_for_drawing
+    from libreflux.sample.encoding import check_max_tokens
     from libreflux.sample.metadata import Origin
 
     model = model or default_model(adapter or ())
-    opened = open_for_drawing(model, adapter or (), device)
-    facts = opened.facts
+    chosen = open_for_drawing(model, adapter or (), device, offload, "int8" if quantize else None)
+    facts, size = chosen.facts, chosen.size
+    check_max_tokens(facts, max_tokens, "--max-tokens")
     steps = facts.steps if steps is None else steps
     if guidance is None:
         guidance = 1.0 if facts.guidance_embeds else facts.guidance
         _refuse_unused(guidance, effects)
     _refuse_unguided(steps, no_cfg_until, guidance_start, guidance_stop)
-    size = opened.pipe.default_size
     common = Origin(
         prompt="", seed=0, negative=negative, steps=steps, guidance=guidance, width=width or size,
         height=height or size, model=model, no_cfg_until=no_cfg_until, guidance_start=guidance_start,
         guidance_stop=guidance_stop, guidance_rescale=guidance_rescale, batch_cfg=batch_cfg.as_value, tile=tile,
-        embedded_guidance=facts.guidance if facts.guidance_embeds else None,
+        embedded_guidance=facts.guidance if facts.guidance_embeds else None, quantize=chosen.quantize,
+        negative_2=negative_2, max_tokens=max_tokens, sigmas=ladder,
     )  # fmt: skip
-    origins = [dataclasses.replace(opened.stamped(common), prompt=prompt, seed=own) for prompt, own in wanted]
-    _draw_all(opened, list(zip(origins, targets, strict=True)), with_metadata=not no_metadata)
+    seconds = [prompt_2[index // count] if prompt_2 else None for index in range(len(wanted))]
+    origins = [
+        dataclasses.replace(common, prompt=prompt, prompt_2=second, seed=own)
+        for (prompt, own), second in zip(wanted, seconds, strict=True)
+    ]
+    opened = chosen.load(origins)
+    stamped = [opened.stamped(origin) for origin in origins]
+    _draw_all(opened, list(zip(stamped, targets, strict=True)), with_metadata=not no_metadata)
 
 
 def _draw_all(opened: Opened, wanted: list[tuple[Origin, Path]], *, with_metadata: bool) -> None:
@@ -160,6 +183,20 @@ def _check_guidance(scale: float | None, start: float, stop: float, rescale: flo
     check_values(given, names)
     if no_cfg_until and start:
         raise RecipeError("does what --guidance-start does", where="--no-cfg-until", mend="give one of them")
+
+
+def _ladder(text: str, steps: int | None) -> list[float]:
+    """The numbers of `--sigmas`."""
+    from libreflux.sample.settings import check_values
+
+    if steps is not None:
+        raise RecipeError("has no effect beside --sigmas", where="--steps", mend="give one of them")
+    try:
+        sigmas = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise RecipeError(f"{text!r} is no list of numbers", where="--sigmas", mend="write 1,0.75,0.5,0.25") from None
+    check_values({"sigmas": sigmas}, {"sigmas": "--sigmas"})
+    return sigmas
 
 
 def _refuse_beside_remake(context: typer.Context) -> None:

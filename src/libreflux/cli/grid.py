@@ -8,14 +8,15 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from libreflux.cli.options import Offload, OffloadOption, QuantizeOption
 from libreflux.errors import LibrefluxError, RecipeError, RunError
 
 if TYPE_CHECKING:
-    from libreflux.cli.drawing import Opened
+    from libreflux.cli.drawing import Chosen, Opened
     from libreflux.sample.metadata import Origin
 
 MOST = 10_000
@@ -49,6 +50,8 @@ def grid(
     width: Annotated[int | None, typer.Option(min=16, help="Pixels, a multiple of 16; default: the model's.")] = None,
     height: Annotated[int | None, typer.Option(min=16, help="Pixels, a multiple of 16; default: the model's.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    quantize: QuantizeOption = None,
+    offload: OffloadOption = Offload.auto,
     out: Annotated[Path, typer.Option(help="Folder of grid.png, index.html and the cells; continued.")] = Path(
         "out/grid"
     ),
@@ -66,12 +69,16 @@ def grid(
     columns = [Column(*each) for each in itertools.product(models, counts, scales)]
     rows = list(itertools.product(prompts, noises))
 
+    from libreflux.cli.drawing import device_for
     from libreflux.cli.grid_page import write
     from libreflux.files import lock
 
     common = {"negative": negative, "width": width, "height": height}
+    if quantize is not None:
+        common["quantize"] = quantize.value
+    device_for(device, offload, quantize)  # before there is a folder
     with lock(out):
-        cells = _Cells(out, common, adapter or [], device, len(rows) * len(columns))
+        cells = _Cells(out, common, adapter or [], device, offload, columns, rows)
         drawn = [[cells.cell(column, prompt, seed) for prompt, seed in rows] for column in columns]
         table = [list(row) for row in zip(*drawn, strict=True)]
         page = write(out, table, [f"{prompt}, seed {seed}" for prompt, seed in rows], len(models) > 1)
@@ -82,11 +89,20 @@ class _Cells:
     """Pictures by column, prompt and seed; a model is opened when its first missing one is asked for."""
 
     def __init__(
-        self, out: Path, common: dict[str, str | int | None], adapters: list[str], device: str, total: int
+        self,
+        out: Path,
+        common: dict[str, str | int | None],
+        adapters: list[str],
+        device: str,
+        offload: Offload,
+        columns: list[Column],
+        rows: list[tuple[str, int]],
     ) -> None:
-        self.out, self.common, self.adapters, self.device, self.total = out, common, adapters, device, total
+        self.out, self.common, self.adapters, self.device, self.offload = out, common, adapters, device, offload
+        self.quantize: Literal["int8"] | None = "int8" if "quantize" in common else None
+        self.columns, self.rows, self.total = columns, rows, len(columns) * len(rows)
         self.made = self.done = 0
-        self._opened: tuple[str, Opened] | None = None
+        self._opened: tuple[str, Chosen, Opened] | None = None
         self._weights: dict[str, list[object]] = {}
 
     def cell(self, column: Column, prompt: str, seed: int) -> tuple[Path, Origin]:
@@ -112,30 +128,42 @@ class _Cells:
         return self._weights[model]
 
     def _draw(self, column: Column, prompt: str, seed: int, path: Path) -> Origin:
-        from libreflux.cli.drawing import open_for_drawing
         from libreflux.cli.progress import progress
-        from libreflux.sample.metadata import Origin, save_png
+        from libreflux.sample.metadata import save_png
 
-        if self._opened is None or self._opened[0] != column.model:
-            self._opened = None  # before the next one needs the memory
-            self._opened = column.model, open_for_drawing(column.model, self.adapters, self.device)
-        opened = self._opened[1]
-        facts, size = opened.facts, opened.pipe.default_size
-        own = 1.0 if facts.guidance_embeds else facts.guidance
-        scale = own if column.guidance is None else column.guidance
-        wanted = Origin(
-            prompt=prompt, seed=seed, negative=str(self.common["negative"]) if scale > 1 else "",
-            steps=column.steps or facts.steps, guidance=scale, width=int(self.common["width"] or size),
-            height=int(self.common["height"] or size), model=column.model,
-            embedded_guidance=facts.guidance if facts.guidance_embeds else None,
-        )  # fmt: skip
-        origin = opened.stamped(wanted)
+        chosen, opened = self._open(column.model)
+        origin = opened.stamped(self._wanted(chosen, column, prompt, seed))
         with progress("drawing", "step") as report:
             note = f"cell {self.done} of {self.total}"
             image = opened.draw(origin, lambda step: report(step.index + 1, origin.steps, note))
         save_png(image, path, origin)
         self.made += 1
         return origin
+
+    def _open(self, model: str) -> tuple[Chosen, Opened]:
+        """The model, ready for every cell of its columns: their texts are encoded together, before it is loaded."""
+        from libreflux.cli.drawing import open_for_drawing
+
+        if self._opened is None or self._opened[0] != model:
+            self._opened = None  # before the next one needs the memory
+            chosen = open_for_drawing(model, self.adapters, self.device, self.offload, self.quantize)
+            columns = [column for column in self.columns if column.model == model]
+            wanted = [self._wanted(chosen, column, *row) for column in columns for row in self.rows]
+            self._opened = model, chosen, chosen.load(wanted)
+        return self._opened[1:]
+
+    def _wanted(self, chosen: Chosen, column: Column, prompt: str, seed: int) -> Origin:
+        from libreflux.sample.metadata import Origin
+
+        facts, size = chosen.facts, chosen.size
+        own = 1.0 if facts.guidance_embeds else facts.guidance
+        scale = own if column.guidance is None else column.guidance
+        return Origin(
+            prompt=prompt, seed=seed, negative=str(self.common["negative"]) if scale > 1 else "",
+            steps=column.steps or facts.steps, guidance=scale, width=int(self.common["width"] or size),
+            height=int(self.common["height"] or size), model=column.model,
+            embedded_guidance=facts.guidance if facts.guidance_embeds else None, quantize=chosen.quantize,
+        )  # fmt: skip
 
 
 def numbers(where: str, text: str, *, whole: bool = False, least: float = 0.0) -> list[float]:

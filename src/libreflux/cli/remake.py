@@ -14,14 +14,23 @@ from PIL import Image
 from libreflux.cli.adapters import adapter_argument
 from libreflux.cli.drawing import open_for_drawing
 from libreflux.cli.generate import picture_targets
+from libreflux.cli.options import Offload
 from libreflux.cli.progress import progress
 from libreflux.errors import DataError, RecipeError
+from libreflux.sample.encoding import check_max_tokens
 from libreflux.sample.metadata import Origin, differences, read_origin, save_png
 from libreflux.sample.settings import check_values
 
 
 def draw_again(
-    picture: Path, model: str | None, adapters: Sequence[str], device: str, out: Path, *, with_metadata: bool
+    picture: Path,
+    model: str | None,
+    adapters: Sequence[str],
+    device: str,
+    out: Path,
+    *,
+    offload: Offload = Offload.auto,
+    with_metadata: bool = True,
 ) -> None:
     """Draw what `picture` tells of into `out`; say what differs from then, and whether the pixels do.
 
@@ -31,6 +40,7 @@ def draw_again(
         adapters: where its adapters are now, in their order; the weights are the picture's.
         device: see `model.device`.
         out: a .png file, or a folder.
+        offload: see `cli.options`.
         with_metadata: of the new picture.
 
     Raises:
@@ -44,7 +54,11 @@ def draw_again(
         target = out / f"{picture.stem}-again.png"
     if os.path.exists(target) and os.path.samefile(target, picture):
         raise RecipeError("would replace the picture itself", where=target, mend="name another place with --out")
-    opened = open_for_drawing(model or origin.model, _found(origin, adapters, picture), device)
+    chosen = open_for_drawing(
+        model or origin.model, _found(origin, adapters, picture), device, offload, origin.quantize
+    )
+    check_max_tokens(chosen.facts, origin.max_tokens, f"{picture}: max_tokens")
+    opened = chosen.load([origin])
     now = dataclasses.replace(opened.stamped(origin), model=model or origin.model)
     changed = differences(origin, now)
     for line in changed:
@@ -60,9 +74,10 @@ def _check(origin: Origin, picture: Path) -> None:
     """Raises DataError for numbers that nothing can be drawn with."""
     try:
         check_values({
-            "num_inference_steps": origin.steps, "guidance_scale": origin.guidance, "width": origin.width,
-            "height": origin.height, "no_cfg_until": origin.no_cfg_until, "guidance_start": origin.guidance_start,
-            "guidance_stop": origin.guidance_stop, "guidance_rescale": origin.guidance_rescale,
+            "num_inference_steps": origin.steps, "sigmas": origin.sigmas, "guidance_scale": origin.guidance,
+            "width": origin.width, "height": origin.height, "no_cfg_until": origin.no_cfg_until,
+            "guidance_start": origin.guidance_start, "guidance_stop": origin.guidance_stop,
+            "guidance_rescale": origin.guidance_rescale,
         })  # fmt: skip
     except RecipeError as error:
         what = f"damaged origin ({error.where} {error.what})"

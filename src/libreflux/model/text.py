@@ -114,22 +114,28 @@ class TextEncoders:
         return self
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], *, padding: str, max_tokens: int) -> TextConditioning:
+    def encode(
+        self, prompts: Sequence[str], *, padding: str, max_tokens: int, prompts_2: Sequence[str] | None = None
+    ) -> TextConditioning:
         """Encode prompts; "" is one like another (T5: its end token alone). A result depends on its own prompt only.
 
         T5 reads up to `max_tokens` tokens, its end token included; what is longer is cut, with a warning. CLIP reads
-        the first 77 of its own tokens, as FLUX does: it gives the pooled vector alone.
+        the first 77 of its own tokens, as FLUX does (see `unseen_by_clip`): it gives the pooled vector alone.
 
         Args:
             prompts: B texts.
             padding: "drop", "trim", "keep" or "bias".
             max_tokens: T5's limit, and under all but "drop" the length to which it is padded.
+            prompts_2: B other texts for T5; None is `prompts`.
 
         Raises:
             ModelError: an unknown padding.
+            ValueError: numbers of texts that do not agree.
         """
         check_padding(padding)
-        ids = [self._t5_ids(prompt, max_tokens) for prompt in prompts]
+        if prompts_2 is not None and len(prompts_2) != len(prompts):
+            raise ValueError(f"{len(prompts_2)} second prompts for {len(prompts)} prompts")
+        ids = [self._t5_ids(prompt, max_tokens) for prompt in (prompts if prompts_2 is None else prompts_2)]
         tokens = self._t5(ids, None if padding == "drop" else max_tokens, cut=padding == "trim")
         favoured = [len(each) for each in ids] if padding == "bias" else None
         return TextConditioning(tokens, self._clip(prompts), favoured)
@@ -137,6 +143,16 @@ class TextEncoders:
     def count_tokens(self, prompts: Sequence[str], *, max_tokens: int) -> list[int]:
         """T5 tokens of each prompt as `encode` gives them, without running an encoder."""
         return [len(self._t5_ids(prompt, max_tokens)) for prompt in prompts]
+
+    def unseen_by_clip(self, prompt: str) -> str:
+        """The end of a prompt, as CLIP's tokenizer spells it, that is beyond its tokens (FLUX.1: 77); mostly ""."""
+        ids = self.tokenizer(prompt, verbose=False).input_ids
+        unseen: str = self.tokenizer.decode(ids[self._clip_limit - 1 : -1])  # the last that is seen is the end token
+        return unseen.strip()
+
+    @property
+    def _clip_limit(self) -> int:
+        return int(min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings))
 
     def _t5_ids(self, prompt: str, max_tokens: int) -> list[int]:
         # verbose=False: the tokenizer's own remark on length would come before ours, without its mend.
@@ -168,13 +184,12 @@ class TextEncoders:
 
     def _clip(self, prompts: Sequence[str]) -> Tensor:
         device = self.text_encoder.device
-        limit = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
         pooled = []
         for start in range(0, len(prompts), 64):
             ids = self.tokenizer(
                 list(prompts[start : start + 64]),
                 padding="max_length",
-                max_length=limit,
+                max_length=self._clip_limit,
                 truncation=True,
                 return_tensors="pt",
             ).input_ids.to(device)

@@ -25,8 +25,11 @@ class Origin:
     Attributes:
         schema: version of this format, 1.
         prompt, negative: the texts.
+        prompt_2, negative_2: what T5 read instead; None is the same.
+        max_tokens: T5's limit; None is the model's own.
         seed: of this picture.
         steps: sampling steps.
+        sigmas: an own ladder of as many, before the model's shift; None is the even one.
         guidance: guidance scale.
         width, height: pixels.
         model: as the user named it.
@@ -36,7 +39,8 @@ class Origin:
         batch_cfg: True, False or "auto": how the passes were batched, which decides the last bits.
         tile: whether the VAE decoded in tiles; None is by size.
         embedded_guidance: of a guidance-distilled model; None for others.
-        dtype: of the transformer's weights.
+        quantize: "int8" where the transformer was quantised while it was read; None: as stored.
+        dtype: of the transformer's weights; "int8, " and the dtype of its other tensors where its linears are int8.
         device: what computed it: the last bits are its own.
         hashes: name (e.g. "transformer") to SHA-256.
         adapters: file, sha256 and weight of each adapter, in order.
@@ -52,6 +56,10 @@ class Origin:
     width: int
     height: int
     model: str
+    prompt_2: str | None = None
+    negative_2: str | None = None
+    max_tokens: int | None = None
+    sigmas: list[float] | None = None
     no_cfg_until: int = 0
     guidance_start: float = 0.0
     guidance_stop: float = 1.0
@@ -59,6 +67,7 @@ class Origin:
     batch_cfg: bool | Literal["auto"] = "auto"
     tile: bool | None = None
     embedded_guidance: float | None = None
+    quantize: Literal["int8"] | None = None
     dtype: str = "float32"
     device: str = "unrecorded"
     hashes: dict[str, str] = field(default_factory=dict)
@@ -78,14 +87,23 @@ class Origin:
             "Size": f"{self.width}x{self.height}",
             "Model": self.model,
         }
+        if self.sigmas is not None:
+            facts["Sigmas"] = " ".join(f"{sigma:g}" for sigma in self.sigmas)
         if self.embedded_guidance is not None:
             facts["Distilled CFG scale"] = f"{self.embedded_guidance:g}"
         if self.guidance > 1:
             facts |= self._guidance_parameters()
+        for name, text in (("Prompt 2", self.prompt_2), ("Negative prompt 2", self.negative_2)):
+            if text is not None:
+                facts[name] = json.dumps(text, ensure_ascii=False)  # quoted, as A1111 does where a value has commas
+        if self.max_tokens is not None:
+            facts["Max tokens"] = self.max_tokens
         if self.tile is not None:
             facts["Tiled VAE"] = self.tile
         if "transformer" in self.hashes:
             facts["Model hash"] = self.hashes["transformer"][:10]
+        if self.quantize is not None:
+            facts["Quantized"] = self.quantize
         if self.adapters:
             facts["Adapters"] = " ".join(f"{row['file']}:{row['weight']:g}" for row in self.adapters)
         facts["Version"] = f"libreflux {self.versions.get('libreflux', '?')}"

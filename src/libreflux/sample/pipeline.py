@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from libreflux.model import latents as latent_space
 from libreflux.model.facts import Facts, write_facts
 from libreflux.model.family import Model, open_model
 from libreflux.model.text import TextConditioning, TextEncoders
+from libreflux.sample.encoding import encode_prompts
 from libreflux.sample.guidance import BatchCfg, GuidedVelocity
 from libreflux.sample.noise import Generators, start
 from libreflux.sample.output import decoded, to_pil
@@ -126,7 +126,12 @@ class LibreFluxPipeline(DiffusionPipeline):
     @property
     def default_size(self) -> int:
         """Pixels per side that the VAE was made for, in multiples of 16."""
-        return max(16, int(self.vae.config.sample_size) // 16 * 16)
+        return self.size_of(self.vae)
+
+    @staticmethod
+    def size_of(vae: AutoencoderKL) -> int:
+        """Pixels per side that a VAE was made for, in multiples of 16."""
+        return max(16, int(vae.config.sample_size) // 16 * 16)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # type: ignore[override]
         """diffusers' own, and the facts beside it, so that `from_pretrained` draws alike."""
@@ -139,7 +144,7 @@ class LibreFluxPipeline(DiffusionPipeline):
         prompts_2: str | Sequence[str] | None = None,
         max_sequence_length: int | None = None,
     ) -> TextConditioning:
-        """Prompts to conditioning, under the model's own text padding.
+        """Prompts to conditioning, under the model's own text padding; warns of what an encoder does not see.
 
         Args:
             prompts: P texts, for CLIP and T5.
@@ -154,16 +159,9 @@ class LibreFluxPipeline(DiffusionPipeline):
             raise ModelError(
                 "this pipeline has no text encoders", mend="pass prompt_conditioning and negative_conditioning"
             )
-        most = self.facts.max_tokens
-        tokens = most if max_sequence_length is None else max_sequence_length
-        if not 1 <= tokens <= most:
-            raise RecipeError(f"cannot be {tokens}", where="max_sequence_length", mend=f"use 1 to {most}")
         encoders = TextEncoders(self.tokenizer, self.text_encoder, self.tokenizer_2, self.text_encoder_2)
-        clip, t5 = _listed(prompts), _listed(prompts if prompts_2 is None else prompts_2)
-        if len(clip) != len(t5):
-            raise RecipeError(f"{len(t5)} second prompts for {len(clip)} prompts", mend="give one each")
-        found = encoders.encode(t5, padding=self.facts.text_padding, max_tokens=tokens)
-        return found if clip == t5 else dataclasses.replace(found, pooled=encoders._clip(clip))
+        second = None if prompts_2 is None else _listed(prompts_2)
+        return encode_prompts(encoders, self.facts, _listed(prompts), second, max_sequence_length)
 
     @property
     def interrupt(self) -> bool:

@@ -1,0 +1,53 @@
+"""Options of the verbs that draw, whose values are words."""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Literal
+
+import typer
+
+
+class Batch(enum.StrEnum):
+    """`--batch-cfg`."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+    @property
+    def as_value(self) -> bool | Literal["auto"]:
+        """As `LibreFluxPipeline` takes it."""
+        return "auto" if self is Batch.auto else self is Batch.on
+
+
+class Offload(enum.StrEnum):
+    """`--offload`: what of a model is in memory beside what computes. The pictures are the same bits whichever way."""
+
+    auto = "auto"
+    none = "none"
+    model = "model"
+    sequential = "sequential"
+
+
+class Quantize(enum.StrEnum):
+    """`--quantize`: how a transformer's weights are kept in memory, whatever is stored."""
+
+    int8 = "int8"
+
+
+QuantizeOption = Annotated[
+    Quantize | None,
+    typer.Option(
+        help="int8: quantise the transformer tensor by tensor while it is read; a quarter of fp32's memory, half of "
+        "bf16's. Default: as stored.",
+        show_default=False,
+    ),
+]
+OffloadOption = Annotated[
+    Offload,
+    typer.Option(
+        help="auto: the text encoders go before the transformer comes; none: all stays; on CUDA also model or "
+        "sequential: the transformer waits in RAM and comes whole, or layer by layer."
+    ),
+]

@@ -1,0 +1,84 @@
+"""Prompts to conditioning as a call asks for them: values checked, and what an encoder does not see told."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from libreflux.errors import RecipeError
+from libreflux.model.facts import Facts
+from libreflux.model.text import TextConditioning, TextEncoders
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a picture asks of the encoders, for its prompt or for its negative prompt.
+
+    Attributes:
+        prompt: CLIP's text, and T5's.
+        prompt_2: T5's, where it is another.
+        max_tokens: T5's limit; None is the model's own.
+    """
+
+    prompt: str
+    prompt_2: str | None = None
+    max_tokens: int | None = None
+
+
+def encode_prompts(
+    encoders: TextEncoders,
+    facts: Facts,
+    prompts: Sequence[str],
+    prompts_2: Sequence[str] | None = None,
+    max_tokens: int | None = None,
+) -> TextConditioning:
+    """P prompts under a model's own text padding; warns of what CLIP does not see, as `TextEncoders.encode` of T5.
+
+    Args:
+        encoders: the model's.
+        facts: the model's.
+        prompts: texts for CLIP and T5.
+        prompts_2: as many other texts for T5; None is `prompts`.
+        max_tokens: T5's limit, 1 to the model's own, which None is.
+
+    Raises:
+        RecipeError: a limit out of range, or numbers of texts that do not agree.
+        ModelError: a text padding that is not known.
+    """
+    check_max_tokens(facts, max_tokens)
+    if prompts_2 is not None and len(prompts_2) != len(prompts):
+        raise RecipeError(f"{len(prompts_2)} second prompts for {len(prompts)} prompts", mend="give one each")
+    for prompt in dict.fromkeys(prompts):
+        if unseen := encoders.unseen_by_clip(prompt):
+            other = (
+                "T5 does, up to its own limit" if prompts_2 is None else "nor does T5, which has a prompt of its own"
+            )
+            logger.warning("the prompt is too long for CLIP, which does not see %r; %s", _short(unseen), other)
+    limit = facts.max_tokens if max_tokens is None else max_tokens
+    return encoders.encode(prompts, padding=facts.text_padding, max_tokens=limit, prompts_2=prompts_2)
+
+
+def encode_ahead(encoders: TextEncoders, facts: Facts, texts: Iterable[Text]) -> dict[Text, TextConditioning]:
+    """Every text on the CPU, so that its encoders can go: alone, as batch mates have a say in the last bits.
+
+    Raises:
+        RecipeError, ModelError: see `encode_prompts`.
+    """
+    found = {}
+    for text in dict.fromkeys(texts):
+        second = None if text.prompt_2 is None else [text.prompt_2]
+        found[text] = encode_prompts(encoders, facts, [text.prompt], second, text.max_tokens).to("cpu")
+    return found
+
+
+def check_max_tokens(facts: Facts, max_tokens: int | None, name: str = "max_sequence_length") -> None:
+    """Raises RecipeError for a limit out of the model's range; `name` is what the user calls it."""
+    if max_tokens is not None and not 1 <= max_tokens <= facts.max_tokens:
+        raise RecipeError(f"cannot be {max_tokens}", where=name, mend=f"use 1 to {facts.max_tokens}")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,85 @@
+"""`--quantize int8`: what a folder in int8 draws, recorded and drawn again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from libreflux.sample.metadata import Origin, read_origin
+
+COMMON = ["a fox", "--guidance", 3, "--steps", 2, "--seed", 4]
+
+
+def pixels(path: Path) -> bytes:
+    with Image.open(path) as image:
+        return image.tobytes()
+
+
+@pytest.fixture(scope="module")
+def drawn(run: Callable, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("int8") / "a.png"
+    done = run("generate", *COMMON, "--model", tiny_model_dir, "--quantize", "int8", "--out", path)
+    assert done.code == 0, done.err
+    return path
+
+
+def test_draws_what_the_exported_model_draws(run: Callable, tiny_model_dir: Path, drawn: Path, tmp_path: Path) -> None:
+    assert run("export", tiny_model_dir, "--int8", "--out", tmp_path / "int8").code == 0
+    for name, model in (("stored", tmp_path / "int8"), ("dense", tiny_model_dir)):
+        assert run("generate", *COMMON, "--model", model, "--out", tmp_path / f"{name}.png").code == 0
+    assert pixels(drawn) == pixels(tmp_path / "stored.png") != pixels(tmp_path / "dense.png")
+    told = {name: read_origin(tmp_path / f"{name}.png") for name in ("stored", "dense")} | {"drawn": read_origin(drawn)}
+    assert {name: (origin.quantize, origin.dtype) for name, origin in told.items()} == {
+        "drawn": ("int8", "int8, float32"), "stored": (None, "int8, float32"), "dense": (None, "float32")
+    }  # fmt: skip
+    assert told["drawn"].hashes == told["dense"].hashes  # of what is stored
+    assert "Quantized: int8" in told["drawn"].parameters() and "Quantized" not in told["stored"].parameters()
+
+
+def test_is_done_again_for_a_remake(run: Callable, drawn: Path, tmp_path: Path) -> None:
+    again = run("generate", "--remake", drawn, "--out", tmp_path / "b.png")
+    assert again.code == 0 and "bit for bit" in again.err and " was " not in again.err
+    assert (tmp_path / "b.png").read_bytes() == drawn.read_bytes()
+
+
+def test_an_adapter_goes_on_top(run: Callable, tiny_model_dir: Path, trained: Path, tmp_path: Path) -> None:
+    options = ["--model", tiny_model_dir, "--adapter", trained]
+    found = []
+    for name, more in (("int8", ["--quantize", "int8"]), ("dense", [])):
+        assert run("generate", *COMMON, *options, *more, "--out", tmp_path / f"{name}.png").code == 0
+        found.append(pixels(tmp_path / f"{name}.png"))
+    assert found[0] != found[1]
+    again = run("generate", "--remake", tmp_path / "int8.png", "--adapter", trained, "--out", tmp_path / "again.png")
+    assert again.code == 0 and pixels(tmp_path / "again.png") == found[0]
+
+
+def test_grid_cells_of_both_kinds_live_side_by_side(
+    run: Callable, tiny_model_dir: Path, drawn: Path, tmp_path: Path
+) -> None:
+    command = [
+        "grid",
+        "a fox",
+        "--guidance",
+        3,
+        "--steps",
+        2,
+        "--seeds",
+        4,
+        "--model",
+        tiny_model_dir,
+        "--out",
+        tmp_path,
+    ]
+    for more in ([], ["--quantize", "int8"]):
+        assert "1 of 1 cells were drawn now" in run(*command, *more).out
+    assert "0 of 1 cells" in run(*command, "--quantize", "int8").out
+    cells: dict[str | None, tuple[Path, Origin]] = {
+        origin.quantize: (path, origin) for path in (tmp_path / "cells").iterdir() for origin in [read_origin(path)]
+    }
+    path, origin = cells["int8"]
+    assert pixels(path) == pixels(drawn) != pixels(cells[None][0])
+    assert dataclasses.asdict(origin) == dataclasses.asdict(read_origin(drawn))

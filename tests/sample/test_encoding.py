@@ -1,0 +1,37 @@
+"""Texts encoded ahead of the pictures, and what is said of those that are too long."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from libreflux.errors import RecipeError
+from libreflux.model.family import Model
+from libreflux.sample.encoding import Text, encode_ahead
+from libreflux.sample.pipeline import LibreFluxPipeline
+
+LONG = " ".join(["fox"] * 75 + ["a", "red", "apple"])
+
+
+def test_ahead_is_as_in_a_call(model: Model, pipe: LibreFluxPipeline) -> None:
+    assert model.text is not None
+    texts = [Text("a fox"), Text("a red apple on blue", "a rocket", 3), Text("a fox")]
+    found = encode_ahead(model.text, model.facts, texts)
+    assert len(found) == 2
+    for text in texts:
+        alone = pipe.encode_prompt(text.prompt, text.prompt_2, text.max_tokens)
+        assert torch.equal(found[text].tokens[0], alone.tokens[0]) and torch.equal(found[text].pooled, alone.pooled)
+    with pytest.raises(RecipeError, match="max_sequence_length: cannot be 513; mend: use 1 to 512"):
+        encode_ahead(model.text, model.facts, [Text("a fox", max_tokens=513)])
+
+
+def test_what_clip_does_not_see_is_told_once(pipe: LibreFluxPipeline, caplog: pytest.LogCaptureFixture) -> None:
+    pipe.encode_prompt([LONG, "a fox", LONG])
+    (record,) = caplog.records
+    assert "does not see 'a red apple'; T5 does" in record.getMessage()
+    caplog.clear()
+    pipe.encode_prompt(LONG, "a fox")
+    assert "does not see 'a red apple'; nor does T5" in caplog.text
+    caplog.clear()
+    pipe.encode_prompt("a fox", LONG)
+    assert not caplog.records  # T5's limit is 512
