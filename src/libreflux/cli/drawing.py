@@ -27,6 +27,7 @@ from libreflux.model.device import pick_device
 from libreflux.model.facts import Facts
 from libreflux.model.family import Model, open_model, weights_hash
 from libreflux.model.int8 import int8_layers
+from libreflux.model.single_file import SingleFiles
 from libreflux.model.text import TextConditioning, TextEncoders, check_padding
 from libreflux.sample.encoding import Text, encode_ahead
 from libreflux.sample.metadata import Origin, versions
@@ -93,12 +94,14 @@ class Chosen:
 
     Attributes:
         model: with its facts as they are under the adapters.
+        source: what was named: a name, or single files.
         device: what computes.
         files: the adapters with their weights.
         offload, quantize: see `cli.options`.
     """
 
     model: Model
+    source: str | SingleFiles
     device: torch.device
     files: Sequence[tuple[AdapterFile, float]]
     offload: Offload = Offload.auto
@@ -156,11 +159,11 @@ class Chosen:
 
     def _open(self, parts: Sequence[str], device: torch.device) -> Model:
         with _notices_were_given():
-            return open_model(self.model.name, parts=parts, device=device, quantise=self.quantize and True)
+            return open_model(self.source, parts=parts, device=device, quantise=self.quantize and True)
 
 
 def open_for_drawing(
-    model: str,
+    model: str | SingleFiles,
     adapters: Iterable[str] = (),
     device: str = "auto",
     offload: Offload = Offload.auto,
@@ -178,9 +181,9 @@ def open_for_drawing(
     with _notices_were_given():
         opened = open_model(model, parts=("vae",), device=place)
     if opened.vae is None:
-        raise ModelError("has no VAE", where=model, mend="use a complete model")
+        raise ModelError("has no VAE", where=str(model), mend="use a complete model")
     opened.facts = facts
-    return Chosen(opened, place, files, offload, quantize)
+    return Chosen(opened, model, place, files, offload, quantize)
 
 
 def device_for(name: str, offload: Offload, quantize: str | None = None) -> torch.device:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from libreflux.cli.models import Base, ComfyUI, chosen_model
 from libreflux.cli.options import Batch, Offload, OffloadOption, QuantizeOption
 from libreflux.errors import RecipeError
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from libreflux.cli.drawing import Opened
     from libreflux.sample.metadata import Origin
 
-REMAKE_TAKES = ("remake", "model", "adapter", "device", "offload", "no_metadata", "out")
+REMAKE_TAKES = ("remake", "model", "base", "comfyui", "adapter", "device", "offload", "no_metadata", "out")
 
 
 def generate(
@@ -81,6 +82,8 @@ def generate(
             "--tile/--no-tile", help="Decode in tiles, in less memory; default: above 1536 pixels.", show_default=False
         ),
     ] = None,
+    base: Base = None,
+    comfyui: ComfyUI = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     quantize: QuantizeOption = None,
     offload: OffloadOption = Offload.auto,
@@ -98,7 +101,10 @@ def generate(
         _refuse_beside_remake(context)
         from libreflux.cli.remake import draw_again
 
-        draw_again(remake, model, adapter or (), device, out, offload=offload, with_metadata=not no_metadata)
+        draw_again(
+            remake, model, adapter or (), device, out, offload=offload, base=base, comfyui=comfyui,
+            with_metadata=not no_metadata,
+        )  # fmt: skip
         return
     if not prompts:
         mend = "quote what to draw, or give --remake PIC.png; see libreflux generate --help"
@@ -128,8 +134,8 @@ def generate(
     from libreflux.sample.encoding import check_max_tokens
     from libreflux.sample.metadata import Origin
 
-    model = model or default_model(adapter or ())
-    chosen = open_for_drawing(model, adapter or (), device, offload, "int8" if quantize else None)
+    source = chosen_model(model, base, comfyui) or default_model(adapter or ())
+    chosen = open_for_drawing(source, adapter or (), device, offload, "int8" if quantize else None)
     facts, size = chosen.facts, chosen.size
     check_max_tokens(facts, max_tokens, "--max-tokens")
     steps = facts.steps if steps is None else steps
@@ -139,7 +145,7 @@ def generate(
     _refuse_unguided(steps, no_cfg_until, guidance_start, guidance_stop)
     common = Origin(
         prompt="", seed=0, negative=negative, steps=steps, guidance=guidance, width=width or size,
-        height=height or size, model=model, no_cfg_until=no_cfg_until, guidance_start=guidance_start,
+        height=height or size, model=str(source), no_cfg_until=no_cfg_until, guidance_start=guidance_start,
         guidance_stop=guidance_stop, guidance_rescale=guidance_rescale, batch_cfg=batch_cfg.as_value, tile=tile,
         embedded_guidance=facts.guidance if facts.guidance_embeds else None, quantize=chosen.quantize,
         negative_2=negative_2, max_tokens=max_tokens, sigmas=ladder,

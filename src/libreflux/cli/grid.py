@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from libreflux.cli.models import Base, ComfyUI, chosen_model
 from libreflux.cli.options import Offload, OffloadOption, QuantizeOption
 from libreflux.errors import LibrefluxError, RecipeError, RunError
 
 if TYPE_CHECKING:
     from libreflux.cli.drawing import Chosen, Opened
+    from libreflux.model.single_file import SingleFiles
     from libreflux.sample.metadata import Origin
 
 MOST = 10_000
@@ -49,6 +51,8 @@ def grid(
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     width: Annotated[int | None, typer.Option(min=16, help="Pixels, a multiple of 16; default: the model's.")] = None,
     height: Annotated[int | None, typer.Option(min=16, help="Pixels, a multiple of 16; default: the model's.")] = None,
+    base: Base = None,
+    comfyui: ComfyUI = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     quantize: QuantizeOption = None,
     offload: OffloadOption = Offload.auto,
@@ -65,8 +69,8 @@ def grid(
     scales = [None] if guidance is None else numbers("--guidance", guidance)
     counts = [None] if steps is None else [int(n) for n in numbers("--steps", steps, whole=True, least=1)]
     noises = [int(n) for n in numbers("--seeds", seeds, whole=True)]
-    models = model or ["emoji-libre"]
-    columns = [Column(*each) for each in itertools.product(models, counts, scales)]
+    sources = _sources(model or [], base, comfyui)
+    columns = [Column(*each) for each in itertools.product(sources, counts, scales)]
     rows = list(itertools.product(prompts, noises))
 
     from libreflux.cli.drawing import device_for
@@ -78,11 +82,21 @@ def grid(
         common["quantize"] = quantize.value
     device_for(device, offload, quantize)  # before there is a folder
     with lock(out):
-        cells = _Cells(out, common, adapter or [], device, offload, columns, rows)
+        cells = _Cells(out, common, sources, adapter or [], device, offload, columns, rows)
         drawn = [[cells.cell(column, prompt, seed) for prompt, seed in rows] for column in columns]
         table = [list(row) for row in zip(*drawn, strict=True)]
-        page = write(out, table, [f"{prompt}, seed {seed}" for prompt, seed in rows], len(models) > 1)
+        page = write(out, table, [f"{prompt}, seed {seed}" for prompt, seed in rows], len(sources) > 1)
     typer.echo(f"{out / 'grid.png'}\n{page}, to be looked at; {cells.made} of {cells.total} cells were drawn now")
+
+
+def _sources(models: list[str], base: str | None, comfyui: Path | None) -> dict[str, str | SingleFiles]:
+    """Name -> model; `--base` and `--comfyui` are for the single files among them."""
+    files = [model for model in models if model.lower().endswith(".safetensors")]
+    if not models or (not files and (base or comfyui)):
+        one = chosen_model(models[0] if models else None, base, comfyui) or "emoji-libre"
+        return {str(one): one, **{model: model for model in models[1:]}}
+    chosen = (chosen_model(model, *((base, comfyui) if model in files else (None, None))) for model in models)
+    return {str(one): one for one in chosen if one is not None}
 
 
 class _Cells:
@@ -92,6 +106,7 @@ class _Cells:
         self,
         out: Path,
         common: dict[str, str | int | None],
+        sources: dict[str, str | SingleFiles],
         adapters: list[str],
         device: str,
         offload: Offload,
@@ -100,6 +115,7 @@ class _Cells:
     ) -> None:
         self.out, self.common, self.adapters, self.device, self.offload = out, common, adapters, device, offload
         self.quantize: Literal["int8"] | None = "int8" if "quantize" in common else None
+        self.sources = sources
         self.columns, self.rows, self.total = columns, rows, len(columns) * len(rows)
         self.made = self.done = 0
         self._opened: tuple[str, Chosen, Opened] | None = None
@@ -123,8 +139,11 @@ class _Cells:
             from libreflux.cli.adapters import load_arguments
             from libreflux.model.family import locate, weights_hash
 
+            source = self.sources[model]
+            place = locate(source) if isinstance(source, str) else source.transformer
+            others = [] if isinstance(source, str) else [repr(source)]
             files = [[file.sha256, weight] for file, weight in load_arguments(self.adapters)]
-            self._weights[model] = [weights_hash(locate(model)), files]
+            self._weights[model] = [weights_hash(place), files, *others]
         return self._weights[model]
 
     def _draw(self, column: Column, prompt: str, seed: int, path: Path) -> Origin:
@@ -146,7 +165,7 @@ class _Cells:
 
         if self._opened is None or self._opened[0] != model:
             self._opened = None  # before the next one needs the memory
-            chosen = open_for_drawing(model, self.adapters, self.device, self.offload, self.quantize)
+            chosen = open_for_drawing(self.sources[model], self.adapters, self.device, self.offload, self.quantize)
             columns = [column for column in self.columns if column.model == model]
             wanted = [self._wanted(chosen, column, *row) for column in columns for row in self.rows]
             self._opened = model, chosen, chosen.load(wanted)

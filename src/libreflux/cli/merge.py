@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from libreflux.cli.models import Base, ComfyUI, chosen_model
 from libreflux.errors import RunError
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,8 @@ def merge(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the new model; it must not exist yet.", show_default=False)],
+    base: Base = None,
+    comfyui: ComfyUI = None,
 ) -> None:
     """Add adapters to a model's weights, in fp32, rounded once, and save a new model."""
     if out.exists():
@@ -36,16 +39,18 @@ def merge(
     from libreflux.model.int8 import dequantise_model
 
     files = load_arguments(adapters)
-    base = open_model(model, parts=("transformer",))
-    assert base.transformer is not None and base.path is not None
-    base_hash = weights_hash(base.path)
+    source = chosen_model(model, base, comfyui) or model
+    parts = ("transformer",) if isinstance(source, str) else ("transformer", "vae", "text")  # a folder has the rest
+    start = open_model(source, parts=parts)
+    assert start.transformer is not None and start.path is not None
+    base_hash = weights_hash(start.path)
     notice_other_base(base_hash, files)
-    dtype = base.transformer.dtype
-    if was_int8 := dequantise_model(base.transformer, torch.float32):
+    dtype = start.transformer.dtype
+    if was_int8 := dequantise_model(start.transformer, torch.float32):
         logger.warning("%s is stored in int8: the new model is in %s", model, str(dtype).removeprefix("torch."))
-    changed = merge_many(base.transformer, files)
+    changed = merge_many(start.transformer, files)
     for name in was_int8:
-        base.transformer.get_submodule(name).to(dtype)
+        start.transformer.get_submodule(name).to(dtype)
     lineage: dict[str, Any] = {
         "base": model,
         "base_sha256": base_hash,
@@ -59,10 +64,10 @@ def merge(
             for file, weight in files
         ],
     }
-    if base.facts.lineage:
-        lineage["base_lineage"] = base.facts.lineage
-    base.facts = dataclasses.replace(adapted_facts(base.facts, files), lineage=lineage)
-    save_model(base, out)
+    if start.facts.lineage:
+        lineage["base_lineage"] = start.facts.lineage
+    start.facts = dataclasses.replace(adapted_facts(start.facts, files), lineage=lineage)
+    save_model(start, out)
     typer.echo(f"{len(changed)} layers changed, saved in {out}")
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from libreflux.cli.adapters import adapter_argument
 from libreflux.cli.drawing import open_for_drawing
 from libreflux.cli.generate import picture_targets
+from libreflux.cli.models import chosen_model
 from libreflux.cli.options import Offload
 from libreflux.cli.progress import progress
 from libreflux.errors import DataError, RecipeError
@@ -30,6 +31,8 @@ def draw_again(
     out: Path,
     *,
     offload: Offload = Offload.auto,
+    base: str | None = None,
+    comfyui: Path | None = None,
     with_metadata: bool = True,
 ) -> None:
     """Draw what `picture` tells of into `out`; say what differs from then, and whether the pixels do.
@@ -41,6 +44,7 @@ def draw_again(
         device: see `model.device`.
         out: a .png file, or a folder.
         offload: see `cli.options`.
+        base, comfyui: see `cli.models`.
         with_metadata: of the new picture.
 
     Raises:
@@ -54,12 +58,12 @@ def draw_again(
         target = out / f"{picture.stem}-again.png"
     if os.path.exists(target) and os.path.samefile(target, picture):
         raise RecipeError("would replace the picture itself", where=target, mend="name another place with --out")
-    chosen = open_for_drawing(
-        model or origin.model, _found(origin, adapters, picture), device, offload, origin.quantize
-    )
+    named = model if model is not None or comfyui is not None else origin.model
+    source = chosen_model(named, base, comfyui) or origin.model
+    chosen = open_for_drawing(source, _found(origin, adapters, picture), device, offload, origin.quantize)
     check_max_tokens(chosen.facts, origin.max_tokens, f"{picture}: max_tokens")
     opened = chosen.load([origin])
-    now = dataclasses.replace(opened.stamped(origin), model=model or origin.model)
+    now = dataclasses.replace(opened.stamped(origin), model=str(source))
     changed = differences(origin, now)
     for line in changed:
         typer.echo(f"{picture}: {line}", err=True)
