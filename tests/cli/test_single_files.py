@@ -98,9 +98,11 @@ def test_what_cannot_be_opened_is_one_line(
     assert len([line for line in done.err.splitlines() if "error" in line]) == 1
 
 
-def test_verbs_that_want_a_folder_say_how_to_make_one(run: Callable, comfyui: Path, recipe: Path) -> None:
+def test_verbs_that_want_a_folder_say_how_to_make_one(
+    run: Callable, comfyui: Path, recipe: Path, tmp_path: Path
+) -> None:
     [single] = comfyui.rglob("flux1-*")
-    training = ["train", recipe, f"model={single}"]
+    training = ["train", recipe, f"model={single}", f"out={tmp_path / 'run'}"]
     for command in (["probe", single], training, [*training, "--dry-run"]):
         done = run(*command)
         assert done.code == 2 and "libreflux export FILE --base MODEL --for diffusers" in done.err, done.err
