@@ -36,7 +36,10 @@ def grid(
         list[str], typer.Argument(metavar="PROMPT...", help="What to draw; quote each prompt.", show_default=False)
     ],
     model: Annotated[
-        list[str] | None, typer.Option(help="Model: a name, a folder or a hub id; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="Model: a name, a folder or a hub id; may be repeated; default: emoji-libre, or the adapter's."
+        ),
     ] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="PATH[:WEIGHT]", help="Put on every model; may be repeated.")
@@ -65,14 +68,15 @@ def grid(
     scales = [None] if guidance is None else numbers("--guidance", guidance)
     counts = [None] if steps is None else [int(n) for n in numbers("--steps", steps, whole=True, least=1)]
     noises = [int(n) for n in numbers("--seeds", seeds, whole=True)]
-    models = model or ["emoji-libre"]
-    columns = [Column(*each) for each in itertools.product(models, counts, scales)]
-    rows = list(itertools.product(prompts, noises))
 
+    from libreflux.cli.adapters import default_model
     from libreflux.cli.drawing import device_for
     from libreflux.cli.grid_page import write
     from libreflux.files import lock
 
+    models = model or [default_model(adapter or ())]
+    columns = [Column(*each) for each in itertools.product(models, counts, scales)]
+    rows = list(itertools.product(prompts, noises))
     common = {"negative": negative, "width": width, "height": height}
     if quantize is not None:
         common["quantize"] = quantize.value
