@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from libreflux.adapter.files import AdapterFile
-from libreflux.cli.adapters import adapted_facts, adapter_argument, notice_other_base
+from libreflux.cli.adapters import adapted_facts, adapter_argument, default_model, notice_other_base
 from libreflux.cli.progress import clock, rate
 from libreflux.errors import AdapterError
 from libreflux.model.facts import KNOWN, freed
@@ -53,3 +53,11 @@ def test_other_weights_under_an_adapter_are_noticed(caplog: pytest.LogCaptureFix
     notice_other_base("2" * 64, files)
     (record,) = caplog.records
     assert "1111111111" in record.getMessage() and "2222222222" in record.getMessage()
+
+
+def test_the_demo_model_says_what_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    assert default_model([]) == "emoji-libre"
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "emoji-libre is a demo model: emoji only, 128 px; for photographs: --model jimmycarter/LibreFLUX (34 GB)"
+    )

@@ -105,11 +105,11 @@ def test_diffusers_reads_our_single_file_to_the_bit(tmp_path: Path) -> None:
     flux.save_config(config)
     theirs = FluxTransformer2DModel.from_single_file(one, config=str(config), torch_dtype=torch.bfloat16)
     assert equal(theirs, flux)
-    ours = open_model(one, parts=("transformer",)).transformer
+    ours = open_model(SingleFiles(transformer=one), parts=("transformer",)).transformer
     assert ours is not None and equal(ours, flux)
     bare = tmp_path / "bare.safetensors"
     save_file(load_file(one), bare)
-    told = open_model(bare, parts=("transformer",)).transformer
+    told = open_model(SingleFiles(transformer=bare), parts=("transformer",)).transformer
     assert told is not None and equal(told, flux)
     public = [{k: v for k, v in one.config.items() if not k.startswith("_")} for one in (told, flux)]
     assert public[0] == public[1]
@@ -144,7 +144,7 @@ def test_fp8_with_and_without_scales(files: Path, tmp_path: Path) -> None:
         path = tmp_path / f"fp8-{len(marks)}.safetensors"
         eight = (dense / scale).to(torch.float8_e4m3fn)
         save_file({**tensors, f"{name}.weight": eight, **marks}, path, metadata)
-        read = open_model(path, parts=("transformer",)).transformer
+        read = open_model(SingleFiles(transformer=path), parts=("transformer",)).transformer
         assert read is not None
         weight = read.get_submodule("single_transformer_blocks.0.proj_out").weight
         assert weight.dtype == torch.bfloat16
@@ -152,7 +152,7 @@ def test_fp8_with_and_without_scales(files: Path, tmp_path: Path) -> None:
 
 
 def test_int8_from_a_single_file_is_int8_of_the_folder(folder: Path, files: Path, tmp_path: Path) -> None:
-    ours = open_model(next(files.glob("flux1-*")), parts=("transformer",), quantise=True).transformer
+    ours = open_model(SingleFiles(transformer=next(files.glob("flux1-*"))), parts=("transformer",), quantise=True).transformer
     theirs = open_model(folder, parts=("transformer",), quantise=True).transformer
     assert ours is not None and theirs is not None and equal(ours, theirs)
     whole = open_model(find_comfyui(files), quantise=True)
@@ -204,24 +204,24 @@ def test_files_that_do_not_fit_are_named(files: Path, tmp_path: Path, case: str,
     path = tmp_path / "wrong.safetensors"
     save_file(broken(files, case), path, metadata)
     with pytest.raises(ModelError, match=words) as told:
-        open_model(path, parts=("transformer",))
+        open_model(SingleFiles(transformer=path), parts=("transformer",))
     assert "wrong.safetensors" in str(told.value) and "mend" in str(told.value)
 
 
 def test_what_no_file_has_is_asked_for(files: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no text_encoder in this file; mend: name with --base"):
-        open_model(next(files.glob("flux1-*")))
+        open_model(SingleFiles(transformer=next(files.glob("flux1-*"))))
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(next(files.glob("flux1-*")).read_bytes()[:5000])
     with pytest.raises(ModelError, match="cannot be read"):
-        open_model(cut)
+        open_model(SingleFiles(transformer=cut))
 
 
 def test_velocity_of_a_dev_like_file(tmp_path: Path) -> None:
 
     flux = tiny_transformer(guidance_embeds=True)
     save_transformer(Model(facts=Facts(guidance_embeds=True), transformer=flux), tmp_path / "dev.safetensors")
-    read = open_model(tmp_path / "dev.safetensors", parts=("transformer",)).transformer
+    read = open_model(SingleFiles(transformer=tmp_path / "dev.safetensors"), parts=("transformer",)).transformer
     text = TextConditioning([torch.randn(5, 24)], torch.randn(1, 16))
     x, sigma = torch.randn(1, 4, 64), torch.tensor([0.5])
     assert read is not None

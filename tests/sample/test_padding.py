@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -69,6 +70,35 @@ def test_bias_adds_one_to_the_logits_of_what_is_not_padding(model: Model, monkey
         reference = velocity(model.transformer, x, sigma, kept, ids)
     torch.testing.assert_close(ours, reference, atol=2e-5, rtol=0)
     assert (ours - without).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(("weights", "autocast"), [
+    (torch.bfloat16, False), (torch.float32, True), (torch.bfloat16, True)
+])  # fmt: skip
+def test_the_bias_is_in_the_dtype_of_the_queries(
+    model: Model, monkeypatch: pytest.MonkeyPatch, weights: torch.dtype, autocast: bool
+) -> None:
+    assert model.transformer is not None and model.text is not None
+    text = model.text.encode(PROMPTS, padding="bias", max_tokens=24)
+    x, sigma, ids = pack(noise([1, 2], 16, 4, 4)), torch.tensor([0.3, 0.8]), image_ids(4, 4)
+    attention, calls = F.scaled_dot_product_attention, []
+
+    def seen(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **options: Any) -> Tensor:
+        assert {one.dtype for one in (query, key, value, attn_mask)} == {torch.bfloat16}
+        calls.append(attn_mask.flatten(1).float())
+        return attention(query, key, value, attn_mask=attn_mask, **options)
+
+    with torch.no_grad():
+        exact = velocity(model.transformer, x, sigma, text, ids)
+        monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            rounded = velocity(copy.deepcopy(model.transformer).to(weights), x, sigma, text, ids)
+    wanted = torch.ones(2, 24 + 4)
+    for row, own in zip(wanted, text.favoured or (), strict=True):
+        row[own:24] = 0
+    assert len(calls) == 3 and all(torch.equal(mask, wanted) for mask in calls)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, atol=0.03 * float(exact.abs().max()), rtol=0)
 
 
 def test_the_published_layout_is_drawn_without_its_code(tiny_model_dir: Path, tmp_path: Path) -> None:

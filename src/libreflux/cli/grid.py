@@ -38,7 +38,10 @@ def grid(
         list[str], typer.Argument(metavar="PROMPT...", help="What to draw; quote each prompt.", show_default=False)
     ],
     model: Annotated[
-        list[str] | None, typer.Option(help="Model: a name, a folder or a hub id; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="Model: a name, a folder or a hub id; may be repeated; default: emoji-libre, or the adapter's."
+        ),
     ] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="PATH[:WEIGHT]", help="Put on every model; may be repeated.")
@@ -69,14 +72,14 @@ def grid(
     scales = [None] if guidance is None else numbers("--guidance", guidance)
     counts = [None] if steps is None else [int(n) for n in numbers("--steps", steps, whole=True, least=1)]
     noises = [int(n) for n in numbers("--seeds", seeds, whole=True)]
-    sources = _sources(model or [], base, comfyui)
-    columns = [Column(*each) for each in itertools.product(sources, counts, scales)]
-    rows = list(itertools.product(prompts, noises))
 
     from libreflux.cli.drawing import device_for
     from libreflux.cli.grid_page import write
     from libreflux.files import lock
 
+    sources = _sources(model or [], base, comfyui, adapter or [])
+    columns = [Column(*each) for each in itertools.product(sources, counts, scales)]
+    rows = list(itertools.product(prompts, noises))
     common = {"negative": negative, "width": width, "height": height}
     if quantize is not None:
         common["quantize"] = quantize.value
@@ -89,11 +92,15 @@ def grid(
     typer.echo(f"{out / 'grid.png'}\n{page}, to be looked at; {cells.made} of {cells.total} cells were drawn now")
 
 
-def _sources(models: list[str], base: str | None, comfyui: Path | None) -> dict[str, str | SingleFiles]:
+def _sources(
+    models: list[str], base: str | None, comfyui: Path | None, adapters: list[str]
+) -> dict[str, str | SingleFiles]:
     """Name -> model; `--base` and `--comfyui` are for the single files among them."""
+    from libreflux.cli.adapters import default_model
+
     files = [model for model in models if model.lower().endswith(".safetensors")]
     if not models or (not files and (base or comfyui)):
-        one = chosen_model(models[0] if models else None, base, comfyui) or "emoji-libre"
+        one = chosen_model(models[0] if models else None, base, comfyui) or default_model(adapters)
         return {str(one): one, **{model: model for model in models[1:]}}
     chosen = (chosen_model(model, *((base, comfyui) if model in files else (None, None))) for model in models)
     return {str(one): one for one in chosen if one is not None}

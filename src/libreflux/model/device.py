@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
+import re
+import shutil
+from pathlib import Path
 
 import torch
 
 from libreflux.errors import RunError
 
+logger = logging.getLogger(__name__)
+
+_HIDDEN = ("", "-1")  # values of *_VISIBLE_DEVICES with which a user asks for the CPU
+
 
 def pick_device(name: str = "auto") -> torch.device:
     """The device of a name: "auto" or what torch calls one, e.g. "cuda:1" or "mps".
 
-    "auto" is CUDA, under torchrun each process's own card, else the CPU.
+    "auto" is CUDA, under torchrun each process's own card, else the CPU; a GPU that torch cannot use is named in a
+    warning, once.
 
     Raises:
         RunError: no such device on this machine.
     """
     if name == "auto":
         own = os.environ.get("LOCAL_RANK")
-        return torch.device(f"cuda:{own}" if own else "cuda") if torch.cuda.is_available() else torch.device("cpu")
+        if torch.cuda.is_available():
+            return torch.device(f"cuda:{own}" if own else "cuda")
+        _warn_of_idle_gpu()
+        return torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -28,5 +41,62 @@ def pick_device(name: str = "auto") -> torch.device:
         device.type, 0
     )
     if (device.index or 0) >= count:
-        raise RunError(f"this machine has no {name}", where="device", mend="use auto or cpu")
+        idle = _wanted_idle_gpu() if device.type == "cuda" and not count else None
+        what = f"this machine has no {name}" if idle is None else f"torch cannot use {idle[0]}"
+        raise RunError(what, where="device", mend="use auto or cpu" if idle is None else idle[1])
     return device
+
+
+def idle_gpu(
+    root: Path = Path("/"), path: str | None = None, built_for: tuple[str | None, str | None] | None = None
+) -> tuple[str, str] | None:
+    """A GPU of this machine that torch, which has none, could use, and the mend; None where nothing is known of one.
+
+    Args:
+        root: where `proc`, `dev`, `sys` and `usr` are.
+        path: where `nvidia-smi` is looked for; None is PATH.
+        built_for: the versions of CUDA and of ROCm that torch was built for; None asks torch.
+    """
+    cuda, rocm = (torch.version.cuda, torch.version.hip) if built_for is None else built_for
+    driver = root / "proc/driver/nvidia/version"
+    if driver.is_file() or any((root / sign).exists() for sign in ("dev/nvidia0", "usr/lib/wsl/lib/libcuda.so.1")):
+        return _idle_nvidia(root, driver, cuda)
+    if shutil.which("nvidia-smi", path=path):  # Windows
+        return _idle_nvidia(root, driver, cuda)
+    if (root / "dev/kfd").exists():
+        if rocm is None:
+            return "an AMD GPU: it is built without ROCm", "install torch for ROCm, see pytorch.org/get-started/locally"
+        return "an AMD GPU", "look whether you may write to /dev/kfd (group render), and what rocminfo says"
+    return None
+
+
+def _idle_nvidia(root: Path, driver: Path, cuda: str | None) -> tuple[str, str]:
+    if cuda is None:
+        return "an NVIDIA GPU: it is built without CUDA", (
+            "install torch for CUDA, see pytorch.org/get-started/locally"
+        )
+    if driver.is_file() and not list(root.glob("dev/nvidia[0-9]*")):
+        return "an NVIDIA GPU: it has no /dev/nvidia*", "start the container with the GPU, e.g. docker run --gpus all"
+    found = re.search(r"\s(\d+\.\d+[.\d]*)\s", _text(driver))
+    return f"an NVIDIA GPU: CUDA {cuda} does not start with its driver{f' {found[1]}' if found else ''}", (
+        "update the driver, or install torch for an older CUDA; nvidia-smi names the newest that the driver knows"
+    )
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _wanted_idle_gpu() -> tuple[str, str] | None:
+    """None where the user has hidden the GPUs."""
+    told = [os.environ.get(f"{kind}_VISIBLE_DEVICES") for kind in ("CUDA", "HIP", "ROCR")]
+    return None if any(value in _HIDDEN for value in told) else idle_gpu()
+
+
+@functools.cache
+def _warn_of_idle_gpu() -> None:
+    if idle := _wanted_idle_gpu():
+        logger.warning("torch cannot use %s, so the CPU computes; mend: %s", *idle)

@@ -30,7 +30,6 @@ from libreflux.model.single_file import (
     SingleFiles,
     TensorFile,
     file_config,
-    is_single_file,
     load_text_encoder,
     load_transformer,
     load_vae,
@@ -99,7 +98,7 @@ def open_model(
     """Load a model, in evaluation mode.
 
     Args:
-        name: see `locate`; or single files, of which one path alone says where the transformer is.
+        name: see `locate`; or single files.
         parts: any of "transformer", "vae", "text".
         dtype: of the weights, in an int8 transformer of those that are not int8; None keeps what is stored.
         quantise: True: the transformer in int8, quantised tensor by tensor if it is stored otherwise; False: dense,
@@ -111,9 +110,8 @@ def open_model(
     """
     if unknown := set(parts) - set(ALL):
         raise ValueError(f"unknown parts {sorted(unknown)}, wanted some of {ALL}")
-    if isinstance(name, SingleFiles) or is_single_file(name):
-        files = name if isinstance(name, SingleFiles) else SingleFiles(transformer=Path(name).expanduser())
-        return _open_files(files, parts, dtype, bool(quantise), device)
+    if isinstance(name, SingleFiles):
+        return _open_files(name, parts, dtype, bool(quantise), device)
     path = locate(name, weights=False)
     config = _json(path / "transformer" / "config.json")
     if config.get("_class_name") not in ("FluxTransformer2DModel", _MASKED):
@@ -259,7 +257,7 @@ def quantise_folder(name: str | Path | SingleFiles, out: Path) -> Path:
         ModelError: no such model, a damaged one, or one that is quantised already.
         RunError: `out` exists.
     """
-    if isinstance(name, SingleFiles) or is_single_file(name):
+    if isinstance(name, SingleFiles):
         model = open_model(name, quantise=True)
         assert model.path is not None
         model.facts = _quantised(model.facts, str(name), weights_hash(model.path))

@@ -26,7 +26,7 @@ _SMALL = ["model_index.json", FACTS_FILE] + [
 _FOLDER = "give a diffusers folder or a hub id"
 _PICKLE = ("is a pickle, which runs code when it is opened", "use the model's safetensors files")
 _REFUSED = dict.fromkeys((".ckpt", ".pt", ".pth", ".bin", ".pkl"), _PICKLE) | {
-    ".safetensors": ("is a single file", "`libreflux export FILE --base MODEL --for diffusers` makes a folder of it"),
+    ".safetensors": ("is a single file", "`libreflux export FILE --base MODEL --for diffusers --out DIR` makes a model of it"),
     ".gguf": ("GGUF is not read", "use the safetensors weights; `libreflux export --int8` makes them small"),
 }
 

@@ -86,12 +86,6 @@ class SingleFiles:
         return inside if inside.prefix else None
 
 
-def is_single_file(name: str | Path) -> bool:
-    """Whether a user's name for a model is that of a .safetensors file that there is."""
-    path = Path(name).expanduser()
-    return path.suffix.lower() == ".safetensors" and path.is_file()
-
-
 def find_comfyui(folder: Path, *, transformer: Path | None = None, base: str | None = None) -> SingleFiles:
     """A model of the files below a ComfyUI folder: `flux1-*`, `clip_l*`, `t5xxl*` and `ae*`, and its tokenizers.
 

@@ -53,7 +53,7 @@ def velocity(
     embeds, mask = text.padded()
     seen = None if mask is None else _attention_mask(mask, packed.shape[1])
     if text.favoured is not None:
-        seen = _attention_bias(text.favoured, embeds.shape[1], packed.shape[1], dtype).to(device)
+        seen = _attention_bias(text.favoured, embeds.shape[1], packed.shape[1], _query_dtype(device, dtype)).to(device)
     sigma = sigma.to(device=device, dtype=torch.float32)
     with _fp32_timestep(transformer, 1000 * sigma):
         output: Tensor = transformer(
@@ -82,6 +82,11 @@ def _attention_bias(favoured: Sequence[int], width: int, image_tokens: int, dtyp
     text = torch.arange(width) < ends
     both = torch.cat([text, text.new_ones(len(favoured), image_tokens)], dim=1)[:, None, None, :]
     return both.to(dtype)
+
+
+def _query_dtype(device: torch.device, weights: torch.dtype) -> torch.dtype:
+    """What attention computes in: a float mask of another dtype is refused, or costs a slower kernel."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weights
 
 
 @contextmanager

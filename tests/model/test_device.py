@@ -1,0 +1,84 @@
+"""A GPU that torch cannot use is named, with the mend that fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from libreflux.errors import RunError
+from libreflux.model import device
+from libreflux.model.device import idle_gpu, pick_device
+
+NVIDIA = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27 21:21:55 UTC 2021\nGCC version:  x\n"
+NO_GPU_BUILD, FOR_CUDA, FOR_ROCM = (None, None), ("13.0", None), (None, "7.1")
+
+
+def machine(root: Path, *files: str) -> Path:
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_text(NVIDIA if file.endswith("version") else "")
+    return root
+
+
+@pytest.mark.parametrize(("files", "built_for", "named", "mend"), [
+    (["proc/driver/nvidia/version", "dev/nvidia0"], NO_GPU_BUILD, "NVIDIA GPU: it is built without CUDA", "for CUDA"),
+    (["dev/nvidia0"], NO_GPU_BUILD, "NVIDIA GPU: it is built without CUDA", "install torch for CUDA"),
+    (["usr/lib/wsl/lib/libcuda.so.1"], NO_GPU_BUILD, "NVIDIA GPU: it is built without CUDA", "for CUDA"),
+    (["proc/driver/nvidia/version", "dev/nvidia0"], FOR_CUDA, "13.0 does not start with its driver 470.82.01", "older"),
+    (["proc/driver/nvidia/version", "dev/nvidia1"], FOR_CUDA, "13.0 does not start with its driver 470.82.01", "older"),
+    (["proc/driver/nvidia/version"], FOR_CUDA, "no /dev/nvidia*", "--gpus all"),
+    (["usr/lib/wsl/lib/libcuda.so.1"], FOR_CUDA, "CUDA 13.0 does not start with its driver", "update the driver"),
+    (["dev/kfd"], NO_GPU_BUILD, "an AMD GPU: it is built without ROCm", "install torch for ROCm"),
+    (["dev/kfd"], FOR_ROCM, "an AMD GPU", "group render"),
+])  # fmt: skip
+def test_signs_of_a_gpu(
+    tmp_path: Path, files: list[str], built_for: tuple[str | None, str | None], named: str, mend: str
+) -> None:
+    found = idle_gpu(machine(tmp_path, *files), path=str(tmp_path), built_for=built_for)
+    assert found is not None and named in found[0] and mend in found[1]
+
+
+def test_nvidia_smi_is_a_sign_and_nothing_is_none(tmp_path: Path) -> None:
+    assert idle_gpu(tmp_path, path=str(tmp_path), built_for=NO_GPU_BUILD) is None
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    found = idle_gpu(tmp_path, path=str(tmp_path), built_for=NO_GPU_BUILD)
+    assert found is not None and "NVIDIA" in found[0]
+
+
+@pytest.fixture
+def cardless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine with an NVIDIA card and a torch without CUDA."""
+    root, real = machine(tmp_path, "dev/nvidia0"), idle_gpu
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(device, "idle_gpu", lambda: real(root, built_for=NO_GPU_BUILD))
+    for kind in ("CUDA", "HIP", "ROCR"):
+        monkeypatch.delenv(f"{kind}_VISIBLE_DEVICES", raising=False)
+    device._warn_of_idle_gpu.cache_clear()
+    yield
+    device._warn_of_idle_gpu.cache_clear()
+
+
+def test_auto_says_so_once_and_goes_on(cardless: None, caplog: pytest.LogCaptureFixture) -> None:
+    assert [pick_device(), pick_device("auto"), pick_device("cpu")] == [torch.device("cpu")] * 3
+    (record,) = caplog.records
+    assert "torch cannot use an NVIDIA GPU: it is built without CUDA" in record.getMessage()
+    assert "; mend: install torch for CUDA" in record.getMessage() and "\n" not in record.getMessage()
+
+
+def test_who_hides_the_card_is_not_told(
+    cardless: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert pick_device() == torch.device("cpu") and not caplog.records
+    with pytest.raises(RunError, match="this machine has no cuda; mend: use auto or cpu"):
+        pick_device("cuda")
+
+
+def test_who_asks_for_the_card_is_told_why_not(cardless: None) -> None:
+    with pytest.raises(RunError, match=r"torch cannot use an NVIDIA GPU: .*; mend: install torch for CUDA"):
+        pick_device("cuda")
