@@ -24,6 +24,7 @@ from libreflux.model.facts import Facts, find_facts, read_facts, write_facts
 from libreflux.model.int8 import dequantise_model, int8_layers
 from libreflux.model.int8_files import METHOD, empty_int8, load_int8, stored_as, stream_int8, weight_files, write_int8
 from libreflux.model.locate import PARTS, locate, part_folder
+from libreflux.model.parts import COPY, check_fit, check_part, check_tokenizer, json_object
 from libreflux.model.text import TextEncoders
 
 __all__ = [
@@ -99,7 +100,7 @@ def open_model(
     if unknown := set(parts) - set(ALL):
         raise ValueError(f"unknown parts {sorted(unknown)}, wanted some of {ALL}")
     path = locate(name, weights=False)
-    config = _json(path / "transformer" / "config.json")
+    config = json_object(path / "transformer" / "config.json")
     if config.get("_class_name") not in ("FluxTransformer2DModel", _MASKED):
         mend = "use a model of the FLUX.1 family"
         raise ModelError(f"its transformer is a {config.get('_class_name')}", where=path, mend=mend)
@@ -121,9 +122,11 @@ def open_model(
     in_int8 = stored_as(config, path) == METHOD
     with _quiet():
         if (scheduler := part_folder(path, "scheduler")).is_dir():
+            json_object(scheduler / "scheduler_config.json")
             with _part(scheduler):
-                model.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(scheduler)
+                model.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(scheduler, local_files_only=True)
         if "transformer" in parts and (in_int8 or quantise):
+            check_part(path / "transformer", neighbours=in_int8)
             with _part(path / "transformer"):
                 model.transformer = load_int8(path / "transformer", dtype=dtype, device=device)
                 if quantise is False:
@@ -134,6 +137,7 @@ def open_model(
             model.vae = _diffusers_part(AutoencoderKL, part_folder(path, "vae"), dtype).to(device)
         if "text" in parts:
             model.text = _text(path, dtype).to(device)
+    check_fit(path, model.transformer, model.vae, model.text)
     return model
 
 
@@ -177,12 +181,13 @@ def quantise_folder(name: str | Path, out: Path) -> Path:
     model = open_model(name, parts=())
     assert model.path is not None
     source = model.path / "transformer"
-    if stored_as(_json(source / "config.json"), source) == METHOD:
+    if stored_as(json_object(source / "config.json"), source) == METHOD:
         raise ModelError("is stored in int8", where=source, mend="use it as it is")
+    check_part(source)
     with _part(source):
         empty = empty_int8(source)
     with staged_dir(Path(out)) as staging:
-        write_int8(staging / "transformer", _json(source / "config.json"), stream_int8(source, empty))
+        write_int8(staging / "transformer", json_object(source / "config.json"), stream_int8(source, empty))
         for part in PARTS:
             if part != "transformer" and (stored := part_folder(model.path, part)).is_dir():
                 shutil.copytree(stored, staging / part)
@@ -210,9 +215,14 @@ def _live_parts(model: Model) -> dict[str, Any]:
 
 def _diffusers_part(kind: Any, folder: Path, dtype: torch.dtype | None) -> Any:
     """A diffusers model whose every tensor came from the file; diffusers itself only warns of missing ones."""
+    check_part(folder)
     with _part(folder):
         part, found = kind.from_pretrained(
-            folder, torch_dtype=dtype or _stored_dtype(folder), use_safetensors=True, output_loading_info=True
+            folder,
+            torch_dtype=dtype or _stored_dtype(folder),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
     _check_keys(folder, found, ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     return part.requires_grad_(False).eval()
@@ -222,18 +232,25 @@ def _text(path: Path, dtype: torch.dtype | None) -> TextEncoders:
     encoders = []
     for kind, part in ((CLIPTextModel, "text_encoder"), (T5EncoderModel, "text_encoder_2")):
         folder = part_folder(path, part)
+        check_part(folder)
         with _part(folder):
             encoder, found = kind.from_pretrained(
-                folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+                folder, dtype=dtype or "auto", use_safetensors=True, local_files_only=True, output_loading_info=True
             )
         # Unexpected keys are left to transformers: full T5 and CLIP files carry decoders and position ids.
         _check_keys(folder, found, ("missing_keys", "mismatched_keys", "error_msgs"))
         encoders.append(encoder.requires_grad_(False).eval())
     first, second = part_folder(path, "tokenizer"), part_folder(path, "tokenizer_2")
+    check_tokenizer(first, ("tokenizer.json", "vocab.json"))
     with _part(first):
-        clip_tokenizer = CLIPTokenizer.from_pretrained(first)
+        clip_tokenizer = CLIPTokenizer.from_pretrained(first, local_files_only=True)
+    check_tokenizer(second, ("tokenizer.json", "spiece.model"))
     with _part(second):
-        t5_tokenizer = T5Tokenizer.from_pretrained(second)
+        t5_tokenizer = T5Tokenizer.from_pretrained(second, local_files_only=True)
+    for folder, tokenizer, encoder in ((first, clip_tokenizer, encoders[0]), (second, t5_tokenizer, encoders[1])):
+        known, read = len(tokenizer), encoder.config.vocab_size
+        if known > read:
+            raise ModelError(f"knows {known} tokens, its encoder {read}", where=folder, mend="use the encoder's own")
     return TextEncoders(clip_tokenizer, encoders[0], t5_tokenizer, encoders[1])
 
 
@@ -263,14 +280,6 @@ def _stored_dtype(folder: Path) -> torch.dtype:
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def _json(path: Path) -> dict[str, Any]:
-    with _part(path):
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("not a JSON object")
-        return values
-
-
 @contextlib.contextmanager
 def _part(where: Path) -> Iterator[None]:
     """Whatever diffusers, transformers or safetensors say of a broken part, on one line."""
@@ -282,24 +291,24 @@ def _part(where: Path) -> Iterator[None]:
         raise
     except Exception as error:
         lines = str(error).strip().splitlines()
-        raise ModelError(
-            f"cannot be loaded ({type(error).__name__}: {lines[0] if lines else 'no reason given'})",
-            where=where,
-            mend="the file is missing or damaged: copy or download it again",
-        ) from error
+        reason = f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+        if "ignore_mismatched_sizes" in reason:  # transformers refers to a report of several lines, see _quiet
+            reason = "its tensors have other sizes than config.json says"
+        raise ModelError(f"cannot be loaded ({reason})", where=where, mend=COPY) from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars of diffusers and transformers; they flicker by in a second."""
-    switches = [
-        (kind.utils.logging.is_progress_bar_enabled(), kind.utils.logging) for kind in (diffusers, transformers)
-    ]
-    for _, switch in switches:
-        switch.disable_progress_bar()
+    """Without progress bars, which flicker by in a second, and reports on tensors, of which we say what matters."""
+    libraries = [kind.utils.logging for kind in (diffusers, transformers)]
+    before = [(each.is_progress_bar_enabled(), each.get_verbosity()) for each in libraries]
+    for each in libraries:
+        each.disable_progress_bar()
+        each.set_verbosity_error()
     try:
         yield
     finally:
-        for was_on, switch in switches:
-            if was_on:
-                switch.enable_progress_bar()
+        for each, (bars, verbosity) in zip(libraries, before, strict=True):
+            if bars:
+                each.enable_progress_bar()
+            each.set_verbosity(verbosity)

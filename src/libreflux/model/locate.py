@@ -79,9 +79,11 @@ def _checked(folder: Path) -> Path:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ModelError("not a model: it has no model_index.json", where=folder, mend="give a diffusers FLUX folder")
-    for part in ("transformer", "vae"):
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         where = part_folder(folder, part)
         if not where.is_dir():
+            if part.startswith("text"):
+                continue  # ready-made conditioning needs none
             raise ModelError(f"incomplete: it has no {part} folder", where=folder, mend="give a diffusers FLUX folder")
         found = {file.suffix for file in where.iterdir() if file.suffix in (".safetensors", *_REFUSED)}
         if found and ".safetensors" not in found:
