@@ -53,6 +53,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (["generate", "x", "--model", "MODEL", "--adapter", "a.safetensors:much"], ["'much' is no weight"]),
         (["generate", "x", "--model", "MODEL", "--adapter", "file.txt"], ["file.txt", "safetensors"]),
         (["generate", "x", "--width", "100"], ["--width", "use 96"]),
+        (["generate", "x", "--height", "0"], ["--height"]),
+        (["generate", "x", "--height", "-16"], ["--height"]),
         (["generate", "x", "--guidance", "1", "--negative", "y"], ["--negative", "no effect at guidance 1", "mend"]),
         (["generate", "x", "--guidance", "1", "--no-cfg-until", "2"], ["--no-cfg-until", "no effect", "mend"]),
         (["generate", "x", "--steps", "-4"], ["--steps"]),

@@ -152,7 +152,9 @@ def test_fp8_with_and_without_scales(files: Path, tmp_path: Path) -> None:
 
 
 def test_int8_from_a_single_file_is_int8_of_the_folder(folder: Path, files: Path, tmp_path: Path) -> None:
-    ours = open_model(SingleFiles(transformer=next(files.glob("flux1-*"))), parts=("transformer",), quantise=True).transformer
+    ours = open_model(
+        SingleFiles(transformer=next(files.glob("flux1-*"))), parts=("transformer",), quantise=True
+    ).transformer
     theirs = open_model(folder, parts=("transformer",), quantise=True).transformer
     assert ours is not None and theirs is not None and equal(ours, theirs)
     whole = open_model(find_comfyui(files), quantise=True)

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from libreflux.errors import LibrefluxError, ModelError
+from libreflux.errors import ModelError
 from libreflux.files import atomic_write_json, sha256_file, staged_dir
 from libreflux.model.facts import Facts, find_facts, read_facts, write_facts
 from libreflux.model.int8 import dequantise_model, int8_layers
 from libreflux.model.int8_files import METHOD, empty_int8, load_int8, stored_as, stream_int8, weight_files, write_int8
+from libreflux.model.load import load_part, load_text, one_line, quiet
 from libreflux.model.locate import PARTS, locate, part_folder
+from libreflux.model.parts import check_fit, check_part, json_object
 from libreflux.model.single_file import (
     FACTS_KEY,
     TOKENIZERS,
     SingleFiles,
     TensorFile,
     file_config,
-    load_text_encoder,
     load_transformer,
     load_vae,
     transformer_config,
@@ -113,7 +111,7 @@ def open_model(
     if isinstance(name, SingleFiles):
         return _open_files(name, parts, dtype, bool(quantise), device)
     path = locate(name, weights=False)
-    config = _json(path / "transformer" / "config.json")
+    config = json_object(path / "transformer" / "config.json")
     if config.get("_class_name") not in ("FluxTransformer2DModel", _MASKED):
         mend = "use a model of the FLUX.1 family"
         raise ModelError(f"its transformer is a {config.get('_class_name')}", where=path, mend=mend)
@@ -133,21 +131,24 @@ def open_model(
             "guidance_embeds in libreflux.json is not the transformer's", where=path, mend="correct the file"
         )
     in_int8 = stored_as(config, path) == METHOD
-    with _quiet():
+    with quiet():
         if (scheduler := part_folder(path, "scheduler")).is_dir():
-            with _part(scheduler):
-                model.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(scheduler)
+            json_object(scheduler / "scheduler_config.json")
+            with one_line(scheduler):
+                model.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(scheduler, local_files_only=True)
         if "transformer" in parts and (in_int8 or quantise):
-            with _part(path / "transformer"):
+            check_part(path / "transformer", neighbours=in_int8)
+            with one_line(path / "transformer"):
                 model.transformer = load_int8(path / "transformer", dtype=dtype, device=device)
                 if quantise is False:
                     dequantise_model(model.transformer, model.transformer.dtype)
         elif "transformer" in parts:
-            model.transformer = _diffusers_part(FluxTransformer2DModel, path / "transformer", dtype).to(device)
+            model.transformer = load_part(FluxTransformer2DModel, path / "transformer", dtype).to(device)
         if "vae" in parts:
-            model.vae = _diffusers_part(AutoencoderKL, part_folder(path, "vae"), dtype).to(device)
+            model.vae = load_part(AutoencoderKL, part_folder(path, "vae"), dtype).to(device)
         if "text" in parts:
-            model.text = _text({part: part_folder(path, part) for part in _TEXT}, dtype).to(device)
+            model.text = load_text({part: part_folder(path, part) for part in _TEXT}, dtype).to(device)
+    check_fit(path, model.transformer, model.vae, model.text)
     return model
 
 
@@ -157,7 +158,7 @@ def _open_files(
     """A model of single files, and of its base for the rest."""
     given = TensorFile(files.transformer, "transformer")
     base = None if files.base is None else open_model(files.base, parts=())
-    base_config = None if base is None or base.path is None else _json(base.path / "transformer" / "config.json")
+    base_config = None if base is None or base.path is None else json_object(base.path / "transformer" / "config.json")
     config = transformer_config(given, base_config)
     facts = _file_facts(given, base, bool(config.get("guidance_embeds", False)))
     model = Model(facts=facts, name=str(files), path=files.transformer)
@@ -165,13 +166,14 @@ def _open_files(
     where = _places(files, wanted)
     if "transformer" in parts:
         model.transformer = load_transformer(given, config, dtype=dtype, quantise=quantise, device=device)
-    with _quiet():
+    with quiet():
         if isinstance(vae := where.get("vae"), TensorFile):
             model.vae = load_vae(vae, file_config(vae, "vae"), dtype).to(device)
         elif vae is not None:
-            model.vae = _diffusers_part(AutoencoderKL, vae, dtype).to(device)
+            model.vae = load_part(AutoencoderKL, vae, dtype).to(device)
         if "text" in parts:
-            model.text = _text(where, dtype).to(device)
+            model.text = load_text(where, dtype).to(device)
+    check_fit(files.transformer, model.transformer, model.vae, model.text)
     return model
 
 
@@ -210,7 +212,7 @@ def part_config(model: Model, part: str) -> dict[str, Any]:
         return {str(key): value for key, value in dict(live.config).items()}
     if model.path is None:
         raise ModelError(f"has no {part}", where=model.name, mend="open it with all its parts")
-    return _json(part_folder(model.path, part) / "config.json")
+    return json_object(part_folder(model.path, part) / "config.json")
 
 
 def save_model(model: Model, out: Path, extras: Mapping[str, str] | None = None) -> Path:
@@ -227,7 +229,7 @@ def save_model(model: Model, out: Path, extras: Mapping[str, str] | None = None)
         ModelError: a part is neither in memory nor on disk.
         RunError: `out` exists.
     """
-    with staged_dir(Path(out)) as staging, _quiet():
+    with staged_dir(Path(out)) as staging, quiet():
         live = _live_parts(model)
         for part in PARTS:
             if part == "transformer" and part in live and int8_layers(live[part]):
@@ -265,12 +267,13 @@ def quantise_folder(name: str | Path | SingleFiles, out: Path) -> Path:
     model = open_model(name, parts=())
     model.path = locate(name)  # with its weights
     source = model.path / "transformer"
-    if stored_as(_json(source / "config.json"), source) == METHOD:
+    if stored_as(json_object(source / "config.json"), source) == METHOD:
         raise ModelError("is stored in int8", where=source, mend="use it as it is")
-    with _part(source):
+    check_part(source)
+    with one_line(source):
         empty = empty_int8(source)
     with staged_dir(Path(out)) as staging:
-        write_int8(staging / "transformer", _json(source / "config.json"), stream_int8(source, empty))
+        write_int8(staging / "transformer", json_object(source / "config.json"), stream_int8(source, empty))
         for part in PARTS:
             if part != "transformer" and (stored := part_folder(model.path, part)).is_dir():
                 shutil.copytree(stored, staging / part)
@@ -299,105 +302,3 @@ def _live_parts(model: Model) -> dict[str, Any]:
     if model.text is not None:
         live |= {part: getattr(model.text, part) for part in PARTS if part.startswith(("text_encoder", "tokenizer"))}
     return {name: part for name, part in live.items() if part is not None}
-
-
-def _diffusers_part(kind: Any, folder: Path, dtype: torch.dtype | None) -> Any:
-    """A diffusers model whose every tensor came from the file; diffusers itself only warns of missing ones."""
-    with _part(folder):
-        part, found = kind.from_pretrained(
-            folder, torch_dtype=dtype or _stored_dtype(folder), use_safetensors=True, output_loading_info=True
-        )
-    _check_keys(folder, found, ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
-    return part.requires_grad_(False).eval()
-
-
-def _text(where: Mapping[str, Path | TensorFile], dtype: torch.dtype | None) -> TextEncoders:
-    """Both text encoders and their tokenizers, each from its folder or file."""
-    encoders: list[Any] = []
-    kinds: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
-    for part, kind in kinds.items():
-        place = where[part]
-        if isinstance(place, TensorFile):
-            encoders.append(load_text_encoder(place, part, file_config(place, part), dtype))
-            continue
-        with _part(place):
-            encoder, found = kind.from_pretrained(
-                place, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
-            )
-        # Unexpected keys are left to transformers: full T5 and CLIP files carry decoders and position ids.
-        _check_keys(place, found, ("missing_keys", "mismatched_keys", "error_msgs"))
-        encoders.append(encoder.requires_grad_(False).eval())
-    first, second = Path(str(where["tokenizer"])), Path(str(where["tokenizer_2"]))
-    with _part(first):
-        clip_tokenizer = CLIPTokenizer.from_pretrained(first)
-    with _part(second):
-        t5_tokenizer = T5Tokenizer.from_pretrained(second)
-    return TextEncoders(clip_tokenizer, encoders[0], t5_tokenizer, encoders[1])
-
-
-def _check_keys(folder: Path, found: dict[str, Any], kinds: Sequence[str]) -> None:
-    for kind in kinds:
-        if found.get(kind):
-            names = [str(key) for key in found[kind]]
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ModelError(
-                f"{kind.replace('_', ' ')}: {min(names)}{more}", where=folder, mend="the weights and config.json differ"
-            )
-
-
-def _stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of the part's first floating tensor."""
-    from safetensors import safe_open
-
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in sorted(tensors.keys()):
-                dtype = tensors.get_slice(name).get_dtype()
-                if dtype in _DTYPES:
-                    return _DTYPES[dtype]
-    return torch.float32
-
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    with _part(path):
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("not a JSON object")
-        return values
-
-
-@contextlib.contextmanager
-def _part(where: Path) -> Iterator[None]:
-    """Whatever diffusers, transformers or safetensors say of a broken part, on one line."""
-    try:
-        yield
-    except LibrefluxError:
-        raise
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        lines = str(error).strip().splitlines()
-        raise ModelError(
-            f"cannot be loaded ({type(error).__name__}: {lines[0] if lines else 'no reason given'})",
-            where=where,
-            mend="the file is missing or damaged: copy or download it again",
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bars of diffusers and transformers; they flicker by in a second."""
-    switches = [
-        (kind.utils.logging.is_progress_bar_enabled(), kind.utils.logging) for kind in (diffusers, transformers)
-    ]
-    for _, switch in switches:
-        switch.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for was_on, switch in switches:
-            if was_on:
-                switch.enable_progress_bar()

@@ -7,8 +7,6 @@ The folder is a diffusers transformer folder whose int8 linears have `<layer>.we
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,12 +14,13 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from libreflux.errors import ModelError
 from libreflux.files import atomic_save_safetensors, atomic_write_json
 from libreflux.model.int8 import Int8Linear, int8_layers, quantise_model, quantise_weight
+from libreflux.model.parts import reading, shard_files
 
 METHOD = "libreflux_int8"
 SHARD_BYTES = 500_000_000  # what a writer holds in memory
@@ -189,26 +188,15 @@ def _weight_map(folder: Path) -> dict[str, Path]:
     """Tensor name -> file, the tensors of a file together: as the index says, or of the one file."""
     index, single = folder / f"{_WEIGHTS}.safetensors.index.json", folder / f"{_WEIGHTS}.safetensors"
     if not index.is_file():
-        with _reading(single), safe_open(single, framework="pt") as file:
+        with reading(single), safe_open(single, framework="pt") as file:
             return dict.fromkeys(file.keys(), single)
-    with _reading(index):
-        table: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: folder / file for name, file in sorted(table.items(), key=lambda row: (row[1], row[0]))}
+    return shard_files(index, neighbours=True)
 
 
 def _read(file: Path, name: str) -> Tensor:
     """One tensor, mapped. The file is opened for it alone: while one is open, all that was read of it is in memory."""
-    with _reading(file), safe_open(file, framework="pt") as tensors:
+    with reading(file), safe_open(file, framework="pt") as tensors:
         return tensors.get_tensor(name)
-
-
-@contextlib.contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-        mend = "the file is missing or damaged: copy or download it again"
-        raise ModelError(f"cannot be loaded ({type(error).__name__}: {error})", where=file, mend=mend) from error
 
 
 def _check(name: str, tensor: Tensor, wanted: Tensor, folder: Path) -> None:

@@ -26,7 +26,10 @@ _SMALL = ["model_index.json", FACTS_FILE] + [
 _FOLDER = "give a diffusers folder or a hub id"
 _PICKLE = ("is a pickle, which runs code when it is opened", "use the model's safetensors files")
 _REFUSED = dict.fromkeys((".ckpt", ".pt", ".pth", ".bin", ".pkl"), _PICKLE) | {
-    ".safetensors": ("is a single file", "`libreflux export FILE --base MODEL --for diffusers --out DIR` makes a model of it"),
+    ".safetensors": (
+        "is a single file",
+        "`libreflux export FILE --base MODEL --for diffusers --out DIR` makes a model of it",
+    ),
     ".gguf": ("GGUF is not read", "use the safetensors weights; `libreflux export --int8` makes them small"),
 }
 
@@ -80,9 +83,11 @@ def _checked(folder: Path) -> Path:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ModelError("not a model: it has no model_index.json", where=folder, mend="give a diffusers FLUX folder")
-    for part in ("transformer", "vae"):
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         where = part_folder(folder, part)
         if not where.is_dir():
+            if part.startswith("text"):
+                continue  # ready-made conditioning needs none
             raise ModelError(f"incomplete: it has no {part} folder", where=folder, mend="give a diffusers FLUX folder")
         found = {file.suffix for file in where.iterdir() if file.suffix in _REFUSED}
         if found and ".safetensors" not in found:

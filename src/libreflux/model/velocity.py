@@ -131,6 +131,10 @@ def _check(
         raise ModelError("text of padding bias has several lengths", mend="encode all of it with one max_tokens")
     if sigma.shape != (batch,) or len(text) != batch:
         raise ModelError(f"{batch} samples, sigma of shape {tuple(sigma.shape)}, {len(text)} prompts do not agree")
+    wanted = (transformer.config.joint_attention_dim, transformer.config.pooled_projection_dim)
+    if text.tokens and (widths := (text.tokens[0].shape[-1], text.pooled.shape[-1])) != wanted:
+        told = f"text {widths[0]} and {widths[1]} wide, and the transformer reads {wanted[0]} and {wanted[1]}"
+        raise ModelError(told, mend="use the text encoders of the transformer's own model")
     if transformer.config.guidance_embeds and guidance is None:
         raise ModelError("this model needs an embedded guidance", mend="pass guidance, e.g. 3.5")
     if guidance is not None and not transformer.config.guidance_embeds:

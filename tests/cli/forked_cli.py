@@ -1,0 +1,65 @@
+"""A process that has imported everything, and forks one `libreflux` for each line of its input.
+
+    python forked_cli.py MODEL      opened once, for what is only imported then
+
+In: a JSON line {"args": [...], "cwd": "..."}. Out: a JSON line [exit code, stdout, stderr], caught at the file
+descriptors, so that what libraries print on their own is in it. A traceback is exit code 1, 20 seconds are minus
+SIGALRM, and more than 8 GiB are a MemoryError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+import traceback
+
+from libreflux.cli import main
+from libreflux.cli.drawing import open_for_drawing
+
+
+def warm(model: str) -> None:
+    open_for_drawing(model)
+    sys.argv = ["libreflux", "generate"]
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
+        main()
+
+
+def forked(args: list[str], cwd: str) -> tuple[int, str, str]:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                os.chdir(cwd)
+                signal.alarm(20)
+                resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
+                sys.argv = ["libreflux", *args]
+                main()
+            except SystemExit as end:
+                code = int(end.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        status = os.waitpid(child, 0)[1]
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode())
+        return os.waitstatus_to_exitcode(status), texts[0], texts[1]
+
+
+if __name__ == "__main__":
+    warm(sys.argv[1])
+    for line in sys.stdin:
+        print(json.dumps(forked(**json.loads(line))), flush=True)
