@@ -49,6 +49,18 @@ class LibreFluxPipeline(DiffusionPipeline):
 
     The transformer may be one in training: nothing is moved, switched or hooked by sampling with it.
 
+    What diffusers' FluxPipeline (0.42) has is here by its name and meaning, but for what is meant to differ:
+
+    - `guidance_scale` is true classifier-free guidance, there `true_cfg_scale`; a guidance-distilled model's own is
+      `embedded_guidance`. Guidance needs no negative prompt: "" or None is the unconditional model.
+    - `negative_prompt` is the second argument and `prompt_2` has no place: pass all but the prompts by name.
+    - steps, guidance, tokens, shift and text padding that are not given are the model's own, from `facts`.
+    - `prompt_conditioning` and `negative_conditioning` are what `prompt_embeds`, `pooled_prompt_embeds` and their
+      negatives are there, ragged, so that the two sides, and prompts, may differ in length.
+    - a generator gives seeds, and noise is the seed's: pictures are others than there, and the same in any batch.
+    - `output_type="latent"` is [B, C, H/8, W/8], not packed. Sizes that are no multiple of 16 are refused, not rounded.
+    - no `joint_attention_kwargs` and no image prompts (`ip_adapter_image` and its kin): nothing here would read them.
+
     Args:
         transformer, vae, scheduler: diffusers' classes. The scheduler is carried for other pipelines; this one follows
             `facts.shift`.
@@ -147,13 +159,11 @@ class LibreFluxPipeline(DiffusionPipeline):
         """Prompts to conditioning, under the model's own text padding; warns of what an encoder does not see.
 
         Args:
-            prompts: P texts, for CLIP and T5.
-            prompts_2: P other texts for T5, as in diffusers; None is `prompts`.
-            max_sequence_length: T5's limit, 1 to the model's own, which None is.
+            prompts, prompts_2, max_sequence_length: one or P texts and their limit, see `encoding.encode_prompts`.
 
         Raises:
             ModelError: the pipeline has no text encoders.
-            RecipeError: a limit out of range, or numbers of texts that do not agree.
+            RecipeError: see `encoding.encode_prompts`.
         """
         if self.text_encoder is None or self.text_encoder_2 is None:
             raise ModelError(
