@@ -156,6 +156,7 @@ def test_a_picture_is_not_replaced_by_its_copy(run: Callable, drawn: Path) -> No
     ({"batch_cfg": "perhaps"}, "batch_cfg: "),
     ({"adapters": [{"file": "x"}]}, "drawn with 1 adapters, not 0"),
     ({"model": "no/such/model/here"}, "no such model"),
+    ({"embedded_guidance": float("nan")}, "embedded_guidance cannot be nan"),
     ({"colour": 1}, "colour"),
     ({"sigmas": [0.5, 0.7, 0.3, 0.1]}, "sigmas cannot be [0.5, 0.7"),
     ({"sigmas": [0.5]}, "1 sigmas for 4 steps"),
