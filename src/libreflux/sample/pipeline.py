@@ -23,7 +23,7 @@ from libreflux.model import latents as latent_space
 from libreflux.model.facts import Facts, write_facts
 from libreflux.model.family import Model, open_model
 from libreflux.model.text import TextConditioning, TextEncoders
-from libreflux.sample.encoding import encode_prompts
+from libreflux.sample.encoding import encode_prompts, listed, matched
 from libreflux.sample.guidance import BatchCfg, GuidedVelocity
 from libreflux.sample.noise import Generators, start
 from libreflux.sample.output import decoded, to_pil
@@ -130,10 +130,11 @@ class LibreFluxPipeline(DiffusionPipeline):
         *,
         dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
+        quantise: bool | None = None,
         device: torch.device | str = "cpu",
     ) -> LibreFluxPipeline:
         """Open "emoji-base", a folder or a hub id; see `model.family.open_model`. `torch_dtype` is `dtype` too."""
-        return cls.from_model(open_model(name, dtype=dtype or torch_dtype, device=device))
+        return cls.from_model(open_model(name, dtype=dtype or torch_dtype, quantise=quantise, device=device))
 
     @property
     def default_size(self) -> int:
@@ -170,8 +171,8 @@ class LibreFluxPipeline(DiffusionPipeline):
                 "this pipeline has no text encoders", mend="pass prompt_conditioning and negative_conditioning"
             )
         encoders = TextEncoders(self.tokenizer, self.text_encoder, self.tokenizer_2, self.text_encoder_2)
-        second = None if prompts_2 is None else _listed(prompts_2)
-        return encode_prompts(encoders, self.facts, _listed(prompts), second, max_sequence_length)
+        second = None if prompts_2 is None else listed(prompts_2)
+        return encode_prompts(encoders, self.facts, listed(prompts), second, max_sequence_length)
 
     @property
     def interrupt(self) -> bool:
@@ -297,7 +298,7 @@ class LibreFluxPipeline(DiffusionPipeline):
         repeats, negative = given["num_images_per_prompt"], None
         positive = self._conditioning(given, "")
         if settings.guided:
-            negative = _match(self._conditioning(given, "negative_"), len(positive)).repeat(repeats)
+            negative = matched(self._conditioning(given, "negative_"), len(positive)).repeat(repeats)
         positive = positive.repeat(repeats)
         x, seeds = start(
             given["latents"], given["seeds"], given["generator"], count=len(positive),
@@ -325,7 +326,7 @@ class LibreFluxPipeline(DiffusionPipeline):
                     "has no effect on ready-made conditioning", where="max_sequence_length", mend="encode with it"
                 )
             return ready  # type: ignore[no-any-return]
-        if prompts is None or not _listed(prompts):
+        if prompts is None or not listed(prompts):
             raise RecipeError(f"no {what}", mend=f"pass {what} or its conditioning")
         return self.encode_prompt(prompts, second, limit)
 
@@ -336,15 +337,3 @@ class LibreFluxPipeline(DiffusionPipeline):
         if output_type == "np":
             return pixels.permute(0, 2, 3, 1).cpu().numpy()
         return pixels if output_type == "pt" else to_pil(pixels)
-
-
-def _listed(prompts: str | Sequence[str]) -> list[str]:
-    return [prompts] if isinstance(prompts, str) else list(prompts)
-
-
-def _match(negative: TextConditioning, count: int) -> TextConditioning:
-    if len(negative) == count:
-        return negative
-    if len(negative) == 1:
-        return negative.repeat(count)
-    raise RecipeError(f"{len(negative)} negative prompts for {count} prompts", mend="give one for all, or one each")
