@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from libreflux.model.facts import KNOWN, write_facts
 from libreflux.sample.metadata import Origin, read_origin
+from tiny import tiny_transformer
 
 COMMON = ["a fox", "--guidance", 3, "--steps", 2, "--seed", 4]
 
@@ -38,6 +43,43 @@ def test_draws_what_the_exported_model_draws(run: Callable, tiny_model_dir: Path
     }  # fmt: skip
     assert told["drawn"].hashes == told["dense"].hashes  # of what is stored
     assert "Quantized: int8" in told["drawn"].parameters() and "Quantized" not in told["stored"].parameters()
+
+
+def test_the_published_layout_in_shards_and_bf16(run: Callable, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """LibreFLUX's: its own class name, code that is not run, no facts; as the same weights in an ordinary folder."""
+    plain, published = (shutil.copytree(tiny_model_dir, tmp_path / name) for name in ("plain", "published"))
+    for folder in (plain, published):
+        shutil.rmtree(folder / "transformer")
+    transformer = tiny_transformer().to(torch.bfloat16)
+    transformer.save_pretrained(plain / "transformer")
+    transformer.save_pretrained(published / "transformer", max_shard_size="40KB")
+    assert len(list((published / "transformer").glob("*.safetensors"))) > 2
+    facts = KNOWN["jimmycarter/LibreFLUX"]
+    write_facts(plain, facts)
+    (published / "libreflux.json").unlink()
+    for name, change in (
+        ("transformer/config.json", {"_class_name": "FluxTransformer2DModelWithMasking"}),
+        ("model_index.json", {"_class_name": ["pipeline", "LibreFluxPipeline"],
+                              "transformer": ["transformer", "FluxTransformer2DModelWithMasking"]}),
+    ):  # fmt: skip
+        path = published / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    for code in ("pipeline.py", "transformer/transformer.py"):
+        (published / code).write_text("raise SystemExit('run')")
+    found = []
+    for model, more in (
+        (plain, []),
+        (published, []),
+        (plain, ["--quantize", "int8"]),
+        (published, ["--quantize", "int8"]),
+    ):
+        out = tmp_path / f"{len(found)}.png"
+        done = run("generate", "a fox", "--steps", 2, "--seed", 4, "--model", model, *more, "--out", out)
+        assert done.code == 0, done.err
+        assert read_origin(out).guidance == facts.guidance
+        found.append((read_origin(out).dtype, pixels(out)))
+    assert found[0] == found[1] and found[2] == found[3] and found[0][1] != found[2][1]
+    assert (found[0][0], found[2][0]) == ("bfloat16", "int8, bfloat16")
 
 
 def test_is_done_again_for_a_remake(run: Callable, drawn: Path, tmp_path: Path) -> None:

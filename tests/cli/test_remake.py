@@ -90,6 +90,22 @@ def test_each_prompt_has_its_own_second_one(run: Callable, tiny_model_dir: Path,
     ]  # fmt: skip
 
 
+def test_the_embedded_guidance_of_a_distilled_model(run: Callable, tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model_dir, tmp_path / "dev")
+    tiny_transformer(guidance_embeds=True).save_pretrained(model / "transformer")
+    facts = json.loads((model / "libreflux.json").read_text()) | {"guidance_embeds": True, "guidance": 3.5}
+    (model / "libreflux.json").write_text(json.dumps(facts))
+    found = {}
+    for given in ([], ["--embedded-guidance", 3.5], ["--embedded-guidance", 1.5]):
+        out = tmp_path / f"{len(found)}.png"
+        assert run("generate", "a fox", "--model", model, "--steps", 1, *given, "--out", out).code == 0
+        found[out] = read_origin(out).embedded_guidance
+    first, same, other = (path.read_bytes() for path in found)
+    assert list(found.values()) == [3.5, 3.5, 1.5] and first == same != other
+    assert run("generate", "--remake", out, "--out", tmp_path / "again.png").code == 0
+    assert (tmp_path / "again.png").read_bytes() == other
+
+
 def test_without_metadata_nothing_is_said(run: Callable, tiny_model_dir: Path, drawn: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.png"
     args = ["generate", "a fox, ünïcödé", "--model", tiny_model_dir, *OPTIONS, "--no-metadata", "--out", out]
@@ -140,6 +156,7 @@ def test_a_picture_is_not_replaced_by_its_copy(run: Callable, drawn: Path) -> No
     ({"batch_cfg": "perhaps"}, "batch_cfg: "),
     ({"adapters": [{"file": "x"}]}, "drawn with 1 adapters, not 0"),
     ({"model": "no/such/model/here"}, "no such model"),
+    ({"embedded_guidance": float("nan")}, "embedded_guidance cannot be nan"),
     ({"colour": 1}, "colour"),
     ({"sigmas": [0.5, 0.7, 0.3, 0.1]}, "sigmas cannot be [0.5, 0.7"),
     ({"sigmas": [0.5]}, "1 sigmas for 4 steps"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,19 @@ def test_the_callback_sees_and_replaces_what_diffusers_shows(pipe: LibreFluxPipe
     for mine, other in zip(seen[pipe], seen[theirs], strict=True):
         assert mine[:2] == other[:2]
         torch.testing.assert_close(mine[2], other[2], atol=2e-5, rtol=0)
+
+
+def test_what_differs_from_diffusers_is_written_down() -> None:
+    """Every argument is there by its name, or the class says what is in its place."""
+    ours, there = (set(inspect.signature(kind.__call__).parameters) for kind in (LibreFluxPipeline, FluxPipeline))
+    told = LibreFluxPipeline.__doc__ or ""
+    image_prompts = {name for name in there if "ip_adapter" in name}
+    missing = there - ours - image_prompts
+    assert missing == {
+        "true_cfg_scale", "joint_attention_kwargs", "prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    }  # fmt: skip
+    assert all(f"`{name.removeprefix('negative_')}`" in told for name in missing) and "`ip_adapter_image`" in told
 
 
 def test_no_negative_prompt_is_an_empty_one(pipe: LibreFluxPipeline) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from libreflux.errors import RecipeError
-from libreflux.model.family import Model
+from libreflux.errors import ModelError, RecipeError
+from libreflux.model.family import Model, open_model
 from libreflux.sample.encoding import Text, encode_ahead
 from libreflux.sample.pipeline import LibreFluxPipeline
 
@@ -23,6 +25,23 @@ def test_ahead_is_as_in_a_call(model: Model, pipe: LibreFluxPipeline) -> None:
         assert torch.equal(found[text].tokens[0], alone.tokens[0]) and torch.equal(found[text].pooled, alone.pooled)
     with pytest.raises(RecipeError, match="max_sequence_length: cannot be 513; mend: use 1 to 512"):
         encode_ahead(model.text, model.facts, [Text("a fox", max_tokens=513)])
+
+
+def test_a_pipeline_without_encoders_draws_the_same_in_int8_too(tiny_model_dir: Path) -> None:
+    text = open_model(tiny_model_dir, parts=("text",))
+    assert text.text is not None
+    found = encode_ahead(text.text, text.facts, [Text("a fox"), Text("")])
+    small = LibreFluxPipeline.from_model(open_model(tiny_model_dir, parts=("transformer", "vae"), quantise=True))
+    whole = LibreFluxPipeline.from_pretrained(tiny_model_dir, quantise=True)
+    dense = LibreFluxPipeline.from_pretrained(tiny_model_dir)
+    ready = {"prompt_conditioning": found[Text("a fox")], "negative_conditioning": found[Text("")]}
+    first, same, other = (
+        pipe(**given, seeds=1, num_inference_steps=2, output_type="latent").images
+        for pipe, given in ((small, ready), (whole, {"prompt": "a fox"}), (dense, ready))
+    )
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    with pytest.raises(ModelError, match="no text encoders"):
+        small("a fox")
 
 
 def test_what_clip_does_not_see_is_told_once(pipe: LibreFluxPipeline, caplog: pytest.LogCaptureFixture) -> None:

@@ -220,6 +220,8 @@ def _free(device: torch.device) -> None:
     gc.collect()  # models are full of cycles
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 @contextlib.contextmanager

@@ -53,6 +53,9 @@ def generate(
     guidance: Annotated[
         float | None, typer.Option(min=0, help="Guidance scale, 1 and below is none; default: the model's own.")
     ] = None,
+    embedded_guidance: Annotated[
+        float | None, typer.Option(min=0, help="Of a guidance-distilled model (FLUX.1-dev); default: the model's own.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default: the model's own.")] = None,
     sigmas: Annotated[
         str | None,
@@ -122,7 +125,7 @@ def generate(
         "--guidance-stop": guidance_stop != 1, "--guidance-rescale": guidance_rescale,
         "--batch-cfg": batch_cfg is not Batch.auto, "--negative-2": negative_2 is not None,
     }  # fmt: skip
-    _check_guidance(guidance, guidance_start, guidance_stop, guidance_rescale, no_cfg_until)
+    _check_guidance(guidance, embedded_guidance, guidance_start, guidance_stop, guidance_rescale, no_cfg_until)
     _refuse_unused(guidance, effects)
     ladder = None if sigmas is None else _ladder(sigmas, steps)
     steps = steps if ladder is None else len(ladder)
@@ -138,6 +141,11 @@ def generate(
     chosen = open_for_drawing(source, adapter or (), device, offload, "int8" if quantize else None)
     facts, size = chosen.facts, chosen.size
     check_max_tokens(facts, max_tokens, "--max-tokens")
+    if facts.guidance_embeds and embedded_guidance is None:
+        embedded_guidance = facts.guidance
+    elif embedded_guidance is not None and not facts.guidance_embeds:
+        what = f"{model} has no guidance embedding"
+        raise RecipeError(what, where="--embedded-guidance", mend="use --guidance, which it has")
     steps = facts.steps if steps is None else steps
     if guidance is None:
         guidance = 1.0 if facts.guidance_embeds else facts.guidance
@@ -147,7 +155,7 @@ def generate(
         prompt="", seed=0, negative=negative, steps=steps, guidance=guidance, width=width or size,
         height=height or size, model=str(source), no_cfg_until=no_cfg_until, guidance_start=guidance_start,
         guidance_stop=guidance_stop, guidance_rescale=guidance_rescale, batch_cfg=batch_cfg.as_value, tile=tile,
-        embedded_guidance=facts.guidance if facts.guidance_embeds else None, quantize=chosen.quantize,
+        embedded_guidance=embedded_guidance, quantize=chosen.quantize,
         negative_2=negative_2, max_tokens=max_tokens, sigmas=ladder,
     )  # fmt: skip
     seconds = [prompt_2[index // count] if prompt_2 else None for index in range(len(wanted))]
@@ -179,11 +187,14 @@ def _draw_all(opened: Opened, wanted: list[tuple[Origin, Path]], *, with_metadat
             done += origin.steps
 
 
-def _check_guidance(scale: float | None, start: float, stop: float, rescale: float, no_cfg_until: int) -> None:
+def _check_guidance(
+    scale: float | None, embedded: float | None, start: float, stop: float, rescale: float, no_cfg_until: int
+) -> None:
     from libreflux.sample.settings import check_values
 
     given = {
-        "guidance_scale": scale, "guidance_start": start, "guidance_stop": stop, "guidance_rescale": rescale
+        "guidance_scale": scale, "embedded_guidance": embedded, "guidance_start": start, "guidance_stop": stop,
+        "guidance_rescale": rescale,
     }  # fmt: skip
     names = {name: f"--{name.replace('_', '-')}" for name in given} | {"guidance_scale": "--guidance"}
     check_values(given, names)

@@ -81,7 +81,7 @@ def _check(origin: Origin, picture: Path) -> None:
             "num_inference_steps": origin.steps, "sigmas": origin.sigmas, "guidance_scale": origin.guidance,
             "width": origin.width, "height": origin.height, "no_cfg_until": origin.no_cfg_until,
             "guidance_start": origin.guidance_start, "guidance_stop": origin.guidance_stop,
-            "guidance_rescale": origin.guidance_rescale,
+            "guidance_rescale": origin.guidance_rescale, "embedded_guidance": origin.embedded_guidance,
         })  # fmt: skip
     except RecipeError as error:
         what = f"damaged origin ({error.where} {error.what})"

@@ -170,7 +170,7 @@ class TextEncoders:
 
     def _t5(self, ids: list[list[int]], pad_to: int | None, *, cut: bool) -> list[Tensor]:
         """T5's last hidden state per prompt, each batch of one length, so that no mask is needed."""
-        device = self.text_encoder_2.device
+        device = _input_device(self.text_encoder_2)
         pad = self.tokenizer_2.pad_token_id
         found: dict[int, Tensor] = {}
         for batch in _equal_lengths(ids, pad_to):
@@ -183,7 +183,7 @@ class TextEncoders:
         return [found[i] for i in range(len(ids))]
 
     def _clip(self, prompts: Sequence[str]) -> Tensor:
-        device = self.text_encoder.device
+        device = _input_device(self.text_encoder)
         pooled = []
         for start in range(0, len(prompts), 64):
             ids = self.tokenizer(
@@ -201,6 +201,12 @@ class TextEncoders:
         if not pooled:
             return torch.zeros(0, self.text_encoder.config.hidden_size, device=device, dtype=self.text_encoder.dtype)
         return torch.cat(pooled)
+
+
+def _input_device(encoder: torch.nn.Module) -> torch.device:
+    """Where token ids go: to the encoder, unless its weights wait on meta for hooks that move ids as well."""
+    device: torch.device = next(encoder.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def check_padding(padding: str) -> None:

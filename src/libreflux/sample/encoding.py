@@ -64,6 +64,9 @@ def encode_prompts(
 def encode_ahead(encoders: TextEncoders, facts: Facts, texts: Iterable[Text]) -> dict[Text, TextConditioning]:
     """Every text on the CPU, so that its encoders can go: alone, as batch mates have a say in the last bits.
 
+    Encoders and transformer are then never in memory together: `open_model(name, parts=("text",))`, this, `del`,
+    `LibreFluxPipeline.from_model(open_model(name, parts=("transformer", "vae")))` and `prompt_conditioning`.
+
     Raises:
         RecipeError, ModelError: see `encode_prompts`.
     """
@@ -78,6 +81,24 @@ def check_max_tokens(facts: Facts, max_tokens: int | None, name: str = "max_sequ
     """Raises RecipeError for a limit out of the model's range; `name` is what the user calls it."""
     if max_tokens is not None and not 1 <= max_tokens <= facts.max_tokens:
         raise RecipeError(f"cannot be {max_tokens}", where=name, mend=f"use 1 to {facts.max_tokens}")
+
+
+def listed(prompts: str | Sequence[str]) -> list[str]:
+    """One prompt or several as a list."""
+    return [prompts] if isinstance(prompts, str) else list(prompts)
+
+
+def matched(negative: TextConditioning, count: int) -> TextConditioning:
+    """As many negative prompts as prompts: one may serve all.
+
+    Raises:
+        RecipeError: another number of them.
+    """
+    if len(negative) == count:
+        return negative
+    if len(negative) == 1:
+        return negative.repeat(count)
+    raise RecipeError(f"{len(negative)} negative prompts for {count} prompts", mend="give one for all, or one each")
 
 
 def _short(text: str) -> str:

@@ -23,7 +23,7 @@ from libreflux.model import latents as latent_space
 from libreflux.model.facts import Facts, write_facts
 from libreflux.model.family import Model, open_model
 from libreflux.model.text import TextConditioning, TextEncoders
-from libreflux.sample.encoding import encode_prompts
+from libreflux.sample.encoding import encode_prompts, listed, matched
 from libreflux.sample.guidance import BatchCfg, GuidedVelocity
 from libreflux.sample.noise import Generators, start
 from libreflux.sample.output import decoded, to_pil
@@ -48,6 +48,18 @@ class LibreFluxPipeline(DiffusionPipeline):
     """Text to image with a model of the FLUX family; see `__call__`.
 
     The transformer may be one in training: nothing is moved, switched or hooked by sampling with it.
+
+    What diffusers' FluxPipeline (0.42) has is here by its name and meaning, but for what is meant to differ:
+
+    - `guidance_scale` is true classifier-free guidance, there `true_cfg_scale`; a guidance-distilled model's own is
+      `embedded_guidance`. Guidance needs no negative prompt: "" or None is the unconditional model.
+    - `negative_prompt` is the second argument and `prompt_2` has no place: pass all but the prompts by name.
+    - steps, guidance, tokens, shift and text padding that are not given are the model's own, from `facts`.
+    - `prompt_conditioning` and `negative_conditioning` are what `prompt_embeds`, `pooled_prompt_embeds` and their
+      negatives are there, ragged, so that the two sides, and prompts, may differ in length.
+    - a generator gives seeds, and noise is the seed's: pictures are others than there, and the same in any batch.
+    - `output_type="latent"` is [B, C, H/8, W/8], not packed. Sizes that are no multiple of 16 are refused, not rounded.
+    - no `joint_attention_kwargs` and no image prompts (`ip_adapter_image` and its kin): nothing here would read them.
 
     Args:
         transformer, vae, scheduler: diffusers' classes. The scheduler is carried for other pipelines; this one follows
@@ -118,10 +130,11 @@ class LibreFluxPipeline(DiffusionPipeline):
         *,
         dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
+        quantise: bool | None = None,
         device: torch.device | str = "cpu",
     ) -> LibreFluxPipeline:
         """Open "emoji-base", a folder or a hub id; see `model.family.open_model`. `torch_dtype` is `dtype` too."""
-        return cls.from_model(open_model(name, dtype=dtype or torch_dtype, device=device))
+        return cls.from_model(open_model(name, dtype=dtype or torch_dtype, quantise=quantise, device=device))
 
     @property
     def default_size(self) -> int:
@@ -147,21 +160,19 @@ class LibreFluxPipeline(DiffusionPipeline):
         """Prompts to conditioning, under the model's own text padding; warns of what an encoder does not see.
 
         Args:
-            prompts: P texts, for CLIP and T5.
-            prompts_2: P other texts for T5, as in diffusers; None is `prompts`.
-            max_sequence_length: T5's limit, 1 to the model's own, which None is.
+            prompts, prompts_2, max_sequence_length: one or P texts and their limit, see `encoding.encode_prompts`.
 
         Raises:
             ModelError: the pipeline has no text encoders.
-            RecipeError: a limit out of range, or numbers of texts that do not agree.
+            RecipeError: see `encoding.encode_prompts`.
         """
         if self.text_encoder is None or self.text_encoder_2 is None:
             raise ModelError(
                 "this pipeline has no text encoders", mend="pass prompt_conditioning and negative_conditioning"
             )
         encoders = TextEncoders(self.tokenizer, self.text_encoder, self.tokenizer_2, self.text_encoder_2)
-        second = None if prompts_2 is None else _listed(prompts_2)
-        return encode_prompts(encoders, self.facts, _listed(prompts), second, max_sequence_length)
+        second = None if prompts_2 is None else listed(prompts_2)
+        return encode_prompts(encoders, self.facts, listed(prompts), second, max_sequence_length)
 
     @property
     def interrupt(self) -> bool:
@@ -287,7 +298,7 @@ class LibreFluxPipeline(DiffusionPipeline):
         repeats, negative = given["num_images_per_prompt"], None
         positive = self._conditioning(given, "")
         if settings.guided:
-            negative = _match(self._conditioning(given, "negative_"), len(positive)).repeat(repeats)
+            negative = matched(self._conditioning(given, "negative_"), len(positive)).repeat(repeats)
         positive = positive.repeat(repeats)
         x, seeds = start(
             given["latents"], given["seeds"], given["generator"], count=len(positive),
@@ -315,7 +326,7 @@ class LibreFluxPipeline(DiffusionPipeline):
                     "has no effect on ready-made conditioning", where="max_sequence_length", mend="encode with it"
                 )
             return ready  # type: ignore[no-any-return]
-        if prompts is None or not _listed(prompts):
+        if prompts is None or not listed(prompts):
             raise RecipeError(f"no {what}", mend=f"pass {what} or its conditioning")
         return self.encode_prompt(prompts, second, limit)
 
@@ -326,15 +337,3 @@ class LibreFluxPipeline(DiffusionPipeline):
         if output_type == "np":
             return pixels.permute(0, 2, 3, 1).cpu().numpy()
         return pixels if output_type == "pt" else to_pil(pixels)
-
-
-def _listed(prompts: str | Sequence[str]) -> list[str]:
-    return [prompts] if isinstance(prompts, str) else list(prompts)
-
-
-def _match(negative: TextConditioning, count: int) -> TextConditioning:
-    if len(negative) == count:
-        return negative
-    if len(negative) == 1:
-        return negative.repeat(count)
-    raise RecipeError(f"{len(negative)} negative prompts for {count} prompts", mend="give one for all, or one each")
