@@ -57,7 +57,7 @@ def diffusers_velocity(
     )[0]
 
 
-@pytest.mark.parametrize("length", [1, 20, 512])
+@pytest.mark.parametrize("length", [1, 20, 256, 512])
 @pytest.mark.parametrize("padding", ["drop", "trim"])
 def test_equals_padded_diffusers_with_a_bool_mask(model: Model, padding: str, length: int) -> None:
     """From prompt to velocity and gradients: unpadded here; T5 and FLUX padded to 512 and masked there."""
