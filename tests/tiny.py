@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -120,6 +121,25 @@ def make_tiny_model(path: Path, seed: int = 0) -> Path:
     (path / "model_index.json").write_text(json.dumps(INDEX, indent=2))
     (path / "libreflux.json").write_text(json.dumps(FACTS, indent=2))
     return path
+
+
+def make_published_layout(tiny: Path, out: Path) -> Path:
+    """The tiny model as LibreFLUX was published: its own classes, whose code raises, in 3 shards, and no facts."""
+    shutil.copytree(tiny, out, ignore=shutil.ignore_patterns("libreflux.json", "transformer"))
+    FluxTransformer2DModel.from_pretrained(tiny / "transformer").save_pretrained(
+        out / "transformer", max_shard_size="150KB"
+    )
+    code = "raise SystemExit('the code of the model was run')"
+    classes = {"transformer": "FluxTransformer2DModelWithMasking", "pipeline": "LibreFluxPipeline"}
+    (out / "transformer" / "transformer.py").write_text(code)
+    (out / "pipeline.py").write_text(code)
+    for name, change in (
+        ("transformer/config.json", {"_class_name": classes["transformer"]}),
+        ("model_index.json", {"_class_name": ["pipeline", classes["pipeline"]],
+                              "transformer": ["transformer", classes["transformer"]]}),
+    ):  # fmt: skip
+        (out / name).write_text(json.dumps(json.loads((out / name).read_text()) | change))
+    return out
 
 
 def poison_latents(cache: Path, pictures: int | None = None) -> list[str]:

@@ -19,7 +19,7 @@ from safetensors.torch import save, save_file
 from libreflux.emoji.build.tokenizers import build_clip_tokenizer
 from libreflux.model import int8_files
 from libreflux.model.family import open_model, quantise_folder
-from tiny import CAPTIONS, tiny_vae
+from tiny import CAPTIONS, make_published_layout, tiny_transformer, tiny_vae
 
 Damage = Callable[[Path], object]
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model.safetensors", "model.safetensors"
@@ -42,7 +42,13 @@ def layouts(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(int8_files, "SHARD_BYTES", 40_000)
         int8 = quantise_folder(tiny_model_dir, root / "int8")
-    return {"whole": tiny_model_dir, "sharded": sharded, "int8": int8}
+    found = {"whole": tiny_model_dir, "sharded": sharded, "int8": int8}
+    found["LibreFLUX"] = make_published_layout(tiny_model_dir, root / "LibreFLUX")
+    for name, guidance_embeds in (("schnell", False), ("dev", True)):
+        found[name] = root / name
+        shutil.copytree(tiny_model_dir, root / name, ignore=shutil.ignore_patterns("libreflux.json", "transformer"))
+        tiny_transformer(guidance_embeds=guidance_embeds).save_pretrained(root / name / "transformer")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -280,12 +286,20 @@ def test_a_damaged_model(libreflux: Callable, layouts: dict[str, Path], tmp_path
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("layout", ["whole", "sharded", "int8"])
-def test_what_is_not_damaged_is_drawn(
+@pytest.mark.parametrize("layout", ["whole", "sharded", "int8", "LibreFLUX", "schnell", "dev"])
+def test_what_is_not_damaged_is_drawn_without_the_network(
     libreflux: Callable, layouts: dict[str, Path], tmp_path: Path, layout: str
 ) -> None:
     code, out, err = libreflux(tmp_path, "generate", "a fox", "--model", layouts[layout], "--steps", "1")
-    assert (code, out.strip()) == (0, "out/001-a-fox-seed0.png") and err.startswith("drawing: 1/1")
+    assert (code, out.strip()) == (0, "out/001-a-fox-seed0.png"), err
+    notices = [line for line in err.splitlines() if not line.startswith("drawing: ")]
+    unknown = "" if layout in ("whole", "sharded", "int8") else layout
+    assert [line.split(": taken for a model like ")[1].removeprefix("FLUX.1-") for line in notices] == unknown.split()
+
+
+def test_a_hub_id_asks_the_network(libreflux: Callable, tmp_path: Path) -> None:
+    code, _, err = libreflux(tmp_path, "generate", "a fox", "--model", "nobody/nothing")
+    assert code == 97 and err.startswith("socket.getaddrinfo"), err
 
 
 def lora_for_wider_layers(file: Path) -> None:

@@ -234,6 +234,10 @@ def test_facts_of_foreign_models(copy_dir: Path, caplog: pytest.LogCaptureFixtur
     assert "taken for a model like FLUX.1-schnell" in caplog.text
     dev = find_facts("x", copy_dir, guidance_embeds=True)
     assert dev.guidance_embeds and dev.shift is None and dev.max_tokens == 512
+    assert find_facts("jimmycarter/LibreFLUX", copy_dir, guidance_embeds=False, masked=True).text_padding == "bias"
+    assert "like LibreFLUX" not in caplog.text
+    assert find_facts("y", copy_dir, guidance_embeds=False, masked=True) == KNOWN["jimmycarter/LibreFLUX"]
+    assert "y has no libreflux.json: taken for a model like LibreFLUX" in caplog.text
 
 
 def test_a_model_takes_the_parts_it_lacks_from_the_folder_that_its_facts_name(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,14 @@ import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from torch import Tensor
 
+from libreflux.model.facts import KNOWN
 from libreflux.model.family import Model, open_model
 from libreflux.model.latents import image_ids, pack
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
 from libreflux.sample.noise import noise
 from libreflux.sample.pipeline import LibreFluxPipeline
+from tiny import make_published_layout
 
 PROMPTS = ["a fox", "a small green frog sits under a tall tree"]
 
@@ -48,30 +48,42 @@ def test_keep_is_what_diffusers_draws(keeping: LibreFluxPipeline, tiny_model_dir
     torch.testing.assert_close(pack(ours), expected, atol=1e-4, rtol=0)
 
 
-def test_bias_adds_one_to_the_logits_of_what_is_not_padding(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert model.transformer is not None and model.text is not None
-    text = model.text.encode(PROMPTS, padding="bias", max_tokens=24)
-    assert text.favoured is not None and len(set(text.favoured)) == 2
+class PlainBias:
+    """Attention written out: 1 on the logits of each row's own tokens and of the image, whatever the mask that came."""
+
+    def __init__(self, own: list[int], width: int) -> None:
+        self.own, self.width, self.calls = own, width, 0
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        self.calls += 1
+        assert options.get("attn_mask") is None
+        logits = query @ key.mT / query.shape[-1] ** 0.5
+        for row, own in enumerate(self.own):
+            logits[row, ..., :own] += 1
+            logits[row, ..., self.width :] += 1
+        return logits.softmax(-1) @ value
+
+
+def check_bias(model: Model, text: TextConditioning) -> None:
+    """`velocity` is that of a transformer that was given the padded text without a mask, under `PlainBias`."""
+    assert model.transformer is not None and text.favoured is not None and len(set(text.favoured)) == 2
     x, sigma, ids = pack(noise([1, 2], 16, 4, 4)), torch.tensor([0.3, 0.8]), image_ids(4, 4)
-    with torch.no_grad():
+    plain = PlainBias(text.favoured, text.lengths[0])
+    given = {
+        "hidden_states": x, "encoder_hidden_states": torch.stack(text.tokens), "pooled_projections": text.pooled,
+        "timestep": sigma, "img_ids": ids, "txt_ids": torch.zeros(text.lengths[0], 3), "return_dict": False,
+    }  # fmt: skip
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         ours = velocity(model.transformer, x, sigma, text, ids)
-        kept = TextConditioning(text.tokens, text.pooled)
-        without = velocity(model.transformer, x, sigma, kept, ids)
-
-        def plain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-            assert options.get("attn_mask") is None
-            logits = query @ key.mT / query.shape[-1] ** 0.5
-            for row, own in enumerate(text.favoured or ()):
-                logits[row, ..., :own] += 1
-                logits[row, ..., 24:] += 1
-            return logits.softmax(-1) @ value
-
-        monkeypatch.setattr(F, "scaled_dot_product_attention", plain)
-        reference = velocity(model.transformer, x, sigma, kept, ids)
+        (without,) = model.transformer(**given)
+        patch.setattr(F, "scaled_dot_product_attention", plain)
+        (reference,) = model.transformer(**given)
+    assert plain.calls == 3  # 1 double, 2 single blocks
     torch.testing.assert_close(ours, reference, atol=2e-5, rtol=0)
     assert (ours - without).abs().max() > 1e-4
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize(("weights", "autocast"), [
     (torch.bfloat16, False), (torch.float32, True), (torch.bfloat16, True)
 ])  # fmt: skip
@@ -114,10 +126,27 @@ def test_the_published_layout_is_drawn_without_its_code(tiny_model_dir: Path, tm
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
     for code in ("pipeline.py", "transformer/transformer.py"):
         (folder / code).write_text("raise SystemExit('run')")
+=======
+def test_bias_adds_one_to_the_logits_of_what_is_not_padding(model: Model) -> None:
+    assert model.text is not None
+    check_bias(model, model.text.encode(PROMPTS, padding="bias", max_tokens=24))
+
+
+def test_the_published_layout_is_drawn_without_its_code(
+    tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_published_layout(tiny_model_dir, tmp_path / "LibreFLUX")
+    assert len(list((folder / "transformer").glob("*-of-00003.safetensors"))) == 3
+>>>>>>> s6-hostile
     opened = open_model(folder)
-    assert (opened.facts.text_padding, opened.facts.max_tokens, opened.facts.guidance) == ("bias", 512, 3.5)
+    assert opened.facts == KNOWN["jimmycarter/LibreFLUX"] and opened.facts.text_padding == "bias"
+    assert f"{folder} has no libreflux.json: taken for a model like LibreFLUX" in caplog.text
     pipe = LibreFluxPipeline.from_model(opened)
     pipe.set_progress_bar_config(disable=True)
-    two, alone = (pipe(prompts, seeds=[5] * len(prompts), num_inference_steps=2, output_type="latent").images
+    text = pipe.encode_prompt(PROMPTS)
+    assert text.lengths == [512, 512]
+    check_bias(opened, text)
+    two, alone = (pipe(prompts, seeds=[5] * len(prompts), num_inference_steps=2, output_type="pt").images
                   for prompts in (PROMPTS, PROMPTS[:1]))  # fmt: skip
+    assert two.shape == (2, 3, 32, 32) and (two[0] - two[1]).abs().max() > 1e-3
     torch.testing.assert_close(two[:1], alone, atol=1e-5, rtol=0)

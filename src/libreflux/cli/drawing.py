@@ -27,6 +27,7 @@ from libreflux.model.device import pick_device
 from libreflux.model.facts import Facts
 from libreflux.model.family import Model, open_model, weights_hash
 from libreflux.model.int8 import int8_layers
+from libreflux.model.parts import check_fit
 from libreflux.model.single_file import SingleFiles
 from libreflux.model.text import TextConditioning, TextEncoders, check_padding
 from libreflux.sample.encoding import Text, encode_ahead
@@ -127,6 +128,7 @@ class Chosen:
         transformer, path = loaded.transformer, loaded.path
         if transformer is None or path is None:
             raise ModelError("has no transformer", where=self.model.name, mend="use a complete model")
+        check_fit(path, transformer, self.model.vae, encoders)
         dtype = str(transformer.dtype).removeprefix("torch.")
         if int8_layers(transformer):
             _refuse_int8(self.offload)

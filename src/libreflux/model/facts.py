@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -109,13 +110,12 @@ _DEV = Facts(
     guidance_embeds=True,
     licence="flux-1-dev-non-commercial-license",
 )
+_LIBREFLUX = Facts(text_padding="bias", max_tokens=512, steps=28, guidance=3.5, shift=1.0, licence="apache-2.0")
 
 KNOWN: dict[str, Facts] = {
     "black-forest-labs/FLUX.1-schnell": _SCHNELL,
     "black-forest-labs/FLUX.1-dev": _DEV,
-    "jimmycarter/LibreFLUX": Facts(
-        text_padding="bias", max_tokens=512, steps=28, guidance=3.5, shift=1.0, licence="apache-2.0"
-    ),
+    "jimmycarter/LibreFLUX": _LIBREFLUX,
     "ostris/OpenFLUX.1": Facts(
         text_padding="keep", max_tokens=512, steps=30, guidance=3.5, shift=1.0, licence="apache-2.0"
     ),
@@ -171,8 +171,13 @@ def find_facts(name: str, folder: Path, *, guidance_embeds: bool, masked: bool =
     known = {hub_id.lower(): facts for hub_id, facts in KNOWN.items()}.get(name.partition("@")[0].lower())
     if known is not None:
         return known
-    if masked:
-        return KNOWN["jimmycarter/LibreFLUX"]
     nearest, like = (_DEV, "FLUX.1-dev") if guidance_embeds else (_SCHNELL, "FLUX.1-schnell")
-    logger.warning("%s has no %s: taken for a model like %s", name, FACTS_FILE, like)
+    if masked:
+        nearest, like = dataclasses.replace(_LIBREFLUX, guidance_embeds=guidance_embeds), "LibreFLUX"
+    _notice(name, like)
     return nearest
+
+
+@functools.cache  # a command opens a model more than once
+def _notice(name: str, like: str) -> None:
+    logger.warning("%s has no %s: taken for a model like %s", name, FACTS_FILE, like)
