@@ -83,7 +83,6 @@ def check_bias(model: Model, text: TextConditioning) -> None:
     assert (ours - without).abs().max() > 1e-4
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(("weights", "autocast"), [
     (torch.bfloat16, False), (torch.float32, True), (torch.bfloat16, True)
 ])  # fmt: skip
@@ -113,20 +112,6 @@ def test_the_bias_is_in_the_dtype_of_the_queries(
     torch.testing.assert_close(rounded, exact, atol=0.03 * float(exact.abs().max()), rtol=0)
 
 
-def test_the_published_layout_is_drawn_without_its_code(tiny_model_dir: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "LibreFLUX"
-    shutil.copytree(tiny_model_dir, folder)
-    (folder / "libreflux.json").unlink()
-    for name, change in (
-        ("transformer/config.json", {"_class_name": "FluxTransformer2DModelWithMasking"}),
-        ("model_index.json", {"_class_name": ["pipeline", "LibreFluxPipeline"],
-                              "transformer": ["transformer", "FluxTransformer2DModelWithMasking"]}),
-    ):  # fmt: skip
-        path = folder / name
-        path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    for code in ("pipeline.py", "transformer/transformer.py"):
-        (folder / code).write_text("raise SystemExit('run')")
-=======
 def test_bias_adds_one_to_the_logits_of_what_is_not_padding(model: Model) -> None:
     assert model.text is not None
     check_bias(model, model.text.encode(PROMPTS, padding="bias", max_tokens=24))
@@ -137,7 +122,6 @@ def test_the_published_layout_is_drawn_without_its_code(
 ) -> None:
     folder = make_published_layout(tiny_model_dir, tmp_path / "LibreFLUX")
     assert len(list((folder / "transformer").glob("*-of-00003.safetensors"))) == 3
->>>>>>> s6-hostile
     opened = open_model(folder)
     assert opened.facts == KNOWN["jimmycarter/LibreFLUX"] and opened.facts.text_padding == "bias"
     assert f"{folder} has no libreflux.json: taken for a model like LibreFLUX" in caplog.text
