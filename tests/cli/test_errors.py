@@ -68,7 +68,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (["generate", "x", "--sigmas", "1,0.5", "--steps", "2"], ["--steps", "no effect beside --sigmas", "mend"]),
         (["generate", "x", "--sigmas", "1,0.5", "--no-cfg-until", "2"], ["--no-cfg-until", "none of 2 steps"]),
         (["generate", "x", "--embedded-guidance", "inf"], ["--embedded-guidance", "cannot be inf", "mend"]),
-        (["generate", "x", "--model", "MODEL", "--embedded-guidance", "3"], ["--embedded-guidance", "has no", "mend"]),
+        (
+            ["generate", "x", "--model", "MODEL", "--embedded-guidance", "3"],
+            ["--embedded-guidance", "no effect", "mend"],
+        ),
         (["generate", "x", "--max-tokens", "0"], ["--max-tokens"]),
         (["generate", "x", "--model", "MODEL", "--max-tokens", "513"], ["--max-tokens: cannot be 513", "1 to 512"]),
         (["generate", "x", "y", "--prompt-2", "z"], ["--prompt-2: 1 for 2 prompts", "mend"]),

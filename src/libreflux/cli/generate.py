@@ -17,6 +17,7 @@ from libreflux.errors import RecipeError
 
 if TYPE_CHECKING:
     from libreflux.cli.drawing import Opened
+    from libreflux.model.facts import Facts
     from libreflux.sample.metadata import Origin
 
 REMAKE_TAKES = ("remake", "model", "base", "comfyui", "adapter", "device", "offload", "no_metadata", "out")
@@ -141,11 +142,7 @@ def generate(
     chosen = open_for_drawing(source, adapter or (), device, offload, "int8" if quantize else None)
     facts, size = chosen.facts, chosen.size
     check_max_tokens(facts, max_tokens, "--max-tokens")
-    if facts.guidance_embeds and embedded_guidance is None:
-        embedded_guidance = facts.guidance
-    elif embedded_guidance is not None and not facts.guidance_embeds:
-        what = f"{model} has no guidance embedding"
-        raise RecipeError(what, where="--embedded-guidance", mend="use --guidance, which it has")
+    embedded_guidance = _embedded(facts, embedded_guidance)
     steps = facts.steps if steps is None else steps
     if guidance is None:
         guidance = 1.0 if facts.guidance_embeds else facts.guidance
@@ -158,10 +155,9 @@ def generate(
         embedded_guidance=embedded_guidance, quantize=chosen.quantize,
         negative_2=negative_2, max_tokens=max_tokens, sigmas=ladder,
     )  # fmt: skip
-    seconds = [prompt_2[index // count] if prompt_2 else None for index in range(len(wanted))]
     origins = [
-        dataclasses.replace(common, prompt=prompt, prompt_2=second, seed=own)
-        for (prompt, own), second in zip(wanted, seconds, strict=True)
+        dataclasses.replace(common, prompt=prompt, prompt_2=prompt_2[index // count] if prompt_2 else None, seed=own)
+        for index, (prompt, own) in enumerate(wanted)
     ]
     opened = chosen.load(origins)
     stamped = [opened.stamped(origin) for origin in origins]
@@ -214,6 +210,14 @@ def _ladder(text: str, steps: int | None) -> list[float]:
         raise RecipeError(f"{text!r} is no list of numbers", where="--sigmas", mend="write 1,0.75,0.5,0.25") from None
     check_values({"sigmas": sigmas}, {"sigmas": "--sigmas"})
     return sigmas
+
+
+def _embedded(facts: Facts, given: float | None) -> float | None:
+    """The embedded guidance: as given, the model's own, or None for a model that has none."""
+    if given is not None and not facts.guidance_embeds:
+        what = "has no effect on a model without guidance embedding"
+        raise RecipeError(what, where="--embedded-guidance", mend="use --guidance")
+    return facts.guidance if facts.guidance_embeds and given is None else given
 
 
 def _refuse_beside_remake(context: typer.Context) -> None:

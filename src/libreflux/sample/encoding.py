@@ -56,7 +56,7 @@ def encode_prompts(
             other = (
                 "T5 does, up to its own limit" if prompts_2 is None else "nor does T5, which has a prompt of its own"
             )
-            logger.warning("the prompt is too long for CLIP, which does not see %r; %s", _short(unseen), other)
+            logger.warning("prompt too long for CLIP, which does not see %r; %s", _short(unseen), other)
     limit = facts.max_tokens if max_tokens is None else max_tokens
     return encoders.encode(prompts, padding=facts.text_padding, max_tokens=limit, prompts_2=prompts_2)
 
