@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +16,14 @@ from pathlib import Path
 import pytest
 
 COMMIT = "c0ffee" + "0" * 34
+REFUSED = {  # what the hub answers to a repository or revision: status, X-Error-Code
+    "org/gated": (403, "GatedRepo"),
+    "org/login": (401, "GatedRepo"),
+    "org/private": (401, "RepoNotFound"),
+    "org/none": (404, "RepoNotFound"),
+    "org/tiny/revision/gone": (404, "RevisionNotFound"),
+    "org/broken": (500, ""),
+}
 
 
 class Hub(ThreadingHTTPServer):
@@ -25,6 +34,7 @@ class Hub(ThreadingHTTPServer):
         self.files |= extra
         self.requests: list[str] = []
         self.failing = ""
+        self.gated = False
         super().__init__(("127.0.0.1", 0), Handler)
 
     @property
@@ -39,7 +49,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.requests.append(f"{self.command} {self.path}")
         path = self.path.partition("?")[0]
-        if path.startswith("/api/models/org/tiny/revision/"):
+        refusal = [answer for name, answer in REFUSED.items() if f"/{name}/" in f"{path}/"]
+        if refusal:
+            self.answer(b"", refusal[0][0], {"X-Error-Code": refusal[0][1]})
+        elif path.startswith("/api/models/org/tiny/revision/"):
             siblings = [{"rfilename": name} for name in self.server.files]
             self.answer(json.dumps({"id": "org/tiny", "sha": COMMIT, "siblings": siblings}).encode())
         elif path == f"/api/models/org/tiny/tree/{COMMIT}":
@@ -48,7 +61,9 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(json.dumps(tree).encode())
         elif path.startswith(f"/org/tiny/resolve/{COMMIT}/"):
             name = path.split(f"/resolve/{COMMIT}/")[1]
-            if name == self.server.failing:
+            if self.server.gated:
+                self.answer(b"", 403, {"X-Error-Code": "GatedRepo"})
+            elif name == self.server.failing:
                 self.answer(b"", 500)
             else:
                 self.answer(self.server.files[name])
@@ -80,8 +95,8 @@ def hub(tiny_model_dir: Path) -> Iterator[Hub]:
     server.shutdown()
 
 
-def opened(hub: Hub, cache: Path, name: str) -> str:
-    """What a fresh process says that opens the model: its folder, or the error."""
+def opened(hub: Hub, cache: Path, name: str, port: int | None = None) -> str:
+    """What a fresh process says that opens the model: its folder, or the error. The hub may be said to be elsewhere."""
     code = (
         "import sys; from libreflux.errors import ModelError\n"
         "from libreflux.model.locate import locate\n"
@@ -90,7 +105,11 @@ def opened(hub: Hub, cache: Path, name: str) -> str:
     )
     package = str(Path(__file__).resolve().parents[2] / "src")
     env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(cache), "PYTHONPATH": package}
-    env |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+    env |= {
+        "HF_ENDPOINT": f"http://127.0.0.1:{port or hub.server_port}",
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
     done = subprocess.run([sys.executable, "-c", code, name], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -113,10 +132,38 @@ def test_a_hub_model_comes_once_without_code_and_after_interruption_in_full(hub:
     assert hub.requests == []  # the commit of the first download stays, without asking
 
 
-def test_an_unknown_id_is_one_line(hub: Hub, tmp_path: Path) -> None:
-    said = opened(hub, tmp_path, "org/none")
-    assert said.startswith("ModelError: org/none: no folder of this name, and it cannot be had from the hub (")
-    assert "mend: mend the path, or check the id" in said and "\n" not in said
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("org/gated", "its owner asks for a login and consent"),
+        ("org/login", "its owner asks for a login and consent"),
+        ("org/private", "no such model there, or a private one"),
+        ("org/none", "no such model there, or a private one"),
+        ("org/tiny@gone", "no such revision there"),
+        ("org/broken", "the hub cannot be reached"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(hub: Hub, tmp_path: Path, name: str, reason: str) -> None:
+    said = opened(hub, tmp_path, name)
+    assert said.startswith(f"ModelError: {name}: no folder of this name, and it cannot be had from the hub (")
+    assert reason in said and "; mend: mend the path, or check the id" in said and "\n" not in said
+
+
+def test_a_gated_model_shows_its_list_of_files_and_no_file(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "gated", True)
+    said = opened(hub, tmp_path, "org/tiny")
+    assert said.startswith("ModelError: org/tiny: no folder of this name") and "\n" not in said
+    assert "(its owner asks for a login and consent); mend: " in said
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(hub: Hub, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    said = opened(hub, tmp_path, "org/tiny", port)
+    assert said.startswith("ModelError: org/tiny: no folder of this name") and "\n" not in said
+    assert "not downloaded before, and the hub cannot be reached" in said
 
 
 def test_a_name_without_a_slash_asks_nobody(hub: Hub, tmp_path: Path) -> None:

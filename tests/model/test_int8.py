@@ -189,6 +189,29 @@ def test_blocks_become_int8_with_their_adaln_and_the_ends_do_not() -> None:
     )  # velocity() finds bf16 and computes in it, or the kept linears would refuse
 
 
+def test_which_linears_are_int8_by_path() -> None:
+    """Written out, for one double and two single blocks: their AdaLN linears are int8 too, and none outside of them."""
+    transformer = tiny_transformer()
+    double = [
+        "norm1.linear", "norm1_context.linear",
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+        "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+    ]  # fmt: skip
+    single = ["norm.linear", "proj_mlp", "proj_out", "attn.to_q", "attn.to_k", "attn.to_v"]
+    in_int8 = {f"transformer_blocks.0.{name}" for name in double}
+    in_int8 |= {f"single_transformer_blocks.{block}.{name}" for block in (0, 1) for name in single}
+    spared = {
+        "x_embedder", "context_embedder", "norm_out.linear", "proj_out",
+        "time_text_embed.timestep_embedder.linear_1", "time_text_embed.timestep_embedder.linear_2",
+        "time_text_embed.text_embedder.linear_1", "time_text_embed.text_embedder.linear_2",
+    }  # fmt: skip
+    assert set(linears(transformer)) == in_int8 | spared
+    assert set(quantise_model(transformer)) == in_int8
+    plain = {name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    assert plain == spared
+
+
 def adapted(transformer: nn.Module) -> dict[str, nn.Parameter]:
     adapter = attach(transformer, resolve(linear_shapes(transformer), [Target(layers="**", factor=4)]), seed=3)
     return dict(adapter.named_parameters())

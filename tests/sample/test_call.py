@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,28 @@ def test_a_generator_of_its_own_makes_a_picture_independent_of_its_batch(pipe: L
     alone = pipe(SHORT, generator=own(2), output_type="latent")
     assert together.seeds[1:] == alone.seeds
     torch.testing.assert_close(together.images[1:], alone.images, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("padding", ["drop", "bias"])
+@pytest.mark.parametrize("how", [True, False, "auto"])
+def test_generators_of_several_pictures_per_prompt(pipe: LibreFluxPipeline, padding: str, how: object) -> None:
+    """Two prompts of two pictures, each with its generator: every one is, decoded, what it is alone in two passes."""
+
+    def own(seed: int) -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    pipe.facts = Facts(text_padding=padding, max_tokens=32)
+    common = {"guidance_scale": 4.0, "guidance_rescale": 0.5, "num_inference_steps": 3, "output_type": "pt"}
+    generators = [own(seed) for seed in (3, 4, 5, 3)]
+    together = pipe(
+        [LONG, SHORT], [SHORT, ""], num_images_per_prompt=2, generator=generators, batch_cfg=how, **common
+    ).images
+    rows = [(LONG, SHORT, 3), (LONG, SHORT, 4), (SHORT, "", 5), (SHORT, "", 3)]
+    alone = [
+        pipe(text, negative, generator=own(seed), batch_cfg=False, **common).images for text, negative, seed in rows
+    ]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
+    assert min((a - b).abs().max() for a, b in itertools.combinations(alone, 2)) > 1e-3
 
 
 def test_the_callback_sees_and_replaces_what_diffusers_shows(pipe: LibreFluxPipeline, theirs: FluxPipeline) -> None:
