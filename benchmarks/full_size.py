@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,15 @@ from libreflux.model.single_file import CONFIGS
 from libreflux.sample.metadata import Origin
 
 PROMPTS = ("a small red fox at the left of a rocket, on yellow", "blue")
+TINY: dict[str, dict[str, Any]] = {
+    "transformer": {
+        "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "joint_attention_dim": 32,
+        "pooled_projection_dim": 32,
+    },
+    "text_encoder": {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2},
+    "text_encoder_2": {"num_layers": 1, "num_decoder_layers": 1, "d_model": 32, "d_ff": 64, "d_kv": 16, "num_heads": 2},
+    "vae": {"block_out_channels": [32, 32, 32, 32], "layers_per_block": 1},
+}  # fmt: skip
 Shape = tuple[int, int, int]
 """Rows of x, in_features, out_features."""
 
@@ -86,13 +96,13 @@ def build(folder: Path, *, tiny: bool) -> None:
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    blocks = {"num_layers": 1, "num_single_layers": 1} if tiny else {}
-    small = {"num_attention_heads": 2} if tiny else {}
-    shallow = {"num_layers": 1, "num_decoder_layers": 1, "d_ff": 64} if tiny else {}
-    t5 = json.loads((CONFIGS / "text_encoder_2.json").read_text()) | shallow
-    clip = json.loads((CONFIGS / "text_encoder.json").read_text()) | ({"num_hidden_layers": 1} if tiny else {})
+    small: dict[str, dict[str, Any]] = TINY if tiny else {part: {} for part in TINY}
+    clip, t5, vae = (
+        json.loads((CONFIGS / f"{part}.json").read_text()) | small[part]
+        for part in ("text_encoder", "text_encoder_2", "vae")
+    )
     with torch.device("meta"):
-        transformer = FluxTransformer2DModel(guidance_embeds=False, **blocks, **small)
+        transformer = FluxTransformer2DModel(guidance_embeds=False, **small["transformer"])
         encoders = {
             "text_encoder": CLIPTextModel(CLIPTextConfig(**clip)), "text_encoder_2": T5EncoderModel(T5Config(**t5))
         }  # fmt: skip
@@ -101,9 +111,7 @@ def build(folder: Path, *, tiny: bool) -> None:
     write_int8(folder / "transformer", config, transformer_tensors(transformer))
     for part, encoder in encoders.items():
         write_encoder(folder / part, encoder)
-    AutoencoderKL.from_config(json.loads((CONFIGS / "vae.json").read_text())).to(torch.bfloat16).save_pretrained(
-        folder / "vae"
-    )
+    AutoencoderKL.from_config(vae).to(torch.bfloat16).save_pretrained(folder / "vae")
     for part in ("tokenizer", "tokenizer_2", "scheduler"):
         shutil.copytree(WEIGHTS / "emoji-base" / part, folder / part)
     write_facts(folder, Facts(steps=2, guidance=3.5, licence="none"))
@@ -127,7 +135,7 @@ def shapes_of(transformer: nn.Module) -> tuple[Counter[Shape], list[torch.utils.
     return seen, [one.register_forward_pre_hook(note) for one in transformer.modules() if isinstance(one, kinds)]
 
 
-def seconds(call: object, least: float = 0.4) -> float:
+def seconds(call: object, least: float) -> float:
     """Of one call: the median of as many as fill `least` seconds, three at least, after one that does not count."""
     times: list[float] = []
     call()  # type: ignore[operator]
@@ -138,23 +146,23 @@ def seconds(call: object, least: float = 0.4) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def dense_seconds(shapes: Mapping[Shape, int]) -> dict[Shape, float]:
+def dense_seconds(shapes: Mapping[Shape, int], least: float) -> dict[Shape, float]:
     """Of each product as a dense bf16 one."""
     found = {}
     for rows, columns, out in shapes:
         x, w = torch.randn(rows, columns).bfloat16(), torch.randn(out, columns).bfloat16()
-        found[rows, columns, out] = seconds(lambda x=x, w=w: F.linear(x, w))
+        found[rows, columns, out] = seconds(lambda x=x, w=w: F.linear(x, w), least)
     return found
 
 
-def int8_seconds(shapes: Mapping[Shape, int]) -> dict[Shape, float]:
+def int8_seconds(shapes: Mapping[Shape, int], least: float) -> dict[Shape, float]:
     found = {}
     for rows, columns, out in shapes:
         layer = Int8Linear(columns, out, dtype=torch.bfloat16)
         layer.weight.copy_(numbers("timing", (out, columns)))
         x = torch.randn(rows, columns).bfloat16()
         with torch.no_grad():
-            found[rows, columns, out] = seconds(lambda x=x, layer=layer: layer(x))
+            found[rows, columns, out] = seconds(lambda x=x, layer=layer: layer(x), least)
     return found
 
 
@@ -182,9 +190,8 @@ def draw(folder: Path, options: argparse.Namespace) -> None:
     for hook in hooks:
         hook.remove()
     steps = [late - early for early, late in zip([0.0, *times], times, strict=False)]
-    before = dense_seconds(seen)
-    ours = int8_seconds(seen)
-    after = dense_seconds(seen)
+    least = 0.01 if options.tiny else 0.4
+    before, ours, after = (of(seen, least) for of in (dense_seconds, int8_seconds, dense_seconds))
     dense = {shape: min(before[shape], after[shape]) for shape in seen}
     total = sum(dense[shape] * count for shape, count in seen.items()) / options.steps
     flops = sum(2 * rows * columns * out * count for (rows, columns, out), count in seen.items()) / options.steps

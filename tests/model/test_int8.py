@@ -20,7 +20,7 @@ from libreflux.adapter.layers import AdaptedLinear, LoKr, delta_weight, linear_s
 from libreflux.adapter.merge import merge
 from libreflux.adapter.targets import Target, resolve
 from libreflux.errors import AdapterError, ModelError, RunError
-from libreflux.model import int8_files
+from libreflux.model import int8, int8_files
 from libreflux.model.family import Model, open_model, quantise_folder, read_facts, save_model, weights_hash
 from libreflux.model.int8 import (
     Int8Linear,
@@ -473,3 +473,24 @@ def test_a_folder_is_quantised_without_being_held(tiny_model_dir: Path, tmp_path
     assert int8 < 0.53 * dense
     assert written - start < 200e6, (start, written, dense)
     assert loaded - start < int8 + 200e6, (start, loaded, int8)
+
+
+@pytest.mark.parametrize("rows", [1, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_product_in_parts_is_the_whole_one(
+    monkeypatch: pytest.MonkeyPatch, rows: int, dtype: torch.dtype
+) -> None:
+    """Sizes that are no multiples of anything, with and without bias, gradients included."""
+    torch.manual_seed(0)
+    weight, scale = quantise_weight(torch.randn(301, 77))
+    x = torch.randn(2, rows, 77, dtype=dtype)
+    calls = []
+    for bias in (torch.randn(301, dtype=dtype), None):
+        whole = int8.product(x, weight, scale, bias)
+        with monkeypatch.context() as patch:
+            patch.setattr(int8, "_WHOLE", 0)
+            patch.setattr(int8, "_IN_CACHE", 77 * 50)
+            patch.setattr(int8, "dequantise", lambda *given: calls.append(len(given[0])) or dequantise(*given))
+            parts = int8.product(x, weight, scale, bias)
+        torch.testing.assert_close(parts, whole, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+    assert calls == ([32] * 9 + [13]) * 2

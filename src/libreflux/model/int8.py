@@ -23,6 +23,8 @@ KEPT = ("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_o
 
 _LARGEST = 127
 _AT_ONCE = 2**18  # weights widened to fp32 together, 1 MB: larger temporaries leave holes in the heap that add up
+_WHOLE = 2**24  # weights that one product takes at once on a CPU: 3072 x 3072 does, FLUX.1's other layers do not
+_IN_CACHE = 2**20  # weights that are made dense together where not, 2 MB in bf16
 
 
 def quantise_weight(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
@@ -72,13 +74,30 @@ def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).mul_(scale.to(dtype)[:, None])
 
 
+def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x (scale * q)^T + bias [..., out] in x's dtype; of a large matrix on a CPU some rows at a time.
+
+    A matrix that is made anew does not fit into a CPU's caches: written out and read back it costs more than the
+    product when x has few rows. The AdaLN layers' x has one per picture.
+    """
+    if x.device.type != "cpu" or weight.numel() <= _WHOLE:
+        return F.linear(x, dequantise(weight, scale, x.dtype), bias)
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    rows = max(32, _IN_CACHE // weight.shape[1] // 32 * 32)
+    for start in range(0, weight.shape[0], rows):
+        here = slice(start, start + rows)
+        made = dequantise(weight[here], scale[here], x.dtype)
+        out[..., here] = F.linear(x, made, None if bias is None else bias[here])
+    return out
+
+
 class _Int8Product(torch.autograd.Function):
     """x W^T + bias. Backward makes W again: autograd keeps the quantised tensors only, none of which has a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        return F.linear(x, dequantise(weight, scale, x.dtype), bias)
+        return product(x, weight, scale, bias)
 
     @staticmethod
     @once_differentiable

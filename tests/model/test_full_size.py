@@ -1,0 +1,17 @@
+"""benchmarks/full_size.py runs: what it claims of 12 B parameters is made by this code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_the_full_size_benchmark_in_the_small(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "full_size.py"
+    command = [sys.executable, script, "--folder", tmp_path / "model", "--tiny", "--size", "32"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for told in ("| peak of all |", "| share of matmul speed |", "picture (32, 32)"):
+        assert told in done.stdout
+    assert not (tmp_path / "model").exists()
