@@ -41,6 +41,11 @@ PLACE_ERRORS = WRITE_ERRORS | frozenset(
     }
 )
 """What the file system says of a place that the user named; any other OSError is a bug of ours."""
+_CODES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
+    "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+"""What safetensors calls torch's dtypes."""
 _LEFT = re.compile(r"\..+\.(tmp|staging)-[0-9a-f]{8}|\.deleted-.+|\.tmp\w{6}")  # the last one is safetensors' own
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
@@ -101,14 +106,16 @@ def atomic_stream_safetensors(
         ValueError: the tensors are not those of the layout.
     """
     import torch
-    from safetensors.torch import _TYPES
 
-    codes = {dtype: code for code, dtype in _TYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for name, (dtype, shape) in layout.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": _CODES[str(dtype).removeprefix("torch.")],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw = raw.ljust(-(-len(raw) // 8) * 8)  # aligned, as the format asks
 
