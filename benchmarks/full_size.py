@@ -31,13 +31,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from libreflux import keyed
 from libreflux.cli.drawing import open_for_drawing
-from libreflux.files import atomic_stream_safetensors
 from libreflux.flow.solve import Step
 from libreflux.model.facts import Facts, write_facts
 from libreflux.model.int8 import Int8Linear, quantise_model
 from libreflux.model.int8_files import write_int8
 from libreflux.model.locate import WEIGHTS
 from libreflux.model.single_file import CONFIGS
+from libreflux.model.stream import stream_safetensors
 from libreflux.sample.metadata import Origin
 
 PROMPTS = ("a small red fox at the left of a rocket, on yellow", "blue")
@@ -86,7 +86,7 @@ def write_encoder(folder: Path, model: CLIPTextModel | T5EncoderModel) -> None:
     state = {name: like for name, like in model.state_dict().items() if name not in tied}
     layout = {name: (torch.bfloat16, tuple(like.shape)) for name, like in state.items()}
     tensors = ((name, weight(name, like)) for name, like in state.items())
-    atomic_stream_safetensors(folder / "model.safetensors", layout, tensors, {"format": "pt"})
+    stream_safetensors(folder / "model.safetensors", layout, tensors, {"format": "pt"})
     model.config.save_pretrained(folder)
 
 

@@ -11,12 +11,11 @@ import errno
 import fcntl
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,11 +40,6 @@ PLACE_ERRORS = WRITE_ERRORS | frozenset(
     }
 )
 """What the file system says of a place that the user named; any other OSError is a bug of ours."""
-_CODES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-    "int8": "I8", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
-"""What safetensors calls torch's dtypes."""
 _LEFT = re.compile(r"\..+\.(tmp|staging)-[0-9a-f]{8}|\.deleted-.+|\.tmp\w{6}")  # the last one is safetensors' own
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
@@ -57,7 +51,7 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
     def fill(temporary: Path) -> None:
         temporary.write_bytes(data)
 
-    _replace(path, fill)
+    replace_whole(path, fill)
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -86,49 +80,7 @@ def atomic_save_safetensors(
         _sort_metadata(temporary)
         _open_to_others(temporary)
 
-    _replace(path, fill)
-
-
-def atomic_stream_safetensors(
-    path: Path,
-    layout: Mapping[str, tuple[torch.dtype, Sequence[int]]],
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Replaces ``path`` by a safetensors file of tensors that are made one by one; one is in memory at a time.
-
-    Args:
-        layout: name -> dtype and shape, in the order of the file.
-        tensors: (name, tensor) pairs in that order.
-        metadata: strings.
-
-    Raises:
-        ValueError: the tensors are not those of the layout.
-    """
-    import torch
-
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    end = 0
-    for name, (dtype, shape) in layout.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {
-            "dtype": _CODES[str(dtype).removeprefix("torch.")],
-            "shape": list(shape),
-            "data_offsets": [start, end],
-        }
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw = raw.ljust(-(-len(raw) // 8) * 8)  # aligned, as the format asks
-
-    def fill(temporary: Path) -> None:
-        with open(temporary, "wb") as file:
-            file.write(len(raw).to_bytes(8, "little") + raw)
-            for (name, (dtype, shape)), (given, tensor) in zip(layout.items(), tensors, strict=True):
-                if (given, tensor.dtype, tuple(tensor.shape)) != (name, dtype, tuple(shape)):
-                    raise ValueError(f"{given} {tensor.dtype} {tuple(tensor.shape)} in the place of {name}")
-                flat = tensor.detach().cpu().contiguous().reshape(-1)
-                flat.view(torch.uint8).numpy().tofile(file)
-
-    _replace(path, fill)
+    replace_whole(path, fill)
 
 
 def _sort_metadata(path: Path) -> None:
@@ -325,7 +277,8 @@ def _lock_handle(folder: Path) -> int:
         os.close(handle)
 
 
-def _replace(path: Path, fill: Callable[[Path], None]) -> None:
+def replace_whole(path: Path, fill: Callable[[Path], None]) -> None:
+    """Replaces ``path`` in one rename by the file that ``fill`` makes at the path it is given."""
     path = Path(path)
     with placed(path):
         _replace_anywhere(path, fill)

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from libreflux.errors import ModelError
-from libreflux.files import atomic_stream_safetensors, staged_dir
+from libreflux.files import staged_dir
 from libreflux.model.family import Model
 from libreflux.model.int8 import int8_layers
 from libreflux.model.keys import OWN_BLOCKS, Row, count_blocks, transformer_rows, vae_rows
 from libreflux.model.single_file import FACTS_KEY, TOKENIZERS
+from libreflux.model.stream import stream_safetensors
 
 
 def save_files(model: Model, out: Path, extras: Mapping[str, str] | None = None) -> list[str]:
@@ -96,7 +97,7 @@ def _write(path: Path, rows: Sequence[Row], state: Mapping[str, Tensor], metadat
         for row in used:
             yield row.bfl, row.join([state[part] for part in row.parts])
 
-    atomic_stream_safetensors(path, layout, tensors(), {"format": "pt", **metadata})
+    stream_safetensors(path, layout, tensors(), {"format": "pt", **metadata})
 
 
 def _same(state: Mapping[str, Tensor]) -> list[Row]:
