@@ -169,7 +169,9 @@ def test_the_largest_text_encoder_is_taken_and_named(
     for file in files.iterdir():
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "t5xxl_fp8.safetensors").write_bytes(b"small")
+    (tmp_path / "aesthetic.safetensors").write_bytes(bytes(10_000_000))
     found = find_comfyui(tmp_path)
+    assert found.vae == tmp_path / "ae.safetensors"
     assert found.text_encoder_2 == tmp_path / "t5xxl.safetensors" and "t5xxl.safetensors" in caplog.text
     (tmp_path / "flux1-other.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match=r"2 files are called flux1.*--model"):

@@ -104,6 +104,8 @@ def find_comfyui(folder: Path, *, transformer: Path | None = None, base: str | N
     found: dict[str, Path] = {}
     for part, pattern in _COMFYUI.items():
         files = sorted(file for file in folder.rglob(pattern) if file.is_file())
+        if part == "vae":  # ae, ae_bf16, ae-flux: not aesthetic-…
+            files = [file for file in files if not file.name[2].isalpha()]
         if part == "transformer" and transformer is None and len(files) != 1:
             named = ", ".join(file.name for file in files[:3]) or "none"
             mend = "name the transformer with --model FILE"
