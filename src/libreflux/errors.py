@@ -1,4 +1,4 @@
-"""Every refusal that a user can meet: what was wrong, where, and the mend, on one line, with exit code 2."""
+"""Every refusal that a user can meet: what was wrong, where, and the mend, on one line; exit code 2 (a card: 1)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ class LibrefluxError(Exception):
         what: what is wrong, a clause without a final stop.
         where: the file, key, layer or sample it was found in.
         mend: what to do about it.
+
+    Attributes:
+        code: the exit code of a command that it ends.
     """
+
+    code = 2
 
     def __init__(self, what: str, *, where: object | None = None, mend: str | None = None) -> None:
         self.what, self.where, self.mend = what, where, mend
@@ -45,3 +50,9 @@ class AdapterError(LibrefluxError):
 
 class RunError(LibrefluxError):
     """A run folder: its lock, checkpoints or recipe."""
+
+
+class DeviceError(LibrefluxError):
+    """A card that failed: not the user's mistake, and nothing more can be computed on it in this process."""
+
+    code = 1

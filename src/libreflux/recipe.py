@@ -84,6 +84,10 @@ class Recipe(Section):
         default="bf16",
         description="captions are encoded once and stored in bf16, or in int8 (half the disk); none: in every step",
     )
+    text_precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto",
+        description="what the text encoders compute in; auto: as an existing cache, else fp32 on a CPU, bf16 on a card",
+    )
     latents: Literal["mean", "sample"] = Field(
         default="mean",
         description="mean of the VAE's posterior, or at each visit another sample of it (twice the disk)",
@@ -105,6 +109,9 @@ class Recipe(Section):
     ema: tuple[Real, ...] = Field(
         default=(0.05, 0.1), description="relative widths (sigma_rel) of the averages that are tracked; []: none"
     )
+    ema_every: Whole = Field(
+        default=1, ge=1, description="steps between two updates of the averages, which cost a copy of the adapter each"
+    )
     samples: SampleSpec = Field(default_factory=SampleSpec, description="pictures drawn while training")
     held_out: HeldOutSpec = Field(
         default_factory=HeldOutSpec, description="pictures that are never trained on, measured while training"
@@ -122,6 +129,10 @@ class Recipe(Section):
     )
     seed: Seed = Field(default=0, description="seed of everything random")
     device: str = Field(default="auto", min_length=1, description="auto, cpu, cuda, cuda:N or mps")
+    deterministic: bool = Field(
+        default=False,
+        description="on CUDA the same bits again, by slower kernels; else sums inside kernels have no fixed order",
+    )
     threads: Whole | None = Field(default=None, ge=1, description="CPU threads; default: as many as torch chooses")
     out: Place = Field(description="run folder")
     cache: Place | None = Field(default=None, description="folder of the prepared data; default: out/cache")
@@ -180,6 +191,11 @@ class Recipe(Section):
             raise ValueError(f"{told}, and optimizer.learning_rate never be trained at; shorten it")
         if self.save.averages_every and not self.ema:
             raise ValueError("save.averages_every would keep nothing while ema is []; remove one of the two")
+        if self.ema_every > 1 and not self.ema:
+            raise ValueError("ema_every would do nothing while ema is []; remove one of the two")
+        if self.save.averages_every and self.save.averages_every % self.ema_every:
+            told = f"save.averages_every {self.save.averages_every} must be a multiple of ema_every {self.ema_every}"
+            raise ValueError(f"{told}: the averages stand still between")
         if set(self.crop) == {"centre"} and any(source.crops_per_picture > 1 for source in self.data):
             raise ValueError("data.crops_per_picture would do nothing under crop: centre; remove it or use square")
         return self
@@ -231,6 +247,9 @@ _INDECISIVE = frozenset(
         "max_quarantined",
         "max_skipped",
         "ema",
+        "ema_every",
+        "deterministic",
+        "text_precision",  # the cache's settings hold it, and the data's fingerprint those
     }
 )
 

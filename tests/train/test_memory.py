@@ -11,10 +11,11 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 from libreflux.errors import RunError
+from libreflux.model.faults import is_out_of_memory
 from libreflux.recipe import Recipe
 from libreflux.train.callbacks import Callbacks
 from libreflux.train.loop import fit
-from libreflux.train.memory import explained, is_out_of_memory
+from libreflux.train.memory import explained
 
 Tree = Callable[..., dict[str, Any]]
 

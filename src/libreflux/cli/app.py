@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, NoReturn
 
@@ -53,9 +54,9 @@ app.command("export")(export.export)
 app.command("demo-data")(demo_data.demo_data)
 
 
-def _refuse(line: str) -> NoReturn:
+def _refuse(line: str, code: int = 2) -> NoReturn:
     print(f"libreflux: error: {line}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def main() -> NoReturn:
@@ -63,7 +64,9 @@ def main() -> NoReturn:
     try:
         code = app(prog_name="libreflux", standalone_mode=False)
     except LibrefluxError as error:
-        _refuse(str(error))
+        if error.code != 2 and os.environ.get("LIBREFLUX_TRACEBACK"):
+            raise
+        _refuse(str(error), error.code)
     except OSError as error:
         full = error.errno in WRITE_ERRORS  # of which the system names no file
         if error.errno not in PLACE_ERRORS or (error.filename is None and not full):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from libreflux.cli.adapters import adapted_facts, load_arguments, notice_other_b
 from libreflux.cli.options import Offload
 from libreflux.errors import ModelError, RecipeError
 from libreflux.flow.solve import Step
-from libreflux.model.device import pick_device
+from libreflux.model.device import pick_device, release
 from libreflux.model.facts import Facts
 from libreflux.model.family import Model, open_model, weights_hash
 from libreflux.model.int8 import int8_layers
@@ -121,7 +120,7 @@ class Chosen:
 
     def load(self, origins: Iterable[Origin]) -> Opened:
         """Ready to draw these pictures, and whatever else has their texts."""
-        _free(self.device)  # what was drawn with before
+        release(self.device)  # what was drawn with before
         texts, encoders = self._encoded([text for origin in origins for text in texts_of(origin)])
         waits = self.offload in (Offload.model, Offload.sequential)
         loaded = self._open(("transformer",), torch.device("cpu") if waits else self.device)
@@ -156,7 +155,7 @@ class Chosen:
         if self.offload is Offload.none:
             return found, encoders
         del encoders
-        _free(self.device)
+        release(self.device)
         return found, None
 
     def _open(self, parts: Sequence[str], device: torch.device) -> Model:
@@ -216,14 +215,6 @@ def texts_of(origin: Origin) -> list[Text]:
     positive = Text(origin.prompt, origin.prompt_2, origin.max_tokens)
     negative = Text(origin.negative, origin.negative_2, origin.max_tokens)
     return [positive, negative] if origin.guidance > 1 else [positive]
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()  # models are full of cycles
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()
 
 
 @contextlib.contextmanager

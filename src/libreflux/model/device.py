@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import os
 import re
@@ -45,6 +46,16 @@ def pick_device(name: str = "auto") -> torch.device:
         what = f"this machine has no {name}" if idle is None else f"torch cannot use {idle[0]}"
         raise RunError(what, where="device", mend="use auto or cpu" if idle is None else idle[1])
     return device
+
+
+def release(device: torch.device | str) -> None:
+    """Gives back what nothing refers to any more, of this process and of what torch's allocator keeps of a card."""
+    gc.collect()  # models are full of cycles
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.empty_cache()
+    elif kind == "mps":
+        torch.mps.empty_cache()
 
 
 def idle_gpu(

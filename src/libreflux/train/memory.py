@@ -1,25 +1,12 @@
-"""Out of memory: one line with what helps, instead of a traceback that ends in an allocator."""
+"""What a training run says when memory runs out or a card fails: one line with the keys that make it smaller."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
-from libreflux.errors import RunError
+from libreflux.model import faults
 from libreflux.recipe import Recipe
-
-_SAID = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What torch says in a plain RuntimeError: its CPU allocator on Linux and Windows, MPS, CUDA's libraries."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that the device or this machine has no memory left."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(said in str(error) for said in _SAID)
-
 
 PREPARING = "a smaller resolution, device: cpu, or `libreflux prepare` on a machine with more memory"
 MEASURING = "held_out.every: 0, or, with --fork, a smaller batch (they are measured in batches) or resolution"
@@ -28,7 +15,7 @@ DRAWING = "samples.every: 0 and at_start: false, or a smaller resolution"
 
 @contextmanager
 def explained(doing: str, recipe: Recipe, mend: str | None = None) -> Iterator[None]:
-    """Turns running out of memory in the block into a line that names what helps, in the order to try it.
+    """Turns what the device raises in the block into a line that names what helps, in the order to try it.
 
     Args:
         doing: what the block does, e.g. "step 3".
@@ -37,15 +24,13 @@ def explained(doing: str, recipe: Recipe, mend: str | None = None) -> Iterator[N
 
     Raises:
         RunError: the block ran out of memory.
+        DeviceError: the card failed; the same command goes on from the last checkpoint.
     """
-    try:
+    sides = ", ".join(map(str, recipe.resolution))
+    where = f"{doing}, batch {recipe.batch}, resolution {sides}, device {recipe.device}"
+    again = "run the same command again: it goes on from the last checkpoint"
+    with faults.explained(where, mend or _smaller(recipe), again):
         yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        sides = ", ".join(map(str, recipe.resolution))
-        where = f"{doing}, batch {recipe.batch}, resolution {sides}, device {recipe.device}"
-        raise RunError("out of memory", where=where, mend=mend or _smaller(recipe)) from error
 
 
 def _smaller(recipe: Recipe) -> str:
