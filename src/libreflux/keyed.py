@@ -59,9 +59,13 @@ def _mix(state: np.ndarray) -> np.ndarray:
     return state ^ (state >> np.uint64(31))
 
 
-def generator(seed: int, purpose: str, *index: Part) -> torch.Generator:
-    """A torch CPU generator for this key; draw on the CPU and move, so that every device sees the same numbers."""
+def generator(seed: int, purpose: str, *index: Part, device: torch.device | str = "cpu") -> torch.Generator:
+    """A torch generator for this key.
+
+    Draw on the CPU and move, so that every device sees the same numbers; on another device only where there are so
+    many of them that the CPU would be waited for. A device's generator gives numbers of its own for a key.
+    """
     import torch
 
     # Mersenne Twister seeds are 64-bit, but torch refuses those that overflow int64 on some paths.
-    return torch.Generator().manual_seed(key(seed, purpose, *index) & (2**63 - 1))
+    return torch.Generator(device).manual_seed(key(seed, purpose, *index) & (2**63 - 1))

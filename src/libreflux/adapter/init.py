@@ -15,6 +15,7 @@ from libreflux.errors import AdapterError
 from libreflux.model import int8
 
 Kind = Literal["kaiming", "ones", "perturbed"]
+_CARDS = ("cuda", "mps", "xpu")  # that have generators of their own
 
 
 def kaiming_w1(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
@@ -33,20 +34,23 @@ def perturbed_w2(weight: Tensor, shape: tuple[int, int], scale: float, generator
         weight: W [out, in].
         shape: of w2, [c, d].
         scale: norm of the delta relative to W's.
-        generator: CPU generator.
+        generator: the noise is drawn where it lives, on a CPU in fp64, elsewhere in fp32.
 
     Returns:
         [c, d] fp32 on W's device. A w2 of one entry is scale * mean(W).
     """
     std, mean = torch.std_mean(weight.float(), correction=0)
-    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    wide = torch.float64 if generator.device.type == "cpu" else torch.float32
+    noise = torch.randn(shape, generator=generator, dtype=wide, device=generator.device)
     spread, centre = torch.std_mean(noise, correction=0)
     noise = (noise - centre) / spread if noise.numel() > 1 else torch.zeros_like(noise)
     return scale * (mean + std * noise.to(device=weight.device, dtype=torch.float32))
 
 
 def init_lokr(layer: AdaptedLinear, kind: Kind, seed: int, name: str, scale: float = 1e-3) -> None:
-    """Give a layer's LoKr its first values, a function of (seed, name) only.
+    """Give a layer's LoKr its first values, a function of (seed, name), and of the kind of device under `perturbed`.
+
+    A card makes the noise itself: 3.2 B numbers from a CPU kept eight cards waiting for minutes.
 
     Args:
         layer: adapted with a LoKr; `perturbed` needs a floating-point or `Int8Linear` base.
@@ -77,7 +81,10 @@ def init_lokr(layer: AdaptedLinear, kind: Kind, seed: int, name: str, scale: flo
             if not scale > 0:
                 raise AdapterError(f"init scale {scale} must be positive", where=name, mend="use init: ones for none")
             delta.lokr_w1.fill_(1.0)
-            delta.lokr_w2.copy_(perturbed_w2(_base_weight(layer, name), (c, d), scale, generator))
+            weight = _base_weight(layer, name)
+            if weight.device.type in _CARDS:
+                generator = keyed.generator(seed, "adapter-init", name, device=weight.device)
+            delta.lokr_w2.copy_(perturbed_w2(weight, (c, d), scale, generator))
         else:
             known = ", ".join(get_args(Kind))
             raise AdapterError(f"init {kind!r} is unknown", where=name, mend=f"use one of {known}")

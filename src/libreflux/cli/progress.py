@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,34 @@ class _RateColumn(TextColumn):
 
     def render(self, task: Task) -> Text:
         return Text(rate(task.finished_speed or task.speed or 0.0, self.unit))
+
+
+@contextmanager
+def announced(doing: str, after: float = 1.0, console: Console | None = None) -> Iterator[None]:
+    """Says what the block does, if that takes long, and then how long it took; on stderr.
+
+    Args:
+        doing: e.g. "reading the base model".
+        after: seconds until it is said.
+        console: where to; None is stderr.
+    """
+    console = console or Console(stderr=True)
+    told = threading.Event()
+
+    def tell() -> None:
+        told.set()
+        console.print(f"{doing} …", markup=False, highlight=False, soft_wrap=True)
+
+    began, timer = time.monotonic(), threading.Timer(after, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    if told.is_set():
+        line = f"{doing}: took {clock(time.monotonic() - began)}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

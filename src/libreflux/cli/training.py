@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
@@ -16,7 +17,7 @@ from PIL import Image
 
 from libreflux.adapter.targets import table
 from libreflux.cli.board import FOLDER, Board, require_tensorboard
-from libreflux.cli.progress import Report, progress
+from libreflux.cli.progress import Report, announced, progress
 from libreflux.data.cache import Cache
 from libreflux.data.held_out import HeldOut
 from libreflux.model.facts import Facts
@@ -74,6 +75,14 @@ class ShowTraining(Callbacks):
 
     def on_prepare(self, done: int, total: int, note: str = "") -> None:
         self._bar("preparing", "item")(done, total, note)
+
+    @contextmanager
+    def stage(self, doing: str) -> Iterator[None]:
+        with announced(doing):
+            yield
+
+    def on_notice(self, line: str) -> None:
+        typer.echo(line, err=True)
 
     def on_start(self, started: Started) -> None:
         self._bars.close()

@@ -95,6 +95,13 @@ class Batches:
         """Samples: pictures of all sources, once in each view."""
         return len(self.samples)
 
+    def sequence_lengths(self) -> tuple[int, int]:
+        """The fewest and the most tokens, text and image together, that a picture of these brings with it."""
+        height, width = np.divmod(self.samples.buckets, 2**16)
+        image = height * width // 4
+        [empty] = self.cache.token_counts([text_key("")])
+        return int(image.min() + min(empty, self._tokens.min())), int(image.max() + max(empty, self._tokens.max()))
+
     def fingerprint(self) -> str:
         """SHA-256 over what sample numbers stand for: pictures, captions, repeats, views and the cache's settings."""
         digest = hashlib.sha256()

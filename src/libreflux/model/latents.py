@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from libreflux.errors import ModelError
+from libreflux.model.numerics import pinned
 
 
 @torch.no_grad()
@@ -21,7 +22,8 @@ def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     Returns:
         [B, C, H / 8, W / 8] in the VAE's dtype.
     """
-    mean = vae.encode(pixels.to(device=vae.device, dtype=vae.dtype)).latent_dist.mode()
+    with pinned(vae.device):
+        mean = vae.encode(pixels.to(device=vae.device, dtype=vae.dtype)).latent_dist.mode()
     shift, scale = _normalisation(vae)
     return (mean - shift) * scale
 
@@ -39,7 +41,8 @@ def posterior(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Two of [B, C, H / 8, W / 8] in the VAE's dtype; the second is zero or above.
     """
-    found = vae.encode(pixels.to(device=vae.device, dtype=vae.dtype)).latent_dist
+    with pinned(vae.device):
+        found = vae.encode(pixels.to(device=vae.device, dtype=vae.dtype)).latent_dist
     shift, scale = _normalisation(vae)
     return (found.mode() - shift) * scale, found.std * abs(scale)
 
@@ -51,7 +54,9 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     The latents must be where the VAE computes, which under diffusers' offloading is not `vae.device`.
     """
     shift, scale = _normalisation(vae)
-    return vae.decode((latents / scale + shift).to(vae.dtype)).sample
+    with pinned(latents.device, drawing=True):
+        picture: Tensor = vae.decode((latents / scale + shift).to(vae.dtype)).sample
+    return picture
 
 
 def stride(vae: AutoencoderKL) -> int:

@@ -12,6 +12,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from libreflux.errors import ModelError
+from libreflux.model import numerics
 from libreflux.model.text import TextConditioning
 
 _timestep: ContextVar[Tensor | None] = ContextVar("libreflux_timestep", default=None)
@@ -55,7 +56,8 @@ def velocity(
     if text.favoured is not None:
         seen = _attention_bias(text.favoured, embeds.shape[1], packed.shape[1], _query_dtype(device, dtype)).to(device)
     sigma = sigma.to(device=device, dtype=torch.float32)
-    with _fp32_timestep(transformer, 1000 * sigma):
+    numerics.pin_checkpointing(transformer)
+    with numerics.pinned(device, drawing=not torch.is_grad_enabled()), _fp32_timestep(transformer, 1000 * sigma):
         output: Tensor = transformer(
             hidden_states=packed.to(dtype),
             encoder_hidden_states=embeds,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +91,14 @@ class Callbacks:
 
     def on_prepare(self, done: int, total: int, note: str = "") -> None:
         """Pictures and captions are being checked and encoded; the total grows as more is found to do."""
+
+    @contextmanager
+    def stage(self, doing: str) -> Iterator[None]:
+        """Something that may take seconds or minutes is done in the block, before the first step: say so."""
+        yield
+
+    def on_notice(self, line: str) -> None:
+        """Something that a user should know of, such as a check that was passed."""
 
     def on_start(self, started: Started) -> None:
         """Everything is loaded and the adapter is attached."""

@@ -24,6 +24,7 @@ from libreflux.adapter.files import attach
 from libreflux.adapter.targets import Resolved
 from libreflux.model.family import open_model
 from libreflux.model.int8 import quantise_model
+from libreflux.model.numerics import enable_checkpointing
 from libreflux.model.text import TextConditioning
 from libreflux.recipe import Recipe
 from libreflux.train.loop import BASE_DTYPES, plan_layers
@@ -154,7 +155,7 @@ def estimate_recipe(recipe: Recipe, *, text_tokens: int) -> Estimate:
     if recipe.base == "int8":
         quantise_model(transformer)
     if recipe.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        enable_checkpointing(transformer)
     return estimate(
         transformer,
         plan_layers(recipe).layers,

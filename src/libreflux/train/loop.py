@@ -13,8 +13,10 @@ from diffusers import FluxTransformer2DModel
 
 from libreflux import files
 from libreflux.adapter import plan
+from libreflux.data.batches import Batches
 from libreflux.data.prepare import prepare_cache, prepare_recipe
 from libreflux.errors import ModelError, RecipeError, RunError
+from libreflux.model import attention, numerics
 from libreflux.model.device import pick_device
 from libreflux.model.facts import Facts, freed
 from libreflux.model.family import Model, open_model, weights_hash
@@ -55,7 +57,8 @@ def fit(recipe: Recipe, callbacks: Callbacks | None = None, *, fork: bool = Fals
     run, device = Path(recipe.out), str(pick_device(recipe.device))
     if device.startswith("mps"):
         raise RunError("training on MPS is not supported yet", where="device", mend="set device: cpu")
-    with joined(device) as ranks, contextlib.ExitStack() as held:
+    repeatable = numerics.deterministic(device) if recipe.deterministic else contextlib.nullcontext()
+    with joined(device) as ranks, numerics.pinned(device), repeatable, contextlib.ExitStack() as held:
         newest = ranks.in_turn(lambda: _standing(recipe, run, ranks.world, held, fork), lambda: checkpoint.latest(run))
         if newest is None or newest.step < recipe.steps:
             heard = callbacks if ranks.first else Callbacks()
@@ -229,13 +232,18 @@ def _open(
             lambda: prepare_recipe(recipe, device=device, progress=callbacks.on_prepare),
             lambda: prepare_recipe(recipe, device=device),
         )
-    model = _open_base(recipe, parts=("transformer",), device=device)
+    with callbacks.stage("reading the base model"):
+        model = _open_base(recipe, parts=("transformer",), device=device)
     if model.transformer is None or model.path is None:
         raise ModelError("has no transformer on disk", where=recipe.model, mend="use a complete model")
+    _check_attention(model.transformer, batches, device, callbacks)
     if recipe.gradient_checkpointing:
-        model.transformer.enable_gradient_checkpointing()
+        numerics.enable_checkpointing(model.transformer)
     dtype = parameter_dtype(recipe.optimizer)
-    adapter = plan.build(recipe.adapter, model.transformer, resolved, dtype=dtype, seed=recipe.seed)
+    with callbacks.stage("making the adapter's first values"):
+        adapter = plan.build(recipe.adapter, model.transformer, resolved, dtype=dtype, seed=recipe.seed)
+    with callbacks.stage("hashing the base model's files"):
+        model_hash = weights_hash(model.path)
     training = Training(
         recipe=recipe,
         run=run,
@@ -249,13 +257,30 @@ def _open(
         batches=batches,
         device=device,
         held_out=held_out,
-        identity={"model_hash": weights_hash(model.path), "data_hash": batches.fingerprint()},
+        identity={"model_hash": model_hash, "data_hash": batches.fingerprint()},
     )
     if newest is not None:
-        saving.restore(training, newest, fork)
+        with callbacks.stage(f"reading the checkpoint of step {newest.step}"):
+            saving.restore(training, newest, fork)
     else:
-        training.start_norm = plan.start_norm(recipe.adapter, adapter)
+        with callbacks.stage("measuring the adapter's norms"):
+            training.start_norm = plan.start_norm(recipe.adapter, adapter)
     return training
+
+
+def _check_attention(transformer: FluxTransformer2DModel, batches: Batches, device: str, callbacks: Callbacks) -> None:
+    """On CUDA, where kernels differ by card and version: whether attention's gradients are right at this run's sizes.
+
+    Raises:
+        RunError: they are not.
+    """
+    if not device.startswith("cuda"):
+        return
+    head_dim, dtype = int(transformer.config.attention_head_dim), transformer.dtype
+    lengths = attention.lengths_to_check(*batches.sequence_lengths())
+    with callbacks.stage("checking attention's gradients"):
+        worst = attention.check_gradients(head_dim=head_dim, dtype=dtype, lengths=lengths, device=device)
+    callbacks.on_notice(attention.told(head_dim, dtype, lengths, worst))
 
 
 def _trained_facts(facts: Facts, recipe: Recipe) -> Facts:
