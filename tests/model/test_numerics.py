@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_transformer
 from torch import Tensor
 
 from libreflux.errors import RunError
@@ -16,6 +15,7 @@ from libreflux.model import numerics
 from libreflux.model.latents import image_ids, pack
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
+from tiny import tiny_transformer
 
 
 def flags() -> dict[str, Any]:

@@ -59,8 +59,18 @@ def _refuse(line: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
+def _of_a_device(error: Exception) -> LibrefluxError | None:
+    """The line for memory that ran out, or a card that failed, where no verb has said more of it."""
+    if "torch" not in sys.modules:
+        return None
+    from libreflux.model import faults
+
+    verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "libreflux")
+    return faults.told(error, verb, "smaller sizes, or --device cpu where the verb has it (a recipe: device: cpu)")
+
+
 def main() -> NoReturn:
-    """Run the command line and exit: 0 done, 2 the user's mistake, 130 or 143 stopped by a signal, 1 a bug."""
+    """Run the command line and exit: 0 done, 2 a user's mistake, 130 or 143 stopped by a signal, 1 a card or a bug."""
     try:
         code = app(prog_name="libreflux", standalone_mode=False)
     except LibrefluxError as error:
@@ -73,6 +83,11 @@ def main() -> NoReturn:
             raise
         where = f"{error.filename}: " if error.filename else ""
         _refuse(f"{where}{error.strerror}; mend: name another place, or make room or rights there")
+    except (MemoryError, RuntimeError) as error:
+        line = _of_a_device(error)
+        if line is None or os.environ.get("LIBREFLUX_TRACEBACK"):
+            raise
+        _refuse(str(line), line.code)
     except typer.Abort:
         sys.exit(130)
     except _UsageError as error:

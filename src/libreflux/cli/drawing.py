@@ -25,6 +25,7 @@ from libreflux.flow.solve import Step
 from libreflux.model.device import pick_device, release
 from libreflux.model.facts import Facts
 from libreflux.model.family import Model, open_model, weights_hash
+from libreflux.model.faults import explained
 from libreflux.model.int8 import int8_layers
 from libreflux.model.parts import check_fit
 from libreflux.model.single_file import SingleFiles
@@ -32,6 +33,8 @@ from libreflux.model.text import TextConditioning, TextEncoders, check_padding
 from libreflux.sample.encoding import Text, encode_ahead
 from libreflux.sample.metadata import Origin, versions
 from libreflux.sample.pipeline import LibreFluxPipeline
+
+SMALLER = "a smaller --width and --height, --quantize int8, --offload model or sequential (on CUDA), or --device cpu"
 
 
 @dataclass(frozen=True)
@@ -66,24 +69,25 @@ class Opened:
     def draw(self, origin: Origin, on_step: Callable[[Step], None] | None = None) -> Image.Image:
         """The picture that an origin tells of; alone, since its last bits depend on who shares its batch."""
         positive, *negative = (self.texts[text] for text in texts_of(origin))
-        (image,) = self.pipe(
-            prompt_conditioning=positive,
-            negative_conditioning=negative[0] if negative else None,
-            height=origin.height,
-            width=origin.width,
-            num_inference_steps=origin.steps,
-            sigmas=origin.sigmas,
-            guidance_scale=origin.guidance,
-            no_cfg_until=origin.no_cfg_until,
-            guidance_start=origin.guidance_start,
-            guidance_stop=origin.guidance_stop,
-            guidance_rescale=origin.guidance_rescale,
-            batch_cfg=origin.batch_cfg,
-            embedded_guidance=origin.embedded_guidance,
-            tile=origin.tile,
-            seeds=[origin.seed],
-            callback_on_step=on_step,
-        ).images
+        with explained(f"drawing {origin.width} x {origin.height} pixels on {self.device}", SMALLER):
+            (image,) = self.pipe(
+                prompt_conditioning=positive,
+                negative_conditioning=negative[0] if negative else None,
+                height=origin.height,
+                width=origin.width,
+                num_inference_steps=origin.steps,
+                sigmas=origin.sigmas,
+                guidance_scale=origin.guidance,
+                no_cfg_until=origin.no_cfg_until,
+                guidance_start=origin.guidance_start,
+                guidance_stop=origin.guidance_stop,
+                guidance_rescale=origin.guidance_rescale,
+                batch_cfg=origin.batch_cfg,
+                embedded_guidance=origin.embedded_guidance,
+                tile=origin.tile,
+                seeds=[origin.seed],
+                callback_on_step=on_step,
+            ).images
         assert isinstance(image, Image.Image)
         return image
 

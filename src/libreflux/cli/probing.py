@@ -20,9 +20,10 @@ from libreflux.cli.probe_data import ProbeData
 from libreflux.cli.progress import progress
 from libreflux.errors import RunError
 from libreflux.files import lock, sha256_file
-from libreflux.model.device import pick_device
+from libreflux.model.device import pick_device, release
 from libreflux.model.facts import Facts
 from libreflux.model.family import open_model, weights_hash
+from libreflux.model.faults import explained
 from libreflux.model.locate import EMOJI, locate, part_folder
 from libreflux.model.text import check_trained_padding
 from libreflux.probe import padding
@@ -116,8 +117,10 @@ def run(request: Request) -> tuple[Path, Result]:
         settings = data.settings
 
         def open_bench(todo: Sequence[Section]) -> Bench:
-            texts = _padding_texts(subject, data, device) if padding.SECTION in todo else {}
-            return _open(request, subject, data, judge, out, device, texts)
+            with explained(f"reading the model onto {device}", probe_run.SMALLER):
+                texts = _padding_texts(subject, data, device) if padding.SECTION in todo else {}
+                release(device)  # the text encoders, before the transformer comes
+                return _open(request, subject, data, judge, out, device, texts)
 
         result = probe_run.probe(
             out, open_bench, model=subject.as_json(), settings=settings, asked=data.asked, versions=versions(),

@@ -23,6 +23,7 @@ KEPT = ("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_o
 
 _LARGEST = 127
 _AT_ONCE = 2**18  # weights widened to fp32 together, 1 MB: larger temporaries leave holes in the heap that add up
+_AT_ONCE_ON_A_CARD = 2**25  # 128 MB: a part is a few launches, and FLUX.1 has 45,000 parts of the other size
 _WHOLE = 2**24  # weights that one product takes at once on a CPU: 3072 x 3072 does, FLUX.1's other layers do not
 _IN_CACHE = 2**20  # weights that are made dense together where not, 2 MB in bf16
 
@@ -49,17 +50,16 @@ def quantise_weight(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tenso
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
     if weight.is_meta:
         return q, scale
-    rows = max(1, _AT_ONCE // weight.shape[1])
+    rows = max(1, (_AT_ONCE if weight.device.type == "cpu" else _AT_ONCE_ON_A_CARD) // weight.shape[1])
+    finite = torch.ones((), dtype=torch.bool, device=weight.device)
     for part, of_q, of_scale in zip(weight.detach().split(rows), q.split(rows), scale.split(rows), strict=True):
         wide = part.float()
         low, high = wide.aminmax(dim=1)
         largest = torch.maximum(high, -low)
-        if not largest.isfinite().all():  # before their bits are rounded: some of NaN's would become 0
-            mend = "the file is damaged: download it again"
-            raise ModelError("has weights that are not finite", where=name, mend=mend)
+        finite &= largest.isfinite().all()  # before their bits are rounded: some of NaN's would become 0
         of_scale.copy_(up_to_bf16(largest / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny))
         of_q.copy_((wide / of_scale[:, None]).round_())
-    if not scale.isfinite().all():
+    if not finite & scale.isfinite().all():  # asked once: a card is waited for each time
         raise ModelError("has weights that are not finite", where=name, mend="the file is damaged: download it again")
     return q, scale
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from libreflux.data.held_out import HeldOut
 from libreflux.model.latents import image_ids, pack, unpack
+from libreflux.model.numerics import pinned
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
 from libreflux.probe.measures import Estimate, Moments, Velocity, loss, moments, prompt_gain, resampled, slope
@@ -130,7 +131,7 @@ def _at_rest(transformer: FluxTransformer2DModel) -> Iterator[None]:
     was = transformer.training
     transformer.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), pinned(transformer.device):
             yield
     finally:
         transformer.train(was)

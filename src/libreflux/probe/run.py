@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from libreflux.files import atomic_write_json
+from libreflux.model.faults import explained
+from libreflux.model.numerics import pinned
 from libreflux.probe import at_pictures, diversity, guidance, negative, padding, steps
 from libreflux.probe.bench import Bench
 from libreflux.probe.results import Measure, Picture, Result, write_result
@@ -59,7 +62,8 @@ def probe(
         bench.advance = counter.advance
         for section in todo:
             counter.note, began = section.name, time.monotonic()
-            found = section.measure(bench)
+            with _on_its_device(bench, section.name):
+                found = section.measure(bench)
             write_section(out, section.name, keys[section.name], found, time.monotonic() - began)
             kept[section.name] = read_section(out, section.name, keys[section.name])
     parts = [part for part in kept.values() if part is not None]
@@ -74,6 +78,18 @@ def probe(
     )
     write_result(out, result)
     return result
+
+
+SMALLER = "a smaller --batch or --resolution, --dtype bf16, or --device cpu"
+
+
+@contextmanager
+def _on_its_device(bench: Bench, name: str) -> Iterator[None]:
+    """Measured with what is pinned for training too; what the device raises is one line."""
+    device, settings = bench.transformer.device, bench.settings
+    doing = f"{name}, batch {settings.batch}, resolution {settings.resolution}, device {device}"
+    with pinned(device), explained(doing, SMALLER, "run the same command again: finished sections are kept"):
+        yield
 
 
 def section_file(out: Path, name: str) -> Path:
