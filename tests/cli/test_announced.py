@@ -26,8 +26,13 @@ def test_only_what_takes_long_is_told() -> None:
 
 def test_a_failure_is_not_told_as_done() -> None:
     said = io.StringIO()
-    with pytest.raises(ValueError), progress.announced("reading", after=0, console=Console(file=said)):
-        while not said.getvalue():
-            threading.Event().wait(0.01)
-        raise ValueError
+
+    def fail() -> None:
+        with progress.announced("reading", after=0, console=Console(file=said)):
+            while not said.getvalue():
+                threading.Event().wait(0.01)
+            raise ValueError
+
+    with pytest.raises(ValueError):
+        fail()
     assert said.getvalue() == "reading …\n"
