@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -27,6 +28,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from libreflux.errors import RunError
+
+# torch 2.9 asks for its newer names; setting those alone makes the older ones, which other libraries read, unreadable.
+warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _WORKSPACES = (":4096:8", ":16:8")  # those under which cuBLAS repeats its sums
