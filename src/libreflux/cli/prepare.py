@@ -97,9 +97,11 @@ def _prepare(recipe: Recipe, part: tuple[int, int]) -> None:
     from libreflux.cli.progress import progress
     from libreflux.data.prepare import prepare_cache
     from libreflux.model.device import pick_device
+    from libreflux.model.faults import explained
 
     device = str(pick_device(recipe.device))
-    with progress("preparing", "item") as report:
+    doing = f"preparing on {device}"
+    with progress("preparing", "item") as report, explained(doing, "a smaller resolution, or device: cpu"):
         _, sources = prepare_cache(recipe, device=device, part=part, progress=report)
     count = sum(len(samples) for _, samples in sources)
     said = f"{count} pictures prepared in {recipe.cache_dir}"

@@ -84,7 +84,7 @@ class Encoders:
         """See `faults.explained`."""
         width, height = crop.size
         doing = f"encoding a crop of {width} x {height} pixels, {crop.sample.path}"
-        return explained(doing, f"lower resolution{self._elsewhere}")
+        return explained(doing, f"a smaller resolution{self._elsewhere}")
 
     def explained_texts(self, texts: Sequence[str]) -> AbstractContextManager[None]:
         """See `faults.explained`."""
@@ -138,10 +138,10 @@ def _encode_crops(crops: Sequence[Crop], vae: AutoencoderKL, encoders: Encoders,
         found: dict[tuple[str, str], torch.Tensor] = {}
         stds: dict[tuple[str, str], torch.Tensor] = {}
         for crop in part:
-            pixel = torch.from_numpy(next(pixels).copy())
-            normal = rearrange(pixel, "h w c -> 1 c h w").float() / 127.5 - 1.0
             # One at a time: what is stored depends on its picture alone, not on who shared its batch.
             with encoders.explained_crop(crop):
+                pixel = torch.from_numpy(next(pixels).copy())
+                normal = rearrange(pixel, "h w c -> 1 c h w").float() / 127.5 - 1.0
                 if writer.wants_std:
                     mean, std = latents.posterior(vae, normal)
                     stds[crop.sample.id, crop.name] = std[0].float().cpu()
