@@ -12,10 +12,12 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, hooks
+from accelerate.utils import set_module_tensor_to_device
+from transformers import PreTrainedModel
 
 from libreflux.cli import drawing
-from libreflux.cli.drawing import open_for_drawing
+from libreflux.cli.drawing import open_for_drawing, texts_of
 from libreflux.cli.options import Offload
 from libreflux.errors import RecipeError
 from libreflux.model.family import Model, open_model
@@ -36,6 +38,10 @@ class Watch:
         self.alive: list[tuple[int, int]] = []
         self._texts: list[weakref.ref] = []
         self._transformers: list[weakref.ref] = []
+
+    def living(self) -> int:
+        """How many text encoders, and weights of theirs, still live."""
+        return sum(ref() is not None for ref in self._texts)
 
     def __call__(self, name: str, *, parts: Sequence[str] = (), **options: Any) -> Model:
         if "transformer" in parts:
@@ -81,6 +87,82 @@ def test_a_grid_holds_one_model_at_a_time(run: Callable, watch: Watch, tiny_mode
     )  # fmt: skip
     assert done.code == 0 and "8 of 8 cells" in done.out, done.err
     assert watch.alive == [(0, 0), (0, 0)]
+
+
+class OnDevice:
+    """Parameters that lie on the execution device, by the calls that bring and remove them; sizes in numbers."""
+
+    def __init__(self) -> None:
+        self._there: dict[tuple[int, str], int] = {}
+        self.peak = 0
+        self.brought: set[str] = set()
+
+    def __call__(self, module: torch.nn.Module, name: str, device: Any, value: Any = None, **options: Any) -> None:
+        set_module_tensor_to_device(module, name, device, value=value, **options)
+        if str(device) == "meta":
+            self._there.pop((id(module), name), None)
+        else:
+            self._there[id(module), name] = 0 if value is None else value.numel()
+            self.brought.add(type(module).__name__)
+        self.peak = max(self.peak, sum(self._there.values()))
+
+
+def test_sequential_brings_the_encoders_block_by_block(
+    tiny_model_dir: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = open_for_drawing(str(tiny_model_dir), device="cpu")
+    whole, _ = dataclasses.replace(chosen, offload=Offload.auto)._encoded(texts_of(ORIGIN))
+    on_device = OnDevice()
+    monkeypatch.setattr(hooks, "set_module_tensor_to_device", on_device)
+    blocks, kept = dataclasses.replace(chosen, offload=Offload.sequential)._encoded(texts_of(ORIGIN))
+    assert kept is None and watch.living() == 0
+    assert {"T5Block", "CLIPEncoderLayer", "Embedding"} <= on_device.brought
+    text = open_model(tiny_model_dir, parts=("text",)).text
+    assert text is not None
+    encoders = (text.text_encoder_2, text.text_encoder)
+    sizes = [sum(one.numel() for one in encoder.parameters()) for encoder in encoders]
+    largest = max(
+        sum(one.numel() for one in module.parameters())
+        for encoder in encoders
+        for module in encoder.modules()
+        if type(module).__name__ in ("T5Block", "CLIPEncoderLayer", "Embedding")
+    )
+    assert on_device.peak == largest < min(sizes)
+    for key, text in whole.items():
+        assert torch.equal(text.tokens[0], blocks[key].tokens[0]) and torch.equal(text.pooled, blocks[key].pooled)
+
+
+def test_under_model_one_encoder_is_on_the_device_at_a_time(
+    tiny_model_dir: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cpu", 0)  # the execution device, to be told from where the encoders rest
+    moved: list[tuple[str, str]] = []
+    own = PreTrainedModel.to
+
+    def to(model: Any, *where: Any, **options: Any) -> Any:
+        moved.append((type(model).__name__, str(where[0])))
+        return own(model, *where, **options)
+
+    chosen = open_for_drawing(str(tiny_model_dir), device="cpu")
+    whole, _ = chosen._encoded(texts_of(ORIGIN))
+    monkeypatch.setattr(PreTrainedModel, "to", to)
+    found, kept = dataclasses.replace(chosen, offload=Offload.model, device=device)._encoded(texts_of(ORIGIN))
+    opened = [("CLIPTextModel", "cpu"), ("T5EncoderModel", "cpu")]
+    visits = [(name, place) for name in ("T5EncoderModel", "CLIPTextModel") for place in ("cpu:0", "meta")]
+    assert moved == [*opened, *visits] and kept is None and watch.living() == 0
+    for key, text in whole.items():
+        assert torch.equal(text.tokens[0], found[key].tokens[0]) and torch.equal(text.pooled, found[key].pooled)
+        assert {one.device.type for one in (*found[key].tokens, found[key].pooled)} == {"cpu"}
+
+
+@pytest.mark.parametrize("offload", [Offload.auto, Offload.model, Offload.sequential])
+def test_the_vae_rests_on_the_cpu_where_parts_wait(
+    tiny_model_dir: Path, offload: Offload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawing, "device_for", lambda *_: torch.device("meta"))
+    vae = open_for_drawing(str(tiny_model_dir), offload=offload).model.vae
+    assert vae is not None
+    assert vae.device.type == ("meta" if offload is Offload.auto else "cpu")
 
 
 @pytest.mark.parametrize("offload", [Offload.model, Offload.sequential])

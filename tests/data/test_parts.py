@@ -86,7 +86,7 @@ def test_without_a_text_cache_lengths_are_known_and_captions_encoded_when_read(
     with pytest.raises(DataError, match="is not here"):
         cache.text(captions[:1])
     values = [f"model={tiny_model_dir}", f"data.0.path={pictures}", "resolution=32", "steps=1", f"out={tmp_path}"]
-    online = Batches(cache, sources, views=[SQUARE], seed=0, encode=_online(load_recipe(None, values), "cpu"))
+    online = Batches(cache, sources, views=[SQUARE], seed=0, encode=_online(load_recipe(None, values), cache, "cpu"))
     cached = Batches(full, sources, views=[SQUARE], seed=0)
     assert online.fingerprint() == cached.fingerprint()
     [unit] = step_plan(0, 0, cached.samples, 1, 7, 1)

@@ -219,7 +219,7 @@ def copy_model(model: Path, out: Path, part: str) -> Path:
     ("changed", "told"),
     [
         ({"text_padding": "trim"}, "text_padding drop, now trim"),
-        ({"precision": "bfloat16"}, "precision float32, now bfloat16"),
+        ({"text_precision": "bf16"}, "made with text_precision float32, now bfloat16;"),
         ({"part": "vae"}, "made with vae "),
         ({"part": "text_encoder"}, "made with text_encoders "),
         ({"part": "text_encoder_2"}, "made with text_encoders "),

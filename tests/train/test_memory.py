@@ -103,7 +103,9 @@ def test_preparing_without_memory_has_its_own_mend(
     recipe_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(AutoencoderKL, "encode", too_much)
-    with pytest.raises(RunError, match=r"^preparing, .*out of memory; mend: a smaller resolution") as refusal:
+    with pytest.raises(
+        RunError, match=r"^encoding a crop of 32 x 32 pixels, .*: out of memory; mend: a smaller"
+    ) as refusal:
         fit(Recipe.model_validate(recipe_tree(tmp_path / "run")))
     assert "gradient_checkpointing" not in str(refusal.value)
 

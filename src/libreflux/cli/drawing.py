@@ -30,11 +30,13 @@ from libreflux.model.int8 import int8_layers
 from libreflux.model.parts import check_fit
 from libreflux.model.single_file import SingleFiles
 from libreflux.model.text import TextConditioning, TextEncoders, check_padding
-from libreflux.sample.encoding import Text, encode_ahead
+from libreflux.sample.encoding import Text, encode_ahead, encode_in_turn
 from libreflux.sample.metadata import Origin, versions
 from libreflux.sample.pipeline import LibreFluxPipeline
 
 SMALLER = "a smaller --width and --height, --quantize int8, --offload model or sequential (on CUDA), or --device cpu"
+WAITING = (Offload.model, Offload.sequential)
+"""Under these every part rests on the CPU and comes to the device in its turn."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,13 @@ class Chosen:
     def load(self, origins: Iterable[Origin]) -> Opened:
         """Ready to draw these pictures, and whatever else has their texts."""
         release(self.device)  # what was drawn with before
-        texts, encoders = self._encoded([text for origin in origins for text in texts_of(origin)])
-        waits = self.offload in (Offload.model, Offload.sequential)
-        loaded = self._open(("transformer",), torch.device("cpu") if waits else self.device)
+        with explained(f"encoding the prompts on {self.device}", "--offload sequential (on CUDA), or --device cpu"):
+            texts, encoders = self._encoded([text for origin in origins for text in texts_of(origin)])
+        with explained(f"reading the model onto {self.device}", SMALLER):
+            return self._opened(texts, encoders)
+
+    def _opened(self, texts: dict[Text, TextConditioning], encoders: TextEncoders | None) -> Opened:
+        loaded = self._open(("transformer",), torch.device("cpu") if self.offload in WAITING else self.device)
         transformer, path = loaded.transformer, loaded.path
         if transformer is None or path is None:
             raise ModelError("has no transformer", where=self.model.name, mend="use a complete model")
@@ -152,19 +158,24 @@ class Chosen:
 
     def _encoded(self, texts: Sequence[Text]) -> tuple[dict[Text, TextConditioning], TextEncoders | None]:
         """The texts, and the encoders if they are to stay; else nothing of them is left in memory."""
-        encoders = self._open(("text",), self.device).text
+        in_turn, by_block = self.offload is Offload.model, self.offload is Offload.sequential
+        encoders = self._open(("text",), torch.device("cpu") if in_turn else self.device, text_by_block=by_block).text
         if encoders is None:
             raise ModelError("has no text encoders", where=self.model.name, mend="use a complete model")
-        found = encode_ahead(encoders, self.facts, texts)
+        if in_turn:
+            found = encode_in_turn(encoders, self.facts, texts, self.device)
+        else:
+            found = encode_ahead(encoders, self.facts, texts)
         if self.offload is Offload.none:
             return found, encoders
         del encoders
         release(self.device)
         return found, None
 
-    def _open(self, parts: Sequence[str], device: torch.device) -> Model:
+    def _open(self, parts: Sequence[str], device: torch.device, *, text_by_block: bool = False) -> Model:
+        quantise = self.quantize and True
         with _notices_were_given():
-            return open_model(self.source, parts=parts, device=device, quantise=self.quantize and True)
+            return open_model(self.source, parts=parts, device=device, quantise=quantise, text_by_block=text_by_block)
 
 
 def open_for_drawing(
@@ -184,7 +195,7 @@ def open_for_drawing(
     facts = adapted_facts(open_model(model, parts=()).facts, files)
     check_padding(facts.text_padding)
     with _notices_were_given():
-        opened = open_model(model, parts=("vae",), device=place)
+        opened = open_model(model, parts=("vae",), device="cpu" if offload in WAITING else place)
     if opened.vae is None:
         raise ModelError("has no VAE", where=str(model), mend="use a complete model")
     opened.facts = facts
@@ -201,7 +212,7 @@ def device_for(name: str, offload: Offload, quantize: str | None = None) -> torc
     place = pick_device(name)
     if quantize is not None:
         _refuse_int8(offload)
-    if offload in (Offload.model, Offload.sequential) and place.type != "cuda":
+    if offload in WAITING and place.type != "cuda":
         raise RecipeError(
             f"{offload} is of no use on {place.type}", where="--offload", mend="leave it out, or use a CUDA device"
         )

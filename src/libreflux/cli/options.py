@@ -48,6 +48,6 @@ OffloadOption = Annotated[
     Offload,
     typer.Option(
         help="auto: the text encoders go before the transformer comes; none: all stays; on CUDA also model or "
-        "sequential: the transformer waits in RAM and comes whole, or layer by layer."
+        "sequential: every part waits in RAM and comes whole, or layer by layer."
     ),
 ]

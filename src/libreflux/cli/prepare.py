@@ -38,6 +38,9 @@ def prepare(
     text_cache: Annotated[
         str, typer.Option(help="bf16; int8: half the disk; none: captions are encoded while training.")
     ] = "bf16",
+    text_precision: Annotated[
+        str, typer.Option(help="auto, fp32 or bf16: what the text encoders compute in; auto: bf16 on a card.")
+    ] = "auto",
     latents: Annotated[
         str, typer.Option(help="mean; sample: the standard deviation too, to draw from in training (twice the disk).")
     ] = "mean",
@@ -65,7 +68,8 @@ def prepare(
             raise RecipeError("no cache folder is named", where="--out", mend="say --out FOLDER")
         values: dict[str, object] = {"model": model, "text_padding": text_padding}
         values |= {"resolution": resolution or [128], "crop": crop or ["square"]}
-        values |= {"text_cache": text_cache, "latents": latents, "cache": out, "out": out, "device": device}
+        values |= {"text_cache": text_cache, "text_precision": text_precision, "latents": latents}
+        values |= {"cache": out, "out": out, "device": device}
         source = {"crops_per_picture": crops_per_picture, "background": background}
         values |= {"steps": 1}  # a recipe has them; preparing does not
         for index, folder in enumerate(data):
@@ -93,9 +97,11 @@ def _prepare(recipe: Recipe, part: tuple[int, int]) -> None:
     from libreflux.cli.progress import progress
     from libreflux.data.prepare import prepare_cache
     from libreflux.model.device import pick_device
+    from libreflux.model.faults import explained
 
     device = str(pick_device(recipe.device))
-    with progress("preparing", "item") as report:
+    doing = f"preparing on {device}"
+    with progress("preparing", "item") as report, explained(doing, "a smaller resolution, or device: cpu"):
         _, sources = prepare_cache(recipe, device=device, part=part, progress=report)
     count = sum(len(samples) for _, samples in sources)
     said = f"{count} pictures prepared in {recipe.cache_dir}"

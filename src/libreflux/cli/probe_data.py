@@ -115,6 +115,7 @@ def _prepare(
         prompts=prompts,
         device=str(device),
         max_tokens=facts.max_tokens,
+        text_precision="fp32",  # figures of a card and of a CPU are compared
         progress=report,
     )
 

@@ -188,7 +188,9 @@ def _seen(request: Request, subject: Subject) -> tuple[str, ...] | None:
 
 
 def _padding_texts(subject: Subject, data: ProbeData, device: torch.device) -> PaddingTexts:
-    encoders = open_model(subject.name, parts=("text",), dtype=torch.float32, device=device).text
+    # In fp32, so that figures of a card and a CPU compare; T5-XXL does not fit a card whole then.
+    resting = device.type != "cpu"
+    encoders = open_model(subject.name, parts=("text",), dtype=torch.float32, device=device, text_by_block=resting).text
     assert encoders is not None
     return padding.encode(encoders, subject.facts, data.captions, data.settings)
 

@@ -6,29 +6,99 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from einops import rearrange
+from transformers import PreTrainedTokenizerBase
 
 from libreflux.data.bar import Bar
 from libreflux.data.cache import CacheWriter
 from libreflux.data.crops import View, cut
 from libreflux.data.pictures import load_rgb
+from libreflux.data.precision import by_block
 from libreflux.data.sources import Sample
 from libreflux.errors import ModelError
-from libreflux.model import latents
-from libreflux.model.family import Model
+from libreflux.model import family, latents
+from libreflux.model import text as text_tokens
+from libreflux.model.device import release
+from libreflux.model.faults import explained
 from libreflux.model.text import TextEncoders
 
 SHARD_ITEMS = 64  # what a kill can lose
-Open = Callable[..., Model]
-"""open(parts=(…)) → the model with these parts."""
-Item = TypeVar("Item")
+_COUNTED_AT_ONCE = 2**12
+Items = TypeVar("Items", bound=Sequence[Any] | np.ndarray)
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """A model's VAE and text encoders, each opened when its turn comes.
+
+    Attributes:
+        model: name, folder or hub id.
+        device: where they run.
+        text_dtype: of the text encoders; the VAE is fp32.
+    """
+
+    model: str | Path
+    device: str
+    text_dtype: torch.dtype
+
+    def open_vae(self) -> AutoencoderKL:
+        """The VAE.
+
+        Raises:
+            ModelError: it has none.
+            RunError: no memory for it.
+        """
+        with explained("opening the VAE", f"free some memory{self._elsewhere}"):
+            vae = family.open_model(self.model, parts=("vae",), dtype=torch.float32, device=self.device).vae
+        if vae is None:
+            raise ModelError("this model has no VAE", where=str(self.model), mend="use a complete model")
+        return vae
+
+    def open_text(self) -> TextEncoders:
+        """The text encoders, on the device or, in fp32 on a card, beside it.
+
+        Raises:
+            ModelError: it has none.
+            RunError: no memory for them.
+        """
+        resting = by_block(self.text_dtype, self.device)
+        with explained("opening the text encoders", self._mend_texts):
+            text = family.open_model(
+                self.model, parts=("text",), dtype=self.text_dtype, device=self.device, text_by_block=resting
+            ).text
+        if text is None:
+            raise ModelError("this model has no text encoders", where=str(self.model), mend="use a complete model")
+        return text
+
+    def explained_crop(self, crop: Crop) -> AbstractContextManager[None]:
+        """See `faults.explained`."""
+        width, height = crop.size
+        doing = f"encoding a crop of {width} x {height} pixels, {crop.sample.path}"
+        return explained(doing, f"a smaller resolution{self._elsewhere}")
+
+    def explained_texts(self, texts: Sequence[str]) -> AbstractContextManager[None]:
+        """See `faults.explained`."""
+        longest = max((len(text) for text in texts), default=0)
+        return explained(f"encoding {len(texts)} captions of up to {longest} characters", self._mend_texts)
+
+    @property
+    def _mend_texts(self) -> str:
+        smaller = "prepare with text_precision: bf16" if self.text_dtype == torch.float32 else "shorten the captions"
+        return f"{smaller}{self._elsewhere}"
+
+    @property
+    def _elsewhere(self) -> str:
+        return "" if torch.device(self.device).type == "cpu" else ", or prepare with device: cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +120,17 @@ class Crop:
         return self.view.size(*self.sample.size)
 
 
-def encode_crops(crops: Sequence[Crop], open_model: Open, writer: CacheWriter, bar: Bar) -> None:
-    """Stores the latents of crops, those of one picture in a row; pictures are decoded ahead of the encoder."""
+def encode_crops(crops: Sequence[Crop], encoders: Encoders, writer: CacheWriter, bar: Bar) -> None:
+    """Stores the latents of crops, those of one picture in a row; pictures are decoded ahead of the VAE, which goes."""
     if not crops:
         return
-    model = open_model(parts=("vae",))
-    if model.vae is None:
-        raise ModelError("this model has no VAE", where=model.name, mend="use a complete model")
+    vae = encoders.open_vae()
+    _encode_crops(crops, vae, encoders, writer, bar)
+    del vae
+    release(encoders.device)
+
+
+def _encode_crops(crops: Sequence[Crop], vae: AutoencoderKL, encoders: Encoders, writer: CacheWriter, bar: Bar) -> None:
     begun = time.monotonic()
     pixels = _cut_ahead(crops)
     done = 0
@@ -64,15 +138,16 @@ def encode_crops(crops: Sequence[Crop], open_model: Open, writer: CacheWriter, b
         found: dict[tuple[str, str], torch.Tensor] = {}
         stds: dict[tuple[str, str], torch.Tensor] = {}
         for crop in part:
-            pixel = torch.from_numpy(next(pixels).copy())
-            normal = rearrange(pixel, "h w c -> 1 c h w").float() / 127.5 - 1.0
             # One at a time: what is stored depends on its picture alone, not on who shared its batch.
-            if writer.wants_std:
-                mean, std = latents.posterior(model.vae, normal)
-                stds[crop.sample.id, crop.name] = std[0].float().cpu()
-            else:
-                mean = latents.encode(model.vae, normal)
-            found[crop.sample.id, crop.name] = mean[0].float().cpu()
+            with encoders.explained_crop(crop):
+                pixel = torch.from_numpy(next(pixels).copy())
+                normal = rearrange(pixel, "h w c -> 1 c h w").float() / 127.5 - 1.0
+                if writer.wants_std:
+                    mean, std = latents.posterior(vae, normal)
+                    stds[crop.sample.id, crop.name] = std[0].float().cpu()
+                else:
+                    mean = latents.encode(vae, normal)
+                found[crop.sample.id, crop.name] = mean[0].float().cpu()
             done += 1
             bar.note = f"{done / max(time.monotonic() - begun, 1e-3):.3g} crops/s"
             bar.advance(1)
@@ -80,40 +155,53 @@ def encode_crops(crops: Sequence[Crop], open_model: Open, writer: CacheWriter, b
 
 
 def encode_texts(
-    texts: Sequence[str], padding: str, max_tokens: int, open_model: Open, writer: CacheWriter, bar: Bar
+    texts: Sequence[str], padding: str, max_tokens: int, encoders: Encoders, writer: CacheWriter, bar: Bar
 ) -> None:
-    """Stores the conditioning of distinct texts."""
+    """Stores the conditioning of distinct texts, the shortest first; their encoders go afterwards.
+
+    Args:
+        texts: in alphabetical order. What a kill leaves is the end of the row, cut into the same shards again.
+        padding, max_tokens: see `TextEncoders.encode`.
+        encoders: of the model.
+        writer: of the cache.
+        bar: is told of each shard.
+    """
     if not texts:
         return
-    encoders = open_text(open_model)
+    order = _by_length(texts, family.open_t5_tokenizer(encoders.model), max_tokens)
+    text = encoders.open_text()
     stored = done = 0
-    for part in _parts(texts):
-        stored += writer.add_texts(part, encoders.encode(part, padding=padding, max_tokens=max_tokens).to("cpu"))
+    for places in _parts(order):
+        part = [texts[place] for place in places]
+        with encoders.explained_texts(part):
+            found = text.encode(part, padding=padding, max_tokens=max_tokens).to("cpu")
+        stored += writer.add_texts(part, found)
         done += len(part)
         bar.note = f"{stored / done / 1e3:.3g} kB a caption"
         bar.advance(len(part))
+    del text
+    release(encoders.device)
 
 
-def count_tokens(texts: Sequence[str], max_tokens: int, open_model: Open, writer: CacheWriter, bar: Bar) -> None:
+def count_tokens(texts: Sequence[str], max_tokens: int, encoders: Encoders, writer: CacheWriter, bar: Bar) -> None:
     """Notes how long distinct texts are, which the order of training goes by, and stores nothing else of them."""
     if not texts:
         return
-    encoders = open_text(open_model)
+    tokenizer = family.open_t5_tokenizer(encoders.model)
     for part in _parts(texts, 64 * SHARD_ITEMS):
-        writer.add_token_counts(part, encoders.count_tokens(part, max_tokens=max_tokens))
+        writer.add_token_counts(part, text_tokens.count_tokens(tokenizer, part, max_tokens=max_tokens))
         bar.advance(len(part))
 
 
-def open_text(open_model: Open) -> TextEncoders:
-    """The text encoders of a model.
-
-    Raises:
-        ModelError: it has none.
-    """
-    model = open_model(parts=("text",))
-    if model.text is None:
-        raise ModelError("this model has no text encoders", where=model.name, mend="use a complete model")
-    return model.text
+def _by_length(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> np.ndarray:
+    """[n] places of the texts, in the order of their token counts; equally long ones stay in theirs."""
+    lengths = np.zeros(len(texts), np.int32)  # of millions of texts two numbers each are held
+    for start in range(0, len(texts), _COUNTED_AT_ONCE):
+        part = texts[start : start + _COUNTED_AT_ONCE]
+        lengths[start : start + len(part)] = text_tokens.count_tokens(
+            tokenizer, part, max_tokens=max_tokens, warn=False
+        )
+    return np.argsort(lengths, kind="stable")
 
 
 def _cut_ahead(crops: Sequence[Crop]) -> Iterator[np.ndarray]:
@@ -139,7 +227,7 @@ def _cut_picture(crops: Iterable[Crop]) -> list[np.ndarray]:
     return [cut(image, crop.view, crop.index, crop.sample.id) for crop in crops]
 
 
-def _parts(items: Sequence[Item], size: int | None = None) -> Iterator[Sequence[Item]]:
+def _parts(items: Items, size: int | None = None) -> Iterator[Items]:
     size = size or SHARD_ITEMS
     for start in range(0, len(items), size):
-        yield items[start : start + size]
+        yield items[start : start + size]  # type: ignore[misc]  # a slice is of the same kind

@@ -23,6 +23,7 @@ SHARDS = "shards"
 SCHEMA = 2
 MEND = "run `libreflux prepare` again"
 _ELSEWHERE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
+TEXT_PRECISION = "text_precision"  # a setting
 COUNTED = 0  # the shard number of captions whose tokens are counted but not stored
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
@@ -171,12 +172,18 @@ def read_settings(index: sqlite3.Connection, folder: Path) -> dict[str, Any]:
     return found
 
 
+def text_precision_of(settings: Mapping[str, Any]) -> str:
+    """The dtype that the text encoders computed in: fp32 where a cache's settings do not say."""
+    return str(settings.get(TEXT_PRECISION, "float32"))
+
+
 def refuse_other_settings(folder: Path, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuses a cache made with other settings.
 
     Raises:
         DataError: names each setting that differs, with both values.
     """
+    known, wanted = ({TEXT_PRECISION: text_precision_of(each), **each} for each in (known, wanted))
     differing = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
     if differing:
         told = ", ".join(f"{name} {_brief(known.get(name))}, now {_brief(wanted.get(name))}" for name in differing)

@@ -24,9 +24,10 @@ from libreflux.data.captions import check_weights
 from libreflux.data.crops import View, views
 from libreflux.data.digests import FileMemory, encoder_digests
 from libreflux.data.disk import check_disk
-from libreflux.data.encode import Crop, count_tokens, encode_crops, encode_texts, open_text
+from libreflux.data.encode import Crop, Encoders, count_tokens, encode_crops, encode_texts
 from libreflux.data.held_out import HeldOut, refuse_trained, split
 from libreflux.data.index import INDEX, latents_key, text_key
+from libreflux.data.precision import DTYPES, TextPrecision, as_settings, dtype_of, resolve
 from libreflux.data.quarantine import report_quarantine
 from libreflux.data.sources import Part, Quarantined, Sample, read_source
 from libreflux.errors import DataError
@@ -38,7 +39,6 @@ from libreflux.recipe import DataSource, Recipe
 logger = logging.getLogger(__name__)
 
 Sources = list[tuple[DataSource, list[Sample]]]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WHOLE: Part = (0, 1)
 _AT_ONCE = 2**16
 
@@ -61,7 +61,7 @@ def prepare_recipe(
         DataError: also for held-out pictures that are trained on, or a share that holds out nothing or everything.
     """
     cache, sources = prepare_cache(recipe, device=device, progress=progress)
-    encode = _online(recipe, device) if recipe.text_cache == "none" else None
+    encode = _online(recipe, cache, device) if recipe.text_cache == "none" else None
     wanted, shown = recipe.held_out, views(recipe.crop, recipe.resolution)
     if wanted.path is None:
         trained, held_out = split(sources, wanted.share)
@@ -94,6 +94,7 @@ def prepare_cache(
         prompts=recipe.samples.prompts,
         device=device,
         text_cache=recipe.text_cache,
+        text_precision=recipe.text_precision,
         latents=recipe.latents,
         max_quarantined=recipe.max_quarantined,
         part=part,
@@ -110,8 +111,8 @@ def prepare(
     out: Path,
     prompts: Sequence[str] = (),
     device: str = "cpu",
-    precision: Literal["float32", "bfloat16"] = "float32",
     text_cache: Literal["bf16", "int8", "none"] = "bf16",
+    text_precision: TextPrecision = "auto",
     latents: Literal["mean", "sample"] = "mean",
     max_quarantined: float = 0.02,
     max_tokens: int | None = None,
@@ -128,9 +129,10 @@ def prepare(
         out: the cache folder.
         prompts: texts to encode besides the captions; the empty prompt always is.
         device: where the encoders run.
-        precision: the encoders' dtype. Latents are stored in fp32.
         text_cache: how text is stored, see ``int8_text`` for int8; "none" stores how many tokens each caption has, and
             the conditioning of ``prompts`` alone.
+        text_precision: what the text encoders compute in: "fp32", "bf16", or "auto", as ``out`` was begun, else fp32 on
+            a CPU and bf16 on all else. The VAE computes in fp32.
         latents: "mean" of the posterior, or its standard deviation too, to "sample" from.
         max_quarantined: share of the pictures, in [0, 1], that may be unusable.
         max_tokens: the most T5 tokens of a text; None: as many as the model reads once it is set free.
@@ -157,13 +159,15 @@ def prepare(
     bar = Bar(progress)
     sources, quarantined = _read(data, memory, part, bar)
     report_quarantine(own, quarantined, sum(len(samples) for _, samples in sources), max_quarantined)
+    precision = resolve(text_precision, device, index_folders(out))
     settings: dict[str, Any] = {
         **encoder_digests(folder, memory),
         "text_padding": text_padding,
         "max_tokens": max_tokens,
-        "precision": precision,
+        "precision": "float32",  # of the VAE, and of the text encoders where nothing else is said
         "latents": LATENTS[latents],
         "text": "int8" if text_cache == "int8" else "bfloat16",
+        **as_settings(precision),
     }
     wanted = _Wanted(sources, views, ["", *prompts] if part[0] == 0 else [], text_cache != "none")
     todo = wanted.missing(_known(out, settings))
@@ -176,10 +180,10 @@ def prepare(
             todo = wanted.missing(_known(out, settings))  # another process may have written before our lock
             bar.expect(len(todo.crops) + len(todo.texts) + len(todo.counted))
             memory.save()
-            opened = functools.partial(family.open_model, model, dtype=DTYPES[precision], device=device)
-            encode_crops(todo.crops, opened, writer, bar)
-            encode_texts(todo.texts, text_padding, max_tokens, opened, writer, bar)
-            count_tokens(todo.counted, max_tokens, opened, writer, bar)
+            encoders = Encoders(model, device, DTYPES[precision])
+            encode_crops(todo.crops, encoders, writer, bar)
+            encode_texts(todo.texts, text_padding, max_tokens, encoders, writer, bar)
+            count_tokens(todo.counted, max_tokens, encoders, writer, bar)
     memory.save()
     return Cache(out), sources
 
@@ -271,12 +275,15 @@ def _read(data: Sequence[DataSource], memory: FileMemory, part: Part, bar: Bar) 
     return sources, quarantined
 
 
-def _online(recipe: Recipe, device: str) -> Callable[[Sequence[str]], TextConditioning]:
-    encoders = open_text(functools.partial(family.open_model, recipe.model, dtype=torch.float32, device=device))
-    max_tokens = family.open_model(recipe.model, parts=()).facts.max_tokens
+def _online(recipe: Recipe, cache: Cache, device: str) -> Callable[[Sequence[str]], TextConditioning]:
+    """Captions → what the cache would hold of them: it says how, and has their lengths."""
+    encoders = Encoders(recipe.model, device, dtype_of(cache.settings))
+    text = encoders.open_text()
 
     def encode(captions: Sequence[str]) -> TextConditioning:
-        text = encoders.encode(captions, padding=recipe.text_padding, max_tokens=max_tokens)
-        return text.to(device="cpu", dtype=torch.bfloat16)
+        with encoders.explained_texts(captions):
+            padding, max_tokens = cache.settings["text_padding"], cache.settings["max_tokens"]
+            found = text.encode(captions, padding=padding, max_tokens=max_tokens)
+            return found.to(device="cpu", dtype=torch.bfloat16)
 
     return encode

@@ -14,13 +14,14 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from transformers import PreTrainedTokenizerBase
 
 from libreflux.errors import ModelError
 from libreflux.files import atomic_write_json, sha256_file, staged_dir
 from libreflux.model.facts import Facts, find_facts, read_facts, write_facts
 from libreflux.model.int8 import dequantise_model, int8_layers
 from libreflux.model.int8_files import METHOD, empty_int8, load_int8, stored_as, stream_int8, weight_files, write_int8
-from libreflux.model.load import load_part, load_text, one_line, quiet
+from libreflux.model.load import load_part, load_t5_tokenizer, load_text, one_line, quiet
 from libreflux.model.locate import PARTS, locate, part_folder
 from libreflux.model.parts import check_fit, check_part, json_object
 from libreflux.model.single_file import (
@@ -40,6 +41,7 @@ __all__ = [
     "Model",
     "locate",
     "open_model",
+    "open_t5_tokenizer",
     "quantise_folder",
     "read_facts",
     "save_model",
@@ -92,8 +94,9 @@ def open_model(
     dtype: torch.dtype | None = None,
     quantise: bool | None = None,
     device: torch.device | str = "cpu",
+    text_by_block: bool = False,
 ) -> Model:
-    """Load a model, in evaluation mode.
+    """Load a model, in evaluation mode; each tensor goes to the device as it is read.
 
     Args:
         name: see `locate`; or single files.
@@ -102,6 +105,8 @@ def open_model(
         quantise: True: the transformer in int8, quantised tensor by tensor if it is stored otherwise; False: dense,
             scale * q where it is stored in int8; None: as stored.
         device: where to.
+        text_by_block: the text encoders rest on the CPU and compute on `device` block by block, see
+            `by_block.run_by_block`.
 
     Raises:
         ModelError: no such model, a part of another kind, or a damaged one.
@@ -109,7 +114,7 @@ def open_model(
     if unknown := set(parts) - set(ALL):
         raise ValueError(f"unknown parts {sorted(unknown)}, wanted some of {ALL}")
     if isinstance(name, SingleFiles):
-        return _open_files(name, parts, dtype, bool(quantise), device)
+        return _open_files(name, parts, dtype, bool(quantise), device, text_by_block)
     path = locate(name, weights=False)
     config = json_object(path / "transformer" / "config.json")
     if config.get("_class_name") not in ("FluxTransformer2DModel", _MASKED):
@@ -143,17 +148,32 @@ def open_model(
                 if quantise is False:
                     dequantise_model(model.transformer, model.transformer.dtype)
         elif "transformer" in parts:
-            model.transformer = load_part(FluxTransformer2DModel, path / "transformer", dtype).to(device)
+            model.transformer = load_part(FluxTransformer2DModel, path / "transformer", dtype, device)
         if "vae" in parts:
-            model.vae = load_part(AutoencoderKL, part_folder(path, "vae"), dtype).to(device)
+            model.vae = load_part(AutoencoderKL, part_folder(path, "vae"), dtype, device)
         if "text" in parts:
-            model.text = load_text({part: part_folder(path, part) for part in _TEXT}, dtype).to(device)
+            places = {part: part_folder(path, part) for part in _TEXT}
+            model.text = load_text(places, dtype, device, by_block=text_by_block)
     check_fit(path, model.transformer, model.vae, model.text)
     return model
 
 
+def open_t5_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """T5's tokenizer of a model, see `locate`, without a weight.
+
+    Raises:
+        ModelError: no such model, or no tokenizer in it.
+    """
+    return load_t5_tokenizer(part_folder(locate(name, weights=False), "tokenizer_2"))
+
+
 def _open_files(
-    files: SingleFiles, parts: Sequence[str], dtype: torch.dtype | None, quantise: bool, device: torch.device | str
+    files: SingleFiles,
+    parts: Sequence[str],
+    dtype: torch.dtype | None,
+    quantise: bool,
+    device: torch.device | str,
+    text_by_block: bool,
 ) -> Model:
     """A model of single files, and of its base for the rest."""
     given = TensorFile(files.transformer, "transformer")
@@ -168,11 +188,11 @@ def _open_files(
         model.transformer = load_transformer(given, config, dtype=dtype, quantise=quantise, device=device)
     with quiet():
         if isinstance(vae := where.get("vae"), TensorFile):
-            model.vae = load_vae(vae, file_config(vae, "vae"), dtype).to(device)
+            model.vae = load_vae(vae, file_config(vae, "vae"), dtype, device)
         elif vae is not None:
-            model.vae = load_part(AutoencoderKL, vae, dtype).to(device)
+            model.vae = load_part(AutoencoderKL, vae, dtype, device)
         if "text" in parts:
-            model.text = load_text(where, dtype).to(device)
+            model.text = load_text(where, dtype, device, by_block=text_by_block)
     check_fit(files.transformer, model.transformer, model.vae, model.text)
     return model
 

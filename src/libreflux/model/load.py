@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,55 +14,92 @@ import transformers
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from libreflux.errors import LibrefluxError, ModelError
+from libreflux.model.by_block import run_by_block
 from libreflux.model.parts import COPY, check_part, check_tokenizer
-from libreflux.model.single_file import TOKENIZERS, TensorFile, file_config, load_text_encoder
+from libreflux.model.single_file import TensorFile, file_config, load_text_encoder
 from libreflux.model.text import TextEncoders
 
 
-def load_part(kind: Any, folder: Path, dtype: torch.dtype | None) -> Any:
-    """A diffusers model whose every tensor came from the file; diffusers itself only warns of missing ones."""
+def load_part(kind: Any, folder: Path, dtype: torch.dtype | None, device: torch.device | str = "cpu") -> Any:
+    """A diffusers model whose every tensor came from the file; diffusers itself only warns of missing ones.
+
+    Each tensor goes to the device as it is read; on the CPU, in the dtype that is stored, it stays mapped.
+    """
     check_part(folder)
-    with one_line(folder):
-        part, found = kind.from_pretrained(
-            folder,
-            torch_dtype=dtype or _stored_dtype(folder),
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+    options = {"torch_dtype": dtype or _stored_dtypes(folder)[0]}
+    part, found = _read_to(kind, folder, device, **options)
     _check_keys(folder, found, ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
-    return part.requires_grad_(False).eval()
+    part.__dict__.pop("hf_device_map", None)  # it is one part on one device, free to move
+    return part.requires_grad_(False).eval().to(device)
 
 
-def load_text(where: Mapping[str, Path | TensorFile], dtype: torch.dtype | None) -> TextEncoders:
-    """Both text encoders and their tokenizers, each from its folder or file."""
-    encoders: list[Any] = []
-    kinds: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
-    for part, kind in kinds.items():
-        place = where[part]
-        if isinstance(place, TensorFile):
-            encoders.append(load_text_encoder(place, part, file_config(place, part), dtype))
-            continue
-        check_part(place)
-        with one_line(place):
-            encoder, found = kind.from_pretrained(
-                place, dtype=dtype or "auto", use_safetensors=True, local_files_only=True, output_loading_info=True
-            )
-        # Unexpected keys are left to transformers: full T5 and CLIP files carry decoders and position ids.
-        _check_keys(place, found, ("missing_keys", "mismatched_keys", "error_msgs"))
-        encoders.append(encoder.requires_grad_(False).eval())
-    first, second = (Path(str(where[part])) for part in TOKENIZERS)
-    check_tokenizer(first, ("tokenizer.json", "vocab.json"))
-    with one_line(first):
-        clip_tokenizer = CLIPTokenizer.from_pretrained(first, local_files_only=True)
-    check_tokenizer(second, ("tokenizer.json", "spiece.model"))
-    with one_line(second):
-        t5_tokenizer = T5Tokenizer.from_pretrained(second, local_files_only=True)
+def load_text(
+    where: Mapping[str, Path | TensorFile],
+    dtype: torch.dtype | None,
+    device: torch.device | str = "cpu",
+    *,
+    by_block: bool = False,
+) -> TextEncoders:
+    """Both text encoders and their tokenizers, each from its folder or file.
+
+    Args:
+        where: folders or files of both encoders, folders of both tokenizers.
+        dtype: of the weights; None keeps what is stored.
+        device: where to, tensor by tensor.
+        by_block: the weights stay on the CPU, where `dtype` is wider as they are stored, see `by_block.run_by_block`.
+    """
+    place, resting = ("cpu" if by_block else device), by_block and dtype == torch.float32
+    encoders = [_load_encoder(where[part], part, dtype, place, as_stored=resting) for part in _ENCODERS]
+    for encoder in encoders if by_block else ():
+        run_by_block(encoder, device, dtype if resting else None)
+    clip_tokenizer = _load_clip_tokenizer(first := Path(str(where["tokenizer"])))
+    t5_tokenizer = load_t5_tokenizer(second := Path(str(where["tokenizer_2"])))
     for folder, tokenizer, encoder in ((first, clip_tokenizer, encoders[0]), (second, t5_tokenizer, encoders[1])):
         known, read = len(tokenizer), encoder.config.vocab_size
         if known > read:
             raise ModelError(f"knows {known} tokens, its encoder {read}", where=folder, mend="use the encoder's own")
-    return TextEncoders(clip_tokenizer, encoders[0], t5_tokenizer, encoders[1])
+    return TextEncoders(clip_tokenizer, encoders[0], t5_tokenizer, encoders[1], by_block=by_block)
+
+
+def load_t5_tokenizer(folder: Path) -> T5Tokenizer:
+    """T5's tokenizer alone, from its folder."""
+    check_tokenizer(folder, ("tokenizer.json", "spiece.model"))
+    with one_line(folder):
+        return T5Tokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _load_clip_tokenizer(folder: Path) -> CLIPTokenizer:
+    check_tokenizer(folder, ("tokenizer.json", "vocab.json"))
+    with one_line(folder):
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _load_encoder(
+    place: Path | TensorFile, part: str, dtype: torch.dtype | None, device: torch.device | str, *, as_stored: bool
+) -> Any:
+    """`as_stored`: in the narrowest dtype that loses nothing of the file."""
+    if isinstance(place, TensorFile):
+        return load_text_encoder(place, part, file_config(place, part), None if as_stored else dtype, device)
+    check_part(place)
+    if as_stored:
+        dtype = functools.reduce(torch.promote_types, _stored_dtypes(place))
+    encoder, found = _read_to(_ENCODERS[part], place, device, dtype=dtype or "auto")
+    # Unexpected keys are left to transformers: full T5 and CLIP files carry decoders and position ids.
+    _check_keys(place, found, ("missing_keys", "mismatched_keys", "error_msgs"))
+    return encoder.requires_grad_(False).eval().to(device)
+
+
+def _read_to(kind: Any, folder: Path, device: torch.device | str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """A part with its tensors placed on the device as they are read, and what its library says of their names."""
+    options |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    with one_line(folder):
+        if torch.device(device).type != "cpu":
+            # A tensor that no file has cannot be moved, and which one it is only the CPU's way tells.
+            with contextlib.suppress(NotImplementedError):
+                part, found = kind.from_pretrained(folder, device_map={"": torch.device(device)}, **options)
+                return part, found
+        part, found = kind.from_pretrained(folder, **options)
+        return part, found
 
 
 def _check_keys(folder: Path, found: dict[str, Any], kinds: Sequence[str]) -> None:
@@ -74,19 +112,21 @@ def _check_keys(folder: Path, found: dict[str, Any], kinds: Sequence[str]) -> No
             )
 
 
-def _stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of the part's first floating tensor."""
+def _stored_dtypes(folder: Path) -> list[torch.dtype]:
+    """The dtypes of a part's floating tensors, the first one's first; fp32 for one without any."""
     from safetensors import safe_open
 
+    found: dict[torch.dtype, None] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in sorted(tensors.keys()):
                 dtype = tensors.get_slice(name).get_dtype()
                 if dtype in _DTYPES:
-                    return _DTYPES[dtype]
-    return torch.float32
+                    found[_DTYPES[dtype]] = None
+    return list(found) or [torch.float32]
 
 
+_ENCODERS: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

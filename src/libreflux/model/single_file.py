@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -227,18 +227,27 @@ def load_transformer(
     return empty.requires_grad_(False).eval()
 
 
-def load_vae(file: TensorFile, config: Mapping[str, Any], dtype: torch.dtype | None = None) -> AutoencoderKL:
+def load_vae(
+    file: TensorFile,
+    config: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> AutoencoderKL:
     """The VAE in a file with BFL's names or diffusers', frozen and in evaluation mode; errors as `load_transformer`."""
     with _built(file.path), torch.device("meta"):
         vae = AutoencoderKL.from_config(dict(config))
     wanted = vae.state_dict()
     own = any(".down_blocks." in name for name in file.shapes)
     rows = [] if own else vae_rows(len(vae.config.block_out_channels), vae.config.layers_per_block)
-    return _filled(vae, _tensors(file, rows, wanted), dtype)
+    return cast(AutoencoderKL, _filled(vae, _tensors(file, rows, wanted), dtype, device))
 
 
 def load_text_encoder(
-    file: TensorFile, part: str, config: Mapping[str, Any], dtype: torch.dtype | None = None
+    file: TensorFile,
+    part: str,
+    config: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
 ) -> CLIPTextModel | T5EncoderModel:
     """CLIP (`text_encoder`) or T5 (`text_encoder_2`) in a file with transformers' names.
 
@@ -251,7 +260,7 @@ def load_text_encoder(
         )
     tied = set(model.all_tied_weights_keys)
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    model = _filled(model, _tensors(file, [], wanted), dtype)
+    model = _filled(model, _tensors(file, [], wanted), dtype, device)
     model.tie_weights()
     return model
 
@@ -263,9 +272,14 @@ def file_config(file: TensorFile, part: str) -> dict[str, Any]:
         return {str(key): value for key, value in json.loads(text).items()}
 
 
-def _filled(model: Any, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None) -> Any:
+def _filled(
+    model: Any, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None, device: torch.device | str
+) -> Any:
     for name, tensor in tensors:
+        tensor = tensor.to(device)
         _place(model, name, tensor if dtype is None else tensor.to(dtype))
+    for name, buffer in list(model.named_buffers()):  # those that no file holds
+        _place(model, name, buffer.to(device))
     return model.requires_grad_(False).eval()
 
 

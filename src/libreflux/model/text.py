@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +18,14 @@ from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from libreflux.errors import ModelError
+from libreflux.model.numerics import pinned
 
 logger = logging.getLogger(__name__)
 
 TRAINED_PADDING = ("drop", "trim")  # what a cache can hold
 KNOWN_PADDING = (*TRAINED_PADDING, "bias", "keep")
 TOKENS_PER_PASS = 8192  # how many T5 tokens one forward pass takes, over all its prompts
+_COUNTED_AT_ONCE = 4096  # texts
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ class TextEncoders:
         text_encoder: CLIP.
         tokenizer_2: T5's.
         text_encoder_2: T5.
+        by_block: their weights come to the device block by block, see `by_block.run_by_block`. Every pass costs all of
+            them, so prompts of unequal lengths share one, the shorter ones padded behind a mask.
     """
 
     def __init__(
@@ -103,9 +108,12 @@ class TextEncoders:
         text_encoder: CLIPTextModel,
         tokenizer_2: PreTrainedTokenizerBase,
         text_encoder_2: T5EncoderModel,
+        *,
+        by_block: bool = False,
     ) -> None:
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
         self.tokenizer_2, self.text_encoder_2 = tokenizer_2, text_encoder_2
+        self.by_block = by_block
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEncoders:
         """Moves both encoders, in place."""
@@ -113,7 +121,6 @@ class TextEncoders:
             torch.nn.Module.to(encoder, device=device, dtype=dtype)
         return self
 
-    @torch.no_grad()
     def encode(
         self, prompts: Sequence[str], *, padding: str, max_tokens: int, prompts_2: Sequence[str] | None = None
     ) -> TextConditioning:
@@ -132,17 +139,25 @@ class TextEncoders:
             ModelError: an unknown padding.
             ValueError: numbers of texts that do not agree.
         """
-        check_padding(padding)
         if prompts_2 is not None and len(prompts_2) != len(prompts):
             raise ValueError(f"{len(prompts_2)} second prompts for {len(prompts)} prompts")
-        ids = [self._t5_ids(prompt, max_tokens) for prompt in (prompts if prompts_2 is None else prompts_2)]
+        read = prompts if prompts_2 is None else prompts_2
+        tokens, favoured = self.encode_t5(read, padding=padding, max_tokens=max_tokens)
+        return TextConditioning(tokens, self.encode_clip(prompts), favoured)
+
+    @torch.no_grad()
+    def encode_t5(
+        self, prompts: Sequence[str], *, padding: str, max_tokens: int
+    ) -> tuple[list[Tensor], list[int] | None]:
+        """T5's half of `encode`: `tokens` and `favoured` of a `TextConditioning`; errors as there."""
+        check_padding(padding)
+        ids = [self._t5_ids(prompt, max_tokens) for prompt in prompts]
         tokens = self._t5(ids, None if padding == "drop" else max_tokens, cut=padding == "trim")
-        favoured = [len(each) for each in ids] if padding == "bias" else None
-        return TextConditioning(tokens, self._clip(prompts), favoured)
+        return tokens, [len(each) for each in ids] if padding == "bias" else None
 
     def count_tokens(self, prompts: Sequence[str], *, max_tokens: int) -> list[int]:
         """T5 tokens of each prompt as `encode` gives them, without running an encoder."""
-        return [len(self._t5_ids(prompt, max_tokens)) for prompt in prompts]
+        return count_tokens(self.tokenizer_2, prompts, max_tokens=max_tokens)
 
     def unseen_by_clip(self, prompt: str) -> str:
         """The end of a prompt, as CLIP's tokenizer spells it, that is beyond its tokens (FLUX.1: 77); mostly ""."""
@@ -159,30 +174,31 @@ class TextEncoders:
         ids = self.tokenizer_2(prompt, verbose=False).input_ids
         if len(ids) <= max_tokens:
             return ids
-        logger.warning(
-            "prompt has %d tokens, the model reads %d: the last %d are cut from %r",
-            len(ids),
-            max_tokens,
-            len(ids) - max_tokens,
-            prompt if len(prompt) <= 60 else prompt[:57] + "...",
-        )
+        _tell_cut(len(ids), max_tokens, prompt)
         return [*ids[: max_tokens - 1], self.tokenizer_2.eos_token_id]
 
     def _t5(self, ids: list[list[int]], pad_to: int | None, *, cut: bool) -> list[Tensor]:
-        """T5's last hidden state per prompt, each batch of one length, so that no mask is needed."""
+        """T5's last hidden state per prompt; a batch of one length, or of one `pad_to`, needs no mask."""
         device = _input_device(self.text_encoder_2)
         pad = self.tokenizer_2.pad_token_id
         found: dict[int, Tensor] = {}
-        for batch in _equal_lengths(ids, pad_to):
-            width = pad_to or len(ids[batch[0]])
-            rows = [ids[i] + [pad] * (width - len(ids[i])) for i in batch]
-            hidden = self.text_encoder_2(input_ids=torch.tensor(rows, device=device)).last_hidden_state
+        for batch in _like_lengths(ids) if self.by_block and pad_to is None else _equal_lengths(ids, pad_to):
+            width = pad_to or max(len(ids[i]) for i in batch)
+            rows = torch.tensor([ids[i] + [pad] * (width - len(ids[i])) for i in batch], device=device)
+            mask = None
+            if pad_to is None and any(len(ids[i]) < width for i in batch):
+                ends = torch.tensor([len(ids[i]) for i in batch], device=device)
+                mask = (torch.arange(width, device=device) < ends[:, None]).long()
+            with _pinned():
+                hidden = self.text_encoder_2(input_ids=rows, attention_mask=mask).last_hidden_state
             for i, row in zip(batch, hidden, strict=True):
-                kept = len(ids[i]) if cut else width
+                kept = len(ids[i]) if cut or pad_to is None else width
                 found[i] = row[:kept].clone()  # a view would keep the padding of the whole batch alive
         return [found[i] for i in range(len(ids))]
 
-    def _clip(self, prompts: Sequence[str]) -> Tensor:
+    @torch.no_grad()
+    def encode_clip(self, prompts: Sequence[str]) -> Tensor:
+        """CLIP's half of `encode`: [B, P], `pooled` of a `TextConditioning`."""
         device = _input_device(self.text_encoder)
         pooled = []
         for start in range(0, len(prompts), 64):
@@ -193,7 +209,8 @@ class TextEncoders:
                 truncation=True,
                 return_tensors="pt",
             ).input_ids.to(device)
-            hidden = self.text_encoder(input_ids=ids).last_hidden_state
+            with _pinned():
+                hidden = self.text_encoder(input_ids=ids).last_hidden_state
             # Not `pooler_output`: it looks for config.eos_token_id, and falls silently to position 0 (one vector for
             # all prompts) when that is not the tokenizer's. CLIP pads with the end token, so the first one is the end.
             end = (ids == self.tokenizer.eos_token_id).int().argmax(dim=-1)
@@ -201,6 +218,42 @@ class TextEncoders:
         if not pooled:
             return torch.zeros(0, self.text_encoder.config.hidden_size, device=device, dtype=self.text_encoder.dtype)
         return torch.cat(pooled)
+
+
+def _pinned() -> AbstractContextManager[None]:
+    """For a card wherever there is one: an encoder that comes to it block by block does not tell where it computes."""
+    return pinned("cuda" if torch.cuda.is_available() else "cpu", drawing=True)
+
+
+def count_tokens(
+    tokenizer_2: PreTrainedTokenizerBase, prompts: Sequence[str], *, max_tokens: int, warn: bool = True
+) -> list[int]:
+    """T5 tokens of each prompt as `TextEncoders.encode` gives them, by T5's tokenizer alone.
+
+    Args:
+        tokenizer_2: T5's.
+        prompts: texts.
+        max_tokens: T5's limit.
+        warn: of prompts that will be cut, as `encode` does.
+    """
+    counts: list[int] = []
+    for start in range(0, len(prompts), _COUNTED_AT_ONCE):
+        part = list(prompts[start : start + _COUNTED_AT_ONCE])
+        for prompt, row in zip(part, tokenizer_2(part, verbose=False).input_ids, strict=True):
+            counts.append(min(len(row), max_tokens))
+            if warn and len(row) > max_tokens:
+                _tell_cut(len(row), max_tokens, prompt)
+    return counts
+
+
+def _tell_cut(count: int, max_tokens: int, prompt: str) -> None:
+    logger.warning(
+        "prompt has %d tokens, the model reads %d: the last %d are cut from %r",
+        count,
+        max_tokens,
+        count - max_tokens,
+        prompt if len(prompt) <= 60 else prompt[:57] + "...",
+    )
 
 
 def _input_device(encoder: torch.nn.Module) -> torch.device:
@@ -234,3 +287,15 @@ def _equal_lengths(ids: list[list[int]], pad_to: int | None) -> Iterator[list[in
         size = max(1, TOKENS_PER_PASS // length)
         for start in range(0, len(members), size):
             yield members[start : start + size]
+
+
+def _like_lengths(ids: list[list[int]]) -> Iterator[list[int]]:
+    """Positions in `ids`, the shortest first, in batches of at most TOKENS_PER_PASS tokens, padding counted."""
+    batch: list[int] = []
+    for i in sorted(range(len(ids)), key=lambda i: len(ids[i])):
+        if batch and (len(batch) + 1) * len(ids[i]) > TOKENS_PER_PASS:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

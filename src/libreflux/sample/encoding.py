@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor, nn
+
 from libreflux.errors import RecipeError
+from libreflux.model.device import release
 from libreflux.model.facts import Facts
 from libreflux.model.text import TextConditioning, TextEncoders
 
@@ -51,14 +56,16 @@ def encode_prompts(
     check_max_tokens(facts, max_tokens)
     if prompts_2 is not None and len(prompts_2) != len(prompts):
         raise RecipeError(f"{len(prompts_2)} second prompts for {len(prompts)} prompts", mend="give one each")
-    for prompt in dict.fromkeys(prompts):
-        if unseen := encoders.unseen_by_clip(prompt):
-            other = (
-                "T5 does, up to its own limit" if prompts_2 is None else "nor does T5, which has a prompt of its own"
-            )
-            logger.warning("prompt too long for CLIP, which does not see %r; %s", _short(unseen), other)
+    _tell_unseen(encoders, prompts, apart=prompts_2 is not None)
     limit = facts.max_tokens if max_tokens is None else max_tokens
     return encoders.encode(prompts, padding=facts.text_padding, max_tokens=limit, prompts_2=prompts_2)
+
+
+def _tell_unseen(encoders: TextEncoders, prompts: Sequence[str], *, apart: bool) -> None:
+    for prompt in dict.fromkeys(prompts):
+        if unseen := encoders.unseen_by_clip(prompt):
+            other = "nor does T5, which has a prompt of its own" if apart else "T5 does, up to its own limit"
+            logger.warning("prompt too long for CLIP, which does not see %r; %s", _short(unseen), other)
 
 
 def encode_ahead(encoders: TextEncoders, facts: Facts, texts: Iterable[Text]) -> dict[Text, TextConditioning]:
@@ -75,6 +82,52 @@ def encode_ahead(encoders: TextEncoders, facts: Facts, texts: Iterable[Text]) ->
         second = None if text.prompt_2 is None else [text.prompt_2]
         found[text] = encode_prompts(encoders, facts, [text.prompt], second, text.max_tokens).to("cpu")
     return found
+
+
+def encode_in_turn(
+    encoders: TextEncoders, facts: Facts, texts: Iterable[Text], device: torch.device
+) -> dict[Text, TextConditioning]:
+    """What `encode_ahead` gives, to the bit, with one encoder on the device at a time.
+
+    Args:
+        encoders: on the CPU. T5 comes whole, reads all texts and goes, then CLIP does; nothing of them is left.
+        facts: the model's.
+        texts: what is encoded.
+        device: where the encoders compute.
+
+    Raises:
+        RecipeError, ModelError: see `encode_prompts`.
+    """
+    wanted = list(dict.fromkeys(texts))
+    for text in wanted:
+        check_max_tokens(facts, text.max_tokens)
+        _tell_unseen(encoders, [text.prompt], apart=text.prompt_2 is not None)
+
+    def by_t5(text: Text) -> tuple[list[Tensor], list[int] | None]:
+        limit = facts.max_tokens if text.max_tokens is None else text.max_tokens
+        read = text.prompt if text.prompt_2 is None else text.prompt_2
+        tokens, favoured = encoders.encode_t5([read], padding=facts.text_padding, max_tokens=limit)
+        return [each.cpu() for each in tokens], favoured
+
+    with _visiting(encoders.text_encoder_2, device):
+        tokens = [by_t5(text) for text in wanted]
+    with _visiting(encoders.text_encoder, device):
+        pooled = [encoders.encode_clip([text.prompt]).cpu() for text in wanted]
+    return {
+        text: TextConditioning(read, vector, favoured)
+        for text, (read, favoured), vector in zip(wanted, tokens, pooled, strict=True)
+    }
+
+
+@contextlib.contextmanager
+def _visiting(encoder: nn.Module, device: torch.device) -> Iterator[None]:
+    """An encoder on the device in the block, and nowhere after it."""
+    encoder.to(device)
+    try:
+        yield
+    finally:
+        encoder.to("meta")
+        release(device)
 
 
 def check_max_tokens(facts: Facts, max_tokens: int | None, name: str = "max_sequence_length") -> None:
