@@ -86,8 +86,8 @@ class TextConditioning:
         if len(set(lengths)) == 1:
             return torch.stack(self.tokens), None
         embeds = torch.nn.utils.rnn.pad_sequence(self.tokens, batch_first=True)
-        ends = torch.tensor(lengths, device=embeds.device)
-        return embeds, torch.arange(embeds.shape[1], device=embeds.device) < ends[:, None]
+        mask = torch.arange(embeds.shape[1]) < torch.tensor(lengths)[:, None]  # made here: a card would be waited for
+        return embeds, mask.to(embeds.device, non_blocking=True)
 
 
 class TextEncoders:

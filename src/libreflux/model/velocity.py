@@ -54,7 +54,8 @@ def velocity(
     embeds, mask = text.padded()
     seen = None if mask is None else _attention_mask(mask, packed.shape[1])
     if text.favoured is not None:
-        seen = _attention_bias(text.favoured, embeds.shape[1], packed.shape[1], _query_dtype(device, dtype)).to(device)
+        bias = _attention_bias(text.favoured, embeds.shape[1], packed.shape[1], _query_dtype(device, dtype))
+        seen = bias.to(device, non_blocking=True)
     sigma = sigma.to(device=device, dtype=torch.float32)
     numerics.pin_checkpointing(transformer)
     with numerics.pinned(device, drawing=not torch.is_grad_enabled()), _fp32_timestep(transformer, 1000 * sigma):
