@@ -50,7 +50,8 @@ def prepare(
 ) -> None:
     """Encode pictures and captions once; run again, it continues or finds nothing left to do.
 
-    Under torchrun each process prepares its own part. Parts need no merging: who reads the cache reads them all.
+    Under torchrun each process prepares its own part, on its own card. Parts need no merging: who reads the cache
+    reads them all.
     """
     from libreflux.recipe import load_recipe
 
@@ -92,9 +93,10 @@ def parse_part(text: str | None) -> tuple[int, int]:
 def _prepare(recipe: Recipe, part: tuple[int, int]) -> None:
     from libreflux.cli.progress import progress
     from libreflux.data.prepare import prepare_cache
-    from libreflux.model.device import pick_device
+    from libreflux.model.device import make_current, pick_device
 
     device = str(pick_device(recipe.device))
+    make_current(device)
     with progress("preparing", "item") as report:
         _, sources = prepare_cache(recipe, device=device, part=part, progress=report)
     count = sum(len(samples) for _, samples in sources)
