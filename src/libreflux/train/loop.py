@@ -15,7 +15,7 @@ from libreflux import files
 from libreflux.adapter import plan
 from libreflux.data.prepare import prepare_cache, prepare_recipe
 from libreflux.errors import ModelError, RecipeError, RunError
-from libreflux.model.device import pick_device
+from libreflux.model.device import make_current, pick_device
 from libreflux.model.facts import Facts, freed
 from libreflux.model.family import Model, open_model, weights_hash
 from libreflux.recipe import Recipe
@@ -55,6 +55,8 @@ def fit(recipe: Recipe, callbacks: Callbacks | None = None, *, fork: bool = Fals
     run, device = Path(recipe.out), str(pick_device(recipe.device))
     if device.startswith("mps"):
         raise RunError("training on MPS is not supported yet", where="device", mend="set device: cpu")
+    with memory.explained("starting", recipe):
+        make_current(device)
     with joined(device) as ranks, contextlib.ExitStack() as held:
         newest = ranks.in_turn(lambda: _standing(recipe, run, ranks.world, held, fork), lambda: checkpoint.latest(run))
         if newest is None or newest.step < recipe.steps:
@@ -225,6 +227,7 @@ def _open(
     with memory.explained("preparing", recipe, memory.PREPARING):
         if ranks.world > 1:
             prepare_cache(recipe, device=device, part=(ranks.rank, ranks.world), progress=callbacks.on_prepare)
+            ranks.meet()  # else the first rank, looking through all, would encode again what slower ones still encode
         batches, held_out = ranks.in_turn(
             lambda: prepare_recipe(recipe, device=device, progress=callbacks.on_prepare),
             lambda: prepare_recipe(recipe, device=device),
