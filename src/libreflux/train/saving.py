@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ def restore(training: Training, newest: Checkpoint, fork: bool) -> None:
     forks.refuse_trained(recipe, training.forks, training.held_out)
     here = _machine(training.device)
     for key, value in here.items():
-        if state.get(key) != value:
-            before = state.get(key)
+        before = re.sub(r"^cuda:\d+", "cuda", str(state.get(key)))
+        if before != str(value):
             log.warning("resumed with %s %s instead of %s: the result may differ in its last bits", key, value, before)
     training.adapter.load_state_dict(load_adapter(newest.adapter).tensors)
     training.optimizer.load_state_tensors(load_file(newest.optimizer))
@@ -131,6 +132,7 @@ def write_snapshot(training: Training) -> None:
 
 
 def _machine(device: str) -> dict[str, Any]:
-    """What the last bits of a result depend on besides the recipe."""
-    chip = torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": f"{device} ({chip})"}
+    """What the last bits of a result depend on besides the recipe; not on the number of the card, of its kind alone."""
+    kind = torch.device(device).type
+    chip = torch.cuda.get_device_name(device) if kind == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": f"{kind} ({chip})"}
