@@ -20,6 +20,7 @@ from torch import Tensor
 
 from libreflux import files
 from libreflux.errors import RunError
+from libreflux.model.stream import save_live
 from libreflux.train.checkpoint import step_folders, step_name
 
 log = logging.getLogger(__name__)
@@ -148,4 +149,4 @@ def write_averages(
     averages: Averages, constants: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
 ) -> None:
     """Writes the averages with the adapter's constants (`alpha`), from which `hindsight` makes adapter files."""
-    files.atomic_save_safetensors({**averages.tensors(), **constants}, path, metadata)
+    save_live(path, {**averages.tensors(), **constants}, metadata)

@@ -101,7 +101,7 @@ class Optimizer(Protocol):
         """Forget the parameters' gradients."""
 
     def state_dict_tensors(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs, for safetensors."""
+        """Everything a resumed run needs, for safetensors; live: the next step changes it."""
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back what `state_dict_tensors` gave, to the bit."""
@@ -168,10 +168,10 @@ class _AdamW:
                 parameter.grad = None
 
     def state_dict_tensors(self) -> dict[str, Tensor]:
-        """`step` (int64 scalar) and `<parameter>.exp_avg`, `<parameter>.exp_avg_sq`: copies in its shape."""
+        """`step` (int64 scalar) and `<parameter>.exp_avg`, `<parameter>.exp_avg_sq`: views in its shape, no copies."""
         tensors = {"step": torch.tensor(self.steps)}
         for bucket in self.buckets:
-            tensors |= {key: view.clone() for key, view in bucket.moments().items()}
+            tensors |= bucket.moments()
         return tensors
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from libreflux import __version__, files
 from libreflux.adapter.files import Adapter, file_metadata, load_adapter, save_adapter
 from libreflux.errors import RunError
+from libreflux.model.stream import save_live
 from libreflux.recipe import Recipe
 from libreflux.train import checkpoint, ema, forks, skips
 from libreflux.train.callbacks import Callbacks
@@ -43,7 +44,7 @@ def restore(training: Training, newest: Checkpoint, fork: bool) -> None:
         if before != str(value):
             log.warning("resumed with %s %s instead of %s: the result may differ in its last bits", key, value, before)
     training.adapter.load_state_dict(load_adapter(newest.adapter).tensors)
-    training.optimizer.load_state_tensors(load_file(newest.optimizer))
+    training.optimizer.load_state_tensors(load_file(newest.optimizer))  # mapped: read as it is copied, never whole
     if training.recipe.ema and training.ranks.first:
         if not newest.averages.exists():
             mend = "set ema: [] to go on without, or choose another `out`"
@@ -69,7 +70,7 @@ def save(training: Training, metrics: checkpoint.Metrics | None, callbacks: Call
         return Checkpoint(step, checkpoint.step_folder(training.run, step))
     writers: dict[str, checkpoint.Writer] = {
         checkpoint.ADAPTER: lambda path: save_adapter(training.adapter, path, _origin(training)),
-        checkpoint.OPTIMIZER: lambda path: files.atomic_save_safetensors(training.optimizer.state_dict_tensors(), path),
+        checkpoint.OPTIMIZER: lambda path: save_live(path, training.optimizer.state_dict_tensors()),
     }
     if recipe.ema:
         writers[checkpoint.AVERAGES] = lambda path: _write_averages(training, path)
