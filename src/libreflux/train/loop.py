@@ -247,7 +247,7 @@ def _open(
         resolved=resolved,
         adapter=adapter,
         optimizer=make_optimizer(recipe.optimizer, adapter.named_parameters(), recipe.seed),
-        averages=ema.Averages(saving.averaged(adapter), recipe.ema if ranks.first else ()),
+        averages=ema.Averages(saving.averaged(adapter), recipe.ema if ranks.first else (), recipe.ema_every),
         ranks=ranks,
         batches=batches,
         device=device,

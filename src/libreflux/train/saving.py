@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from safetensors.torch import load_file
 
@@ -50,7 +51,8 @@ def restore(training: Training, newest: Checkpoint, fork: bool) -> None:
             mend = "set ema: [] to go on without, or choose another `out`"
             raise RunError("this checkpoint has no averages", where=newest.path, mend=mend)
         kept = load_file(newest.averages)
-        training.averages.load(kept)
+        with safetensors.safe_open(newest.averages, framework="pt") as file:
+            training.averages.load(kept, ema.step_of(file.metadata(), newest.step))
         dropped = {key.partition("/")[0] for key in kept if "/" in key} - {repr(width) for width in recipe.ema}
         if dropped:
             log.warning("averages of width %s are kept up to step %d only", ", ".join(sorted(dropped)), newest.step)
@@ -122,7 +124,7 @@ def averaged(adapter: Adapter) -> dict[str, torch.Tensor]:
 def _write_averages(training: Training, path: Path) -> None:
     alphas = {name: value for name, value in training.adapter.state_dict().items() if name.endswith(".alpha")}
     metadata = {**_origin(training), **file_metadata(training.adapter)}
-    ema.write_averages(training.averages, alphas, path, metadata)
+    ema.write_averages(training.averages, alphas, path, metadata, training.step)
 
 
 def write_snapshot(training: Training) -> None:

@@ -214,6 +214,7 @@ class Training:
         )
         self.skips.count(skip)
         if not skip:
+            self.averages.before_change()
             self.optimizer.step(learning_rate, gradient)
             require_finite(self.adapter.parameters(), self.step + 1, self.run)
         self.step += 1
