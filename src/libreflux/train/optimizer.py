@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from libreflux import keyed
 from libreflux.errors import RunError
+from libreflux.model.device import with_fp64
 from libreflux.recipe import OptimizerSpec
 from libreflux.train.optimizer8 import AdamW8bit
 
@@ -61,7 +62,7 @@ def clip_grad_norm(gradient: Tensor, max_norm: float | None) -> float:
     """
     # fp64: torch's fp32 norm of 1e8 numbers carries an error that depends on the thread count. In parts: torch makes an
     # fp64 copy of what it is given, which for a 1 B slice's gradient was the peak of the whole step (600 MiB).
-    parts = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in gradient.split(BUCKET)]
+    parts = [torch.linalg.vector_norm(with_fp64(part), dtype=torch.float64) for part in gradient.split(BUCKET)]
     norm = float(torch.linalg.vector_norm(torch.stack(parts)))
     if max_norm is not None and math.isfinite(norm) and norm > max_norm:
         gradient.mul_(max_norm / norm)
