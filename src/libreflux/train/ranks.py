@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -124,6 +125,7 @@ def _explained(where: str, doing: str) -> Iterator[None]:
     except RuntimeError as error:
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         mend = "look at the log of the process that died; the same torchrun command goes on from the last checkpoint"
+        said = re.sub(r"^\[[^]]*\] ", "", said).partition(". ")[0]  # without gloo's place in its source and its advice
         raise RunError(f"another process was lost while {doing} ({said})", where=where, mend=mend) from error
 
 
