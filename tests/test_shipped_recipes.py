@@ -33,6 +33,7 @@ def test_recipe_is_valid_and_survives_its_own_dump(path: Path, tmp_path: Path) -
     again = tmp_path / "again.yaml"
     again.write_text(recipe.to_yaml(), encoding="utf-8")
     assert load_recipe(again) == recipe
+    assert recipe.save.every % recipe.ema_every == 0  # else a checkpoint's averages are of an earlier step
 
 
 @pytest.mark.parametrize("path", FLUX, ids=lambda path: path.name)

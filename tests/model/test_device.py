@@ -1,7 +1,8 @@
-"""A GPU that torch cannot use is named, with the mend that fits."""
+"""Each process has its own card; a GPU that torch cannot use is named, with the mend that fits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from libreflux.errors import RunError
 from libreflux.model import device
-from libreflux.model.device import idle_gpu, pick_device
+from libreflux.model.device import idle_gpu, make_current, pick_device
 
 NVIDIA = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27 21:21:55 UTC 2021\nGCC version:  x\n"
 NO_GPU_BUILD, FOR_CUDA, FOR_ROCM = (None, None), ("13.0", None), (None, "7.1")
@@ -82,3 +83,62 @@ def test_who_hides_the_card_is_not_told(
 def test_who_asks_for_the_card_is_told_why_not(cardless: None) -> None:
     with pytest.raises(RunError, match=r"torch cannot use an NVIDIA GPU: .*; mend: install torch for CUDA"):
         pick_device("cuda")
+
+
+@pytest.fixture
+def cards(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[torch.device]]:
+    """A machine with some cards, in a process of torchrun's; the devices that became the current one are listed."""
+
+    def made(count: int, rank: int | str | None = None, processes: int | None = None) -> list[torch.device]:
+        current: list[torch.device] = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", current.append)
+        for name, value in (("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", processes)):
+            monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, str(value))
+        return current
+
+    return made
+
+
+def test_each_process_has_its_own_card(cards: Callable[..., list[torch.device]]) -> None:
+    for rank in range(4):
+        current = cards(4, rank, 4)
+        assert pick_device("auto") == pick_device("cuda") == torch.device("cuda", rank)
+        assert pick_device("cpu") == torch.device("cpu")
+        make_current(pick_device("cuda"))
+        make_current("cpu")
+        assert current == [torch.device("cuda", rank)]
+
+
+def test_without_torchrun_a_card_is_what_it_is_called(cards: Callable[..., list[torch.device]]) -> None:
+    current = cards(2)
+    assert [str(pick_device(name)) for name in ("auto", "cuda", "cuda:1")] == ["cuda", "cuda", "cuda:1"]
+    for name in ("cuda", "cuda:1"):
+        make_current(pick_device(name))
+    assert current == [torch.device("cuda:1")]
+    cards(2, 0, 1)
+    assert [str(pick_device(name)) for name in ("auto", "cuda:1")] == ["cuda:0", "cuda:1"]
+
+
+def test_one_card_for_several_processes_is_refused(cards: Callable[..., list[torch.device]]) -> None:
+    for rank in range(2):
+        cards(2, rank, 2)
+        with pytest.raises(RunError, match=r"^device: cuda:1 for 2 processes on this machine; mend: set device: cuda$"):
+            pick_device("cuda:1")
+
+
+def test_more_processes_than_cards_are_refused_by_all(cards: Callable[..., list[torch.device]]) -> None:
+    for rank, name in ((0, "auto"), (3, "cuda")):
+        cards(2, rank, 4)
+        with pytest.raises(RunError, match=r"4 processes, but 2 cards on this machine; mend: .*--nproc_per_node=2$"):
+            pick_device(name)
+    cards(1, 1)  # a launcher that does not say how many
+    with pytest.raises(RunError, match="2 processes, but 1 card on"):
+        pick_device("cuda")
+
+
+def test_a_torn_environment_is_refused(cards: Callable[..., list[torch.device]]) -> None:
+    cards(1, "first")
+    with pytest.raises(RunError, match="LOCAL_RANK and LOCAL_WORLD_SIZE are not numbers; mend: start it by torchrun"):
+        pick_device()

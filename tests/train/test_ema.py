@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,9 +31,11 @@ from tiny import tiny_transformer
 STEPS = 2000
 
 
-def averaged(signal_at: Callable[[int], float], widths: Sequence[float], steps: int = STEPS) -> dict[float, float]:
+def averaged(
+    signal_at: Callable[[int], float], widths: Sequence[float], steps: int = STEPS, every: int = 1
+) -> dict[float, float]:
     theta = torch.zeros(1)
-    averages = ema.Averages({"x": theta}, widths)
+    averages = ema.Averages({"x": theta}, widths, every)
     for step in range(1, steps + 1):
         theta.fill_(signal_at(step))
         averages.update(step)
@@ -49,14 +52,42 @@ def test_width_and_exponent_belong_together(width: float, gamma: float) -> None:
     assert math.sqrt((p * tau**2).mean() - (p * tau).mean() ** 2) == pytest.approx(width, rel=1e-6)
 
 
-def test_ramp_and_jump_average_to_their_integrals() -> None:
-    """theta = t: (gamma + 1) / (gamma + 2) T. theta = 1 after t0: 1 - (t0 / T)^(gamma + 1)."""
+@pytest.mark.parametrize("every", [1, 4, 10])
+def test_ramp_and_jump_average_to_their_integrals(every: int) -> None:
+    """theta = t: (gamma + 1) / (gamma + 2) T. theta = 1 after t0: 1 - (t0 / T)^(gamma + 1).
+
+    The ramp is taken in as stairs of `every` steps, which lie half of that above it: their own integral is exact.
+    """
     widths = [0.05, 0.1, 0.25]
-    ramp, jump = averaged(float, widths), averaged(lambda step: float(step > 1700), widths)
+    ramp, jump = (averaged(signal_at, widths, every=every) for signal_at in (float, lambda step: float(step > 1700)))
     for width in widths:
         gamma = ema.exponent(width)
-        assert ramp[width] == pytest.approx((gamma + 1) / (gamma + 2) * STEPS, rel=1e-3)
+        ends = np.arange(0, STEPS + 1, every) / STEPS
+        assert ramp[width] == pytest.approx(STEPS * float(ends[1:] @ np.diff(ends ** (gamma + 1))), rel=1e-5)
+        assert ramp[width] == pytest.approx((gamma + 1) / (gamma + 2) * STEPS, abs=0.51 * every)
         assert jump[width] == pytest.approx(1 - 0.85 ** (gamma + 1), rel=1e-4)
+
+
+def test_how_often_weights_are_taken_in_does_not_matter_where_they_stand_still() -> None:
+    """Weights that change every 20 steps alone: the same average, whenever between it is updated, changing it too."""
+
+    def stairs(step: int) -> float:
+        return math.sin((step - 1) // 20)
+
+    widths = [0.05, 0.25]
+    reference = averaged(stairs, widths)
+    for every in (4, 10, 20):
+        assert averaged(stairs, widths, every=every) == pytest.approx(reference, rel=1e-4, abs=1e-6)
+    theta = torch.zeros(1)
+    averages = ema.Averages({"x": theta}, widths)
+    for step in range(1, STEPS + 1):
+        theta.fill_(stairs(step))
+        averages.every = (1, 10, 4)[step // 700]
+        averages.update(step)
+    assert averages.step == STEPS
+    for width in widths:
+        found = averages.tensors()[ema.average_key(width, "x")].item()
+        assert found == pytest.approx(reference[width], rel=1e-4, abs=1e-6)
 
 
 def original_average_(average: Tensor, theta: Tensor) -> None:
@@ -248,11 +279,56 @@ def test_averages_of_a_run_resume_to_the_bit_and_serve_in_hindsight(
     hindsight.average(tmp_path / "whole", 0.2)
 
 
+def test_a_stop_between_two_updates_changes_no_bit_and_is_known_in_hindsight(
+    recipe_tree: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {
+        "steps": 8,
+        "save": {"every": 4, "averages_every": 4, "keep": 9},
+        "ema": [0.1, 0.25],
+        "ema_every": 4,
+        "adapter": {"targets": [{"layers": "transformer_blocks.**", "factor": 4}]},
+    }
+    whole = Recipe.model_validate(recipe_tree(tmp_path / "whole", **changes))
+    fit(whole)
+    stopped = Recipe.model_validate(recipe_tree(tmp_path / "stopped", **changes))
+    for step in (3, 6):
+        with pytest.raises(Interrupted):
+            fit(stopped, StopAt(step))
+    places = {step: tmp_path / f"stopped/checkpoints/step-0000000{step}/ema.safetensors" for step in (3, 4, 6)}
+    steps = []
+    for path in places.values():
+        with safetensors.safe_open(path, framework="pt") as file:
+            steps.append(file.metadata().get("averages_step"))
+    assert steps == ["0", None, "4"]  # only where it is not the checkpoint's own
+    before, after = load_file(places[4]), load_file(places[6])
+    assert all(after[key].equal(tensor) for key, tensor in before.items())
+    made = hindsight.average(tmp_path / "stopped", 0.1)
+    assert made.steps == [4, 4] and json.loads(made.metadata["average"])["step"] == 4
+    for key, tensor in made.tensors.items():
+        torch.testing.assert_close(tensor, before[key if key.endswith("alpha") else f"0.1/{key}"], rtol=1e-5, atol=1e-7)
+    with pytest.raises(RunError, match="no averages at step 6; mend: the nearest are at 4"):
+        hindsight.average(tmp_path / "stopped", 0.1, step=6)
+    fit(stopped)
+    for name in ("checkpoints/step-00000008/ema.safetensors", "averages/step-00000004/ema.safetensors"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert hindsight.average(tmp_path / "stopped", 0.1).steps == [4, 4, 8, 8]
+    fit(whole.model_copy(update={"steps": 9, "ema_every": 3}))  # the recipe may change its mind; 9 comes 1 after 8
+    last = load_file(tmp_path / "whole/checkpoints/step-00000009/ema.safetensors")
+    weights = load_adapter(tmp_path / "whole/adapter.safetensors").tensors
+    kept = load_file(tmp_path / "whole/checkpoints/step-00000008/ema.safetensors")
+    for key, tensor in last.items():
+        width, _, name = key.rpartition("/")
+        if width:
+            beta = ema.decay(9, ema.exponent(float(width)))
+            assert tensor.equal(kept[key].lerp(weights[name].float(), 1 - beta)), key
+
+
 def test_averages_that_do_not_fit_are_refused() -> None:
     averages = ema.Averages({"x": torch.zeros(2)}, [0.1])
     for wrong in ({}, {"0.1/x": torch.zeros(3)}, {"0.1/x": torch.zeros(2, dtype=torch.bfloat16)}):
         with pytest.raises(RunError, match=r"0\.1/x"):
-            averages.load(wrong)
+            averages.load(wrong, 1)
 
 
 def test_a_run_without_averages_says_so(tmp_path: Path) -> None:

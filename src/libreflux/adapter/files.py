@@ -24,7 +24,8 @@ from libreflux.adapter.layers import AdaptedLinear, LoKr, LoRA, delta_from_tenso
 from libreflux.adapter.spelling import LYCORIS, is_text, lycoris_name, read_names
 from libreflux.adapter.targets import Resolved
 from libreflux.errors import AdapterError
-from libreflux.files import atomic_save_safetensors, sha256_file
+from libreflux.files import sha256_file
+from libreflux.model.stream import save_live
 
 logger = logging.getLogger(__name__)
 
@@ -248,8 +249,7 @@ def save_adapter(adapter: Adapter, path: Path, metadata: Mapping[str, str] | Non
         path: ends in .safetensors.
         metadata: further strings for the file (model, hashes, steps); `schema` and `key_map` are ours.
     """
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in adapter.state_dict().items()}
-    atomic_save_safetensors(tensors, path, {**(metadata or {}), **file_metadata(adapter)})
+    save_live(path, adapter.state_dict(), {**(metadata or {}), **file_metadata(adapter)})
 
 
 def file_metadata(adapter: Adapter) -> dict[str, str]:

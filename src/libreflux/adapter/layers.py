@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from libreflux.errors import AdapterError
+from libreflux.model.device import with_fp64
 
 
 def factorization(dim: int, factor: int) -> tuple[int, int]:
@@ -239,6 +240,10 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def _double(tensor: Tensor) -> Tensor:
+    return with_fp64(tensor.detach()).double()
+
+
 def _lokr_factor(tensors: Mapping[str, Tensor], side: str, where: str) -> tuple[Tensor, int | None]:
     """A factor as fp32 full matrix, and its rank when it was stored as a product of two."""
     have = {suffix for suffix in (side, f"{side}_a", f"{side}_b") if suffix in tensors}
@@ -337,6 +342,6 @@ def delta_weight(delta: LoKr | LoRA) -> Tensor:
 def delta_norm(delta: LoKr | LoRA) -> float:
     """||delta|| (Frobenius) without building it: ||w1|| ||w2||, or scale * sqrt(tr(up^T up down down^T))."""
     if isinstance(delta, LoKr):
-        return float(_wide(delta.lokr_w1).double().norm() * _wide(delta.lokr_w2).double().norm())
-    up, down = _wide(delta.lora_up).double(), _wide(delta.lora_down).double()
+        return float(_double(delta.lokr_w1).norm() * _double(delta.lokr_w2).norm())
+    up, down = _double(delta.lora_up), _double(delta.lora_down)
     return delta.scale * math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))

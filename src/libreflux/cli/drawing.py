@@ -22,7 +22,7 @@ from libreflux.cli.adapters import adapted_facts, load_arguments, notice_other_b
 from libreflux.cli.options import Offload
 from libreflux.errors import ModelError, RecipeError
 from libreflux.flow.solve import Step
-from libreflux.model.device import pick_device, release
+from libreflux.model.device import make_current, pick_device, release
 from libreflux.model.facts import Facts
 from libreflux.model.family import Model, open_model, weights_hash
 from libreflux.model.faults import explained
@@ -203,7 +203,7 @@ def open_for_drawing(
 
 
 def device_for(name: str, offload: Offload, quantize: str | None = None) -> torch.device:
-    """The device of a name, see `pick_device`.
+    """The device of a name, see `pick_device`, made the current one.
 
     Raises:
         RecipeError: an offload that it, or an int8 model, has no use for.
@@ -216,6 +216,7 @@ def device_for(name: str, offload: Offload, quantize: str | None = None) -> torc
         raise RecipeError(
             f"{offload} is of no use on {place.type}", where="--offload", mend="leave it out, or use a CUDA device"
         )
+    make_current(place)
     return place
 
 

@@ -53,7 +53,8 @@ def prepare(
 ) -> None:
     """Encode pictures and captions once; run again, it continues or finds nothing left to do.
 
-    Under torchrun each process prepares its own part. Parts need no merging: who reads the cache reads them all.
+    Under torchrun each process prepares its own part, on its own card. Parts need no merging: who reads the cache
+    reads them all.
     """
     from libreflux.recipe import load_recipe
 
@@ -96,12 +97,13 @@ def parse_part(text: str | None) -> tuple[int, int]:
 def _prepare(recipe: Recipe, part: tuple[int, int]) -> None:
     from libreflux.cli.progress import progress
     from libreflux.data.prepare import prepare_cache
-    from libreflux.model.device import pick_device
+    from libreflux.model.device import make_current, pick_device
     from libreflux.model.faults import explained
 
     device = str(pick_device(recipe.device))
     doing = f"preparing on {device}"
     with progress("preparing", "item") as report, explained(doing, "a smaller resolution, or device: cpu"):
+        make_current(device)
         _, sources = prepare_cache(recipe, device=device, part=part, progress=report)
     count = sum(len(samples) for _, samples in sources)
     said = f"{count} pictures prepared in {recipe.cache_dir}"

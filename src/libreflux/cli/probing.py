@@ -20,7 +20,7 @@ from libreflux.cli.probe_data import ProbeData
 from libreflux.cli.progress import progress
 from libreflux.errors import RunError
 from libreflux.files import lock, sha256_file
-from libreflux.model.device import pick_device, release
+from libreflux.model.device import make_current, pick_device, release
 from libreflux.model.facts import Facts
 from libreflux.model.family import open_model, weights_hash
 from libreflux.model.faults import explained
@@ -102,6 +102,7 @@ class Subject:
 def run(request: Request) -> tuple[Path, Result]:
     """Does what the verb was asked for; returns the result's folder and the result."""
     device = pick_device(request.device)
+    make_current(device)
     subject = subject_of(request)
     out = request.out or PROBES / subject.slug
     if out.exists() and not out.is_dir():

@@ -22,16 +22,15 @@ _HIDDEN = ("", "-1")  # values of *_VISIBLE_DEVICES with which a user asks for t
 def pick_device(name: str = "auto") -> torch.device:
     """The device of a name: "auto" or what torch calls one, e.g. "cuda:1" or "mps".
 
-    "auto" is CUDA, under torchrun each process's own card, else the CPU; a GPU that torch cannot use is named in a
-    warning, once.
+    "auto" is CUDA, else the CPU; a GPU that torch cannot use is named in a warning, once. Under torchrun "auto" and
+    "cuda" are each process's own card.
 
     Raises:
-        RunError: no such device on this machine.
+        RunError: no such device on this machine, fewer cards than processes, or one card for several of them.
     """
     if name == "auto":
-        own = os.environ.get("LOCAL_RANK")
         if torch.cuda.is_available():
-            return torch.device(f"cuda:{own}" if own else "cuda")
+            return _own_card("cuda")
         _warn_of_idle_gpu()
         return torch.device("cpu")
     try:
@@ -45,7 +44,38 @@ def pick_device(name: str = "auto") -> torch.device:
         idle = _wanted_idle_gpu() if device.type == "cuda" and not count else None
         what = f"this machine has no {name}" if idle is None else f"torch cannot use {idle[0]}"
         raise RunError(what, where="device", mend="use auto or cpu" if idle is None else idle[1])
-    return device
+    return _own_card(name) if device.type == "cuda" else device
+
+
+def _own_card(name: str) -> torch.device:
+    """This process's card: of "cuda" under torchrun the one of its number on this machine."""
+    device, own = torch.device(name), os.environ.get("LOCAL_RANK")
+    if not own:
+        return device
+    try:
+        rank, processes = int(own), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    except ValueError:
+        what = "LOCAL_RANK and LOCAL_WORLD_SIZE are not numbers"
+        raise RunError(what, where="environment", mend="start it by torchrun") from None
+    processes, cards = max(processes, rank + 1), torch.cuda.device_count()
+    if device.index is not None and processes > 1:
+        raise RunError(f"{name} for {processes} processes on this machine", where="device", mend="set device: cuda")
+    if processes > cards:
+        what = f"{processes} processes, but {cards} card{'s' if cards != 1 else ''} on this machine"
+        raise RunError(what, where="device", mend=f"start them with --nproc_per_node={cards}")
+    return device if device.index is not None else torch.device("cuda", rank)
+
+
+def make_current(device: torch.device | str) -> None:
+    """Makes a CUDA device with a number the one that torch means by "cuda"; any other device is left alone."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
+def with_fp64(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on a device that knows fp64: its own, or for MPS, which has none, the CPU. Its dtype stays."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
 def release(device: torch.device | str) -> None:

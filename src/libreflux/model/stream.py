@@ -1,4 +1,4 @@
-"""A safetensors file of tensors that are made one by one: `save_file` wants all of them in memory."""
+"""A safetensors file written tensor by tensor: `save_file` wants all of them on the host at once."""
 
 from __future__ import annotations
 
@@ -17,6 +17,23 @@ _CODES = {
     "int8": "I8", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
 """What safetensors calls torch's dtypes."""
+_ORDER = ("bool", "uint8", "int8", "float16", "bfloat16", "int32", "float32", "float64", "int64")
+"""As safetensors sorts them: a file begins with the last one's tensors."""
+
+
+def save_live(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Replaces ``path`` by a safetensors file of tensors that are in use, on any device; one is copied at a time.
+
+    Names, order, values and so the bytes are those of ``files.atomic_save_safetensors``.
+
+    Args:
+        tensors: name -> tensor; views of one storage are each written whole. They must not change meanwhile.
+        metadata: strings.
+    """
+    kinds = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+    names = sorted(tensors, key=lambda name: (-_ORDER.index(kinds[name]), name))
+    layout = {name: (tensors[name].dtype, tensors[name].shape) for name in names}
+    stream_safetensors(path, layout, ((name, tensors[name]) for name in names), metadata)
 
 
 def stream_safetensors(
@@ -54,6 +71,7 @@ def stream_safetensors(
                 if (given, tensor.dtype, tuple(tensor.shape)) != (name, dtype, tuple(shape)):
                     raise ValueError(f"{given} {tensor.dtype} {tuple(tensor.shape)} in the place of {name}")
                 flat = tensor.detach().cpu().contiguous().reshape(-1)
-                flat.view(torch.uint8).numpy().tofile(file)
+                file.write(flat.view(torch.uint8).numpy().data)  # `tofile` would not say why it failed: a full disk
+                del flat  # before the next one is made
 
     replace_whole(path, fill)

@@ -115,4 +115,4 @@ def noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
 
 def mean_square(x: Tensor) -> Tensor:
     """[N] fp64 on the CPU: mean of x² over each picture's numbers."""
-    return x.float().square().flatten(1).mean(dim=1).double().cpu()
+    return x.float().square().flatten(1).mean(dim=1).cpu().double()

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from libreflux.model import latents as latent_space
+from libreflux.model.device import with_fp64
 from libreflux.probe.judges import Judge, Verdict
 from libreflux.probe.subjects import Asked
 
@@ -61,7 +62,7 @@ def look_at(latents: Tensor, vae: AutoencoderKL, judge: Judge | None) -> Look:
 def _look(latents: Tensor, vae: AutoencoderKL, judge: Judge | None) -> Look:
     pixels = latent_space.decode(vae, latents.to(vae.device)).float().cpu()
     clipped = (pixels.abs() > 1).flatten(1).double().mean(dim=1).numpy()
-    std = latents.double().flatten(1).std(dim=1).cpu().numpy()
+    std = with_fp64(latents).double().flatten(1).std(dim=1).cpu().numpy()
     if judge is None:
         return Look(clipped, std, None)
     pixels = pixels.clamp(-1, 1).nan_to_num()

@@ -115,7 +115,7 @@ class Callbacks:
     def on_measure(self, step: int, transformer: FluxTransformer2DModel) -> None:
         """Time to measure the held-out pictures after `step` steps, 0 and the last included; else as `on_sample`.
 
-        Under torchrun the other processes wait, for `ranks.TIMEOUT` seconds at most.
+        Under torchrun the other processes wait, however long it takes.
         """
 
     def on_save(self, step: int, folder: Path) -> None:

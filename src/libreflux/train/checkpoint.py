@@ -288,7 +288,11 @@ def _told(value: Any) -> str:
 def publish(run: Path, checkpoint: Checkpoint) -> Path:
     """Copies the adapter of the last checkpoint to RUN/adapter.safetensors, atomically."""
     result = run / ADAPTER
-    files.atomic_write_bytes(result, checkpoint.adapter.read_bytes())
+
+    def fill(temporary: Path) -> None:
+        shutil.copyfile(checkpoint.adapter, temporary)
+
+    files.replace_whole(result, fill)
     return result
 
 

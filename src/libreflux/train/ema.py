@@ -9,10 +9,12 @@ In bf16 an average stands still: from 1 to 1.1 with weight 1e-3, 20,000 steps do
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,11 +22,15 @@ from torch import Tensor
 
 from libreflux import files
 from libreflux.errors import RunError
+from libreflux.model.stream import save_live
 from libreflux.train.checkpoint import step_folders, step_name
+from libreflux.train.overlapped import Lane, Overlapped, lane_for
 
 log = logging.getLogger(__name__)
 
 FOLDER = "averages"
+STEP = "averages_step"
+"""Metadata key: the step that a file's averages are of. Only where that is not the step of its folder."""
 
 
 def relative_width(gamma: float) -> float:
@@ -38,9 +44,15 @@ def exponent(width: float) -> float:
     return float(np.roots([1, 7, 16 - s, 12 - s]).real.max())
 
 
-def decay(step: int, gamma: float) -> float:
-    """beta(t) = (1 - 1/t)^(gamma + 1) (section 3.1), t from 1: a step's weight becomes the integral of p over it."""
-    return (1 - 1 / step) ** (gamma + 1)
+def decay(step: int, gamma: float, since: int = 1) -> float:
+    """beta(t) = (1 - k/t)^(gamma + 1) (section 3.1): what is taken in weighs the integral of p over the last k steps.
+
+    Args:
+        step: t, from 1.
+        gamma: of the profile.
+        since: k, steps since the average was last updated, in [1, t].
+    """
+    return (1 - since / step) ** (gamma + 1)
 
 
 def profile_products(a: Sequence[tuple[int, float]], b: Sequence[tuple[int, float]]) -> np.ndarray:
@@ -74,36 +86,73 @@ class Averages:
     Args:
         tracked: name -> tensor; the tensors are read at each update, wherever they live.
         widths: sigma_rel of each average, in (0, 0.28].
+        every: steps between two updates.
+        lane: how tensors are copied beside their device's work, see `train.overlapped`; None: at once. By default it
+            is the tensors' own: none for those on the CPU.
+
+    Attributes:
+        step: that the averages are of: the last one that was taken in; 0 before any.
     """
 
-    def __init__(self, tracked: Mapping[str, Tensor], widths: Sequence[float]) -> None:
+    def __init__(
+        self,
+        tracked: Mapping[str, Tensor],
+        widths: Sequence[float],
+        every: int = 1,
+        lane: Lane | Literal["own"] | None = "own",
+    ) -> None:
         self.tracked = dict(tracked)
         self.widths = {width: exponent(width) for width in widths}
+        self.every, self.step = every, 0
         self._averages = {
             width: {name: torch.zeros(tensor.shape, dtype=torch.float32) for name, tensor in self.tracked.items()}
             for width in self.widths
         }
+        lane = lane_for(self.tracked.values()) if lane == "own" else lane
+        self._overlapped = Overlapped(self.tracked, lane) if lane is not None and self.widths else None
+
+    def update(self, step: int) -> None:
+        """Take in the parameters of finished step `step`, from 1, if it is one of every so many.
+
+        Call it once for each step, and `before_change` before the next change of the parameters.
+        """
+        if not self.widths or step % self.every:
+            return
+        kept = {width: decay(step, gamma, step - self.step) for width, gamma in self.widths.items()}
+        self.step = step
+        if self._overlapped is None:
+            self._take_in(self.tracked, kept)
+        else:
+            self._overlapped.start(functools.partial(self._take_in, kept=kept))
+
+    def before_change(self) -> None:
+        """Lets the next change of the parameters wait until `update` has its copy of them."""
+        if self._overlapped is not None:
+            self._overlapped.before_change()
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the parameters of finished step `step`, from 1; call it once for each step."""
-        if not self.widths:
-            return
-        for name, tensor in self.tracked.items():
+    def _take_in(self, tensors: Mapping[str, Tensor], kept: Mapping[float, float]) -> None:
+        for name, tensor in tensors.items():
             current = tensor.detach().to(device="cpu", dtype=torch.float32)
-            for width, gamma in self.widths.items():
-                self._averages[width][name].lerp_(current, 1 - decay(step, gamma))
+            for width, named in self._averages.items():
+                named[name].lerp_(current, 1 - kept[width])
 
     def tensors(self) -> dict[str, Tensor]:
-        """`<width>/<name>` -> fp32 average, sharing storage."""
+        """`<width>/<name>` -> fp32 average, sharing storage; of `step`."""
+        if self._overlapped is not None:
+            self._overlapped.wait()
         return {
             average_key(width, name): tensor
             for width, named in self._averages.items()
             for name, tensor in named.items()
         }
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """Take back what `tensors` gave, to the bit; other widths and constants among them are left alone.
+
+        Args:
+            tensors: by name.
+            step: that they are of.
 
         Raises:
             RunError: a missing name, or another shape or dtype; nothing was changed then.
@@ -117,6 +166,7 @@ class Averages:
             raise RunError(f"averages do not fit: {', '.join(odd[:3])}", mend=mend)
         for key, average in own.items():
             average.copy_(tensors[key])
+        self.step = step
 
 
 def average_key(width: float, name: str) -> str:
@@ -145,7 +195,22 @@ def rewind(run: Path, step: int) -> None:
 
 
 def write_averages(
-    averages: Averages, constants: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
+    averages: Averages, constants: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str], step: int
 ) -> None:
-    """Writes the averages with the adapter's constants (`alpha`), from which `hindsight` makes adapter files."""
-    files.atomic_save_safetensors({**averages.tensors(), **constants}, path, metadata)
+    """Writes the averages with the adapter's constants (`alpha`), from which `hindsight` makes adapter files.
+
+    Args:
+        averages: as they are after `step`, the last update perhaps some steps before it.
+        constants: name -> tensor.
+        path: of the file.
+        metadata: further strings for it.
+        step: of the folder that the file is in.
+    """
+    tensors = averages.tensors()
+    own = {} if averages.step == step else {STEP: str(averages.step)}
+    save_live(path, {**tensors, **constants}, {**metadata, **own})
+
+
+def step_of(metadata: Mapping[str, str] | None, step: int) -> int:
+    """The step that a file's averages are of, by its metadata, in a folder of `step`; 0: before any was taken in."""
+    return int((metadata or {}).get(STEP, step))

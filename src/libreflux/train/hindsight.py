@@ -67,7 +67,8 @@ def average(run: Path, width: float, step: int | None = None) -> Averaged:
     Args:
         run: a run folder; RUN/averages and the averages in RUN/checkpoints are used.
         width: sigma_rel, in [0.01, 0.28].
-        step: of the wanted average; None: the newest that was kept. Later ones are not used.
+        step: of the wanted average; None: the newest that was kept. Later ones are not used. With `ema_every` above 1 a
+            checkpoint between two updates holds the averages of the update before it.
 
     Raises:
         RunError: no averages were kept, none at `step`, too few to form this one, or a damaged file among them.
@@ -145,12 +146,17 @@ def _complete(run: Path) -> list[checkpoint.Checkpoint]:
 
 
 def _average_files(run: Path) -> dict[int, Path]:
-    """Step -> file of averages: of the checkpoints and the snapshots beside them; a damaged one is refused."""
-    kept = {one.step: one.averages for one in _complete(run) if one.averages.exists()}
-    snapshots = ema.snapshots(run)
-    for folder in snapshots.values():
+    """Step that they are of -> file of averages, of the checkpoints and the snapshots; a damaged one is refused."""
+    kept = [(one.step, one.averages) for one in _complete(run) if one.averages.exists()]
+    for step, folder in ema.snapshots(run).items():
         files.verify_manifest(folder)
-    return kept | {step: folder / checkpoint.AVERAGES for step, folder in snapshots.items()}
+        kept.append((step, folder / checkpoint.AVERAGES))
+    return {own: path for step, path in kept if (own := _step_of(path, step))}
+
+
+def _step_of(path: Path, step: int) -> int:
+    with ExitStack() as stack:
+        return ema.step_of(_open(stack, path).metadata(), step)
 
 
 def _open(stack: ExitStack, path: Path) -> Any:
@@ -183,7 +189,7 @@ def _combine(sources: Sequence[_Source], weights: np.ndarray, error: float, said
         rows[layer] = (max(0.0, float(gap)), float(size))
     worst = max(rows, key=lambda layer: rows[layer][0] / (rows[layer][1] or math.inf))
     total = sum(gap for gap, _ in rows.values()), sum(size for _, size in rows.values())
-    metadata = {key: value for key, value in (last.file.metadata() or {}).items() if key != "format"}
+    metadata = {key: value for key, value in (last.file.metadata() or {}).items() if key not in ("format", ema.STEP)}
     return Averaged(
         tensors=tensors,
         metadata={**metadata, "average": json.dumps(said, sort_keys=True)},

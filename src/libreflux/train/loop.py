@@ -17,7 +17,7 @@ from libreflux.data.batches import Batches
 from libreflux.data.prepare import prepare_cache, prepare_recipe
 from libreflux.errors import ModelError, RecipeError, RunError
 from libreflux.model import attention, numerics
-from libreflux.model.device import pick_device
+from libreflux.model.device import make_current, pick_device
 from libreflux.model.facts import Facts, freed
 from libreflux.model.family import Model, open_model, weights_hash
 from libreflux.recipe import Recipe
@@ -57,8 +57,13 @@ def fit(recipe: Recipe, callbacks: Callbacks | None = None, *, fork: bool = Fals
     run, device = Path(recipe.out), str(pick_device(recipe.device))
     if device.startswith("mps"):
         raise RunError("training on MPS is not supported yet", where="device", mend="set device: cpu")
-    repeatable = numerics.deterministic(device) if recipe.deterministic else contextlib.nullcontext()
-    with joined(device) as ranks, numerics.pinned(device), repeatable, contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as held:
+        if recipe.deterministic:
+            held.enter_context(numerics.deterministic(device))  # first: cuBLAS reads its workspace once
+        with memory.explained("starting", recipe):
+            make_current(device)
+        ranks = held.enter_context(joined(device))
+        held.enter_context(numerics.pinned(device))
         newest = ranks.in_turn(lambda: _standing(recipe, run, ranks.world, held, fork), lambda: checkpoint.latest(run))
         if newest is None or newest.step < recipe.steps:
             heard = callbacks if ranks.first else Callbacks()
@@ -228,6 +233,7 @@ def _open(
     with memory.explained("preparing", recipe, memory.PREPARING):
         if ranks.world > 1:
             prepare_cache(recipe, device=device, part=(ranks.rank, ranks.world), progress=callbacks.on_prepare)
+            ranks.meet()  # else the first rank, looking through all, would encode again what slower ones still encode
         batches, held_out = ranks.in_turn(
             lambda: prepare_recipe(recipe, device=device, progress=callbacks.on_prepare),
             lambda: prepare_recipe(recipe, device=device),
@@ -252,7 +258,7 @@ def _open(
         resolved=resolved,
         adapter=adapter,
         optimizer=make_optimizer(recipe.optimizer, adapter.named_parameters(), recipe.seed),
-        averages=ema.Averages(saving.averaged(adapter), recipe.ema if ranks.first else ()),
+        averages=ema.Averages(saving.averaged(adapter), recipe.ema if ranks.first else (), recipe.ema_every),
         ranks=ranks,
         batches=batches,
         device=device,

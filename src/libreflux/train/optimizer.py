@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from libreflux import keyed
 from libreflux.errors import RunError
+from libreflux.model.device import with_fp64
 from libreflux.recipe import OptimizerSpec
 from libreflux.train.optimizer8 import AdamW8bit
 
@@ -61,7 +62,7 @@ def clip_grad_norm(gradient: Tensor, max_norm: float | None) -> float:
     """
     # fp64: torch's fp32 norm of 1e8 numbers carries an error that depends on the thread count. In parts: torch makes an
     # fp64 copy of what it is given, which for a 1 B slice's gradient was the peak of the whole step (600 MiB).
-    parts = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in gradient.split(BUCKET)]
+    parts = [torch.linalg.vector_norm(with_fp64(part), dtype=torch.float64) for part in gradient.split(BUCKET)]
     norm = float(torch.linalg.vector_norm(torch.stack(parts)))
     if max_norm is not None and math.isfinite(norm) and norm > max_norm:
         gradient.mul_(max_norm / norm)
@@ -101,7 +102,7 @@ class Optimizer(Protocol):
         """Forget the parameters' gradients."""
 
     def state_dict_tensors(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs, for safetensors."""
+        """Everything a resumed run needs, for safetensors; live: the next step changes it."""
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back what `state_dict_tensors` gave, to the bit."""
@@ -168,10 +169,10 @@ class _AdamW:
                 parameter.grad = None
 
     def state_dict_tensors(self) -> dict[str, Tensor]:
-        """`step` (int64 scalar) and `<parameter>.exp_avg`, `<parameter>.exp_avg_sq`: copies in its shape."""
+        """`step` (int64 scalar) and `<parameter>.exp_avg`, `<parameter>.exp_avg_sq`: views in its shape, no copies."""
         tensors = {"step": torch.tensor(self.steps)}
         for bucket in self.buckets:
-            tensors |= {key: view.clone() for key, view in bucket.moments().items()}
+            tensors |= bucket.moments()
         return tensors
 
     @torch.no_grad()

@@ -75,19 +75,25 @@ class AdamW8bit:
             parameter.grad = None
 
     def state_dict_tensors(self) -> dict[str, Tensor]:
-        """`<parameter>.<what bitsandbytes keeps>`: moments, their scales and code books, and the step count."""
+        """`<parameter>.<what bitsandbytes keeps>`: moments, their scales and code books, and the step count.
+
+        Live, no copies. Empty before the first step that was not skipped.
+        """
         return {
-            f"{name}.{key}": torch.as_tensor(value).clone()
+            f"{name}.{key}": torch.as_tensor(value)
             for name, parameter in self.rows
             for key, value in self.inner.state[parameter].items()
         }
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `state_dict_tensors` gave.
+        """Take back what `state_dict_tensors` gave; nothing at all is the state before the first step.
 
         Raises:
-            RunError: a name that belongs to no parameter, or a parameter without state.
+            RunError: a name that belongs to no parameter, or a parameter without state among others that have one.
         """
+        if not tensors:
+            self.inner.state.clear()
+            return
         by_parameter: dict[str, dict[str, Any]] = {name: {} for name, _ in self.rows}
         for full, tensor in tensors.items():
             name, _, key = full.rpartition(".")
@@ -99,7 +105,7 @@ class AdamW8bit:
             if not by_parameter[name]:
                 raise RunError(f"optimizer state lacks {name}", mend="resume with the recipe it was saved with")
             kept = {
-                key: one.to(parameter.device) if isinstance(one, Tensor) else one
+                key: one.to(parameter.device, copy=True) if isinstance(one, Tensor) else one
                 for key, one in by_parameter[name].items()
             }
             self.inner.state[parameter] = kept

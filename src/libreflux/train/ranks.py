@@ -2,17 +2,20 @@
 
 Started by torchrun, which sets RANK, WORLD_SIZE and LOCAL_RANK. Adapters are small, so there is no wrapper around the
 model: after accumulation one all-reduce adds the flat fp32 gradients, each already weighted by its samples. Every rank
-then takes the same optimizer step from the same numbers, so replicas stay byte-equal.
+then takes the same optimizer step from the same numbers, so replicas stay byte-equal. What ranks say to each other in
+words goes through a gloo group of its own, in which a rank may be late by hours.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +27,10 @@ from libreflux.errors import RunError
 T = TypeVar("T")
 
 TIMEOUT = 1800.0
-"""Seconds that a rank waits for the others, e.g. while the first one prepares, saves, draws or measures."""
+"""Seconds that a rank waits in the sum of the gradient, which all ranks begin together, see `Ranks.gather`."""
+PATIENCE = 365 * 86400.0
+"""Seconds that a rank waits for another one's word: it may be preparing, saving, drawing or measuring. No wait ends in
+an error by this; a process that died is noticed at once, by its closed connection."""
 
 
 @dataclass(frozen=True)
@@ -34,26 +40,37 @@ class Ranks:
     Attributes:
         rank: from 0; the first one alone writes files.
         world: how many there are; 1 without torchrun.
+        words: the group in which they talk, as patient as `PATIENCE`; None is the default group.
+
+    Every method but `sum_` waits for the slowest rank, however long that takes. All of them raise RunError where
+    another process was lost.
     """
 
     rank: int = 0
     world: int = 1
+    words: Any = field(default=None, repr=False, compare=False)
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
     def sum_(self, flat: Tensor) -> None:
-        """Adds the ranks' tensors in place, on all of them; the same bytes everywhere."""
+        """Adds the ranks' tensors in place, on all of them; the same bytes everywhere.
+
+        Raises:
+            RunError: also after `TIMEOUT`: let the ranks meet first, by `gather`.
+        """
         if self.world > 1:
-            dist.all_reduce(flat)
+            with self._heard("the sum of the gradient"):
+                dist.all_reduce(flat)
 
     def agree_max(self, value: int) -> int:
         """The largest of the ranks' numbers, on all of them."""
         if self.world == 1:
             return value
         shared = torch.tensor(value)
-        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        with self._heard():
+            dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.words)
         return int(shared)
 
     def gather(self, value: Any) -> Sequence[Any]:
@@ -63,11 +80,16 @@ class Ranks:
             return [json.loads(text)]
         own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
-        dist.all_gather(sizes, torch.tensor([len(own)]))
-        longest = max(int(size) for size in sizes)
-        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world)]
-        dist.all_gather(parts, torch.nn.functional.pad(own, (0, longest - len(own))))
+        with self._heard():
+            dist.all_gather(sizes, torch.tensor([len(own)]), group=self.words)
+            longest = max(int(size) for size in sizes)
+            parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world)]
+            dist.all_gather(parts, torch.nn.functional.pad(own, (0, longest - len(own))), group=self.words)
         return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
+
+    def meet(self) -> None:
+        """Waits until all ranks have come here."""
+        self.gather(None)
 
     def in_turn(self, first: Callable[[], T], rest: Callable[[], T]) -> T:
         """The first rank calls `first` while the others wait; then they call `rest`.
@@ -83,10 +105,28 @@ class Ranks:
         try:
             result = first()
         except BaseException as error:
-            self.gather(f"{type(error).__name__}: {error}")
+            with contextlib.suppress(RunError):  # its own error says more than that others are gone too
+                self.gather(f"{type(error).__name__}: {error}")
             raise
         self.gather(None)
         return result
+
+    def _heard(self, what: str = "word from the others") -> contextlib.AbstractContextManager[None]:
+        return _explained(f"process {self.rank} of {self.world}", f"waiting for {what}")
+
+
+@contextmanager
+def _explained(where: str, doing: str) -> Iterator[None]:
+    """Turns what torch.distributed raises in the block into one line; a card's own errors are left to others."""
+    try:
+        yield
+    except (torch.AcceleratorError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        mend = "look at the log of the process that died; the same torchrun command goes on from the last checkpoint"
+        said = re.sub(r"^\[[^]]*\] ", "", said).partition(". ")[0]  # without gloo's place in its source and its advice
+        raise RunError(f"another process was lost while {doing} ({said})", where=where, mend=mend) from error
 
 
 @contextmanager
@@ -94,11 +134,11 @@ def joined(device: str, timeout: float = TIMEOUT) -> Iterator[Ranks]:
     """The process group of torchrun's environment while the block runs; alone without it.
 
     Args:
-        device: "cuda…" joins through NCCL, all else through gloo.
-        timeout: seconds after which waiting for a lost rank ends in an error.
+        device: "cuda:N" joins through NCCL, all else through gloo. What ranks say to each other goes through gloo.
+        timeout: seconds after which a start or a sum without all ranks ends in an error.
 
     Raises:
-        RunError: torchrun's environment is not whole.
+        RunError: torchrun's environment is not whole, or another process did not come.
     """
     try:
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -111,9 +151,16 @@ def joined(device: str, timeout: float = TIMEOUT) -> Iterator[Ranks]:
         return
     if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
         raise RunError("WORLD_SIZE without RANK or MASTER_ADDR", where="environment", mend="start it by torchrun")
-    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+    card = torch.device(device) if device.startswith("cuda") else None
+    if card is not None and card.index is None:
+        raise RunError("WORLD_SIZE without LOCAL_RANK", where="environment", mend="start it by torchrun")
     try:
-        yield Ranks(rank, world)
+        with _explained(f"process {rank} of {world}", "all of them were to start"):
+            dist.init_process_group(
+                "gloo" if card is None else "nccl", timeout=datetime.timedelta(seconds=timeout), device_id=card
+            )
+            words = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=PATIENCE))
+        yield Ranks(rank, world, words)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

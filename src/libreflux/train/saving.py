@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from safetensors.torch import load_file
 
 from libreflux import __version__, files
 from libreflux.adapter.files import Adapter, file_metadata, load_adapter, save_adapter
 from libreflux.errors import RunError
+from libreflux.model.stream import save_live
 from libreflux.recipe import Recipe
 from libreflux.train import checkpoint, ema, forks, skips
 from libreflux.train.callbacks import Callbacks
@@ -38,17 +41,18 @@ def restore(training: Training, newest: Checkpoint, fork: bool) -> None:
     forks.refuse_trained(recipe, training.forks, training.held_out)
     here = _machine(training.device)
     for key, value in here.items():
-        if state.get(key) != value:
-            before = state.get(key)
+        before = re.sub(r"^cuda:\d+", "cuda", str(state.get(key)))
+        if before != str(value):
             log.warning("resumed with %s %s instead of %s: the result may differ in its last bits", key, value, before)
     training.adapter.load_state_dict(load_adapter(newest.adapter).tensors)
-    training.optimizer.load_state_tensors(load_file(newest.optimizer))
+    training.optimizer.load_state_tensors(load_file(newest.optimizer))  # mapped: read as it is copied, never whole
     if training.recipe.ema and training.ranks.first:
         if not newest.averages.exists():
             mend = "set ema: [] to go on without, or choose another `out`"
             raise RunError("this checkpoint has no averages", where=newest.path, mend=mend)
         kept = load_file(newest.averages)
-        training.averages.load(kept)
+        with safetensors.safe_open(newest.averages, framework="pt") as file:
+            training.averages.load(kept, ema.step_of(file.metadata(), newest.step))
         dropped = {key.partition("/")[0] for key in kept if "/" in key} - {repr(width) for width in recipe.ema}
         if dropped:
             log.warning("averages of width %s are kept up to step %d only", ", ".join(sorted(dropped)), newest.step)
@@ -68,7 +72,7 @@ def save(training: Training, metrics: checkpoint.Metrics | None, callbacks: Call
         return Checkpoint(step, checkpoint.step_folder(training.run, step))
     writers: dict[str, checkpoint.Writer] = {
         checkpoint.ADAPTER: lambda path: save_adapter(training.adapter, path, _origin(training)),
-        checkpoint.OPTIMIZER: lambda path: files.atomic_save_safetensors(training.optimizer.state_dict_tensors(), path),
+        checkpoint.OPTIMIZER: lambda path: save_live(path, training.optimizer.state_dict_tensors()),
     }
     if recipe.ema:
         writers[checkpoint.AVERAGES] = lambda path: _write_averages(training, path)
@@ -120,7 +124,7 @@ def averaged(adapter: Adapter) -> dict[str, torch.Tensor]:
 def _write_averages(training: Training, path: Path) -> None:
     alphas = {name: value for name, value in training.adapter.state_dict().items() if name.endswith(".alpha")}
     metadata = {**_origin(training), **file_metadata(training.adapter)}
-    ema.write_averages(training.averages, alphas, path, metadata)
+    ema.write_averages(training.averages, alphas, path, metadata, training.step)
 
 
 def write_snapshot(training: Training) -> None:
@@ -131,6 +135,7 @@ def write_snapshot(training: Training) -> None:
 
 
 def _machine(device: str) -> dict[str, Any]:
-    """What the last bits of a result depend on besides the recipe."""
-    chip = torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": f"{device} ({chip})"}
+    """What the last bits of a result depend on besides the recipe; not on the number of the card, of its kind alone."""
+    kind = torch.device(device).type
+    chip = torch.cuda.get_device_name(device) if kind == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": f"{kind} ({chip})"}

@@ -22,6 +22,7 @@ from libreflux.data.held_out import HeldOut
 from libreflux.data.order import Unit, padding_share, step_plan, steps_of_epoch
 from libreflux.errors import RunError
 from libreflux.flow.sigmas import independent, make_law, stratified
+from libreflux.model.device import with_fp64
 from libreflux.model.facts import Facts
 from libreflux.recipe import Recipe, SigmaSpec
 from libreflux.train.callbacks import Started, StepInfo
@@ -31,6 +32,9 @@ from libreflux.train.objective import flow_matching_loss, keyed_noise, regularis
 from libreflux.train.optimizer import Optimizer, clip_grad_norm, lr_at
 from libreflux.train.ranks import Ranks
 from libreflux.train.skips import Skips, at_fault, require_finite
+
+_Row = tuple[int, str, float, bool]
+"""Of one picture: slot, sample id, loss, whether its source is for regularisation."""
 
 
 def draw_sigmas(spec: SigmaSpec, count: int, seed: int, step: int) -> Tensor:
@@ -62,13 +66,11 @@ def accumulate_gradient(total: Tensor, parameters: Iterable[nn.Parameter]) -> No
 
 def group_norms(gradient: Tensor, adapter: Adapter) -> dict[str, float]:
     """The norm of a flat gradient [P], in the adapter's order, by layer; like layers of all blocks are one group."""
+    sizes = [sum(parameter.numel() for parameter in layer.delta.parameters()) for layer in adapter.layers.values()]
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in with_fp64(gradient).split(sizes)]
     squares: dict[str, float] = {}
-    offset = 0
-    for name, layer in adapter.layers.items():
-        size = sum(parameter.numel() for parameter in layer.delta.parameters())
-        part = torch.linalg.vector_norm(gradient[offset : offset + size], dtype=torch.float64)
-        squares[group(name)] = squares.get(group(name), 0.0) + float(part) ** 2
-        offset += size
+    for name, norm in zip(adapter.layers, torch.stack(norms).tolist(), strict=True):  # one wait for the device
+        squares[group(name)] = squares.get(group(name), 0.0) + norm**2
     return {name: math.sqrt(square) for name, square in squares.items()}
 
 
@@ -159,16 +161,11 @@ class Training:
         sigmas = draw_sigmas(recipe.sigmas, units[0].total, recipe.seed, step)
         if recipe.distil is not None and recipe.distil.steps is not None:
             sigmas = on_rungs(sigmas, recipe.distil.steps, self.shift)
-        parameters = list(self.adapter.parameters())
-        gradient = torch.zeros(sum(parameter.numel() for parameter in parameters), device=self.device)
-        own: list[tuple[int, str, float, bool]] = []
-        for unit in units:
-            if unit.items and unit.rank == rank:
-                batch, of_unit = self._backward(unit, sigmas)
-                accumulate_gradient(gradient, parameters)
-                own += zip(unit.slots, batch.sample_ids, of_unit.tolist(), batch.regularised, strict=True)
-        self.ranks.sum_(gradient)
+        gradient = torch.zeros(sum(p.numel() for p in self.adapter.parameters()), device=self.device)
+        own = self._accumulate([unit for unit in units if unit.items and unit.rank == rank], sigmas, gradient)
+        # A slow rank is waited for in words, so that all begin the sum at once and it can have a strict time-out.
         rows = sorted(row for part in self.ranks.gather(own) for row in part)
+        self.ranks.sum_(gradient)
         sample_ids, losses = [row[1] for row in rows], [row[2] for row in rows]
         norms = group_norms(gradient, self.adapter) if recipe.gradient_norms else None
         norm = clip_grad_norm(gradient, recipe.optimizer.clip)
@@ -193,6 +190,18 @@ class Training:
             skipped=self.skips.total,
         )
 
+    def _accumulate(self, units: Sequence[Unit], sigmas: Tensor, gradient: Tensor) -> list[_Row]:
+        """Adds the units' gradients to a flat one [P]; returns a row for each of their pictures."""
+        parameters, losses = list(self.adapter.parameters()), []
+        named: list[tuple[int, str, bool]] = []
+        for unit in units:
+            batch, of_unit = self._backward(unit, sigmas)
+            accumulate_gradient(gradient, parameters)
+            named += zip(unit.slots, batch.sample_ids, batch.regularised, strict=True)
+            losses.append(of_unit)
+        on_host = torch.cat(losses).tolist() if losses else []  # the passes' one wait for the device
+        return [(slot, name, loss, regularised) for (slot, name, regularised), loss in zip(named, on_host, strict=True)]
+
     def _update(self, gradient: Tensor, *, skip: bool) -> float:
         """Moves the weights along a clipped gradient, unless it is to be skipped; returns the learning rate."""
         spec = self.recipe.optimizer
@@ -205,6 +214,7 @@ class Training:
         )
         self.skips.count(skip)
         if not skip:
+            self.averages.before_change()
             self.optimizer.step(learning_rate, gradient)
             require_finite(self.adapter.parameters(), self.step + 1, self.run)
         self.step += 1
