@@ -4,7 +4,8 @@
 
 In: a JSON line {"args": [...], "cwd": "..."}. Out: a JSON line [exit code, stdout, stderr], caught at the file
 descriptors, so that what libraries print on their own is in it. A traceback is exit code 1, 20 seconds are minus
-SIGALRM, and 4 GiB more than the libraries take are a MemoryError. Whoever asks the network is stopped with exit code 97.
+SIGALRM, and 4 GiB more than the libraries take are a MemoryError. Whoever asks the network is stopped with exit code
+97.
 """
 
 from __future__ import annotations

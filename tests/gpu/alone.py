@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 TESTS = Path(__file__).parent.parent
 RESULT = "RESULT "
+LIMIT = 180.0  # seconds
 LAST = 3000  # characters of a log that a failure shows
 DEVICE = os.environ.get("LIBREFLUX_TEST_DEVICE", "cuda")
 ON_CARD = DEVICE.startswith("cuda")
@@ -35,18 +37,17 @@ class Done:
         return f"{ended}\n{self.out[-LAST:]}\n{self.err[-LAST:]}"
 
 
-def process(command: list[str], seconds: float = 180, environment: Mapping[str, str] | None = None) -> Done:
-    """Runs a Python command to its end, and its children with it; `environment` is laid over the tests' own."""
+def _start(command: list[str], output: int, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     full = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(environment or {})}
-    started = subprocess.Popen(
-        [sys.executable, *command],
-        env=full,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+    return subprocess.Popen(
+        [sys.executable, *command], env=full, stdout=output, stderr=output, text=True, start_new_session=True
     )
+
+
+def process(command: list[str], seconds: float = LIMIT, environment: Mapping[str, str] | None = None) -> Done:
+    """Runs a Python command to its end, and its children with it; `environment` is laid over the tests' own."""
+    started = _start(command, subprocess.PIPE, environment)
     try:
         out, err = started.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -56,7 +57,7 @@ def process(command: list[str], seconds: float = 180, environment: Mapping[str, 
     return Done(started.returncode, out, err)
 
 
-def alone(case: str, *, seconds: float = 180, **arguments: Any) -> Any:
+def alone(case: str, *, seconds: float = LIMIT, **arguments: Any) -> Any:
     """What the function `gpu.cases.CASE` returns in a process of its own; the test fails with the end of its log.
 
     Args:
@@ -71,7 +72,17 @@ def alone(case: str, *, seconds: float = 180, **arguments: Any) -> Any:
     return json.loads(lines[-1].removeprefix(RESULT))
 
 
-def libreflux(*arguments: object, code: int = 0, seconds: float = 180) -> Done:
+def killed(case: str, sign: Path, **arguments: Any) -> None:
+    """Starts a case as `alone` does and sends it SIGKILL when the file or folder `sign` appears."""
+    started = _start(["-m", "gpu.cases", case, json.dumps(arguments, default=str)], subprocess.DEVNULL)
+    until = time.monotonic() + LIMIT
+    while not sign.exists() and started.poll() is None and time.monotonic() < until:
+        time.sleep(0.002)
+    started.kill()
+    assert started.wait() == -signal.SIGKILL and sign.exists(), f"{case} was not killed at {sign}"
+
+
+def libreflux(*arguments: object, code: int = 0, seconds: float = LIMIT) -> Done:
     """`libreflux ARGUMENTS` as a user runs it; any other exit code fails the test."""
     done = process(["-m", "libreflux", *map(str, arguments)], seconds)
     if done.code != code:
@@ -86,7 +97,7 @@ class Capped(Done):
     peak: int = 0
 
 
-def capped(*arguments: object, cap: int | None, note: Path, seconds: float = 180) -> Capped:
+def capped(*arguments: object, cap: int | None, note: Path, seconds: float = LIMIT) -> Capped:
     """`libreflux ARGUMENTS` that may take `cap` bytes of the card, None: all; `note` is a file for its peak."""
     done = process(["-m", "gpu.capped", str(note), str(cap or 0), *map(str, arguments)], seconds)
     peak = int(note.read_text()) if note.exists() else 0

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gpu.alone import DEVICE, ON_CARD
+from libreflux.emoji import compose
 
 
 @pytest.hookimpl(tryfirst=True)  # before the marks are looked at
@@ -33,3 +34,15 @@ def needs_card(card: None) -> None:
     """For what only a card has: a cap on its memory, its peaks, its own errors."""
     if not ON_CARD:
         pytest.skip(f"there is no such thing on {DEVICE}")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty pictures in a look that the emoji family does not know, so that there is something to learn."""
+    return compose.write_folder(tmp_path_factory.mktemp("data") / "photos", 40, 1, pairs=0.0, look="pencil")
+
+
+@pytest.fixture
+def places(tiny_model_dir: Path, photos: Path, tmp_path: Path) -> dict[str, Path]:
+    """What `recipes.tree` needs."""
+    return {"tiny": tiny_model_dir, "photos": photos, "out": tmp_path / "run"}

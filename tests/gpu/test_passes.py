@@ -6,7 +6,7 @@ import pytest
 
 from gpu.alone import alone
 
-# Three times what an H100 showed for gradients (fp32 3e-5, bf16 0.8 %, both in norm); velocity and loss have fewer sums.
+# Three times what an H100 showed for gradients, in norm: fp32 3e-5, bf16 0.8 %. Velocity and loss have fewer sums.
 TOLERANCES = {"fp32": 1e-4, "bf16": 2.5e-2, "int8": 2.5e-2}
 
 
