@@ -14,11 +14,13 @@ from torch import Tensor
 
 from gpu.alone import DEVICE
 from libreflux.data.held_out import HeldOut
+from libreflux.data.index import text_key
 from libreflux.data.prepare import prepare_cache
 from libreflux.probe.held_out import measure_held_out
 from libreflux.recipe import Recipe
 from libreflux.train import step
 from libreflux.train.callbacks import Callbacks, Started, StepInfo
+from libreflux.train.estimate import estimate_recipe
 from libreflux.train.loop import fit
 
 
@@ -89,3 +91,12 @@ def beside_the_cpu(recipe: dict[str, Any], steps: int) -> dict[str, Any]:
         recorder = _fit({**recipe, **tree})
         found[name] = {"rows": recorder.rows(), "held_out": recorder.measured}
     return found
+
+
+def peak(recipe: dict[str, Any]) -> dict[str, int]:
+    """Bytes at the peak of the steps, as estimated and as the card's allocator counted them."""
+    made = Recipe.model_validate(recipe)
+    cache, sources = prepare_cache(made)
+    captions = {caption for _, samples in sources for sample in samples for caption in sample.captions}
+    tokens = int(cache.token_counts([text_key(caption) for caption in captions]).max())
+    return {"estimate": estimate_recipe(made, text_tokens=tokens).total, "peak": _fit(recipe).peak}
