@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak lint emoji
+.PHONY: help install demo test test-gpu soak lint emoji
 
 help:
 	@echo 'make install   the package, editable, with its pinned dependencies, into $(VENV)'
 	@echo 'make demo      install, then set a model free, measure it and show: out/demo/index.html'
 	@echo 'make test      install, then the test suite'
+	@echo 'make test-gpu  install, then the tests for a card; PY=python3: with that Python as it is, nothing is installed'
 	@echo 'make emoji     install, then the emoji family from nothing: about 6 hours on two cores, resumable; WORK=DIR'
 	@echo 'make soak      install, then kill training 50 times, fill its disk, compare the bytes: some minutes'
 	@echo 'make lint      install, then ruff and mypy'
@@ -36,6 +37,10 @@ emoji: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# A machine with a card often has a Python whose torch was built for it: PY=python3 make test-gpu
+test-gpu: $(if $(PY),,install)
+	PYTHONPATH="$(CURDIR)/src$${PYTHONPATH:+:$$PYTHONPATH}" $(or $(PY),$(BIN)/python) -m pytest -m gpu tests/gpu
 
 soak: install
 	$(BIN)/python tests/soak.py

@@ -1,8 +1,9 @@
-"""What every test shares: two threads, no network, and one tiny model."""
+"""What every test shares: two threads, no network, no card unless `-m gpu` asks for it, and one tiny model."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,19 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
+
+# Here, and not in pytest_configure: the conftest.py of a folder below may import torch before that is called.
+CARDS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")  # NVIDIA's and AMD's; child processes inherit them
+_GIVEN = {name: os.environ[name] for name in CARDS if name in os.environ}
+os.environ.update(dict.fromkeys(CARDS, "-1"))  # an empty value would be none at all on Windows
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives the cards back to a run of the tests that are for one."""
+    if re.fullmatch(r"gpu( and .*)?", config.option.markexpr.strip()):
+        for name in CARDS:
+            del os.environ[name]
+        os.environ.update(_GIVEN)
 
 
 @pytest.fixture(scope="session", autouse=True)

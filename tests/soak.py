@@ -50,6 +50,7 @@ optimizer: {{kind: adamw_bf16, learning_rate: 1e-3, warmup: 10}}
 ema: [0.1]
 samples: {{every: 0}}
 save: {{every: 5, keep: 2, keep_every: 100, averages_every: 25}}
+device: cpu
 threads: 1
 cache: {cache}
 """

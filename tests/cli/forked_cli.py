@@ -4,7 +4,8 @@
 
 In: a JSON line {"args": [...], "cwd": "..."}. Out: a JSON line [exit code, stdout, stderr], caught at the file
 descriptors, so that what libraries print on their own is in it. A traceback is exit code 1, 20 seconds are minus
-SIGALRM, and more than 8 GiB are a MemoryError. Whoever asks the network is stopped with exit code 97.
+SIGALRM, and 4 GiB more than the libraries take are a MemoryError. Whoever asks the network is stopped with exit code
+97.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ def no_network(event: str, args: tuple[object, ...]) -> None:
         os._exit(97)
 
 
+def address_space() -> int:
+    """Bytes that this process has mapped: torch's libraries alone are 1 to 4 GiB, as it is built."""
+    with open("/proc/self/statm", encoding="ascii") as sizes:
+        return int(sizes.read().split()[0]) * resource.getpagesize()
+
+
 def forked(args: list[str], cwd: str) -> tuple[int, str, str]:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
@@ -46,7 +53,8 @@ def forked(args: list[str], cwd: str) -> tuple[int, str, str]:
                 os.dup2(err.fileno(), 2)
                 os.chdir(cwd)
                 signal.alarm(20)
-                resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
+                limit = address_space() + 2**32
+                resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
                 sys.addaudithook(no_network)
                 sys.argv = ["libreflux", *args]
                 main()

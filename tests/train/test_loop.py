@@ -389,7 +389,6 @@ def test_a_world_without_a_launcher_is_refused(
         _fit(recipe_tree(tmp_path / "run"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA it is not refused")
 def test_eight_bit_moments_are_refused_at_once_without_cuda(recipe_tree: Tree, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"adamw_8bit: 8-bit moments need a CUDA device; mend: use adamw_bf16"):
         _fit(recipe_tree(tmp_path / "run", optimizer={"kind": "adamw_8bit"}))
