@@ -137,7 +137,7 @@ def test_prepare(photos: Path, tmp_path: Path) -> None:
     caches = [tmp_path / name for name in ("here", "there")]
     for cache, device in zip(caches, ("cpu", DEVICE), strict=True):
         libreflux("prepare", photos, "--out", cache, "--resolution", SIDE, "--device", device)
-    for kind, tolerance in (("latents", 0.01), ("text", 0.03)):
+    for kind, tolerance in (("latents", 0.01), ("texts", 0.05)):
         here, there = (_shards(cache, kind) for cache in caches)
         assert here.keys() == there.keys() and len(here) >= 40
         assert torch.stack([each.float().norm() for each in here.values()]).min() > 0
