@@ -23,6 +23,5 @@ def test_a_pass_agrees_with_the_cpus(precision: str) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_attentions_gradients_agree_with_the_plain_formula(head_dim: int, dtype: str) -> None:
-    missing = alone("passes.attention", head_dim=head_dim, dtype=dtype)
-    if missing:
-        pytest.skip(missing)
+    worst = alone("passes.attention", head_dim=head_dim, dtype=dtype)
+    assert 0 < worst < {"fp32": 1e-3, "bf16": 2e-2}[dtype]  # the check itself refuses what is above its own tolerance

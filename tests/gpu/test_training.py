@@ -88,3 +88,7 @@ def test_a_killed_run_ends_like_one_that_was_not(
 def _distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     assert one.keys() == other.keys()
     return float(torch.stack([(one[name].double() - other[name].double()).norm() for name in one]).norm())
+
+
+def test_averages_beside_the_cards_work_have_the_bits_of_those_at_once() -> None:
+    assert alone("averages.overlapped_is_direct")
