@@ -12,10 +12,16 @@ from pathlib import Path
 
 import torch
 
-from libreflux.errors import RunError
+from libreflux.errors import RecipeError, RunError
 
 logger = logging.getLogger(__name__)
 
+_DTYPES = {
+    **{
+        str(kind).removeprefix("torch."): kind for kind in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    },
+    **{"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16},
+}
 _HIDDEN = ("", "-1")  # values of *_VISIBLE_DEVICES with which a user asks for the CPU
 
 
@@ -46,6 +52,18 @@ def pick_device(name: str = "auto") -> torch.device:
         what = f"this machine has no {name}" if idle is None else f"torch cannot use {idle[0]}"
         raise RunError(what, where="device", mend="use auto or cpu" if idle is None else idle[1])
     return device
+
+
+def pick_dtype(name: torch.dtype | str | None, where: str = "dtype") -> torch.dtype | None:
+    """The dtype of weights that a caller names: as torch has it, "bfloat16" or "bf16"; None stays None.
+
+    Raises:
+        RecipeError: no such dtype, or none that weights are computed with.
+    """
+    found = _DTYPES.get(name.removeprefix("torch.")) if isinstance(name, str) else name
+    if name is None or (isinstance(found, torch.dtype) and found in _DTYPES.values()):
+        return found
+    raise RecipeError(f"cannot be {name!r}", where=where, mend=f"use one of {', '.join(_DTYPES)}, or None for stored")
 
 
 def release(device: torch.device | str) -> None:

@@ -15,8 +15,9 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
-from libreflux.errors import ModelError
+from libreflux.errors import ModelError, RecipeError
 from libreflux.files import atomic_write_json, sha256_file, staged_dir
+from libreflux.model.device import pick_device, pick_dtype
 from libreflux.model.facts import Facts, find_facts, read_facts, write_facts
 from libreflux.model.int8 import dequantise_model, int8_layers
 from libreflux.model.int8_files import METHOD, empty_int8, load_int8, stored_as, stream_int8, weight_files, write_int8
@@ -89,7 +90,7 @@ def open_model(
     name: str | Path | SingleFiles,
     *,
     parts: Sequence[str] = ALL,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     quantise: bool | None = None,
     device: torch.device | str = "cpu",
 ) -> Model:
@@ -98,16 +99,21 @@ def open_model(
     Args:
         name: see `locate`; or single files.
         parts: any of "transformer", "vae", "text".
-        dtype: of the weights, in an int8 transformer of those that are not int8; None keeps what is stored.
+        dtype: of the weights, in an int8 transformer of those that are not int8; torch's or its name ("bfloat16",
+            "bf16"); None keeps what is stored.
         quantise: True: the transformer in int8, quantised tensor by tensor if it is stored otherwise; False: dense,
             scale * q where it is stored in int8; None: as stored.
-        device: where to.
+        device: where to; "auto" as in `device.pick_device`.
 
     Raises:
+        RecipeError: a dtype or a quantise that is none.
         ModelError: no such model, a part of another kind, or a damaged one.
     """
     if unknown := set(parts) - set(ALL):
         raise ValueError(f"unknown parts {sorted(unknown)}, wanted some of {ALL}")
+    if quantise not in (None, True, False):
+        raise RecipeError(f"cannot be {quantise!r}", where="quantise", mend="use True for int8, False or None")
+    dtype, device = pick_dtype(dtype), pick_device() if device == "auto" else device
     if isinstance(name, SingleFiles):
         return _open_files(name, parts, dtype, bool(quantise), device)
     path = locate(name, weights=False)

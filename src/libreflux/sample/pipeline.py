@@ -20,6 +20,7 @@ from libreflux.errors import ModelError, RecipeError
 from libreflux.flow.path import x0_from_velocity
 from libreflux.flow.solve import Step
 from libreflux.model import latents as latent_space
+from libreflux.model.device import pick_dtype
 from libreflux.model.facts import Facts, write_facts
 from libreflux.model.family import Model, open_model
 from libreflux.model.text import TextConditioning, TextEncoders
@@ -128,13 +129,13 @@ class LibreFluxPipeline(DiffusionPipeline):
         cls,
         name: str | Path,
         *,
-        dtype: torch.dtype | None = None,
-        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         quantise: bool | None = None,
         device: torch.device | str = "cpu",
     ) -> LibreFluxPipeline:
         """Open "emoji-base", a folder or a hub id; see `model.family.open_model`. `torch_dtype` is `dtype` too."""
-        return cls.from_model(open_model(name, dtype=dtype or torch_dtype, quantise=quantise, device=device))
+        return cls.from_model(open_model(name, dtype=_one_dtype(dtype, torch_dtype), quantise=quantise, device=device))
 
     @property
     def default_size(self) -> int:
@@ -337,3 +338,11 @@ class LibreFluxPipeline(DiffusionPipeline):
         if output_type == "np":
             return pixels.permute(0, 2, 3, 1).cpu().numpy()
         return pixels if output_type == "pt" else to_pil(pixels)
+
+
+def _one_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """What both of diffusers' arguments say; raises RecipeError where they differ, or name no dtype."""
+    new, old = pick_dtype(dtype), pick_dtype(torch_dtype, "torch_dtype")
+    if None not in (new, old) and new != old:
+        raise RecipeError(f"is {new}, torch_dtype {old}", where="dtype", mend="give one of them")
+    return new if old is None else old
