@@ -130,6 +130,9 @@ def _export_model(name: str | SingleFiles, program: str | None, out: Path) -> No
     elif program == "bfl":
         save_files(model, out, extras=_for_comfyui(model))
     else:
+        from libreflux.sample.elsewhere import diffusers_scheduler
+
+        model.scheduler = diffusers_scheduler(model.facts, model.scheduler)
         save_model(model, out, extras=_for_diffusers(model))
 
 
