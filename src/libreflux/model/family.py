@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransf
 from libreflux.errors import ModelError, RecipeError
 from libreflux.files import atomic_write_json, sha256_file, staged_dir
 from libreflux.model.device import pick_device, pick_dtype
-from libreflux.model.facts import Facts, find_facts, read_facts, write_facts
+from libreflux.model.facts import Facts, find_facts, read_facts, tell_facts, write_facts
 from libreflux.model.int8 import dequantise_model, int8_layers
 from libreflux.model.int8_files import METHOD, empty_int8, load_int8, stored_as, stream_int8, weight_files, write_int8
 from libreflux.model.load import load_part, load_text, one_line, quiet
@@ -154,6 +154,8 @@ def open_model(
             model.vae = load_part(AutoencoderKL, part_folder(path, "vae"), dtype).to(device)
         if "text" in parts:
             model.text = load_text({part: part_folder(path, part) for part in _TEXT}, dtype).to(device)
+    if model.transformer is not None:
+        tell_facts(model.transformer, model.facts)
     check_fit(path, model.transformer, model.vae, model.text)
     return model
 
@@ -172,6 +174,7 @@ def _open_files(
     where = _places(files, wanted)
     if "transformer" in parts:
         model.transformer = load_transformer(given, config, dtype=dtype, quantise=quantise, device=device)
+        tell_facts(model.transformer, facts)
     with quiet():
         if isinstance(vae := where.get("vae"), TensorFile):
             model.vae = load_vae(vae, file_config(vae, "vae"), dtype).to(device)
