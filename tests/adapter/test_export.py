@@ -116,6 +116,34 @@ def test_what_a_program_does_not_read_is_told(tmp_path: Path) -> None:
     assert (diffusers.unread, diffusers.ranks) == ((), (2,))
 
 
+@pytest.mark.parametrize("alpha", [None, 0.0])
+@pytest.mark.parametrize(
+    ("shapes", "rank", "program"),
+    [
+        ({"lora_down.weight": (4, 32), "lora_up.weight": (32, 4)}, 4, "kohya"),
+        ({"lora_down.weight": (4, 32), "lora_up.weight": (32, 4)}, 4, "lycoris"),
+        ({"lokr_w1": (4, 4), "lokr_w2_a": (8, 3), "lokr_w2_b": (3, 8)}, 3, "lycoris"),
+        ({"lokr_w1": (4, 4), "lokr_w2": (8, 8)}, 1, "lycoris"),
+    ],
+)
+def test_no_alpha_becomes_the_rank(
+    shapes: dict[str, tuple[int, int]], rank: int, program: str, alpha: float | None, tmp_path: Path
+) -> None:
+    """Files of PEFT and its kin have none, which sd-scripts and LyCORIS do not read."""
+    layer = "transformer_blocks.0.attn.to_out.0"
+    prefix = f"lycoris_{layer.replace('.', '_')}"
+    torch.manual_seed(0)
+    tensors = {f"{prefix}.{suffix}": torch.randn(shape) for suffix, shape in shapes.items()}
+    if alpha is not None:
+        tensors[f"{prefix}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    export_adapter(load_adapter(tmp_path / "theirs.safetensors"), program, tmp_path / "out.safetensors")
+    assert [float(t) for name, t in load_file(tmp_path / "out.safetensors").items() if name.endswith("alpha")] == [rank]
+    torch.testing.assert_close(
+        delta(tmp_path / "out.safetensors", layer), delta(tmp_path / "theirs.safetensors", layer)
+    )
+
+
 def test_a_full_lokr_has_alpha_1_which_is_its_dim_in_lycoris(tmp_path: Path) -> None:
     """A full matrix has no rank: LyCORIS takes 1 for it when it reads a file, so alpha / dim is 1 there."""
     own = saved(tmp_path / "own.safetensors", Target(layers=LAYER, factor=2))

@@ -120,7 +120,8 @@ def export_adapter(
         tensors = stored[row.parts[0]] if as_it_is else _joined(row, own)
         if LORA_SUFFIXES[0] in tensors:
             ranks.add(tensors[LORA_SUFFIXES[0]].shape[0])
-            tensors = tensors if style.suffixes is None else _folded(tensors)
+        fold = style.suffixes is not None and LORA_SUFFIXES[0] in tensors
+        tensors = _folded(tensors) if fold else _with_alpha(tensors)
         if row.bfl.startswith(style.unread):
             unread.append(row.bfl)
         for suffix, tensor in tensors.items():
@@ -156,6 +157,15 @@ def _folded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     narrow = scaled.to(up.dtype)
     exact = narrow if torch.equal(narrow.float(), scaled) else scaled
     return {LORA_SUFFIXES[0]: down, LORA_SUFFIXES[1]: exact}
+
+
+def _with_alpha(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With the alpha that sd-scripts and LyCORIS do not do without: the rank, a scale of 1, where there is none."""
+    if float(tensors.get("alpha", 0)):
+        return dict(tensors)
+    factors = ("lora_down.weight", "lokr_w2_b", "lokr_w1_b")
+    rank = next((tensors[suffix].shape[0] for suffix in factors if suffix in tensors), 1)
+    return {**tensors, "alpha": torch.tensor(float(rank))}
 
 
 def nearest_lora(delta: LoKr, rank: int) -> tuple[LoRA, float]:
