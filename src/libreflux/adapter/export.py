@@ -110,26 +110,31 @@ def export_adapter(
     used = [row for row in rows if any(part in deltas for part in row.parts)]
     for index, row in enumerate(used):
         own: dict[str, LoKr | LoRA] = {part: deltas[part] for part in row.parts if part in deltas}
+        whole += sum(delta_norm(delta) ** 2 for delta in own.values())
         for part, delta in own.items():
             if isinstance(delta, LoKr) and rank is not None:
                 own[part], error = nearest_lora(delta, rank)
                 lost += error**2
-        whole += sum(delta_norm(deltas[part]) ** 2 for part in own)
-        name = row.bfl if style.dotted else row.bfl.replace(".", "_")
         as_it_is = len(row.parts) == 1 and not row.swapped and own[row.parts[0]] is deltas[row.parts[0]]
         tensors = stored[row.parts[0]] if as_it_is else _joined(row, own)
         if LORA_SUFFIXES[0] in tensors:
             ranks.add(tensors[LORA_SUFFIXES[0]].shape[0])
-        fold = style.suffixes is not None and LORA_SUFFIXES[0] in tensors
-        tensors = _folded(tensors) if fold else _with_alpha(tensors)
         if row.bfl.startswith(style.unread):
             unread.append(row.bfl)
-        for suffix, tensor in tensors.items():
-            written[f"{style.prefix}{name}.{(style.suffixes or {}).get(suffix, suffix)}"] = tensor
+        written |= _named(row, style, tensors)
         if on_layer is not None:
             on_layer(index + 1, len(used))
     atomic_save_safetensors(written, path, _metadata(file.metadata, deltas))
     return Exported(math.sqrt(lost / whole) if whole else 0.0, tuple(unread), tuple(sorted(ranks)))
+
+
+def _named(row: Row, style: Program, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's tensors as a program calls them, with alpha as it wants it."""
+    name = row.bfl if style.dotted else row.bfl.replace(".", "_")
+    fold = style.suffixes is not None and LORA_SUFFIXES[0] in tensors
+    found = _folded(tensors) if fold else _with_alpha(tensors)
+    suffixes = style.suffixes or {}
+    return {f"{style.prefix}{name}.{suffixes.get(suffix, suffix)}": tensor for suffix, tensor in found.items()}
 
 
 def _check_rank(where: str, deltas: Mapping[str, LoKr | LoRA], program: str, rank: int | None) -> None:
