@@ -71,7 +71,7 @@ class Adapting:
 
         Raises:
             AdapterError: no such file, one that does not fit, or one trained with another text padding than those here.
-            RecipeError: a name that is taken, or a weight that is none.
+            RecipeError: a path or a weight that is none, or a name that is taken.
             ModelError: the transformer's weights are offloaded layer by layer.
         """
         loaded = self._loaded()
@@ -81,6 +81,8 @@ class Adapting:
         if any(parameter.is_meta for parameter in self.transformer.parameters()):
             mend = "load adapters before enable_sequential_cpu_offload()"
             raise ModelError("the transformer's weights are offloaded layer by layer", mend=mend)
+        if not isinstance(path, str | Path):  # diffusers takes tensors too
+            raise RecipeError(f"is no path but a {type(path).__name__}", where="path", mend="name an adapter file")
         strength = _weight(weight)
         file = load_adapter(Path(path) / weight_name if weight_name else path)
         adapted_facts(self._own, [(one.file, one.weight) for one in loaded.values()] + [(file, strength)])  # or refuses
