@@ -58,6 +58,9 @@ def override(tree: dict[str, Any], text: str) -> None:
     key, equals, written = text.partition("=")
     if not equals or not key.strip():
         raise RecipeError("not an override", where=text, mend="write key=value, e.g. optimizer.learning_rate=1e-4")
+    if not written.strip():  # to YAML null, which many keys take for "not given"
+        mend = "give it a value, null for none; is a variable not set?"
+        raise RecipeError("is empty", where=text, mend=mend)
     if " #" in written and written.lstrip()[:1] not in ("'", '"', "[", "{"):
         raise RecipeError("` #` begins a comment in YAML", where=text, mend="quote the value")
     try:

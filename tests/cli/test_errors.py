@@ -15,7 +15,9 @@ import pytest
 from libreflux import files
 from libreflux.cli import generate as generate_verb
 from libreflux.cli import train as train_verb
-from libreflux.errors import RecipeError
+from libreflux.cli.models import chosen_model
+from libreflux.errors import ModelError, RecipeError
+from libreflux.model.locate import locate
 from rights import bound_by_modes
 
 
@@ -221,3 +223,50 @@ def test_the_process_exits_with_2_and_prints_no_traceback(tmp_path: Path) -> Non
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("libreflux: error: x.gif: ") and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("args", "where"),
+    [
+        *((["generate", "x", option, ""], option) for option in (
+            "--model", "--base", "--comfyui", "--adapter", "--device", "--out", "--sigmas", "--remake")),
+        *((["grid", "x", option, ""], option) for option in ("--model", "--seeds", "--guidance", "--steps", "--out")),
+        *((["probe", "emoji-libre", option, ""], option) for option in (
+            "--adapter", "--against", "--reference", "--data", "--out", "--seen", "--judge", "--features", "--dtype")),
+        (["generate", "x", "--model="], "--model"),
+        (["generate", "x", "--no-metadata", "--model", ""], "--model"),
+        (["prepare", ""], "DATA..."),
+        (["prepare", "full", "--out", ""], "--out"),
+        (["train", ""], "RECIPE"),
+        (["train", "r.yaml", ""], "RECIPE"),
+        (["merge", "", "a.safetensors", "--out", "y"], "MODEL"),
+        (["merge", "emoji-libre", "", "--out", "y"], "MODEL"),
+        (["average", "", "--out", "y.safetensors"], "RUN"),
+        (["probe", ""], "MODEL"),
+        (["export", "", "--int8", "--out", "y"], "[MODEL|ADAPTER]"),
+        (["demo-data", ""], "OUT"),
+        (["demo", "--out", ""], "--out"),
+    ],
+)  # fmt: skip
+def test_an_empty_argument_is_refused(run: Callable, place: Path, args: list[str], where: str) -> None:
+    """A variable of the shell that is not set: never the default, and never the folder that one stands in."""
+    refused(run(*args), f"{where}: is empty", "is a variable not set?")
+
+
+@pytest.mark.parametrize("key", ["model", "adapter.init_from", "cache", "threads", "guidance", "data.0.path"])
+def test_an_empty_override_is_refused(run: Callable, recipe: Path, key: str) -> None:
+    refused(run("train", recipe, "--dry-run", f"{key}="), f"{key}=: is empty", "null for none")
+
+
+def test_an_empty_text_is_a_text(run: Callable, place: Path) -> None:
+    """What is refused here is the missing model alone."""
+    for options in (["", "--negative", "", "--prompt-2", "", "--negative-2", ""], ["x", "--negative="]):
+        refused(run("generate", *options, "--model", "emoji-bas"), "did you mean emoji-base?")
+
+
+def test_no_name_is_no_model(place: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny_model_dir)
+    with pytest.raises(ModelError, match="no model is named"):
+        locate("")
+    with pytest.raises(RecipeError, match="--base: is empty"):
+        chosen_model(None, "", Path("models"))

@@ -15,9 +15,12 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tests.tiny import tiny_transformer
 
-from libreflux.adapter.files import load_adapter
+from libreflux.adapter.files import attach, load_adapter, save_adapter
+from libreflux.adapter.layers import linear_shapes
+from libreflux.adapter.targets import Target, resolve
 from libreflux.model.family import open_model, read_facts
 from libreflux.model.int8 import int8_layers
 
@@ -61,12 +64,14 @@ def picture(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB"), dtype=np.float32)
 
 
-@pytest.mark.parametrize("padding", ["drop", "trim", "keep"])
+@pytest.mark.parametrize(("padding", "shift"), [("drop", 1.0), ("trim", 3.0), ("keep", None)])
 def test_the_script_beside_an_export_draws_the_same_picture_in_diffusers(
-    run: Callable, tiny_model_dir: Path, tmp_path: Path, padding: str
+    run: Callable, tiny_model_dir: Path, tmp_path: Path, padding: str, shift: float | None
 ) -> None:
+    """Also where the model's shift is not its stored scheduler's, which is 1."""
     model = shutil.copytree(tiny_model_dir, tmp_path / "model")
-    facts = json.loads((model / "libreflux.json").read_text()) | {"text_padding": padding, "max_tokens": 24}
+    changed = {"text_padding": padding, "max_tokens": 24, "shift": shift}
+    facts = json.loads((model / "libreflux.json").read_text()) | changed
     (model / "libreflux.json").write_text(json.dumps(facts))
     assert run("export", model, "--for", "diffusers", "--out", tmp_path / "out").code == 0
     texts = ["a fox left of a rocket, on yellow", "--negative", "red", "--seed", "5", "--out"]
@@ -121,6 +126,32 @@ def test_an_adapter_goes_out_under_other_names(run: Callable, trained: Path, tmp
     command = ["generate", "a red apple", "--model", model, "--adapter", tmp_path / "kohya.safetensors"]
     drawn = run(*command, "--out", tmp_path / "a.png")
     assert drawn.code == 0, drawn.err
+
+
+def test_what_is_lost_or_not_read_is_printed(run: Callable, tmp_path: Path) -> None:
+    flux = tiny_transformer()
+    adapter = attach(flux, resolve(linear_shapes(flux), [Target(layers="**", rank=2)]))
+    save_adapter(adapter, tmp_path / "lora.safetensors")
+    done = run("export", tmp_path / "lora.safetensors", "--for", "kohya", "--out", tmp_path / "kohya.safetensors")
+    assert done.code == 0 and "lost (Frobenius norm)" not in done.out
+    assert "sd-scripts does not read final_layer.adaLN_modulation.1 and 1 more" in done.out
+    assert "ranks 2, 6, 8: OneTrainer reads a LoRA of one rank only" in done.out
+    done = run("export", tmp_path / "lora.safetensors", "--for", "comfyui", "--rank", 4, "--out", tmp_path / "x")
+    assert done.code == 2 and "--out" in done.err
+    options = ["--for", "comfyui", "--rank", 4, "--out", tmp_path / "x.safetensors"]
+    done = run("export", tmp_path / "lora.safetensors", *options)
+    assert done.code == 2 and "leave out --rank" in done.err and not (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "suffix", ["diff", "diff_b", "lora_down.weight", "lokr_w1_a", "hada_w1_a", "oft_blocks", "alpha"]
+)
+def test_no_adapter_is_taken_for_a_model(run: Callable, tmp_path: Path, suffix: str) -> None:
+    """Of any kind, also one that cannot be exported: then that is said of it."""
+    path = tmp_path / "one.safetensors"
+    save_file({f"lora_unet_img_in.{suffix}": torch.ones(2, 2)}, path)
+    done = run("export", path, "--for", "lycoris", "--out", tmp_path / "out.safetensors")
+    assert done.code == 2 and "for a model" not in done.err and "img_in" in done.err.replace("x_embedder", "img_in")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,38 @@ def test_the_text_says_what_is_not_as_usual() -> None:
     ):
         assert f", {part}, " in texts
     assert "CFG rescale" not in said(guidance=1.0, guidance_rescale=0.7)  # nothing was rescaled
+
+
+SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+"""One `name: value` of the last line, as A1111's viewers and those made after it tell them apart."""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "my model, v2: final",
+        "C:\\models\\flux",
+        'the "new" one',
+        "two\nlines",
+        "plain",
+        "org/name@v1",
+        "",
+        " wide ",
+        "é, ü",
+        "a\\",
+    ],
+)
+def test_every_free_text_is_read_back_as_one_value(text: str) -> None:
+    """Names of models and adapters, and the second prompts: with commas, colons, quotes and lines in them."""
+    adapters = [{"file": f"{text}.safetensors", "weight": 0.5}]
+    origin = dataclasses.replace(ORIGIN, model=text, adapters=adapters, prompt_2=text, negative_2=text, max_tokens=8)
+    last = origin.parameters().splitlines()[-1]
+    found = {name: json.loads(value) if value[:1] == '"' else value for name, value in SETTING.findall(last)}
+    assert {name: found[name] for name in ("Model", "Prompt 2", "Negative prompt 2", "Adapters")} == {
+        "Model": text, "Prompt 2": text, "Negative prompt 2": text, "Adapters": f"{text}.safetensors:0.5",
+    }  # fmt: skip
+    assert (found["Steps"], found["Seed"], found["Max tokens"]) == ("28", "1099511627777", "8")
+    assert len(found) == 13
 
 
 def test_differences_are_named() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
@@ -83,8 +84,8 @@ def test_equals_diffusers_flux_pipeline_where_nothing_is_padded(
     (1.0, 0, [2] * 5),
     (3.0, 0, [4] * 5),
     (3.0, 2, [2, 2, 4, 4, 4]),
-    (3.0, 5, [2] * 5),
-    (3.0, 99, [2] * 5),
+    (3.0, 4, [2, 2, 2, 2, 4]),
+    (1.0, 5, [2] * 5),
     (0.5, 0, [2] * 5),
     (0.0, 0, [2] * 5),
 ])  # fmt: skip
@@ -244,6 +245,10 @@ def test_from_pretrained_and_a_bf16_model(tiny_model_dir: Path) -> None:
         ({"guidance_scale": float("nan")}, "guidance_scale: cannot be nan"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt: cannot be 0"),
         ({"no_cfg_until": -1}, "no_cfg_until: cannot be -1"),
+        ({"no_cfg_until": 4}, "no_cfg_until: leaves none of 4 steps guided; mend: use fewer, or guidance 1"),
+        ({"no_cfg_until": 99, "guidance_stop": 0.5}, "no_cfg_until: leaves none of 4 steps guided"),
+        ({"no_cfg_until": 2, "guidance_stop": 0.5}, "no one of 4 steps is guided from 0.5 to 0.5"),
+        ({"no_cfg_until": 2, "sigmas": [1.0, 0.5]}, "no_cfg_until: leaves none of 2 steps guided"),
         ({"output_type": "gif"}, "output_type: cannot be 'gif'"),
         ({"num_inference_steps": -3}, "num_inference_steps: cannot be -3"),
         ({"embedded_guidance": float("inf")}, "embedded_guidance: cannot be inf"),
@@ -281,6 +286,62 @@ def test_from_pretrained_and_a_bf16_model(tiny_model_dir: Path) -> None:
 def test_wrong_values_are_named(pipe: LibreFluxPipeline, values: dict, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         pipe(**({"prompt": SHORT} | values))
+
+
+WHOLE = ("height", "width", "num_inference_steps", "no_cfg_until", "num_images_per_prompt", "max_sequence_length")
+REAL = ("guidance_scale", "embedded_guidance", "guidance_start", "guidance_stop", "guidance_rescale")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in WHOLE for value in (32.0, "32", True, [32])),
+        *((name, value) for name in REAL for value in ("0.5", False, [0.5], 1j)),
+        *(("batch_cfg", value) for value in (1, 0.0, "True")),
+        *((name, value) for name in ("tile", "return_dict") for value in (0, 1, "no", "auto")),
+        *(("seeds", value) for value in (1.5, "7", True, [1.0], ["7"], [True])),
+        ("sigmas", [True, 0.5]),
+        ("sigmas", ["1", "0.5"]),
+    ],
+)
+def test_values_of_another_kind_are_refused(pipe: LibreFluxPipeline, name: str, value: object) -> None:
+    """A text is true and True is 1: neither passes for what it is not."""
+    with pytest.raises(RecipeError, match=f"{name}: cannot be"):
+        pipe(SHORT, **{name: value})
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(pipe: LibreFluxPipeline) -> None:
+    plain = pipe(SHORT, seeds=3, guidance_scale=2.0, num_inference_steps=2, output_type="latent").images
+    common = {"guidance_scale": torch.tensor(2.0), "num_inference_steps": np.int64(2), "output_type": "latent"}
+    for seeds in (np.int64(3), [np.int32(3)], torch.tensor([3]), np.array([3])):
+        assert torch.equal(pipe(SHORT, seeds=seeds, **common).images, plain)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16", "bf16", torch.bfloat16])
+@pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
+def test_a_dtype_is_read_by_name(tiny_model_dir: Path, name: object, argument: str) -> None:
+    pipe = LibreFluxPipeline.from_pretrained(tiny_model_dir, **{argument: name}, device="auto")
+    assert {pipe.transformer.dtype, pipe.text_encoder.dtype, pipe.text_encoder_2.dtype} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        *(
+            ({"dtype": value}, "dtype: cannot be")
+            for value in ("int4", "half?", torch.int8, torch.float8_e4m3fn, 16, "")
+        ),
+        ({"torch_dtype": {"transformer": torch.bfloat16}}, "torch_dtype: cannot be"),
+        (
+            {"dtype": torch.float32, "torch_dtype": torch.bfloat16},
+            "dtype: is torch.float32, torch_dtype torch.bfloat16",
+        ),
+        *(({"quantise": value}, "quantise: cannot be") for value in ("int8", "no", 8)),
+    ],
+)
+def test_what_a_model_cannot_be_opened_as_is_refused(tiny_model_dir: Path, given: dict, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        LibreFluxPipeline.from_pretrained(tiny_model_dir, **given)
 
 
 def test_embedded_guidance_without_embedding_is_refused(pipe: LibreFluxPipeline) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +12,20 @@ import torch
 from torch import Tensor
 
 from libreflux.adapter.files import SCHEMA, AdapterFile
-from libreflux.adapter.layers import LoKr, LoRA, delta_from_tensors, delta_norm
-from libreflux.adapter.spelling import lycoris_name, read_names, swap_lokr
+from libreflux.adapter.layers import LORA_SUFFIXES, LoKr, LoRA, delta_from_tensors, delta_norm
+from libreflux.adapter.spelling import lycoris_name, read_names
 from libreflux.errors import AdapterError
 from libreflux.files import atomic_save_safetensors
 from libreflux.model.keys import OWN_BLOCKS, Row, layer_rows, swap_halves
 
 _PEFT = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+_OF_THE_OLD_TENSORS = (
+    "lora_adapter_metadata",
+    "ss_network_",
+    "sshs_",
+    "modelspec.hash_sha256",
+)
+"""Beginnings of metadata keys that say how the tensors of the file that was read are scaled, or hash them."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,10 @@ class Program:
         prefix: before a layer's name.
         dotted: layers keep their dots; else underscores.
         bfl: layers are BFL's, q, k and v fused; else diffusers'.
-        suffixes: what it calls a LoRA's tensors, where not as LyCORIS does.
+        suffixes: what it calls a LoRA's tensors, where not as LyCORIS does. Such a file has no alpha: not all that read
+            these names look for one (ai-toolkit, SimpleTuner, sd-scripts' converter), so alpha / rank is in lora_B.
         lokr: it reads LoKr.
+        unread: begins the names of layers that it leaves out without a word.
     """
 
     prefix: str
@@ -38,14 +47,30 @@ class Program:
     bfl: bool = False
     suffixes: Mapping[str, str] | None = None
     lokr: bool = True
+    unread: tuple[str, ...] = ()
 
 
 PROGRAMS = {
     "comfyui": Program("transformer.", dotted=True, suffixes=_PEFT),
     "diffusers": Program("transformer.", dotted=True, suffixes=_PEFT, lokr=False),
-    "kohya": Program("lora_unet_", bfl=True),
+    "kohya": Program("lora_unet_", bfl=True, lokr=False, unread=("final_layer",)),
     "lycoris": Program("lycoris_"),
 }
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What became of an adapter.
+
+    Attributes:
+        lost: ||delta - exported delta|| / ||delta||, Frobenius, over all layers; 0 where all is exact.
+        unread: the program's names of layers that are in the file and that it does not read.
+        ranks: of the LoRAs in it, from the lowest.
+    """
+
+    lost: float
+    unread: tuple[str, ...]
+    ranks: tuple[int, ...]
 
 
 def export_adapter(
@@ -55,25 +80,21 @@ def export_adapter(
     *,
     rank: int | None = None,
     on_layer: Callable[[int, int], None] | None = None,
-) -> float:
+) -> Exported:
     """Write an adapter as a program names it, atomically.
 
-    A LoKr that a program cannot read (diffusers), or not where it fuses layers (kohya's q, k and v), becomes the
-    nearest LoRA of a rank: of kron(w1, w2), singular values are the products of theirs, so that its best
-    approximation (Eckart and Young 1936) needs the decompositions of w1 and w2 alone.
+    A LoKr becomes the nearest LoRA of a rank where one is given: of kron(w1, w2), singular values are the products of
+    theirs, so that its best approximation (Eckart and Young 1936) needs the decompositions of w1 and w2 alone.
 
     Args:
         file: of a FLUX transformer's adapter.
         program: one of `PROGRAMS`.
         path: ends in .safetensors.
-        rank: of these LoRAs; None refuses them.
+        rank: of the LoRA that every LoKr becomes; None keeps LoKr, and refuses what the program does not read.
         on_layer: called with (done, all) layers.
 
-    Returns:
-        ||delta - exported delta|| / ||delta||, Frobenius, over all layers; 0 where all is exact.
-
     Raises:
-        AdapterError: a LoKr needs a rank, or a layer is none of FLUX's.
+        AdapterError: a LoKr needs a rank, a rank finds no LoKr, or a layer is none of FLUX's.
     """
     style = PROGRAMS[program]
     stored = _by_layer(file)
@@ -82,32 +103,74 @@ def export_adapter(
     unknown = set(deltas) - {part for row in rows for part in row.parts}
     if unknown:
         raise AdapterError(f"{min(unknown)} is no layer of FLUX", where=file.where, mend="export it for lycoris")
+    _check_rank(file.where, deltas, program, rank)
     written: dict[str, Tensor] = {}
+    unread, ranks = [], set()
     lost = whole = 0.0
     used = [row for row in rows if any(part in deltas for part in row.parts)]
     for index, row in enumerate(used):
         own: dict[str, LoKr | LoRA] = {part: deltas[part] for part in row.parts if part in deltas}
-        fits = style.lokr and len(row.parts) == 1
-        if not (fits and _swappable(row, own)):
-            for part, delta in own.items():
-                if isinstance(delta, LoKr):
-                    if rank is None:
-                        why = "reads no LoKr" if not style.lokr else f"fuses {row.bfl}, and several LoKr are not one"
-                        mend = "add --rank 64 for the nearest LoRA, or merge the adapter into a model"
-                        raise AdapterError(f"{program} {why}", where=f"{file.where}, {part}", mend=mend)
-                    own[part], error = nearest_lora(delta, rank)
-                    lost += error**2
-        whole += sum(delta_norm(deltas[part]) ** 2 for part in own)
-        name = row.bfl if style.dotted else row.bfl.replace(".", "_")
+        whole += sum(delta_norm(delta) ** 2 for delta in own.values())
+        for part, delta in own.items():
+            if isinstance(delta, LoKr) and rank is not None:
+                own[part], error = nearest_lora(delta, rank)
+                lost += error**2
         as_it_is = len(row.parts) == 1 and not row.swapped and own[row.parts[0]] is deltas[row.parts[0]]
-        for suffix, tensor in (stored[row.parts[0]] if as_it_is else _joined(row, own)).items():
-            written[f"{style.prefix}{name}.{(style.suffixes or {}).get(suffix, suffix)}"] = tensor
+        tensors = stored[row.parts[0]] if as_it_is else _joined(row, own)
+        if LORA_SUFFIXES[0] in tensors:
+            ranks.add(tensors[LORA_SUFFIXES[0]].shape[0])
+        if row.bfl.startswith(style.unread):
+            unread.append(row.bfl)
+        written |= _named(row, style, tensors)
         if on_layer is not None:
             on_layer(index + 1, len(used))
-    key_map = {lycoris_name(layer): layer for layer in deltas}
-    metadata = {**file.metadata, "schema": SCHEMA, "key_map": json.dumps(key_map, sort_keys=True), "format": "pt"}
-    atomic_save_safetensors(written, path, metadata)
-    return math.sqrt(lost / whole) if whole else 0.0
+    atomic_save_safetensors(written, path, _metadata(file.metadata, deltas))
+    return Exported(math.sqrt(lost / whole) if whole else 0.0, tuple(unread), tuple(sorted(ranks)))
+
+
+def _named(row: Row, style: Program, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's tensors as a program calls them, with alpha as it wants it."""
+    name = row.bfl if style.dotted else row.bfl.replace(".", "_")
+    fold = style.suffixes is not None and LORA_SUFFIXES[0] in tensors
+    found = _folded(tensors) if fold else _with_alpha(tensors)
+    suffixes = style.suffixes or {}
+    return {f"{style.prefix}{name}.{suffixes.get(suffix, suffix)}": tensor for suffix, tensor in found.items()}
+
+
+def _check_rank(where: str, deltas: Mapping[str, LoKr | LoRA], program: str, rank: int | None) -> None:
+    """Raises AdapterError for a LoKr that the program does not read, and for a rank that nothing needs."""
+    lokr = [layer for layer, delta in deltas.items() if isinstance(delta, LoKr)]
+    if lokr and rank is None and not PROGRAMS[program].lokr:
+        mend = "add --rank 64 for the nearest LoRA, or merge the adapter into a model"
+        raise AdapterError(f"{program} reads no LoKr", where=f"{where}, {lokr[0]}", mend=mend)
+    if rank is not None and not lokr:
+        raise AdapterError("has no LoKr that a rank could make a LoRA of", where=where, mend="leave out --rank")
+
+
+def _metadata(told: Mapping[str, str], layers: Iterable[str]) -> dict[str, str]:
+    """The metadata that were read, without those of the old tensors, and our key map."""
+    key_map = {lycoris_name(layer): layer for layer in layers}
+    kept = {key: value for key, value in told.items() if not key.startswith(_OF_THE_OLD_TENSORS)}
+    return {**kept, "schema": SCHEMA, "key_map": json.dumps(key_map, sort_keys=True), "format": "pt"}
+
+
+def _folded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A LoRA of scale 1: alpha / rank is taken into its upper matrix, in fp32 where the dtype would round it."""
+    down, up = (tensors[suffix] for suffix in LORA_SUFFIXES)
+    alpha = float(tensors.get("alpha", 0))
+    scaled = up.float() * (alpha / down.shape[0] if alpha else 1.0)
+    narrow = scaled.to(up.dtype)
+    exact = narrow if torch.equal(narrow.float(), scaled) else scaled
+    return {LORA_SUFFIXES[0]: down, LORA_SUFFIXES[1]: exact}
+
+
+def _with_alpha(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With the alpha that sd-scripts and LyCORIS do not do without: the rank, a scale of 1, where there is none."""
+    if float(tensors.get("alpha", 0)):
+        return dict(tensors)
+    factors = ("lora_down.weight", "lokr_w2_b", "lokr_w1_b")
+    rank = next((tensors[suffix].shape[0] for suffix in factors if suffix in tensors), 1)
+    return {**tensors, "alpha": torch.tensor(float(rank))}
 
 
 def nearest_lora(delta: LoKr, rank: int) -> tuple[LoRA, float]:
@@ -163,22 +226,12 @@ def _rows(layers: Mapping[str, object]) -> list[Row]:
     return layer_rows(count, count, guidance=True)
 
 
-def _swappable(row: Row, own: Mapping[str, LoKr | LoRA]) -> bool:
-    deltas = list(own.values())
-    return not row.swapped or not isinstance(deltas[0], LoKr) or swap_lokr(deltas[0]) is not None
-
-
 def _joined(row: Row, own: Mapping[str, LoKr | LoRA]) -> dict[str, Tensor]:
-    """The tensors of one layer of a program: of the parts' LoRAs on the diagonal, or of the one part."""
-    if len(row.parts) == 1:
-        delta = own[row.parts[0]]
-        if row.swapped and isinstance(delta, LoKr):
-            swapped = swap_lokr(delta)
-            assert swapped is not None
-            return swapped.tensors()
-        tensors = delta.tensors()
-        return tensors if not row.swapped else tensors | {"lora_up.weight": swap_halves(tensors["lora_up.weight"])}
+    """The tensors of one layer of a program, all LoRA: the parts' own on the diagonal, or those of the one part."""
     loras = {part: delta for part, delta in own.items() if isinstance(delta, LoRA)}
+    if len(row.parts) == 1:
+        tensors = loras[row.parts[0]].tensors()
+        return tensors if not row.swapped else tensors | {"lora_up.weight": swap_halves(tensors["lora_up.weight"])}
     height = next(iter(loras.values())).lora_down.shape[1]
     scales = {delta.scale for delta in loras.values()}
     alike = len(scales) == 1

@@ -67,7 +67,7 @@ class Adapter:
         }
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy back what `state_dict` gave, to the bit.
+        """Copy back what `state_dict` gave, to the bit: a LoRA's alpha too.
 
         Raises:
             AdapterError: a missing or leftover key, or another shape or dtype.
@@ -85,6 +85,10 @@ class Adapter:
                 raise AdapterError(f"is {found}, should be {wanted}", where=key)
         for key, tensor in tensors.items():
             own[key].copy_(tensor)
+        for name, layer in self.layers.items():
+            key = f"{lycoris_name(name)}.alpha"  # fp32 there, the live one is a double: equal ones stay as they are
+            if isinstance(layer.delta, LoRA) and not torch.equal(tensors[key], torch.tensor(layer.delta.alpha)):
+                layer.delta.rescale(float(tensors[key]))
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ in a forward pass, and W + delta is never formed, so that a small delta is not l
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 
@@ -131,10 +132,14 @@ class LoRA(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.alpha = float(rank if alpha is None else alpha)
-        self.scale = self.alpha / rank
+        self.rank = rank
+        self.rescale(float(rank if alpha is None else alpha))
         self.lora_down = nn.Parameter(torch.zeros(rank, in_features, dtype=dtype, device=device))
         self.lora_up = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=device))
+
+    def rescale(self, alpha: float) -> None:
+        """Give the scale another numerator."""
+        self.alpha, self.scale = alpha, alpha / self.rank
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * F.linear(F.linear(x, self.lora_down.to(x.dtype)), self.lora_up.to(x.dtype))
@@ -292,7 +297,8 @@ def delta_from_tensors(
     else:
         delta = _lokr_from_tensors(tensors, in_features, out_features, where)
     exact = set(tensors) <= {"lokr_w1", "lokr_w2", *LORA_SUFFIXES, "alpha"}
-    stored = next(tensor.dtype for suffix, tensor in tensors.items() if suffix != "alpha") if exact else torch.float32
+    dtypes = {tensor.dtype for suffix, tensor in tensors.items() if suffix != "alpha"}
+    stored = functools.reduce(torch.promote_types, dtypes) if exact else torch.float32
     return delta.to(dtype=dtype or stored)
 
 

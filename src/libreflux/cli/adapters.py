@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from libreflux.errors import AdapterError
 
 logger = logging.getLogger(__name__)
 
-ADAPTED: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "text_padding": ("text_padding", str),
-    "max_tokens": ("max_tokens", int),
-    "steps": ("sampling_steps", int),
-    "guidance": ("guidance", float),
-}
-"""The facts that training decides: their keys in an adapter's metadata, and their types."""
 DEMO_MODEL = "emoji-libre"
 FOR_PHOTOGRAPHS = ("jimmycarter/LibreFLUX", 34)
 """Hub id, and its download in GB: transformer 23.8, T5 9.5, CLIP 0.25, VAE 0.17."""
@@ -106,26 +98,10 @@ def default_model(texts: Iterable[str]) -> str:
 
 
 def adapted_facts(facts: Facts, files: Sequence[tuple[AdapterFile, float]]) -> Facts:
-    """The base's facts under adapters: text padding, tokens, steps and guidance as they were trained for.
+    """See `adapter.facts`."""
+    from libreflux.adapter import facts as adapted
 
-    Raises:
-        AdapterError: two of them were trained with different text paddings.
-    """
-    from libreflux.model.facts import Facts
-
-    said = {file.metadata["text_padding"]: file.where for file, _ in files if "text_padding" in file.metadata}
-    if len(said) > 1:
-        (one, first), (other, second), *_ = said.items()
-        raise AdapterError(
-            f"trained with text padding {other}, but {first} with {one}", where=second, mend="use one of the two"
-        )
-    for file, _ in files:
-        try:
-            given = {name: kind(file.metadata[key]) for name, (key, kind) in ADAPTED.items() if key in file.metadata}
-        except ValueError as error:
-            raise AdapterError(f"damaged metadata ({error})", where=file.where, mend="copy it again") from None
-        facts = Facts.from_dict(dataclasses.asdict(facts) | given, file.where)
-    return facts
+    return adapted.adapted_facts(facts, files)
 
 
 def notice_other_base(base_hash: str, files: Sequence[tuple[AdapterFile, float]]) -> None:

@@ -10,6 +10,7 @@ import typer
 
 import libreflux
 from libreflux.cli import average, demo, demo_data, export, generate, grid, merge, prepare, probe, train
+from libreflux.cli.verb import Verb
 from libreflux.errors import LibrefluxError
 from libreflux.files import PLACE_ERRORS, WRITE_ERRORS
 
@@ -42,16 +43,16 @@ def _root(
         typer.echo(context.get_help())
 
 
-app.command("demo")(demo.demo)
-app.command("generate")(generate.generate)
-app.command("grid")(grid.grid)
-app.command("prepare")(prepare.prepare)
-app.command("train")(train.train)
-app.command("merge")(merge.merge)
-app.command("average")(average.average)
-app.command("probe")(probe.probe)
-app.command("export")(export.export)
-app.command("demo-data")(demo_data.demo_data)
+app.command("demo", cls=Verb)(demo.demo)
+app.command("generate", cls=Verb)(generate.generate)
+app.command("grid", cls=Verb)(grid.grid)
+app.command("prepare", cls=Verb)(prepare.prepare)
+app.command("train", cls=Verb)(train.train)
+app.command("merge", cls=Verb)(merge.merge)
+app.command("average", cls=Verb)(average.average)
+app.command("probe", cls=Verb)(probe.probe)
+app.command("export", cls=Verb)(export.export)
+app.command("demo-data", cls=Verb)(demo_data.demo_data)
 
 
 def _refuse(line: str, code: int = 2) -> NoReturn:

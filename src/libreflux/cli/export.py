@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 MODEL_PROGRAMS = ("diffusers", "bfl")
 ADAPTER_PROGRAMS = ("comfyui", "diffusers", "kohya", "lycoris")
+_OF_AN_ADAPTER = re.compile(r"\.(lora|lokr|hada|oft|boft|glora|ia3)_|\.(diff|diff_b|alpha|dora_scale)$")
+"""What no model's tensors are called: LoRA, LoKr and their kin, and the plain differences that ComfyUI saves."""
 
 
 def export(
@@ -41,7 +44,7 @@ def export(
         ),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Rank of the LoRA that stands for a LoKr where a program reads none.")
+        int | None, typer.Option(min=1, help="Rank of the LoRA that every LoKr becomes, for programs that read none.")
     ] = None,
     base: Base = None,
     comfyui: ComfyUI = None,
@@ -86,7 +89,7 @@ def _is_adapter(text: str) -> bool:
 
     try:
         with safe_open(path, framework="numpy") as file:
-            return any(".lora_" in name or ".lokr_" in name for name in file.keys())  # noqa: SIM118
+            return any(_OF_AN_ADAPTER.search(name) for name in file.keys())  # noqa: SIM118
     except SafetensorError:
         return False  # whoever reads it says what is wrong
 
@@ -102,9 +105,14 @@ def _export_adapter(text: str, program: str, out: Path, rank: int | None) -> Non
 
     with progress("exporting", "layer") as report:
         file = load_adapter(adapter_file(Path(text).expanduser()))
-        lost = export_adapter(file, program, out, rank=rank, on_layer=report)
-    if lost:
-        typer.echo(f"LoKr as LoRA of rank {rank}: {lost:.1%} of the adapter is lost (Frobenius norm)")
+        done = export_adapter(file, program, out, rank=rank, on_layer=report)
+    if rank is not None:
+        typer.echo(f"LoKr as LoRA of rank {rank}: {done.lost:.1%} of the adapter is lost (Frobenius norm)")
+    if done.unread:
+        more = f" and {len(done.unread) - 1} more" if len(done.unread) > 1 else ""
+        typer.echo(f"sd-scripts does not read {done.unread[0]}{more}: that part of the change is lost there")
+    if len(done.ranks) > 1:
+        typer.echo(f"ranks {', '.join(map(str, done.ranks))}: OneTrainer reads a LoRA of one rank only")
 
 
 def _export_model(name: str | SingleFiles, program: str | None, out: Path) -> None:
@@ -122,6 +130,9 @@ def _export_model(name: str | SingleFiles, program: str | None, out: Path) -> No
     elif program == "bfl":
         save_files(model, out, extras=_for_comfyui(model))
     else:
+        from libreflux.sample.elsewhere import diffusers_scheduler
+
+        model.scheduler = diffusers_scheduler(model.facts, model.scheduler)
         save_model(model, out, extras=_for_diffusers(model))
 
 

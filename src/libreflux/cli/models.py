@@ -31,6 +31,9 @@ def chosen_model(model: str | None, base: str | None, comfyui: Path | None) -> s
         RecipeError: an option that has no effect.
         ModelError: no such files.
     """
+    for name, given in (("--model", model), ("--base", base)):
+        if given == "":
+            raise RecipeError("is empty", where=name, mend="name a model, or leave it out")
     is_file = model is not None and model.lower().endswith(".safetensors")
     if is_file and not Path(str(model)).expanduser().is_file():
         raise ModelError("no such file", where=model, mend="mend the path")

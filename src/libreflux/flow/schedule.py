@@ -28,7 +28,12 @@ def ladder(steps: int, shift: float = 1.0) -> Tensor:
     return torch.cat([shift_sigmas(even, shift), torch.zeros(1, dtype=torch.float64)]).float()
 
 
+DEV_SHIFT = ((256, 0.5), (4096, 1.15))
+"""Of FLUX.1-dev's shift: two numbers of image tokens, and mu there."""
+
+
 def shift_for_tokens(tokens: int) -> float:
     """FLUX.1-dev's shift e^mu for this many image tokens: mu is linear, 0.5 at 256 tokens and 1.15 at 4096."""
-    slope = (1.15 - 0.5) / (4096 - 256)
-    return math.exp(0.5 + slope * (tokens - 256))
+    (low, least), (high, most) = DEV_SHIFT
+    slope = (most - least) / (high - low)
+    return math.exp(least + slope * (tokens - low))

@@ -12,10 +12,16 @@ from pathlib import Path
 
 import torch
 
-from libreflux.errors import RunError
+from libreflux.errors import RecipeError, RunError
 
 logger = logging.getLogger(__name__)
 
+_DTYPES = {
+    **{
+        str(kind).removeprefix("torch."): kind for kind in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    },
+    **{"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16},
+}
 _HIDDEN = ("", "-1")  # values of *_VISIBLE_DEVICES with which a user asks for the CPU
 
 
@@ -76,6 +82,18 @@ def make_current(device: torch.device | str) -> None:
 def with_fp64(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor on a device that knows fp64: its own, or for MPS, which has none, the CPU. Its dtype stays."""
     return tensor.cpu() if tensor.device.type == "mps" else tensor
+
+
+def pick_dtype(name: torch.dtype | str | None, where: str = "dtype") -> torch.dtype | None:
+    """The dtype of weights that a caller names: as torch has it, "bfloat16" or "bf16"; None stays None.
+
+    Raises:
+        RecipeError: no such dtype, or none that weights are computed with.
+    """
+    found = _DTYPES.get(name.removeprefix("torch.")) if isinstance(name, str) else name
+    if name is None or (isinstance(found, torch.dtype) and found in _DTYPES.values()):
+        return found
+    raise RecipeError(f"cannot be {name!r}", where=where, mend=f"use one of {', '.join(_DTYPES)}, or None for stored")
 
 
 def release(device: torch.device | str) -> None:

@@ -181,3 +181,36 @@ def find_facts(name: str, folder: Path, *, guidance_embeds: bool, masked: bool =
 @functools.cache  # a command opens a model more than once
 def _notice(name: str, like: str) -> None:
     logger.warning("%s has no %s: taken for a model like %s", name, FACTS_FILE, like)
+
+
+_TOLD = "_libreflux_facts"
+_STORED_HUB_ID = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]")
+
+
+def tell_facts(transformer: Any, facts: Facts) -> None:
+    """Keep a live transformer's facts on it for `facts_of`: diffusers hands parts on without them."""
+    setattr(transformer, _TOLD, facts)
+
+
+def facts_of(transformer: Any) -> Facts:
+    """The facts of a live FLUX transformer: as told, as in the folder that it came from, or nearest with a notice.
+
+    Args:
+        transformer: one that diffusers loaded says by its configuration's `_name_or_path` from where.
+
+    Raises:
+        ModelError: facts in its folder that are not ours, or not its own.
+    """
+    if isinstance(told := getattr(transformer, _TOLD, None), Facts):
+        return told
+    guided = bool(transformer.config.guidance_embeds)
+    came_from = str(transformer.config.get("_name_or_path") or "")
+    place = Path(came_from or "a transformer of no known origin")
+    folder = next((one for one in (place, place.parent) if came_from and (one / FACTS_FILE).is_file()), place)
+    stored = _STORED_HUB_ID.search(came_from)
+    name = f"{stored[1]}/{stored[2]}" if stored else str(place.parent if place.name == "transformer" else place)
+    facts = find_facts(name, folder, guidance_embeds=guided)
+    if facts.guidance_embeds != guided:
+        mend = "correct the file, or pass facts"
+        raise ModelError("guidance_embeds in libreflux.json is not the transformer's", where=folder, mend=mend)
+    return facts

@@ -16,9 +16,10 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from transformers import PreTrainedTokenizerBase
 
-from libreflux.errors import ModelError
+from libreflux.errors import ModelError, RecipeError
 from libreflux.files import atomic_write_json, sha256_file, staged_dir
-from libreflux.model.facts import Facts, find_facts, read_facts, write_facts
+from libreflux.model.device import pick_device, pick_dtype
+from libreflux.model.facts import Facts, find_facts, read_facts, tell_facts, write_facts
 from libreflux.model.int8 import dequantise_model, int8_layers
 from libreflux.model.int8_files import METHOD, empty_int8, load_int8, stored_as, stream_int8, weight_files, write_int8
 from libreflux.model.load import load_part, load_t5_tokenizer, load_text, one_line, quiet
@@ -91,7 +92,7 @@ def open_model(
     name: str | Path | SingleFiles,
     *,
     parts: Sequence[str] = ALL,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     quantise: bool | None = None,
     device: torch.device | str = "cpu",
     text_by_block: bool = False,
@@ -101,18 +102,23 @@ def open_model(
     Args:
         name: see `locate`; or single files.
         parts: any of "transformer", "vae", "text".
-        dtype: of the weights, in an int8 transformer of those that are not int8; None keeps what is stored.
+        dtype: of the weights, in an int8 transformer of those that are not int8; torch's or its name ("bfloat16",
+            "bf16"); None keeps what is stored.
         quantise: True: the transformer in int8, quantised tensor by tensor if it is stored otherwise; False: dense,
             scale * q where it is stored in int8; None: as stored.
-        device: where to.
+        device: where to; "auto" as in `device.pick_device`.
         text_by_block: the text encoders rest on the CPU and compute on `device` block by block, see
             `by_block.run_by_block`.
 
     Raises:
+        RecipeError: a dtype or a quantise that is none.
         ModelError: no such model, a part of another kind, or a damaged one.
     """
     if unknown := set(parts) - set(ALL):
         raise ValueError(f"unknown parts {sorted(unknown)}, wanted some of {ALL}")
+    if quantise not in (None, True, False):
+        raise RecipeError(f"cannot be {quantise!r}", where="quantise", mend="use True for int8, False or None")
+    dtype, device = pick_dtype(dtype), pick_device() if device == "auto" else device
     if isinstance(name, SingleFiles):
         return _open_files(name, parts, dtype, bool(quantise), device, text_by_block)
     path = locate(name, weights=False)
@@ -154,6 +160,8 @@ def open_model(
         if "text" in parts:
             places = {part: part_folder(path, part) for part in _TEXT}
             model.text = load_text(places, dtype, device, by_block=text_by_block)
+    if model.transformer is not None:
+        tell_facts(model.transformer, model.facts)
     check_fit(path, model.transformer, model.vae, model.text)
     return model
 
@@ -186,6 +194,7 @@ def _open_files(
     where = _places(files, wanted)
     if "transformer" in parts:
         model.transformer = load_transformer(given, config, dtype=dtype, quantise=quantise, device=device)
+        tell_facts(model.transformer, facts)
     with quiet():
         if isinstance(vae := where.get("vae"), TensorFile):
             model.vae = load_vae(vae, file_config(vae, "vae"), dtype, device)

@@ -48,6 +48,8 @@ def locate(name: str | Path, *, weights: bool | Collection[str] = True) -> Path:
         ModelError: there is no such model, or the download failed.
     """
     text = str(name)
+    if not text:  # as a path it would be the folder that one stands in
+        raise ModelError("no model is named", mend=_suggestion(text))
     path = Path(text).expanduser()
     if text in EMOJI and not path.exists():
         path = WEIGHTS / text

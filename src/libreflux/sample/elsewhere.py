@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import TYPE_CHECKING, Any
 
+from libreflux.flow.schedule import DEV_SHIFT
 from libreflux.model.facts import Facts
+
+if TYPE_CHECKING:
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
 _SCRIPT = '''"""Draws with this model in diffusers alone, the picture that `libreflux generate` draws of the same seed.
 
@@ -111,11 +116,24 @@ def diffusers_script(facts: Facts, *, size: int, dtype: str) -> str | None:
     )
 
 
+def diffusers_scheduler(facts: Facts, own: FlowMatchEulerDiscreteScheduler) -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler with the model's shift, which diffusers' pipelines follow: `own` where it has it."""
+    (low, least), (high, most) = DEV_SHIFT
+    by_size = {
+        "use_dynamic_shifting": True, "base_image_seq_len": low, "base_shift": least, "max_image_seq_len": high,
+        "max_shift": most,
+    }  # fmt: skip
+    wanted = by_size if facts.shift is None else {"use_dynamic_shifting": False, "shift": float(facts.shift)}
+    if all(own.config.get(name) == value for name, value in wanted.items()):
+        return own
+    return type(own).from_config(own.config, **wanted)  # type: ignore[no-any-return]
+
+
 def comfyui_workflow(facts: Facts, *, transformer: str, size: int, prompt: str, negative: str = "") -> dict[str, Any]:
     """A ComfyUI workflow (API format): real guidance by KSampler's cfg, and the text padded as the model was trained.
 
     Its noise is ComfyUI's own, so that a seed gives another picture than here. `trim` becomes `drop`, and `bias`
-    `keep`: ComfyUI has neither.
+    `keep`: ComfyUI has neither. Parentheses in a prompt are escaped, as they would be weights there.
 
     Args:
         facts: the model's.
@@ -133,14 +151,15 @@ def comfyui_workflow(facts: Facts, *, transformer: str, size: int, prompt: str, 
             {"clip_name1": "clip_l.safetensors", "clip_name2": "t5xxl.safetensors", "type": "flux"},
         ),
         "vae": ("VAELoader", {"vae_name": "ae.safetensors"}),
+        "shift": _shift_node(facts, size),
         "padding": ("T5TokenizerOptions", {"clip": ["clip", 0], **padding}),
-        "positive": ("CLIPTextEncode", {"clip": ["padding", 0], "text": prompt}),
-        "negative": ("CLIPTextEncode", {"clip": ["padding", 0], "text": negative}),
+        "positive": ("CLIPTextEncode", {"clip": ["padding", 0], "text": _escaped(prompt)}),
+        "negative": ("CLIPTextEncode", {"clip": ["padding", 0], "text": _escaped(negative)}),
         "empty": ("EmptySD3LatentImage", {"width": size, "height": size, "batch_size": 1}),
         "sample": (
             "KSampler",
             {
-                "model": ["model", 0],
+                "model": ["shift", 0],
                 "positive": ["positive", 0],
                 "negative": ["negative", 0],
                 "latent_image": ["empty", 0],
@@ -163,6 +182,19 @@ def comfyui_workflow(facts: Facts, *, transformer: str, size: int, prompt: str, 
         numbers[name]: {"class_type": kind, "inputs": {key: _linked(value, numbers) for key, value in inputs.items()}}
         for name, (kind, inputs) in nodes.items()
     }
+
+
+def _shift_node(facts: Facts, size: int) -> tuple[str, dict[str, Any]]:
+    """What gives ComfyUI's model this shift, in the place of the one that it supposes: 1, or dev's at 1024 pixels."""
+    if facts.shift is not None:
+        return "ModelSamplingAuraFlow", {"model": ["model", 0], "shift": float(facts.shift)}
+    (_, least), (_, most) = DEV_SHIFT
+    sizes = {"width": size, "height": size}
+    return "ModelSamplingFlux", {"model": ["model", 0], "max_shift": most, "base_shift": least, **sizes}
+
+
+def _escaped(prompt: str) -> str:
+    return re.sub(r"[()]", r"\\\g<0>", prompt)
 
 
 def _linked(value: Any, numbers: dict[str, str]) -> Any:

@@ -95,7 +95,7 @@ class Origin:
             facts |= self._guidance_parameters()
         for name, text in (("Prompt 2", self.prompt_2), ("Negative prompt 2", self.negative_2)):
             if text is not None:
-                facts[name] = json.dumps(text, ensure_ascii=False)  # quoted, as A1111 does where a value has commas
+                facts[name] = text
         if self.max_tokens is not None:
             facts["Max tokens"] = self.max_tokens
         if self.tile is not None:
@@ -107,7 +107,7 @@ class Origin:
         if self.adapters:
             facts["Adapters"] = " ".join(f"{row['file']}:{row['weight']:g}" for row in self.adapters)
         facts["Version"] = f"libreflux {self.versions.get('libreflux', '?')}"
-        lines.append(", ".join(f"{name}: {value}" for name, value in facts.items()))
+        lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in facts.items()))
         return "\n".join(lines)
 
     def _guidance_parameters(self) -> dict[str, Any]:
@@ -122,6 +122,13 @@ class Origin:
             )
             if value != usual
         } | ({} if self.batch_cfg == "auto" else {"CFG in one pass": self.batch_cfg})
+
+
+def _quoted(value: object) -> str:
+    """As JSON where A1111's and Civitai's readers of `name: value, name: value` would end it early or strip it."""
+    text = str(value)
+    plain = text and text == text.strip() and not any(sign in text for sign in ',:"\n\r')
+    return text if plain else json.dumps(text, ensure_ascii=False)
 
 
 def differences(was: Origin, now: Origin) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,14 +31,15 @@ def choose_seeds(seeds: int | Sequence[int] | None, generator: Generators, count
     """
     if seeds is not None and generator is not None:
         raise RecipeError("both seeds and a generator were given", mend="pass one of them")
-    if isinstance(seeds, int):
-        return [seeds + i for i in range(count)]
+    if seeds is not None and not isinstance(seeds, Iterable):
+        first = _seed(seeds)
+        return [first + i for i in range(count)]
     if seeds is not None:
         if len(seeds) != count:
             raise RecipeError(
                 f"{len(seeds)} seeds for {count} pictures", mend="give one per picture, or a single number"
             )
-        return [int(seed) for seed in seeds]
+        return [_seed(seed) for seed in seeds]
     if isinstance(generator, Sequence):
         if len(generator) != count:
             raise RecipeError(f"{len(generator)} generators for {count} pictures", mend="give one per picture, or one")
@@ -44,6 +47,16 @@ def choose_seeds(seeds: int | Sequence[int] | None, generator: Generators, count
     else:
         sources = [generator] * count
     return [int(torch.randint(2**32, (1,), generator=g, device=g.device if g else "cpu")) for g in sources]
+
+
+def _seed(value: Any) -> int:
+    """A whole number as Python's; 1.7 would be cut, and a text read as one."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise RecipeError(f"cannot be {value!r}", where="seeds", mend="use a whole number, or one for each picture")
 
 
 def packed_latents(latents: Tensor, count: int, channels: int, rows: int, columns: int) -> Tensor:

@@ -5,28 +5,24 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from libreflux.errors import ModelError, RecipeError
 from libreflux.flow.path import x0_from_velocity
 from libreflux.flow.solve import Step
 from libreflux.model import latents as latent_space
-from libreflux.model.facts import Facts, write_facts
-from libreflux.model.family import Model, open_model
 from libreflux.model.text import TextConditioning, TextEncoders
 from libreflux.sample.encoding import encode_prompts, listed, matched
 from libreflux.sample.guidance import BatchCfg, GuidedVelocity
 from libreflux.sample.noise import Generators, start
 from libreflux.sample.output import decoded, to_pil
+from libreflux.sample.parts import FluxParts
 from libreflux.sample.settings import NUMBERS, RESOLVED, check_values, resolve
 from libreflux.sample.walk import TENSORS, Job, check_tensors, walk
 
@@ -44,7 +40,7 @@ class LibreFluxOutput(BaseOutput):
     seeds: list[int]
 
 
-class LibreFluxPipeline(DiffusionPipeline):
+class LibreFluxPipeline(FluxParts):
     """Text to image with a model of the FLUX family; see `__call__`.
 
     The transformer may be one in training: nothing is moved, switched or hooked by sampling with it.
@@ -66,90 +62,13 @@ class LibreFluxPipeline(DiffusionPipeline):
             `facts.shift`.
         tokenizer, text_encoder: CLIP's; all four text parts may be None when conditioning is always passed ready-made.
         tokenizer_2, text_encoder_2: T5's.
-        facts: the model's facts.
+        facts: the model's facts, which may be set later too; None are those that the transformer came with, see
+            `facts.facts_of`.
+        image_encoder, feature_extractor: FluxPipeline's parts for image prompts: None, so that its components fit.
     """
 
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
     _callback_tensor_inputs: ClassVar[list[str]] = list(TENSORS)
     _interrupt = False
-    _optional_components: ClassVar[list[str]] = [
-        "scheduler",
-        "tokenizer",
-        "text_encoder",
-        "tokenizer_2",
-        "text_encoder_2",
-    ]
-
-    def __init__(
-        self,
-        transformer: FluxTransformer2DModel,
-        vae: AutoencoderKL,
-        scheduler: FlowMatchEulerDiscreteScheduler | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        text_encoder: CLIPTextModel | None = None,
-        tokenizer_2: PreTrainedTokenizerBase | None = None,
-        text_encoder_2: T5EncoderModel | None = None,
-        facts: Facts | None = None,
-    ) -> None:
-        super().__init__()
-        self.register_modules(
-            transformer=transformer,
-            vae=vae,
-            scheduler=scheduler,
-            tokenizer=tokenizer,
-            text_encoder=text_encoder,
-            tokenizer_2=tokenizer_2,
-            text_encoder_2=text_encoder_2,
-        )
-        self.facts = facts if facts is not None else Facts(guidance_embeds=bool(transformer.config.guidance_embeds))
-
-    @classmethod
-    def from_model(cls, model: Model) -> LibreFluxPipeline:
-        """A pipeline over an opened model; its text encoders may be absent, its transformer and VAE may not.
-
-        The VAE becomes fp32: it is small beside the transformer, and bf16 would leave bands in flat colours.
-        """
-        if model.transformer is None or model.vae is None:
-            raise ModelError(f"{model.name} was opened without transformer or vae", mend="open it with both parts")
-        text = model.text
-        return cls(
-            transformer=model.transformer,
-            vae=model.vae.float(),
-            scheduler=model.scheduler,
-            tokenizer=text and text.tokenizer,
-            text_encoder=text and text.text_encoder,
-            tokenizer_2=text and text.tokenizer_2,
-            text_encoder_2=text and text.text_encoder_2,
-            facts=model.facts,
-        )
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls,
-        name: str | Path,
-        *,
-        dtype: torch.dtype | None = None,
-        torch_dtype: torch.dtype | None = None,
-        quantise: bool | None = None,
-        device: torch.device | str = "cpu",
-    ) -> LibreFluxPipeline:
-        """Open "emoji-base", a folder or a hub id; see `model.family.open_model`. `torch_dtype` is `dtype` too."""
-        return cls.from_model(open_model(name, dtype=dtype or torch_dtype, quantise=quantise, device=device))
-
-    @property
-    def default_size(self) -> int:
-        """Pixels per side that the VAE was made for, in multiples of 16."""
-        return self.size_of(self.vae)
-
-    @staticmethod
-    def size_of(vae: AutoencoderKL) -> int:
-        """Pixels per side that a VAE was made for, in multiples of 16."""
-        return max(16, int(vae.config.sample_size) // 16 * 16)
-
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # type: ignore[override]
-        """diffusers' own, and the facts beside it, so that `from_pretrained` draws alike."""
-        super().save_pretrained(save_directory, **options)
-        write_facts(Path(save_directory), self.facts)
 
     def encode_prompt(
         self,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -77,13 +78,16 @@ def guided_steps(steps: int, no_cfg_until: int = 0, start: float = 0.0, stop: fl
     """The steps i of `steps` with start <= i / steps < stop; `no_cfg_until` = k is start = k / steps.
 
     Raises:
-        RecipeError: both forms of the start were given, or fractions between which no step lies.
+        RecipeError: both forms of the start were given, or no step is left to guide: that would be a guidance of 1.
     """
     if no_cfg_until and start:
         raise RecipeError("both no_cfg_until and guidance_start were given", mend="pass one of them")
     first = max(no_cfg_until, math.ceil(start * steps - 1e-9))  # 1e-9: 0.1 * 30 is a little more than 3
     found = range(first, math.ceil(stop * steps - 1e-9))
-    if not found and (start > 0 or stop < 1):
+    if not found and no_cfg_until >= steps:
+        what = f"leaves none of {steps} steps guided"
+        raise RecipeError(what, where="no_cfg_until", mend="use fewer, or guidance 1 instead")
+    if not found:
         raise RecipeError(
             f"no one of {steps} steps is guided from {max(start, no_cfg_until / steps):g} to {stop:g}",
             mend="widen the interval, or use guidance 1",
@@ -108,37 +112,69 @@ def check_values(given: Mapping[str, Any], names: Mapping[str, str] | None = Non
         raise RecipeError(f"{start:g} is not below the stop, {stop:g}", where=name, mend="start before the stop")
 
 
-def _is_size(value: int) -> bool:
-    return value >= 16 and value % 16 == 0
+def _is_number(value: Any) -> bool:
+    """Whether it is one number, Python's, numpy's or torch's: no text, and no truth value."""
+    if isinstance(value, bool | str | bytes):
+        return False
+    try:
+        float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return True
 
 
-def _is_fraction(value: float) -> bool:
-    return 0 <= value <= 1
+def _is_whole(value: Any) -> bool:
+    if not _is_number(value):
+        return False
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
 
 
-def _is_scale(value: float) -> bool:
-    return math.isfinite(value) and value >= 0
+def _is_size(value: Any) -> bool:
+    return _is_whole(value) and value >= 16 and value % 16 == 0
 
 
-def _falls(sigmas: Sequence[float]) -> bool:
-    values = [float(sigma) for sigma in sigmas]
+def _is_fraction(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
+def _is_scale(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value) and value >= 0
+
+
+def _is_count(least: int) -> Callable[[Any], bool]:
+    return lambda value: _is_whole(value) and value >= least
+
+
+def _falls(sigmas: Any) -> bool:
+    values = [float(sigma) if _is_number(sigma) else math.nan for sigma in sigmas]
     return bool(values) and all(0 < v <= 1 for v in values) and all(a > b for a, b in pairwise(values))
 
 
-_CHECKS: dict[str, tuple[Any, str]] = {
+def _is_switch(value: Any) -> bool:
+    return value is True or value is False
+
+
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "height": (_is_size, "use a multiple of 16"),
     "width": (_is_size, "use a multiple of 16"),
-    "num_inference_steps": (lambda steps: steps >= 1, "use 1 or more"),
+    "num_inference_steps": (_is_count(1), "use 1 or more"),
     "sigmas": (_falls, "use falling numbers in (0, 1]; the last one, 0, is added"),
     "guidance_scale": (_is_scale, "use 0 or more; 1 is no guidance"),
     "embedded_guidance": (_is_scale, "use 0 or more"),
-    "no_cfg_until": (lambda steps: steps >= 0, "use 0 or more steps"),
+    "no_cfg_until": (_is_count(0), "use 0 or more steps"),
     "guidance_start": (_is_fraction, "use a fraction of the steps, 0 to 1"),
     "guidance_stop": (_is_fraction, "use a fraction of the steps, 0 to 1"),
     "guidance_rescale": (_is_fraction, "use 0 to 1; 0 is none"),
-    "batch_cfg": (lambda how: how in (True, False, "auto"), 'use True, False or "auto"'),
-    "num_images_per_prompt": (lambda count: count >= 1, "use 1 or more"),
+    "batch_cfg": (lambda how: _is_switch(how) or how == "auto", 'use True, False or "auto"'),
+    "num_images_per_prompt": (_is_count(1), "use 1 or more"),
     "output_type": (OUTPUT_TYPES.__contains__, f"use one of {', '.join(OUTPUT_TYPES)}"),
+    "tile": (_is_switch, "use True, False or None"),
+    "return_dict": (_is_switch, "use True or False"),
+    "max_sequence_length": (_is_count(0), "use a count of tokens"),
 }
 NUMBERS = tuple(_CHECKS)
 """Every argument that `check_values` knows."""

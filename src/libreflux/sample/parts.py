@@ -1,0 +1,151 @@
+"""The parts of a pipeline: where they come from, which facts they bring, and how they are saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
+
+from libreflux.errors import ModelError, RecipeError
+from libreflux.model.device import pick_dtype
+from libreflux.model.facts import Facts, facts_of, write_facts
+from libreflux.model.family import Model, open_model
+from libreflux.model.locate import PARTS
+from libreflux.sample.adapting import Adapting
+
+_PARTS = {*PARTS, "image_encoder", "feature_extractor"}
+
+
+class FluxParts(Adapting, DiffusionPipeline):
+    """What `LibreFluxPipeline` is made of and from; see there."""
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
+    _optional_components: ClassVar[list[str]] = [
+        "scheduler",
+        "tokenizer",
+        "text_encoder",
+        "tokenizer_2",
+        "text_encoder_2",
+        "image_encoder",
+        "feature_extractor",
+    ]
+
+    def __init__(
+        self,
+        transformer: FluxTransformer2DModel,
+        vae: AutoencoderKL,
+        scheduler: FlowMatchEulerDiscreteScheduler | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text_encoder: CLIPTextModel | None = None,
+        tokenizer_2: PreTrainedTokenizerBase | None = None,
+        text_encoder_2: T5EncoderModel | None = None,
+        facts: Facts | None = None,
+        image_encoder: None = None,
+        feature_extractor: None = None,
+    ) -> None:
+        super().__init__()
+        _check_parts(image_encoder, feature_extractor, scheduler, tokenizer, text_encoder, tokenizer_2, text_encoder_2)
+        self.register_modules(
+            transformer=transformer,
+            vae=vae,
+            scheduler=scheduler,
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            tokenizer_2=tokenizer_2,
+            text_encoder_2=text_encoder_2,
+            image_encoder=None,
+            feature_extractor=None,
+        )
+        self._own = facts_of(transformer) if facts is None else facts
+        if facts is not None:
+            self.facts = facts
+
+    @classmethod
+    def from_model(cls, model: Model) -> Self:
+        """A pipeline over an opened model; its text encoders may be absent, its transformer and VAE may not.
+
+        The VAE becomes fp32: it is small beside the transformer, and bf16 would leave bands in flat colours.
+        """
+        if model.transformer is None or model.vae is None:
+            raise ModelError(f"{model.name} was opened without transformer or vae", mend="open it with both parts")
+        text = model.text
+        return cls(
+            transformer=model.transformer,
+            vae=model.vae.float(),
+            scheduler=model.scheduler,
+            tokenizer=text and text.tokenizer,
+            text_encoder=text and text.text_encoder,
+            tokenizer_2=text and text.tokenizer_2,
+            text_encoder_2=text and text.text_encoder_2,
+            facts=model.facts,
+        )
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        name: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        quantise: bool | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Open "emoji-base", a folder or a hub id; see `model.family.open_model`. `torch_dtype` is `dtype` too."""
+        return cls.from_model(open_model(name, dtype=_one_dtype(dtype, torch_dtype), quantise=quantise, device=device))
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **given: Any) -> Self:
+        """A pipeline over the parts of another one, diffusers' FluxPipeline or this; nothing is copied or cast.
+
+        Args:
+            pipeline: its parts are shared, with the adapters that are loaded on them.
+            given: other parts, `facts`, or a `dtype` (`torch_dtype`) to cast all parts to, as in diffusers.
+
+        Raises:
+            ModelError: it is no pipeline of a FLUX transformer.
+        """
+        dtype = _one_dtype(given.pop("dtype", None), given.pop("torch_dtype", None))
+        parts = {name: one for name, one in pipeline.components.items() if name in _PARTS} | given
+        if not isinstance(parts.get("transformer"), FluxTransformer2DModel):
+            raise ModelError("has no FLUX transformer", where=type(pipeline).__name__, mend="use a FluxPipeline")
+        made = cls(**parts)
+        return made if dtype is None else made.to(dtype=dtype)
+
+    @property
+    def default_size(self) -> int:
+        """Pixels per side that the VAE was made for, in multiples of 16."""
+        return self.size_of(self.vae)
+
+    @staticmethod
+    def size_of(vae: AutoencoderKL) -> int:
+        """Pixels per side that a VAE was made for, in multiples of 16."""
+        return max(16, int(vae.config.sample_size) // 16 * 16)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # type: ignore[override]
+        """diffusers' own, and the facts beside it, so that `from_pretrained` draws alike.
+
+        Raises:
+            ModelError: adapters are loaded.
+        """
+        self._refuse_adapted()
+        super().save_pretrained(save_directory, **options)
+        write_facts(Path(save_directory), self.facts)
+
+
+def _check_parts(image_encoder: object, feature_extractor: object, *others: object) -> None:
+    if any(isinstance(one, tuple | list) for one in (image_encoder, feature_extractor, *others)):
+        # DiffusionPipeline.from_pipe(pipe, custom_pipeline=...) of diffusers 0.42 passes what its index says of parts
+        raise ModelError("diffusers passed a part's name in its place", mend="use LibreFluxPipeline.from_pipe(pipe)")
+    if image_encoder is not None or feature_extractor is not None:
+        raise ModelError("image prompts are not drawn with", where="image_encoder", mend="pass None")
+
+
+def _one_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """What both of diffusers' arguments say; raises RecipeError where they differ, or name no dtype."""
+    new, old = pick_dtype(dtype), pick_dtype(torch_dtype, "torch_dtype")
+    if None not in (new, old) and new != old:
+        raise RecipeError(f"is {new}, torch_dtype {old}", where="dtype", mend="give one of them")
+    return new if old is None else old
