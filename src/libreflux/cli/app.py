@@ -12,6 +12,7 @@ import libreflux
 from libreflux.cli import average, demo, demo_data, export, generate, grid, merge, prepare, probe, train
 from libreflux.errors import LibrefluxError
 from libreflux.files import PLACE_ERRORS, WRITE_ERRORS
+from libreflux.printing import never_fail, say, say_table
 
 app = typer.Typer(
     name="libreflux",
@@ -27,7 +28,7 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"libreflux {libreflux.__version__}")
+        say(f"libreflux {libreflux.__version__}")
         raise typer.Exit()
 
 
@@ -39,7 +40,7 @@ def _root(
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        say_table(context.get_help())
 
 
 app.command("demo")(demo.demo)
@@ -55,7 +56,7 @@ app.command("demo-data")(demo_data.demo_data)
 
 
 def _refuse(line: str, code: int = 2) -> NoReturn:
-    print(f"libreflux: error: {line}", file=sys.stderr, flush=True)
+    say(f"libreflux: error: {line}", err=True)
     sys.exit(code)
 
 
@@ -71,6 +72,7 @@ def _of_a_device(error: Exception) -> LibrefluxError | None:
 
 def main() -> NoReturn:
     """Run the command line and exit: 0 done, 2 a user's mistake, 130 or 143 stopped by a signal, 1 a card or a bug."""
+    never_fail()
     try:
         code = app(prog_name="libreflux", standalone_mode=False)
     except LibrefluxError as error:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from libreflux.errors import RunError
+from libreflux.printing import say
 
 
 def average(
@@ -44,10 +45,10 @@ def average(
 
     made = hindsight.average(run, width, step) if width is not None else hindsight.lerp(run, lerp or 0.0)
     files.atomic_save_safetensors(made.tensors, out, made.metadata)
-    typer.echo(f"{len(made.steps)} sources, steps {made.steps[0]} to {made.steps[-1]}, saved in {out}")
+    say(f"{len(made.steps)} sources, steps {made.steps[0]} to {made.steps[-1]}, saved in {out}")
     if width is not None:
-        typer.echo(f"profile of width {width:g} reproduced within {made.error:.2%}")
-    typer.echo(
+        say(f"profile of width {width:g} reproduced within {made.error:.2%}")
+    say(
         f"averaging factors instead of products moved the adapter by {made.gap:.2%} of its norm "
         f"(most, {made.worst[1]:.2%}, in {made.worst[0]})"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +10,11 @@ from libreflux.cli.probing import PROBES, Request, run, subject_of
 from libreflux.errors import LibrefluxError
 from libreflux.files import atomic_write_json
 from libreflux.model.locate import locate
+from libreflux.printing import get_logger
 from libreflux.probe.freedom import FreedomRow, check_comparable, freedom
 from libreflux.probe.results import FILE, Result, read_result
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 FREEDOM_FILE = "freedom.json"
 

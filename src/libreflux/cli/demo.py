@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from libreflux import plainjson
 from libreflux.errors import RunError
+from libreflux.printing import say
 
 if TYPE_CHECKING:
     from libreflux.recipe import Recipe
@@ -92,7 +93,7 @@ def demo(
         request = Request(model=MODEL, adapters=[str(adapter)], quick=True, out=measured, chosen=MEASURED)
         found = compare(request, MODEL, None)
 
-    steps_told = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    steps_told = [plainjson.parse(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     page = demo_page.write(
         out, found, examples=sorted(data.glob("*.png"))[:8], pictures=pictures, times=times, recipe=text,
         losses=[told["loss"] for told in steps_told if told["loss"] is not None],  # null: a step that was skipped
@@ -121,7 +122,7 @@ def _by_hand(out: Path, pictures: int) -> list[str]:
 
 
 def _say(line: str) -> None:
-    typer.echo(line, err=True)
+    say(line, err=True)
 
 
 class _timed:
@@ -157,5 +158,5 @@ def _train(recipe: Recipe) -> Path:
         try:
             return fit(recipe, shown)
         except Interrupted as stopped:
-            typer.echo(str(stopped), err=True)
+            say(stopped, err=True)
             sys.exit(stopped.exit_code)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from libreflux.errors import DataError, RecipeError
+from libreflux.printing import say
 
 
 def demo_data(
@@ -34,4 +35,4 @@ def demo_data(
             raise DataError(f"cannot be replaced ({error.strerror})", where=out, mend="name a new folder") from None
     with staged_dir(out) as staging, progress("composing", "picture") as report:
         compose.write_folder(staging, count, seed, pairs=pairs, look=look, progress=report)
-    typer.echo(f"{count} pictures with captions in {out}")
+    say(f"{count} pictures with captions in {out}")

@@ -11,6 +11,7 @@ import typer
 from libreflux.cli.model_card import model_card
 from libreflux.cli.models import Base, ComfyUI, chosen_model
 from libreflux.errors import RecipeError, RunError
+from libreflux.printing import say
 
 if TYPE_CHECKING:
     from libreflux.model.family import Model
@@ -72,7 +73,7 @@ def export(
             raise RecipeError("nothing to export", where="MODEL", mend="name a model or an adapter")
         _export_model(model, program, out)
     written = [file for file in out.rglob("*") if file.is_file()] if out.is_dir() else [out]
-    typer.echo(f"{out}, {sum(file.stat().st_size for file in written) / 1e6:,.1f} MB")
+    say(f"{out}, {sum(file.stat().st_size for file in written) / 1e6:,.1f} MB")
 
 
 def _is_adapter(text: str) -> bool:
@@ -104,7 +105,7 @@ def _export_adapter(text: str, program: str, out: Path, rank: int | None) -> Non
         file = load_adapter(adapter_file(Path(text).expanduser()))
         lost = export_adapter(file, program, out, rank=rank, on_layer=report)
     if lost:
-        typer.echo(f"LoKr as LoRA of rank {rank}: {lost:.1%} of the adapter is lost (Frobenius norm)")
+        say(f"LoKr as LoRA of rank {rank}: {lost:.1%} of the adapter is lost (Frobenius norm)")
 
 
 def _export_model(name: str | SingleFiles, program: str | None, out: Path) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from libreflux.cli import terminal
+from libreflux.cli.terminal import SafeConsole
 from libreflux.probe.freedom import FreedomRow
 from libreflux.probe.words import number, place, title
 
@@ -33,6 +35,6 @@ def print_freedom(rows: Sequence[FreedomRow], family: str = "", console: Console
         values = (number(value) for value in (row.distilled, row.freed, row.reference))
         table.add_row(name, place(at), *([row.subset] if subsets else []), *values, row.text)
     # Elsewhere than on a terminal nothing is cut to fit.
-    console = console or Console()
-    console = console if console.is_terminal else Console(file=console.file, width=160)
-    console.print(table, markup=False)
+    shown = console or terminal.console()
+    shown = shown if shown.is_terminal else SafeConsole(file=shown.file, width=160)
+    shown.print(table, markup=False)

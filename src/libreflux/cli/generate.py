@@ -14,6 +14,7 @@ import typer
 from libreflux.cli.models import Base, ComfyUI, chosen_model
 from libreflux.cli.options import Batch, Offload, OffloadOption, QuantizeOption
 from libreflux.errors import RecipeError
+from libreflux.printing import say
 
 if TYPE_CHECKING:
     from libreflux.cli.drawing import Opened
@@ -179,7 +180,7 @@ def _draw_all(opened: Opened, wanted: list[tuple[Origin, Path]], *, with_metadat
                 report(done + step.index + 1, total, note)
 
             save_png(opened.draw(origin, on_step), target, origin if with_metadata else None)
-            typer.echo(str(target))
+            say(target)
             done += origin.steps
 
 

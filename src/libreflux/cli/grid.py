@@ -15,6 +15,7 @@ import typer
 from libreflux.cli.models import Base, ComfyUI, chosen_model
 from libreflux.cli.options import Offload, OffloadOption, QuantizeOption
 from libreflux.errors import LibrefluxError, RecipeError, RunError
+from libreflux.printing import say
 
 if TYPE_CHECKING:
     from libreflux.cli.drawing import Chosen, Opened
@@ -89,7 +90,7 @@ def grid(
         drawn = [[cells.cell(column, prompt, seed) for prompt, seed in rows] for column in columns]
         table = [list(row) for row in zip(*drawn, strict=True)]
         page = write(out, table, [f"{prompt}, seed {seed}" for prompt, seed in rows], len(sources) > 1)
-    typer.echo(f"{out / 'grid.png'}\n{page}, to be looked at; {cells.made} of {cells.total} cells were drawn now")
+    say(out / "grid.png", f"{page}, to be looked at; {cells.made} of {cells.total} cells were drawn now")
 
 
 def _sources(

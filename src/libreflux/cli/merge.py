@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +10,9 @@ import typer
 
 from libreflux.cli.models import Base, ComfyUI, chosen_model
 from libreflux.errors import RunError
+from libreflux.printing import get_logger, say
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def merge(
@@ -68,7 +68,7 @@ def merge(
         lineage["base_lineage"] = start.facts.lineage
     start.facts = dataclasses.replace(adapted_facts(start.facts, files), lineage=lineage)
     save_model(start, out)
-    typer.echo(f"{len(changed)} layers changed, saved in {out}")
+    say(f"{len(changed)} layers changed, saved in {out}")
 
 
 def _origin(metadata: dict[str, str]) -> dict[str, str]:

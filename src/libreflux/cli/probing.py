@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from typing import Any
 
 import torch
 
+from libreflux import plainjson
 from libreflux.adapter.files import AdapterFile, attach_file
 from libreflux.cli.adapters import adapted_facts, load_arguments, notice_other_base
 from libreflux.cli.probe_data import ProbeData
@@ -26,6 +25,7 @@ from libreflux.model.family import open_model, weights_hash
 from libreflux.model.faults import explained
 from libreflux.model.locate import EMOJI, locate, part_folder
 from libreflux.model.text import check_trained_padding
+from libreflux.printing import get_logger
 from libreflux.probe import padding
 from libreflux.probe import run as probe_run
 from libreflux.probe.bench import Bench, PaddingTexts
@@ -37,7 +37,7 @@ from libreflux.probe.settings import LARGE, LARGE_QUICK, QUICK, Settings, digest
 from libreflux.probe.subjects import read_seen
 from libreflux.sample.metadata import versions
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 DTYPES = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 PROBES = Path("out/probe")
@@ -171,7 +171,7 @@ def _settings(request: Request, subject: Subject, judge_file: Path | None) -> Se
     changed: dict[str, Any] = {**(QUICK if request.quick else {}), **(LARGE if large else {})}
     changed |= LARGE_QUICK if large and request.quick else {}
     if "resolution" not in request.chosen:
-        config = json.loads((part_folder(subject.folder, "vae") / "config.json").read_text(encoding="utf-8"))
+        config = plainjson.parse((part_folder(subject.folder, "vae") / "config.json").read_text(encoding="utf-8"))
         changed["resolution"] = max(16, int(config.get("sample_size", 1024)) // 16 * 16)
     own = own_guidance(subject.facts)
     changed |= {"own_guidance": own, "diversity_guidance": tuple(sorted({1.0, own}))}

@@ -19,6 +19,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from libreflux.cli import terminal
+
 PLAIN_EVERY = 15.0
 """Seconds between two plain lines."""
 
@@ -58,7 +60,7 @@ def announced(doing: str, after: float = 1.0, console: Console | None = None) ->
         after: seconds until it is said.
         console: where to; None is stderr.
     """
-    console = console or Console(stderr=True)
+    console = console or terminal.console(err=True)
     told = threading.Event()
 
     def tell() -> None:
@@ -89,7 +91,7 @@ def progress(what: str, unit: str = "step", console: Console | None = None) -> I
     Yields:
         The function to call after each unit, see `Report`.
     """
-    console = console or Console(stderr=True)
+    console = console or terminal.console(err=True)
     if not console.is_terminal:
         yield _plain(what, unit, console)
         return

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import typer
 from PIL import Image
 
 from libreflux.cli.adapters import adapter_argument
@@ -18,6 +17,7 @@ from libreflux.cli.models import chosen_model
 from libreflux.cli.options import Offload
 from libreflux.cli.progress import progress
 from libreflux.errors import DataError, RecipeError
+from libreflux.printing import say
 from libreflux.sample.encoding import check_max_tokens
 from libreflux.sample.metadata import Origin, differences, read_origin, save_png
 from libreflux.sample.settings import check_values
@@ -66,12 +66,12 @@ def draw_again(
     now = dataclasses.replace(opened.stamped(origin), model=str(source))
     changed = differences(origin, now)
     for line in changed:
-        typer.echo(f"{picture}: {line}", err=True)
+        say(f"{picture}: {line}", err=True)
     with progress("drawing", "step") as report:
         image = opened.draw(now, lambda step: report(step.index + 1, now.steps, ""))
     save_png(image, target, now if with_metadata else None)
-    typer.echo(str(target))
-    typer.echo(_compared(picture, image, changed), err=True)
+    say(target)
+    say(_compared(picture, image, changed), err=True)
 
 
 def _check(origin: Origin, picture: Path) -> None:

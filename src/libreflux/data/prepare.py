@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +32,10 @@ from libreflux.errors import DataError
 from libreflux.model import family
 from libreflux.model.facts import freed
 from libreflux.model.text import TextConditioning, check_trained_padding
+from libreflux.printing import get_logger
 from libreflux.recipe import DataSource, Recipe
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Sources = list[tuple[DataSource, list[Sample]]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

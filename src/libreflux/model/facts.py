@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import logging
 import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from libreflux import plainjson
 from libreflux.errors import ModelError
 from libreflux.files import atomic_write_json
+from libreflux.printing import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 FACTS_FILE = "libreflux.json"
 PADDINGS = ("drop", "trim", "bias", "keep")
@@ -141,7 +141,7 @@ def read_facts(folder: Path) -> Facts:
     """
     path = folder / FACTS_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = plainjson.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(
             "no such file", where=path, mend="open the model with open_model, which finds its facts"

@@ -15,6 +15,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
+from libreflux import plainjson
 from libreflux.errors import ModelError
 from libreflux.files import atomic_write_json, sha256_file, staged_dir
 from libreflux.model.facts import Facts, find_facts, read_facts, write_facts
@@ -196,7 +197,7 @@ def _file_facts(file: TensorFile, base: Model | None, guidance_embeds: bool) -> 
     """As the file's own metadata say, else its base's, else the nearest with a notice."""
     if own := file.metadata.get(FACTS_KEY):
         try:
-            return Facts.from_dict(json.loads(own), file.path)
+            return Facts.from_dict(plainjson.parse(own), file.path)
         except ValueError as error:
             mend = "copy the file again"
             raise ModelError(f"damaged facts in its metadata ({error})", where=file.path, mend=mend) from None

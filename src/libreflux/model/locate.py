@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from libreflux import plainjson
 from libreflux.errors import ModelError
 from libreflux.model.facts import FACTS_FILE, read_facts
 
@@ -145,12 +145,12 @@ def _reason(error: Exception) -> str:
 def _complete(folder: Path, weights: Collection[str]) -> bool:
     """Whether an earlier download got to its end: every part is there, with every shard that its index names."""
     try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index = plainjson.parse((folder / "model_index.json").read_text(encoding="utf-8"))
         shards = [
             table.parent / shard
             for part in weights
             for table in folder.glob(f"{part}/*.safetensors.index.json")
-            for shard in set(json.loads(table.read_text(encoding="utf-8"))["weight_map"].values())
+            for shard in set(plainjson.parse(table.read_text(encoding="utf-8"))["weight_map"].values())
         ]
     except (OSError, ValueError, KeyError, AttributeError):
         return False

@@ -6,7 +6,6 @@ Given something odd they ask the hub, unpickle, make as many layers as config.js
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from safetensors import SafetensorError, safe_open
 
+from libreflux import plainjson
 from libreflux.errors import ModelError
 from libreflux.model.text import TextEncoders
 
@@ -31,7 +31,7 @@ def json_object(path: Path) -> dict[str, Any]:
         ModelError: no such file, or something else in it.
     """
     with reading(path):
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = plainjson.parse(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("not a JSON object")
         return values

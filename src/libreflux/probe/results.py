@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from libreflux import plainjson
 from libreflux.errors import DataError
 from libreflux.files import atomic_write_json
 
@@ -134,7 +134,7 @@ def read_result(folder: Path) -> Result:
     path = folder / FILE if folder.is_dir() else folder
     mend = "give a folder that `libreflux probe` wrote"
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = plainjson.parse(path.read_text(encoding="utf-8"))
         if rows["schema"] != SCHEMA:
             raise DataError(f"schema {rows['schema']!r} is not {SCHEMA}", where=path, mend="update libreflux")
         return Result(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from PIL import Image, PngImagePlugin
 from pydantic import TypeAdapter, ValidationError
 
+from libreflux import plainjson
 from libreflux.errors import DataError
 from libreflux.files import atomic_write_bytes
 
@@ -186,7 +187,7 @@ def read_origin(path: Path) -> Origin:
     if text is None:
         raise DataError("says nothing of how it was made", where=path, mend="give a PNG made by libreflux, unchanged")
     try:
-        values: Any = json.loads(text)
+        values: Any = plainjson.parse(text)
         if values.get("schema") != 1:
             raise DataError(f"schema {values.get('schema')!r} is not 1", where=path, mend="update libreflux")
         Origin(**values)  # unknown keys

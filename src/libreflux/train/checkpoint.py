@@ -19,7 +19,6 @@ either the whole of it or nothing. Deleting one works the other way round: it is
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -30,11 +29,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from libreflux import files, recipe_faults
+from libreflux import files, plainjson, recipe_faults
 from libreflux.errors import RunError
+from libreflux.printing import get_logger
 from libreflux.recipe import Recipe, differences
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 SCHEMA = 1
 FOLDER = "checkpoints"
@@ -82,7 +82,7 @@ class Checkpoint:
         Raises:
             RunError: it was written by a later schema.
         """
-        state: dict[str, Any] = json.loads((self.path / STATE).read_text(encoding="utf-8"))
+        state: dict[str, Any] = plainjson.parse((self.path / STATE).read_text(encoding="utf-8"))
         if state.get("schema") != SCHEMA:
             raise RunError(
                 f"checkpoint schema {state.get('schema')!r} is not {SCHEMA}",
@@ -255,7 +255,7 @@ def stored_forks(run: Path) -> list[dict[str, Any]]:
 def _read_recipe(path: Path) -> tuple[Recipe, int, list[dict[str, Any]]]:
     """The recipe, the number of processes it ran on, and its forks."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = plainjson.parse(path.read_text(encoding="utf-8"))
         world, forks = int(tree.pop("world")), list(tree.pop("forks", []))
         return Recipe.model_validate(tree), world, forks
     except ValidationError as error:
@@ -330,7 +330,7 @@ def rewind(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            number = json.loads(line)["step"]
+            number = plainjson.parse(line)["step"]
         except (ValueError, KeyError, TypeError):
             continue
         if number <= step:
