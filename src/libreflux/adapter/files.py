@@ -165,9 +165,8 @@ class AdapterFile:
     def layer_names(self) -> dict[str, str]:
         """LyCORIS prefix -> layer name, as the file or its reader says; empty for a file of lycoris-lora's own."""
         try:
-            return {
-                str(prefix): str(name) for prefix, name in plainjson.parse(self.metadata.get("key_map", "{}")).items()
-            }
+            told = plainjson.parse(self.metadata.get("key_map", "{}"))
+            return {str(prefix): str(name) for prefix, name in told.items()}
         except (ValueError, AttributeError):
             raise AdapterError("unreadable key_map in its metadata", where=self.where, mend="copy it again") from None
 

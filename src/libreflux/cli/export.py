@@ -128,10 +128,11 @@ def _export_model(name: str | SingleFiles, program: str | None, out: Path) -> No
 
 def _for_diffusers(model: Model) -> dict[str, str]:
     from libreflux.model.family import part_config
+    from libreflux.model.latents import own_side
     from libreflux.sample.elsewhere import diffusers_script
 
     assert model.transformer is not None
-    size = part_config(model, "vae")["sample_size"]
+    size = own_side(part_config(model, "vae"), f"{model.path}, VAE")
     dtype = str(model.transformer.dtype).removeprefix("torch.")
     script = diffusers_script(model.facts, size=size, dtype=dtype)
     draw = 'python draw.py "a red apple on blue"' if script else None
@@ -139,6 +140,7 @@ def _for_diffusers(model: Model) -> dict[str, str]:
 
 
 def _for_comfyui(model: Model) -> dict[str, str]:
+    from libreflux.model.latents import own_side
     from libreflux.model.single_save import transformer_file
     from libreflux.sample.elsewhere import comfyui_workflow
 
@@ -146,7 +148,7 @@ def _for_comfyui(model: Model) -> dict[str, str]:
     workflow = comfyui_workflow(
         model.facts,
         transformer=transformer_file(model),
-        size=int(model.vae.config.sample_size),
+        size=own_side(model.vae.config, f"{model.path}, VAE"),
         prompt="a red apple on blue",
     )
     return {"workflow.json": json.dumps(workflow, indent=2) + "\n"}

@@ -127,6 +127,7 @@ def generate(
         "--guidance-stop": guidance_stop != 1, "--guidance-rescale": guidance_rescale,
         "--batch-cfg": batch_cfg is not Batch.auto, "--negative-2": negative_2 is not None,
     }  # fmt: skip
+    check_picture(width, height, steps)
     _check_guidance(guidance, embedded_guidance, guidance_start, guidance_stop, guidance_rescale, no_cfg_until)
     _refuse_unused(guidance, effects)
     ladder = None if sigmas is None else _ladder(sigmas, steps)
@@ -145,6 +146,7 @@ def generate(
     check_max_tokens(facts, max_tokens, "--max-tokens")
     embedded_guidance = _embedded(facts, embedded_guidance)
     steps = facts.steps if steps is None else steps
+    check_picture(width or size, height or size, steps)
     if guidance is None:
         guidance = 1.0 if facts.guidance_embeds else facts.guidance
         _refuse_unused(guidance, effects)
@@ -182,6 +184,14 @@ def _draw_all(opened: Opened, wanted: list[tuple[Origin, Path]], *, with_metadat
             save_png(opened.draw(origin, on_step), target, origin if with_metadata else None)
             say(target)
             done += origin.steps
+
+
+def check_picture(width: int | None, height: int | None, steps: int | None) -> None:
+    """Raises RecipeError for a size or a number of steps out of range; None is not known yet."""
+    from libreflux.sample.settings import check_values
+
+    given = {"width": width, "height": height, "num_inference_steps": steps}
+    check_values(given, {"width": "--width", "height": "--height", "num_inference_steps": "--steps"})
 
 
 def _check_guidance(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from libreflux.cli.generate import check_picture
 from libreflux.cli.models import Base, ComfyUI, chosen_model
 from libreflux.cli.options import Offload, OffloadOption, QuantizeOption
 from libreflux.errors import LibrefluxError, RecipeError, RunError
@@ -72,6 +73,8 @@ def grid(
         raise RunError("is a file", where=out, mend="name a folder with --out")
     scales = [None] if guidance is None else numbers("--guidance", guidance)
     counts = [None] if steps is None else [int(n) for n in numbers("--steps", steps, whole=True, least=1)]
+    for count in counts:
+        check_picture(width, height, count)
     noises = [int(n) for n in numbers("--seeds", seeds, whole=True)]
 
     from libreflux.cli.drawing import device_for
@@ -183,12 +186,14 @@ class _Cells:
         from libreflux.sample.metadata import Origin
 
         facts, size = chosen.facts, chosen.size
+        width, height = (int(self.common[name] or size) for name in ("width", "height"))
+        check_picture(width, height, column.steps)
         own = 1.0 if facts.guidance_embeds else facts.guidance
         scale = own if column.guidance is None else column.guidance
         return Origin(
             prompt=prompt, seed=seed, negative=str(self.common["negative"]) if scale > 1 else "",
-            steps=column.steps or facts.steps, guidance=scale, width=int(self.common["width"] or size),
-            height=int(self.common["height"] or size), model=column.model,
+            steps=column.steps or facts.steps, guidance=scale, width=width,
+            height=height, model=column.model,
             embedded_guidance=facts.guidance if facts.guidance_embeds else None, quantize=chosen.quantize,
         )  # fmt: skip
 

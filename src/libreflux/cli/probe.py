@@ -58,7 +58,7 @@ def probe(
         typer.Option(metavar="DIR", help="Local CLIP, DINO or other vision model for distances, in the judge's place."),
     ] = None,
     resolution: Annotated[
-        int | None, typer.Option(min=16, help="Side of the pictures in pixels; default: the model's.")
+        int | None, typer.Option(min=16, max=8192, help="Side of the pictures in pixels; default: the model's.")
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Pictures per forward pass; by the model's size.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of noise, pictures and intervals.")] = 0,

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from libreflux import plainjson
 from libreflux.adapter.files import AdapterFile, attach_file
 from libreflux.cli.adapters import adapted_facts, load_arguments, notice_other_base
 from libreflux.cli.probe_data import ProbeData
@@ -23,7 +22,9 @@ from libreflux.model.device import pick_device, release
 from libreflux.model.facts import Facts
 from libreflux.model.family import open_model, weights_hash
 from libreflux.model.faults import explained
+from libreflux.model.latents import own_side
 from libreflux.model.locate import EMOJI, locate, part_folder
+from libreflux.model.parts import json_object
 from libreflux.model.text import check_trained_padding
 from libreflux.printing import get_logger
 from libreflux.probe import padding
@@ -171,8 +172,8 @@ def _settings(request: Request, subject: Subject, judge_file: Path | None) -> Se
     changed: dict[str, Any] = {**(QUICK if request.quick else {}), **(LARGE if large else {})}
     changed |= LARGE_QUICK if large and request.quick else {}
     if "resolution" not in request.chosen:
-        config = plainjson.parse((part_folder(subject.folder, "vae") / "config.json").read_text(encoding="utf-8"))
-        changed["resolution"] = max(16, int(config.get("sample_size", 1024)) // 16 * 16)
+        config = part_folder(subject.folder, "vae") / "config.json"
+        changed["resolution"] = own_side(json_object(config), config)
     own = own_guidance(subject.facts)
     changed |= {"own_guidance": own, "diversity_guidance": tuple(sorted({1.0, own}))}
     changed |= dict(request.chosen) | {"seed": request.seed, "dtype": request.dtype}

@@ -19,7 +19,7 @@ from libreflux.cli.progress import progress
 from libreflux.errors import DataError, RecipeError
 from libreflux.printing import say
 from libreflux.sample.encoding import check_max_tokens
-from libreflux.sample.metadata import Origin, differences, read_origin, save_png
+from libreflux.sample.metadata import Origin, differences, open_png, read_origin, save_png
 from libreflux.sample.settings import check_values
 
 
@@ -99,14 +99,13 @@ def _found(origin: Origin, adapters: Sequence[str], picture: Path) -> list[str]:
         )
     try:
         weights = [float(row["weight"]) for row in origin.adapters]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise DataError("damaged origin (adapters)", where=picture, mend="give the picture unchanged") from None
     return [f"{adapter_argument(text)[0]}:{weight!r}" for text, weight in zip(adapters, weights, strict=True)]
 
 
 def _compared(picture: Path, image: Image.Image, changed: list[str]) -> str:
-    with Image.open(picture) as file:
-        before = np.asarray(file.convert("RGB"), dtype=np.int16)
+    before = np.asarray(open_png(picture).convert("RGB"), dtype=np.int16)
     after = np.asarray(image.convert("RGB"), dtype=np.int16)
     if before.shape != after.shape:
         return f"{picture} has been resized since it was made"

@@ -18,6 +18,8 @@ from libreflux.printing import get_logger
 logger = get_logger(__name__)
 
 FACTS_FILE = "libreflux.json"
+MOST_STEPS, MOST_TOKENS = 10_000, 8192
+"""What a file may ask for: numbers beyond them are mistakes, or made to fill the memory."""
 PADDINGS = ("drop", "trim", "bias", "keep")
 
 
@@ -72,8 +74,8 @@ class Facts:
     def _check_ranges(self, where: object) -> None:
         checks = {
             "text_padding": self.text_padding in PADDINGS,
-            "max_tokens": self.max_tokens >= 1,
-            "steps": self.steps >= 1,
+            "max_tokens": 1 <= self.max_tokens <= MOST_TOKENS,
+            "steps": 1 <= self.steps <= MOST_STEPS,
             "guidance": math.isfinite(self.guidance) and self.guidance >= 0,
             "shift": self.shift is None or (math.isfinite(self.shift) and self.shift > 0),
             "parts_from": self.parts_from is None or _FOLDER.fullmatch(self.parts_from) is not None,

@@ -144,7 +144,7 @@ class LibreFluxPipeline(DiffusionPipeline):
     @staticmethod
     def size_of(vae: AutoencoderKL) -> int:
         """Pixels per side that a VAE was made for, in multiples of 16."""
-        return max(16, int(vae.config.sample_size) // 16 * 16)
+        return latent_space.own_side(vae.config)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # type: ignore[override]
         """diffusers' own, and the facts beside it, so that `from_pretrained` draws alike."""
