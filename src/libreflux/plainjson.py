@@ -20,7 +20,7 @@ def parse(text: str) -> Any:
         raise ValueError(f"{len(text):,} characters are more than {MOST_CHARACTERS:,}")
     try:
         values = json.loads(text)
-        if "\\ud" in text or "\\uD" in text or not _can_be_written(text):
+        if "\\ud" in text or "\\uD" in text or not is_text(text):
             _refuse_halves(values)
     except RecursionError:
         raise ValueError("nested too deeply") from None
@@ -28,7 +28,7 @@ def parse(text: str) -> Any:
 
 
 def _refuse_halves(value: Any) -> None:
-    if isinstance(value, str) and not _can_be_written(value):
+    if isinstance(value, str) and not is_text(value):
         raise ValueError(f"half a character in {value[:40]!r}")
     if isinstance(value, dict):
         for key, one in value.items():
@@ -39,7 +39,8 @@ def _refuse_halves(value: Any) -> None:
             _refuse_halves(one)
 
 
-def _can_be_written(text: str) -> bool:
+def is_text(text: str) -> bool:
+    """Whether every character of a text is one, so that it can be written as UTF-8: no lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:

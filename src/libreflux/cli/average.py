@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from libreflux.errors import RunError
+from libreflux.places import new_place
 from libreflux.printing import say
 
 
@@ -37,8 +38,7 @@ def average(
         raise RunError("--step belongs to --width", mend="remove it")
     if out.suffix != ".safetensors":
         raise RunError("the name of an adapter file ends in .safetensors", where=out, mend="add it")
-    if out.exists():
-        raise RunError("already exists", where=out, mend="choose another name or remove it")
+    new_place(out)
 
     from libreflux import files
     from libreflux.train import hindsight

@@ -64,12 +64,12 @@ def demo(
     from libreflux.cli.comparing import compare
     from libreflux.cli.probing import Request
     from libreflux.files import atomic_write_text
+    from libreflux.places import folder_place
     from libreflux.recipe import read_recipe
     from libreflux.recipe_yaml import scalar
     from libreflux.train.checkpoint import check_recipe
 
-    if out.exists() and not out.is_dir():
-        raise RunError("is a file", where=out, mend="name a folder with --out")
+    folder_place(out, "run", "probe")
     data, run, measured, recipe_file = out / "pictures", out / "run", out / "probe", out / "recipe.yaml"
     if recipe_file.exists() and not recipe_file.read_text("utf-8").startswith(RECIPE.partition("\n")[0]):
         raise RunError("is not a demo's recipe", where=recipe_file, mend="name another folder with --out")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from libreflux.errors import DataError, RecipeError
+from libreflux.places import folder_place
 from libreflux.printing import say
 
 
@@ -19,8 +21,9 @@ def demo_data(
     pairs: Annotated[float, typer.Option(min=0, max=1, help="Share of pictures with two subjects.")] = 0.2,
 ) -> None:
     """Write composed emoji pictures with captions: PNG, side-car .txt and metadata.jsonl."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         raise DataError("already exists", where=out, mend="choose another name or remove it")
+    folder_place(out.absolute().parent)
     from libreflux.cli.progress import progress
     from libreflux.emoji import compose
     from libreflux.files import staged_dir

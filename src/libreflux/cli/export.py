@@ -10,7 +10,8 @@ import typer
 
 from libreflux.cli.model_card import model_card
 from libreflux.cli.models import Base, ComfyUI, chosen_model
-from libreflux.errors import RecipeError, RunError
+from libreflux.errors import RecipeError
+from libreflux.places import new_place
 from libreflux.printing import say
 
 if TYPE_CHECKING:
@@ -60,8 +61,7 @@ def export(
         raise RecipeError("has no effect on an adapter", where="--int8", mend="use --for")
     if rank is not None and not adapter:
         raise RecipeError("has no effect on a model", where="--rank", mend="remove it")
-    if out.exists():
-        raise RunError("already exists", where=out, mend="choose another name or remove it")
+    new_place(out)
     if adapter:
         assert what is not None and program is not None
         if base is not None:

@@ -13,7 +13,8 @@ import typer
 
 from libreflux.cli.models import Base, ComfyUI, chosen_model
 from libreflux.cli.options import Batch, Offload, OffloadOption, QuantizeOption
-from libreflux.errors import RecipeError
+from libreflux.errors import RecipeError, RunError
+from libreflux.places import file_place
 from libreflux.printing import say
 
 if TYPE_CHECKING:
@@ -261,11 +262,21 @@ def _refuse_unguided(steps: int, no_cfg_until: int, start: float, stop: float) -
 
 
 def picture_targets(out: Path, prompts: list[str], wanted: list[tuple[str, int]]) -> list[Path]:
-    """Where each picture goes: the one file, or numbered names in a folder.
+    """Where each picture goes: the one file, or numbered names in a folder; the place is tried.
 
     Raises:
         RecipeError: several pictures for one file, a file that is no PNG, or a file where a folder is needed.
+        RunError: nothing can be written there.
     """
+    targets = _named_targets(out, prompts, wanted)
+    file_place(targets[0])
+    for target in targets[1:]:
+        if target.is_dir():
+            raise RunError("is a folder", where=target, mend="name another place with --out")
+    return targets
+
+
+def _named_targets(out: Path, prompts: list[str], wanted: list[tuple[str, int]]) -> list[Path]:
     above = next((folder for folder in out.absolute().parents if os.path.lexists(folder)), Path("/"))
     if not above.is_dir():
         raise RecipeError("is a file, not a folder", where=above, mend="name another place with --out")

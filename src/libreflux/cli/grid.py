@@ -15,7 +15,8 @@ import typer
 from libreflux.cli.generate import check_picture
 from libreflux.cli.models import Base, ComfyUI, chosen_model
 from libreflux.cli.options import Offload, OffloadOption, QuantizeOption
-from libreflux.errors import LibrefluxError, RecipeError, RunError
+from libreflux.errors import LibrefluxError, RecipeError
+from libreflux.places import file_place, folder_place
 from libreflux.printing import say
 
 if TYPE_CHECKING:
@@ -69,8 +70,9 @@ def grid(
     for name, size in (("--width", width), ("--height", height)):
         if size is not None and size % 16:
             raise RecipeError(f"{size} is not a multiple of 16", where=name, mend=f"use {round(size / 16) * 16}")
-    if out.exists() and not out.is_dir():
-        raise RunError("is a file", where=out, mend="name a folder with --out")
+    folder_place(out, "cells")
+    for name in ("grid.png", "index.html"):
+        file_place(out / name)
     scales = [None] if guidance is None else numbers("--guidance", guidance)
     counts = [None] if steps is None else [int(n) for n in numbers("--steps", steps, whole=True, least=1)]
     for count in counts:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from libreflux.cli.models import Base, ComfyUI, chosen_model
-from libreflux.errors import RunError
+from libreflux.places import new_place
 from libreflux.printing import get_logger, say
 
 logger = get_logger(__name__)
@@ -28,8 +28,7 @@ def merge(
     comfyui: ComfyUI = None,
 ) -> None:
     """Add adapters to a model's weights, in fp32, rounded once, and save a new model."""
-    if out.exists():
-        raise RunError("already exists", where=out, mend="choose another name or remove it")
+    new_place(out)
 
     import torch
 

@@ -17,6 +17,8 @@ from libreflux.cli.models import chosen_model
 from libreflux.cli.options import Offload
 from libreflux.cli.progress import progress
 from libreflux.errors import DataError, RecipeError
+from libreflux.model.locate import told_model
+from libreflux.places import file_place
 from libreflux.printing import say
 from libreflux.sample.encoding import check_max_tokens
 from libreflux.sample.metadata import Origin, differences, open_png, read_origin, save_png
@@ -58,8 +60,12 @@ def draw_again(
         target = out / f"{picture.stem}-again.png"
     if os.path.exists(target) and os.path.samefile(target, picture):
         raise RecipeError("would replace the picture itself", where=target, mend="name another place with --out")
-    named = model if model is not None or comfyui is not None else origin.model
-    source = chosen_model(named, base, comfyui) or origin.model
+    file_place(target)
+    if model is None and comfyui is None:
+        is_file = origin.model.lower().endswith(".safetensors")
+        model = origin.model if is_file else told_model(origin.model, picture)
+    source = chosen_model(model, base, comfyui)
+    assert source is not None
     chosen = open_for_drawing(source, _found(origin, adapters, picture), device, offload, origin.quantize)
     check_max_tokens(chosen.facts, origin.max_tokens, f"{picture}: max_tokens")
     opened = chosen.load([origin])

@@ -32,6 +32,7 @@ from libreflux.errors import DataError
 from libreflux.model import family
 from libreflux.model.facts import freed
 from libreflux.model.text import TextConditioning, check_trained_padding
+from libreflux.places import folder_place
 from libreflux.printing import get_logger
 from libreflux.recipe import DataSource, Recipe
 
@@ -150,9 +151,11 @@ def prepare(
     if out.exists() and not out.is_dir():
         raise DataError("is a file", where=out, mend="name a folder for the cache")
     check_trained_padding(text_padding)
+    own = out if part == WHOLE else out / PARTS / f"{part[0]:04d}-of-{part[1]:04d}"
+    if not (own / INDEX).is_file():  # a whole cache may be on a disk that is only read
+        folder_place(own)
     folder = family.locate(model)
     max_tokens = freed(family.open_model(model, parts=()).facts).max_tokens if max_tokens is None else max_tokens
-    own = out if part == WHOLE else out / PARTS / f"{part[0]:04d}-of-{part[1]:04d}"
     memory = FileMemory(own, [each for each in index_folders(out) if each != own])
     bar = Bar(progress)
     sources, quarantined = _read(data, memory, part, bar)

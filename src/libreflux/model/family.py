@@ -23,7 +23,7 @@ from libreflux.model.int8 import dequantise_model, int8_layers
 from libreflux.model.int8_files import METHOD, empty_int8, load_int8, stored_as, stream_int8, weight_files, write_int8
 from libreflux.model.load import load_part, load_text, one_line, quiet
 from libreflux.model.locate import PARTS, locate, part_folder
-from libreflux.model.parts import check_fit, check_part, json_object
+from libreflux.model.parts import check_fit, check_layers, check_part, copy_part, json_object
 from libreflux.model.single_file import (
     FACTS_KEY,
     TOKENIZERS,
@@ -113,6 +113,7 @@ def open_model(
         return _open_files(name, parts, dtype, bool(quantise), device)
     path = locate(name, weights=False)
     config = json_object(path / "transformer" / "config.json")
+    check_layers(config, path / "transformer" / "config.json")
     if config.get("_class_name") not in ("FluxTransformer2DModel", _MASKED):
         mend = "use a model of the FLUX.1 family"
         raise ModelError(f"its transformer is a {config.get('_class_name')}", where=path, mend=mend)
@@ -238,7 +239,7 @@ def save_model(model: Model, out: Path, extras: Mapping[str, str] | None = None)
             elif part in live:
                 live[part].save_pretrained(staging / part)
             elif model.path is not None and (stored := part_folder(model.path, part)).is_dir():
-                shutil.copytree(stored, staging / part)  # follows the hub cache's links
+                copy_part(stored, staging / part)
             else:
                 raise ModelError(f"has no {part} to save", where=model.name, mend="open it with all its parts")
         index = {**_INDEX, "_diffusers_version": diffusers.__version__}
@@ -277,7 +278,7 @@ def quantise_folder(name: str | Path | SingleFiles, out: Path) -> Path:
         write_int8(staging / "transformer", json_object(source / "config.json"), stream_int8(source, empty))
         for part in PARTS:
             if part != "transformer" and (stored := part_folder(model.path, part)).is_dir():
-                shutil.copytree(stored, staging / part)
+                copy_part(stored, staging / part)
         shutil.copyfile(model.path / "model_index.json", staging / "model_index.json")
         write_facts(staging, _quantised(model.facts, str(name), weights_hash(model.path)))
     return Path(out)

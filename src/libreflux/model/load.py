@@ -13,7 +13,7 @@ import transformers
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from libreflux.errors import LibrefluxError, ModelError
-from libreflux.model.parts import COPY, check_part, check_tokenizer
+from libreflux.model.parts import COPY, check_part, check_tokenizer, named, visible, weight_variant
 from libreflux.model.single_file import TOKENIZERS, TensorFile, file_config, load_text_encoder
 from libreflux.model.text import TextEncoders
 
@@ -28,6 +28,7 @@ def load_part(kind: Any, folder: Path, dtype: torch.dtype | None) -> Any:
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            variant=weight_variant(folder),
         )
     _check_keys(folder, found, ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
     return part.requires_grad_(False).eval()
@@ -45,7 +46,12 @@ def load_text(where: Mapping[str, Path | TensorFile], dtype: torch.dtype | None)
         check_part(place)
         with one_line(place):
             encoder, found = kind.from_pretrained(
-                place, dtype=dtype or "auto", use_safetensors=True, local_files_only=True, output_loading_info=True
+                place,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                variant=weight_variant(place),
             )
         # Unexpected keys are left to transformers: full T5 and CLIP files carry decoders and position ids.
         _check_keys(place, found, ("missing_keys", "mismatched_keys", "error_msgs"))
@@ -75,10 +81,11 @@ def _check_keys(folder: Path, found: dict[str, Any], kinds: Sequence[str]) -> No
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of the part's first floating tensor."""
+    """The dtype of the part's first floating tensor, in the files that are read."""
     from safetensors import safe_open
 
-    for file in sorted(folder.glob("*.safetensors")):
+    single = folder / named("diffusion_pytorch_model.safetensors", weight_variant(folder))
+    for file in [single] if single.is_file() else visible(folder, "*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             for name in sorted(tensors.keys()):
                 dtype = tensors.get_slice(name).get_dtype()

@@ -19,6 +19,7 @@ from libreflux import plainjson
 from libreflux.errors import ModelError
 from libreflux.model.int8 import int8_layers, quantise_model, quantise_weight
 from libreflux.model.keys import BFL_BLOCKS, Row, config_of, count_blocks, renamed, transformer_rows, vae_rows
+from libreflux.model.parts import check_layers
 from libreflux.printing import get_logger
 
 logger = get_logger(__name__)
@@ -178,7 +179,7 @@ def transformer_config(file: TensorFile, base: Mapping[str, Any] | None = None) 
     """
     if own := file.metadata.get("transformer_config"):
         with _built(file.path):
-            return {str(key): value for key, value in plainjson.parse(own).items()}
+            return _told_config(own, file)
     try:
         config = config_of(_shapes(file))
     except ModelError as error:
@@ -260,7 +261,13 @@ def file_config(file: TensorFile, part: str) -> dict[str, Any]:
     """The configuration of the VAE or a text encoder in a file: as its own metadata say, else FLUX.1's."""
     with _built(file.path):
         text = file.metadata.get(f"{part}_config") or (CONFIGS / f"{part}.json").read_text(encoding="utf-8")
-        return {str(key): value for key, value in plainjson.parse(text).items()}
+        return _told_config(text, file)
+
+
+def _told_config(text: str, file: TensorFile) -> dict[str, Any]:
+    config = {str(key): value for key, value in plainjson.parse(text).items()}
+    check_layers(config, file.path, max(1, len(file.shapes)))
+    return config
 
 
 def _filled(model: Any, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None) -> Any:

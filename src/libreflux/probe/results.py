@@ -78,6 +78,20 @@ class Picture:
         """Plain values."""
         return {"file": self.file, "at": dict(self.at), "purpose": self.purpose}
 
+    @staticmethod
+    def from_json(row: Mapping[str, Any], folder: Path) -> Picture:
+        """The inverse of `as_json`, of a result in `folder`.
+
+        Raises:
+            ValueError: a file outside the folder, links followed, or none that a probe writes: a page would show it.
+        """
+        found = Picture(**row)
+        if not isinstance(found.file, str) or Path(found.file).suffix != ".png":
+            raise ValueError(f"{found.file!r} is no .png file")
+        if not (folder / found.file).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{found.file!r} is outside its folder")
+        return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
@@ -140,7 +154,7 @@ def read_result(folder: Path) -> Result:
         return Result(
             **{name: rows[name] for name in ("model", "settings", "versions", "seconds")},
             measures=[Measure.from_json(row) for row in rows["measures"]],
-            pictures=[Picture(**row) for row in rows["pictures"]],
+            pictures=[Picture.from_json(row, path.parent) for row in rows["pictures"]],
             folder=path.parent,
         )
     except FileNotFoundError:

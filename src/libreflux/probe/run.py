@@ -116,7 +116,8 @@ def read_section(out: Path, name: str, key: str) -> tuple[Found, float] | None:
         if rows["schema"] != 1 or rows["key"] != key:
             return None
         found = Found(
-            [Measure.from_json(row) for row in rows["measures"]], [Picture(**row) for row in rows["pictures"]]
+            [Measure.from_json(row) for row in rows["measures"]],
+            [Picture.from_json(row, out) for row in rows["pictures"]],
         )
         whole = all((out / picture.file).is_file() for picture in found.pictures)
         return (found, float(rows["seconds"])) if whole else None

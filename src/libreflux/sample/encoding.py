@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from libreflux import plainjson
 from libreflux.errors import RecipeError
 from libreflux.model.facts import Facts
 from libreflux.model.text import TextConditioning, TextEncoders
@@ -51,6 +52,9 @@ def encode_prompts(
     check_max_tokens(facts, max_tokens)
     if prompts_2 is not None and len(prompts_2) != len(prompts):
         raise RecipeError(f"{len(prompts_2)} second prompts for {len(prompts)} prompts", mend="give one each")
+    for text in (*prompts, *(prompts_2 or ())):
+        if not plainjson.is_text(text):
+            raise RecipeError(f"half a character in {text[:40]!r}", where="prompt", mend="write it as UTF-8")
     for prompt in dict.fromkeys(prompts):
         if unseen := encoders.unseen_by_clip(prompt):
             other = (

@@ -207,7 +207,7 @@ def read_origin(path: Path) -> Origin:
         return TypeAdapter(Origin).validate_python(values)
     except (ValueError, TypeError, AttributeError) as error:
         why = (
-            "; ".join(f"{'.'.join(map(str, row['loc']))}: {row['msg']}" for row in error.errors())
+            "; ".join(f"{(*row['loc'], 'it')[0]}: {row['msg']}" for row in error.errors())
             if isinstance(error, ValidationError)
             else error
         )

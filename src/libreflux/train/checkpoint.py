@@ -31,6 +31,7 @@ from pydantic import ValidationError
 
 from libreflux import files, plainjson, recipe_faults
 from libreflux.errors import RunError
+from libreflux.places import placed
 from libreflux.printing import get_logger
 from libreflux.recipe import Recipe, differences
 
@@ -46,7 +47,7 @@ RECIPE = "recipe.json"
 METRICS = "metrics.jsonl"
 HELD_OUT = "held_out.jsonl"
 
-_WRITTEN = (FOLDER, "averages", "samples")
+WRITTEN = (FOLDER, "averages", "samples")
 _NAME = re.compile(r"step-(\d{8,})")
 
 Writer = Callable[[Path], None]
@@ -162,7 +163,7 @@ def recover(run: Path) -> Checkpoint | None:
     Damaged checkpoints above the latest are renamed `damaged-…`, so that the resumed run can write its own. Call it
     with the run locked.
     """
-    for folder in (run, *(run / name for name in _WRITTEN)):
+    for folder in (run, *(run / name for name in WRITTEN)):
         files.sweep(folder)
     newest = latest(run)
     for checkpoint in listed(run):
@@ -309,17 +310,17 @@ class Metrics:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with files.placed(self._path):
+        with placed(self._path):
             self._file.close()
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends one JSON object; `step` is one of its keys."""
-        with files.placed(self._path):
+        with placed(self._path):
             self._file.write(json.dumps(line) + "\n")
 
     def sync(self) -> None:
         """Lets the lines written so far survive a power cut."""
-        with files.placed(self._path):
+        with placed(self._path):
             os.fsync(self._file.fileno())
 
 
