@@ -194,6 +194,8 @@ def verify_manifest(folder: Path) -> None:
         raise RunError(f"manifest schema {manifest.get('schema')!r} is not 1", where=path, mend="update libreflux")
     for name, (size, digest) in listed.items():
         file = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise RunError(f"names {name!r}, which is outside its folder", where=path, mend=mend)
         if not file.is_file():
             raise RunError("listed in the manifest but missing", where=file, mend=mend)
         if file.stat().st_size != size:
@@ -303,13 +305,10 @@ def _warn_unlocked(folder: str, why: str) -> None:
     logger.warning("%s: its file system has no locks (%s): let no second process write there", folder, why)
 
 
-@functools.cache
-def _warn_unsynced(device: int, folder: str, why: str) -> None:
-    logger.warning(
-        "%s: its file system does not sync folders (%s): a power cut may undo the last files, which stay whole",
-        folder,
-        why,
-    )
+@functools.cache  # once for each file system
+def _warn_unsynced(device: int) -> None:
+    told = "a file system (device %d:%d) does not sync folders: a power cut may undo the newest files, none by half"
+    logger.warning(told, os.major(device), os.minor(device))
 
 
 def _sync_tree(folder: Path) -> None:
@@ -327,6 +326,6 @@ def _sync(path: Path) -> None:
         # Of a file an fsync that fails means lost bytes; of a folder only that its newest names may be.
         if error.errno not in _NO_SYNC or not path.is_dir():
             raise
-        _warn_unsynced(os.fstat(handle).st_dev, str(path), os.strerror(error.errno))
+        _warn_unsynced(os.fstat(handle).st_dev)
     finally:
         os.close(handle)

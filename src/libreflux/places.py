@@ -60,7 +60,7 @@ def new_place(path: Path) -> None:
 def file_place(path: Path) -> None:
     """Raises RunError unless a file can be written, or replaced, at `path`."""
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir it never raises
         raise RunError("is a folder", where=path, mend="name another file, or remove it")
     _try(path)
 
@@ -71,8 +71,10 @@ def folder_place(path: Path, *parts: str) -> None:
     What is not there yet must be possible to make.
     """
     for folder in (Path(path), *(Path(path) / part for part in parts)):
-        if os.path.lexists(folder) and not folder.is_dir():
-            what = "is a link that leads nowhere" if folder.is_symlink() and not folder.exists() else "is a file"
+        if os.path.lexists(folder) and not os.path.isdir(folder):
+            what = (
+                "is a link that leads nowhere" if os.path.islink(folder) and not os.path.exists(folder) else "is a file"
+            )
             raise RunError(what, where=folder, mend="name a folder, or remove it")
         _try(folder / "file")
 
@@ -86,14 +88,17 @@ def _try(path: Path) -> None:
         above = path.absolute().parent
         while not os.path.lexists(above):
             above = above.parent
-        if not above.is_dir():
-            dangling = above.is_symlink() and not above.exists()
-            what = "is a link that leads nowhere" if dangling else "is a file, not a folder"
-            raise RunError(what, where=above, mend="name another place")
+        if not os.path.isdir(above):
+            raise RunError(_in_the_way(above), where=above, mend="name another place")
         _check_lengths(path, above)
         trial = above / f".trial.tmp-{secrets.token_hex(4)}"
         os.close(os.open(trial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         trial.unlink()
+
+
+def _in_the_way(path: Path) -> str:
+    dangling = os.path.islink(path) and not os.path.exists(path)
+    return "is a link that leads nowhere" if dangling else "is a file, not a folder"
 
 
 def _check_lengths(path: Path, above: Path) -> None:

@@ -95,7 +95,7 @@ def demo(
 
     steps_told = [plainjson.parse(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     page = demo_page.write(
-        out, found, examples=sorted(data.glob("*.png"))[:8], pictures=pictures, times=times, recipe=text,
+        out, found, examples=sorted(data.glob("[!.]*.png"))[:8], pictures=pictures, times=times, recipe=text,
         losses=[told["loss"] for told in steps_told if told["loss"] is not None],  # null: a step that was skipped
         commands=_by_hand(out, pictures),
     )  # fmt: skip
@@ -137,7 +137,7 @@ class _timed:
 
 
 def _write_pictures(data: Path, count: int) -> None:
-    if data.is_dir() and len(list(data.glob("*.png"))) == count:
+    if data.is_dir() and len(list(data.glob("[!.]*.png"))) == count:
         return
     if data.exists():
         raise RunError("holds other pictures", where=data, mend="remove it, or name another folder with --out")

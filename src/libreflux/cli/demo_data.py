@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from libreflux.errors import DataError, RecipeError
-from libreflux.places import folder_place
+from libreflux.places import folder_place, new_place
 from libreflux.printing import say
 
 
@@ -23,7 +23,10 @@ def demo_data(
     """Write composed emoji pictures with captions: PNG, side-car .txt and metadata.jsonl."""
     if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         raise DataError("already exists", where=out, mend="choose another name or remove it")
-    folder_place(out.absolute().parent)
+    if out.is_dir():
+        folder_place(out.absolute().parent)  # the finished folder takes its place by a rename
+    else:
+        new_place(out)
     from libreflux.cli.progress import progress
     from libreflux.emoji import compose
     from libreflux.files import staged_dir

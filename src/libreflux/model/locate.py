@@ -133,9 +133,7 @@ def foreign_format(config: Mapping[str, Any]) -> str | None:
     return f"{method}{f' ({str(detail)[:60]})' if detail else ''}"
 
 
-FOREIGN_MEND = (
-    "use the model in bf16 or fp32; `--quantize int8` makes it small in memory, `libreflux export --int8` on disk"
-)
+FOREIGN_MEND = "use the model in bf16 or fp32; `libreflux export --int8` makes it small"
 
 
 def _refuse_format(part: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from libreflux.errors import ModelError
 from libreflux.files import sha256_file
+from libreflux.model.load import quiet
 from libreflux.model.parts import check_part, json_object, visible
 from libreflux.probe.judges import Judge, Verdict
 
@@ -64,8 +65,9 @@ def load_features(folder: Path) -> Features:
             raise ModelError(what, where=folder / name, mend="use a model that transformers has itself")
     ours: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        processor = AutoImageProcessor.from_pretrained(folder, **ours)
-        model = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **ours)
+        with quiet():
+            processor = AutoImageProcessor.from_pretrained(folder, **ours)
+            model = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **ours)
         size = getattr(processor, "crop_size", None) or processor.size
         side = size["height"] if "height" in size else size["shortest_edge"]
         if not 1 <= int(side) <= MOST_SIDE:
