@@ -238,6 +238,13 @@ DAMAGED: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
         "whole", lambda folder: (folder / "text_encoder_2" / "adapter_config.json").write_text("{}"),
         ("/text_encoder_2: is an adapter",),
     ),
+    "scheduler: timesteps without end": (
+        "whole",
+        lambda folder: edited(
+            folder / "scheduler" / "scheduler_config.json", lambda old: old | {"num_train_timesteps": 10**12}
+        ),
+        ("/scheduler: num_train_timesteps cannot be 1000000000000",),
+    ),
     "scheduler: broken": (
         "whole", lambda folder: replaced(folder / "scheduler" / "scheduler_config.json", "{"),
         ("/scheduler_config.json: cannot be loaded",),

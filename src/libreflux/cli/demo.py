@@ -71,7 +71,7 @@ def demo(
 
     folder_place(out, "run", "probe")
     data, run, measured, recipe_file = out / "pictures", out / "run", out / "probe", out / "recipe.yaml"
-    if recipe_file.exists() and not recipe_file.read_text("utf-8").startswith(RECIPE.partition("\n")[0]):
+    if recipe_file.exists() and not recipe_file.read_text("utf-8", "replace").startswith(RECIPE.partition("\n")[0]):
         raise RunError("is not a demo's recipe", where=recipe_file, mend="name another folder with --out")
     places = {"data": scalar(str(data)), "out": scalar(str(run))}
     text = RECIPE.format(model=MODEL, steps=steps, warmup=min(20, steps // 10), **places)

@@ -79,7 +79,7 @@ def generate(
         typer.Option(help="Guided steps as one pass (on) or two (off); auto: one where prompts are equally long."),
     ] = Batch.auto,
     seed: Annotated[int, typer.Option(min=0, help="Seed of each prompt's first picture.")] = 0,
-    count: Annotated[int, typer.Option(min=1, help="Pictures per prompt, seeds counting up.")] = 1,
+    count: Annotated[int, typer.Option(min=1, max=100_000, help="Pictures per prompt, seeds counting up.")] = 1,
     width: Annotated[int | None, typer.Option(min=16, help="Pixels, a multiple of 16; default: the model's.")] = None,
     height: Annotated[int | None, typer.Option(min=16, help="Pixels, a multiple of 16; default: the model's.")] = None,
     tile: Annotated[

@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.text import Text
 
 from libreflux.cli import terminal
+from libreflux.printing import printable
 
 PLAIN_EVERY = 15.0
 """Seconds between two plain lines."""
@@ -111,7 +112,7 @@ def progress(what: str, unit: str = "step", console: Console | None = None) -> I
         def report(done: int, total: int, note: str = "") -> None:
             if bar.tasks[0].completed == 0 and done > 1:
                 bar.reset(task, completed=done, total=total)  # a resumed job: what was done before has no rate
-            bar.update(task, completed=done, total=total, note=note)
+            bar.update(task, completed=done, total=total, note=printable(note))  # before its width is measured
 
         yield report
 

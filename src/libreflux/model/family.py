@@ -135,7 +135,10 @@ def open_model(
     in_int8 = stored_as(config, path) == METHOD
     with quiet():
         if (scheduler := part_folder(path, "scheduler")).is_dir():
-            json_object(scheduler / "scheduler_config.json")
+            steps = json_object(scheduler / "scheduler_config.json").get("num_train_timesteps", 1000)
+            if not isinstance(steps, int) or not 1 <= steps <= 1_000_000:  # a table of as many is made
+                mend = "write 1000"
+                raise ModelError(f"num_train_timesteps cannot be {steps!r}", where=scheduler, mend=mend)
             with one_line(scheduler):
                 model.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(scheduler, local_files_only=True)
         if "transformer" in parts and (in_int8 or quantise):
