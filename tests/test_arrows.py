@@ -13,11 +13,14 @@ import pytest
 import libreflux
 
 ROOT = Path(libreflux.__file__).parent
-GROUND = {"recipe", "files", "keyed", "errors"}
+GROUND = {"recipe", "files", "places", "keyed", "errors", "printing", "plainjson"}
 BELOW: dict[str, set[str]] = {
-    "errors": set(),
+    "printing": set(),
+    "plainjson": set(),
+    "errors": {"printing"},
     "keyed": set(),
-    "files": {"errors"},
+    "places": {"errors"},
+    "files": {"errors", "places", "plainjson", "printing"},
     "recipe": {"errors", "files", "keyed"},
     "flow": set(),
     "model": GROUND | {"flow"},

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # what a terminal obeys or cannot encode
+from libreflux.printing import printable
 
 
 class LibrefluxError(Exception):
@@ -29,7 +27,7 @@ class LibrefluxError(Exception):
         line = f"{self.where}: {self.what}" if self.where is not None else self.what
         if self.mend:
             line += f"; mend: {self.mend}"
-        return _UNPRINTABLE.sub(lambda found: f"\\x{ord(found[0]):02x}", " ".join(line.split()))
+        return printable(" ".join(line.split()))
 
 
 class RecipeError(LibrefluxError):

@@ -9,37 +9,32 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from libreflux import plainjson
 from libreflux.errors import RunError
+from libreflux.places import WRITE_ERRORS, placed
+from libreflux.printing import get_logger
 
 if TYPE_CHECKING:
     import torch
 
+logger = get_logger(__name__)
+
 MANIFEST = "manifest.json"
 LOCK = ".lock"
-WRITE_ERRORS = frozenset({errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EROFS})
-"""What only a write meets."""
-PLACE_ERRORS = WRITE_ERRORS | frozenset(
-    {
-        errno.EACCES,
-        errno.EEXIST,
-        errno.EISDIR,
-        errno.ELOOP,
-        errno.ENAMETOOLONG,
-        errno.ENOTDIR,
-        errno.EPERM,
-    }
-)
-"""What the file system says of a place that the user named; any other OSError is a bug of ours."""
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF})
+_NO_SYNC = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF})
+"""What network file systems (NFS, CIFS, FUSE) say of what they do not have."""
 _LEFT = re.compile(r"\..+\.(tmp|staging)-[0-9a-f]{8}|\.deleted-.+|\.tmp\w{6}")  # the last one is safetensors' own
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
@@ -124,7 +119,7 @@ def _staged(final: Path) -> Iterator[Path]:
     staging.mkdir()
     holder = os.open(staging, os.O_RDONLY)
     try:
-        fcntl.flock(holder, fcntl.LOCK_EX)
+        _flock(holder, fcntl.LOCK_EX, staging.parent)
         yield staging
         _open_to_others(*(path for path in staging.rglob("*") if path.is_file() and not path.is_symlink()))
         _sync_tree(staging)
@@ -161,37 +156,6 @@ def sweep(folder: Path) -> None:
             path.unlink()
 
 
-@contextlib.contextmanager
-def placed(path: Path, errors: Collection[int] = PLACE_ERRORS) -> Iterator[None]:
-    """Says of a failed write what it was to become; the system names no file when a disk is full.
-
-    Args:
-        path: what the block writes.
-        errors: the error numbers that are the place's fault, not ours.
-
-    Raises:
-        RunError: one of them in the block.
-    """
-    try:
-        yield
-    except Exception as error:
-        number = _error_number(error)
-        if number not in errors:
-            raise
-        mend = "make room or rights there, or name another place"
-        raise RunError(os.strerror(number), where=path, mend=mend) from error
-
-
-def _error_number(error: BaseException) -> int:
-    """The errno behind an exception, safetensors' and an inner `placed`'s included; 0 if there is none."""
-    if isinstance(error, RunError) and error.__cause__ is not None:
-        return _error_number(error.__cause__)
-    if isinstance(error, OSError):
-        return error.errno or 0
-    from_rust = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
-    return int(from_rust[1]) if from_rust else 0
-
-
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
@@ -220,7 +184,7 @@ def verify_manifest(folder: Path) -> None:
         text = path.read_text(encoding="utf-8")
         if not text.endswith("\n"):
             raise ValueError("cut short")
-        manifest = json.loads(text)
+        manifest = plainjson.parse(text)
         listed = {str(name): (int(row["size"]), str(row["sha256"])) for name, row in manifest["files"].items()}
     except FileNotFoundError:
         raise RunError("incomplete: it has no manifest", where=folder, mend=mend) from None
@@ -230,6 +194,8 @@ def verify_manifest(folder: Path) -> None:
         raise RunError(f"manifest schema {manifest.get('schema')!r} is not 1", where=path, mend="update libreflux")
     for name, (size, digest) in listed.items():
         file = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise RunError(f"names {name!r}, which is outside its folder", where=path, mend=mend)
         if not file.is_file():
             raise RunError("listed in the manifest but missing", where=file, mend=mend)
         if file.stat().st_size != size:
@@ -261,7 +227,7 @@ def _lock_handle(folder: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, folder)
             # Its last holder may have removed the whole folder since it was opened: then this locks nothing.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), os.stat(folder / LOCK)):
@@ -324,6 +290,27 @@ def _sweep_abandoned(final: Path) -> None:
             os.close(handle)
 
 
+def _flock(handle: int, how: int, folder: Path) -> None:
+    """Locks, or goes on with a warning where the file system has no locks; BlockingIOError: somebody else holds it."""
+    try:
+        fcntl.flock(handle, how)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        _warn_unlocked(str(folder), os.strerror(error.errno))
+
+
+@functools.cache  # a run locks its folder more than once
+def _warn_unlocked(folder: str, why: str) -> None:
+    logger.warning("%s: its file system has no locks (%s): let no second process write there", folder, why)
+
+
+@functools.cache  # once for each file system
+def _warn_unsynced(device: int) -> None:
+    told = "a file system (device %d:%d) does not sync folders: a power cut may undo the newest files, none by half"
+    logger.warning(told, os.major(device), os.minor(device))
+
+
 def _sync_tree(folder: Path) -> None:
     for root, _, names in os.walk(folder):
         for name in names:
@@ -335,5 +322,10 @@ def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        # Of a file an fsync that fails means lost bytes; of a folder only that its newest names may be.
+        if error.errno not in _NO_SYNC or not path.is_dir():
+            raise
+        _warn_unsynced(os.fstat(handle).st_dev)
     finally:
         os.close(handle)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import os
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -74,3 +77,23 @@ def trained(recipe: Path) -> Path:
     result = run("train", recipe)
     assert result.code == 0, result.err
     return recipe.parent / "run" / "adapter.safetensors"
+
+
+@pytest.fixture(scope="session")
+def libreflux(tiny_model_dir: Path) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """Runs `libreflux ARGS` in a working folder, in a process of its own, on a terminal of this encoding."""
+    script = Path(__file__).with_name("forked_cli.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, str(script), str(tiny_model_dir)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+
+        def run(cwd: Path, *args: object, encoding: str = "utf-8") -> tuple[int, str, str]:
+            asked = {"args": [*map(str, args)], "cwd": str(cwd), "encoding": encoding}
+            print(json.dumps(asked), file=process.stdin, flush=True)
+            return tuple(json.loads(process.stdout.readline()))
+
+        yield run
+        process.stdin.close()

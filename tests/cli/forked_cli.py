@@ -2,10 +2,10 @@
 
     python forked_cli.py MODEL      opened once, for what is only imported then
 
-In: a JSON line {"args": [...], "cwd": "..."}. Out: a JSON line [exit code, stdout, stderr], caught at the file
-descriptors, so that what libraries print on their own is in it. A traceback is exit code 1, 20 seconds are minus
-SIGALRM, and 4 GiB more than the libraries take are a MemoryError. Whoever asks the network is stopped with exit code
-97.
+In: a JSON line {"args": [...], "cwd": "...", "encoding": "of its stdout"}. Out: a JSON line [exit code, stdout,
+stderr], caught at the file descriptors, so that what libraries print on their own is in it. A traceback is exit code
+1, 20 seconds are minus SIGALRM, and 4 GiB more than the libraries take are a MemoryError. Whoever asks the network is
+stopped with exit code 97.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def address_space() -> int:
         return int(sizes.read().split()[0]) * resource.getpagesize()
 
 
-def forked(args: list[str], cwd: str) -> tuple[int, str, str]:
+def forked(args: list[str], cwd: str, encoding: str = "utf-8") -> tuple[int, str, str]:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if child == 0:
@@ -52,6 +52,7 @@ def forked(args: list[str], cwd: str) -> tuple[int, str, str]:
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
                 os.chdir(cwd)
+                sys.stdout.reconfigure(encoding=encoding, errors="strict")
                 signal.alarm(20)
                 limit = address_space() + 2**32
                 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,25 +47,6 @@ def layouts(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> d
         shutil.copytree(tiny_model_dir, root / name, ignore=shutil.ignore_patterns("libreflux.json", "transformer"))
         tiny_transformer(guidance_embeds=guidance_embeds).save_pretrained(root / name / "transformer")
     return found
-
-
-@pytest.fixture(scope="module")
-def libreflux(tiny_model_dir: Path) -> Iterator[Callable[..., tuple[int, str, str]]]:
-    """Runs `libreflux ARGS` in a working folder, in a process of its own."""
-    script = Path(__file__).with_name("forked_cli.py")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, str(script), str(tiny_model_dir)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stdin is not None and process.stdout is not None
-
-        def run(cwd: Path, *args: object) -> tuple[int, str, str]:
-            print(json.dumps({"args": [*map(str, args)], "cwd": str(cwd)}), file=process.stdin, flush=True)
-            return tuple(json.loads(process.stdout.readline()))
-
-        yield run
-        process.stdin.close()
 
 
 def replaced(file: Path, content: bytes | str) -> None:
@@ -258,6 +237,13 @@ DAMAGED: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
     "an adapter for a text encoder": (
         "whole", lambda folder: (folder / "text_encoder_2" / "adapter_config.json").write_text("{}"),
         ("/text_encoder_2: is an adapter",),
+    ),
+    "scheduler: timesteps without end": (
+        "whole",
+        lambda folder: edited(
+            folder / "scheduler" / "scheduler_config.json", lambda old: old | {"num_train_timesteps": 10**12}
+        ),
+        ("/scheduler: num_train_timesteps cannot be 1000000000000",),
     ),
     "scheduler: broken": (
         "whole", lambda folder: replaced(folder / "scheduler" / "scheduler_config.json", "{"),

@@ -95,12 +95,12 @@ def hub(tiny_model_dir: Path) -> Iterator[Hub]:
     server.shutdown()
 
 
-def opened(hub: Hub, cache: Path, name: str, port: int | None = None) -> str:
+def opened(hub: Hub, cache: Path, name: str, port: int | None = None, call: str = "locate(sys.argv[1])") -> str:
     """What a fresh process says that opens the model: its folder, or the error. The hub may be said to be elsewhere."""
     code = (
         "import sys; from libreflux.errors import ModelError\n"
-        "from libreflux.model.locate import locate\n"
-        "try: print(locate(sys.argv[1]))\n"
+        "from libreflux.model.locate import locate, told_model\n"
+        f"try: print({call})\n"
         "except ModelError as error: print('ModelError:', error)\n"
     )
     package = str(Path(__file__).resolve().parents[2] / "src")
@@ -130,6 +130,22 @@ def test_a_hub_model_comes_once_without_code_and_after_interruption_in_full(hub:
     hub.requests.clear()
     assert Path(opened(hub, tmp_path, "org/tiny")) == folder
     assert hub.requests == []  # the commit of the first download stays, without asking
+
+
+def test_what_a_file_names_is_used_where_it_is_and_never_fetched(hub: Hub, tmp_path: Path) -> None:
+    told = "told_model(sys.argv[1], 'a.png')"
+    hub.requests.clear()
+    said = opened(hub, tmp_path, "org/tiny", call=told)
+    assert said.startswith("ModelError: a.png: its model org/tiny is not at hand (not downloaded before); mend: ")
+    assert "--model" in said and "\n" not in said
+    for name in ("org/tiny@../../../x", "../org/tiny"):
+        assert "not at hand (no such model" in opened(hub, tmp_path, name, call=told)
+    assert hub.requests == []
+    opened(hub, tmp_path, "org/tiny")  # the user's own word
+    assert hub.fetched
+    hub.requests.clear()
+    assert opened(hub, tmp_path, "org/tiny", call=told) == "org/tiny"
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -19,6 +18,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
+from libreflux import plainjson
 from libreflux.adapter.init import Kind, init_lokr, init_lora
 from libreflux.adapter.layers import AdaptedLinear, LoKr, LoRA, delta_from_tensors, features, linears
 from libreflux.adapter.spelling import LYCORIS, is_text, lycoris_name, read_names
@@ -26,8 +26,9 @@ from libreflux.adapter.targets import Resolved
 from libreflux.errors import AdapterError
 from libreflux.files import sha256_file
 from libreflux.model.stream import save_live
+from libreflux.printing import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 PREFIX = LYCORIS
 SCHEMA = "1"
@@ -169,7 +170,8 @@ class AdapterFile:
     def layer_names(self) -> dict[str, str]:
         """LyCORIS prefix -> layer name, as the file or its reader says; empty for a file of lycoris-lora's own."""
         try:
-            return {str(prefix): str(name) for prefix, name in json.loads(self.metadata.get("key_map", "{}")).items()}
+            told = plainjson.parse(self.metadata.get("key_map", "{}"))
+            return {str(prefix): str(name) for prefix, name in told.items()}
         except (ValueError, AttributeError):
             raise AdapterError("unreadable key_map in its metadata", where=self.where, mend="copy it again") from None
 

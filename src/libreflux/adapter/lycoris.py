@@ -13,7 +13,6 @@ Ranges such as `[8-15]` are sets of single characters in both styles, which is w
 from __future__ import annotations
 
 import fnmatch
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any
 
 from torch import nn
 
+from libreflux import plainjson
 from libreflux.adapter.layers import lokr_shapes
 from libreflux.adapter.targets import Resolved, lokr_row, lora_row, summary
 from libreflux.errors import AdapterError
@@ -59,7 +59,7 @@ def read_config(path: Path | str) -> dict[str, Any]:
         AdapterError: no such file, no JSON object, or a key that would be ignored.
     """
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        config = plainjson.parse(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise AdapterError(f"cannot be read as JSON ({error})", where=path) from None
     if not isinstance(config, dict):

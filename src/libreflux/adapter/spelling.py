@@ -6,7 +6,6 @@ several of diffusers' ones, see `model.keys`, whose parts of the adapter are the
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from libreflux import plainjson
 from libreflux.adapter.layers import LORA_SUFFIXES, LoKr, delta_from_tensors, delta_weight
 from libreflux.errors import AdapterError
 from libreflux.model.keys import Row, layer_rows, swap_halves
@@ -126,7 +126,7 @@ def _peft_alpha(metadata: Mapping[str, str], row: Row, rank: int, where: str) ->
     if _PEFT not in metadata:
         return {}
     try:
-        config: dict[str, Any] = json.loads(metadata[_PEFT])
+        config: dict[str, Any] = plainjson.parse(metadata[_PEFT])
         told = {name.removeprefix("transformer."): value for name, value in config.items()}
         exceptions = told.get("alpha_pattern") or {}
         alpha = next((v for k, v in exceptions.items() if re.search(rf"(^|\.){k}$", row.bfl)), told.get("lora_alpha"))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from libreflux.errors import AdapterError
+from libreflux.printing import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 DEMO_MODEL = "emoji-libre"
 FOR_PHOTOGRAPHS = ("jimmycarter/LibreFLUX", 34)
@@ -87,10 +87,16 @@ def load_arguments(texts: Iterable[str]) -> list[tuple[AdapterFile, float]]:
 
 
 def default_model(texts: Iterable[str]) -> str:
-    """What is drawn with when nobody names a model: what the first adapter was trained on, else emoji-libre."""
+    """What is drawn with when nobody names a model: what the first adapter was trained on, else emoji-libre.
+
+    Raises:
+        ModelError: the adapter names a model that is not here: nothing is fetched because a file says so.
+    """
     for file, _ in load_arguments(list(texts)[:1]):
         if told := file.metadata.get("model"):
-            return told
+            from libreflux.model.locate import told_model
+
+            return told_model(told, file.where)
     logger.warning(
         "%s is a demo model: emoji only, 128 px; for photographs: --model %s (%d GB)", DEMO_MODEL, *FOR_PHOTOGRAPHS
     )

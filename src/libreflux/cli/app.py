@@ -11,8 +11,9 @@ import typer
 import libreflux
 from libreflux.cli import average, demo, demo_data, export, generate, grid, merge, prepare, probe, train
 from libreflux.cli.verb import Verb
-from libreflux.errors import LibrefluxError
-from libreflux.files import PLACE_ERRORS, WRITE_ERRORS
+from libreflux.errors import LibrefluxError, RecipeError
+from libreflux.places import PLACE_ERRORS, WRITE_ERRORS
+from libreflux.printing import never_fail, say, say_table
 
 app = typer.Typer(
     name="libreflux",
@@ -28,7 +29,7 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"libreflux {libreflux.__version__}")
+        say(f"libreflux {libreflux.__version__}")
         raise typer.Exit()
 
 
@@ -40,7 +41,7 @@ def _root(
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        say_table(context.get_help())
 
 
 app.command("demo", cls=Verb)(demo.demo)
@@ -56,7 +57,7 @@ app.command("demo-data", cls=Verb)(demo_data.demo_data)
 
 
 def _refuse(line: str, code: int = 2) -> NoReturn:
-    print(f"libreflux: error: {line}", file=sys.stderr, flush=True)
+    say(f"libreflux: error: {line}", err=True)
     sys.exit(code)
 
 
@@ -70,9 +71,19 @@ def _of_a_device(error: Exception) -> LibrefluxError | None:
     return faults.told(error, verb, "smaller sizes, or --device cpu where the verb has it (a recipe: device: cpu)")
 
 
+def _check_arguments() -> None:
+    """Raises RecipeError for an argument that is not UTF-8: prompts and names go into files that are."""
+    for word in sys.argv[1:]:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):
+            mend = "write it as UTF-8 (a file: rename it; a terminal: use a UTF-8 locale)"
+            raise RecipeError("is not UTF-8", where=word, mend=mend)
+
+
 def main() -> NoReturn:
     """Run the command line and exit: 0 done, 2 a user's mistake, 130 or 143 stopped by a signal, 1 a card or a bug."""
+    never_fail()
     try:
+        _check_arguments()
         code = app(prog_name="libreflux", standalone_mode=False)
     except LibrefluxError as error:
         if error.code != 2 and os.environ.get("LIBREFLUX_TRACEBACK"):

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from libreflux.errors import RunError
+from libreflux.places import new_place
+from libreflux.printing import say
 
 
 def average(
@@ -36,18 +38,17 @@ def average(
         raise RunError("--step belongs to --width", mend="remove it")
     if out.suffix != ".safetensors":
         raise RunError("the name of an adapter file ends in .safetensors", where=out, mend="add it")
-    if out.exists():
-        raise RunError("already exists", where=out, mend="choose another name or remove it")
+    new_place(out)
 
     from libreflux import files
     from libreflux.train import hindsight
 
     made = hindsight.average(run, width, step) if width is not None else hindsight.lerp(run, lerp or 0.0)
     files.atomic_save_safetensors(made.tensors, out, made.metadata)
-    typer.echo(f"{len(made.steps)} sources, steps {made.steps[0]} to {made.steps[-1]}, saved in {out}")
+    say(f"{len(made.steps)} sources, steps {made.steps[0]} to {made.steps[-1]}, saved in {out}")
     if width is not None:
-        typer.echo(f"profile of width {width:g} reproduced within {made.error:.2%}")
-    typer.echo(
+        say(f"profile of width {width:g} reproduced within {made.error:.2%}")
+    say(
         f"averaging factors instead of products moved the adapter by {made.gap:.2%} of its norm "
         f"(most, {made.worst[1]:.2%}, in {made.worst[0]})"
     )

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from libreflux.cli.probing import PROBES, Request, run, subject_of
-from libreflux.errors import LibrefluxError
+from libreflux.cli.probing import PROBES, Request, run, subject_of, try_out
+from libreflux.errors import DataError, LibrefluxError
 from libreflux.files import atomic_write_json
 from libreflux.model.locate import locate
+from libreflux.printing import get_logger
 from libreflux.probe.freedom import FreedomRow, check_comparable, freedom
 from libreflux.probe.results import FILE, Result, read_result
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 FREEDOM_FILE = "freedom.json"
 
@@ -52,7 +52,10 @@ def compare(request: Request, against: str, reference: str | None) -> Comparison
     Raises:
         DataError: a result that was measured with other settings.
     """
+    if request.out is not None:
+        try_out(request.out)
     subject = subject_of(request)
+    try_out(request.out or PROBES / subject.slug)
     places = {request.out or PROBES / subject.slug}
     results: list[Result] = []
     for name, where in ((against, "against"), (reference, "reference")):
@@ -76,7 +79,14 @@ def compare(request: Request, against: str, reference: str | None) -> Comparison
 def _given(name: str) -> Result | None:
     """A result that was named itself."""
     path = Path(name)
-    return read_result(path) if (path / FILE).is_file() or path.name == FILE else None
+    if not (path / FILE).is_file() and path.name != FILE:
+        return None
+    found = read_result(path)
+    for picture in found.pictures:
+        assert found.folder is not None
+        if not (file := found.folder / picture.file).is_file():
+            raise DataError("a picture of this result is missing", where=file, mend="copy the whole folder")
+    return found
 
 
 def _probe(request: Request, role: str, places: set[Path]) -> Result:
@@ -95,7 +105,7 @@ def _origin(against: str, distilled: Result) -> str | None:
         logger.warning("%s does not say what it was distilled from: compared with theory alone", against)
         return None
     try:
-        locate(told)
+        locate(told, fetch=False)  # a file's word: nothing is downloaded for it
     except LibrefluxError:
         logger.warning("%s was distilled from %s, which is not here: compared with theory alone", against, told)
         return None

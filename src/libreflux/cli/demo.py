@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from libreflux import plainjson
 from libreflux.errors import RunError
+from libreflux.printing import say
 
 if TYPE_CHECKING:
     from libreflux.recipe import Recipe
@@ -63,14 +64,14 @@ def demo(
     from libreflux.cli.comparing import compare
     from libreflux.cli.probing import Request
     from libreflux.files import atomic_write_text
+    from libreflux.places import folder_place
     from libreflux.recipe import read_recipe
     from libreflux.recipe_yaml import scalar
     from libreflux.train.checkpoint import check_recipe
 
-    if out.exists() and not out.is_dir():
-        raise RunError("is a file", where=out, mend="name a folder with --out")
+    folder_place(out, "run", "probe")
     data, run, measured, recipe_file = out / "pictures", out / "run", out / "probe", out / "recipe.yaml"
-    if recipe_file.exists() and not recipe_file.read_text("utf-8").startswith(RECIPE.partition("\n")[0]):
+    if recipe_file.exists() and not recipe_file.read_text("utf-8", "replace").startswith(RECIPE.partition("\n")[0]):
         raise RunError("is not a demo's recipe", where=recipe_file, mend="name another folder with --out")
     places = {"data": scalar(str(data)), "out": scalar(str(run))}
     text = RECIPE.format(model=MODEL, steps=steps, warmup=min(20, steps // 10), **places)
@@ -92,9 +93,9 @@ def demo(
         request = Request(model=MODEL, adapters=[str(adapter)], quick=True, out=measured, chosen=MEASURED)
         found = compare(request, MODEL, None)
 
-    steps_told = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    steps_told = [plainjson.parse(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     page = demo_page.write(
-        out, found, examples=sorted(data.glob("*.png"))[:8], pictures=pictures, times=times, recipe=text,
+        out, found, examples=sorted(data.glob("[!.]*.png"))[:8], pictures=pictures, times=times, recipe=text,
         losses=[told["loss"] for told in steps_told if told["loss"] is not None],  # null: a step that was skipped
         commands=_by_hand(out, pictures),
     )  # fmt: skip
@@ -121,7 +122,7 @@ def _by_hand(out: Path, pictures: int) -> list[str]:
 
 
 def _say(line: str) -> None:
-    typer.echo(line, err=True)
+    say(line, err=True)
 
 
 class _timed:
@@ -136,7 +137,7 @@ class _timed:
 
 
 def _write_pictures(data: Path, count: int) -> None:
-    if data.is_dir() and len(list(data.glob("*.png"))) == count:
+    if data.is_dir() and len(list(data.glob("[!.]*.png"))) == count:
         return
     if data.exists():
         raise RunError("holds other pictures", where=data, mend="remove it, or name another folder with --out")
@@ -157,5 +158,5 @@ def _train(recipe: Recipe) -> Path:
         try:
             return fit(recipe, shown)
         except Interrupted as stopped:
-            typer.echo(str(stopped), err=True)
+            say(stopped, err=True)
             sys.exit(stopped.exit_code)

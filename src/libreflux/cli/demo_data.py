@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from libreflux.errors import DataError, RecipeError
+from libreflux.places import folder_place, new_place
+from libreflux.printing import say
 
 
 def demo_data(
@@ -18,8 +21,12 @@ def demo_data(
     pairs: Annotated[float, typer.Option(min=0, max=1, help="Share of pictures with two subjects.")] = 0.2,
 ) -> None:
     """Write composed emoji pictures with captions: PNG, side-car .txt and metadata.jsonl."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         raise DataError("already exists", where=out, mend="choose another name or remove it")
+    if out.is_dir():
+        folder_place(out.absolute().parent)  # the finished folder takes its place by a rename
+    else:
+        new_place(out)
     from libreflux.cli.progress import progress
     from libreflux.emoji import compose
     from libreflux.files import staged_dir
@@ -34,4 +41,4 @@ def demo_data(
             raise DataError(f"cannot be replaced ({error.strerror})", where=out, mend="name a new folder") from None
     with staged_dir(out) as staging, progress("composing", "picture") as report:
         compose.write_folder(staging, count, seed, pairs=pairs, look=look, progress=report)
-    typer.echo(f"{count} pictures with captions in {out}")
+    say(f"{count} pictures with captions in {out}")

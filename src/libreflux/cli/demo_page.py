@@ -67,7 +67,9 @@ def _grid(found: Comparison) -> bytes:
     """Rows of prompts and models; columns of guidance, then of steps."""
     kinds: dict[str, dict[str, tuple[Sequence[str], list[list[Image.Image]]]]] = {}
     for grid in grids(found.in_order):
-        cells = [[Image.open(file).convert("RGB") for file in row if file is not None] for row in grid.rows]
+        cells = [
+            [Image.open(file, formats=["PNG"]).convert("RGB") for file in row if file is not None] for row in grid.rows
+        ]
         kinds.setdefault(grid.what, {})[grid.prompt] = (grid.heads, cells)
     rows, labels, heads = list[list[Image.Image]](), list[str](), list[str]()
     guided, stepped, *_ = kinds.values()

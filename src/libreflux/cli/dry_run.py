@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from libreflux import plainjson
 from libreflux.errors import DataError
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _processes(recipe: Recipe) -> int:
     from libreflux.train.checkpoint import RECIPE
 
     try:
-        return int(json.loads((Path(recipe.out) / RECIPE).read_text(encoding="utf-8"))["world"])
+        return int(plainjson.parse((Path(recipe.out) / RECIPE).read_text(encoding="utf-8"))["world"])
     except (OSError, ValueError, KeyError, TypeError):
         return 1
 
@@ -122,7 +122,7 @@ def _processes(recipe: Recipe) -> int:
 def _row(line: str) -> tuple[int, float] | None:
     """(step, pictures per second); None for a line that a kill cut short, or of a step without a rate."""
     try:
-        row = json.loads(line)
+        row = plainjson.parse(line)
         step, rate = int(row["step"]), float(row["pictures_per_second"])
     except (ValueError, KeyError, TypeError):
         return None

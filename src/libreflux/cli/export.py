@@ -11,7 +11,9 @@ import typer
 
 from libreflux.cli.model_card import model_card
 from libreflux.cli.models import Base, ComfyUI, chosen_model
-from libreflux.errors import RecipeError, RunError
+from libreflux.errors import RecipeError
+from libreflux.places import new_place
+from libreflux.printing import say
 
 if TYPE_CHECKING:
     from libreflux.model.family import Model
@@ -62,8 +64,7 @@ def export(
         raise RecipeError("has no effect on an adapter", where="--int8", mend="use --for")
     if rank is not None and not adapter:
         raise RecipeError("has no effect on a model", where="--rank", mend="remove it")
-    if out.exists():
-        raise RunError("already exists", where=out, mend="choose another name or remove it")
+    new_place(out)
     if adapter:
         assert what is not None and program is not None
         if base is not None:
@@ -75,7 +76,7 @@ def export(
             raise RecipeError("nothing to export", where="MODEL", mend="name a model or an adapter")
         _export_model(model, program, out)
     written = [file for file in out.rglob("*") if file.is_file()] if out.is_dir() else [out]
-    typer.echo(f"{out}, {sum(file.stat().st_size for file in written) / 1e6:,.1f} MB")
+    say(f"{out}, {sum(file.stat().st_size for file in written) / 1e6:,.1f} MB")
 
 
 def _is_adapter(text: str) -> bool:
@@ -107,12 +108,12 @@ def _export_adapter(text: str, program: str, out: Path, rank: int | None) -> Non
         file = load_adapter(adapter_file(Path(text).expanduser()))
         done = export_adapter(file, program, out, rank=rank, on_layer=report)
     if rank is not None:
-        typer.echo(f"LoKr as LoRA of rank {rank}: {done.lost:.1%} of the adapter is lost (Frobenius norm)")
+        say(f"LoKr as LoRA of rank {rank}: {done.lost:.1%} of the adapter is lost (Frobenius norm)")
     if done.unread:
         more = f" and {len(done.unread) - 1} more" if len(done.unread) > 1 else ""
-        typer.echo(f"sd-scripts does not read {done.unread[0]}{more}: that part of the change is lost there")
+        say(f"sd-scripts does not read {done.unread[0]}{more}: that part of the change is lost there")
     if len(done.ranks) > 1:
-        typer.echo(f"ranks {', '.join(map(str, done.ranks))}: OneTrainer reads a LoRA of one rank only")
+        say(f"ranks {', '.join(map(str, done.ranks))}: OneTrainer reads a LoRA of one rank only")
 
 
 def _export_model(name: str | SingleFiles, program: str | None, out: Path) -> None:
@@ -138,10 +139,11 @@ def _export_model(name: str | SingleFiles, program: str | None, out: Path) -> No
 
 def _for_diffusers(model: Model) -> dict[str, str]:
     from libreflux.model.family import part_config
+    from libreflux.model.latents import own_side
     from libreflux.sample.elsewhere import diffusers_script
 
     assert model.transformer is not None
-    size = part_config(model, "vae")["sample_size"]
+    size = own_side(part_config(model, "vae"), f"{model.path}, VAE")
     dtype = str(model.transformer.dtype).removeprefix("torch.")
     script = diffusers_script(model.facts, size=size, dtype=dtype)
     draw = 'python draw.py "a red apple on blue"' if script else None
@@ -149,6 +151,7 @@ def _for_diffusers(model: Model) -> dict[str, str]:
 
 
 def _for_comfyui(model: Model) -> dict[str, str]:
+    from libreflux.model.latents import own_side
     from libreflux.model.single_save import transformer_file
     from libreflux.sample.elsewhere import comfyui_workflow
 
@@ -156,7 +159,7 @@ def _for_comfyui(model: Model) -> dict[str, str]:
     workflow = comfyui_workflow(
         model.facts,
         transformer=transformer_file(model),
-        size=int(model.vae.config.sample_size),
+        size=own_side(model.vae.config, f"{model.path}, VAE"),
         prompt="a red apple on blue",
     )
     return {"workflow.json": json.dumps(workflow, indent=2) + "\n"}

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from libreflux.cli import terminal
+from libreflux.cli.terminal import SafeConsole
+from libreflux.printing import printable
 from libreflux.probe.freedom import FreedomRow
 from libreflux.probe.words import number, place, title
 
@@ -31,8 +34,8 @@ def print_freedom(rows: Sequence[FreedomRow], family: str = "", console: Console
         before = row.name
         name, at = title(row.name, row.at, family)
         values = (number(value) for value in (row.distilled, row.freed, row.reference))
-        table.add_row(name, place(at), *([row.subset] if subsets else []), *values, row.text)
+        table.add_row(*map(printable, (name, place(at), *([row.subset] if subsets else []), *values, row.text)))
     # Elsewhere than on a terminal nothing is cut to fit.
-    console = console or Console()
-    console = console if console.is_terminal else Console(file=console.file, width=160)
-    console.print(table, markup=False)
+    shown = console or terminal.console()
+    shown = shown if shown.is_terminal else SafeConsole(file=shown.file, width=160)
+    shown.print(table, markup=False)

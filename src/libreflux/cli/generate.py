@@ -13,7 +13,9 @@ import typer
 
 from libreflux.cli.models import Base, ComfyUI, chosen_model
 from libreflux.cli.options import Batch, Offload, OffloadOption, QuantizeOption
-from libreflux.errors import RecipeError
+from libreflux.errors import RecipeError, RunError
+from libreflux.places import file_place
+from libreflux.printing import say
 
 if TYPE_CHECKING:
     from libreflux.cli.drawing import Opened
@@ -77,7 +79,7 @@ def generate(
         typer.Option(help="Guided steps as one pass (on) or two (off); auto: one where prompts are equally long."),
     ] = Batch.auto,
     seed: Annotated[int, typer.Option(min=0, help="Seed of each prompt's first picture.")] = 0,
-    count: Annotated[int, typer.Option(min=1, help="Pictures per prompt, seeds counting up.")] = 1,
+    count: Annotated[int, typer.Option(min=1, max=100_000, help="Pictures per prompt, seeds counting up.")] = 1,
     width: Annotated[int | None, typer.Option(min=16, help="Pixels, a multiple of 16; default: the model's.")] = None,
     height: Annotated[int | None, typer.Option(min=16, help="Pixels, a multiple of 16; default: the model's.")] = None,
     tile: Annotated[
@@ -126,6 +128,7 @@ def generate(
         "--guidance-stop": guidance_stop != 1, "--guidance-rescale": guidance_rescale,
         "--batch-cfg": batch_cfg is not Batch.auto, "--negative-2": negative_2 is not None,
     }  # fmt: skip
+    check_picture(width, height, steps)
     _check_guidance(guidance, embedded_guidance, guidance_start, guidance_stop, guidance_rescale, no_cfg_until)
     _refuse_unused(guidance, effects)
     ladder = None if sigmas is None else _ladder(sigmas, steps)
@@ -144,6 +147,7 @@ def generate(
     check_max_tokens(facts, max_tokens, "--max-tokens")
     embedded_guidance = _embedded(facts, embedded_guidance)
     steps = facts.steps if steps is None else steps
+    check_picture(width or size, height or size, steps)
     if guidance is None:
         guidance = 1.0 if facts.guidance_embeds else facts.guidance
         _refuse_unused(guidance, effects)
@@ -179,8 +183,16 @@ def _draw_all(opened: Opened, wanted: list[tuple[Origin, Path]], *, with_metadat
                 report(done + step.index + 1, total, note)
 
             save_png(opened.draw(origin, on_step), target, origin if with_metadata else None)
-            typer.echo(str(target))
+            say(target)
             done += origin.steps
+
+
+def check_picture(width: int | None, height: int | None, steps: int | None) -> None:
+    """Raises RecipeError for a size or a number of steps out of range; None is not known yet."""
+    from libreflux.sample.settings import check_values
+
+    given = {"width": width, "height": height, "num_inference_steps": steps}
+    check_values(given, {"width": "--width", "height": "--height", "num_inference_steps": "--steps"})
 
 
 def _check_guidance(
@@ -250,11 +262,21 @@ def _refuse_unguided(steps: int, no_cfg_until: int, start: float, stop: float) -
 
 
 def picture_targets(out: Path, prompts: list[str], wanted: list[tuple[str, int]]) -> list[Path]:
-    """Where each picture goes: the one file, or numbered names in a folder.
+    """Where each picture goes: the one file, or numbered names in a folder; the place is tried.
 
     Raises:
         RecipeError: several pictures for one file, a file that is no PNG, or a file where a folder is needed.
+        RunError: nothing can be written there.
     """
+    targets = _named_targets(out, prompts, wanted)
+    file_place(targets[0])
+    for target in targets[1:]:
+        if target.is_dir():
+            raise RunError("is a folder", where=target, mend="name another place with --out")
+    return targets
+
+
+def _named_targets(out: Path, prompts: list[str], wanted: list[tuple[str, int]]) -> list[Path]:
     above = next((folder for folder in out.absolute().parents if os.path.lexists(folder)), Path("/"))
     if not above.is_dir():
         raise RecipeError("is a file, not a folder", where=above, mend="name another place with --out")

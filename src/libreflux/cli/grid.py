@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from libreflux.cli.generate import check_picture
 from libreflux.cli.models import Base, ComfyUI, chosen_model
 from libreflux.cli.options import Offload, OffloadOption, QuantizeOption
-from libreflux.errors import LibrefluxError, RecipeError, RunError
+from libreflux.errors import LibrefluxError, RecipeError
+from libreflux.places import file_place, folder_place
+from libreflux.printing import say
 
 if TYPE_CHECKING:
     from libreflux.cli.drawing import Chosen, Opened
@@ -67,10 +70,13 @@ def grid(
     for name, size in (("--width", width), ("--height", height)):
         if size is not None and size % 16:
             raise RecipeError(f"{size} is not a multiple of 16", where=name, mend=f"use {round(size / 16) * 16}")
-    if out.exists() and not out.is_dir():
-        raise RunError("is a file", where=out, mend="name a folder with --out")
+    folder_place(out, "cells")
+    for name in ("grid.png", "index.html"):
+        file_place(out / name)
     scales = [None] if guidance is None else numbers("--guidance", guidance)
     counts = [None] if steps is None else [int(n) for n in numbers("--steps", steps, whole=True, least=1)]
+    for count in counts:
+        check_picture(width, height, count)
     noises = [int(n) for n in numbers("--seeds", seeds, whole=True)]
 
     from libreflux.cli.drawing import device_for
@@ -89,7 +95,7 @@ def grid(
         drawn = [[cells.cell(column, prompt, seed) for prompt, seed in rows] for column in columns]
         table = [list(row) for row in zip(*drawn, strict=True)]
         page = write(out, table, [f"{prompt}, seed {seed}" for prompt, seed in rows], len(sources) > 1)
-    typer.echo(f"{out / 'grid.png'}\n{page}, to be looked at; {cells.made} of {cells.total} cells were drawn now")
+    say(out / "grid.png", f"{page}, to be looked at; {cells.made} of {cells.total} cells were drawn now")
 
 
 def _sources(
@@ -182,12 +188,14 @@ class _Cells:
         from libreflux.sample.metadata import Origin
 
         facts, size = chosen.facts, chosen.size
+        width, height = (int(self.common[name] or size) for name in ("width", "height"))
+        check_picture(width, height, column.steps)
         own = 1.0 if facts.guidance_embeds else facts.guidance
         scale = own if column.guidance is None else column.guidance
         return Origin(
             prompt=prompt, seed=seed, negative=str(self.common["negative"]) if scale > 1 else "",
-            steps=column.steps or facts.steps, guidance=scale, width=int(self.common["width"] or size),
-            height=int(self.common["height"] or size), model=column.model,
+            steps=column.steps or facts.steps, guidance=scale, width=width,
+            height=height, model=column.model,
             embedded_guidance=facts.guidance if facts.guidance_embeds else None, quantize=chosen.quantize,
         )  # fmt: skip
 

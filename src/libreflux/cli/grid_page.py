@@ -31,7 +31,7 @@ def write(out: Path, table: Sequence[Sequence[Cell]], rows: Sequence[str], sever
         The page.
     """
     heads = [_head(origin, several_models) for _, origin in table[0]]
-    pictures = [[Image.open(path).convert("RGB") for path, _ in row] for row in table]
+    pictures = [[Image.open(path, formats=["PNG"]).convert("RGB") for path, _ in row] for row in table]
     held = io.BytesIO()
     sheet(pictures, rows, heads).save(held, "PNG", optimize=True)
     atomic_write_bytes(out / "grid.png", held.getvalue())

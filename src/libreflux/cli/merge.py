@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from libreflux.cli.models import Base, ComfyUI, chosen_model
-from libreflux.errors import RunError
+from libreflux.places import new_place
+from libreflux.printing import get_logger, say
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def merge(
@@ -28,8 +28,7 @@ def merge(
     comfyui: ComfyUI = None,
 ) -> None:
     """Add adapters to a model's weights, in fp32, rounded once, and save a new model."""
-    if out.exists():
-        raise RunError("already exists", where=out, mend="choose another name or remove it")
+    new_place(out)
 
     import torch
 
@@ -68,7 +67,7 @@ def merge(
         lineage["base_lineage"] = start.facts.lineage
     start.facts = dataclasses.replace(adapted_facts(start.facts, files), lineage=lineage)
     save_model(start, out)
-    typer.echo(f"{len(changed)} layers changed, saved in {out}")
+    say(f"{len(changed)} layers changed, saved in {out}")
 
 
 def _origin(metadata: dict[str, str]) -> dict[str, str]:

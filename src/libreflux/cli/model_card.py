@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 from libreflux.model.facts import Facts
+from libreflux.printing import printable
+from libreflux.recipe_yaml import scalar
 
 _PADDING = {
     "drop": "no padding: neither T5 nor the transformer saw any",
@@ -23,15 +25,16 @@ def model_card(facts: Facts, name: str, draw: str | None) -> str:
         draw: a command that draws with it; None where only libreflux does.
     """
     base = facts.lineage.get("base")
-    head = [f"license: {facts.licence}", "pipeline_tag: text-to-image", "tags: [flux, flow-matching, libreflux]"]
+    licence = scalar(facts.licence)
+    head = [f"license: {licence}", "pipeline_tag: text-to-image", "tags: [flux, flow-matching, libreflux]"]
     if isinstance(base, str) and "/" in base and not base.startswith((".", "/")):
-        head.append(f"base_model: {base.partition('@')[0]}")
+        head.append(f"base_model: {scalar(base.partition('@')[0])}")
     rows = {
         "steps": facts.steps,
         "guidance scale": f"{facts.guidance:g}{' (embedded)' if facts.guidance_embeds else ''}",
         "shift of the sigmas": "by size, as FLUX.1-dev" if facts.shift is None else f"{facts.shift:g}",
         "text": f"up to {facts.max_tokens} T5 tokens; {_PADDING[facts.text_padding]} (`{facts.text_padding}`)",
-        "licence": facts.licence,
+        "licence": printable(facts.licence),
     }
     lines = ["---", *head, "---", "", f"# {name}", "", "| used with | |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in rows.items()]

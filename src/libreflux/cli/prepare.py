@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from libreflux.errors import RecipeError
+from libreflux.printing import say
 
 if TYPE_CHECKING:
     from libreflux.recipe import Recipe
@@ -109,7 +110,7 @@ def _prepare(recipe: Recipe, part: tuple[int, int]) -> None:
     said = f"{count} pictures prepared in {recipe.cache_dir}"
     if part[1] > 1:
         said += f", part {part[0] + 1} of {part[1]}"
-    typer.echo(f"{said}; train with cache={recipe.cache_dir}")
+    say(f"{said}; train with cache={recipe.cache_dir}")
 
 
 def _quoted(value: object) -> str:

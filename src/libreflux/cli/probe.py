@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from libreflux.errors import RecipeError
+from libreflux.printing import say, say_json
 
 if TYPE_CHECKING:
     from libreflux.cli.probing import Request
@@ -57,7 +58,7 @@ def probe(
         typer.Option(metavar="DIR", help="Local CLIP, DINO or other vision model for distances, in the judge's place."),
     ] = None,
     resolution: Annotated[
-        int | None, typer.Option(min=16, help="Side of the pictures in pixels; default: the model's.")
+        int | None, typer.Option(min=16, max=8192, help="Side of the pictures in pixels; default: the model's.")
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Pictures per forward pass; by the model's size.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of noise, pictures and intervals.")] = 0,
@@ -105,10 +106,10 @@ def probe(
     folder, result = run(request)
     page = write_page([result], folder)
     if json:
-        typer.echo((folder / "probe.json").read_text(encoding="utf-8"), nl=False)
+        say_json((folder / "probe.json").read_text(encoding="utf-8"))
     else:
         print_table(result)
-        typer.echo(f"{folder / 'probe.json'}, measured in {result.seconds:.0f} s\n{page}, to be looked at")
+        say(f"{folder / 'probe.json'}, measured in {result.seconds:.0f} s", f"{page}, to be looked at")
 
 
 def _compare(request: Request, against: str, reference: str | None, as_json: bool) -> None:
@@ -119,10 +120,10 @@ def _compare(request: Request, against: str, reference: str | None, as_json: boo
     found = compare(request, against, reference)
     page = write_page(found.in_order, found.folder, freedom=found.freedom)
     if as_json:
-        typer.echo((found.folder / FREEDOM_FILE).read_text(encoding="utf-8"), nl=False)
+        say_json((found.folder / FREEDOM_FILE).read_text(encoding="utf-8"))
     else:
         print_freedom(found.freedom, str((found.result.settings.get("data") or ("",))[0]))
-        typer.echo(f"{found.folder / FREEDOM_FILE}\n{page}, to be looked at")
+        say(found.folder / FREEDOM_FILE, f"{page}, to be looked at")
 
 
 def _numbers(where: str, text: str | None, *, least: float, whole: bool = False) -> tuple[float, ...] | None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from libreflux.cli import terminal
+from libreflux.cli.terminal import SafeConsole
+from libreflux.printing import printable
 from libreflux.probe.results import Result
 from libreflux.probe.words import figure, place
 
 
 def print_table(result: Result, console: Console | None = None) -> None:
     """Prints every measure with its interval; intervals hold 95 %."""
-    table = Table(title=f"{result.model['name']}: how free is it?", title_justify="left")
+    table = Table(title=Text(printable(f"{result.model['name']}: how free is it?")), title_justify="left")
     subsets = len({one.subset for one in result.measures}) > 1
     for column in ("measure", "at", *(["subset"] if subsets else [])):
         table.add_column(column)
@@ -25,8 +29,8 @@ def print_table(result: Result, console: Console | None = None) -> None:
         before = one.name
         theory = "" if one.reference is None else f"{one.reference:g}"
         subset = [one.subset] if subsets else []
-        table.add_row(one.name, place(one.at), *subset, figure(one), theory, one.unit)
+        table.add_row(*map(printable, (one.name, place(one.at), *subset, figure(one), theory, one.unit)))
     # Elsewhere than on a terminal nothing is cut to fit.
-    console = console or Console()
-    console = console if console.is_terminal else Console(file=console.file, width=160)
-    console.print(table, markup=False)
+    shown = console or terminal.console()
+    shown = shown if shown.is_terminal else SafeConsole(file=shown.file, width=160)
+    shown.print(table, markup=False)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,29 +16,34 @@ from libreflux.adapter.files import AdapterFile, attach_file
 from libreflux.cli.adapters import adapted_facts, load_arguments, notice_other_base
 from libreflux.cli.probe_data import ProbeData
 from libreflux.cli.progress import progress
-from libreflux.errors import RunError
 from libreflux.files import lock, sha256_file
 from libreflux.model.device import make_current, pick_device, release
 from libreflux.model.facts import Facts
 from libreflux.model.family import open_model, weights_hash
 from libreflux.model.faults import explained
+from libreflux.model.latents import own_side
 from libreflux.model.locate import EMOJI, locate, part_folder
+from libreflux.model.parts import json_object, visible
 from libreflux.model.text import check_trained_padding
+from libreflux.places import file_place, folder_place
+from libreflux.printing import get_logger
 from libreflux.probe import padding
 from libreflux.probe import run as probe_run
 from libreflux.probe.bench import Bench, PaddingTexts
 from libreflux.probe.features import features_digest, load_features
 from libreflux.probe.judges import Judge, load_judge
-from libreflux.probe.results import Result
+from libreflux.probe.results import FILE, Result
 from libreflux.probe.section import Section
 from libreflux.probe.settings import LARGE, LARGE_QUICK, QUICK, Settings, digest, own_guidance, rungs
 from libreflux.probe.subjects import read_seen
 from libreflux.sample.metadata import versions
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 DTYPES = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 PROBES = Path("out/probe")
+FOLDERS = ("data", "cache", "drawn", "pictures", "sections")
+"""Of a result."""
 LARGE_BYTES = 2_000_000_000
 
 
@@ -103,10 +106,11 @@ def run(request: Request) -> tuple[Path, Result]:
     """Does what the verb was asked for; returns the result's folder and the result."""
     device = pick_device(request.device)
     make_current(device)
+    if request.out is not None:
+        try_out(request.out)  # before the weights' hash
     subject = subject_of(request)
     out = request.out or PROBES / subject.slug
-    if out.exists() and not out.is_dir():
-        raise RunError("is a file", where=out, mend="name a folder with --out")
+    try_out(out)
     judge_file = _judge_file(request, subject)
     judge = _judge(request, judge_file)
     settings = _settings(request, subject, judge_file)
@@ -130,6 +134,13 @@ def run(request: Request) -> tuple[Path, Result]:
     return out, result
 
 
+def try_out(out: Path) -> None:
+    """Raises RunError unless a result can be written, or continued, there."""
+    folder_place(out, *FOLDERS)
+    for name in (FILE, "index.html"):
+        file_place(out / name)
+
+
 def subject_of(request: Request) -> Subject:
     files = load_arguments(request.adapters)
     facts = adapted_facts(open_model(request.model, parts=()).facts, files)
@@ -144,7 +155,7 @@ def _is_family(name: str, folder: Path) -> bool:
     """Whether a model draws in the emoji family's latents: it has the very VAE."""
     if name in EMOJI:
         return True
-    here, ours = (sorted(part_folder(each, "vae").glob("*.safetensors")) for each in (folder, locate(EMOJI[0])))
+    here, ours = (visible(part_folder(each, "vae"), "*.safetensors") for each in (folder, locate(EMOJI[0])))
     sizes = [[file.stat().st_size for file in files] for files in (here, ours)]
     return sizes[0] == sizes[1] and [sha256_file(f) for f in here] == [sha256_file(f) for f in ours]
 
@@ -167,13 +178,13 @@ def _judge(request: Request, judge_file: Path | None) -> Judge | None:
 
 
 def _settings(request: Request, subject: Subject, judge_file: Path | None) -> Settings:
-    files = (subject.folder / "transformer").glob("*.safetensors")
+    files = visible(subject.folder / "transformer", "*.safetensors")
     large = sum(file.stat().st_size for file in files) > LARGE_BYTES
     changed: dict[str, Any] = {**(QUICK if request.quick else {}), **(LARGE if large else {})}
     changed |= LARGE_QUICK if large and request.quick else {}
     if "resolution" not in request.chosen:
-        config = json.loads((part_folder(subject.folder, "vae") / "config.json").read_text(encoding="utf-8"))
-        changed["resolution"] = max(16, int(config.get("sample_size", 1024)) // 16 * 16)
+        config = part_folder(subject.folder, "vae") / "config.json"
+        changed["resolution"] = own_side(json_object(config), config)
     own = own_guidance(subject.facts)
     changed |= {"own_guidance": own, "diversity_guidance": tuple(sorted({1.0, own}))}
     changed |= dict(request.chosen) | {"seed": request.seed, "dtype": request.dtype}

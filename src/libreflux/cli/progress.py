@@ -19,6 +19,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from libreflux.cli import terminal
+from libreflux.printing import printable
+
 PLAIN_EVERY = 15.0
 """Seconds between two plain lines."""
 
@@ -58,7 +61,7 @@ def announced(doing: str, after: float = 1.0, console: Console | None = None) ->
         after: seconds until it is said.
         console: where to; None is stderr.
     """
-    console = console or Console(stderr=True)
+    console = console or terminal.console(err=True)
     told = threading.Event()
 
     def tell() -> None:
@@ -89,7 +92,7 @@ def progress(what: str, unit: str = "step", console: Console | None = None) -> I
     Yields:
         The function to call after each unit, see `Report`.
     """
-    console = console or Console(stderr=True)
+    console = console or terminal.console(err=True)
     if not console.is_terminal:
         yield _plain(what, unit, console)
         return
@@ -109,7 +112,7 @@ def progress(what: str, unit: str = "step", console: Console | None = None) -> I
         def report(done: int, total: int, note: str = "") -> None:
             if bar.tasks[0].completed == 0 and done > 1:
                 bar.reset(task, completed=done, total=total)  # a resumed job: what was done before has no rate
-            bar.update(task, completed=done, total=total, note=note)
+            bar.update(task, completed=done, total=total, note=printable(note))  # before its width is measured
 
         yield report
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import typer
 from PIL import Image
 
 from libreflux.cli.adapters import adapter_argument
@@ -18,8 +17,11 @@ from libreflux.cli.models import chosen_model
 from libreflux.cli.options import Offload
 from libreflux.cli.progress import progress
 from libreflux.errors import DataError, RecipeError
+from libreflux.model.locate import told_model
+from libreflux.places import file_place
+from libreflux.printing import say
 from libreflux.sample.encoding import check_max_tokens
-from libreflux.sample.metadata import Origin, differences, read_origin, save_png
+from libreflux.sample.metadata import Origin, differences, open_png, read_origin, save_png
 from libreflux.sample.settings import check_values
 
 
@@ -58,20 +60,24 @@ def draw_again(
         target = out / f"{picture.stem}-again.png"
     if os.path.exists(target) and os.path.samefile(target, picture):
         raise RecipeError("would replace the picture itself", where=target, mend="name another place with --out")
-    named = model if model is not None or comfyui is not None else origin.model
-    source = chosen_model(named, base, comfyui) or origin.model
+    file_place(target)
+    if model is None and comfyui is None:
+        is_file = origin.model.lower().endswith(".safetensors")
+        model = origin.model if is_file else told_model(origin.model, picture)
+    source = chosen_model(model, base, comfyui)
+    assert source is not None
     chosen = open_for_drawing(source, _found(origin, adapters, picture), device, offload, origin.quantize)
     check_max_tokens(chosen.facts, origin.max_tokens, f"{picture}: max_tokens")
     opened = chosen.load([origin])
     now = dataclasses.replace(opened.stamped(origin), model=str(source))
     changed = differences(origin, now)
     for line in changed:
-        typer.echo(f"{picture}: {line}", err=True)
+        say(f"{picture}: {line}", err=True)
     with progress("drawing", "step") as report:
         image = opened.draw(now, lambda step: report(step.index + 1, now.steps, ""))
     save_png(image, target, now if with_metadata else None)
-    typer.echo(str(target))
-    typer.echo(_compared(picture, image, changed), err=True)
+    say(target)
+    say(_compared(picture, image, changed), err=True)
 
 
 def _check(origin: Origin, picture: Path) -> None:
@@ -99,14 +105,13 @@ def _found(origin: Origin, adapters: Sequence[str], picture: Path) -> list[str]:
         )
     try:
         weights = [float(row["weight"]) for row in origin.adapters]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise DataError("damaged origin (adapters)", where=picture, mend="give the picture unchanged") from None
     return [f"{adapter_argument(text)[0]}:{weight!r}" for text, weight in zip(adapters, weights, strict=True)]
 
 
 def _compared(picture: Path, image: Image.Image, changed: list[str]) -> str:
-    with Image.open(picture) as file:
-        before = np.asarray(file.convert("RGB"), dtype=np.int16)
+    before = np.asarray(open_png(picture).convert("RGB"), dtype=np.int16)
     after = np.asarray(image.convert("RGB"), dtype=np.int16)
     if before.shape != after.shape:
         return f"{picture} has been resized since it was made"

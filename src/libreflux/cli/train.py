@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from libreflux.errors import LibrefluxError, RunError
+from libreflux.printing import say, say_table
 
 
 def train(
@@ -38,7 +39,7 @@ def train(
     if dry_run:
         from libreflux.cli.dry_run import report
 
-        typer.echo(report(resolved))
+        say_table(report(resolved))
         return
 
     _refuse_second_trainer(Path(resolved.out))
@@ -54,7 +55,7 @@ def train(
             message = str(stopped)
         else:
             code, message = 0, f"adapter: {adapter}"
-    typer.echo(message, err=code != 0)
+    say(message, err=code != 0)
     sys.exit(code)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import psutil
 import torch
-import typer
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from PIL import Image
 
@@ -22,6 +21,7 @@ from libreflux.data.cache import Cache
 from libreflux.data.held_out import HeldOut
 from libreflux.model.facts import Facts
 from libreflux.model.family import open_model
+from libreflux.printing import say, say_table
 from libreflux.probe.held_out import measure_held_out
 from libreflux.recipe import Recipe
 from libreflux.sample.grid import sheet
@@ -82,7 +82,7 @@ class ShowTraining(Callbacks):
             yield
 
     def on_notice(self, line: str) -> None:
-        typer.echo(line, err=True)
+        say(line, err=True)
 
     def on_start(self, started: Started) -> None:
         self._bars.close()
@@ -93,15 +93,15 @@ class ShowTraining(Callbacks):
             resumes = started.step > 0 and (started.run / FOLDER).is_dir()
             self._on_board = started.step if resumes else None
             self._board = Board(started.run, started.step)
-        typer.echo(table(started.resolved), err=True)
+        say_table(table(started.resolved), err=True)
         begun = f"resumes after step {started.step}" if started.step else "begins"
         line = f"{begun}: {started.steps} steps, {started.pictures} pictures, {started.epoch_steps} steps an epoch"
         if started.held_out is not None:
             line += f", {len(started.held_out)} held-out pictures"
         line += f", {started.padding_share:.1%} of the text is padding, run folder {started.run}"
-        typer.echo(line, err=True)
+        say(line, err=True)
         if started.start_norm is not None:
-            typer.echo(f"the adapter starts at {started.start_norm:.3g} of the adapted weights' norm", err=True)
+            say(f"the adapter starts at {started.start_norm:.3g} of the adapted weights' norm", err=True)
         if started.step:
             self._bar("training", "step")(started.step, started.steps)
 
@@ -137,7 +137,7 @@ class ShowTraining(Callbacks):
             on_batch=told,
         )
         checkpoint.record(Path(recipe.out) / checkpoint.HELD_OUT, {"step": step, **found.as_json()})
-        typer.echo(f"step {step}: {found.line()}", err=True)
+        say(f"step {step}: {found.line()}", err=True)
 
     def on_sample(self, step: int, transformer: FluxTransformer2DModel) -> None:
         wanted = self.recipe.samples

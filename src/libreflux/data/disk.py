@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from libreflux import plainjson
 from libreflux.data.int8_text import token_bytes
 from libreflux.errors import DataError
 from libreflux.model.locate import part_folder
@@ -73,7 +73,7 @@ def check_disk(
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    values: dict[str, Any] = plainjson.parse(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return values
 
 

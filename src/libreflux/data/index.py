@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from libreflux import plainjson
 from libreflux.errors import DataError
 
 INDEX = "index.sqlite3"
@@ -164,7 +165,7 @@ def read_settings(index: sqlite3.Connection, folder: Path) -> dict[str, Any]:
     """
     if not index.execute("SELECT 1 FROM sqlite_master WHERE name = 'settings'").fetchone():
         return {}
-    found = {name: json.loads(value) for name, value in index.execute("SELECT name, value FROM settings")}
+    found = {name: plainjson.parse(value) for name, value in index.execute("SELECT name, value FROM settings")}
     schema = found.pop("schema", SCHEMA)
     if schema != SCHEMA:
         mend = "remove this cache folder and prepare it afresh"

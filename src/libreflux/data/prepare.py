@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +33,11 @@ from libreflux.errors import DataError
 from libreflux.model import family
 from libreflux.model.facts import freed
 from libreflux.model.text import TextConditioning, check_trained_padding
+from libreflux.places import folder_place
+from libreflux.printing import get_logger
 from libreflux.recipe import DataSource, Recipe
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Sources = list[tuple[DataSource, list[Sample]]]
 WHOLE: Part = (0, 1)
@@ -152,9 +153,11 @@ def prepare(
     if out.exists() and not out.is_dir():
         raise DataError("is a file", where=out, mend="name a folder for the cache")
     check_trained_padding(text_padding)
+    own = out if part == WHOLE else out / PARTS / f"{part[0]:04d}-of-{part[1]:04d}"
+    if not (own / INDEX).is_file():  # a whole cache may be on a disk that is only read
+        folder_place(own)
     folder = family.locate(model)
     max_tokens = freed(family.open_model(model, parts=()).facts).max_tokens if max_tokens is None else max_tokens
-    own = out if part == WHOLE else out / PARTS / f"{part[0]:04d}-of-{part[1]:04d}"
     memory = FileMemory(own, [each for each in index_folders(out) if each != own])
     bar = Bar(progress)
     sources, quarantined = _read(data, memory, part, bar)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from libreflux.data.sources import Quarantined
 from libreflux.errors import DataError
 from libreflux.files import atomic_write_text
+from libreflux.printing import get_logger
 
 QUARANTINE = "quarantine.jsonl"
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def report_quarantine(folder: Path, found: Sequence[Quarantined], usable: int, share: float) -> None:

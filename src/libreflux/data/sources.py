@@ -9,8 +9,6 @@ name (``{"short": …, "long": …}``). A picture may have both; a caption said 
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from libreflux import plainjson
 from libreflux.data.pictures import FORMATS, Inspected, inspect
 from libreflux.errors import DataError
+from libreflux.printing import get_logger
 from libreflux.recipe import DataSource
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 OTHER_PICTURES = frozenset({".avif", ".heic", ".heif", ".jxl", ".jp2", ".tga", ".psd"})
 OTHER_LISTS = ("metadata.csv", "metadata.parquet")
@@ -220,7 +220,7 @@ def _read_metadata(paths: Sequence[Path]) -> dict[Path, dict[str, str]]:
 
 def _read_row(folder: Path, line: str, where: str) -> tuple[Path, list[tuple[str, str]]]:
     try:
-        row = json.loads(line)
+        row = plainjson.parse(line)
     except ValueError as error:
         raise DataError(f"not valid JSON ({error})", where=where, mend="write one JSON object per line") from None
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import logging
 import os
 import re
 import shutil
@@ -13,8 +12,9 @@ from pathlib import Path
 import torch
 
 from libreflux.errors import RecipeError, RunError
+from libreflux.printing import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _DTYPES = {
     **{

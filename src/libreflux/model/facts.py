@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import logging
 import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from libreflux import plainjson
 from libreflux.errors import ModelError
 from libreflux.files import atomic_write_json
+from libreflux.printing import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 FACTS_FILE = "libreflux.json"
+MOST_STEPS, MOST_TOKENS = 10_000, 8192
+"""What a file may ask for: numbers beyond them are mistakes, or made to fill the memory."""
 PADDINGS = ("drop", "trim", "bias", "keep")
 
 
@@ -72,8 +74,8 @@ class Facts:
     def _check_ranges(self, where: object) -> None:
         checks = {
             "text_padding": self.text_padding in PADDINGS,
-            "max_tokens": self.max_tokens >= 1,
-            "steps": self.steps >= 1,
+            "max_tokens": 1 <= self.max_tokens <= MOST_TOKENS,
+            "steps": 1 <= self.steps <= MOST_STEPS,
             "guidance": math.isfinite(self.guidance) and self.guidance >= 0,
             "shift": self.shift is None or (math.isfinite(self.shift) and self.shift > 0),
             "parts_from": self.parts_from is None or _FOLDER.fullmatch(self.parts_from) is not None,
@@ -141,7 +143,7 @@ def read_facts(folder: Path) -> Facts:
     """
     path = folder / FACTS_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = plainjson.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(
             "no such file", where=path, mend="open the model with open_model, which finds its facts"

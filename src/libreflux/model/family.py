@@ -16,6 +16,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from transformers import PreTrainedTokenizerBase
 
+from libreflux import plainjson
 from libreflux.errors import ModelError, RecipeError
 from libreflux.files import atomic_write_json, sha256_file, staged_dir
 from libreflux.model.device import pick_device, pick_dtype
@@ -24,7 +25,7 @@ from libreflux.model.int8 import dequantise_model, int8_layers
 from libreflux.model.int8_files import METHOD, empty_int8, load_int8, stored_as, stream_int8, weight_files, write_int8
 from libreflux.model.load import load_part, load_t5_tokenizer, load_text, one_line, quiet
 from libreflux.model.locate import PARTS, locate, part_folder
-from libreflux.model.parts import check_fit, check_part, json_object
+from libreflux.model.parts import check_fit, check_layers, check_part, copy_part, json_object
 from libreflux.model.single_file import (
     FACTS_KEY,
     TOKENIZERS,
@@ -123,6 +124,7 @@ def open_model(
         return _open_files(name, parts, dtype, bool(quantise), device, text_by_block)
     path = locate(name, weights=False)
     config = json_object(path / "transformer" / "config.json")
+    check_layers(config, path / "transformer" / "config.json")
     if config.get("_class_name") not in ("FluxTransformer2DModel", _MASKED):
         mend = "use a model of the FLUX.1 family"
         raise ModelError(f"its transformer is a {config.get('_class_name')}", where=path, mend=mend)
@@ -144,7 +146,10 @@ def open_model(
     in_int8 = stored_as(config, path) == METHOD
     with quiet():
         if (scheduler := part_folder(path, "scheduler")).is_dir():
-            json_object(scheduler / "scheduler_config.json")
+            steps = json_object(scheduler / "scheduler_config.json").get("num_train_timesteps", 1000)
+            if not isinstance(steps, int) or not 1 <= steps <= 1_000_000:  # a table of as many is made
+                mend = "write 1000"
+                raise ModelError(f"num_train_timesteps cannot be {steps!r}", where=scheduler, mend=mend)
             with one_line(scheduler):
                 model.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(scheduler, local_files_only=True)
         if "transformer" in parts and (in_int8 or quantise):
@@ -225,7 +230,7 @@ def _file_facts(file: TensorFile, base: Model | None, guidance_embeds: bool) -> 
     """As the file's own metadata say, else its base's, else the nearest with a notice."""
     if own := file.metadata.get(FACTS_KEY):
         try:
-            return Facts.from_dict(json.loads(own), file.path)
+            return Facts.from_dict(plainjson.parse(own), file.path)
         except ValueError as error:
             mend = "copy the file again"
             raise ModelError(f"damaged facts in its metadata ({error})", where=file.path, mend=mend) from None
@@ -266,7 +271,7 @@ def save_model(model: Model, out: Path, extras: Mapping[str, str] | None = None)
             elif part in live:
                 live[part].save_pretrained(staging / part)
             elif model.path is not None and (stored := part_folder(model.path, part)).is_dir():
-                shutil.copytree(stored, staging / part)  # follows the hub cache's links
+                copy_part(stored, staging / part)
             else:
                 raise ModelError(f"has no {part} to save", where=model.name, mend="open it with all its parts")
         index = {**_INDEX, "_diffusers_version": diffusers.__version__}
@@ -305,7 +310,7 @@ def quantise_folder(name: str | Path | SingleFiles, out: Path) -> Path:
         write_int8(staging / "transformer", json_object(source / "config.json"), stream_int8(source, empty))
         for part in PARTS:
             if part != "transformer" and (stored := part_folder(model.path, part)).is_dir():
-                shutil.copytree(stored, staging / part)
+                copy_part(stored, staging / part)
         shutil.copyfile(model.path / "model_index.json", staging / "model_index.json")
         write_facts(staging, _quantised(model.facts, str(name), weights_hash(model.path)))
     return Path(out)

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from libreflux.errors import ModelError
 from libreflux.files import atomic_save_safetensors, atomic_write_json
 from libreflux.model.int8 import Int8Linear, int8_layers, quantise_model, quantise_weight
-from libreflux.model.parts import reading, shard_files
+from libreflux.model.locate import INT8
+from libreflux.model.parts import named, reading, shard_files, visible, weight_variant
 
-METHOD = "libreflux_int8"
+METHOD = INT8
 SHARD_BYTES = 500_000_000  # what a writer holds in memory
 
 _WEIGHTS = "diffusion_pytorch_model"
@@ -39,6 +40,8 @@ def stored_as(config: Mapping[str, Any], where: object) -> str | None:
     mark = config.get("quantization_config")
     if not mark:
         return None
+    if not isinstance(mark, dict):
+        raise ModelError(f"quantization_config cannot be {mark!r}", where=where, mend="remove it from config.json")
     if mark.get("quant_method") == METHOD and mark.get("schema") != _MARK["schema"]:
         raise ModelError(f"int8 schema {mark.get('schema')!r} is not 1", where=where, mend="update libreflux")
     return str(mark.get("quant_method"))
@@ -164,10 +167,10 @@ def share_equal(folder: Path, other: Path) -> list[str]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files in a transformer folder, then those elsewhere that its index names; each sorted."""
-    own = sorted(folder.glob("*.safetensors"))
-    index = folder / f"{_WEIGHTS}.safetensors.index.json"
-    named = {str(file) for file in _weight_map(folder).values()} if index.is_file() else set()
-    return own + [Path(file) for file in sorted(named) if Path(file).parent != folder]
+    own = visible(folder, "*.safetensors")
+    index = folder / named(f"{_WEIGHTS}.safetensors.index.json", weight_variant(folder))
+    listed = {str(file) for file in _weight_map(folder).values()} if index.is_file() else set()
+    return own + [Path(file) for file in sorted(listed) if Path(file).parent != folder]
 
 
 def _written(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[str]]:
@@ -186,7 +189,8 @@ def _written(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[li
 
 def _weight_map(folder: Path) -> dict[str, Path]:
     """Tensor name -> file, the tensors of a file together: as the index says, or of the one file."""
-    index, single = folder / f"{_WEIGHTS}.safetensors.index.json", folder / f"{_WEIGHTS}.safetensors"
+    names = (f"{_WEIGHTS}.safetensors.index.json", f"{_WEIGHTS}.safetensors")
+    index, single = (folder / named(name, weight_variant(folder)) for name in names)
     if not index.is_file():
         with reading(single), safe_open(single, framework="pt") as file:
             return dict.fromkeys(file.keys(), single)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL
 from einops import rearrange
@@ -9,6 +12,9 @@ from torch import Tensor
 
 from libreflux.errors import ModelError
 from libreflux.model.numerics import pinned
+
+MOST_SIDE = 16384
+"""Pixels per side of any picture."""
 
 
 @torch.no_grad()
@@ -57,6 +63,19 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     with pinned(latents.device, drawing=True):
         picture: Tensor = vae.decode((latents / scale + shift).to(vae.dtype)).sample
     return picture
+
+
+def own_side(config: Mapping[str, Any], where: object = None) -> int:
+    """Pixels per side that a VAE was made for, in multiples of 16, as its config.json says (1024 where it does not).
+
+    Raises:
+        ModelError: no number, or one that no picture has.
+    """
+    side = config.get("sample_size", 1024)
+    if not isinstance(side, int) or not 1 <= side <= MOST_SIDE:
+        mend = f"write 1 to {MOST_SIDE} in the VAE's config.json"
+        raise ModelError(f"sample_size cannot be {side!r}", where=where, mend=mend)
+    return max(16, side // 16 * 16)
 
 
 def stride(vae: AutoencoderKL) -> int:

@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from libreflux.errors import LibrefluxError, ModelError
 from libreflux.model.by_block import run_by_block
-from libreflux.model.parts import COPY, check_part, check_tokenizer
+from libreflux.model.parts import COPY, check_part, check_tokenizer, named, visible, weight_variant
 from libreflux.model.single_file import TensorFile, file_config, load_text_encoder
 from libreflux.model.text import TextEncoders
 
@@ -92,6 +92,7 @@ def _load_encoder(
 def _read_to(kind: Any, folder: Path, device: torch.device | str, **options: Any) -> tuple[Any, dict[str, Any]]:
     """A part with its tensors placed on the device as they are read, and what its library says of their names."""
     options |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    options["variant"] = weight_variant(folder)
     with one_line(folder):
         if torch.device(device).type != "cpu":
             # A tensor that no file has cannot be moved, and which one it is only the CPU's way tells.
@@ -113,11 +114,12 @@ def _check_keys(folder: Path, found: dict[str, Any], kinds: Sequence[str]) -> No
 
 
 def _stored_dtypes(folder: Path) -> list[torch.dtype]:
-    """The dtypes of a part's floating tensors, the first one's first; fp32 for one without any."""
+    """The dtypes of a part's floating tensors, in the files that are read, the first one's first; fp32 for none."""
     from safetensors import safe_open
 
     found: dict[torch.dtype, None] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    single = folder / named("diffusion_pytorch_model.safetensors", weight_variant(folder))
+    for file in [single] if single.is_file() else visible(folder, "*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             for name in sorted(tensors.keys()):
                 dtype = tensors.get_slice(name).get_dtype()

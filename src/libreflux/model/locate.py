@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from libreflux import plainjson
 from libreflux.errors import ModelError
 from libreflux.model.facts import FACTS_FILE, read_facts
 
+INT8 = "libreflux_int8"
+"""How our own int8 folders call their format in config.json."""
 WEIGHTS = Path(__file__).resolve().parent.parent / "emoji" / "weights"
 EMOJI = ("emoji-base", "emoji-schnell", "emoji-libre")
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -34,7 +36,7 @@ _REFUSED = dict.fromkeys((".ckpt", ".pt", ".pth", ".bin", ".pkl"), _PICKLE) | {
 }
 
 
-def locate(name: str | Path, *, weights: bool | Collection[str] = True) -> Path:
+def locate(name: str | Path, *, weights: bool | Collection[str] = True, fetch: bool = True) -> Path:
     """The folder of a model.
 
     Args:
@@ -43,6 +45,7 @@ def locate(name: str | Path, *, weights: bool | Collection[str] = True) -> Path:
             network is touched for nothing else: no name without "/" is a hub id, none below an existing local folder.
         weights: of a hub id, the parts whose weights are wanted; True: all; False: none, only what is small,
             configurations and tokenizers.
+        fetch: whether the hub may be asked; False where the name comes out of a file, see `told_model`.
 
     Raises:
         ModelError: there is no such model, or the download failed.
@@ -63,9 +66,28 @@ def locate(name: str | Path, *, weights: bool | Collection[str] = True) -> Path:
     if path.exists():
         told, mend = _REFUSED.get(path.suffix.lower(), ("is neither a folder nor a .safetensors file", _FOLDER))
         raise ModelError(told, where=path, mend=mend)
-    if not _HUB_ID.fullmatch(text) or Path(text).parts[0] in (".", "..") or Path(text).parent.is_dir():
+    steps_out = ".." in re.split("[/@]", text)  # the hub's client would take it for a folder of its cache
+    if not _HUB_ID.fullmatch(text) or steps_out or Path(text).parts[0] == "." or Path(text).parent.is_dir():
         raise ModelError(f"no such model: {text}", mend=_suggestion(text))
-    return _checked(_download(text, PARTS if weights is True else weights or ()))
+    return _checked(_download(text, PARTS if weights is True else weights or (), fetch=fetch))
+
+
+def told_model(name: str, told_by: object) -> str:
+    """A model that a file names, and not the user: taken where it is here already, never fetched.
+
+    Args:
+        name: what the file says.
+        told_by: the file.
+
+    Raises:
+        ModelError: it is not here.
+    """
+    try:
+        locate(name, fetch=False)
+    except ModelError as error:
+        mend = "name the model yourself with --model; nothing is downloaded because a file says so"
+        raise ModelError(f"its model {name} is not at hand ({error.what})", where=told_by, mend=mend) from None
+    return name
 
 
 def part_folder(folder: Path, part: str) -> Path:
@@ -91,11 +113,37 @@ def _checked(folder: Path) -> Path:
             if part.startswith("text"):
                 continue  # ready-made conditioning needs none
             raise ModelError(f"incomplete: it has no {part} folder", where=folder, mend="give a diffusers FLUX folder")
-        found = {file.suffix for file in where.iterdir() if file.suffix in _REFUSED}
+        names = [file for file in where.iterdir() if not file.name.startswith("._")]  # those are macOS' own
+        found = {file.suffix for file in names if file.suffix in _REFUSED}
         if found and ".safetensors" not in found:
+            _refuse_format(where)
             told, mend = _REFUSED[min(found)]
             raise ModelError(f"has no safetensors: what it has {told}", where=where, mend=mend)
     return folder
+
+
+def foreign_format(config: Mapping[str, Any]) -> str | None:
+    """What a part's config.json says that its weights are quantised by, if that is another program."""
+    told = config.get("quantization_config")
+    if not told:
+        return None
+    if not isinstance(told, dict):
+        return str(told)[:60]
+    if (method := told.get("quant_method")) == INT8:
+        return None
+    detail = told.get("bnb_4bit_quant_type") or told.get("quant_type") or ("8 bit" if told.get("load_in_8bit") else "")
+    return f"{method}{f' ({str(detail)[:60]})' if detail else ''}"
+
+
+FOREIGN_MEND = "use the model in bf16 or fp32; `libreflux export --int8` makes it small"
+
+
+def _refuse_format(part: Path) -> None:
+    """Raises ModelError for a part whose config.json names a format that is not read."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        config = plainjson.parse((part / "config.json").read_text(encoding="utf-8"))
+        if told := foreign_format(config):
+            raise ModelError(f"is quantised by {told}, which is not read", where=part, mend=FOREIGN_MEND)
 
 
 def _suggestion(text: str) -> str:
@@ -105,7 +153,7 @@ def _suggestion(text: str) -> str:
     return f"use {EMOJI[0]}, an existing folder, or a hub id like org/name"
 
 
-def _download(text: str, weights: Collection[str]) -> Path:
+def _download(text: str, weights: Collection[str], *, fetch: bool) -> Path:
     import huggingface_hub
 
     hub_id, _, revision = text.partition("@")
@@ -118,6 +166,8 @@ def _download(text: str, weights: Collection[str]) -> Path:
         stored = Path(huggingface_hub.snapshot_download(**wanted, local_files_only=True))
         if _complete(stored, weights):
             return stored
+    if not fetch:
+        raise ModelError("not downloaded before", where=text, mend="name it yourself to download it")
     try:
         return Path(huggingface_hub.snapshot_download(**wanted))
     except Exception as error:  # the client's own, its HTTP library's, the disk's: no common ancestor
@@ -147,12 +197,12 @@ def _reason(error: Exception) -> str:
 def _complete(folder: Path, weights: Collection[str]) -> bool:
     """Whether an earlier download got to its end: every part is there, with every shard that its index names."""
     try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index = plainjson.parse((folder / "model_index.json").read_text(encoding="utf-8"))
         shards = [
             table.parent / shard
             for part in weights
             for table in folder.glob(f"{part}/*.safetensors.index.json")
-            for shard in set(json.loads(table.read_text(encoding="utf-8"))["weight_map"].values())
+            for shard in set(plainjson.parse(table.read_text(encoding="utf-8"))["weight_map"].values())
         ]
     except (OSError, ValueError, KeyError, AttributeError):
         return False

@@ -6,20 +6,29 @@ Given something odd they ask the hub, unpickle, make as many layers as config.js
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from safetensors import SafetensorError, safe_open
 
+from libreflux import plainjson
 from libreflux.errors import ModelError
+from libreflux.model.locate import FOREIGN_MEND, foreign_format
 from libreflux.model.text import TextEncoders
+from libreflux.printing import get_logger
+
+logger = get_logger(__name__)
 
 COPY = "the file is missing or damaged: copy or download it again"
 
+MOST_LAYERS = 1000
+_STEMS = ("diffusion_pytorch_model", "model")
+_VARIANT = re.compile(rf"(?:{'|'.join(_STEMS)})\.(?:(\w+)\.safetensors|safetensors\.index\.(\w+)\.json)", re.ASCII)
 _PLAIN = re.compile(r"[^/\\]+\.safetensors")
 _NEIGHBOUR = re.compile(r"\.\./\.\./[A-Za-z0-9][\w.-]*/transformer/[^/\\]+\.safetensors")
 
@@ -31,7 +40,7 @@ def json_object(path: Path) -> dict[str, Any]:
         ModelError: no such file, or something else in it.
     """
     with reading(path):
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = plainjson.parse(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("not a JSON object")
         return values
@@ -69,23 +78,74 @@ def check_part(folder: Path, *, neighbours: bool = False) -> None:
     """
     _check_is_there(folder)
     config = json_object(folder / "config.json")
+    if told := foreign_format(config):
+        raise ModelError(f"is quantised by {told}, which is not read", where=folder, mend=FOREIGN_MEND)
     if (folder / "adapter_config.json").exists():  # transformers would open the model that it names, wherever it is
         raise ModelError("is an adapter, not a model", where=folder, mend="remove its adapter_config.json")
-    for key in ("attn_implementation", "_attn_implementation"):
-        if "/" in str(config.get(key)):
-            mend = f"remove {key}"
-            raise ModelError(f"names code of the hub, {config[key]}", where=folder / "config.json", mend=mend)
-    files = set(folder.glob("*.safetensors"))
-    for index in folder.glob("*.safetensors.index.json"):
+    for key, value in _attention(config):
+        if "/" in value:
+            raise ModelError(f"names code of the hub, {value}", where=folder / "config.json", mend=f"remove {key}")
+    if variant := weight_variant(folder):
+        _tell_variant(str(folder), variant)
+    files = set(visible(folder, "*.safetensors"))
+    for index in visible(folder, "*.safetensors.index*.json"):
         files |= set(shard_files(index, neighbours=neighbours).values())
     stored = 0
     for file in sorted(files):
         with reading(file), safe_open(file, framework="pt") as tensors:
             stored += len(tensors.keys())
+    check_layers(config, folder / "config.json", stored or MOST_LAYERS)
+
+
+def check_layers(config: Mapping[str, Any], where: object, stored: int | None = None) -> None:
+    """Raises ModelError for more layers than there are tensors (None: than any model has): each would be made."""
     for key, value in config.items():
-        if "layers" in key and isinstance(value, int) and value > stored > 0:
-            told = f"{key} is {value}, but there are {stored} tensors"
-            raise ModelError(told, where=folder / "config.json", mend="the weights and config.json differ")
+        if "layers" in key and isinstance(value, int) and value > (stored or MOST_LAYERS):
+            told = f"{key} is {value}, but there are {stored} tensors" if stored else f"{key} cannot be {value}"
+            raise ModelError(told, where=where, mend="the weights and config.json differ")
+
+
+def _attention(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Which attention a configuration, or one within it, wants: transformers downloads it where that is a hub's."""
+    for key, value in config.items():
+        if key in ("attn_implementation", "_attn_implementation"):
+            yield key, str(value)
+        elif isinstance(value, dict):
+            yield from _attention(value)
+
+
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder that match, sorted, but for `._name`: macOS leaves them beside files on other disks."""
+    return sorted(file for file in folder.glob(pattern) if not file.name.startswith("._"))
+
+
+def weight_variant(folder: Path) -> str | None:
+    """None where a part has weights under their plain names, else e.g. "fp16" where only such a variant is there."""
+    names = {file.name for file in visible(folder, "*.safetensors*")}
+    if any(f"{stem}{end}" in names for stem in _STEMS for end in (".safetensors", ".safetensors.index.json")):
+        return None
+    return min((match[1] or match[2] for name in names if (match := _VARIANT.fullmatch(name))), default=None)
+
+
+def named(name: str, variant: str | None) -> str:
+    """A file's name in a variant: model.safetensors -> model.fp16.safetensors, as diffusers and transformers do."""
+    start, dot, end = name.rpartition(".")
+    return name if variant is None else f"{start}.{variant}{dot}{end}"
+
+
+def copy_part(source: Path, target: Path) -> None:
+    """Copies a part's folder, following the links of the hub's cache; a lone variant gets the plain names."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("._*", ".DS_Store"))
+    variant = weight_variant(target)
+    for stem in _STEMS if variant else ():
+        for plain in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
+            if (file := target / named(plain, variant)).is_file():
+                file.rename(target / plain)
+
+
+@functools.cache  # a command opens a part more than once
+def _tell_variant(folder: str, variant: str) -> None:
+    logger.warning("%s has its weights as the variant %s alone: that is read", folder, variant)
 
 
 def check_tokenizer(folder: Path, vocabularies: tuple[str, ...]) -> None:

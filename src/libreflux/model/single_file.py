@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +15,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from libreflux import plainjson
 from libreflux.errors import ModelError
 from libreflux.model.int8 import int8_layers, quantise_model, quantise_weight
 from libreflux.model.keys import BFL_BLOCKS, Row, config_of, count_blocks, renamed, transformer_rows, vae_rows
+from libreflux.model.parts import check_layers
+from libreflux.printing import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 FACTS_KEY = "libreflux"
 """Of the metadata of a file that we wrote: the model's facts, as in libreflux.json."""
@@ -178,7 +179,7 @@ def transformer_config(file: TensorFile, base: Mapping[str, Any] | None = None) 
     """
     if own := file.metadata.get("transformer_config"):
         with _built(file.path):
-            return {str(key): value for key, value in json.loads(own).items()}
+            return _told_config(own, file)
     try:
         config = config_of(_shapes(file))
     except ModelError as error:
@@ -269,7 +270,13 @@ def file_config(file: TensorFile, part: str) -> dict[str, Any]:
     """The configuration of the VAE or a text encoder in a file: as its own metadata say, else FLUX.1's."""
     with _built(file.path):
         text = file.metadata.get(f"{part}_config") or (CONFIGS / f"{part}.json").read_text(encoding="utf-8")
-        return {str(key): value for key, value in json.loads(text).items()}
+        return _told_config(text, file)
+
+
+def _told_config(text: str, file: TensorFile) -> dict[str, Any]:
+    config = {str(key): value for key, value in plainjson.parse(text).items()}
+    check_layers(config, file.path, max(1, len(file.shapes)))
+    return config
 
 
 def _filled(

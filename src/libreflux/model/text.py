@@ -8,7 +8,6 @@ published LibreFLUX weights were trained.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from libreflux.errors import ModelError
 from libreflux.model.numerics import pinned
+from libreflux.printing import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 TRAINED_PADDING = ("drop", "trim")  # what a cache can hold
 KNOWN_PADDING = (*TRAINED_PADDING, "bias", "keep")

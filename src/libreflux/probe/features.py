@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,12 @@ from transformers import AutoImageProcessor, AutoModel
 
 from libreflux.errors import ModelError
 from libreflux.files import sha256_file
+from libreflux.model.load import quiet
+from libreflux.model.parts import check_part, json_object, visible
 from libreflux.probe.judges import Judge, Verdict
+
+MOST_SIDE = 4096
+"""Pixels per side that a vision model may ask for."""
 
 
 class Features(Judge):
@@ -52,11 +58,20 @@ def load_features(folder: Path) -> Features:
     """
     if not folder.is_dir():
         raise ModelError("no such folder", where=folder, mend="name a local folder of CLIP, DINO or the like")
+    check_part(folder)
+    for name in ("config.json", "preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file() and "auto_map" in json_object(folder / name):
+            what = "names Python code of its own (auto_map), which is not run"
+            raise ModelError(what, where=folder / name, mend="use a model that transformers has itself")
+    ours: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-        model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
+        with quiet():
+            processor = AutoImageProcessor.from_pretrained(folder, **ours)
+            model = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **ours)
         size = getattr(processor, "crop_size", None) or processor.size
         side = size["height"] if "height" in size else size["shortest_edge"]
+        if not 1 <= int(side) <= MOST_SIDE:
+            raise ValueError(f"inputs of {side} pixels")
         made = Features(model, list(processor.image_mean), list(processor.image_std), int(side))
     except Exception as error:  # transformers' own, safetensors', the disk's: no common ancestor
         mend = "name a folder with config.json, preprocessor_config.json and safetensors"
@@ -68,6 +83,6 @@ def load_features(folder: Path) -> Features:
 def features_digest(folder: Path) -> str:
     """SHA-256 over the folder's JSON and safetensors files: which features they are."""
     total = hashlib.sha256()
-    for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+    for file in sorted([*visible(folder, "*.json"), *visible(folder, "*.safetensors")]):
         total.update(f"{file.name}:{sha256_file(file)}\n".encode())
     return total.hexdigest()

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from libreflux import plainjson
 from libreflux.errors import ModelError
 from libreflux.files import atomic_save_safetensors
 
@@ -93,7 +94,7 @@ def load_judge(path: Path) -> Judge:
             tensors = {name: saved.get_tensor(name).float() for name in saved.keys()}  # noqa: SIM118
         if meta["schema"] != SCHEMA:
             raise ModelError(f"judge schema {meta['schema']} is not {SCHEMA}", where=path, mend="update libreflux")
-        judge = Judge(json.loads(meta["subjects"]), json.loads(meta["colours"]))
+        judge = Judge(plainjson.parse(meta["subjects"]), plainjson.parse(meta["colours"]))
         judge.load_state_dict(tensors)
     except FileNotFoundError:
         raise ModelError("no such judge", where=path, mend="check the path") from None

@@ -130,7 +130,7 @@ def _embedded(files: set[Path]) -> dict[Path, bytes]:
     pictures = {}
     for path in sorted(files):
         try:
-            with Image.open(path) as opened:
+            with Image.open(path, formats=["PNG"]) as opened:
                 pictures[path] = opened.convert("RGB")
         except OSError as error:
             mend = "probe the model again, into the same folder"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from libreflux import plainjson
 from libreflux.errors import DataError
 from libreflux.files import atomic_write_json
 
@@ -78,6 +78,20 @@ class Picture:
         """Plain values."""
         return {"file": self.file, "at": dict(self.at), "purpose": self.purpose}
 
+    @staticmethod
+    def from_json(row: Mapping[str, Any], folder: Path) -> Picture:
+        """The inverse of `as_json`, of a result in `folder`.
+
+        Raises:
+            ValueError: a file outside the folder, links followed, or none that a probe writes: a page would show it.
+        """
+        found = Picture(**row)
+        if not isinstance(found.file, str) or Path(found.file).suffix != ".png":
+            raise ValueError(f"{found.file!r} is no .png file")
+        if not (folder / found.file).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{found.file!r} is outside its folder")
+        return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
@@ -134,13 +148,13 @@ def read_result(folder: Path) -> Result:
     path = folder / FILE if folder.is_dir() else folder
     mend = "give a folder that `libreflux probe` wrote"
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = plainjson.parse(path.read_text(encoding="utf-8"))
         if rows["schema"] != SCHEMA:
             raise DataError(f"schema {rows['schema']!r} is not {SCHEMA}", where=path, mend="update libreflux")
         return Result(
             **{name: rows[name] for name in ("model", "settings", "versions", "seconds")},
             measures=[Measure.from_json(row) for row in rows["measures"]],
-            pictures=[Picture(**row) for row in rows["pictures"]],
+            pictures=[Picture.from_json(row, path.parent) for row in rows["pictures"]],
             folder=path.parent,
         )
     except FileNotFoundError:

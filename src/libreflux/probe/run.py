@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from libreflux import plainjson
 from libreflux.files import atomic_write_json
 from libreflux.model.faults import explained
 from libreflux.model.numerics import pinned
@@ -112,11 +112,12 @@ def write_section(out: Path, name: str, key: str, found: Found, seconds: float) 
 def read_section(out: Path, name: str, key: str) -> tuple[Found, float] | None:
     """A finished section and its seconds; None if it is not there, damaged, of another key, or lacks a picture."""
     try:
-        rows = json.loads(section_file(out, name).read_text(encoding="utf-8"))
+        rows = plainjson.parse(section_file(out, name).read_text(encoding="utf-8"))
         if rows["schema"] != 1 or rows["key"] != key:
             return None
         found = Found(
-            [Measure.from_json(row) for row in rows["measures"]], [Picture(**row) for row in rows["pictures"]]
+            [Measure.from_json(row) for row in rows["measures"]],
+            [Picture.from_json(row, out) for row in rows["pictures"]],
         )
         whole = all((out / picture.file).is_file() for picture in found.pictures)
         return (found, float(rows["seconds"])) if whole else None

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from libreflux import plainjson
 from libreflux.errors import RecipeError
 from libreflux.model.device import release
 from libreflux.model.facts import Facts
 from libreflux.model.text import TextConditioning, TextEncoders
+from libreflux.printing import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ def encode_prompts(
     check_max_tokens(facts, max_tokens)
     if prompts_2 is not None and len(prompts_2) != len(prompts):
         raise RecipeError(f"{len(prompts_2)} second prompts for {len(prompts)} prompts", mend="give one each")
+    for text in (*prompts, *(prompts_2 or ())):
+        if not plainjson.is_text(text):
+            raise RecipeError(f"half a character in {text[:40]!r}", where="prompt", mend="write it as UTF-8")
     _tell_unseen(encoders, prompts, apart=prompts_2 is not None)
     limit = facts.max_tokens if max_tokens is None else max_tokens
     return encoders.encode(prompts, padding=facts.text_padding, max_tokens=limit, prompts_2=prompts_2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from typing import Any, Literal
 from PIL import Image, PngImagePlugin
 from pydantic import TypeAdapter, ValidationError
 
+from libreflux import plainjson
 from libreflux.errors import DataError
 from libreflux.files import atomic_write_bytes
 
@@ -178,29 +180,41 @@ def save_png(image: Image.Image, path: Path, origin: Origin | None = None) -> No
     atomic_write_bytes(Path(path), png_bytes(image, origin))
 
 
+def open_png(path: Path) -> Image.Image:
+    """A PNG's pixels and texts. Other formats are not tried: Pillow starts programs for some.
+
+    Raises:
+        DataError: not a PNG, damaged, or made to fill the memory.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=["PNG"]) as image:
+                image.load()  # text chunks may follow the pixels
+                return image
+    except Exception as error:  # Pillow meets bytes that it does not expect: the file is at fault
+        told = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"not a readable picture ({told})", where=path, mend="give a PNG made by libreflux") from None
+
+
 def read_origin(path: Path) -> Origin:
     """How this picture was made.
 
     Raises:
-        DataError: not a picture, or one that libreflux did not write.
+        DataError: not a PNG, or one that libreflux did not write.
     """
-    try:
-        with Image.open(path) as image:
-            image.load()  # text chunks may follow the pixels
-            text = getattr(image, "text", {}).get(CHUNK)
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"not a readable picture ({error})", where=path, mend="give a PNG made by libreflux") from None
-    if text is None:
+    text = open_png(path).info.get(CHUNK)
+    if not isinstance(text, str):
         raise DataError("says nothing of how it was made", where=path, mend="give a PNG made by libreflux, unchanged")
     try:
-        values: Any = json.loads(text)
+        values: Any = plainjson.parse(text)
         if values.get("schema") != 1:
             raise DataError(f"schema {values.get('schema')!r} is not 1", where=path, mend="update libreflux")
         Origin(**values)  # unknown keys
         return TypeAdapter(Origin).validate_python(values)
     except (ValueError, TypeError, AttributeError) as error:
         why = (
-            "; ".join(f"{row['loc'][0]}: {row['msg']}" for row in error.errors())
+            "; ".join(f"{(*row['loc'], 'it')[0]}: {row['msg']}" for row in error.errors())
             if isinstance(error, ValidationError)
             else error
         )

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from libreflux.errors import ModelError, RecipeError
+from libreflux.model import latents as latent_space
 from libreflux.model.device import pick_dtype
 from libreflux.model.facts import Facts, facts_of, write_facts
 from libreflux.model.family import Model, open_model
@@ -122,7 +123,7 @@ class FluxParts(Adapting, DiffusionPipeline):
     @staticmethod
     def size_of(vae: AutoencoderKL) -> int:
         """Pixels per side that a VAE was made for, in multiples of 16."""
-        return max(16, int(vae.config.sample_size) // 16 * 16)
+        return latent_space.own_side(vae.config)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # type: ignore[override]
         """diffusers' own, and the facts beside it, so that `from_pretrained` draws alike.

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from libreflux.errors import RecipeError
 from libreflux.flow.schedule import ladder, shift_for_tokens, shift_sigmas
-from libreflux.model.facts import Facts
+from libreflux.model.facts import MOST_STEPS, Facts
+from libreflux.model.latents import MOST_SIDE
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+MOST_PIXELS = 2**26
+"""Of one picture: 8192 x 8192, 262,144 tokens. A picture's own record, too, may name no more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +109,10 @@ def check_values(given: Mapping[str, Any], names: Mapping[str, str] | None = Non
         good, mend = _CHECKS[name]
         if value is not None and not good(value):
             raise RecipeError(f"cannot be {value!r}", where=(names or {}).get(name, name), mend=mend)
+    width, height = (given.get(name) for name in ("width", "height"))
+    if width and height and width * height > MOST_PIXELS:
+        what = f"{width} x {height} pixels are more than {MOST_PIXELS / 1e6:.0f} million"
+        raise RecipeError(what, where=(names or {}).get("width", "width"), mend="draw a smaller picture")
     start, stop = given.get("guidance_start", 0.0), given.get("guidance_stop", 1.0)
     if start >= stop:
         name = (names or {}).get("guidance_start", "guidance_start")
@@ -134,7 +141,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_size(value: Any) -> bool:
-    return _is_whole(value) and value >= 16 and value % 16 == 0
+    return _is_whole(value) and 16 <= value <= MOST_SIDE and value % 16 == 0
 
 
 def _is_fraction(value: Any) -> bool:
@@ -151,7 +158,7 @@ def _is_count(least: int) -> Callable[[Any], bool]:
 
 def _falls(sigmas: Any) -> bool:
     values = [float(sigma) if _is_number(sigma) else math.nan for sigma in sigmas]
-    return bool(values) and all(0 < v <= 1 for v in values) and all(a > b for a, b in pairwise(values))
+    return 0 < len(values) <= MOST_STEPS and all(0 < v <= 1 for v in values) and all(a > b for a, b in pairwise(values))
 
 
 def _is_switch(value: Any) -> bool:
@@ -159,9 +166,9 @@ def _is_switch(value: Any) -> bool:
 
 
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "height": (_is_size, "use a multiple of 16"),
-    "width": (_is_size, "use a multiple of 16"),
-    "num_inference_steps": (_is_count(1), "use 1 or more"),
+    "height": (_is_size, f"use a multiple of 16, at most {MOST_SIDE}"),
+    "width": (_is_size, f"use a multiple of 16, at most {MOST_SIDE}"),
+    "num_inference_steps": (lambda steps: _is_whole(steps) and 1 <= steps <= MOST_STEPS, f"use 1 to {MOST_STEPS}"),
     "sigmas": (_falls, "use falling numbers in (0, 1]; the last one, 0, is added"),
     "guidance_scale": (_is_scale, "use 0 or more; 1 is no guidance"),
     "embedded_guidance": (_is_scale, "use 0 or more"),

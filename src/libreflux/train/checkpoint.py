@@ -19,7 +19,6 @@ either the whole of it or nothing. Deleting one works the other way round: it is
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -30,11 +29,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from libreflux import files, recipe_faults
+from libreflux import files, plainjson, recipe_faults
 from libreflux.errors import RunError
+from libreflux.places import placed
+from libreflux.printing import get_logger
 from libreflux.recipe import Recipe, differences
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 SCHEMA = 1
 FOLDER = "checkpoints"
@@ -46,7 +47,7 @@ RECIPE = "recipe.json"
 METRICS = "metrics.jsonl"
 HELD_OUT = "held_out.jsonl"
 
-_WRITTEN = (FOLDER, "averages", "samples")
+WRITTEN = (FOLDER, "averages", "samples")
 _NAME = re.compile(r"step-(\d{8,})")
 
 Writer = Callable[[Path], None]
@@ -82,7 +83,7 @@ class Checkpoint:
         Raises:
             RunError: it was written by a later schema.
         """
-        state: dict[str, Any] = json.loads((self.path / STATE).read_text(encoding="utf-8"))
+        state: dict[str, Any] = plainjson.parse((self.path / STATE).read_text(encoding="utf-8"))
         if state.get("schema") != SCHEMA:
             raise RunError(
                 f"checkpoint schema {state.get('schema')!r} is not {SCHEMA}",
@@ -162,7 +163,7 @@ def recover(run: Path) -> Checkpoint | None:
     Damaged checkpoints above the latest are renamed `damaged-…`, so that the resumed run can write its own. Call it
     with the run locked.
     """
-    for folder in (run, *(run / name for name in _WRITTEN)):
+    for folder in (run, *(run / name for name in WRITTEN)):
         files.sweep(folder)
     newest = latest(run)
     for checkpoint in listed(run):
@@ -255,7 +256,7 @@ def stored_forks(run: Path) -> list[dict[str, Any]]:
 def _read_recipe(path: Path) -> tuple[Recipe, int, list[dict[str, Any]]]:
     """The recipe, the number of processes it ran on, and its forks."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = plainjson.parse(path.read_text(encoding="utf-8"))
         world, forks = int(tree.pop("world")), list(tree.pop("forks", []))
         return Recipe.model_validate(tree), world, forks
     except ValidationError as error:
@@ -313,17 +314,17 @@ class Metrics:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with files.placed(self._path):
+        with placed(self._path):
             self._file.close()
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends one JSON object; `step` is one of its keys."""
-        with files.placed(self._path):
+        with placed(self._path):
             self._file.write(json.dumps(line) + "\n")
 
     def sync(self) -> None:
         """Lets the lines written so far survive a power cut."""
-        with files.placed(self._path):
+        with placed(self._path):
             os.fsync(self._file.fileno())
 
 
@@ -334,7 +335,7 @@ def rewind(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            number = json.loads(line)["step"]
+            number = plainjson.parse(line)["step"]
         except (ValueError, KeyError, TypeError):
             continue
         if number <= step:

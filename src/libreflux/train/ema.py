@@ -10,7 +10,6 @@ In bf16 an average stands still: from 1 to 1.1 with weight 1e-3, 20,000 steps do
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,10 +22,11 @@ from torch import Tensor
 from libreflux import files
 from libreflux.errors import RunError
 from libreflux.model.stream import save_live
+from libreflux.printing import get_logger
 from libreflux.train.checkpoint import step_folders, step_name
 from libreflux.train.overlapped import Lane, Overlapped, lane_for
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 FOLDER = "averages"
 STEP = "averages_step"

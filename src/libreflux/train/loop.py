@@ -20,6 +20,7 @@ from libreflux.model import attention, numerics
 from libreflux.model.device import make_current, pick_device
 from libreflux.model.facts import Facts, freed
 from libreflux.model.family import Model, open_model, weights_hash
+from libreflux.places import folder_place
 from libreflux.recipe import Recipe
 from libreflux.train import checkpoint, ema, forks, memory, saving, skips
 from libreflux.train.callbacks import Callbacks, StepInfo
@@ -75,6 +76,7 @@ def fit(recipe: Recipe, callbacks: Callbacks | None = None, *, fork: bool = Fals
 
 def _standing(recipe: Recipe, run: Path, world: int, held: contextlib.ExitStack, fork: bool) -> Checkpoint | None:
     """Locks the run folder and finds where the run stands; None at its start."""
+    folder_place(run, *checkpoint.WRITTEN, *(["tensorboard"] if recipe.tensorboard else []))
     held.enter_context(files.lock(run))
     changed = forks.allow(run, recipe, world, fork=fork)
     newest = checkpoint.recover(run)

@@ -6,7 +6,6 @@ on the card's own clock. What the numbers are used for on the host is done by on
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
@@ -14,7 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from libreflux.printing import get_logger
+
+log = get_logger(__name__)
 
 ALIGNED = 16
 """Bytes; where a tensor may begin in the host's buffer."""

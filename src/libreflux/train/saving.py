@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,14 @@ from libreflux import __version__, files
 from libreflux.adapter.files import Adapter, file_metadata, load_adapter, save_adapter
 from libreflux.errors import RunError
 from libreflux.model.stream import save_live
+from libreflux.printing import get_logger
 from libreflux.recipe import Recipe
 from libreflux.train import checkpoint, ema, forks, skips
 from libreflux.train.callbacks import Callbacks
 from libreflux.train.checkpoint import Checkpoint
 from libreflux.train.step import Training
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 def restore(training: Training, newest: Checkpoint, fork: bool) -> None:

@@ -7,7 +7,6 @@ the same losses and the same summed gradient, and so skip the same steps.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,11 @@ import torch
 from torch import nn
 
 from libreflux.errors import RunError
+from libreflux.printing import get_logger
 from libreflux.train import checkpoint
 from libreflux.train.callbacks import StepInfo
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 LARGEST_NORM = 2.0**63
 """Of a gradient that is stepped along: the second moment keeps squares, and 2^128 is no fp32 number any more."""

@@ -1,0 +1,100 @@
+"""Text of others on a terminal and in a log: nothing is obeyed, nothing fails; and no line goes another way."""
+
+from __future__ import annotations
+
+import ast
+import io
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import libreflux
+from libreflux.cli.progress import progress
+from libreflux.cli.terminal import SafeConsole
+from libreflux.errors import LibrefluxError
+from libreflux.printing import get_logger, printable, say, say_json, say_table
+
+ROOT = Path(libreflux.__file__).parent
+HOSTILE = "a\x1b]0;title\x07\x1b[2J b\u202egpj.exe\ud83d\x9b\n\u2028c"
+SHOWN = "a\\x1b]0;title\\x07\\x1b[2J b\\u202egpj.exe\\ud83d\\x9b\\x0a\\u2028c"
+
+
+def test_what_a_terminal_obeys_is_shown_and_the_rest_is_as_it_was() -> None:
+    assert printable(HOSTILE) == SHOWN
+    harmless = "ünïcödé, 狐, 👩‍🚀 \\ é"
+    assert printable(harmless) == harmless
+    assert printable("a\nb\x1b", keep="\n") == "a\nb\\x1b"
+
+
+def test_every_way_to_a_terminal_shows_it(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    say(HOSTILE, HOSTILE)
+    say(HOSTILE, err=True)
+    told = capsys.readouterr()
+    assert (told.out, told.err) == (f"{SHOWN}\n{SHOWN}\n", f"{SHOWN}\n")
+    say_table("a\x1b\nb")
+    assert capsys.readouterr().out == "a\\x1b\nb\n"
+    say_json('{\n"a": "\x7f\u2028ü"}\n')
+    assert capsys.readouterr().out == '{\n"a": "\\u007f\\u2028ü"}\n'
+    assert str(LibrefluxError(HOSTILE.replace("\n\u2028", ""), where="x")) == "x: " + SHOWN.replace("\\x0a\\u2028", "")
+    get_logger("libreflux.test").warning("%s and %d", HOSTILE, 3)
+    assert caplog.records[0].getMessage() == f"{SHOWN} and 3"
+    assert len(get_logger("libreflux.test").filters) == 1
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_shows_it_too(terminal: bool) -> None:
+    file = io.StringIO()
+    with progress("drawing", "step", SafeConsole(file=file, force_terminal=terminal, width=200)) as report:
+        report(1, 1, "note \x1b]0;x\x07 \x9b")
+    assert "note \\x1b]0;x" in file.getvalue() and "\\x9b" in file.getvalue()
+    assert "\x1b]0" not in file.getvalue() and ("\x1b[" in file.getvalue()) == terminal
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_terminal_of_any_encoding_fails_at_nothing(encoding: str) -> None:
+    code = "from libreflux.printing import never_fail, say\nnever_fail()\nsay('é狐👩', '\\ud83d')"
+    env = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first = "\\xe9" if encoding == "ascii" else "é"
+    assert done.stdout.decode(encoding).splitlines() == [f"{first}\\u72d0\\U0001f469", "\\ud83d"]
+
+
+WAYS = {
+    "print": {"printing.py"},
+    "typer.echo": set(),
+    "click.echo": set(),
+    "sys.stdout.write": set(),
+    "sys.stderr.write": set(),
+    "logging.getLogger": {"printing.py", "cli/drawing.py"},  # the latter only switches one off
+    "Console": set(),
+    "json.loads": {"plainjson.py", "files.py", "model/family.py", "probe/settings.py", "train/ranks.py",
+                   "emoji/compose.py"},  # the others read what this process, or this package, wrote
+}  # fmt: skip
+"""Calls that only these files may make: all text goes through `printing`, all JSON of others through `plainjson`."""
+
+
+def calls(source: str) -> set[str]:
+    return {ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_line_goes_another_way(way: str) -> None:
+    files = [path for path in ROOT.rglob("*.py") if "build" not in path.parts]
+    found = {path.relative_to(ROOT).as_posix() for path in files if way in calls(path.read_text(encoding="utf-8"))}
+    assert len(files) > 100 and found == WAYS[way]
+
+
+def test_every_logger_of_ours_has_the_filter() -> None:
+    import libreflux.cli.app
+    import libreflux.train.loop
+
+    assert libreflux.cli.app and libreflux.train.loop
+    ours = [name for name in logging.root.manager.loggerDict if name.startswith("libreflux.")]
+    loggers = [one for name in ours if isinstance(one := logging.root.manager.loggerDict[name], logging.Logger)]
+    assert len(loggers) > 8
+    assert all(logger.filters for logger in loggers if logger.name != "libreflux.test")
