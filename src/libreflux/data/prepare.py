@@ -19,7 +19,7 @@ import torch
 
 from libreflux.data.bar import Bar, Progress
 from libreflux.data.batches import Batches
-from libreflux.data.cache import LATENTS, PARTS, Cache, index_folders, writing
+from libreflux.data.cache import LATENTS, PARTS, Cache, forget_damaged, index_folders, writing
 from libreflux.data.captions import check_weights
 from libreflux.data.crops import View, views
 from libreflux.data.digests import FileMemory, encoder_digests
@@ -181,7 +181,8 @@ def prepare(
             encode_texts(todo.texts, text_padding, max_tokens, opened, writer, bar)
             count_tokens(todo.counted, max_tokens, opened, writer, bar)
     memory.save()
-    return Cache(out), sources
+    forget_damaged(out, own)
+    return Cache(out, partial=part != WHOLE), sources  # of other parts each is made whole by its own process
 
 
 def _tell_enlarged(crops: Sequence[Crop]) -> None:
