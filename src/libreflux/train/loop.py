@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from libreflux.model.device import pick_device
 from libreflux.model.facts import Facts, freed
 from libreflux.model.family import Model, open_model, weights_hash
 from libreflux.recipe import Recipe
-from libreflux.train import checkpoint, ema, forks, memory, saving, skips
+from libreflux.train import checkpoint, ema, forks, memory, run_recipe, saving, skips
 from libreflux.train.callbacks import Callbacks, StepInfo
 from libreflux.train.checkpoint import Checkpoint
 from libreflux.train.interrupt import Interrupted, StopRequest
@@ -29,6 +30,8 @@ from libreflux.train.optimizer import make_optimizer, parameter_dtype
 from libreflux.train.optimizer8 import require_8bit
 from libreflux.train.ranks import Ranks, joined
 from libreflux.train.step import Training
+
+log = logging.getLogger(__name__)
 
 BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}  # int8: of what stays dense
 
@@ -76,6 +79,8 @@ def _standing(recipe: Recipe, run: Path, world: int, held: contextlib.ExitStack,
     if newest is not None and newest.step == recipe.steps and changed:
         mend = "raise steps, or choose another `out`"
         raise RunError(f"step {newest.step}, the last, is done already: nothing is left to fork", where=run, mend=mend)
+    if newest is not None and newest.step == recipe.steps and (moved := run_recipe.moved(run, recipe)):
+        log.warning("this run is finished: %s is not looked at", run_recipe.told_changes(moved))
     if newest is not None and newest.step > recipe.steps:
         mend = f"set steps to at least {newest.step}, or choose another `out`"
         raise RunError(f"step {newest.step} is done already, beyond steps: {recipe.steps}", where=run, mend=mend)
