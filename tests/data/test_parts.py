@@ -69,7 +69,9 @@ def test_a_disk_too_small_is_told_before_anything_is_written(
         stored = sum(path.stat().st_size for path in (cache.folder / "shards").glob(f"{kind}-*"))
         assert 0.7 < estimate / stored < 1.5
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=30_000))
-    with pytest.raises(DataError, match=r"needs 0\.0\d+ MB \(latents .*, text .*\); 0\.03 MB free; mend: free some"):
+    with pytest.raises(
+        DataError, match=r"needs 0\.0\d+ MB \(latents .*, text .*\) and 67\.1 MB to spare; 0\.03 MB free; mend: free"
+    ):
         run(tiny_model_dir, pictures, tmp_path / "out" / "cache")
     assert not (tmp_path / "out").exists()
 

@@ -169,8 +169,10 @@ class Cache:
                     self._open.popitem(last=False)
             self._open.move_to_end(shard)
             tensor: Tensor = self._open[shard].get_tensor(name)
-        except PermissionError as error:
-            raise DataError(f"cannot be read ({error.strerror})", where=path, mend="make it readable") from None
+        except FileNotFoundError:  # safetensors says so of a file without rights too
+            if path.exists():
+                raise DataError("cannot be read", where=path, mend="make it readable") from None
+            raise DataError("has gone since the cache was opened", where=path, mend=MEND) from None
         except (OSError, SafetensorError) as error:
             mend = "remove this file and run `libreflux prepare` again"
             raise DataError(f"damaged shard ({error})", where=path, mend=mend) from None
