@@ -90,13 +90,22 @@ def parse_part(text: str | None) -> tuple[int, int]:
 
 
 def _prepare(recipe: Recipe, part: tuple[int, int]) -> None:
-    from libreflux.cli.progress import progress
+    from rich.console import Console
+
+    from libreflux.cli.progress import line_width, progress
     from libreflux.data.prepare import prepare_cache
+    from libreflux.data.summary import SourceSummary
     from libreflux.model.device import pick_device
 
     device = str(pick_device(recipe.device))
-    with progress("preparing", "item") as report:
-        _, sources = prepare_cache(recipe, device=device, part=part, progress=report)
+    console = Console(stderr=True)
+
+    def told(found: SourceSummary) -> None:
+        for line in found.lines(line_width(console)):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    with progress("preparing", "item", console) as report:
+        _, sources = prepare_cache(recipe, device=device, part=part, progress=report, told=told)
     count = sum(len(samples) for _, samples in sources)
     said = f"{count} pictures prepared in {recipe.cache_dir}"
     if part[1] > 1:

@@ -234,7 +234,7 @@ def _open(
         if ranks.world > 1:
             prepare_cache(recipe, device=device, part=(ranks.rank, ranks.world), progress=callbacks.on_prepare)
         batches, held_out = ranks.in_turn(
-            lambda: prepare_recipe(recipe, device=device, progress=callbacks.on_prepare),
+            lambda: prepare_recipe(recipe, device=device, progress=callbacks.on_prepare, told=callbacks.on_data),
             lambda: prepare_recipe(recipe, device=device),
         )
     with callbacks.stage("reading the base model"):
