@@ -102,13 +102,13 @@ def tell_cut(
         return token_counts(np.fromiter(map(text_key, texts), np.int64)) >= max_tokens
 
     found = full(prompts)
-    count, first = int(found.sum()), f"the prompt {prompts[found.argmax()][:40]!r}…" if found.any() else ""
+    count, first = int(found.sum()), f"the prompt {prompts[int(found.argmax())][:40]!r}…" if found.any() else ""
     for samples in sources:
         found = full(caption for sample in samples for caption in sample.captions)
         count += int(found.sum())
         if not first and found.any():
             owners = np.repeat(np.arange(len(samples)), [len(sample.captions) for sample in samples])
-            first = f"that of {samples[owners[found.argmax()]].file}"
+            first = f"that of {samples[int(owners[found.argmax()])].file}"
     if count:
         logger.warning(
             "texts of %d tokens or more, of which the model reads no more than these: %d, the first is %s",
