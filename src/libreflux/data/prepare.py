@@ -168,7 +168,6 @@ def prepare(
     bar = Bar(progress)
     sources, quarantined = _read(data, memory, part, bar, views, told)
     report_quarantine(own, quarantined, sum(len(samples) for _, samples in sources), max_quarantined)
-    tell_foreign(folder, [samples for _, samples in sources])
     settings: dict[str, Any] = {
         **encoder_digests(folder, memory),
         "text_padding": text_padding,
@@ -179,6 +178,7 @@ def prepare(
     }
     wanted = _Wanted(sources, views, ["", *prompts] if part[0] == 0 else [], text_cache != "none")
     todo = wanted.missing(_known(out, settings))
+    tell_foreign(folder, [samples for _, samples in sources])
     begun = part == WHOLE or (own / INDEX).is_file()  # a part without a picture of its own is a part too
     if todo or not begun:
         _tell_enlarged(todo.crops)

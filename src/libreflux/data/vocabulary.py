@@ -70,6 +70,8 @@ def tell_foreign(model: Path, sources: Iterable[Sequence[Sample]]) -> None:
     """
     captions = [caption for samples in sources for sample in samples for caption in sample.captions]
     folder = part_folder(model, "tokenizer_2")
+    if not folder.is_dir():  # whoever needs it says so
+        return
     with one_line(folder):
         tokenizer = T5Tokenizer.from_pretrained(folder, local_files_only=True)
     found = foreign_words(captions, tokenizer)
