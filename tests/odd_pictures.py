@@ -57,6 +57,34 @@ def png_with(extra: bytes) -> bytes:
     return data[:33] + extra + data[33:]
 
 
+def png_of(depth: int, colour: int, row: bytes, transparent: bytes = b"", palette: bytes = b"") -> bytes:
+    """An 8 x 2 PNG of two equal rows, with a tRNS chunk (PNG specification, 11.3.2.1) and a palette if so wished."""
+    data = png(8, 2, depth=depth, colour=colour, data=(b"\0" + row) * 2)
+    between = [chunk(kind, body) for kind, body in ((b"PLTE", palette), (b"tRNS", transparent)) if body]
+    return data[:33] + b"".join(between) + data[33:]
+
+
+def deep(*values: int) -> bytes:
+    """16-bit numbers as PNG has them."""
+    return struct.pack(f">{len(values)}H", *values)
+
+
+def tiff(bits: int, data: bytes, *, zero_is_white: bool = False, sample_format: int = 1, alpha: int = 0) -> bytes:
+    """An 8 x 2 grey TIFF 6.0, little-endian, of what Pillow reads and cannot write.
+
+    Args:
+        bits: of each number.
+        data: the pixels, row by row.
+        zero_is_white: PhotometricInterpretation 0.
+        sample_format: 1 unsigned, 2 signed, 3 floating-point.
+        alpha: 1: every pixel has an alpha that its grey is multiplied by.
+    """
+    words = {256: 8, 257: 2, 258: bits, 259: 1, 262: 0 if zero_is_white else 1, 273: 8, 277: 1 + (alpha > 0), 278: 2}
+    words |= {279: len(data), 339: sample_format} | ({338: alpha} if alpha else {})
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(words.items()))
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(words)) + entries + bytes(4)
+
+
 def interlaced() -> bytes:
     """Adam7 (PNG specification, 8.2), which Pillow reads and cannot write."""
     passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
@@ -113,6 +141,11 @@ UNUSABLE: dict[str, tuple[str, str, Callable[[], bytes]]] = {
     "bomb_negative": ("png", "exceeds limit", lambda: png(2**31, 2**31)),
     "bad_depth_png": ("png", "neither PNG", lambda: png(8, 8, depth=3, data=bytes(200))),
     "float_tiff": ("tiff", "floating-point", lambda: saved(Image.new("F", SIZE, 0.5), "TIFF")),
+    "whole_32_bit_tiff": ("tiff", "unknown range", lambda: tiff(32, struct.pack("<16I", *[2**31] * 16))),
+    "signed_32_bit_tiff": ("tiff", "unknown range", lambda: tiff(32, bytes(64), sample_format=2)),
+    "signed_16_bit_tiff": ("tiff", "unknown range", lambda: tiff(16, bytes(32), sample_format=2)),
+    "signed_8_bit_tiff": ("tiff", "unknown range", lambda: tiff(8, bytes(16), sample_format=2)),
+    "double_tiff": ("tiff", "neither PNG", lambda: tiff(64, bytes(128), sample_format=3)),
     "pdf": ("jpg", "neither PNG", lambda: b"%PDF-1.4\n" + bytes(3000)),
     "jpeg_2000": ("jp2.jpg", "neither PNG", lambda: b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(3000)),
     "zip": ("webp", "neither PNG", lambda: b"PK\x03\x04" + bytes(3000)),

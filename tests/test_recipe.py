@@ -284,6 +284,10 @@ def test_the_fingerprint_follows_what_decides_the_numbers() -> None:
         "ema=[]",
         "held_out={path: more, every: 7, pictures: 8, sigmas: [0.5]}",
         "latents=mean",
+        "data.0.path=elsewhere",
+        "threads=3",
+        "gradient_checkpointing=true",
+        "text_cache=none",
     ):
         assert load_recipe(None, [*LEAST, harmless]).fingerprint() == base.fingerprint(), harmless
     for decisive in (
@@ -295,6 +299,7 @@ def test_the_fingerprint_follows_what_decides_the_numbers() -> None:
         "adapter.scale=2e-3",
         "held_out.share=0.1",
         "latents=sample",
+        "text_cache=int8",
     ):
         assert load_recipe(None, [*LEAST, decisive]).fingerprint() != base.fingerprint(), decisive
     assert "latents" not in base.decisive()  # so that runs from before this key go on

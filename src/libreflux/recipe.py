@@ -219,7 +219,8 @@ class Recipe(Section):
         Of ``accumulate`` and the number of processes, ``world``, it is the product.
 
         Where things are written, what is drawn or measured and how often is saved do not; nor does the number of steps
-        when the learning rate does not depend on it. Of ``held_out`` the share alone does: it takes pictures away.
+        when the learning rate does not depend on it. Of ``held_out`` the share alone does: it takes pictures away. Nor
+        does where the data lies, whose contents have a hash of their own, or what changes last bits alone.
         """
         kept = {name: value for name, value in self.resolved().items() if name not in _INDECISIVE}
         if self.optimizer.schedule == "constant":
@@ -228,7 +229,17 @@ class Recipe(Section):
         if self.latents == "mean":  # the only one that runs without this key had
             del kept["latents"]
         kept["held_out"] = {"share": self.held_out.share}
+        kept["data"] = [{name: value for name, value in source.items() if name != "path"} for source in kept["data"]]
+        kept["text_cache"] = kept["text_cache"].replace("none", "bf16")  # what is encoded anew has the same values
         return kept
+
+    def last_bits(self) -> dict[str, Any]:
+        """Keys that change the last bits of a result at most; the number of threads, which is the machine's, apart."""
+        return {name: getattr(self, name) for name in ("gradient_checkpointing", "text_cache")}
+
+    def places(self) -> dict[str, str]:
+        """Dotted keys of what training reads, with their paths; of each the contents count, wherever they lie."""
+        return {"model": self.model, **{f"data.{number}.path": one.path for number, one in enumerate(self.data)}}
 
     def fingerprint(self, world: int = 1) -> str:
         """SHA-256 over :meth:`decisive`, as 64 hexadecimal digits."""
@@ -249,6 +260,8 @@ _INDECISIVE = frozenset(
         "ema",
         "ema_every",
         "deterministic",
+        "threads",
+        "gradient_checkpointing",
         "text_precision",  # the cache's settings hold it, and the data's fingerprint those
     }
 )

@@ -82,3 +82,29 @@ def test_a_run_that_only_skips_exits_with_2_and_one_line(run: Callable, recipe: 
     [line] = [line for line in stopped.err.splitlines() if line.startswith("libreflux: error: ")]
     assert stopped.code == 2 and "2 steps in a row up to step 3" in line and "mend" in line
     assert "1 skipped" in stopped.err or poisoned in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_start_up_tells_what_each_source_holds(run: Callable, recipe: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "10_cat").mkdir()
+    Image.new("RGB", (64, 32), "red").save(tmp_path / "10_cat" / "a.jfif")
+    (tmp_path / "10_cat" / "a.caption").write_text("a red cat, кот")
+    changes = [f"data.0.path={tmp_path}", "data.0.weight=0.03", f"out={tmp_path / 'run'}", f"cache={tmp_path / 'c'}"]
+    for resumed in (False, True):
+        done = run("train", recipe, *changes, f"steps={2 + resumed}")
+        assert done.code == 0, done.err
+        lines = done.err.splitlines()
+        [at] = [number for number, line in enumerate(lines) if line.startswith(f"{tmp_path}: 1 picture, 1 caption")]
+        told = lines[at].removeprefix(f"{tmp_path}: ")
+        assert told.startswith(
+            "1 picture, 1 caption (.caption 1), 10_cat shown 10 times an epoch, 0.3 shown an epoch, "
+            "50% of the pixels cropped off (50% of a.jfif)"
+        )
+        assert ("left out: c, run" in told) is resumed
+        assert lines[at + 1] == "  a.jfif: 'a red cat, кот'"
+        assert "1 steps an epoch" in done.err and "0.0% of the text is padding" in done.err and "nan" not in done.err
+    prepared = run("prepare", tmp_path, "--out", tmp_path / "other", "--resolution", 64)
+    assert prepared.code == 0 and "1 picture, 1 caption (.caption 1)" in prepared.err
+    planned = run("train", recipe, *changes, "--dry-run")
+    assert "an epoch shows 0.3: " in planned.out

@@ -64,3 +64,14 @@ def test_batches_refuse_what_was_not_prepared(prepared: Prepared) -> None:
     stranger = Sample(samples[0].id, samples[0].path, ("never said",), ("",))
     with pytest.raises(DataError, match="a caption of it is not in the cache"):
         Batches(cache, [(source, [stranger])], views=[SQUARE], seed=0)
+
+
+def test_weights_that_show_next_to_nothing_are_refused(prepared: Prepared) -> None:
+    cache, [(source, samples)] = prepared
+    rare = source.model_copy(update={"weight": 1e-7})
+    with pytest.raises(DataError, match=r"data\.weight: an epoch shows 7e-07 pictures on average; mend: raise"):
+        Batches(cache, [(rare, samples)], views=[SQUARE], seed=0)
+    beside = Batches(cache, [(rare, samples), (source, samples)], views=[SQUARE], seed=0)
+    assert {
+        item for step in range(4) for unit in step_plan(0, step, beside.samples, 1, 3, 1) for item in unit.items
+    } <= {*range(7, 14)}

@@ -146,3 +146,23 @@ def test_impossible_plans_are_refused(arguments: tuple[int, int, int, int, int])
     step, count, *split = arguments
     with pytest.raises(ValueError, match="no plan"):
         step_plan(0, step, alike(count), *split)
+
+
+@pytest.mark.parametrize("rate", [1e-6, 3e-4, 0.3, 0.999])
+def test_epochs_that_show_nothing_are_passed_over_at_once(rate: float) -> None:
+    samples = Samples(np.zeros(1, int), lengths, np.array([rate]), np.array([0.5]))
+    first = samples.next_shown(0)
+    assert [len(samples.shown(epoch)[0]) for epoch in (first - 1, first) if epoch >= 0][-1] == 1
+    assert first == 0 or len(samples.shown(first - 1)[0]) == 0
+    assert steps_of_epoch(first, samples, 1, 1, 1) == 1
+    assert padding_share(0, first, samples, 1) == 0.0 == padding_share(0, first + 1, samples, 1)
+    epochs = [step_plan(0, step, samples, 1, 1, 1)[0] for step in range(5)]
+    assert [unit.visits for unit in epochs] == [(visit,) for visit in range(5)]
+    assert [unit.epoch for unit in epochs] == pytest.approx([(visit + 0.5) / rate for visit in range(5)], abs=1.01)
+
+
+@settings(deadline=None, max_examples=40)
+@given(tables(), st.integers(0, 50))
+def test_the_next_epoch_that_shows_anything_is_the_next_one(samples: Samples, epoch: int) -> None:
+    expected = next(each for each in range(epoch, epoch + 100) if len(samples.shown(each)[0]))
+    assert samples.next_shown(epoch) == expected

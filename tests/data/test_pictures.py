@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image, ImageCms
 
 from libreflux.data.pictures import inspect, load_rgb
 from libreflux.errors import DataError
-from odd_pictures import SIZE, SIZES, UNUSABLE, UNUSUAL, noise, saved
+from odd_pictures import SIZE, SIZES, UNUSABLE, UNUSUAL, deep, noise, png_of, saved, tiff
 from rights import bound_by_modes
 
 
@@ -151,3 +152,60 @@ def test_every_exif_orientation_is_undone(tmp_path: Path, orientation: int) -> N
         assert (np.asarray(load_rgb(path)) == np.asarray(image)).all()
         found = inspect(path)
         assert (found.fault, found.width, found.height) == ("", *image.size)
+
+
+RED = (255, 0, 0)
+WHITE = (255, 255, 255)
+
+
+def grey(value: int) -> tuple[int, int, int]:
+    return (value, value, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "seen"),
+    [
+        ("16 bits", lambda: tiff(16, b"\x40\x9c" * 16), {grey(156)}),
+        ("16 bits, 0 is white", lambda: tiff(16, b"\x40\x9c" * 16, zero_is_white=True), {grey(255 - 156)}),
+        ("8 bits, 0 is white", lambda: tiff(8, b"\x28" * 16, zero_is_white=True), {grey(215)}),
+        ("12 bits", lambda: tiff(12, b"\xff" * 24), {WHITE}),
+        ("4 bits", lambda: tiff(4, b"\x99" * 8), {grey(153)}),
+        ("1 bit", lambda: tiff(1, b"\x0f" * 2), {grey(0), WHITE}),
+        ("lab", lambda: saved(Image.new("LAB", SIZE, (136, 208, 195)), "TIFF"), {(250, 3, 11)}),
+        ("cmyk tiff", lambda: saved(Image.new("CMYK", SIZE, (0, 255, 255, 0)), "TIFF"), {RED}),
+    ],
+)
+def test_black_and_white_are_where_the_format_says(
+    tmp_path: Path, name: str, make: Callable[[], bytes], seen: set[tuple[int, int, int]]
+) -> None:
+    (tmp_path / "a.tif").write_bytes(make())
+    assert set(map(tuple, np.asarray(load_rgb(tmp_path / "a.tif")).reshape(-1, 3).tolist())) == seen, name
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "seen"),
+    [
+        ("1 bit, black", lambda: png_of(1, 0, b"\x0f", deep(0)), {RED, WHITE}),
+        ("1 bit, white", lambda: png_of(1, 0, b"\x0f", deep(1)), {RED, grey(0)}),
+        ("2 bits", lambda: png_of(2, 0, b"\x05\x05", deep(1)), {RED, grey(0)}),
+        ("4 bits", lambda: png_of(4, 0, b"\x03\x03\x03\x03", deep(3)), {RED, grey(0)}),
+        ("8 bits", lambda: png_of(8, 0, bytes([9, 50] * 4), deep(9)), {RED, grey(50)}),
+        ("16 bits", lambda: png_of(16, 0, deep(40000, 100) * 4, deep(40000)), {RED, grey(0)}),
+        ("colour", lambda: png_of(8, 2, bytes([1, 2, 3, 9, 9, 9] * 4), deep(1, 2, 3)), {RED, grey(9)}),
+        (
+            "deep colour",
+            lambda: png_of(16, 2, deep(*[40000] * 3, *[100] * 3) * 4, deep(*[40000] * 3)),
+            {RED, grey(0)},
+        ),
+        ("palette", lambda: png_of(8, 3, bytes([0, 1] * 4), b"\0", bytes([9, 9, 9, 7, 7, 7])), {RED, grey(7)}),
+        ("deep grey and alpha", lambda: png_of(16, 4, deep(40000, 65535, 100, 0) * 4), {RED, grey(156)}),
+        ("premultiplied", lambda: tiff(8, bytes([100, 255, 0, 0] * 8), alpha=1), {RED, grey(100)}),
+    ],
+)
+def test_what_a_format_calls_transparent_shows_the_background(
+    tmp_path: Path, name: str, make: Callable[[], bytes], seen: set[tuple[int, int, int]]
+) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(make())
+    assert inspect(path).fault == ""
+    assert set(map(tuple, np.asarray(load_rgb(path, "red")).reshape(-1, 3).tolist())) == seen, name

@@ -25,6 +25,7 @@ from libreflux.data.sources import Sample
 from libreflux.errors import DataError, LibrefluxError, RunError
 from libreflux.model import family, latents
 from libreflux.recipe import DataSource, load_recipe
+from rights import bound_by_modes
 
 SQUARE = View("square", 32)
 Prepared = tuple[Cache, list[tuple[DataSource, list[Sample]]]]
@@ -194,6 +195,15 @@ def test_damage_inside_a_shard_is_one_line(tmp_path: Path, prepared: Prepared) -
         shard.write_bytes(data)
     with pytest.raises(DataError, match="damaged shard"):
         Cache(out).latents(samples[0].id, SQUARE.name(0, "white"))
+    opened, shards = Cache(out), list((out / "shards").glob("latents-*"))
+    for shard in shards:
+        shard.chmod(0)
+    with bound_by_modes(), pytest.raises(DataError, match=r"safetensors: cannot be read; mend: make it readable"):
+        opened.latents(samples[0].id, SQUARE.name(0, "white"))
+    for shard in shards:
+        shard.unlink()
+    with pytest.raises(DataError, match=r"has gone since the cache was opened; mend: run `libreflux prepare` again"):
+        opened.latents(samples[0].id, SQUARE.name(0, "white"))
     (out / "index.sqlite3").write_bytes(b"not a database, not at all, by no means" * 10)
     with pytest.raises(DataError, match=r"index\.sqlite3: damaged index"):
         Cache(out)

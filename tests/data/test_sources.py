@@ -12,9 +12,11 @@ from PIL import Image
 
 from libreflux import files
 from libreflux.data.captions import CaptionChoice, caption_weights, check_weights
-from libreflux.data.sources import Sample, _walk, read_source
+from libreflux.data.folders import walk
+from libreflux.data.sources import Sample, read, read_source
 from libreflux.errors import DataError
 from libreflux.recipe import DataSource
+from rights import bound_by_modes
 
 
 def picture(path: Path, seed: int = 0, size: tuple[int, int] = (40, 32)) -> Path:
@@ -145,6 +147,9 @@ def test_a_picture_without_a_caption_is_named_with_the_mend(tmp_path: Path) -> N
     assert "b.txt: this caption file is empty" in refusal(tmp_path)
     bare.with_suffix(".txt").write_bytes(b"caf\xe9\n")
     assert "b.txt: cannot be read as UTF-8" in refusal(tmp_path)
+    bare.with_suffix(".txt").chmod(0)
+    with bound_by_modes():
+        assert "b.txt: cannot be read (Permission denied); mend: make it readable" in refusal(tmp_path)
 
 
 def test_what_is_not_read_is_refused_not_skipped(tmp_path: Path) -> None:
@@ -301,8 +306,112 @@ def test_what_the_walk_cannot_enter_or_name_is_one_line(tmp_path: Path) -> None:
     photos.mkdir()
     (photos / "linked").symlink_to(elsewhere)
     with pytest.raises(DataError, match="links to folders are not followed"):
-        _walk(photos)
+        walk(photos)
     (photos / "linked").unlink()
     (photos / os.fsdecode(b"caf\xe9.png")).write_bytes(b"")
     with pytest.raises(DataError, match=r"caf\\udce9\.png.*no UTF-8"):
-        _walk(photos)
+        walk(photos)
+
+
+@pytest.mark.parametrize("suffix", [".caption", ".TXT", ".Caption", ".txt"])
+def test_every_spelling_of_a_side_car_is_read(tmp_path: Path, suffix: str) -> None:
+    """A class name must not stand in for a caption that is there."""
+    picture(tmp_path / "10_cat" / "a.png").with_suffix(suffix).write_text("a grey cat\n")
+    [sample] = read_folder(tmp_path, folder_captions=True)
+    assert sample.captions == ("a grey cat",)
+
+
+def test_side_cars_of_several_spellings_join(tmp_path: Path) -> None:
+    for suffix, text in ((".txt", "one"), (".caption", "two"), (".CAPTION", "one")):
+        picture(tmp_path / "a.png").with_suffix(suffix).write_text(text)
+    [sample] = read_folder(tmp_path)
+    assert sample.captions == ("one", "two")
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".JPEG", ".apng"])
+def test_other_endings_of_formats_that_are_read(tmp_path: Path, suffix: str) -> None:
+    data = picture(tmp_path / "x.jpg" if suffix != ".apng" else tmp_path / "x.png")
+    data.rename(tmp_path / f"a{suffix}").with_suffix(".txt").write_text("a cat")
+    assert list(by_name(tmp_path)) == [f"a{suffix}"]
+
+
+OTHERS = [".svg", ".dng", ".ppm", ".CR2", ".heic", ".exr", ".tga", ".psd", ".ico"]
+
+
+@pytest.mark.parametrize("suffix", OTHERS)
+def test_pictures_of_other_formats_are_refused_unless_one_that_is_read_lies_beside(
+    tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    picture(tmp_path / "a.jpg").with_suffix(".txt").write_text("a cat")
+    (tmp_path / f"b{suffix}").write_bytes(b"x")
+    assert f"b{suffix}: {suffix.lower()} pictures are not supported yet; mend: convert it to PNG" in refusal(tmp_path)
+    (tmp_path / f"b{suffix}").rename(tmp_path / f"a{suffix}")  # as cameras write them
+    assert len(read_folder(tmp_path)) == 1
+    assert f"1 {suffix.lower()} files lie beside pictures" in caplog.text and f"a{suffix}" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.png.txt", "a.tags", "a"])
+def test_what_may_be_a_caption_is_named(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    picture(tmp_path / "10_cat" / "a.png")
+    (tmp_path / "10_cat" / name).write_text("a grey cat")
+    told = f"this picture has no caption; mend: {tmp_path}/10_cat/{name} is not read: write a .txt"
+    assert told in refusal(tmp_path)
+    assert len(read_folder(tmp_path, folder_captions=True)) == 1
+    assert "beside pictures" in caplog.text and f"10_cat/{name}" in caplog.text
+
+
+def test_what_has_a_caption_and_is_no_picture_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.png", "b.mp4", "c"):
+        (tmp_path / name).write_bytes(picture(tmp_path / "a.png").read_bytes())
+        (tmp_path / name).with_suffix(".txt").write_text("a cat")
+    (tmp_path / "README.md").write_text("of nothing")
+    found = read(DataSource(path=str(tmp_path)))
+    assert [(one.suffix, one.count, one.beside) for one in found.folder.unread.values()] == [
+        (".md", 1, 0), (".mp4", 1, 1), (".txt", 2, 0), ("", 1, 1),
+    ]  # fmt: skip
+    assert "1 .mp4 files lie beside" in caplog.text and "1 files without a suffix lie beside" in caplog.text
+    assert "README" not in caplog.text
+
+
+def write_run(folder: Path) -> None:
+    """What a run leaves: a recipe, metrics and sample sheets."""
+    picture(folder / "samples" / "step-00000001.png", 7)
+    (folder / "checkpoints").mkdir()
+    (folder / "recipe.json").write_text("{}")
+    (folder / "metrics.jsonl").touch()
+
+
+@pytest.mark.parametrize("out", ["run", "10_cat/deep/run", "10_cat", "."])
+def test_a_run_in_a_data_folder_is_left_out(tmp_path: Path, out: str) -> None:
+    write_run(tmp_path / out)
+    kept = picture(tmp_path / ("9_dog" if out == "10_cat" else "10_cat") / "a.png")
+    found = read(DataSource(path=str(tmp_path), folder_captions=True))
+    assert [sample.path for sample in found.samples] == [kept]
+    folders = [tmp_path / name for name in ("checkpoints", "samples")] if out == "." else [tmp_path / out]
+    assert found.folder.left_out == folders
+
+
+def test_samples_that_were_captioned_to_be_trained_on_are_read(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    (tmp_path / "run" / "samples" / "step-00000001.txt").write_text("a sheet")
+    assert len(read_folder(tmp_path / "run" / "samples")) == 1
+
+
+def test_what_is_there_under_another_name_is_said(tmp_path: Path) -> None:
+    picture(tmp_path / "Photos" / "Caf\u00e9.JPG").with_suffix(".txt").write_text("a cat")
+    assert f"no such folder; mend: write {tmp_path}/Photos if that is meant" in refusal(tmp_path / "photos")
+    for wanted in ("caf\u00e9.jpg", "Cafe\u0301.JPG", "Caf\u00e9.png"):
+        listed(tmp_path / "Photos", {"file_name": wanted, "text": "x"})
+        assert "is missing; mend: write Caf\u00e9.JPG if that is meant" in refusal(tmp_path / "Photos")
+    (tmp_path / "set.zip").write_bytes(b"PK")
+    assert "this is a file, and data.path names a folder; mend: unpack it" in refusal(tmp_path / "set.zip")
+
+
+def test_where_captions_stand_is_counted(tmp_path: Path) -> None:
+    for index, name in enumerate(["10_cat/a.png", "10_cat/b.png", "c.png"]):
+        picture(tmp_path / name, index)
+    (tmp_path / "c.txt").write_text("one\ntwo\n")
+    listed(tmp_path, {"file_name": "10_cat/a.png", "text": "a cat", "description": "grey"})
+    found = read(DataSource(path=str(tmp_path), folder_captions=True))
+    assert found.origins == {"text": 1, "description": 1, "folder name": 1, ".txt": 2}
+    assert found.repeats == {"10_cat": 10}

@@ -198,6 +198,16 @@ def test_what_trains_no_number_may_change(tmp_path: Path) -> None:
     checkpoint.check_recipe(tmp_path, _recipe(save={"every": 2}, out="elsewhere", steps=20))
 
 
+def test_another_spelling_of_a_path_is_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    adapter = {"init_from": "a.safetensors"}
+    _begun(tmp_path, adapter=adapter, model="base", data=[{"path": "photos"}])
+    places = {"model": f"{tmp_path}/base", "data": [{"path": "./photos/"}]}
+    checkpoint.check_recipe(tmp_path, _recipe(adapter={"init_from": "./a.safetensors"}, **places))
+    with pytest.raises(RunError, match=r"adapter\.init_from \('a\.safetensors' -> 'b\.safetensors'\)"):
+        checkpoint.check_recipe(tmp_path, _recipe(adapter={"init_from": "b.safetensors"}, **places))
+
+
 def test_steps_may_not_change_under_a_schedule_that_reads_them(tmp_path: Path) -> None:
     cosine = {"schedule": "cosine"}
     _begun(tmp_path, optimizer=cosine)

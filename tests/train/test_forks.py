@@ -203,3 +203,45 @@ def test_what_a_share_held_out_may_be_moved_to_a_folder_of_its_own_and_no_other_
     with pytest.raises(RunError, match=r"trained/.*\.png: was trained on before the fork at step 2"):
         run({**forked, "held_out": {"path": str(tmp_path / "trained")}}, fork=True)
     assert run({**forked, "held_out": {"path": str(tmp_path / "apart")}}, fork=True)[-1].step == 3
+
+
+def test_another_path_or_machine_is_no_change(
+    recipe_tree: Tree,
+    tmp_path: Path,
+    pictures_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from tiny import make_tiny_model
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pictures_dir, "photos")
+    make_tiny_model(Path("model"))
+    names = ("undisturbed", "run")
+    first = {name: recipe_tree(Path(name), steps=2, model="model", data=[{"path": "photos"}]) for name in names}
+    run({**first["undisturbed"], "steps": 3})
+    run(first["run"])
+    for step, change in enumerate(({"data": [{"path": "./photos"}]}, {"threads": 2, "text_cache": "none"}), 3):
+        caplog.clear()
+        tree = {**first["run"], "steps": step, **change}
+        assert [info.step for info in run(tree)] == [step]
+        told = [record.message.partition(" instead")[0] for record in caplog.records if "last bits" in record.message]
+        assert told == (["resumed with threads 2", "resumed with text_cache none"] if step == 4 else [])
+    folder = Path("run", "checkpoints", "step-00000003")
+    assert (folder / "adapter.safetensors").read_bytes() == Path("undisturbed/adapter.safetensors").read_bytes()
+
+    Path("photos").rename("moved")
+    Path("model").rename("base")
+    tree = {**first["run"], "model": "base", "data": [{"path": str(tmp_path / "moved")}]}
+    assert [info.step for info in run({**tree, "steps": 5, "gradient_checkpointing": True})] == [5]
+    assert "gradient_checkpointing True instead of False" in caplog.text
+    assert remembered(tmp_path / "run") == []
+    caplog.clear()
+    elsewhere = {**tree, "data": [{"path": pictures_in(tmp_path / "other", sorted(pictures_dir.glob("*.png"))[:4])}]}
+    run({**elsewhere, "steps": 5})
+    assert f"this run is finished: data.0.path ('{tmp_path}/moved' -> '{tmp_path}/other') is not" in caplog.text
+    with pytest.raises(RunError, match=r"pictures, captions or encoders have changed .*: data\.0\.path .*--fork"):
+        run({**elsewhere, "steps": 6})
+    run({**elsewhere, "steps": 6}, fork=True)
+    [entry] = remembered(tmp_path / "run")
+    assert entry["changed"] == {"data.0.path": [str(tmp_path / "moved"), str(tmp_path / "other")]}

@@ -87,9 +87,8 @@ def steps_line(recipe: Recipe, data: Forecast | DataError) -> str:
     line = f"{recipe.steps:,} steps of {pictures} pictures on each device"
     if isinstance(data, DataError):
         return line
-    return (
-        f"{line}; an epoch shows {data.visits:,.0f}: {recipe.steps * pictures / data.visits:,.2g} epochs on one device"
-    )
+    shown = f"{data.visits:,.0f}" if data.visits >= 10 else f"{data.visits:.3g}"
+    return f"{line}; an epoch shows {shown}: {recipe.steps * pictures / data.visits:,.2g} epochs on one device"
 
 
 def time_line(recipe: Recipe) -> str:

@@ -96,16 +96,24 @@ def parse_part(text: str | None) -> tuple[int, int]:
 
 
 def _prepare(recipe: Recipe, part: tuple[int, int]) -> None:
-    from libreflux.cli.progress import progress
+    from libreflux.cli import terminal
+    from libreflux.cli.progress import line_width, progress
     from libreflux.data.prepare import prepare_cache
+    from libreflux.data.summary import SourceSummary
     from libreflux.model.device import make_current, pick_device
     from libreflux.model.faults import explained
 
     device = str(pick_device(recipe.device))
-    doing = f"preparing on {device}"
-    with progress("preparing", "item") as report, explained(doing, "a smaller resolution, or device: cpu"):
+    console = terminal.console(err=True)
+
+    def told(found: SourceSummary) -> None:
+        for line in found.lines(line_width(console)):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    smaller = "a smaller resolution, or device: cpu"
+    with progress("preparing", "item", console) as report, explained(f"preparing on {device}", smaller):
         make_current(device)
-        _, sources = prepare_cache(recipe, device=device, part=part, progress=report)
+        _, sources = prepare_cache(recipe, device=device, part=part, progress=report, told=told)
     count = sum(len(samples) for _, samples in sources)
     said = f"{count} pictures prepared in {recipe.cache_dir}"
     if part[1] > 1:

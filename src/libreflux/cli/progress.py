@@ -43,6 +43,12 @@ def rate(per_second: float, unit: str) -> str:
     return f"{per_second:.3g} {unit}s/s" if per_second >= 1 else f"{1 / per_second:.3g} s/{unit}"
 
 
+def line_width(console: Console | None = None) -> int:
+    """Characters of a line on stderr: of the terminal, or 400 where there is none."""
+    console = console or Console(stderr=True)
+    return console.width if console.is_terminal else 400
+
+
 class _RateColumn(TextColumn):
     def __init__(self, unit: str) -> None:
         super().__init__("")

@@ -16,9 +16,10 @@ from PIL import Image
 
 from libreflux.adapter.targets import table
 from libreflux.cli.board import FOLDER, Board, require_tensorboard
-from libreflux.cli.progress import Report, announced, progress
+from libreflux.cli.progress import Report, announced, line_width, progress
 from libreflux.data.cache import Cache
 from libreflux.data.held_out import HeldOut
+from libreflux.data.summary import SourceSummary
 from libreflux.model.facts import Facts
 from libreflux.model.family import open_model
 from libreflux.printing import say, say_table
@@ -75,6 +76,12 @@ class ShowTraining(Callbacks):
 
     def on_prepare(self, done: int, total: int, note: str = "") -> None:
         self._bar("preparing", "item")(done, total, note)
+
+    def on_data(self, found: SourceSummary) -> None:
+        self._bars.close()  # or its live line and these would write over one another
+        self._doing = ""
+        for line in found.lines(line_width()):
+            say(line, err=True)
 
     @contextmanager
     def stage(self, doing: str) -> Iterator[None]:

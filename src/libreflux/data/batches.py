@@ -23,6 +23,7 @@ from libreflux.errors import DataError
 from libreflux.model.text import TextConditioning
 from libreflux.recipe import DataSource
 
+RAREST = 1e-6  # pictures an epoch; of fewer the numbers of epochs would leave what fp64 tells apart
 Encode = Callable[[Sequence[str]], TextConditioning]
 
 
@@ -194,6 +195,9 @@ class Batches:
     def _rates(self) -> tuple[np.ndarray, np.ndarray]:
         of_source = np.array([source.repeats * source.weight for source in self._sources])
         rates = of_source[self._source_of] * np.array([sample.repeats for sample in self._pictures])
+        if len(rates) and rates.sum() < RAREST:
+            mend = "raise the weights together: beside one another only their ratios count"
+            raise DataError(f"an epoch shows {rates.sum():.3g} pictures on average", where="data.weight", mend=mend)
         phases = np.empty(len(self._pictures))
         for source in range(len(self._sources)):
             mine = self._source_of == source

@@ -27,7 +27,7 @@ from torch import Tensor
 from libreflux.data import index as indexing
 from libreflux.data import int8_text
 from libreflux.data.index import COUNTED, INDEX, MEND, SHARDS, Rows, latents_key, text_key
-from libreflux.errors import DataError
+from libreflux.errors import DataError, RunError
 from libreflux.files import atomic_save_safetensors, lock, sweep
 from libreflux.model.text import TextConditioning
 
@@ -71,7 +71,7 @@ class Cache:
         )
 
     def _read_part(self, folder: Path, shift: int, partial: bool, tables: dict[str, list[Rows]]) -> None:
-        with indexing.connect(folder) as index:
+        with indexing.connect(folder) as index, indexing.snapshot(index):
             settings = indexing.read_settings(index, folder)
             if not settings:
                 return
@@ -169,6 +169,10 @@ class Cache:
                     self._open.popitem(last=False)
             self._open.move_to_end(shard)
             tensor: Tensor = self._open[shard].get_tensor(name)
+        except FileNotFoundError:  # safetensors says so of a file without rights too
+            if path.exists():
+                raise DataError("cannot be read", where=path, mend="make it readable") from None
+            raise DataError("has gone since the cache was opened", where=path, mend=MEND) from None
         except (OSError, SafetensorError) as error:
             mend = "remove this file and run `libreflux prepare` again"
             raise DataError(f"damaged shard ({error})", where=path, mend=mend) from None
@@ -246,9 +250,7 @@ class CacheWriter:
 
     def _drop_damaged(self) -> None:
         with indexing.transaction(self._index):
-            for number in indexing.damaged_shards(self.folder, self._index):
-                for table, column in (("latents", "shard"), ("texts", "shard"), ("shards", "number")):
-                    self._index.execute(f"DELETE FROM {table} WHERE {column} = ?", (number,))
+            indexing.forget_shards(self._index, indexing.damaged_shards(self.folder, self._index))
 
     def _sweep(self) -> None:
         sweep(self.folder / SHARDS)
@@ -261,6 +263,39 @@ class CacheWriter:
 def index_folders(folder: Path) -> list[Path]:
     """The folders that hold an index: the cache's own and those of its parts."""
     return [each for each in (folder, *sorted((folder / PARTS).glob("*"))) if (each / INDEX).is_file()]
+
+
+def forget_damaged(folder: Path, own: Path) -> None:
+    """Forgets the shards that are missing or cut short, so that whoever prepares finds missing what they held.
+
+    Those of another division into parts too: nobody may ever again prepare in as many.
+
+    Args:
+        folder: of the cache.
+        own: what this process writes: `folder` itself, or its part, beside which others may be writing theirs.
+
+    Raises:
+        RunError: another process is writing what this one has to tidy up.
+    """
+    for part in index_folders(folder):
+        beside = part != own and part.parent == own.parent and _count(part) == _count(own)
+        if beside or not _damaged(part):
+            continue
+        busy = contextlib.nullcontext() if own in (part, folder) else contextlib.suppress(RunError)
+        with busy, lock(part), indexing.connect(part) as index, indexing.transaction(index):
+            damaged = indexing.damaged_shards(part, index)
+            indexing.forget_shards(index, damaged)
+            for name in damaged.values():
+                (part / SHARDS / name).unlink(missing_ok=True)
+
+
+def _count(part: Path) -> str:
+    return part.name.rpartition("-of-")[2]
+
+
+def _damaged(part: Path) -> bool:
+    with indexing.connect(part) as index:
+        return bool(indexing.read_settings(index, part)) and bool(indexing.damaged_shards(part, index))
 
 
 @contextlib.contextmanager

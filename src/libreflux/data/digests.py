@@ -1,13 +1,23 @@
-"""What files are, remembered by (path, size, modification time), so that a second run reads none of them again."""
+"""What files are, remembered by path, so that a second run reads none of them again.
+
+A file is taken for the one that is remembered while its size, its modification time and its change time are the same.
+Archives, `cp -p` and `touch -d` set the modification time; no program sets the change time (st_ctime). Where the inode
+number stays with a file it counts too: two files can swap names within one tick of a clock. A file of another change
+time or inode, but of the size and modification time that are remembered, is hashed again, not decoded again: `chmod`
+or a move of the whole set costs a reading. A row that an older version wrote has neither: it stands for a file that
+has not been changed since the memory was last written.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from libreflux import files
@@ -24,9 +34,40 @@ _TABLE = (
     "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, digest TEXT,"
     " width INTEGER, height INTEGER, fault TEXT) WITHOUT ROWID"
 )
+_ADDED = ("ctime", "inode", "rules")  # columns that the first versions of the table lack; `ctime` is at most that
+_READ = "size, mtime, digest, width, height, fault"
 _AT_ONCE = 1024  # what a kill makes read again
+_RULES = 1  # raised when `pictures.inspect` comes to say something else of the same bytes: see `_outdated`
 
-Row = tuple[int, int, str, int, int, str | None]
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What tells a file from another one of its name; numbers that the system does not have are 0."""
+
+    size: int
+    mtime: int
+    ctime: int
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A remembered file; `latest`: `state.ctime` is the time of the row, not of the file, which has none later."""
+
+    state: _State
+    digest: str
+    width: int = 0
+    height: int = 0
+    fault: str | None = None
+    rules: int = _RULES
+    latest: bool = False
+
+    def is_of(self, state: _State) -> bool:
+        """Whether nothing can have been written into the file since."""
+        known = self.state
+        if self.latest:
+            return known.ctime >= state.ctime
+        return known.ctime == state.ctime and (0 in (known.inode, state.inode) or known.inode == state.inode)
 
 
 class FileMemory:
@@ -39,27 +80,25 @@ class FileMemory:
 
     def __init__(self, folder: Path, others: Sequence[Path] = ()) -> None:
         self._folder = folder
-        self._new: dict[str, Row] = {}
-        self._open: list[sqlite3.Connection] = []
+        self._new: dict[str, _Row] = {}
+        self._open: list[_Table] = []
         for path in (each / MEMORY for each in (folder, *others)):
             if path.is_file():
-                connection = sqlite3.connect(path.resolve().as_uri() + "?mode=rw", uri=True, timeout=60)
                 try:
-                    connection.execute("SELECT * FROM files LIMIT 1").fetchone()
-                    self._open.append(connection)
+                    self._open.append(_Table(path))
                 except sqlite3.DatabaseError as error:
-                    connection.close()
                     if path.parent == folder and not isinstance(error, sqlite3.OperationalError):
                         path.unlink()  # no database at all, or a broken one; not one that is busy
 
     def sha256(self, path: Path) -> str:
         """SHA-256 of a file, as 64 hexadecimal digits."""
-        name, size, mtime = _state(path)
-        row = self._find(name, size, mtime)
-        if row is None:
-            row = (size, mtime, files.sha256_file(path), 0, 0, None)
-            self._new[name] = row
-        return row[2]
+        name, state = _state(path)
+        row = self._find(name, state)
+        if row is None or not row.is_of(state):
+            digest = files.sha256_file(path)
+            row = dataclasses.replace(row, state=state, latest=False) if row and row.digest == digest else None
+            self._new[name] = row = row or _Row(state, digest)
+        return row.digest
 
     def inspect(self, paths: Sequence[Path], bar: Bar) -> Iterator[Inspected]:
         """What each picture file is, in order; new ones are read by as many threads as there are cores."""
@@ -68,25 +107,24 @@ class FileMemory:
             for part in _batched(paths):
                 states = [_state(path) for path in part]
                 known = [self._find(*state) for state in states]
-                fresh = [index for index, row in enumerate(known) if row is None or row[5] is None]
-                looked = pool.map(inspect, [part[index] for index in fresh])
+                fresh = [index for index, row in enumerate(known) if row is None or _outdated(row, *states[index])]
+                looked = pool.map(_look, [part[index] for index in fresh], [known[index] for index in fresh])
                 if fresh and not told:
                     bar.expect(left)
                     told = True
                 left -= len(part)
                 bar.advance(len(part) - len(fresh) if told else 0)
                 for index, found in zip(fresh, looked, strict=True):
-                    name, size, mtime = states[index]
-                    new: Row = (size, mtime, found.digest, found.width, found.height, found.fault)
-                    known[index] = new
+                    name, state = states[index]
+                    known[index] = new = _Row(state, found.digest, found.width, found.height, found.fault)
                     if found.digest:  # rights come back without a new modification time
                         self._new[name] = new
                     bar.advance(1)
                 if len(self._new) >= _AT_ONCE:
                     self.save()
                 for row in known:
-                    assert row is not None and row[5] is not None
-                    yield Inspected(*row[2:5], row[5])
+                    assert row is not None and row.fault is not None
+                    yield Inspected(row.digest, row.width, row.height, row.fault)
 
     def paths_of(self, digests: Set[str]) -> Iterator[tuple[str, Path]]:
         """(digest, path) of all files saved here, those since deleted too, whose digest begins with one of these.
@@ -95,8 +133,8 @@ class FileMemory:
             digests: hexadecimal digits, all of them as many.
         """
         length = len(next(iter(digests), ""))
-        for connection in self._open:
-            for path, digest in connection.execute("SELECT path, digest FROM files"):
+        for table in self._open:
+            for path, digest in table.digests():
                 if digest[:length] in digests:
                     yield digest[:length], Path(path)
 
@@ -105,24 +143,106 @@ class FileMemory:
         if not self._new:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        rows = [(name, *row) for name, row in self._new.items()]
         path = self._folder / MEMORY
-        with refusing(path), contextlib.closing(sqlite3.connect(path, timeout=60)) as connection, connection:
-            connection.execute(_TABLE)
-            connection.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        try:
+            _write(path, self._new)
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                with refusing(path):
+                    raise
+            path.unlink()  # damaged where nobody has read so far
+            with refusing(path):
+                _write(path, self._new)
         self._new.clear()
 
-    def _find(self, name: str, size: int, mtime: int) -> Row | None:
-        row = self._new.get(name)
-        if row is not None and row[:2] == (size, mtime):
-            return row
-        for connection in self._open:
-            row = connection.execute(
-                "SELECT size, mtime, digest, width, height, fault FROM files WHERE path = ?", (name,)
-            ).fetchone()
-            if row is not None and row[:2] == (size, mtime):
-                return row
-        return None
+    def _find(self, name: str, state: _State) -> _Row | None:
+        """The row of a file of this size and modification time; whether of this very file its `is_of` says."""
+        of_others = None
+        for row in (self._new.get(name), *(table.find(name) for table in self._open)):
+            if row is not None and (row.state.size, row.state.mtime) == (state.size, state.mtime):
+                if row.is_of(state):
+                    return row
+                of_others = of_others or row
+        return of_others
+
+
+class _Table:
+    """The rows of one memory, to be read; what is damaged of it is not remembered.
+
+    Raises:
+        sqlite3.DatabaseError: no database, or a busy one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._written = path.stat().st_mtime_ns
+        self._connection = sqlite3.connect(path.resolve().as_uri() + "?mode=rw", uri=True, timeout=60)
+        try:
+            self._connection.execute("SELECT * FROM files LIMIT 1").fetchone()
+            self._added = _columns(self._connection) >= set(_ADDED)
+        except sqlite3.DatabaseError:
+            self._connection.close()
+            raise
+
+    def find(self, name: str) -> _Row | None:
+        """The row of a path."""
+        added = ", ".join(_ADDED) if self._added else f"{self._written}, NULL, 0"
+        query = f"SELECT {_READ}, {added} FROM files WHERE path = ?"
+        try:
+            found = self._connection.execute(query, (name,)).fetchone()
+        except sqlite3.DatabaseError:
+            return None
+        if found is None:
+            return None
+        size, mtime, digest, width, height, fault, ctime, inode, rules = found
+        state = _State(size, mtime, ctime, inode or 0)
+        return _Row(state, digest, width, height, fault, rules, latest=inode is None)
+
+    def digests(self) -> Iterator[tuple[str, str]]:
+        """(path, digest) of every row."""
+        with contextlib.suppress(sqlite3.DatabaseError):
+            yield from self._connection.execute("SELECT path, digest FROM files")
+
+
+def _write(path: Path, rows: Mapping[str, _Row]) -> None:
+    values = [(name, *_stored(row)) for name, row in rows.items()]
+    written = path.stat().st_mtime_ns if path.exists() else 0
+    with contextlib.closing(sqlite3.connect(path, timeout=60)) as connection, connection:
+        connection.execute(_TABLE)
+        if missing := set(_ADDED) - _columns(connection):
+            for column in sorted(missing):
+                connection.execute(f"ALTER TABLE files ADD COLUMN {column} INTEGER")
+            connection.execute("UPDATE files SET ctime = ?, rules = 0", (written,))  # and no inode: see _Row.latest
+        names = f"path, {_READ}, {', '.join(_ADDED)}"
+        connection.executemany(f"INSERT OR REPLACE INTO files ({names}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+
+
+def _stored(row: _Row) -> tuple[int | str | None, ...]:
+    state = row.state
+    known = (state.size, state.mtime, row.digest, row.width, row.height, row.fault)
+    return *known, state.ctime, state.inode, row.rules
+
+
+def _columns(connection: sqlite3.Connection) -> set[str]:
+    return {row[1] for row in connection.execute("PRAGMA table_info(files)")}
+
+
+def _outdated(row: _Row, name: str, state: _State) -> bool:
+    """Whether a picture must be read: it may be another one, or this version may say something else of it."""
+    return row.fault is None or not row.is_of(state) or not _still_said(row, name)
+
+
+def _still_said(row: _Row, name: str) -> bool:
+    """Whether `pictures.inspect` says the same of these bytes today; since rules 1 it refuses some TIFFs."""
+    return row.rules == _RULES or not name.lower().endswith((".tif", ".tiff"))
+
+
+def _look(path: Path, known: _Row | None) -> Inspected:
+    """What a picture file is; one that turns out to have the bytes that are remembered is not decoded again."""
+    if known is not None and known.fault is not None and _still_said(known, path.name):
+        with contextlib.suppress(OSError):
+            if files.sha256_file(path) == known.digest:
+                return Inspected(known.digest, known.width, known.height, known.fault)
+    return inspect(path)
 
 
 def encoder_digests(model: Path, memory: FileMemory) -> dict[str, str]:
@@ -143,13 +263,15 @@ def _parts_digest(model: Path, parts: tuple[str, ...], memory: FileMemory) -> st
     return total.hexdigest()
 
 
-def _state(path: Path) -> tuple[str, int, int]:
+def _state(path: Path) -> tuple[str, _State]:
     name = os.path.realpath(path)
     try:
         stat = os.stat(name)
     except OSError:  # a link that leads nowhere: whoever opens it says why
-        return name, -1, 0
-    return name, stat.st_size, stat.st_mtime_ns
+        return name, _State(-1, 0, 0, 0)
+    # File systems without a disk of their own (network, FUSE) may number their files anew at every mount.
+    inode = stat.st_ino if os.major(stat.st_dev) else 0
+    return name, _State(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, inode)
 
 
 def _batched(paths: Sequence[Path]) -> Iterator[Sequence[Path]]:

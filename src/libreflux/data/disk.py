@@ -67,7 +67,8 @@ def check_disk(
         fewer = "fewer crops_per_picture or resolutions" + (", or latents: mean" if latents == "sample" else "")
         smaller = less_text if text > pictures else fewer
         mend = f"free some, put `cache` on another disk, or use {smaller}"
-        told = f"needs {_told(pictures + text)} (latents {_told(pictures)}, text {_told(text)}); {_told(free)} free"
+        needed = f"needs {_told(pictures + text)} (latents {_told(pictures)}, text {_told(text)})"
+        told = f"{needed} and {_told(SPARE)} to spare; {_told(free)} free"
         raise DataError(told, where=out, mend=mend)
 
 

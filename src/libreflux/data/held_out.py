@@ -74,7 +74,8 @@ class HeldOut:
     """
 
     def __init__(self, cache: Cache, sources: Sources, *, view: View, count: int, encode: Encode | None = None) -> None:
-        prompted = [(source.model_copy(update={"caption_dropout": 0.0}), samples) for source, samples in sources]
+        every_one = {"caption_dropout": 0.0, "weight": 1.0}
+        prompted = [(source.model_copy(update=every_one), samples) for source, samples in sources]
         # Seed 0, not the run's: runs of other seeds see the same crops and captions.
         self._batches = Batches(cache, prompted, views=[view], seed=0, encode=encode)
         ids = [sample.id for _, samples in sources for sample in samples]

@@ -129,6 +129,17 @@ def refusing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def snapshot(index: sqlite3.Connection) -> Iterator[None]:
+    """All that is read in the block is of one moment, whatever another process commits meanwhile."""
+    index.execute("BEGIN")
+    try:
+        yield
+    finally:
+        if index.in_transaction:
+            index.execute("ROLLBACK")
+
+
+@contextlib.contextmanager
 def transaction(index: sqlite3.Connection) -> Iterator[None]:
     """All of the block's rows, or none."""
     index.execute("BEGIN IMMEDIATE")
@@ -194,9 +205,23 @@ def refuse_other_settings(folder: Path, known: Mapping[str, Any], wanted: Mappin
 
 def damaged_shards(folder: Path, index: sqlite3.Connection) -> dict[int, str]:
     """Number and name of indexed shards whose file is missing or not of its recorded size."""
-    sizes = {path.name: path.stat().st_size for path in (folder / SHARDS).glob("*.safetensors")}
-    rows = index.execute("SELECT number, name, size FROM shards ORDER BY name")
-    return {number: name for number, name, size in rows if sizes.get(name) != size}
+    # The index first: a shard's file is there before its row. The files first would miss one that is added meanwhile.
+    rows = index.execute("SELECT number, name, size FROM shards ORDER BY name").fetchall()
+    return {number: name for number, name, size in rows if _size(folder / SHARDS / name) != size}
+
+
+def forget_shards(index: sqlite3.Connection, numbers: Iterable[int]) -> None:
+    """Deletes the rows of these shards and of what they hold."""
+    for number in numbers:
+        for table, column in (("latents", "shard"), ("texts", "shard"), ("shards", "number")):
+            index.execute(f"DELETE FROM {table} WHERE {column} = ?", (number,))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1
 
 
 def _brief(value: object) -> str:

@@ -56,6 +56,18 @@ class Samples:
         nth = np.arange(len(samples)) - np.repeat(np.cumsum(times) - times, times)
         return samples, first[samples] + nth
 
+    def next_shown(self, epoch: int) -> int:
+        """The first epoch from `epoch` on in which any sample is visited."""
+        if self.rates is None:
+            return epoch
+        phases = 0.0 if self.phases is None else self.phases
+        visited = np.floor(epoch * self.rates + phases)
+        # The epoch that takes a sample past its next whole number; one early where rounding lifts it: see the loop.
+        found = int(max(epoch, np.floor((visited + 1 - phases) / self.rates).min() - 1))
+        while not len(self.shown(found)[0]):
+            found += 1
+        return found
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -117,8 +129,10 @@ def steps_of_epoch(epoch: int, samples: Samples, world: int, batch: int, accumul
 
 
 def padding_share(seed: int, epoch: int, samples: Samples, batch: int) -> float:
-    """Share of an epoch's text tokens, in [0, 1), that are padding to the longest caption of their unit."""
+    """Share of an epoch's text tokens, in [0, 1), that are padding to the longest caption of their unit; 0 of none."""
     plan = _epoch(seed, epoch, samples, batch)
+    if not len(plan):
+        return 0.0
     lengths = samples.lengths(plan.items, plan.visits)
     starts, sizes = plan.bounds[:-1], np.diff(plan.bounds)
     return float(1 - lengths.sum() / (np.maximum.reduceat(lengths, starts) * sizes).sum())
@@ -171,16 +185,18 @@ def _unit_count(samples: Samples, epoch: int, batch: int) -> int:
 
 def _locate(samples: Samples, step: int, batch: int, size: int) -> tuple[int, int]:
     """(epoch, step within it)."""
-    ends = _epoch_ends(samples, batch, size)
+    epochs, ends = _epoch_ends(samples, batch, size)
     if samples.same_every_epoch():
         return divmod(step, ends[0])
     while ends[-1] <= step:
-        ends.append(ends[-1] - (-_unit_count(samples, len(ends), batch) // size))
-    epoch = bisect_right(ends, step)
-    return epoch, step - (ends[epoch - 1] if epoch else 0)
+        epochs.append(samples.next_shown(epochs[-1] + 1))
+        ends.append(ends[-1] - (-_unit_count(samples, epochs[-1], batch) // size))
+    place = bisect_right(ends, step)
+    return epochs[place], step - (ends[place - 1] if place else 0)
 
 
 @functools.lru_cache(maxsize=4)
-def _epoch_ends(samples: Samples, batch: int, size: int) -> list[int]:
-    """Steps up to the end of each epoch so far; the caller lets it grow."""
-    return [-(-_unit_count(samples, 0, batch) // size)]
+def _epoch_ends(samples: Samples, batch: int, size: int) -> tuple[list[int], list[int]]:
+    """Epochs in which anything is shown, and the steps up to the end of each, so far; the caller lets them grow."""
+    epoch = samples.next_shown(0)
+    return [epoch], [-(-_unit_count(samples, epoch, batch) // size)]

@@ -18,7 +18,7 @@ import torch
 
 from libreflux.data.bar import Bar, Progress
 from libreflux.data.batches import Batches
-from libreflux.data.cache import LATENTS, PARTS, Cache, index_folders, writing
+from libreflux.data.cache import LATENTS, PARTS, Cache, forget_damaged, index_folders, writing
 from libreflux.data.captions import check_weights
 from libreflux.data.crops import View, views
 from libreflux.data.digests import FileMemory, encoder_digests
@@ -28,7 +28,9 @@ from libreflux.data.held_out import HeldOut, refuse_trained, split
 from libreflux.data.index import INDEX, latents_key, text_key
 from libreflux.data.precision import DTYPES, TextPrecision, as_settings, dtype_of, resolve
 from libreflux.data.quarantine import report_quarantine
-from libreflux.data.sources import Part, Quarantined, Sample, read_source
+from libreflux.data.sources import Part, Quarantined, Sample, read
+from libreflux.data.summary import Told, summarise
+from libreflux.data.vocabulary import cuts_untold, tell_cut, tell_foreign
 from libreflux.errors import DataError
 from libreflux.model import family
 from libreflux.model.facts import freed
@@ -45,7 +47,7 @@ _AT_ONCE = 2**16
 
 
 def prepare_recipe(
-    recipe: Recipe, *, device: str = "cpu", progress: Progress | None = None
+    recipe: Recipe, *, device: str = "cpu", progress: Progress | None = None, told: Told | None = None
 ) -> tuple[Batches, HeldOut | None]:
     """Prepares what a recipe needs, its sample prompts too.
 
@@ -54,6 +56,7 @@ def prepare_recipe(
             and seed are used.
         device: where the encoders run.
         progress: see :func:`prepare`.
+        told: likewise.
 
     Returns:
         The batches of its epochs, and the held-out pictures, which are in none of them; None if it asks for none.
@@ -61,7 +64,7 @@ def prepare_recipe(
     Raises:
         DataError: also for held-out pictures that are trained on, or a share that holds out nothing or everything.
     """
-    cache, sources = prepare_cache(recipe, device=device, progress=progress)
+    cache, sources = prepare_cache(recipe, device=device, progress=progress, told=told)
     encode = _online(recipe, cache, device) if recipe.text_cache == "none" else None
     wanted, shown = recipe.held_out, views(recipe.crop, recipe.resolution)
     if wanted.path is None:
@@ -79,7 +82,12 @@ def prepare_recipe(
 
 
 def prepare_cache(
-    recipe: Recipe, *, device: str = "cpu", part: Part = WHOLE, progress: Progress | None = None
+    recipe: Recipe,
+    *,
+    device: str = "cpu",
+    part: Part = WHOLE,
+    progress: Progress | None = None,
+    told: Told | None = None,
 ) -> tuple[Cache, Sources]:
     """Prepares what a recipe trains on and holds out, or a part of it; see :func:`prepare`.
 
@@ -100,6 +108,7 @@ def prepare_cache(
         max_quarantined=recipe.max_quarantined,
         part=part,
         progress=progress,
+        told=told,
     )
 
 
@@ -119,6 +128,7 @@ def prepare(
     max_tokens: int | None = None,
     part: Part = WHOLE,
     progress: Progress | None = None,
+    told: Told | None = None,
 ) -> tuple[Cache, Sources]:
     """Encodes every crop and every distinct caption that ``out`` does not hold yet.
 
@@ -139,6 +149,7 @@ def prepare(
         max_tokens: the most T5 tokens of a text; None: as many as the model reads once it is set free.
         part: (i, n): encode the i-th of n parts alone, from 0, into a folder of its own in ``out``.
         progress: called with (done, total, note), total counting checks and encodings alike.
+        told: called with what each source turned out to hold, before anything is encoded.
 
     Returns:
         The cache, and the usable samples of each source (those of the part).
@@ -160,7 +171,7 @@ def prepare(
     max_tokens = freed(family.open_model(model, parts=()).facts).max_tokens if max_tokens is None else max_tokens
     memory = FileMemory(own, [each for each in index_folders(out) if each != own])
     bar = Bar(progress)
-    sources, quarantined = _read(data, memory, part, bar)
+    sources, quarantined = _read(data, memory, part, bar, views, told)
     report_quarantine(own, quarantined, sum(len(samples) for _, samples in sources), max_quarantined)
     precision = resolve(text_precision, device, index_folders(out))
     settings: dict[str, Any] = {
@@ -174,12 +185,13 @@ def prepare(
     }
     wanted = _Wanted(sources, views, ["", *prompts] if part[0] == 0 else [], text_cache != "none")
     todo = wanted.missing(_known(out, settings))
+    tell_foreign(folder, [samples for _, samples in sources])
     begun = part == WHOLE or (own / INDEX).is_file()  # a part without a picture of its own is a part too
     if todo or not begun:
         _tell_enlarged(todo.crops)
         sizes = [crop.size for crop in todo.crops]
         check_disk(folder, out, sizes, todo.texts, max_tokens, text_cache, latents)
-        with writing(own, settings) as writer:
+        with writing(own, settings) as writer, cuts_untold():
             todo = wanted.missing(_known(out, settings))  # another process may have written before our lock
             bar.expect(len(todo.crops) + len(todo.texts) + len(todo.counted))
             memory.save()
@@ -188,7 +200,10 @@ def prepare(
             encode_texts(todo.texts, text_padding, max_tokens, encoders, writer, bar)
             count_tokens(todo.counted, max_tokens, encoders, writer, bar)
     memory.save()
-    return Cache(out), sources
+    forget_damaged(out, own)
+    cache = Cache(out, partial=part != WHOLE)  # of other parts each is made whole by its own process
+    tell_cut([samples for _, samples in sources], wanted.prompts, cache.token_counts, max_tokens)
+    return cache, sources
 
 
 def _tell_enlarged(crops: Sequence[Crop]) -> None:
@@ -267,14 +282,18 @@ def _known(out: Path, settings: dict[str, Any]) -> Cache | None:
     return cache
 
 
-def _read(data: Sequence[DataSource], memory: FileMemory, part: Part, bar: Bar) -> tuple[Sources, list[Quarantined]]:
+def _read(
+    data: Sequence[DataSource], memory: FileMemory, part: Part, bar: Bar, views: Sequence[View], told: Told | None
+) -> tuple[Sources, list[Quarantined]]:
     sources, quarantined = [], []
     for source in data:
-        samples, bad = read_source(source, functools.partial(memory.inspect, bar=bar), part)
-        if samples and part == WHOLE:
-            check_weights(source, samples)
-        sources.append((source, samples))
-        quarantined += bad
+        found = read(source, functools.partial(memory.inspect, bar=bar), part)
+        if found.samples and part == WHOLE:
+            check_weights(source, found.samples)
+        sources.append((source, found.samples))
+        quarantined += found.quarantined
+        if told is not None:
+            told(summarise(source, found, views))
     return sources, quarantined
 
 
@@ -284,7 +303,7 @@ def _online(recipe: Recipe, cache: Cache, device: str) -> Callable[[Sequence[str
     text = encoders.open_text()
 
     def encode(captions: Sequence[str]) -> TextConditioning:
-        with encoders.explained_texts(captions):
+        with encoders.explained_texts(captions), cuts_untold():
             padding, max_tokens = cache.settings["text_padding"], cache.settings["max_tokens"]
             found = text.encode(captions, padding=padding, max_tokens=max_tokens)
             return found.to(device="cpu", dtype=torch.bfloat16)

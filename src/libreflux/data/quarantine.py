@@ -18,9 +18,11 @@ logger = get_logger(__name__)
 def report_quarantine(folder: Path, found: Sequence[Quarantined], usable: int, share: float) -> None:
     """Writes ``quarantine.jsonl``, a line with path, reason and id for each, and says how many there are.
 
+    Those that min_size leaves out are listed with them and count for nothing: they are left out as the recipe says.
+
     Args:
         folder: of the cache.
-        found: pictures that cannot be used.
+        found: pictures that are not used.
         usable: how many others there are.
         share: of all pictures, in [0, 1], that may be unusable.
 
@@ -28,19 +30,23 @@ def report_quarantine(folder: Path, found: Sequence[Quarantined], usable: int, s
         DataError: more are, or all; the first is named. The list is written if it says more than this line.
     """
     path = folder / QUARANTINE
-    too_many = len(found) > share * (len(found) + usable) or (found and not usable)
-    if not (too_many and len(found) == 1):
+    bad = [each for each in found if not each.too_small]
+    too_many = len(bad) > share * (len(bad) + usable) or (bad and not usable)
+    if not (too_many and len(bad) == 1):
         _write(path, found)
-    if too_many and len(found) == 1:
-        mend = "repair it, remove it, or raise max_quarantined"
-        raise DataError(found[0].reason, where=found[0].path, mend=mend)
+    if too_many and len(bad) == 1:
+        repair = "make it readable" if bad[0].reason.startswith("cannot be read") else "repair it"
+        mend = f"{repair}, remove it, or raise max_quarantined"
+        raise DataError(bad[0].reason, where=bad[0].path, mend=mend)
     if too_many:
-        told = f"{len(found)} of {len(found) + usable} pictures cannot be used, the first: {found[0].reason}"
+        told = f"{len(bad)} of {len(bad) + usable} pictures cannot be used, the first: {bad[0].reason}"
         mend = f"repair or remove those listed in {path}, or raise max_quarantined (now {share:g})"
-        raise DataError(told, where=found[0].path, mend=mend)
-    if found:
-        total = len(found) + usable
-        logger.warning("%d of %d pictures cannot be used and are left out, see %s", len(found), total, path)
+        raise DataError(told, where=bad[0].path, mend=mend)
+    if found and not usable:
+        raise DataError(f"every picture is {found[0].reason}", where=found[0].path, mend="lower min_size")
+    if bad:
+        total = len(bad) + usable
+        logger.warning("%d of %d pictures cannot be used and are left out, see %s", len(bad), total, path)
 
 
 def _write(path: Path, found: Sequence[Quarantined]) -> None:

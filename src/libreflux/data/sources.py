@@ -1,9 +1,9 @@
 """Ordinary folders of captioned pictures, in the spellings that people use.
 
-Side-car: ``name.txt`` beside ``name.jpg``, one caption per line (kohya). ``metadata.jsonl``: one JSON object per line
-with ``file_name`` and a caption column (Hugging Face imagefolder), which holds a text, a list of texts, or texts by
-name (``{"short": …, "long": …}``). A picture may have both; a caption said twice counts once. A sub-folder named
-``10_cat`` (kohya) shows its pictures ten times an epoch.
+Side-car: ``name.txt`` or ``name.caption`` beside ``name.jpg``, one caption per line (kohya). ``metadata.jsonl``: one
+JSON object per line with ``file_name`` and a caption column (Hugging Face imagefolder), which holds a text, a list of
+texts, or texts by name (``{"short": …, "long": …}``). A picture may have both; a caption said twice counts once. A
+sub-folder named ``10_cat`` (kohya) shows its pictures ten times an epoch.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from libreflux import plainjson
+from libreflux.data.folders import CAPTIONS, METADATA, Folder, alike, walk
 from libreflux.data.pictures import FORMATS, Inspected, inspect
 from libreflux.errors import DataError
 from libreflux.printing import get_logger
@@ -24,10 +25,7 @@ from libreflux.recipe import DataSource
 
 logger = get_logger(__name__)
 
-OTHER_PICTURES = frozenset({".avif", ".heic", ".heif", ".jxl", ".jp2", ".tga", ".psd"})
-OTHER_LISTS = ("metadata.csv", "metadata.parquet")
 COLUMNS = ("text", "texts", "prompt", "prompts", "caption", "captions", "description")
-METADATA = "metadata.jsonl"
 MEND_CAPTION = "write a .txt of the same name beside it, one caption per line, or a line in metadata.jsonl"
 _KOHYA = re.compile(r"([1-9]\d{0,2})_(.+)")  # up to 999: 2023_summer is a year's folder
 
@@ -64,11 +62,31 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Quarantined:
-    """A picture that cannot be used, and why."""
+    """A picture that is not used, and why; `too_small`: because the source's ``min_size`` leaves it out."""
 
     id: str
     path: Path
     reason: str
+    too_small: bool = False
+
+
+@dataclass(frozen=True)
+class SourceRead:
+    """A source's folder, read.
+
+    Attributes:
+        samples: usable pictures, sorted by id.
+        quarantined: the others.
+        origins: captions by where they stand: a suffix such as ".txt", a column of metadata.jsonl, or "folder name".
+        repeats: kohya folders and their numbers.
+        folder: all that lies there.
+    """
+
+    samples: list[Sample]
+    quarantined: list[Quarantined]
+    origins: dict[str, int]
+    repeats: dict[str, int]
+    folder: Folder
 
 
 def inspect_all(paths: Sequence[Path]) -> Iterator[Inspected]:
@@ -79,7 +97,13 @@ def inspect_all(paths: Sequence[Path]) -> Iterator[Inspected]:
 def read_source(
     source: DataSource, inspected: Inspect = inspect_all, part: Part = (0, 1)
 ) -> tuple[list[Sample], list[Quarantined]]:
-    """The captioned pictures of a folder and its sub-folders, sorted by id; what is hidden is left out.
+    """`samples` and `quarantined` of :func:`read`."""
+    found = read(source, inspected, part)
+    return found.samples, found.quarantined
+
+
+def read(source: DataSource, inspected: Inspect = inspect_all, part: Part = (0, 1)) -> SourceRead:
+    """The captioned pictures of a folder and its sub-folders; what is hidden, or written by a run, is left out.
 
     Args:
         source: its path, prefix, folder_captions and min_size are used.
@@ -91,74 +115,86 @@ def read_source(
             format that is not read; the first of them, named.
     """
     folder = Path(os.path.normpath(Path(source.path).expanduser()))
-    if not folder.is_dir():
-        raise DataError("no such folder", where=folder, mend="check the path")
-    pictures, lists = _walk(folder)
-    if not pictures:
+    _require_folder(folder)
+    found = walk(folder)
+    if not found.pictures:
         raise DataError("no picture in this folder", where=folder, mend="check the path")
-    listed = _read_metadata(lists)
-    for stray in sorted(listed.keys() - set(pictures)):
+    listed = _read_metadata(found.lists)
+    for stray in sorted(listed.keys() - set(found.pictures)):
         mend = "list files of this folder that are not hidden"
         raise DataError(f"listed in {METADATA} but not read from {folder}", where=stray, mend=mend)
-    pictures = [picture for picture in pictures if _in_part(picture.relative_to(folder), part)]
+    pictures = [picture for picture in found.pictures if _in_part(picture.relative_to(folder), part)]
     once: dict[tuple[Any, ...], Any] = {}  # few pictures have kinds or sizes of their own
-    captioned = [_columns(_captions(picture, folder, source, listed.pop(picture, {})), once) for picture in pictures]
+    origins: dict[str, int] = {}
+    captioned = []
+    for picture in pictures:
+        sidecars, rows = found.sidecars.get(picture, ()), listed.pop(picture, [])
+        captioned.append(_columns(_captions(picture, folder, source, rows, sidecars, origins), once))
+    samples, quarantined = _merge(folder, source, pictures, captioned, inspected(pictures), once)
+    repeats = {kohya.folder: kohya.repeats for kohya in (_kohya(Path(one.file), folder) for one in samples)}
+    repeats.pop("", None)
+    _tell_unread(folder, found)
+    return SourceRead(samples, quarantined, origins, dict(sorted(repeats.items())), found)
+
+
+def _merge(
+    folder: Path,
+    source: DataSource,
+    pictures: Sequence[Path],
+    captioned: Sequence[tuple[tuple[str, ...], tuple[str, ...]]],
+    inspected: Iterable[Inspected],
+    once: dict[tuple[Any, ...], Any],
+) -> tuple[list[Sample], list[Quarantined]]:
+    """Samples sorted by id, each picture once with all its captions, and what cannot be one."""
     merged: dict[str, Sample] = {}
     quarantined = []
-    for picture, (captions, kinds), found in zip(pictures, captioned, inspected(pictures), strict=True):
+    for picture, (captions, kinds), found in zip(pictures, captioned, inspected, strict=True):
         name, size = found.digest[:32], (found.width, found.height)
         if reason := found.fault or _too_small(size, source.min_size):
-            quarantined.append(Quarantined(name, picture, reason))
+            quarantined.append(Quarantined(name, picture, reason, too_small=not found.fault))
             continue
-        repeats = _kohya(picture, folder)[0]
+        repeats = _kohya(picture, folder).repeats
         file = str(picture)
         if known := merged.get(name):
             both = dict(zip(captions, kinds, strict=True)) | dict(zip(known.captions, known.kinds, strict=True))
             captions, kinds = _columns({caption: both[caption] for caption in (*known.captions, *captions)}, once)
             file, repeats = known.file, max(known.repeats, repeats)
         merged[name] = Sample(name, file, captions, kinds, repeats, once.setdefault(size, size))
-    if most := max((sample.repeats for sample in merged.values()), default=1) - 1:
-        logger.info("%s: folders named like 10_name repeat their pictures, up to %d times", folder, most + 1)
     return [sample for _, sample in sorted(merged.items())], quarantined
+
+
+def _require_folder(folder: Path) -> None:
+    try:
+        if folder.is_dir():
+            return
+        there = folder.exists()
+    except PermissionError as error:
+        raise DataError(f"cannot be read ({error.strerror})", where=folder, mend="make it readable") from None
+    if there:
+        mend = "unpack it, or name the folder that it lies in"
+        raise DataError("this is a file, and data.path names a folder", where=folder, mend=mend)
+    meant = alike(folder)
+    raise DataError(
+        "no such folder", where=folder, mend=f"write {meant[0]} if that is meant" if meant else "check the path"
+    )
+
+
+def _tell_unread(folder: Path, found: Folder) -> None:
+    for unread in found.unread.values():
+        if unread.beside:
+            logger.warning(
+                "%s: %d %s lie beside pictures or captions of their names and are not read, the first: %s",
+                folder,
+                unread.beside,
+                f"{unread.suffix} files" if unread.suffix else "files without a suffix",
+                unread.first.relative_to(folder),
+            )
 
 
 def _columns(captions: dict[str, str], once: dict[tuple[Any, ...], Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(captions, kinds), the kinds shared between pictures."""
     kinds = tuple(captions.values())
     return tuple(captions), once.setdefault(kinds, kinds)
-
-
-def _unreadable(error: OSError) -> None:
-    mend = "make it readable, or move it elsewhere"
-    raise DataError(f"cannot be read ({error.strerror})", where=error.filename, mend=mend) from None
-
-
-def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
-    """(pictures, metadata.jsonl files) below a folder, in the order of their names."""
-    pictures, lists = [], []
-    for root, folders, names in os.walk(folder, onerror=_unreadable):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        for name in folders:
-            if Path(root, name).is_symlink():
-                mend = "name the folder that it leads to as a source of its own, or remove the link"
-                raise DataError("links to folders are not followed", where=Path(root, name), mend=mend)
-        for name in sorted(names):
-            path, suffix = Path(root, name), os.path.splitext(name)[1].lower()
-            if name.startswith("."):
-                continue
-            if not name.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in name):
-                raise DataError("this file's name is no UTF-8", where=ascii(str(path)), mend="rename it")
-            if suffix in OTHER_PICTURES:
-                mend = "convert it to PNG or remove it"
-                raise DataError(f"{suffix} pictures are not supported yet", where=path, mend=mend)
-            if name in OTHER_LISTS:
-                mend = f"write the captions into {METADATA} and remove it"
-                raise DataError("not supported yet", where=path, mend=mend)
-            if suffix in FORMATS:
-                pictures.append(path)
-            elif name == METADATA:
-                lists.append(path)
-    return pictures, lists
 
 
 def _in_part(name: Path, part: Part) -> bool:
@@ -172,53 +208,79 @@ def _too_small(size: tuple[int, int], least: int) -> str:
     return f"too small: {size[0]} x {size[1]} pixels, min_size is {least}" if min(size) < least else ""
 
 
-def _kohya(picture: Path, folder: Path) -> tuple[int, str]:
-    """(repeats, class name) of a picture's kohya folder, which is the source's folder or one in it; else (1, "")."""
+class _Kohya(NamedTuple):
+    """A folder called 10_cat: its name, its number and what it shows."""
+
+    folder: str = ""
+    repeats: int = 1
+    shown: str = ""
+
+
+def _kohya(picture: Path, folder: Path) -> _Kohya:
+    """A picture's kohya folder, which is the source's folder or one in it."""
     below = picture.relative_to(folder).parts[:-1]
     for name in (*below[:1], folder.name):
         if match := _KOHYA.fullmatch(name):
-            return int(match[1]), match[2].replace("_", " ").strip()
-    return 1, ""
+            return _Kohya(name, int(match[1]), match[2].replace("_", " ").strip())
+    return _Kohya()
 
 
-def _captions(picture: Path, folder: Path, source: DataSource, listed: dict[str, str]) -> dict[str, str]:
-    """Caption → kind of a picture, with the source's prefix."""
-    captions = dict(listed)
-    for caption in _read_sidecar(picture):
-        captions.setdefault(caption, "")
-    if not captions and source.folder_captions and (name := _kohya(picture, folder)[1]):
-        captions = {name: ""}
-    if not captions:
-        raise DataError("this picture has no caption", where=picture, mend=MEND_CAPTION)
-    return {source.prefix + caption: kind for caption, kind in captions.items()}
+def _captions(
+    picture: Path,
+    folder: Path,
+    source: DataSource,
+    listed: Sequence[_Listed],
+    sidecars: Sequence[Path],
+    origins: dict[str, int],
+) -> dict[str, str]:
+    """Caption → kind of a picture, with the source's prefix; counts where they stand."""
+    found: dict[str, str] = {}
+    for caption, kind, column in listed:
+        found.setdefault(caption, kind)
+        origins[column] = origins.get(column, 0) + 1
+    usual = picture.with_suffix(CAPTIONS[0])
+    for path in (*([usual] if usual.is_file() else ()), *sidecars):
+        for caption in _read_sidecar(path):
+            found.setdefault(caption, "")
+            origins[path.suffix.lower()] = origins.get(path.suffix.lower(), 0) + 1
+    if not found and source.folder_captions and (name := _kohya(picture, folder).shown):
+        found = {name: ""}
+        origins["folder name"] = origins.get("folder name", 0) + 1
+    if not found:
+        meant = [path for path in (*alike(usual), *alike(picture)) if path.suffix.lower() not in FORMATS]
+        mend = f"{meant[0]} is not read: {MEND_CAPTION}" if meant else MEND_CAPTION
+        raise DataError("this picture has no caption", where=picture, mend=mend)
+    return {source.prefix + caption: kind for caption, kind in found.items()}
 
 
-def _read_sidecar(picture: Path) -> list[str]:
-    path = picture.with_suffix(".txt")
-    if not path.is_file():
-        return []
+def _read_sidecar(path: Path) -> list[str]:
     captions = [line.strip() for line in _read_text(path).split("\n") if line.strip()]
     if not captions:
         raise DataError("this caption file is empty", where=path, mend="write one caption per line")
     return captions
 
 
-def _read_metadata(paths: Sequence[Path]) -> dict[Path, dict[str, str]]:
-    """Caption → kind for each picture listed in these metadata.jsonl files."""
-    listed: dict[Path, dict[str, str]] = {}
+class _Listed(NamedTuple):
+    """A caption of metadata.jsonl."""
+
+    caption: str
+    kind: str
+    column: str
+
+
+def _read_metadata(paths: Sequence[Path]) -> dict[Path, list[_Listed]]:
+    """The captions of each picture listed in these metadata.jsonl files."""
+    listed: dict[Path, list[_Listed]] = {}
     for path in paths:
         for number, line in enumerate(_read_text(path).split("\n"), 1):
             if not line.strip():
                 continue
-            where = f"{path}, line {number}"
-            picture, captions = _read_row(path.parent, line, where)
-            known = listed.setdefault(picture, {})
-            for caption, kind in captions:
-                known.setdefault(caption, kind)
+            picture, captions = _read_row(path.parent, line, f"{path}, line {number}")
+            listed.setdefault(picture, []).extend(captions)
     return listed
 
 
-def _read_row(folder: Path, line: str, where: str) -> tuple[Path, list[tuple[str, str]]]:
+def _read_row(folder: Path, line: str, where: str) -> tuple[Path, list[_Listed]]:
     try:
         row = plainjson.parse(line)
     except ValueError as error:
@@ -227,12 +289,17 @@ def _read_row(folder: Path, line: str, where: str) -> tuple[Path, list[tuple[str
         raise DataError("no file_name in this line", where=where, mend='write {"file_name": "a.png", "text": "…"}')
     picture = Path(os.path.normpath(folder / row["file_name"]))
     if not picture.is_file():
-        raise DataError(
-            f"listed file {row['file_name']!r} is missing", where=where, mend="put it back or remove the line"
-        )
+        meant = [path for path in alike(picture) if path.suffix.lower() in FORMATS]
+        mend = f"write {meant[0].name} if that is meant" if meant else "put it back or remove the line"
+        raise DataError(f"listed file {row['file_name']!r} is missing", where=where, mend=mend)
     if picture.suffix.lower() not in FORMATS:
         raise DataError(f"listed file {row['file_name']!r} is no picture of a format that is read", where=where)
-    captions = [pair for column in COLUMNS if column in row for pair in _spread(row[column], f"{where}: {column}")]
+    captions = [
+        _Listed(caption, kind, column)
+        for column in COLUMNS
+        if column in row
+        for caption, kind in _spread(row[column], f"{where}: {column}")
+    ]
     if not captions:
         raise DataError("no caption in this line", where=where, mend=f"add one of {', '.join(COLUMNS)}")
     return picture, captions
@@ -257,5 +324,9 @@ def _spread(value: object, where: str) -> list[tuple[str, str]]:
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise DataError(
+            f"cannot be read ({error.strerror})", where=path, mend="make it readable, or remove it"
+        ) from None
+    except UnicodeDecodeError as error:
         raise DataError(f"cannot be read as UTF-8 ({error})", where=path, mend="save it as UTF-8") from None

@@ -11,6 +11,7 @@ from diffusers import FluxTransformer2DModel
 
 from libreflux.adapter.targets import Resolved
 from libreflux.data.held_out import HeldOut
+from libreflux.data.summary import SourceSummary
 from libreflux.model.facts import Facts
 
 
@@ -24,7 +25,7 @@ class Started:
         steps: of the whole run.
         pictures: samples of the data: each picture once in each view.
         held_out: pictures that are never trained on; None if the recipe asks for none.
-        epoch_steps: steps of the first epoch.
+        epoch_steps: steps of the first epoch that shows a picture.
         padding_share: share of its text tokens that are padding.
         facts: of the model that is trained: the base's, freed of a distillation's own defaults.
         resolved: the adapted layers.
@@ -91,6 +92,9 @@ class Callbacks:
 
     def on_prepare(self, done: int, total: int, note: str = "") -> None:
         """Pictures and captions are being checked and encoded; the total grows as more is found to do."""
+
+    def on_data(self, found: SourceSummary) -> None:
+        """A source of pictures and captions was read, nothing is encoded yet; the folder of `held_out.path` is last."""
 
     @contextmanager
     def stage(self, doing: str) -> Iterator[None]:

@@ -27,13 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from libreflux import files, plainjson, recipe_faults
+from libreflux import files, plainjson
 from libreflux.errors import RunError
 from libreflux.places import placed
 from libreflux.printing import get_logger
 from libreflux.recipe import Recipe, differences
+from libreflux.train import run_recipe
 
 log = get_logger(__name__)
 
@@ -43,7 +42,7 @@ ADAPTER = "adapter.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 AVERAGES = "ema.safetensors"
 STATE = "state.json"
-RECIPE = "recipe.json"
+RECIPE = run_recipe.RECIPE
 METRICS = "metrics.jsonl"
 HELD_OUT = "held_out.jsonl"
 
@@ -202,20 +201,26 @@ def changes(run: Path, recipe: Recipe, world: int = 1) -> dict[str, list[Any]]:
         world: processes; world × accumulate counts.
 
     Returns:
-        Dotted key -> [value then, value now]; None where it is absent.
+        Dotted key -> [value then, value now]; None where it is absent. Paths (see `run_recipe.moved`) are among them if
+        something else has changed: another path alone is no change, its contents are compared when they are read.
 
     Raises:
         RunError: recipe.json is missing or torn.
     """
-    path = run / RECIPE
     if not listed(run) and not (run / ADAPTER).exists():
         return {}
-    if not path.exists():
+    if not (run / RECIPE).exists():
         mend = "choose another `out`, or put the file back"
         raise RunError(f"there are checkpoints but no {RECIPE}", where=run, mend=mend)
-    was, its_world, _ = _read_recipe(path)
+    was, its_world, _ = run_recipe.read(run / RECIPE)
     before, after = was.decisive(its_world), recipe.decisive(world)
-    return {key: [_at(before, key), _at(after, key)] for key in differences(before, after)}
+    found = {key: [_at(before, key), _at(after, key)] for key in differences(before, after)}
+    if recipe.objective == "flow":  # a student's steps depend on its base's schedule too
+        found.pop("model", None)  # whose weights have a hash of their own
+    for key in ("adapter.init_from", "adapter.lycoris_config"):
+        if key in found and run_recipe.same_place(*found[key]):
+            del found[key]
+    return {**found, **run_recipe.moved(run, recipe)} if found else {}
 
 
 def check_recipe(
@@ -232,7 +237,7 @@ def check_recipe(
 def require_same(changed: Mapping[str, Sequence[Any]], run: Path, mend: str) -> None:
     """Raises RunError, which names each key with its old and new value, if `changes` found some."""
     if changed:
-        told = ", ".join(f"{key} ({_told(then)} -> {_told(now)})" for key, (then, now) in changed.items())
+        told = run_recipe.told_changes(changed)
         raise RunError(f"the recipe has changed since this run began: {told}", where=run, mend=mend)
 
 
@@ -250,23 +255,7 @@ def claim(run: Path, recipe: Recipe, world: int = 1, forks: Sequence[Mapping[str
 
 def stored_forks(run: Path) -> list[dict[str, Any]]:
     """The forks that RUN/recipe.json knows of; none without one."""
-    return _read_recipe(run / RECIPE)[2] if (run / RECIPE).exists() else []
-
-
-def _read_recipe(path: Path) -> tuple[Recipe, int, list[dict[str, Any]]]:
-    """The recipe, the number of processes it ran on, and its forks."""
-    try:
-        tree = plainjson.parse(path.read_text(encoding="utf-8"))
-        world, forks = int(tree.pop("world")), list(tree.pop("forks", []))
-        return Recipe.model_validate(tree), world, forks
-    except ValidationError as error:
-        refused = recipe_faults.explain(error, str(path), Recipe)
-        mend = "correct that key in this file (one that does nothing can be removed), or choose another `out`"
-        raise RunError(f"written under other rules: {refused.what}", where=refused.where, mend=mend) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        mend = "restore the file, or choose another `out`"
-        raise RunError(f"cannot be read as a recipe ({lines[0]})", where=path, mend=mend) from None
+    return run_recipe.read(run / RECIPE)[2] if (run / RECIPE).exists() else []
 
 
 def _at(tree: Any, dotted: str) -> Any:
@@ -277,10 +266,6 @@ def _at(tree: Any, dotted: str) -> Any:
         except (KeyError, IndexError, TypeError, ValueError):
             return None
     return tree
-
-
-def _told(value: Any) -> str:
-    return "none" if value is None else repr(value)
 
 
 # ---- the result and the metrics -----------------------------------------------------------------------------------

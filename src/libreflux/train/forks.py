@@ -23,7 +23,7 @@ from libreflux.data.digests import FileMemory
 from libreflux.data.held_out import HeldOut, places
 from libreflux.errors import RunError
 from libreflux.recipe import Recipe
-from libreflux.train import checkpoint
+from libreflux.train import checkpoint, run_recipe
 
 Fork = dict[str, Any]
 
@@ -120,10 +120,14 @@ def history(
     # Of a fork whose checkpoints are all gone the steps are trained again, from here.
     known = [{**one, "step": min(one["step"], step)} for one in checkpoint.stored_forks(run)]
     agreed = known[-1]["data_hash"] if known and known[-1]["step"] == step else state["data_hash"]
+    moved = run_recipe.moved(run, recipe)
     if agreed != data_hash and not fork:
         mend = "put them back as they were, go on with what is there now with --fork, or choose another `out`"
-        raise RunError("the pictures, captions or encoders have changed since this run began", where=run, mend=mend)
+        told = "the pictures, captions or encoders have changed since this run began"
+        told += f": {run_recipe.told_changes(moved)}" if moved else ""
+        raise RunError(told, where=run, mend=mend)
     changed = checkpoint.changes(run, recipe, world)
     if not changed and agreed == data_hash:
         return known
+    changed |= moved
     return [*known, {"step": step, "changed": changed, "data_hash": data_hash}]

@@ -21,8 +21,9 @@ from libreflux.model.device import make_current, pick_device
 from libreflux.model.facts import Facts, freed
 from libreflux.model.family import Model, open_model, weights_hash
 from libreflux.places import folder_place
+from libreflux.printing import get_logger
 from libreflux.recipe import Recipe
-from libreflux.train import checkpoint, ema, forks, memory, saving, skips
+from libreflux.train import checkpoint, ema, forks, memory, run_recipe, saving, skips
 from libreflux.train.callbacks import Callbacks, StepInfo
 from libreflux.train.checkpoint import Checkpoint
 from libreflux.train.interrupt import Interrupted, StopRequest
@@ -30,6 +31,8 @@ from libreflux.train.optimizer import make_optimizer, parameter_dtype
 from libreflux.train.optimizer8 import require_8bit
 from libreflux.train.ranks import Ranks, joined
 from libreflux.train.step import Training
+
+log = get_logger(__name__)
 
 BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}  # int8: of what stays dense
 
@@ -83,6 +86,8 @@ def _standing(recipe: Recipe, run: Path, world: int, held: contextlib.ExitStack,
     if newest is not None and newest.step == recipe.steps and changed:
         mend = "raise steps, or choose another `out`"
         raise RunError(f"step {newest.step}, the last, is done already: nothing is left to fork", where=run, mend=mend)
+    if newest is not None and newest.step == recipe.steps and (moved := run_recipe.moved(run, recipe)):
+        log.warning("this run is finished: %s is not looked at", run_recipe.told_changes(moved))
     if newest is not None and newest.step > recipe.steps:
         mend = f"set steps to at least {newest.step}, or choose another `out`"
         raise RunError(f"step {newest.step} is done already, beyond steps: {recipe.steps}", where=run, mend=mend)
@@ -237,7 +242,7 @@ def _open(
             prepare_cache(recipe, device=device, part=(ranks.rank, ranks.world), progress=callbacks.on_prepare)
             ranks.meet()  # else the first rank, looking through all, would encode again what slower ones still encode
         batches, held_out = ranks.in_turn(
-            lambda: prepare_recipe(recipe, device=device, progress=callbacks.on_prepare),
+            lambda: prepare_recipe(recipe, device=device, progress=callbacks.on_prepare, told=callbacks.on_data),
             lambda: prepare_recipe(recipe, device=device),
         )
     with callbacks.stage("reading the base model"):

@@ -17,7 +17,7 @@ from libreflux.errors import RunError
 from libreflux.model.stream import save_live
 from libreflux.printing import get_logger
 from libreflux.recipe import Recipe
-from libreflux.train import checkpoint, ema, forks, skips
+from libreflux.train import checkpoint, ema, forks, run_recipe, skips
 from libreflux.train.callbacks import Callbacks
 from libreflux.train.checkpoint import Checkpoint
 from libreflux.train.step import Training
@@ -35,7 +35,10 @@ def restore(training: Training, newest: Checkpoint, fork: bool) -> None:
     state = newest.state()
     if state["model_hash"] != training.identity["model_hash"]:
         mend = "put them back as they were, or choose another `out`"
-        raise RunError("the weights of the base model have changed since this run began", where=newest.path, mend=mend)
+        told = "the weights of the base model have changed since this run began"
+        if model := run_recipe.moved(training.run, training.recipe).get("model"):
+            told += f": {run_recipe.told_changes({'model': model})}"
+        raise RunError(told, where=newest.path, mend=mend)
     recipe, world, now = training.recipe, training.ranks.world, training.identity["data_hash"]
     training.forks = forks.history(training.run, recipe, world, newest.step, state, now, fork=fork)
     forks.refuse_trained(recipe, training.forks, training.held_out)
@@ -44,6 +47,8 @@ def restore(training: Training, newest: Checkpoint, fork: bool) -> None:
         before = re.sub(r"^cuda:\d+", "cuda", str(state.get(key)))
         if before != str(value):
             log.warning("resumed with %s %s instead of %s: the result may differ in its last bits", key, value, before)
+    for key, (then, value) in run_recipe.last_bits_changed(training.run, recipe).items():
+        log.warning("resumed with %s %s instead of %s: the result may differ in its last bits", key, value, then)
     training.adapter.load_state_dict(load_adapter(newest.adapter).tensors)
     training.optimizer.load_state_tensors(load_file(newest.optimizer))  # mapped: read as it is copied, never whole
     if training.recipe.ema and training.ranks.first:

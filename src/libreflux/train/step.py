@@ -124,13 +124,14 @@ class Training:
 
     def started(self) -> Started:
         recipe, samples = self.recipe, self.batches.samples
+        epoch = samples.next_shown(0)
         return Started(
             run=self.run,
             step=self.step,
             steps=self.recipe.steps,
             pictures=len(self.batches),
-            epoch_steps=steps_of_epoch(0, samples, self.ranks.world, recipe.batch, recipe.accumulate),
-            padding_share=padding_share(recipe.seed, 0, samples, recipe.batch),
+            epoch_steps=steps_of_epoch(epoch, samples, self.ranks.world, recipe.batch, recipe.accumulate),
+            padding_share=padding_share(recipe.seed, epoch, samples, recipe.batch),
             facts=self.facts,
             resolved=self.resolved,
             start_norm=self.start_norm,
