@@ -45,7 +45,7 @@ def rate(per_second: float, unit: str) -> str:
 
 def line_width(console: Console | None = None) -> int:
     """Characters of a line on stderr: of the terminal, or 400 where there is none."""
-    console = console or Console(stderr=True)
+    console = console or terminal.console(err=True)
     return console.width if console.is_terminal else 400
 
 

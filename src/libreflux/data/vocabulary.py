@@ -25,7 +25,7 @@ LOOKED_AT = 1000  # captions, evenly spread
 WORTH_TELLING = 0.1  # share of the words: names and trigger words alone stay below it
 _NAMED = 8
 _WORD = re.compile(r"[^\W\d_]{2,}")
-_cuts = logging.getLogger("libreflux.model.text")
+_cuts = get_logger("libreflux.model.text")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def cuts_untold() -> Iterator[None]:
     """The encoder's own warnings of texts that are cut, one for each, are left out: `tell_cut` tells them."""
 
     def passes(record: logging.LogRecord) -> bool:
-        return not str(record.msg).startswith("prompt has %d tokens")
+        return not record.getMessage().startswith("prompt has ")
 
     _cuts.addFilter(passes)
     try:
