@@ -9,6 +9,9 @@ from torch import Tensor
 
 from libreflux.errors import ModelError
 
+TILE_ABOVE = 1536
+"""Pixels of the longer side beyond which a picture is decoded in tiles, unless the caller says otherwise."""
+
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
