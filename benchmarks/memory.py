@@ -1,17 +1,19 @@
-"""The estimate of `train --dry-run` beside the measured peak of a real run on a CPU.
+"""The estimate of `train --dry-run` beside the measured peaks of a real run on a CPU, phase by phase.
 
-    python benchmarks/memory.py [emoji|250m|1b]... [--phases]
+    python benchmarks/memory.py [emoji|250m|1b|parts]... [--only training|between|preparing]... [--phases]
 
-Each run is `fit` on a recipe of its own: a model folder of random weights, pictures, a prepared cache, three steps and
-a checkpoint, in a process of its own. Peak memory is the process's maximum resident set (VmHWM), less what it holds
-when everything is imported and has worked once: before it, a toy run of one picture pages in the libraries' code,
-starts the threads and is freed. Prints one line per recipe, with the peak above the bare imports for comparison.
+Each run has a recipe of its own: a model folder of random weights and pictures. Three processes measure it: `training`
+is `fit` on a prepared cache, three steps and a checkpoint; `between` is `fit` of one step, before which held-out
+pictures are measured and a sample is drawn; `preparing` fills a cache from nothing. Peak memory is the process's
+maximum resident set (VmHWM), less what it holds when everything is imported and has worked once: before it, a toy run
+of one picture pages in the libraries' code, starts the threads and is freed. Prints one line per phase.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import gc
 import json
 import shutil
@@ -21,7 +23,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from libreflux.model.single_file import CONFIGS
+
 MIB = 2**20
+KINDS = ("training", "between", "preparing")
 TOY = {"resolution": 64, "batch": 1, "steps": 1}
 FLUX_HEADS = {"attention_head_dim": 128, "axes_dims_rope": [16, 56, 56]}
 
@@ -30,22 +35,31 @@ def _layers(factor: int) -> dict[str, Any]:
     return {"adapter": {"targets": [{"layers": "**", "factor": factor}]}}
 
 
-# Name -> transformer configuration (on emoji-base's), words of a caption, recipe.
-RUNS: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
+# Name -> configurations (changes to emoji-base's, by part), words of a caption, recipe.
+RUNS: dict[str, tuple[dict[str, dict[str, Any]], int, dict[str, Any]]] = {
     "emoji": (
-        {},
+        {"transformer": {}},
         30,
         {"resolution": 128, "batch": 16, "optimizer": {"kind": "adamw"}, **_layers(2)},
     ),
     "250m": (
-        {"num_layers": 4, "num_single_layers": 8, "num_attention_heads": 8, **FLUX_HEADS},
+        {"transformer": {"num_layers": 4, "num_single_layers": 8, "num_attention_heads": 8, **FLUX_HEADS}},
         100,
         {"resolution": 256, "batch": 2, **_layers(4)},
     ),
     "1b": (
-        {"num_layers": 2, "num_single_layers": 4, "num_attention_heads": 24, **FLUX_HEADS},
+        {"transformer": {"num_layers": 2, "num_single_layers": 4, "num_attention_heads": 24, **FLUX_HEADS}},
         200,
         {"resolution": 256, "batch": 1, **_layers(4)},
+    ),
+    "parts": (  # FLUX.1's own VAE and T5's large size, beside a small transformer
+        {
+            "transformer": {"num_attention_heads": 8, **FLUX_HEADS, "joint_attention_dim": 1024},
+            "vae": json.loads((CONFIGS / "vae.json").read_text()),
+            "text_encoder_2": {"d_model": 1024, "d_ff": 2816, "d_kv": 64, "num_heads": 16, "num_layers": 12},
+        },
+        100,
+        {"resolution": 256, "batch": 2, **_layers(4)},
     ),
 }
 
@@ -53,25 +67,27 @@ RUNS: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
 def make(name: str, folder: Path) -> None:
     """FOLDER/model, /photos, /cache and /recipe.json of a run."""
     import numpy as np
-    import torch
-    from diffusers import FluxTransformer2DModel
     from PIL import Image
 
     from libreflux.data.prepare import prepare_cache
+    from libreflux.model.facts import read_facts, write_facts
     from libreflux.model.locate import locate
 
     changes, words, keys = RUNS[name]
     shutil.copytree(locate("emoji-base"), folder / "model")
-    config = {**json.loads((folder / "model/transformer/config.json").read_text()), **changes}
-    shutil.rmtree(folder / "model/transformer")
-    torch.set_default_dtype(torch.bfloat16)
-    FluxTransformer2DModel.from_config(config).save_pretrained(folder / "model/transformer")
-    torch.set_default_dtype(torch.float32)
+    for part, change in changes.items():
+        _random_part(folder / "model" / part, change)
+    write_facts(folder / "model", dataclasses.replace(read_facts(folder / "model"), steps=2))
     (folder / "photos").mkdir()
     random, side = np.random.default_rng(0), keys["resolution"]
     for number in range(keys["batch"] * 3):
         Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(folder / f"photos/{number}.png")
         (folder / f"photos/{number}.txt").write_text("red apple " * (words // 2) + str(number))
+    (folder / "apart").mkdir()
+    for number in range(keys["batch"]):
+        noise = random.integers(0, 256, (side, side, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"apart/{number}.png")
+        (folder / f"apart/{number}.txt").write_text("red apple " * (words // 2) + str(number))
     tree = {
         "model": str(folder / "model"),
         "base": "bf16",
@@ -84,66 +100,128 @@ def make(name: str, folder: Path) -> None:
         **keys,
     }
     (folder / "recipe.json").write_text(json.dumps(tree))
-    for recipe in (tree, {**tree, **TOY}):
+    for recipe in (tree, {**tree, **_between(folder)}):
         prepare_cache(_recipe(recipe))
 
 
-def measure(folder: Path) -> dict[str, float]:
-    """MiB: estimated and measured peak of a run that was made, and the measured by phase."""
+def _random_part(folder: Path, change: dict[str, Any]) -> None:
     import torch
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from transformers import T5Config, T5EncoderModel
 
+    config = {**json.loads((folder / "config.json").read_text()), **change}
+    config.pop("quantization_config", None)  # emoji-base is stored in int8
+    shutil.rmtree(folder)
+    torch.set_default_dtype(torch.bfloat16)
+    kinds: dict[str, Any] = {"transformer": FluxTransformer2DModel, "vae": AutoencoderKL}
+    if folder.name in kinds:
+        made = kinds[folder.name].from_config(config)
+    else:
+        made = T5EncoderModel(T5Config.from_dict(config)).to(torch.bfloat16)
+    made.save_pretrained(folder)
+    torch.set_default_dtype(torch.float32)
+
+
+def _between(folder: Path) -> dict[str, Any]:
+    prompt = (folder / "photos/0.txt").read_text()
+    samples = {"every": 10**6, "at_start": True, "prompts": [prompt], "guidance": [3]}
+    held_out = {"path": str(folder / "apart"), "every": 10**6, "pictures": 64, "sigmas": [0.5]}
+    return {"samples": samples, "held_out": held_out, "steps": 1, "ema": [], "out": str(folder / "short")}
+
+
+class Meter:
+    """MiB above what the process held at `begin`, the most in each stretch that ends with a mark."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, float] = {}
+        self.imported, self.before = status("VmRSS"), 0.0
+
+    def begin(self) -> None:
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        self.before = status("VmRSS")
+        self._anew()
+
+    def mark(self, phase: str) -> None:
+        self.phases[phase] = max(self.phases.get(phase, 0.0), status("VmHWM") - self.before)
+        self._anew()
+
+    def _anew(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+
+
+def measure(what: str, folder: Path) -> dict[str, Any]:
+    """MiB by phase, estimated and measured, of one kind of process; see the module."""
     from libreflux.data.cache import Cache
     from libreflux.data.index import text_key
-    from libreflux.train.callbacks import Callbacks, Started, StepInfo
     from libreflux.train.estimate import estimate_recipe
-    from libreflux.train.loop import fit
 
     tree = json.loads((folder / "recipe.json").read_text())
+    if what == "between":
+        tree |= _between(folder)
     recipe = _recipe(tree)
     captions = [path.read_text() for path in (folder / "photos").glob("*.txt")]
     tokens = int(Cache(recipe.cache_dir).token_counts([text_key(caption) for caption in captions]).max())
-    found = estimate_recipe(recipe, text_tokens=tokens)
-    imported = status("VmRSS")
-    fit(_recipe({**tree, **TOY, "model": "emoji-base", "out": str(folder / "toy"), "cache": str(folder / "toy-cache")}))
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before, files = status("VmRSS"), status("RssFile")
-    phases: dict[str, float] = {}
+    found = estimate_recipe(recipe, text_tokens=tokens, captions=len(captions) + 1)
+    meter = Meter()
+    toy = {**tree, **TOY, "model": "emoji-base", "out": str(folder / "toy"), "cache": str(folder / "toy-cache")}
+    work = _prepare if what == "preparing" else _train
+    work(toy, Meter())
+    meter.begin()
+    work(tree, meter)
+    phases = {"training": [found.training], "between": found.between, "preparing": found.preparing}[what]
+    estimated = {phase.name.split(",")[0]: phase for phase in phases}
+    return {
+        "estimated": {name: phase.peak / MIB for name, phase in estimated.items()},
+        "held": {name: phase.held / MIB for name, phase in estimated.items()},
+        "activations": {name: phase.activations / MIB for name, phase in estimated.items()},
+        "measured": {name: meter.phases[name] for name in estimated},
+        "above imports": meter.before - meter.imported,
+        "phases": meter.phases,
+        "tokens": tokens,
+    }
 
-    def mark(phase: str) -> None:
-        phases[phase] = max(phases.get(phase, 0.0), status("VmHWM") - before)
-        phases[f"after {phase}"] = status("VmRSS") - before
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
 
-    class Marks(Callbacks):
+def _train(tree: dict[str, Any], meter: Meter) -> None:
+    from diffusers import FluxTransformer2DModel
+
+    from libreflux.cli.training import ShowTraining
+    from libreflux.train.callbacks import Started, StepInfo
+    from libreflux.train.loop import fit
+
+    class Marks(ShowTraining):
         def on_start(self, started: Started) -> None:
-            mark("load")
+            meter.mark("loading")
+            super().on_start(started)
 
         def on_step(self, info: StepInfo) -> None:
-            mark(f"step {info.step}")
-            phases[f"seconds of {info.step}"] = info.seconds
+            meter.mark("training")
 
         def on_save(self, step: int, folder: Path) -> None:
-            mark("save")
+            meter.mark("training")
 
-    Path("/proc/self/clear_refs").write_text("5")
-    fit(recipe, Marks())
-    mark("end")
-    return {
-        "estimated": found.total / MIB,
-        "measured": max(value for name, value in phases.items() if "seconds" not in name),
-        "weights": found.weights / MIB,
-        "adapter": found.adapter / MIB,
-        "averages": found.averages / MIB,
-        "activations": found.activations / MIB,
-        "update": found.update / MIB,
-        "tokens": tokens,
-        "imported": imported,
-        "baseline": before,
-        "files after": status("RssFile") - files,
-        "threads": torch.get_num_threads(),
-        **phases,
-    }
+        def on_measure(self, step: int, transformer: FluxTransformer2DModel) -> None:
+            super().on_measure(step, transformer)
+            meter.mark("measuring held-out pictures" if step == 0 else "after the last step")
+
+        def on_sample(self, step: int, transformer: FluxTransformer2DModel) -> None:
+            super().on_sample(step, transformer)
+            meter.mark("drawing samples" if step == 0 else "after the last step")
+
+    recipe = _recipe(tree)
+    with Marks(recipe) as marks:
+        fit(recipe, marks)
+    meter.mark("training")
+
+
+def _prepare(tree: dict[str, Any], meter: Meter) -> None:
+    from libreflux.data.prepare import prepare_cache
+
+    def told(done: int, total: int, note: str = "") -> None:
+        crops, texts = note.endswith("crops/s"), note.endswith("a caption")
+        meter.mark("preparing pictures" if crops else "preparing captions" if texts else "reading")
+
+    prepare_cache(_recipe({**tree, "cache": f"{tree['cache']}-anew"}), progress=told)
 
 
 def status(key: str) -> float:
@@ -163,28 +241,37 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", metavar="RUN", help=f"of {', '.join(RUNS)}; default: all")
     parser.add_argument("--phases", action="store_true", help="also print the measured memory by phase")
     parser.add_argument("--work", nargs=2, metavar=("VERB", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", action="append", choices=KINDS, help="of the three processes; default: all")
     options = parser.parse_args()
     if options.work:
         verb, folder = options.work
-        if verb == "measure":
-            print(json.dumps(measure(Path(folder))))
+        if verb in KINDS:
+            print(json.dumps(measure(verb, Path(folder))))
         else:
             make(verb, Path(folder))
         return
     if unknown := set(options.runs) - set(RUNS):
         parser.error(f"no such run: {', '.join(unknown)}")
-    print(f"{'run':<8}{'estimated':>12}{'measured':>12}{'ratio':>8}{'above imports':>15}   (MiB)")
+    print(f"{'run':<8}{'phase':<30}{'estimated':>12}{'measured':>12}{'ratio':>8}   (MiB)")
     for name in options.runs or RUNS:
         with tempfile.TemporaryDirectory() as folder:
-            for verb in (name, "measure"):
-                command = [sys.executable, __file__, "--work", verb, folder]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        estimated, measured = found["estimated"], found["measured"]
-        line = f"{name:<8}{estimated:>12,.0f}{measured:>12,.0f}{estimated / measured:>8.2f}"
-        print(f"{line}{measured + found['baseline'] - found['imported']:>15,.0f}", flush=True)
-        if options.phases:
-            print("".join(f"    {key:<16}{value:>10,.2f}\n" for key, value in found.items()))
+            _child(name, folder)
+            for kind in options.only or KINDS:
+                found = json.loads(_child(kind, folder).splitlines()[-1])
+                for phase, measured in found["measured"].items():
+                    estimated = found["estimated"][phase]
+                    row = f"{name:<8}{phase:<30}{estimated:>12,.0f}{measured:>12,.0f}{estimated / measured:>8.2f}"
+                    print(row, flush=True)
+                if options.phases:
+                    print("".join(f"    {key}: {value}\n" for key, value in found.items()), flush=True)
+
+
+def _child(verb: str, folder: str) -> str:
+    command = [sys.executable, __file__, "--work", verb, folder]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return done.stdout
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def test_a_disk_is_charged_with_what_goes_on_it_alone(recipe: Path, tmp_path: Pa
     from libreflux.cli.dry_run import disk_table
     from libreflux.data.forecast import Forecast
     from libreflux.recipe import load_recipe
-    from libreflux.train.estimate import Estimate
+    from libreflux.train.phases import Estimate
 
     other = Path("/dev/shm")
     if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:

@@ -232,9 +232,9 @@ def broken(*_: Any, **__: Any) -> None:
         (AutoencoderKL, "auto", "cpu", "encoding a crop of 32 x 32 pixels, .*png: out of memory; "
          "mend: a smaller resolution$"),
         (T5EncoderModel, "fp32", "cuda", "encoding 16 captions of up to [0-9]+ characters: out of memory; "
-         "mend: prepare with text_precision: bf16, or prepare with device: cpu$"),
+         "mend: prepare with shorter captions, or prepare with device: cpu$"),
         (T5EncoderModel, "auto", "cuda", "encoding 16 captions .*: out of memory; "
-         "mend: shorten the captions, or prepare with device: cpu$"),
+         "mend: prepare with text_precision: fp32, which goes block by block, or prepare with device: cpu$"),
     ],
 )  # fmt: skip
 def test_what_a_device_raises_is_one_line(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,8 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 from libreflux.errors import RunError
 from libreflux.model.faults import is_out_of_memory
-from libreflux.recipe import Recipe
+from libreflux.recipe import AdapterSpec, Recipe, read_recipe
+from libreflux.train import memory
 from libreflux.train.callbacks import Callbacks
 from libreflux.train.loop import fit
 from libreflux.train.memory import explained
@@ -95,7 +99,7 @@ def test_measuring_without_memory_has_its_own_mend(recipe_tree: Tree, tmp_path: 
             too_much()
 
     recipe = Recipe.model_validate(recipe_tree(tmp_path / "run", held_out={"share": 0.4, "every": 1}))
-    with pytest.raises(RunError, match=r"^held-out pictures after step 0.*mend: held_out\.every: 0"):
+    with pytest.raises(RunError, match=r"^held-out pictures after step 0.*in this order, held_out\.every: 0"):
         fit(recipe, Measuring())
 
 
@@ -108,6 +112,41 @@ def test_preparing_without_memory_has_its_own_mend(
     ) as refusal:
         fit(Recipe.model_validate(recipe_tree(tmp_path / "run")))
     assert "gradient_checkpointing" not in str(refusal.value)
+
+
+def named_keys(mend: str) -> dict[str, str]:
+    """Every `key: value` that a mend names."""
+    found = re.findall(r"([a-z]\w*(?:\.\w+)*): (\w+)", mend)
+    assert found
+    return dict(found)
+
+
+@pytest.mark.parametrize("card", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"text_cache": "none", "samples": {"every": 1, "at_start": True, "prompts": ["a fox"]}, "batch": 3},
+        {"text_precision": "fp32", "batch": 1, "device": "cpu"},
+    ],
+    ids=["plain", "none", "fp32"],
+)
+def test_every_key_that_a_mend_names_is_a_key_of_the_recipe(
+    recipe_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], card: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: card)
+    tree = recipe_tree(tmp_path, **changes, held_out={"share": 0.4})
+    recipe = Recipe.model_validate(tree)
+    for mend in (memory.training, memory.preparing, memory.measuring, memory.drawing):
+        line = mend(recipe)
+        keys = named_keys(line)
+        set_to = read_recipe(json.dumps(tree), "test", [f"{key}={value}" for key, value in keys.items()])
+        for key in keys:  # none is what the recipe says already
+            parts = key.split(".")
+            before, after = (functools.reduce(getattr, parts, which) for which in (recipe, set_to))
+            assert before != after or key in ("samples.every", "accumulate"), line
+        assert "adapter.targets" not in line or "targets" in AdapterSpec.model_fields
+    assert ("text_precision: fp32" in memory.preparing(recipe)) == (card and recipe.text_precision == "auto")
 
 
 def test_other_errors_pass(recipe_tree: Tree, tmp_path: Path) -> None:

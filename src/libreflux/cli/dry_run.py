@@ -13,7 +13,7 @@ from libreflux.errors import DataError
 if TYPE_CHECKING:
     from libreflux.data.forecast import Forecast
     from libreflux.recipe import Recipe
-    from libreflux.train.estimate import Estimate
+    from libreflux.train.phases import Estimate
 
 RECENT = 50  # steps whose rate tells the time left
 
@@ -30,17 +30,18 @@ def report(recipe: Recipe) -> str:
     opened = open_model(recipe.model, parts=())
     assert opened.path is not None
     tokens = freed(opened.facts).max_tokens
-    found = estimate_recipe(recipe, text_tokens=tokens)
     data: Forecast | DataError
     try:
         data = forecast(recipe, opened.path, tokens)
     except DataError as error:
         data = error
+    texts = None if isinstance(data, DataError) else data.texts
+    found = estimate_recipe(recipe, text_tokens=tokens, captions=texts)
     return "\n".join(
         [
             recipe.to_yaml(),
             layers,
-            f"\nmemory, estimated for prompts of {tokens} tokens\n{found.table()}",
+            f"\nmemory by phase, estimated for prompts of {tokens} tokens\n{found.table()}",
             f"\ndisk, estimated\n{disk_table(recipe, found, data)}",
             f"\n{steps_line(recipe, data)}",
             time_line(recipe),

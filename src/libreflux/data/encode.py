@@ -93,8 +93,11 @@ class Encoders:
 
     @property
     def _mend_texts(self) -> str:
-        smaller = "prepare with text_precision: bf16" if self.text_dtype == torch.float32 else "shorten the captions"
-        return f"{smaller}{self._elsewhere}"
+        wide, on_cpu = self.text_dtype == torch.float32, torch.device(self.device).type == "cpu"
+        smaller = f"text_precision: {'bf16' if on_cpu else 'fp32, which goes block by block'}"
+        if wide != on_cpu:  # that is what it has already
+            smaller = "shorter captions"
+        return f"prepare with {smaller}{self._elsewhere}"
 
     @property
     def _elsewhere(self) -> str:

@@ -22,11 +22,13 @@ class Forecast:
         pictures: files.
         visits: samples that an epoch shows, each picture in each view as often as its rate says.
         cache_bytes: of the prepared latents and text.
+        texts: distinct ones that are encoded, the empty prompt included.
     """
 
     pictures: int
     visits: float
     cache_bytes: int
+    texts: int = 1
 
 
 def forecast(recipe: Recipe, model: Path, max_tokens: int) -> Forecast:
@@ -55,7 +57,7 @@ def forecast(recipe: Recipe, model: Path, max_tokens: int) -> Forecast:
         if recipe.text_cache != "none":
             texts.update(caption for sample in samples for caption in sample.captions)
     stored = needed_bytes(model, crops, sorted(texts), max_tokens, recipe.text_cache, recipe.latents)
-    return Forecast(pictures, visits, sum(stored))
+    return Forecast(pictures, visits, sum(stored), len(texts))
 
 
 def _unopened(paths: Sequence[Path]) -> Iterator[Inspected]:

@@ -16,6 +16,9 @@ from libreflux.model.numerics import pinned
 MOST_SIDE = 16384
 """Pixels per side of any picture."""
 
+TILE_ABOVE = 1536
+"""Pixels of the longer side beyond which a picture is decoded in tiles, unless the caller says otherwise."""
+
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:

@@ -7,10 +7,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from libreflux.model.latents import decode, stride
-
-TILE_ABOVE = 1536
-"""Pixels of the longer side beyond which a picture is decoded in tiles, unless the caller says otherwise."""
+from libreflux.model.latents import TILE_ABOVE, decode, stride
 
 
 def decoded(vae: AutoencoderKL, latents: Tensor, tile: bool | None = None) -> Tensor:

@@ -1,172 +1,189 @@
-"""Memory and disk of a run before any weight is loaded: one step is traced without numbers.
-
-The step runs on torch's meta device, where every operation happens and nothing is computed, and what is alive is
-counted storage by storage: what an adapter, a mask, an int8 base or checkpointing keeps for backward is found, not
-assumed.
-"""
+"""Memory and disk of a run before any weight is loaded: each phase is traced without numbers, see `train.trace`."""
 
 from __future__ import annotations
 
-import weakref
+import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from diffusers import FluxTransformer2DModel
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
 from libreflux.adapter.files import attach
 from libreflux.adapter.targets import Resolved
-from libreflux.model.family import open_model
+from libreflux.data import index
+from libreflux.data.cache import index_folders
+from libreflux.data.crops import View, aspect_buckets, views
+from libreflux.data.encode import SHARD_ITEMS
+from libreflux.data.prepare import DTYPES
+from libreflux.model.family import Model, open_model, part_config
 from libreflux.model.int8 import quantise_model
-from libreflux.model.numerics import enable_checkpointing
-from libreflux.model.text import TextConditioning
+from libreflux.model.locate import part_folder
 from libreflux.recipe import Recipe
+from libreflux.train import trace
 from libreflux.train.loop import BASE_DTYPES, plan_layers
-from libreflux.train.objective import flow_matching_loss
+from libreflux.train.memory import on_cpu
 from libreflux.train.optimizer import BUCKET, parameter_dtype
+from libreflux.train.phases import Estimate, Phase, libraries
 
-MIB = 2**20
 UPDATE_BYTES = 30  # per element of the optimizer's largest bucket: fp32 copies of parameter, moments and noise
-# What a CPU process holds besides tensors; measured, see docs/log.md (the memory estimate, second time).
-CPU_KERNELS = 72 * MIB  # compiled kernels and scratch that torch and oneDNN keep, the same for every model
-HEAP_HOLES = 0.6  # of the activations: glibc's heap cannot give a freed aligned block to another of the same size
 # bitsandbytes: numbers of a moment that share an fp32 scale; smaller parameters than the second keep fp32 moments.
 BLOCK_8BIT, SMALL_8BIT = 256, 4096
 
 
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """Bytes by part; `total` is the peak on the device, without what importing torch takes.
-
-    Attributes:
-        on_cpu: whether the device is the CPU: the averages are in its memory too then.
-        weights: the frozen base.
-        adapter: the trained parameters.
-        moments: the optimizer's two.
-        gradient: the flat fp32 sum over accumulated passes.
-        activations: peak of one forward and backward pass, the parameters' own gradients included.
-        update: what the optimizer needs on top for a moment, after the activations are gone.
-        process: on a CPU, what the process holds besides tensors. 0 elsewhere: CUDA's allocator was not measured.
-        averages: fp32 averages of the adapter, on the CPU.
-        checkpoint: one checkpoint on disk.
-    """
-
-    on_cpu: bool
-    weights: int
-    adapter: int
-    moments: int
-    gradient: int
-    activations: int
-    update: int
-    averages: int
-    checkpoint: int
-
-    @property
-    def process(self) -> int:
-        return CPU_KERNELS + int(HEAP_HOLES * self.activations) if self.on_cpu else 0
-
-    @property
-    def total(self) -> int:
-        held = self.weights + self.adapter + self.moments + self.gradient + (self.averages if self.on_cpu else 0)
-        return held + max(self.activations, self.update) + self.process
-
-    def table(self) -> str:
-        """Aligned text, the peak last."""
-        averages = ("averages", self.averages), ("kernels and holes in the heap", self.process)
-        rows = [
-            ("base weights", self.weights),
-            ("adapter", self.adapter),
-            ("optimizer moments", self.moments),
-            ("gradient", self.gradient),
-            ("activations, largest batch", self.activations),
-            ("optimizer step, after them", self.update),
-            *(averages if self.on_cpu else ()),
-            ("CPU memory at its peak" if self.on_cpu else "device memory at its peak", self.total),
-            *(() if self.on_cpu else [("averages (in CPU memory)", self.averages)]),
-        ]
-        return "\n".join(f"{name:<32}{size / MIB:>12,.0f} MiB" for name, size in rows)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations inside the context create, while they are alive.
-
-    Attributes:
-        live: now.
-        peak: the most so far.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        for leaf in tree_leaves((args, kwargs)):  # what was there before is not ours to count
-            if isinstance(leaf, Tensor):
-                self._known.add(leaf.untyped_storage()._cdata)
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._count(leaf)
-        return out
-
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._freed, key, size)
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
-def meta_transformer(config: dict[str, Any], dtype: torch.dtype) -> FluxTransformer2DModel:
-    """A transformer of this configuration whose weights take no memory."""
-    with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config(config)
-    nn.Module.to(transformer, dtype)  # diffusers' own `to` warns of modules to keep in fp32; FLUX has none
-    return transformer.eval()
-
-
-def estimate_recipe(recipe: Recipe, *, text_tokens: int) -> Estimate:
-    """`estimate` of a recipe, from its model's configuration alone, for the device that it would train on here.
+def estimate_recipe(recipe: Recipe, *, text_tokens: int, captions: int | None = None) -> Estimate:
+    """`estimate` of a recipe, with all its phases, for the device that it would train on here.
 
     Args:
+        recipe: its model's configuration files are read.
         text_tokens: of the longest prompt.
+        captions: how many there are; None: more than are encoded at a time.
+
+    Raises:
+        LibrefluxError: a fault of the model or the targets, see `loop.plan_layers`.
     """
-    path = open_model(recipe.model, parts=()).path
-    assert path is not None
-    config = FluxTransformer2DModel.load_config(path / "transformer")
-    side = max(recipe.resolution) // 8
-    transformer = meta_transformer(config, BASE_DTYPES[recipe.base])
-    if recipe.base == "int8":
-        quantise_model(transformer)
-    if recipe.gradient_checkpointing:
-        enable_checkpointing(transformer)
-    return estimate(
+    opened, cpu = open_model(recipe.model, parts=()), on_cpu(recipe)
+    transformer = _transformer(opened, recipe)
+    encoding = _Encoding.of(opened, recipe, cpu)
+    shown = views(recipe.crop, recipe.resolution)
+    found = estimate(
         transformer,
         plan_layers(recipe).layers,
         adapter_dtype=parameter_dtype(recipe.optimizer),
         moments_8bit=recipe.optimizer.kind == "adamw_8bit",
         batch=recipe.batch,
-        latent_size=(side, side),
+        latent_size=_latent_size(largest_crop(shown)),
         text_tokens=text_tokens,
         averages=len(recipe.ema),
         guidance=recipe.guidance,
-        on_cpu=recipe.device == "cpu" or (recipe.device == "auto" and not torch.cuda.is_available()),
+        on_cpu=cpu,
+    )
+    at_once = min(SHARD_ITEMS, captions or SHARD_ITEMS)
+    if recipe.text_cache == "none":
+        at_once = min(SHARD_ITEMS, 1 + len(recipe.samples.prompts))  # captions are encoded batch by batch in training
+        if encoding is not None:
+            activations = max(found.activations, encoding.activations(recipe.batch, text_tokens))
+            found = dataclasses.replace(found, encoders=encoding.weights, activations=activations)
+    drawing = _drawing(opened, recipe, transformer, found, text_tokens)
+    measuring = _measuring(recipe, transformer, found, text_tokens)
+    preparing = [_encoding_pictures(opened, recipe, cpu)]
+    if encoding is not None:
+        preparing.append(_encoding_captions(encoding, at_once, text_tokens, cpu))
+    return dataclasses.replace(found, preparing=tuple(preparing), between=(*drawing, *measuring))
+
+
+def largest_crop(shown: Sequence[View]) -> tuple[int, int]:
+    """(width, height) in pixels of the largest crop that these views can give, whatever the pictures' shapes."""
+    sizes = [(view.resolution, view.resolution) for view in shown]
+    for view in shown:
+        if view.crop == "aspect":
+            sizes += aspect_buckets(view.resolution, view.step)
+    return max(sizes, key=lambda size: size[0] * size[1])
+
+
+def _latent_size(size: tuple[int, int]) -> tuple[int, int]:
+    return size[1] // 8, size[0] // 8
+
+
+def _transformer(opened: Model, recipe: Recipe) -> FluxTransformer2DModel:
+    transformer = trace.meta_transformer(part_config(opened, "transformer"), BASE_DTYPES[recipe.base])
+    if recipe.base == "int8":
+        quantise_model(transformer)
+    if recipe.gradient_checkpointing:
+        enable_checkpointing(transformer)
+    return transformer
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """Both text encoders on the meta device; `weights` are the bytes of them that the device holds at a time."""
+
+    clip: Any
+    t5: Any
+    dtype: torch.dtype
+    weights: int
+
+    @staticmethod
+    def of(opened: Model, recipe: Recipe, cpu: bool) -> _Encoding | None:
+        """None for a model without encoders, which trains on what is in its cache."""
+        assert opened.path is not None
+        if not all(part_folder(opened.path, part).is_dir() for part in ("text_encoder", "text_encoder_2")):
+            return None
+        dtype, configs = _text_dtype(recipe, cpu), [part_config(opened, f"text_encoder{end}") for end in ("", "_2")]
+        clip, t5 = trace.meta_encoders(configs[0], configs[1], dtype)
+        weights = trace.weights_of(clip) + trace.weights_of(t5)
+        if dtype == torch.float32 and not cpu:  # T5 goes through a card block by block then
+            blocks = [trace.weights_of(block) for block in t5.encoder.block]
+            weights -= sum(blocks) - max(blocks)
+        return _Encoding(clip, t5, dtype, weights)
+
+    def activations(self, captions: int, tokens: int) -> int:
+        return trace.trace_text(self.clip, self.t5, captions, tokens)
+
+
+def _text_dtype(recipe: Recipe, cpu: bool) -> torch.dtype:
+    if recipe.text_precision != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.text_precision]
+    for folder in index_folders(recipe.cache_dir):
+        with index.connect(folder) as rows:
+            if precision := index.read_settings(rows, folder).get("precision"):
+                return DTYPES[precision]
+    return torch.float32 if cpu else torch.bfloat16
+
+
+def _encoding_pictures(opened: Model, recipe: Recipe, cpu: bool) -> Phase:
+    """One crop at a time."""
+    vae, size = trace.meta_vae(part_config(opened, "vae")), largest_crop(views(recipe.crop, recipe.resolution))
+    activations = trace.trace_encode(vae, size, sample=recipe.latents == "sample")
+    return Phase(
+        name="preparing pictures, VAE in fp32",
+        held=trace.weights_of(vae),
+        activations=activations,
+        libraries=libraries(cpu, activations),
+    )
+
+
+def _encoding_captions(encoding: _Encoding, captions: int, tokens: int, cpu: bool) -> Phase:
+    activations = encoding.activations(captions, tokens)
+    return Phase(
+        name=f"preparing captions, T5 and CLIP in {'fp32' if encoding.dtype == torch.float32 else 'bf16'}",
+        held=encoding.weights,
+        activations=activations,
+        libraries=libraries(cpu, activations),
+    )
+
+
+def _drawing(
+    opened: Model, recipe: Recipe, transformer: FluxTransformer2DModel, found: Estimate, tokens: int
+) -> Iterator[Phase]:
+    """Sample pictures come one at a time, and the two passes of a guided step one after the other."""
+    samples = recipe.samples
+    if not samples.prompts or not (samples.every or samples.at_start):
+        return
+    vae, side = trace.meta_vae(part_config(opened, "vae")), max(recipe.resolution)
+    drawn = trace.trace_pass(transformer, 1, (side // 8, side // 8), tokens, recipe.guidance, backward=False)
+    activations = max(drawn, trace.trace_decode(vae, side))
+    yield Phase(
+        name="drawing samples",
+        held=found.held + trace.weights_of(vae),
+        activations=activations,
+        libraries=libraries(found.on_cpu, activations),
+    )
+
+
+def _measuring(recipe: Recipe, transformer: FluxTransformer2DModel, found: Estimate, tokens: int) -> Iterator[Phase]:
+    """Held-out pictures are measured in batches, in the first view of the recipe."""
+    if not recipe.held_out.chosen or not recipe.held_out.every:
+        return
+    size = _latent_size(largest_crop(views(recipe.crop, recipe.resolution)[:1]))
+    activations = trace.trace_pass(transformer, recipe.batch, size, tokens, recipe.guidance, backward=False)
+    yield Phase(
+        name="measuring held-out pictures",
+        held=found.held,
+        activations=activations,
+        libraries=libraries(found.on_cpu, activations),
     )
 
 
@@ -186,7 +203,7 @@ def estimate(
     """What training this adapter takes.
 
     Args:
-        transformer: on the meta device, see `meta_transformer`; it is adapted in place.
+        transformer: on the meta device, see `trace.meta_transformer`; it is adapted in place.
         resolved: the layers to adapt.
         adapter_dtype: fp32 or bf16; the moments' too, unless they have 8 bits.
         batch: pictures per forward pass.
@@ -197,10 +214,10 @@ def estimate(
         on_cpu: whether it trains on the CPU.
         moments_8bit: whether the optimizer is `train.optimizer8.AdamW8bit`.
     """
-    weights = _bytes([*transformer.parameters(), *transformer.buffers()])
+    weights = trace.weights_of(transformer)
     adapter = attach(transformer, resolved, dtype=adapter_dtype, init="ones")
     parameters = list(adapter.parameters())
-    count, own = sum(parameter.numel() for parameter in parameters), _bytes(parameters)
+    count, own = sum(parameter.numel() for parameter in parameters), trace.size_in_bytes(parameters)
     moments = sum(map(_moments_8bit, parameters)) if moments_8bit else 2 * own
     return Estimate(
         on_cpu=on_cpu,
@@ -208,7 +225,7 @@ def estimate(
         adapter=own,
         moments=moments,
         gradient=4 * count,
-        activations=trace_pass(transformer, batch, latent_size, text_tokens, guidance),
+        activations=trace.trace_pass(transformer, batch, latent_size, text_tokens, guidance),
         update=UPDATE_BYTES * min(count, max(BUCKET, *(parameter.numel() for parameter in parameters))),
         averages=averages * 4 * count,
         checkpoint=own + moments + averages * 4 * count,
@@ -218,55 +235,3 @@ def estimate(
 def _moments_8bit(parameter: Tensor) -> int:
     count = parameter.numel()
     return 2 * (4 * count if count < SMALL_8BIT else count + 4 * -(-count // BLOCK_8BIT))
-
-
-def trace_pass(
-    transformer: FluxTransformer2DModel,
-    batch: int,
-    latent_size: tuple[int, int],
-    text_tokens: int,
-    guidance: float | None = None,
-) -> int:
-    """Peak bytes that one forward and backward pass of an adapted meta transformer has alive at a time."""
-    config = transformer.config
-    latents = torch.empty(batch, config.in_channels // 4, *latent_size, device="meta")
-    dtype = next(parameter.dtype for name, parameter in transformer.named_parameters() if "norm_q" in name)
-    text = TextConditioning(
-        [torch.empty(text_tokens, config.joint_attention_dim, device="meta", dtype=dtype) for _ in range(batch)],
-        torch.empty(batch, config.pooled_projection_dim, device="meta", dtype=dtype),
-    )
-    sigma = torch.empty(batch, device="meta")
-    with _attention_in_tiles(), LiveBytes() as live:
-        losses = flow_matching_loss(transformer, latents, torch.empty_like(latents), sigma, text, guidance=guidance)
-        losses.sum().backward()
-    for parameter in transformer.parameters():
-        parameter.grad = None
-    return live.peak
-
-
-@contextmanager
-def _attention_in_tiles() -> Iterator[None]:
-    """Attention that keeps its inputs, its output and a logarithm per row, as fused kernels do on CPU and CUDA."""
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        out: Tensor = _TiledAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
-        return out
-
-    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention):
-        yield
-
-
-class _TiledAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(saved) for saved in ctx.saved_tensors[:3])
-
-
-def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -162,12 +162,14 @@ def _metrics(training: Training) -> contextlib.AbstractContextManager[checkpoint
 
 
 def _measure(training: Training, callbacks: Callbacks) -> None:
-    with memory.explained(f"held-out pictures after step {training.step}", training.recipe, memory.MEASURING):
+    recipe = training.recipe
+    with memory.explained(f"held-out pictures after step {training.step}", recipe, memory.measuring(recipe)):
         callbacks.on_measure(training.step, training.transformer)
 
 
 def _sample(training: Training, callbacks: Callbacks) -> None:
-    with memory.explained(f"samples after step {training.step}", training.recipe, memory.DRAWING):
+    recipe = training.recipe
+    with memory.explained(f"samples after step {training.step}", recipe, memory.drawing(recipe)):
         callbacks.on_sample(training.step, training.transformer)
 
 
@@ -237,7 +239,7 @@ def _open(
     if recipe.optimizer.kind == "adamw_8bit":
         require_8bit()
     resolved = plan_layers(recipe).layers  # first: a misspelt pattern should not cost an hour of preparing
-    with memory.explained("preparing", recipe, memory.PREPARING):
+    with memory.explained("preparing", recipe, memory.preparing(recipe)):
         if ranks.world > 1:
             prepare_cache(recipe, device=device, part=(ranks.rank, ranks.world), progress=callbacks.on_prepare)
             ranks.meet()  # else the first rank, looking through all, would encode again what slower ones still encode

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from libreflux.model import faults
 from libreflux.recipe import Recipe
 
-PREPARING = "a smaller resolution, device: cpu, or `libreflux prepare` on a machine with more memory"
-MEASURING = "held_out.every: 0, or, with --fork, a smaller batch (they are measured in batches) or resolution"
-DRAWING = "samples.every: 0 and at_start: false, or a smaller resolution"
+ESTIMATES = "`train --dry-run` estimates every phase"
 
 
 @contextmanager
@@ -29,12 +29,15 @@ def explained(doing: str, recipe: Recipe, mend: str | None = None) -> Iterator[N
     sides = ", ".join(map(str, recipe.resolution))
     where = f"{doing}, batch {recipe.batch}, resolution {sides}, device {recipe.device}"
     again = "run the same command again: it goes on from the last checkpoint"
-    with faults.explained(where, mend or _smaller(recipe), again):
+    with faults.explained(where, mend or training(recipe), again):
         yield
 
 
-def _smaller(recipe: Recipe) -> str:
+def training(recipe: Recipe) -> str:
+    """What makes a step smaller, by the keys that are not set so already."""
     ways = []
+    if recipe.text_cache == "none":
+        ways.append("text_cache: int8 (no encoder stays in memory)")
     if not recipe.gradient_checkpointing:
         ways.append("gradient_checkpointing: true")
     if recipe.base != "int8":
@@ -45,9 +48,44 @@ def _smaller(recipe: Recipe) -> str:
         ways.append(f"batch: 1 with accumulate: {recipe.accumulate * recipe.batch}")
     ways.append(f"resolution below {max(recipe.resolution)}")
     others = ["optimizer.kind: adamw_bf16"] if recipe.optimizer.kind == "adamw" else []
-    anew = " or ".join([*others, "fewer adapted layers"])
+    anew = " or ".join([*others, "fewer adapted layers (adapter.targets)"])
     ways.append(f"in another `out`, {anew}")
-    tried = "; ".join(ways)
-    return (
-        f"try, in this order, {tried}; `train --dry-run` estimates, --fork goes on from a checkpoint in the same `out`"
-    )
+    return f"{_in_order(ways)}; {ESTIMATES}, --fork goes on from a checkpoint in the same `out`"
+
+
+def preparing(recipe: Recipe) -> str:
+    """What makes encoding smaller: T5 is by far the largest part, and crops are encoded one by one."""
+    ways = []
+    if on_cpu(recipe) and recipe.text_precision != "bf16":
+        ways.append("text_precision: bf16")
+    elif not on_cpu(recipe):
+        if recipe.text_precision != "fp32":
+            ways.append("text_precision: fp32 (T5 goes through the card block by block then)")
+        ways.append("device: cpu")
+    ways.append(f"resolution below {max(recipe.resolution)}")
+    anew = "where a cache is begun already, another precision needs another `cache`"
+    return f"{_in_order(ways)}; or `libreflux prepare` on a machine with more memory; {anew}; {ESTIMATES}"
+
+
+def measuring(recipe: Recipe) -> str:
+    """What makes measuring held-out pictures smaller: a batch of them goes through the model at a time."""
+    ways = ["held_out.every: 0"]
+    if recipe.batch > 1:
+        ways.append(f"with --fork, batch: 1 with accumulate: {recipe.accumulate * recipe.batch}")
+    ways.append("with --fork, a smaller first value of resolution")
+    return f"{_in_order(ways)}; {ESTIMATES}"
+
+
+def drawing(recipe: Recipe) -> str:
+    """What makes drawing smaller: a picture has the side of the largest resolution."""
+    off = "samples.every: 0" + (" with samples.at_start: false" if recipe.samples.at_start else "")
+    return f"{_in_order([off, f'with --fork, resolution below {max(recipe.resolution)}'])}; {ESTIMATES}"
+
+
+def on_cpu(recipe: Recipe) -> bool:
+    """Whether a recipe would train on the CPU here."""
+    return recipe.device == "cpu" or (recipe.device == "auto" and not torch.cuda.is_available())
+
+
+def _in_order(ways: list[str]) -> str:
+    return f"try, in this order, {'; '.join(ways)}"

@@ -99,4 +99,4 @@ def peak(recipe: dict[str, Any]) -> dict[str, int]:
     cache, sources = prepare_cache(made)
     captions = {caption for _, samples in sources for sample in samples for caption in sample.captions}
     tokens = int(cache.token_counts([text_key(caption) for caption in captions]).max())
-    return {"estimate": estimate_recipe(made, text_tokens=tokens).total, "peak": _fit(recipe).peak}
+    return {"estimate": estimate_recipe(made, text_tokens=tokens).training.peak, "peak": _fit(recipe).peak}
