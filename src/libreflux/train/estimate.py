@@ -21,6 +21,7 @@ from libreflux.data.prepare import DTYPES
 from libreflux.model.family import Model, open_model, part_config
 from libreflux.model.int8 import quantise_model
 from libreflux.model.locate import part_folder
+from libreflux.model.numerics import enable_checkpointing
 from libreflux.recipe import Recipe
 from libreflux.train import trace
 from libreflux.train.loop import BASE_DTYPES, plan_layers
