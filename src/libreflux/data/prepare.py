@@ -32,7 +32,7 @@ from libreflux.data.quarantine import report_quarantine
 from libreflux.data.sources import Part, Quarantined, Sample, read_source
 from libreflux.errors import DataError
 from libreflux.model import family
-from libreflux.model.facts import freed
+from libreflux.model.facts import trained_facts
 from libreflux.model.text import TextConditioning, check_trained_padding
 from libreflux.recipe import DataSource, Recipe
 
@@ -135,7 +135,7 @@ def prepare(
             a CPU and bf16 on all else. The VAE computes in fp32.
         latents: "mean" of the posterior, or its standard deviation too, to "sample" from.
         max_quarantined: share of the pictures, in [0, 1], that may be unusable.
-        max_tokens: the most T5 tokens of a text; None: as many as the model reads once it is set free.
+        max_tokens: the most T5 tokens of a text; None: as many as the model reads once it is trained.
         part: (i, n): encode the i-th of n parts alone, from 0, into a folder of its own in ``out``.
         progress: called with (done, total, note), total counting checks and encodings alike.
 
@@ -153,7 +153,8 @@ def prepare(
         raise DataError("is a file", where=out, mend="name a folder for the cache")
     check_trained_padding(text_padding)
     folder = family.locate(model)
-    max_tokens = freed(family.open_model(model, parts=()).facts).max_tokens if max_tokens is None else max_tokens
+    if max_tokens is None:
+        max_tokens = trained_facts(family.open_model(model, parts=()).facts, text_padding=text_padding).max_tokens
     own = out if part == WHOLE else out / PARTS / f"{part[0]:04d}-of-{part[1]:04d}"
     memory = FileMemory(own, [each for each in index_folders(out) if each != own])
     bar = Bar(progress)

@@ -18,7 +18,7 @@ from libreflux.data.prepare import prepare_cache, prepare_recipe
 from libreflux.errors import ModelError, RecipeError, RunError
 from libreflux.model import attention, numerics
 from libreflux.model.device import make_current, pick_device
-from libreflux.model.facts import Facts, freed
+from libreflux.model.facts import Facts, trained_facts
 from libreflux.model.family import Model, open_model, weights_hash
 from libreflux.recipe import Recipe
 from libreflux.train import checkpoint, ema, forks, memory, saving, skips
@@ -290,13 +290,9 @@ def _check_attention(transformer: FluxTransformer2DModel, batches: Batches, devi
 
 
 def _trained_facts(facts: Facts, recipe: Recipe) -> Facts:
-    """What the trained model is drawn with: freed, or as a student draws; under the recipe's padding.
-
-    The embedded guidance, for a model that has one, is what it was trained at.
-    """
-    guidance = facts.guidance if recipe.guidance is None else recipe.guidance
-    facts = dataclasses.replace(facts, guidance=guidance, text_padding=recipe.text_padding)
-    if recipe.distil is None:
-        return freed(facts)
-    baked = 1.0 if recipe.guidance is None else guidance
-    return dataclasses.replace(facts, steps=recipe.distil.steps or facts.steps, guidance=baked)
+    """Freed, or as a student draws; the embedded guidance, for a model that has one, is what it was trained at."""
+    distil = recipe.distil
+    told = trained_facts(
+        facts, text_padding=recipe.text_padding, guidance=recipe.guidance, distilled=distil is not None
+    )
+    return dataclasses.replace(told, steps=distil.steps) if distil is not None and distil.steps else told
