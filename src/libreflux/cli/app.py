@@ -12,6 +12,7 @@ import libreflux
 from libreflux.cli import average, demo, demo_data, export, generate, grid, merge, prepare, probe, train
 from libreflux.errors import LibrefluxError
 from libreflux.files import PLACE_ERRORS, WRITE_ERRORS
+from libreflux.train.interrupt import unwinding
 
 app = typer.Typer(
     name="libreflux",
@@ -70,9 +71,10 @@ def _of_a_device(error: Exception) -> LibrefluxError | None:
 
 
 def main() -> NoReturn:
-    """Run the command line and exit: 0 done, 2 a user's mistake, 130 or 143 stopped by a signal, 1 a card or a bug."""
+    """Run the command line and exit: 0 done, 2 a user's mistake, 129, 130, 143 a signal, 1 a card or a bug."""
     try:
-        code = app(prog_name="libreflux", standalone_mode=False)
+        with unwinding():
+            code = app(prog_name="libreflux", standalone_mode=False)
     except LibrefluxError as error:
         if error.code != 2 and os.environ.get("LIBREFLUX_TRACEBACK"):
             raise
