@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -48,7 +49,8 @@ adapter: {{targets: [{{layers: "**", factor: 4}}]}}
 batch: 2
 optimizer: {{kind: adamw_bf16, learning_rate: 1e-3, warmup: 10}}
 ema: [0.1]
-samples: {{every: 0}}
+samples: {{every: 10, at_start: true, prompts: ["a fox"], guidance: [1]}}
+held_out: {{share: 0.2, every: 15, sigmas: [0.3, 0.7]}}
 save: {{every: 5, keep: 2, keep_every: 100, averages_every: 25}}
 device: cpu
 threads: 1
@@ -110,7 +112,7 @@ class Soak:
             self.most_lost = max(self.most_lost, lost)
 
     def compare(self, run: Path, whole: Path) -> None:
-        """Every file that decides anything has the same bytes; nothing is left over."""
+        """Every file has the same bytes; nothing is missing, nothing is left over."""
         of_whole, of_run = contents(whole), contents(run)
         assert sorted(of_run) == sorted(of_whole), f"{run}: {sorted(of_run.keys() ^ of_whole.keys())}"
         differing = [name for name in of_whole if of_whole[name] != of_run[name]]
@@ -134,8 +136,12 @@ def ended(process: ForkServerProcess) -> int | None:
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    found = [*run.rglob("*.safetensors"), *run.glob("checkpoints/*/*.json"), *run.glob("averages/*/*.json")]
-    return {str(path.relative_to(run)): path.read_bytes() for path in found}
+    """Every file of a run, but for its lock; how fast a step was, and where the run is, do not count."""
+    found = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    del found[files.LOCK]
+    found[checkpoint.METRICS] = re.sub(rb'"pictures_per_second": [^,]+, ', b"", found[checkpoint.METRICS])
+    found[checkpoint.RECIPE] = found[checkpoint.RECIPE].replace(str(run).encode(), b"RUN")
+    return found
 
 
 def kill_lane(soak: Soak, lane: int, kills: int, chance: random.Random, whole: Path, steps: int) -> None:

@@ -37,7 +37,7 @@ def share(pictures_dir: Path) -> float:
     return float(np.sort(places(ids))[:2].mean())
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe_tree(tiny_model_dir: Path, pictures_dir: Path) -> Callable[..., dict[str, Any]]:
     """A recipe for a run folder, as plain values; keywords replace top-level keys."""
 

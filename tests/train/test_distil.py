@@ -14,9 +14,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from libreflux.adapter.files import Adapter, attach
+from libreflux.adapter.files import Adapter, attach, load_adapter
 from libreflux.adapter.layers import linear_shapes
 from libreflux.adapter.targets import Target, resolve
+from libreflux.cli.adapters import adapted_facts
+from libreflux.data.cache import Cache
 from libreflux.errors import RecipeError
 from libreflux.flow.guidance import cfg
 from libreflux.flow.path import interpolate
@@ -27,6 +29,7 @@ from libreflux.model.latents import image_ids, pack
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
 from libreflux.recipe import DistilSpec, Recipe, load_recipe
+from libreflux.train.callbacks import Callbacks, Started
 from libreflux.train.distil import chord, distilled_target, on_rungs, teacher_path
 from libreflux.train.loop import fit
 from tiny import tiny_transformer
@@ -149,3 +152,30 @@ def test_a_model_whose_ladder_depends_on_the_pictures_size_makes_no_few_step_stu
     changes = {"model": str(tmp_path / "model"), "objective": "distil", "distil": {"guidance": 3.0, "steps": 4}}
     with pytest.raises(RecipeError, match=r"distil\.steps.*depend"):
         fit(Recipe.model_validate(recipe_tree(tmp_path / "run", **changes)))
+
+
+@pytest.mark.parametrize(
+    ("steps", "guidance", "most", "tokens"), [(4, 1.0, 256, 512), (28, 3.5, 256, 256), (4, 1.0, 600, 600)]
+)
+@pytest.mark.parametrize("objective", ["flow", "distil"])
+def test_a_training_sees_and_records_as_many_tokens_as_its_result_is_drawn_with(
+    recipe_tree: Callable[..., dict[str, Any]], tiny_model_dir: Path, tmp_path: Path,
+    objective: str, steps: int, guidance: float, most: int, tokens: int,
+) -> None:  # fmt: skip
+    """A few-step base as schnell is, one that is none, and one that reads more than the freed models' 512."""
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    facts = dataclasses.replace(read_facts(tiny_model_dir), steps=steps, guidance=guidance, max_tokens=most)
+    write_facts(tmp_path / "model", facts)
+    changes: dict[str, Any] = {"model": str(tmp_path / "model"), "steps": 1}
+    if objective == "distil":
+        changes |= {"objective": "distil", "distil": {"guidance": 3.0}}
+    told: list[Started] = []
+    listener = Callbacks()
+    listener.on_start = told.append  # type: ignore[method-assign]
+    result = fit(Recipe.model_validate(recipe_tree(tmp_path / "run", **changes)), listener)
+    file = load_adapter(result)
+    drawn = adapted_facts(facts, [(file, 1.0)])
+    cached = Cache(tmp_path / "cache").settings["max_tokens"]
+    assert (cached, int(file.metadata["max_tokens"]), told[0].facts.max_tokens, drawn.max_tokens) == (tokens,) * 4
+    assert drawn.steps == told[0].facts.steps == (28 if objective == "flow" else steps)
+    assert drawn.guidance == told[0].facts.guidance == (3.5 if objective == "flow" else 1.0)

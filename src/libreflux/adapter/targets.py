@@ -219,14 +219,61 @@ def summary(names: Iterable[str]) -> str:
     return ", ".join(shape.replace("*", _ranges(numbers), 1) if numbers else shape for shape, numbers in groups.items())
 
 
-def table(resolved: Sequence[Resolved]) -> str:
-    """The resolved layers as aligned text: like layers of several blocks share a row, the total comes last."""
+def brief(resolved: Sequence[Resolved]) -> str:
+    """The resolved layers in a few words: how many get which factor or rank, and their parameters."""
+    kinds: dict[str, list[Resolved]] = {}
+    for row in resolved:
+        kind = f"lokr of factor {row.factor}" if row.rank is None else f"lora of rank {row.rank}"
+        kinds.setdefault(kind, []).append(row)
+    told = ", ".join(f"{kind} on {len(rows):,} layer{'s' if len(rows) > 1 else ''}" for kind, rows in kinds.items())
+    return f"{told}, {sum(row.parameters for row in resolved):,} parameters"
+
+
+def table(resolved: Sequence[Resolved], width: int | None = None) -> str:
+    """The resolved layers as aligned text: like layers of several blocks share a row, the total comes last.
+
+    Args:
+        resolved: in the model's order.
+        width: characters that a line may have: the shapes of the factors are left out, then the layer's own, and names
+            are cut, where it is less than they need. None: no limit.
+    """
+    lines = _lines(resolved)
+    columns = list(range(len(lines[0])))
+    for spare in (5, 4, 3):  # w2 or down, w1 or up, out x in
+        if width is not None and _width(lines, columns) > width:
+            columns.remove(spare)
+    lines = [tuple(line[column] for column in columns) for line in lines]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
+    if width is not None:
+        widths[0] = max(12, min(widths[0], width - sum(size + 2 for size in widths[1:])))
+    return "\n".join(
+        "  ".join(
+            _shortened(cell, w).ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def _width(lines: Sequence[Sequence[str]], columns: Sequence[int]) -> int:
+    return sum(max(len(line[column]) for line in lines) + 2 for column in columns) - 2
+
+
+def _shortened(name: str, width: int) -> str:
+    """A name with its middle left out: its end says the layer, its beginning the kind of block."""
+    if len(name) <= width:
+        return name
+    end = (width - 1) * 2 // 3
+    return f"{name[: width - 1 - end]}…{name[len(name) - end :]}"
+
+
+def _lines(resolved: Sequence[Resolved]) -> list[tuple[str, ...]]:
     groups: dict[tuple[object, ...], list[Resolved]] = {}
     for row in resolved:
         groups.setdefault((_NUMBER.sub("#", row.name, count=1), row.factor, row.w1, row.w2), []).append(row)
     lora = bool(resolved) and resolved[0].rank is not None
     columns = ("rank", "up", "down") if lora else ("factor", "w1", "w2")
-    lines = [("layer", "count", columns[0], "out x in", *columns[1:], "parameters")]
+    lines: list[tuple[str, ...]] = [("layer", "count", columns[0], "out x in", *columns[1:], "parameters")]
     for (shape, *_), rows in groups.items():
         numbers = [int(match[0]) for row in rows if (match := _NUMBER.search(row.name))]
         first = rows[0]
@@ -242,10 +289,4 @@ def table(resolved: Sequence[Resolved]) -> str:
             )
         )
     lines.append(("total", str(len(resolved)), "", "", "", "", f"{sum(row.parameters for row in resolved):,}"))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return lines

@@ -14,6 +14,7 @@ from libreflux.cli.verb import Verb
 from libreflux.errors import LibrefluxError, RecipeError
 from libreflux.places import PLACE_ERRORS, WRITE_ERRORS
 from libreflux.printing import never_fail, say, say_table
+from libreflux.train.interrupt import unwinding
 
 app = typer.Typer(
     name="libreflux",
@@ -80,11 +81,12 @@ def _check_arguments() -> None:
 
 
 def main() -> NoReturn:
-    """Run the command line and exit: 0 done, 2 a user's mistake, 130 or 143 stopped by a signal, 1 a card or a bug."""
+    """Run the command line and exit: 0 done, 2 a user's mistake, 129, 130, 143 a signal, 1 a card or a bug."""
     never_fail()
     try:
-        _check_arguments()
-        code = app(prog_name="libreflux", standalone_mode=False)
+        with unwinding():
+            _check_arguments()
+            code = app(prog_name="libreflux", standalone_mode=False)
     except LibrefluxError as error:
         if error.code != 2 and os.environ.get("LIBREFLUX_TRACEBACK"):
             raise

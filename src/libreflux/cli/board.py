@@ -12,6 +12,7 @@ from libreflux.errors import RunError
 from libreflux.train.callbacks import StepInfo
 
 FOLDER = "tensorboard"
+SHEET = "samples"
 
 
 def require_tensorboard() -> None:
@@ -22,7 +23,7 @@ def require_tensorboard() -> None:
 
 
 class Board:
-    """Writes event files into RUN/tensorboard.
+    """Writes event files into RUN/tensorboard, each call through at once: a kill costs nothing that was added.
 
     Args:
         run: the run folder.
@@ -32,6 +33,7 @@ class Board:
     def __init__(self, run: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._shown = {one for one in _sheets(run / FOLDER) if one <= step} if step else set[int]()
         self._writer = SummaryWriter(str(run / FOLDER), purge_step=step + 1 if step else 0)
 
     def add_step(self, info: StepInfo) -> None:
@@ -47,15 +49,30 @@ class Board:
         for name, value in numbers.items():
             if value is not None:
                 self._writer.add_scalar(name, value, info.step)
+        self._writer.flush()
 
     def add_sheet(self, step: int, picture: Image.Image) -> None:
-        """A sheet of samples."""
-        self._writer.add_image("samples", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
-
-    def flush(self) -> None:
-        """Writes what is still in memory."""
+        """A sheet of samples, unless it is shown already: a resumed run draws that of its first step again."""
+        if step in self._shown:
+            return
+        self._writer.add_image(SHEET, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
         self._writer.flush()
+        self._shown.add(step)
 
     def close(self) -> None:
         """Writes what is still in memory and ends the event file."""
         self._writer.close()
+
+
+def _sheets(folder: Path) -> set[int]:
+    """The steps whose sheets the event files in a folder hold; an event that a kill cut short is none."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    shown: set[int] = set()
+    for file in sorted(folder.glob("events.out.tfevents.*")):  # named by their time
+        for event in EventFileLoader(str(file)).Load():
+            if event.HasField("session_log") and event.session_log.status == event.session_log.START:
+                shown = {step for step in shown if step < event.step}  # what that process took again
+            if any(value.tag == SHEET for value in event.summary.value):
+                shown.add(event.step)
+    return shown

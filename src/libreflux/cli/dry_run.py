@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from libreflux import plainjson
+from libreflux.data.bar import readable
 from libreflux.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ RECENT = 50  # steps whose rate tells the time left
 def report(recipe: Recipe) -> str:
     """The resolved recipe, its layers, memory by part, disk, steps and time; no weight is loaded, no picture opened."""
     from libreflux.data.forecast import forecast
-    from libreflux.model.facts import freed
+    from libreflux.model.facts import trained_facts
     from libreflux.model.family import open_model
     from libreflux.train.estimate import estimate_recipe
     from libreflux.train.loop import plan_layers
@@ -29,7 +30,7 @@ def report(recipe: Recipe) -> str:
     layers = plan_layers(recipe).text()
     opened = open_model(recipe.model, parts=())
     assert opened.path is not None
-    tokens = freed(opened.facts).max_tokens
+    tokens = trained_facts(opened.facts, text_padding=recipe.text_padding).max_tokens
     data: Forecast | DataError
     try:
         data = forecast(recipe, opened.path, tokens)
@@ -88,8 +89,9 @@ def steps_line(recipe: Recipe, data: Forecast | DataError) -> str:
     line = f"{recipe.steps:,} steps of {pictures} pictures on each device"
     if isinstance(data, DataError):
         return line
-    shown = f"{data.visits:,.0f}" if data.visits >= 10 else f"{data.visits:.3g}"
-    return f"{line}; an epoch shows {shown}: {recipe.steps * pictures / data.visits:,.2g} epochs on one device"
+    shown = f"{data.visits:,.0f}" if data.visits >= 10 else readable(data.visits)
+    epochs = readable(recipe.steps * pictures / data.visits, 2)
+    return f"{line}; an epoch shows {shown}: {epochs} epochs on one device"
 
 
 def time_line(recipe: Recipe) -> str:
@@ -104,9 +106,8 @@ def time_line(recipe: Recipe) -> str:
         return "time: known only after the first steps, from their rate: `train` shows it, and so does --dry-run then"
     step, rate = rows[-1][0], statistics.median(rate for _, rate in rows)
     left = max(0, recipe.steps - step) * recipe.batch * recipe.accumulate * _processes(recipe) / rate
-    return (
-        f"time: {clock(left)} for the steps after {step:,}, at the {rate:.3g} pictures/s of the last {len(rows)} steps"
-    )
+    told = f"the {readable(rate)} pictures/s of the last {len(rows)} steps"
+    return f"time: {clock(left)} for the steps after {step:,}, at {told}"
 
 
 def _processes(recipe: Recipe) -> int:

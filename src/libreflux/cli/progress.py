@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, ProgressColumn, Task
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 from libreflux.cli import terminal
+from libreflux.data.bar import readable
 from libreflux.printing import printable
 
 PLAIN_EVERY = 15.0
@@ -40,22 +36,89 @@ def rate(per_second: float, unit: str) -> str:
     """The rate in the unit that keeps it above one: 2.4 steps/s, 3.1 s/step for a slow one."""
     if per_second <= 0:
         return ""
-    return f"{per_second:.3g} {unit}s/s" if per_second >= 1 else f"{1 / per_second:.3g} s/{unit}"
+    return f"{readable(per_second)} {unit}s/s" if per_second >= 1 else f"{readable(1 / per_second)} s/{unit}"
 
 
 def line_width(console: Console | None = None) -> int:
-    """Characters of a line on stderr: of the terminal, or 400 where there is none."""
+    """Characters of a line on stderr: of the terminal, or 200 where there is none."""
     console = console or terminal.console(err=True)
-    return console.width if console.is_terminal else 400
+    return console.width if console.is_terminal else 200
 
 
-class _RateColumn(TextColumn):
-    def __init__(self, unit: str) -> None:
-        super().__init__("")
-        self.unit = unit
+WIDEST_BAR, SHORTEST_BAR, LEAST_NOTE = 40, 10, 8
 
-    def render(self, task: Task) -> Text:
-        return Text(rate(task.finished_speed or task.speed or 0.0, self.unit))
+
+def fitted(width: int, texts: Mapping[str, str]) -> dict[str, str | int]:
+    """What of a progress line fits into `width` characters, a space between two parts, in the order they are shown.
+
+    The count and the time left come first, then the job, a short bar, the rate and the time taken; the note gets what
+    they leave, and the bar what the note leaves.
+
+    Args:
+        width: of the terminal.
+        texts: "what", "count", "rate", "took", "left" and "note"; what is empty takes no place.
+
+    Returns:
+        The parts that are shown, and under "bar" its width; the note cut after the last of its parts, between commas,
+        that fits.
+    """
+    sizes = {name: cell_len(text) for name, text in texts.items() if text and name != "note"} | {"bar": SHORTEST_BAR}
+    shown: dict[str, str | int] = {}
+    room = width + 1
+    for name in ("count", "left", "what", "bar", "rate", "took"):
+        if name in sizes and sizes[name] + 1 <= room:
+            shown[name] = SHORTEST_BAR if name == "bar" else texts[name]
+            room -= sizes[name] + 1
+    if note := _cut(texts["note"], room - 1):
+        shown["note"] = note
+        room -= cell_len(note) + 1
+    if "bar" in shown:
+        shown["bar"] = min(WIDEST_BAR, SHORTEST_BAR + max(0, room))
+    return {name: shown[name] for name in ("what", "bar", "count", "rate", "took", "left", "note") if name in shown}
+
+
+def _cut(note: str, room: int) -> str:
+    if cell_len(note) <= room:
+        return note
+    parts = note.split(", ")
+    for count in range(len(parts) - 1, 0, -1):
+        if cell_len(whole := ", ".join(parts[:count])) <= room:
+            return whole
+    return set_cell_size(note, room - 1).rstrip() + "…" if room >= LEAST_NOTE else ""
+
+
+class _Line(ProgressColumn):
+    """The whole line, so that its parts give way to one another in the order that is wanted."""
+
+    def __init__(self, unit: str, console: Console) -> None:
+        super().__init__()
+        self._unit, self._console = unit, console
+
+    def render(self, task: Task) -> Table:
+        left = task.time_remaining
+        texts = {
+            "what": task.description,
+            "count": f"{task.completed:.0f}/{'?' if task.total is None else f'{task.total:.0f}'}",
+            "rate": rate(task.finished_speed or task.speed or 0.0, self._unit),
+            "took": clock(task.finished_time if task.finished_time is not None else task.elapsed or 0.0),
+            "left": f"left {'-:--' if left is None else clock(left)}",
+            "note": task.fields["note"],
+        }
+        line = Table.grid(padding=(0, 1), pad_edge=False)
+        cells: list[Text | ProgressBar] = []
+        for name, part in fitted(self._console.width, texts).items():
+            line.add_column(no_wrap=True)
+            if name == "bar":
+                total = None if task.total is None else max(0, task.total)
+                bar = ProgressBar(
+                    total=total, completed=max(0, task.completed), width=int(part), pulse=not task.started,
+                    animation_time=task.get_time(),
+                )  # fmt: skip
+                cells.append(bar)
+            else:
+                cells.append(Text(str(part), no_wrap=True))
+        line.add_row(*cells)
+        return line
 
 
 @contextmanager
@@ -102,17 +165,7 @@ def progress(what: str, unit: str = "step", console: Console | None = None) -> I
     if not console.is_terminal:
         yield _plain(what, unit, console)
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _RateColumn(unit),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-    )
-    with Progress(*columns, console=console) as bar:
+    with Progress(_Line(unit, console), console=console) as bar:
         task = bar.add_task(what, total=None, note="")
 
         def report(done: int, total: int, note: str = "") -> None:

@@ -31,6 +31,7 @@ def train(
     fork: Annotated[
         bool, typer.Option("--fork", help="Go on from the last checkpoint though the recipe or the data have changed.")
     ] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="List every adapted layer at the start.")] = False,
 ) -> None:
     """Train an adapter. Stop it at any time: the same command goes on from the last checkpoint."""
     from libreflux.recipe import load_recipe
@@ -43,19 +44,26 @@ def train(
         return
 
     _refuse_second_trainer(Path(resolved.out))
+    from libreflux.cli.next_steps import commands, finished
     from libreflux.cli.training import ShowTraining
     from libreflux.train.interrupt import Interrupted
     from libreflux.train.loop import fit
 
-    with _no_empty_run(Path(resolved.out)), ShowTraining(resolved) as shown:
+    with _no_empty_run(Path(resolved.out)), ShowTraining(resolved, layers=layers) as shown:
         try:
             adapter = fit(resolved, shown, fork=fork)
         except Interrupted as stopped:
-            code = stopped.exit_code
-            message = str(stopped)
+            adapter, code, told = None, stopped.exit_code, str(stopped)
         else:
-            code, message = 0, f"adapter: {adapter}"
-    say(message, err=code != 0)
+            code, told = 0, finished(resolved, shown.started_at)
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+        sys.exit(code)
+    say(told, err=True)
+    if adapter is not None:
+        say(f"adapter: {adapter}")
+        say("what can be done with it:", err=True)
+        for command in commands(resolved):
+            say(f"  {command}", err=True)
     sys.exit(code)
 
 

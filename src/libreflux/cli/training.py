@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,16 +15,17 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from PIL import Image
 
-from libreflux.adapter.targets import table
-from libreflux.cli.board import FOLDER, Board, require_tensorboard
+from libreflux.adapter.targets import brief, table
+from libreflux.cli.board import Board, require_tensorboard
 from libreflux.cli.progress import Report, announced, line_width, progress
+from libreflux.data.bar import readable
 from libreflux.data.cache import Cache
 from libreflux.data.held_out import HeldOut
 from libreflux.data.summary import SourceSummary
 from libreflux.model.device import release
 from libreflux.model.facts import Facts
 from libreflux.model.family import open_model
-from libreflux.printing import say, say_table
+from libreflux.printing import say
 from libreflux.probe.held_out import measure_held_out
 from libreflux.recipe import Recipe
 from libreflux.sample.grid import sheet
@@ -31,6 +33,7 @@ from libreflux.sample.metadata import save_png
 from libreflux.sample.pipeline import LibreFluxPipeline
 from libreflux.train import checkpoint
 from libreflux.train.callbacks import Callbacks, Started, StepInfo
+from libreflux.train.standing import SHEETS
 
 
 def memory_used() -> int:
@@ -45,13 +48,18 @@ class ShowTraining(Callbacks):
 
     Args:
         recipe: the run's.
+        layers: whether each adapted layer is listed at the start.
+
+    Attributes:
+        started_at: finished steps when this process began to train; None: it did not, the run was finished.
 
     Raises:
         RunError: the recipe asks for TensorBoard, which is not installed.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, *, layers: bool = False) -> None:
+        self.recipe, self._layers = recipe, layers
+        self.started_at: int | None = None
         if recipe.tensorboard:
             require_tensorboard()
         self.losses: list[float] = []
@@ -62,7 +70,6 @@ class ShowTraining(Callbacks):
         self._facts: Facts | None = None
         self._vae: AutoencoderKL | None = None
         self._board: Board | None = None
-        self._on_board: int | None = None
         self._held_out: HeldOut | None = None
 
     def __enter__(self) -> ShowTraining:
@@ -95,21 +102,15 @@ class ShowTraining(Callbacks):
     def on_start(self, started: Started) -> None:
         self._bars.close()
         self._doing = ""
-        self._facts, self._held_out = started.facts, started.held_out
+        self._facts, self._held_out, self.started_at = started.facts, started.held_out, started.step
         checkpoint.rewind(started.run / checkpoint.HELD_OUT, started.step)
+        for step, path in checkpoint.numbered(started.run / SHEETS, ".png").items():
+            if step > started.step:  # those steps are taken again, after a fork from here otherwise
+                path.unlink()
         if self.recipe.tensorboard:
-            resumes = started.step > 0 and (started.run / FOLDER).is_dir()
-            self._on_board = started.step if resumes else None
             self._board = Board(started.run, started.step)
-        say_table(table(started.resolved), err=True)
-        begun = f"resumes after step {started.step}" if started.step else "begins"
-        line = f"{begun}: {started.steps} steps, {started.pictures} pictures, {started.epoch_steps} steps an epoch"
-        if started.held_out is not None:
-            line += f", {len(started.held_out)} held-out pictures"
-        line += f", {started.padding_share:.1%} of the text is padding, run folder {started.run}"
-        say(line, err=True)
-        if started.start_norm is not None:
-            say(f"the adapter starts at {started.start_norm:.3g} of the adapted weights' norm", err=True)
+        for line in summary(started, self._layers, line_width()):
+            say(line, err=True)
         if started.step:
             self._bar("training", "step")(started.step, started.steps)
 
@@ -123,7 +124,7 @@ class ShowTraining(Callbacks):
         told = (("loss", self.losses), ("regularisation", self.kept))
         parts = [f"{name} {fmean(losses[-50:]):.4f}" for name, losses in told if losses]
         parts += [f"gradient {info.gradient_norm:.3g}"] if info.gradient_norm is not None else []
-        parts += [f"{info.pictures_per_second:.3g} pictures/s", f"{memory_used() / 1e9:.3g} GB"]
+        parts += [f"{readable(info.pictures_per_second)} pictures/s", f"{readable(memory_used() / 1e9)} GB"]
         parts += [f"{info.skipped} skipped"] if info.skipped else []
         self._bar("training", "step")(info.step, info.steps, ", ".join(parts))
 
@@ -152,15 +153,9 @@ class ShowTraining(Callbacks):
         if not wanted.prompts:
             return
         picture = self.sample_sheet(transformer)
-        path = Path(self.recipe.out) / "samples" / f"step-{step:08d}.png"
-        if self._board is not None and not (step == self._on_board and path.exists()):
-            self._board.add_sheet(step, picture)
-            self._board.flush()  # before the file: that tells a resumed run that the board has this sheet
-        save_png(picture, path)
-
-    def on_save(self, step: int, folder: Path) -> None:
         if self._board is not None:
-            self._board.flush()  # what a kill costs from here on is trained, and written, again
+            self._board.add_sheet(step, picture)
+        save_png(picture, Path(self.recipe.out) / SHEETS / f"{checkpoint.step_name(step)}.png")
 
     def sample_sheet(self, transformer: FluxTransformer2DModel) -> Image.Image:
         """The recipe's sample prompts (rows) at its guidance scales (columns), drawn with a live transformer."""
@@ -200,3 +195,28 @@ class ShowTraining(Callbacks):
             self._report = self._bars.enter_context(progress(what, unit))
             self._doing = what
         return self._report
+
+
+def summary(started: Started, layers: bool, width: int) -> list[str]:
+    """What is told of a run before its first step, in lines of at most `width` characters.
+
+    Args:
+        started: the run.
+        layers: whether each adapted layer is listed.
+        width: of the terminal.
+    """
+    if started.step == started.steps:
+        lines = [f"all {started.steps:,} steps are done; what was due after the last one is made now"]
+    else:
+        begun = f"resumes after step {started.step}" if started.step else "begins"
+        apart = f", {len(started.held_out):,} held-out pictures" if started.held_out is not None else ""
+        epoch = f"{started.epoch_steps:,} step{'s' if started.epoch_steps != 1 else ''} an epoch"
+        lines = [f"{begun}: {started.steps:,} steps, {started.pictures:,} pictures{apart}, {epoch}"]
+    lines.append(f"adapter: {brief(started.resolved)}{'' if layers else ' (--layers lists them)'}")
+    if started.start_norm is not None:
+        lines.append(f"it starts at {started.start_norm:.3g} of the adapted weights' norm")
+    lines.append(f"run folder: {started.run}")
+    wrapped = [
+        part for line in lines for part in textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
+    ]
+    return wrapped + (table(started.resolved, width).split("\n") if layers else [])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,6 +52,21 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.sample_ids)
+
+
+def fingerprint(
+    sources: Sequence[tuple[DataSource, Sequence[Sample]]], views: Sequence[View], settings: Mapping[str, Any]
+) -> str:
+    """SHA-256 over what sample numbers stand for: pictures, captions, repeats, views and the cache's settings."""
+    digest = hashlib.sha256()
+    for number, (_, samples) in enumerate(sources):
+        for sample in samples:
+            row = [number, sample.id, sample.captions, sample.kinds, sample.repeats]
+            digest.update(json.dumps(row).encode())
+    of_sources = [source.model_dump(mode="json", exclude={"path"}) for source, _ in sources]
+    of_views = [[view.crop, view.resolution, view.step] for view in views]
+    digest.update(json.dumps([of_sources, of_views, settings], sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 class Batches:
@@ -104,15 +120,11 @@ class Batches:
         return int(image.min() + min(empty, self._tokens.min())), int(image.max() + max(empty, self._tokens.max()))
 
     def fingerprint(self) -> str:
-        """SHA-256 over what sample numbers stand for: pictures, captions, repeats, views and the cache's settings."""
-        digest = hashlib.sha256()
-        for source, sample in zip(map(int, self._source_of), self._pictures, strict=True):
-            row = [source, sample.id, sample.captions, sample.kinds, sample.repeats]
-            digest.update(json.dumps(row).encode())
-        sources = [source.model_dump(mode="json", exclude={"path"}) for source in self._sources]
-        views = [[view.crop, view.resolution, view.step] for view in self._views]
-        digest.update(json.dumps([sources, views, self.cache.settings], sort_keys=True).encode())
-        return digest.hexdigest()
+        """SHA-256 over what sample numbers stand for; see :func:`fingerprint`."""
+        of = itertools.groupby(zip(map(int, self._source_of), self._pictures, strict=True), key=lambda one: one[0])
+        samples = {number: [sample for _, sample in rows] for number, rows in of}
+        sources = [(source, samples.get(number, [])) for number, source in enumerate(self._sources)]
+        return fingerprint(sources, self._views, self.cache.settings)
 
     def text(self, captions: Sequence[str]) -> TextConditioning:
         """Conditioning of captions of these samples, or of the empty prompt, in this order."""

@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL
 from einops import rearrange
 from transformers import PreTrainedTokenizerBase
 
-from libreflux.data.bar import Bar
+from libreflux.data.bar import Bar, readable
 from libreflux.data.cache import CacheWriter
 from libreflux.data.crops import View, cut
 from libreflux.data.pictures import load_rgb
@@ -152,7 +152,7 @@ def _encode_crops(crops: Sequence[Crop], vae: AutoencoderKL, encoders: Encoders,
                     mean = latents.encode(vae, normal)
                 found[crop.sample.id, crop.name] = mean[0].float().cpu()
             done += 1
-            bar.note = f"{done / max(time.monotonic() - begun, 1e-3):.3g} crops/s"
+            bar.note = f"{readable(done / max(time.monotonic() - begun, 1e-3))} crops/s"
             bar.advance(1)
         writer.add_latents(found, stds)
 
@@ -180,7 +180,7 @@ def encode_texts(
             found = text.encode(part, padding=padding, max_tokens=max_tokens).to("cpu")
         stored += writer.add_texts(part, found)
         done += len(part)
-        bar.note = f"{stored / done / 1e3:.3g} kB a caption"
+        bar.note = f"{readable(stored / done / 1e3)} kB a caption"
         bar.advance(len(part))
     del text
     release(encoders.device)

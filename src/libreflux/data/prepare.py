@@ -33,7 +33,7 @@ from libreflux.data.summary import Told, summarise
 from libreflux.data.vocabulary import cuts_untold, tell_cut, tell_foreign
 from libreflux.errors import DataError
 from libreflux.model import family
-from libreflux.model.facts import freed
+from libreflux.model.facts import trained_facts
 from libreflux.model.text import TextConditioning, check_trained_padding
 from libreflux.places import folder_place
 from libreflux.printing import get_logger
@@ -146,7 +146,7 @@ def prepare(
             a CPU and bf16 on all else. The VAE computes in fp32.
         latents: "mean" of the posterior, or its standard deviation too, to "sample" from.
         max_quarantined: share of the pictures, in [0, 1], that may be unusable.
-        max_tokens: the most T5 tokens of a text; None: as many as the model reads once it is set free.
+        max_tokens: the most T5 tokens of a text; None: as many as the model reads once it is trained.
         part: (i, n): encode the i-th of n parts alone, from 0, into a folder of its own in ``out``.
         progress: called with (done, total, note), total counting checks and encodings alike.
         told: called with what each source turned out to hold, before anything is encoded.
@@ -168,7 +168,8 @@ def prepare(
     if not (own / INDEX).is_file():  # a whole cache may be on a disk that is only read
         folder_place(own)
     folder = family.locate(model)
-    max_tokens = freed(family.open_model(model, parts=()).facts).max_tokens if max_tokens is None else max_tokens
+    if max_tokens is None:
+        max_tokens = trained_facts(family.open_model(model, parts=()).facts, text_padding=text_padding).max_tokens
     memory = FileMemory(own, [each for each in index_folders(out) if each != own])
     bar = Bar(progress)
     sources, quarantined = _read(data, memory, part, bar, views, told)

@@ -135,6 +135,22 @@ def freed(facts: Facts) -> Facts:
     return dataclasses.replace(facts, steps=28, guidance=3.5, max_tokens=max(facts.max_tokens, 512))
 
 
+def trained_facts(facts: Facts, *, text_padding: str, guidance: float | None = None, distilled: bool = False) -> Facts:
+    """What a model is, once it is trained: what its training sees, its adapter's file records and it is drawn with.
+
+    Args:
+        facts: of the base.
+        text_padding: of the training.
+        guidance: the embedded one that it is trained at, for a model that has one.
+        distilled: trained as a student, which keeps the base's ladder and draws without guidance, instead of freed. It
+            reads as many tokens as a freed model: captions are cached alike for both.
+    """
+    free = freed(facts)
+    steps, own = (facts.steps, 1.0) if distilled else (free.steps, free.guidance)
+    own = own if guidance is None else guidance
+    return dataclasses.replace(free, text_padding=text_padding, steps=steps, guidance=own)
+
+
 def read_facts(folder: Path) -> Facts:
     """The facts in a model folder's `libreflux.json`.
 

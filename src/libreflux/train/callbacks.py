@@ -21,12 +21,11 @@ class Started:
 
     Attributes:
         run: the run folder.
-        step: steps already finished; 0 for a new run.
+        step: steps already finished; 0 for a new run; all of them where a kill came before the last step's samples.
         steps: of the whole run.
         pictures: samples of the data: each picture once in each view.
         held_out: pictures that are never trained on; None if the recipe asks for none.
         epoch_steps: steps of the first epoch that shows a picture.
-        padding_share: share of its text tokens that are padding.
         facts: of the model that is trained: the base's, freed of a distillation's own defaults.
         resolved: the adapted layers.
         start_norm: ||delta|| / ||W|| over them before the first step; None in a resumed run.
@@ -37,7 +36,6 @@ class Started:
     steps: int
     pictures: int
     epoch_steps: int
-    padding_share: float
     facts: Facts
     resolved: Sequence[Resolved]
     start_norm: float | None = None
@@ -113,7 +111,8 @@ class Callbacks:
     def on_sample(self, step: int, transformer: FluxTransformer2DModel) -> None:
         """Time for sample pictures after `step` steps; the transformer is the live one, leave it as it is.
 
-        The checkpoint of `step`, if one is due, is already written. A run that is resumed at `step` calls this again.
+        The checkpoint of `step`, if one is due, is already written. A run that is resumed at `step` calls this again,
+        at its last step too, until that was whole and RUN/adapter.safetensors was written: leave the same each time.
         """
 
     def on_measure(self, step: int, transformer: FluxTransformer2DModel) -> None:

@@ -129,10 +129,16 @@ def listed(run: Path) -> list[Checkpoint]:
 
 def step_folders(folder: Path) -> dict[int, Path]:
     """Step -> its folder of those in `folder` that are named as `step_name` names them, rising."""
+    return {step: path for step, path in numbered(folder).items() if path.is_dir()}
+
+
+def numbered(folder: Path, suffix: str = "") -> dict[int, Path]:
+    """Step -> path of what is named as `step_name` names it, with this suffix; rising."""
     if not folder.is_dir():
         return {}
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return {step: path for step, path in sorted(found) if path.name == step_name(step) and path.is_dir()}
+    names = ((path.name.removesuffix(suffix), path) for path in folder.glob(f"*{suffix}"))
+    found = sorted((int(match[1]), path) for name, path in names if (match := _NAME.fullmatch(name)))
+    return {step: path for step, path in found if path.name == step_name(step) + suffix}
 
 
 def latest(run: Path) -> Checkpoint | None:
@@ -256,6 +262,15 @@ def claim(run: Path, recipe: Recipe, world: int = 1, forks: Sequence[Mapping[str
 def stored_forks(run: Path) -> list[dict[str, Any]]:
     """The forks that RUN/recipe.json knows of; none without one."""
     return run_recipe.read(run / RECIPE)[2] if (run / RECIPE).exists() else []
+
+
+def stored_recipe(run: Path) -> Recipe:
+    """RUN/recipe.json.
+
+    Raises:
+        RunError: it is torn.
+    """
+    return run_recipe.read(run / RECIPE)[0]
 
 
 def _at(tree: Any, dotted: str) -> Any:

@@ -1,10 +1,12 @@
-"""Stopping safely: SIGINT and SIGTERM ask a run to finish its step and save; a second one stops it at once."""
+"""Stopping safely: SIGINT, SIGTERM and SIGHUP ask a run to finish its step and save; a second one stops it at once."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -14,10 +16,10 @@ class Interrupted(Exception):
     """A run was stopped by a signal after it had saved; the same command goes on from there.
 
     Attributes:
-        signum: SIGINT or SIGTERM.
+        signum: SIGINT, SIGTERM or SIGHUP.
         step: finished steps, all of them saved.
         run: the run folder.
-        exit_code: 128 + signum (130, 143), what a shell expects of a process that a signal ended.
+        exit_code: 128 + signum (130, 143, 129), what a shell expects of a process that a signal ended.
     """
 
     def __init__(self, signum: int, step: int, run: Path) -> None:
@@ -28,20 +30,28 @@ class Interrupted(Exception):
         )
 
 
-class StopRequest:
-    """While this context is open, a first SIGINT or SIGTERM only sets `signum`; a second one does what it always did.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-    Outside the main thread, where Python allows no signal handlers, it never sets anything.
+
+class StopRequest:
+    """While this context is open, a first signal of `SIGNALS` only sets `signum`; a second one does what it always did.
+
+    A signal that is ignored, as SIGHUP is under nohup, stays ignored. When the terminal hangs up (SIGHUP), nothing more
+    is written to it: a write would fail, and cost the very step that is to be saved. Outside the main thread, where
+    Python allows no signal handlers, it never sets anything.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
         self._previous: dict[int, Any] = {}
+        self._terminals: list[int] = []
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._previous[signum] = signal.signal(signum, self._ask)
+            self._terminals = terminals()
+            for signum in SIGNALS:
+                if signal.getsignal(signum) is not signal.SIG_IGN:
+                    self._previous[signum] = signal.signal(signum, self._ask)
         return self
 
     def __exit__(
@@ -52,10 +62,53 @@ class StopRequest:
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
         self._restore()
+        if signum == signal.SIGHUP:
+            hush(self._terminals)
         # os.write: a handler may run in the middle of anything, a print to the same stream included.
-        os.write(2, b"\nfinishing this step and saving; once more to stop at once\n")
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nfinishing this step and saving; once more to stop at once\n")
 
     def _restore(self) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
+
+
+def terminals() -> list[int]:
+    """Which of stdout and stderr are a terminal; one that has hung up says that it is none."""
+    return [handle for handle in (1, 2) if os.isatty(handle)]
+
+
+def hush(handles: Sequence[int]) -> None:
+    """Lets what is written to these come to nothing, without an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for handle in handles:
+        os.dup2(nowhere, handle)
+    os.close(nowhere)
+
+
+@contextlib.contextmanager
+def unwinding() -> Iterator[None]:
+    """While the block runs, SIGTERM and SIGHUP end it as Ctrl-C does: what it has half-written goes as it unwinds.
+
+    The exit code is 128 + the signal's number. A second one ends the process at once. Signals that are ignored, or
+    handled by somebody else, are left alone; so are all of them outside the main thread.
+    """
+    seen = terminals()
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signum, signal.SIG_DFL)
+        if signum == signal.SIGHUP:
+            hush(seen)
+        raise SystemExit(128 + signum)
+
+    ours = []
+    if threading.current_thread() is threading.main_thread():
+        ours = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is signal.SIG_DFL]
+    for signum in ours:
+        signal.signal(signum, end)
+    try:
+        yield
+    finally:
+        for signum in ours:
+            signal.signal(signum, signal.SIG_DFL)

@@ -18,18 +18,19 @@ from libreflux.data.prepare import prepare_cache, prepare_recipe
 from libreflux.errors import ModelError, RecipeError, RunError
 from libreflux.model import attention, numerics
 from libreflux.model.device import make_current, pick_device
-from libreflux.model.facts import Facts, freed
+from libreflux.model.facts import Facts, trained_facts
 from libreflux.model.family import Model, open_model, weights_hash
 from libreflux.places import folder_place
 from libreflux.printing import get_logger
 from libreflux.recipe import Recipe
-from libreflux.train import checkpoint, ema, forks, memory, run_recipe, saving, skips
+from libreflux.train import checkpoint, ema, memory, saving, skips, standing
 from libreflux.train.callbacks import Callbacks, StepInfo
 from libreflux.train.checkpoint import Checkpoint
 from libreflux.train.interrupt import Interrupted, StopRequest
 from libreflux.train.optimizer import make_optimizer, parameter_dtype
 from libreflux.train.optimizer8 import require_8bit
 from libreflux.train.ranks import Ranks, joined
+from libreflux.train.standing import Standing
 from libreflux.train.step import Training
 
 log = get_logger(__name__)
@@ -54,7 +55,8 @@ def fit(recipe: Recipe, callbacks: Callbacks | None = None, *, fork: bool = Fals
     Raises:
         Interrupted: SIGINT or SIGTERM; the step was finished and saved.
         RunError: another process holds the run folder, the recipe, data or base have changed since the run began,
-            too many steps in a row were skipped (see `train.skips`), or memory ran out.
+            training would write over a result (see `train.standing`), too many steps in a row were skipped (see
+            `train.skips`), or memory ran out.
         LibrefluxError: a fault of the model, the data or the targets; see its kinds.
     """
     callbacks = callbacks or Callbacks()
@@ -68,30 +70,19 @@ def fit(recipe: Recipe, callbacks: Callbacks | None = None, *, fork: bool = Fals
             make_current(device)
         ranks = held.enter_context(joined(device))
         held.enter_context(numerics.pinned(device))
-        newest = ranks.in_turn(lambda: _standing(recipe, run, ranks.world, held, fork), lambda: checkpoint.latest(run))
-        if newest is None or newest.step < recipe.steps:
+        where = ranks.in_turn(lambda: _locked(recipe, run, ranks.world, held, fork), lambda: standing.found(run))
+        done = where.newest
+        if done is None or where.left(recipe):
             heard = callbacks if ranks.first else Callbacks()
             with _threads(recipe.threads), memory.explained("loading or saving", recipe):
-                newest = _train(_open(recipe, run, newest, heard, ranks, device, fork), heard)
-        done = newest
+                done = _train(_open(recipe, run, done, heard, ranks, device, fork), heard, done)
         return ranks.in_turn(lambda: _finish(recipe, run, done), lambda: run / checkpoint.ADAPTER)
 
 
-def _standing(recipe: Recipe, run: Path, world: int, held: contextlib.ExitStack, fork: bool) -> Checkpoint | None:
-    """Locks the run folder and finds where the run stands; None at its start."""
+def _locked(recipe: Recipe, run: Path, world: int, held: contextlib.ExitStack, fork: bool) -> Standing:
     folder_place(run, *checkpoint.WRITTEN, *(["tensorboard"] if recipe.tensorboard else []))
     held.enter_context(files.lock(run))
-    changed = forks.allow(run, recipe, world, fork=fork)
-    newest = checkpoint.recover(run)
-    if newest is not None and newest.step == recipe.steps and changed:
-        mend = "raise steps, or choose another `out`"
-        raise RunError(f"step {newest.step}, the last, is done already: nothing is left to fork", where=run, mend=mend)
-    if newest is not None and newest.step == recipe.steps and (moved := run_recipe.moved(run, recipe)):
-        log.warning("this run is finished: %s is not looked at", run_recipe.told_changes(moved))
-    if newest is not None and newest.step > recipe.steps:
-        mend = f"set steps to at least {newest.step}, or choose another `out`"
-        raise RunError(f"step {newest.step} is done already, beyond steps: {recipe.steps}", where=run, mend=mend)
-    return newest
+    return standing.settled(recipe, run, world, fork=fork)
 
 
 def _finish(recipe: Recipe, run: Path, last: Checkpoint) -> Path:
@@ -111,18 +102,22 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _train(training: Training, callbacks: Callbacks) -> Checkpoint:
-    """Steps from where `training` stands to the recipe's last; returns the checkpoint of that."""
+def _train(training: Training, callbacks: Callbacks, newest: Checkpoint | None) -> Checkpoint:
+    """Steps from where `training` stands, at `newest`, to the recipe's last; returns the checkpoint of that.
+
+    What is due at the step where it stands is drawn and measured again: a kill may have come before or within it.
+    """
     recipe, ranks, first = training.recipe, training.ranks, training.step
+    opened = _metrics(training)
     if ranks.first:
+        ema.rewind(training.run, first)  # like the metrics before the claim: what is left there then is of this recipe
         checkpoint.claim(training.run, recipe, ranks.world, training.forks)
-        ema.rewind(training.run, first)
     callbacks.on_start(training.started())
-    saved: Checkpoint | None = None
-    with StopRequest() as stop, _metrics(training) as metrics:
-        if recipe.held_out.due(first, recipe.steps):
+    saved = newest
+    with StopRequest() as stop, opened as metrics:
+        if standing.measure_due(recipe, first):
             _measure(training, callbacks)
-        if _sample_due(recipe, first):
+        if standing.sample_due(recipe, first):
             _sample(training, callbacks)
         while training.step < recipe.steps:
             signum = ranks.agree_max(stop.signum or 0)
@@ -143,11 +138,11 @@ def _train(training: Training, callbacks: Callbacks) -> Checkpoint:
             if last or training.step % recipe.save.every == 0:
                 saved = saving.save(training, metrics, callbacks)
             watched = last or stop.signum is None
-            if watched and recipe.held_out.due(training.step, recipe.steps):
+            if watched and standing.measure_due(recipe, training.step):
                 _measure(training, callbacks)
-            if watched and _sample_due(recipe, training.step):
+            if watched and standing.sample_due(recipe, training.step):
                 _sample(training, callbacks)
-        if training.step > (saved.step if saved else first):
+        if training.step > (saved.step if saved else 0):
             saved = saving.save(training, metrics, callbacks)
         if training.step < recipe.steps:
             raise Interrupted(signum, training.step, training.run)
@@ -171,12 +166,6 @@ def _sample(training: Training, callbacks: Callbacks) -> None:
     recipe = training.recipe
     with memory.explained(f"samples after step {training.step}", recipe, memory.drawing(recipe)):
         callbacks.on_sample(training.step, training.transformer)
-
-
-def _sample_due(recipe: Recipe, step: int) -> bool:
-    if step == 0:
-        return recipe.samples.at_start
-    return recipe.samples.every > 0 and step % recipe.samples.every == 0
 
 
 def _metrics_line(info: StepInfo) -> dict[str, Any]:
@@ -299,13 +288,9 @@ def _check_attention(transformer: FluxTransformer2DModel, batches: Batches, devi
 
 
 def _trained_facts(facts: Facts, recipe: Recipe) -> Facts:
-    """What the trained model is drawn with: freed, or as a student draws; under the recipe's padding.
-
-    The embedded guidance, for a model that has one, is what it was trained at.
-    """
-    guidance = facts.guidance if recipe.guidance is None else recipe.guidance
-    facts = dataclasses.replace(facts, guidance=guidance, text_padding=recipe.text_padding)
-    if recipe.distil is None:
-        return freed(facts)
-    baked = 1.0 if recipe.guidance is None else guidance
-    return dataclasses.replace(facts, steps=recipe.distil.steps or facts.steps, guidance=baked)
+    """Freed, or as a student draws; the embedded guidance, for a model that has one, is what it was trained at."""
+    distil = recipe.distil
+    told = trained_facts(
+        facts, text_padding=recipe.text_padding, guidance=recipe.guidance, distilled=distil is not None
+    )
+    return dataclasses.replace(told, steps=distil.steps) if distil is not None and distil.steps else told

@@ -19,7 +19,7 @@ from libreflux.adapter.files import Adapter
 from libreflux.adapter.targets import Resolved, group
 from libreflux.data.batches import Batch, Batches
 from libreflux.data.held_out import HeldOut
-from libreflux.data.order import Unit, padding_share, step_plan, steps_of_epoch
+from libreflux.data.order import Unit, step_plan, steps_of_epoch
 from libreflux.errors import RunError
 from libreflux.flow.sigmas import independent, make_law, stratified
 from libreflux.model.device import with_fp64
@@ -131,7 +131,6 @@ class Training:
             steps=self.recipe.steps,
             pictures=len(self.batches),
             epoch_steps=steps_of_epoch(epoch, samples, self.ranks.world, recipe.batch, recipe.accumulate),
-            padding_share=padding_share(recipe.seed, epoch, samples, recipe.batch),
             facts=self.facts,
             resolved=self.resolved,
             start_norm=self.start_norm,
