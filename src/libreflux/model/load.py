@@ -79,7 +79,7 @@ def _load_encoder(
 ) -> Any:
     """`as_stored`: in the narrowest dtype that loses nothing of the file."""
     if isinstance(place, TensorFile):
-        return load_text_encoder(place, part, file_config(place, part), None if as_stored else dtype, device)
+        return load_text_encoder(place, part, file_config(place, part), dtype, device, as_stored=as_stored)
     check_part(place)
     if as_stored:
         dtype = functools.reduce(torch.promote_types, _stored_dtypes(place))
