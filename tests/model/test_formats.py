@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -316,3 +317,26 @@ def test_a_damaged_header(whole: Path, tmp_path: Path, case: str) -> None:
         RangedFile(path)
     with pytest.raises(ModelError, match=r"damaged.safetensors: cannot be read"):
         TensorFile(path, "transformer")
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "text_encoder_2"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda name: {name: torch.ones(2, 2, dtype=INT8)}, "stores I8"),
+        (lambda name: {f"{name}_scale": torch.tensor(2.0)}, "scales beside its weights"),
+        (lambda name: {f"{name}.absmax": torch.tensor(2.0)}, "bitsandbytes"),
+    ],
+    ids=["int8", "scales", "bitsandbytes"],
+)
+def test_a_folder_of_quantised_tensors(
+    tiny_model_dir: Path, tmp_path: Path, part: str, change: Callable[[str], Tensors], words: str
+) -> None:
+    """transformers leaves out what it has no place for, diffusers would cast the integers: both unscaled."""
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    [file] = (tmp_path / "model" / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = min(name for name in tensors if name.endswith("weight") and tensors[name].ndim > 1)
+    save_file(tensors | change(name), file, {"format": "pt"})
+    with pytest.raises(ModelError, match=words):
+        open_model(tmp_path / "model")

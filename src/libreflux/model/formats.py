@@ -100,6 +100,21 @@ def check_formats(
         raise _refused(told, where, name)
 
 
+def check_plain(ranges: Mapping[str, Range], where: object) -> None:
+    """Raises ModelError where tensors of a folder are quantised: its libraries would take them for the weights.
+
+    Args:
+        ranges: of all tensors of a file.
+        where: the file, for errors.
+    """
+    for name, stored in ranges.items():
+        if name.endswith(REST):
+            raise _refused("scales beside its weights, in a folder", where, name)
+        if name.endswith((".weight", ".bias")) and stored.kind not in (*_DENSE, *_FP8):
+            raise _refused(f"a format that stores {stored.kind}", where, name)
+    check_formats((), ranges, {}, where)
+
+
 def scale_name(name: str, names: Mapping[str, object]) -> str | None:
     """The name of a weight's scale; None where there is none."""
     layer = name.removesuffix(".weight")

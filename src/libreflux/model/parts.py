@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL, FluxTransformer2DModel
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from libreflux.errors import ModelError
+from libreflux.model.formats import check_plain
+from libreflux.model.ranges import RangedFile
 from libreflux.model.text import TextEncoders
 
 COPY = "the file is missing or damaged: copy or download it again"
@@ -80,8 +82,11 @@ def check_part(folder: Path, *, neighbours: bool = False) -> None:
         files |= set(shard_files(index, neighbours=neighbours).values())
     stored = 0
     for file in sorted(files):
-        with reading(file), safe_open(file, framework="pt") as tensors:
-            stored += len(tensors.keys())
+        with reading(file):
+            ranges = RangedFile(file).ranges
+        stored += len(ranges)
+        if not config.get("quantization_config"):
+            check_plain(ranges, file)
     for key, value in config.items():
         if "layers" in key and isinstance(value, int) and value > stored > 0:
             told = f"{key} is {value}, but there are {stored} tensors"
