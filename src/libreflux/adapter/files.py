@@ -321,4 +321,5 @@ def attach_file(
         base = found[name]
         delta = delta_from_tensors(tensors, *features(base), f"{file.where}, {name}", dtype=dtype)
         layers[name] = AdaptedLinear(base, delta.to(device=_device(base)), weight)
+        layers[name].origin = file.where
     return _install(transformer, {name: layers[name] for name in found if name in layers})

@@ -22,6 +22,7 @@ from libreflux.data.cache import Cache
 from libreflux.data.held_out import HeldOut
 from libreflux.model.facts import Facts
 from libreflux.model.family import open_model
+from libreflux.model.finite import NotFiniteError
 from libreflux.probe.held_out import measure_held_out
 from libreflux.recipe import Recipe
 from libreflux.sample.grid import sheet
@@ -143,7 +144,11 @@ class ShowTraining(Callbacks):
         wanted = self.recipe.samples
         if not wanted.prompts:
             return
-        picture = self.sample_sheet(transformer)
+        try:
+            picture = self.sample_sheet(transformer)
+        except NotFiniteError as error:  # a run is worth more than a sheet, and would meet it again when resumed
+            typer.echo(f"step {step}: no sample sheet: {error}", err=True)
+            return
         path = Path(self.recipe.out) / "samples" / f"step-{step:08d}.png"
         if self._board is not None and not (step == self._on_board and path.exists()):
             self._board.add_sheet(step, picture)
