@@ -6,6 +6,7 @@ in a forward pass, and W + delta is never formed, so that a small delta is not l
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 
@@ -294,7 +295,8 @@ def delta_from_tensors(
     else:
         delta = _lokr_from_tensors(tensors, in_features, out_features, where)
     exact = set(tensors) <= {"lokr_w1", "lokr_w2", *LORA_SUFFIXES, "alpha"}
-    stored = next(tensor.dtype for suffix, tensor in tensors.items() if suffix != "alpha") if exact else torch.float32
+    dtypes = {tensor.dtype for suffix, tensor in tensors.items() if suffix != "alpha"}
+    stored = functools.reduce(torch.promote_types, dtypes) if exact else torch.float32
     return delta.to(dtype=dtype or stored)
 
 
