@@ -147,7 +147,7 @@ def test_fp8_with_and_without_scales(files: Path, tmp_path: Path) -> None:
         read = open_model(SingleFiles(transformer=path), parts=("transformer",)).transformer
         assert read is not None
         weight = read.get_submodule("single_transformer_blocks.0.proj_out").weight
-        assert weight.dtype == torch.bfloat16
+        assert weight.dtype == torch.float32  # as most of the file
         torch.testing.assert_close(weight.float(), expected, rtol=0.07, atol=float(expected.abs().max()) / 400)
 
 

@@ -201,7 +201,7 @@ def _by_layer(file: AdapterFile) -> dict[str, dict[str, Tensor]]:
     """Layer name -> suffix -> tensor, in the order of the file."""
     tensors, names = file.tensors, file.layer_names()
     if any(name.partition(".")[0] not in names for name in tensors):  # lycoris-lora's own files have no key map
-        tensors, names = read_names(tensors, file.metadata, file.where)
+        tensors, names = read_names(tensors, None, file.where)
     grouped: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         prefix, _, suffix = name.partition(".")

@@ -19,16 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from libreflux import plainjson
+from libreflux.adapter import peft
 from libreflux.adapter.init import Kind, init_lokr, init_lora
 from libreflux.adapter.layers import AdaptedLinear, LoKr, LoRA, delta_from_tensors, features, linears
-from libreflux.adapter.spelling import LYCORIS, is_text, lycoris_name, read_names
+from libreflux.adapter.reading import prepared
+from libreflux.adapter.spelling import LYCORIS, lycoris_name, read_names
 from libreflux.adapter.targets import Resolved
 from libreflux.errors import AdapterError
 from libreflux.files import sha256_file
 from libreflux.model.stream import save_live
-from libreflux.printing import get_logger
-
-logger = get_logger(__name__)
 
 PREFIX = LYCORIS
 SCHEMA = "1"
@@ -268,10 +267,16 @@ def load_adapter(path: Path | str) -> AdapterFile:
 
     Tensors for text encoders are left out, with a warning.
 
+    Args:
+        path: the file; or a folder of PEFT's or diffusers' that holds one.
+
     Raises:
-        AdapterError: no such file, not safetensors, names that are no FLUX layer's, or a later schema.
+        AdapterError: no such file, not safetensors, names that are no FLUX layer's, a scale that nothing tells, or a
+            later schema.
+        NotFiniteError: NaN or infinite numbers in it.
     """
     path = Path(path)
+    path = (path.is_dir() and peft.file_in(path)) or path
     if not path.is_file():
         raise AdapterError("no such adapter file", where=path, mend="give a .safetensors file")
     try:
@@ -290,14 +295,11 @@ def load_adapter(path: Path | str) -> AdapterFile:
         raise AdapterError(
             f"schema {metadata['schema']} is newer than this version", where=path, mend="update libreflux"
         )
-    text = [key for key in tensors if is_text(key)]
-    if text:
-        logger.warning("%s: its %d tensors for text encoders are not used, only the transformer's", path, len(text))
-        tensors = {key: tensor for key, tensor in tensors.items() if not is_text(key)}
+    tensors = prepared(tensors, str(path))
     if not tensors:
         raise AdapterError("no tensors for a transformer in it", where=path, mend="give an adapter of FLUX.1")
     if any(not key.startswith(PREFIX) for key in tensors) or _names_bfl(tensors):
-        tensors, key_map = read_names(tensors, metadata, str(path))
+        tensors, key_map = read_names(tensors, peft.config_of(path, metadata), str(path))
         metadata["key_map"] = json.dumps(key_map, sort_keys=True)
     return AdapterFile(str(path), tensors, metadata, digest)
 
@@ -327,4 +329,5 @@ def attach_file(
         base = found[name]
         delta = delta_from_tensors(tensors, *features(base), f"{file.where}, {name}", dtype=dtype)
         layers[name] = AdaptedLinear(base, delta.to(device=_device(base)), weight)
+        layers[name].origin = file.where
     return _install(transformer, {name: layers[name] for name in found if name in layers})

@@ -165,6 +165,7 @@ class AdaptedLinear(nn.Module):
 
     Attributes:
         enabled: False leaves the base alone, see `Adapter.disabled`.
+        origin: the file that the delta is of, for errors; "" for none.
     """
 
     def __init__(self, base: nn.Module, delta: LoKr | LoRA, weight: float = 1.0) -> None:
@@ -173,6 +174,7 @@ class AdaptedLinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.delta = delta
         self.strength = float(weight)
+        self.origin = ""
         self.enabled = True
         self.in_features, self.out_features = features(base)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from libreflux.adapter.files import Adapter, AdapterFile
 from libreflux.adapter.layers import delta_from_tensors, delta_weight, dense_weight, features, linears
 from libreflux.errors import AdapterError
+from libreflux.model.finite import NotFiniteError, is_finite
 
 Source = Adapter | AdapterFile | Mapping[str, Tensor]
 
@@ -33,6 +34,7 @@ def merge_many(transformer: nn.Module, adapters: Sequence[tuple[Source, float]])
 
     Raises:
         AdapterError: a tensor fits no layer, or a layer is quantised or adapted; nothing was changed then.
+        NotFiniteError: a sum overflows, or was NaN before; the layers before it are changed.
     """
     found = linears(transformer)
     parts: dict[str, list[tuple[Mapping[str, Tensor], float, str]]] = {}
@@ -53,7 +55,12 @@ def merge_many(transformer: nn.Module, adapters: Sequence[tuple[Source, float]])
         for tensors, weight, where in parts[name]:
             delta = delta_from_tensors(tensors, *features(found[name]), where, dtype=total.dtype)
             total += weight * delta_weight(delta).to(device=total.device)
-        weight_matrix.copy_(total.to(weight_matrix.dtype))
+        rounded = total.to(weight_matrix.dtype)
+        if not is_finite(rounded):
+            files = ", ".join(dict.fromkeys(where.rpartition(", ")[0] for _, _, where in parts[name]))
+            mend = "use smaller weights of the adapters, or a model whose own weights are finite"
+            raise NotFiniteError("the sum is not finite", where=f"{files}, {name}", mend=mend)
+        weight_matrix.copy_(rounded)
     return changed
 
 

@@ -6,7 +6,6 @@ several of diffusers' ones, see `model.keys`, whose parts of the adapter are the
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,25 +13,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from libreflux import plainjson
+from libreflux.adapter import peft
 from libreflux.adapter.layers import LORA_SUFFIXES, LoKr, delta_from_tensors, delta_weight
 from libreflux.errors import AdapterError
 from libreflux.model.keys import Row, layer_rows, swap_halves
 
 LYCORIS = "lycoris_"
-_DOTTED = ("transformer.", "diffusion_model.", "base_model.model.transformer.", "base_model.model.", "")
+_DOTTED = (
+    "transformer.",
+    "diffusion_model.",
+    "model.diffusion_model.",
+    "base_model.model.transformer.",
+    "base_model.model.",
+    "transformer.base_model.model.",
+    "",
+)
 _FLAT = ("lora_unet_", "lora_transformer_", LYCORIS)
-_TEXT = ("lora_te", "text_encoder", "te1.", "te2.")
 _SUFFIXES = {
     "lora_A.weight": "lora_down.weight",
     "lora_B.weight": "lora_up.weight",
-    "lora_A.default.weight": "lora_down.weight",
-    "lora_B.default.weight": "lora_up.weight",
-    **{name: name for name in ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale", "diff", "diff_b")},
+    **{name: name for name in ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale")},
     **{name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")},
     **{name: name for name in ("lora_mid.weight", "scalar", "lora_magnitude_vector")},
 }
-_PEFT = "lora_adapter_metadata"  # where diffusers keeps PEFT's configuration, as JSON
+_ADAPTER = re.compile(r"\.lora_([AB])\.(?!weight$)\w+\.weight$")
+"""A LoRA's tensor with the name of PEFT's adapter in it, such as default or default_0."""
 
 
 def lycoris_name(layer: str) -> str:
@@ -40,26 +45,22 @@ def lycoris_name(layer: str) -> str:
     return LYCORIS + layer.replace(".", "_")
 
 
-def is_text(name: str) -> bool:
-    """Whether a tensor belongs to a text encoder, which no adapter of ours touches."""
-    return name.startswith(_TEXT)
-
-
 def read_names(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, where: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """An adapter of FLUX in any known spelling, in LyCORIS' names of diffusers' layers.
 
     Args:
-        tensors: as in the file, text encoders' left out.
-        metadata: of the file: PEFT keeps alpha there.
+        tensors: see `reading.prepared`.
+        config: PEFT's, see `peft.config_of`; None where the file has none.
         where: the file, for errors.
 
     Returns:
         LyCORIS name -> tensor, and the key map: LyCORIS prefix -> layer name.
 
     Raises:
-        AdapterError: a name is no spelling of a FLUX layer, or fused tensors do not fit it.
+        AdapterError: a name is no spelling of a FLUX layer, two are the same tensor's, fused tensors do not fit their
+            layer, or PEFT's own names without its configuration.
     """
     known = _spellings(tensors)
     grouped: dict[str, dict[str, Tensor]] = {}
@@ -68,6 +69,9 @@ def read_names(
         prefix, suffix = _parted(name)
         if suffix is None or prefix not in known:
             strange.append(name)
+        elif suffix in grouped.get(prefix, {}):
+            mend = "save one adapter in one file"
+            raise AdapterError(f"two tensors are {suffix} of {prefix}", where=where, mend=mend)
         else:
             grouped.setdefault(prefix, {})[suffix] = tensor
     if strange:
@@ -78,8 +82,8 @@ def read_names(
     key_map: dict[str, str] = {}
     for prefix, own in grouped.items():
         row = known[prefix]
-        if "alpha" not in own and "lora_down.weight" in own:
-            own |= _peft_alpha(metadata, row, own["lora_down.weight"].shape[0], where)
+        if "alpha" not in own:
+            own |= _told_alpha(config, prefix, row, own, where)
         for layer, parts in split_layer(row, own, f"{where}, {prefix}").items():
             if lycoris_name(layer) in key_map:
                 raise AdapterError(f"two spellings of {layer}", where=where, mend="use one file per adapter")
@@ -105,6 +109,7 @@ def split_layer(row: Row, tensors: Mapping[str, Tensor], where: str) -> dict[str
 
 
 def _parted(name: str) -> tuple[str, str | None]:
+    name = _ADAPTER.sub(r".lora_\1.weight", name)
     for suffix, ours in _SUFFIXES.items():
         if name.endswith(f".{suffix}"):
             return name[: -len(suffix) - 1], ours
@@ -121,20 +126,19 @@ def _spellings(names: Iterable[str]) -> dict[str, Row]:
     return dotted | {f"{prefix}{row.bfl.replace('.', '_')}": row for prefix in _FLAT for row in every}
 
 
-def _peft_alpha(metadata: Mapping[str, str], row: Row, rank: int, where: str) -> dict[str, Tensor]:
-    """alpha as diffusers' files tell it: PEFT's configuration in the metadata, with exceptions by layer."""
-    if _PEFT not in metadata:
+def _told_alpha(
+    config: Mapping[str, Any] | None, prefix: str, row: Row, own: Mapping[str, Tensor], where: str
+) -> dict[str, Tensor]:
+    """alpha of a layer that has no tensor of that name; none where diffusers' rule holds: a scale of 1."""
+    if config is None:
+        if prefix.startswith(peft.PREFIX):
+            mend = f"keep PEFT's {peft.CONFIG} beside it, as {peft.FILES[0]}"
+            raise AdapterError("PEFT's file without its configuration: its scale is not known", where=where, mend=mend)
         return {}
-    try:
-        config: dict[str, Any] = plainjson.parse(metadata[_PEFT])
-        told = {name.removeprefix("transformer."): value for name, value in config.items()}
-        exceptions = told.get("alpha_pattern") or {}
-        alpha = next((v for k, v in exceptions.items() if re.search(rf"(^|\.){k}$", row.bfl)), told.get("lora_alpha"))
-        if alpha is None:
-            return {}
-        return {"alpha": torch.tensor(float(alpha) * (math.sqrt(rank) if told.get("use_rslora") else 1.0))}
-    except (ValueError, TypeError, AttributeError, re.error) as error:
-        raise AdapterError(f"damaged {_PEFT} ({error})", where=where, mend="copy it again") from None
+    if "lora_down.weight" not in own:
+        return {}
+    alpha = peft.alpha_of(config, row.bfl, own["lora_down.weight"].shape[0], where)
+    return {} if alpha is None else {"alpha": torch.tensor(alpha)}
 
 
 def _heights(row: Row, in_features: int, out_features: int, where: str) -> list[int]:

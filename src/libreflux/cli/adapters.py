@@ -40,13 +40,20 @@ def adapter_argument(text: str) -> tuple[str, float]:
 
 
 def adapter_file(path: Path) -> Path:
-    """A file as it is; of a run folder its result or, while the run has more to do, its newest whole checkpoint.
+    """A file as it is; the one in a folder of PEFT's or diffusers'; of a run folder its result or newest checkpoint.
+
+    The checkpoint is taken while the run has more to do; it must be whole.
 
     Raises:
         AdapterError: a folder with neither.
     """
     if not path.is_dir():
         return path
+
+    from libreflux.adapter.peft import file_in
+
+    if (foreign := file_in(path)) is not None:
+        return foreign
 
     from libreflux.train import checkpoint
 

@@ -25,6 +25,7 @@ from libreflux.data.summary import SourceSummary
 from libreflux.model.device import release
 from libreflux.model.facts import Facts
 from libreflux.model.family import open_model
+from libreflux.model.finite import NotFiniteError
 from libreflux.printing import say
 from libreflux.probe.held_out import measure_held_out
 from libreflux.recipe import Recipe
@@ -152,7 +153,11 @@ class ShowTraining(Callbacks):
         wanted = self.recipe.samples
         if not wanted.prompts:
             return
-        picture = self.sample_sheet(transformer)
+        try:
+            picture = self.sample_sheet(transformer)
+        except NotFiniteError as error:  # a run is worth more than a sheet, and would meet it again when resumed
+            say(f"step {step}: no sample sheet: {error}", err=True)
+            return
         if self._board is not None:
             self._board.add_sheet(step, picture)
         save_png(picture, Path(self.recipe.out) / SHEETS / f"{checkpoint.step_name(step)}.png")

@@ -13,6 +13,8 @@ from accelerate import cpu_offload
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
+from libreflux.model.kept import dtype_of
+
 BLOCKS = ("T5Block", "CLIPEncoderLayer")
 """Classes whose weights come and go together; of other modules each has its own."""
 
@@ -23,11 +25,12 @@ def run_by_block(model: nn.Module, device: torch.device | str, dtype: torch.dtyp
     Args:
         model: on the CPU; its weights are kept as they are, mapped or not, and seem to lie on "meta" from here on.
         device: what computes. Inputs may be elsewhere; the output goes back to where they are.
-        dtype: what the floating weights are computed in, converted on the device; None: as they are stored.
+        dtype: what the floating weights are computed in, converted on the device, but for what stays in fp32
+            (`kept.dtype_of`); None: as they are stored.
     """
     resting = dict(model.state_dict())
     for name, tensor in list(model.named_parameters(remove_duplicate=False)):  # tied weights by each of their names
-        wide = dtype if tensor.is_floating_point() else None
+        wide = dtype_of(model, name, dtype) if dtype is not None and tensor.is_floating_point() else None
         set_module_tensor_to_device(model, name, "meta", dtype=wide, clear_cache=False)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     cpu_offload(

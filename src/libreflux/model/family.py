@@ -21,6 +21,7 @@ from libreflux.errors import ModelError, RecipeError
 from libreflux.files import atomic_write_json, sha256_file, staged_dir
 from libreflux.model.device import pick_device, pick_dtype
 from libreflux.model.facts import Facts, find_facts, read_facts, tell_facts, write_facts
+from libreflux.model.finite import check_weights
 from libreflux.model.int8 import dequantise_model, int8_layers
 from libreflux.model.int8_files import METHOD, empty_int8, load_int8, stored_as, stream_int8, weight_files, write_int8
 from libreflux.model.load import load_part, load_t5_tokenizer, load_text, one_line, quiet
@@ -114,6 +115,7 @@ def open_model(
     Raises:
         RecipeError: a dtype or a quantise that is none.
         ModelError: no such model, a part of another kind, or a damaged one.
+        NotFiniteError: a weight is NaN or infinite.
     """
     if unknown := set(parts) - set(ALL):
         raise ValueError(f"unknown parts {sorted(unknown)}, wanted some of {ALL}")
@@ -167,6 +169,7 @@ def open_model(
             model.text = load_text(places, dtype, device, by_block=text_by_block)
     if model.transformer is not None:
         tell_facts(model.transformer, model.facts)
+    _check_finite(model, path)
     check_fit(path, model.transformer, model.vae, model.text)
     return model
 
@@ -207,8 +210,20 @@ def _open_files(
             model.vae = load_part(AutoencoderKL, vae, dtype, device)
         if "text" in parts:
             model.text = load_text(where, dtype, device, by_block=text_by_block)
+    _check_finite(model, where | {"transformer": files.transformer})
     check_fit(files.transformer, model.transformer, model.vae, model.text)
     return model
+
+
+def _check_finite(model: Model, where: Path | Mapping[str, Path | TensorFile]) -> None:
+    """Before anything is computed: attention makes nothing of a NaN in q or k, and the picture looks like another.
+
+    Text encoders of which only one block is in memory at a time are not read for it.
+    """
+    for part, module in _live_parts(model).items():
+        if isinstance(module, torch.nn.Module):
+            place = where / part if isinstance(where, Path) else where[part]
+            check_weights(module.state_dict(), place.path if isinstance(place, TensorFile) else place)
 
 
 def _places(files: SingleFiles, wanted: Sequence[str]) -> dict[str, Path | TensorFile]:
@@ -261,10 +276,14 @@ def save_model(model: Model, out: Path, extras: Mapping[str, str] | None = None)
 
     Raises:
         ModelError: a part is neither in memory nor on disk.
+        NotFiniteError: a weight in memory is not finite.
         RunError: `out` exists.
     """
     with staged_dir(Path(out)) as staging, quiet():
         live = _live_parts(model)
+        for part, module in live.items():  # again: it was merged, or trained
+            if isinstance(module, torch.nn.Module):
+                check_weights(module.state_dict(), f"{model.name}, {part}")
         for part in PARTS:
             if part == "transformer" and part in live and int8_layers(live[part]):
                 write_int8(staging / part, json.loads(live[part].to_json_string()), live[part].state_dict().items())

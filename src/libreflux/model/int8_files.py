@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from libreflux.errors import ModelError
@@ -22,6 +21,7 @@ from libreflux.files import atomic_save_safetensors, atomic_write_json
 from libreflux.model.int8 import Int8Linear, int8_layers, quantise_model, quantise_weight
 from libreflux.model.locate import INT8
 from libreflux.model.parts import named, reading, shard_files, visible, weight_variant
+from libreflux.model.ranges import RangedFile
 
 METHOD = INT8
 SHARD_BYTES = 500_000_000  # what a writer holds in memory
@@ -106,6 +106,7 @@ def load_int8(
         ModelError: see `stream_int8`.
     """
     transformer = empty_int8(folder)
+    transformer.register_to_config(_name_or_path=str(folder))  # as diffusers does, for errors
     for name, tensor in stream_int8(folder, transformer, device):
         path, _, attribute = name.rpartition(".")
         module = transformer.get_submodule(path)
@@ -192,15 +193,15 @@ def _weight_map(folder: Path) -> dict[str, Path]:
     names = (f"{_WEIGHTS}.safetensors.index.json", f"{_WEIGHTS}.safetensors")
     index, single = (folder / named(name, weight_variant(folder)) for name in names)
     if not index.is_file():
-        with reading(single), safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), single)
+        with reading(single):
+            return dict.fromkeys(RangedFile(single).ranges, single)
     return shard_files(index, neighbours=True)
 
 
 def _read(file: Path, name: str) -> Tensor:
-    """One tensor, mapped. The file is opened for it alone: while one is open, all that was read of it is in memory."""
-    with reading(file), safe_open(file, framework="pt") as tensors:
-        return tensors.get_tensor(name)
+    """One tensor, mapped alone."""
+    with reading(file):
+        return RangedFile(file).read(name)
 
 
 def _check(name: str, tensor: Tensor, wanted: Tensor, folder: Path) -> None:

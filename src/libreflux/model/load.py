@@ -16,6 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from libreflux.errors import LibrefluxError, ModelError
 from libreflux.model.by_block import run_by_block
 from libreflux.model.parts import COPY, check_part, check_tokenizer, named, visible, weight_variant
+from libreflux.model.ranges import RangedFile
 from libreflux.model.single_file import TensorFile, file_config, load_text_encoder
 from libreflux.model.text import TextEncoders
 
@@ -79,7 +80,7 @@ def _load_encoder(
 ) -> Any:
     """`as_stored`: in the narrowest dtype that loses nothing of the file."""
     if isinstance(place, TensorFile):
-        return load_text_encoder(place, part, file_config(place, part), None if as_stored else dtype, device)
+        return load_text_encoder(place, part, file_config(place, part), dtype, device, as_stored=as_stored)
     check_part(place)
     if as_stored:
         dtype = functools.reduce(torch.promote_types, _stored_dtypes(place))
@@ -115,21 +116,17 @@ def _check_keys(folder: Path, found: dict[str, Any], kinds: Sequence[str]) -> No
 
 def _stored_dtypes(folder: Path) -> list[torch.dtype]:
     """The dtypes of a part's floating tensors, in the files that are read, the first one's first; fp32 for none."""
-    from safetensors import safe_open
-
     found: dict[torch.dtype, None] = {}
     single = folder / named("diffusion_pytorch_model.safetensors", weight_variant(folder))
     for file in [single] if single.is_file() else visible(folder, "*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            for name in sorted(tensors.keys()):
-                dtype = tensors.get_slice(name).get_dtype()
-                if dtype in _DTYPES:
-                    found[_DTYPES[dtype]] = None
+        for _, stored in sorted(RangedFile(file).ranges.items()):
+            if stored.dtype in _DTYPES:
+                found[stored.dtype] = None
     return list(found) or [torch.float32]
 
 
 _ENCODERS: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @contextlib.contextmanager

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL, FluxTransformer2DModel
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from libreflux import plainjson
 from libreflux.errors import ModelError
+from libreflux.model.formats import check_plain
 from libreflux.model.locate import FOREIGN_MEND, foreign_format
+from libreflux.model.ranges import RangedFile
 from libreflux.model.text import TextEncoders
 from libreflux.printing import get_logger
 
@@ -92,8 +94,11 @@ def check_part(folder: Path, *, neighbours: bool = False) -> None:
         files |= set(shard_files(index, neighbours=neighbours).values())
     stored = 0
     for file in sorted(files):
-        with reading(file), safe_open(file, framework="pt") as tensors:
-            stored += len(tensors.keys())
+        with reading(file):
+            ranges = RangedFile(file).ranges
+        stored += len(ranges)
+        if not config.get("quantization_config"):
+            check_plain(ranges, file)
     check_layers(config, folder / "config.json", stored or MOST_LAYERS)
 
 

@@ -11,15 +11,16 @@ from typing import Any, cast
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, FluxTransformer2DModel
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from libreflux import plainjson
 from libreflux.errors import ModelError
 from libreflux.model.int8 import int8_layers, quantise_model, quantise_weight
+from libreflux.model.kept import dtype_of
 from libreflux.model.keys import BFL_BLOCKS, Row, config_of, count_blocks, renamed, transformer_rows, vae_rows
 from libreflux.model.parts import check_layers
+from libreflux.model.tensor_file import TensorFile
 from libreflux.printing import get_logger
 
 logger = get_logger(__name__)
@@ -36,22 +37,7 @@ _COMFYUI = {
     "text_encoder_2": "t5xxl*.safetensors",
     "vae": "ae*.safetensors",
 }
-_PREFIXES = {
-    "transformer": ("model.diffusion_model.", "diffusion_model.", ""),
-    "text_encoder": ("text_encoders.clip_l.transformer.text_model.", "text_model.", ""),
-    "text_encoder_2": ("text_encoders.t5xxl.transformer.", ""),
-    "vae": ("first_stage_model.", "vae.", ""),
-}
-"""Where a part's names may begin; the last is its own file's."""
-_NOT_USED = {
-    "text_encoder": ("logit_scale", "text_projection.", "embeddings.position_ids"),
-    "text_encoder_2": ("decoder.", "lm_head.", "encoder.embed_tokens.", "spiece_model"),
-}
-"""What full CLIP and T5 files hold besides the encoder."""
 _KIND = "the file is of another kind of model"
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_FP8_SCALES = (".scale_weight", ".weight_scale")
-_FP8_REST = (*_FP8_SCALES, ".scale_input", ".input_scale", "scaled_fp8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,52 +107,6 @@ def find_comfyui(folder: Path, *, transformer: Path | None = None, base: str | N
     return SingleFiles(**{**found, "transformer": transformer or found["transformer"]}, base=base)  # type: ignore[arg-type]
 
 
-class TensorFile:
-    """The tensors of one part in a safetensors file, without the prefix that they have there; fp8 is read as bf16.
-
-    Args:
-        path: the file.
-        part: transformer, text_encoder, text_encoder_2 or vae.
-
-    Raises:
-        ModelError: the file is missing or damaged.
-    """
-
-    def __init__(self, path: Path, part: str) -> None:
-        self.path = path
-        with self._open() as file:
-            self.metadata: dict[str, str] = dict(file.metadata() or {})
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        self.prefix = next((one for one in _PREFIXES[part] if any(name.startswith(one) for name in shapes)), "")
-        if any(".absmax" in name or ".quant_state" in name for name in shapes):
-            mend = "use the bf16 or fp8 file; `libreflux export --int8` makes it small"
-            raise ModelError("is quantised by bitsandbytes", where=path, mend=mend)
-        self._stored = {name[len(self.prefix) :]: name for name in shapes if name.startswith(self.prefix)}
-        left_out = _NOT_USED.get(part, ())
-        names = [n for n in self._stored if not n.startswith(left_out) and not n.endswith(_FP8_REST)]
-        self.shapes = {name: shapes[self._stored[name]] for name in sorted(names)}
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, mapped from the file where it is not fp8."""
-        with self._open() as file:
-            tensor: Tensor = file.get_tensor(self._stored[name])
-            if tensor.dtype not in _FP8:
-                return tensor
-            layer = name.removesuffix(".weight")
-            scales = [self._stored[layer + one] for one in _FP8_SCALES if layer + one in self._stored]
-            wide = tensor.float()
-            return (wide * file.get_tensor(scales[0]).float() if scales else wide).to(torch.bfloat16)
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[Any]:
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                yield file
-        except (OSError, SafetensorError) as error:
-            mend = "the file is missing or damaged: copy or download it again"
-            raise ModelError(f"cannot be read ({error})", where=self.path, mend=mend) from error
-
-
 def transformer_config(file: TensorFile, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The configuration of the transformer in a file: as its own metadata say, else by its shapes.
 
@@ -180,6 +120,7 @@ def transformer_config(file: TensorFile, base: Mapping[str, Any] | None = None) 
     if own := file.metadata.get("transformer_config"):
         with _built(file.path):
             return _told_config(own, file)
+    file.check_formats()
     try:
         config = config_of(_shapes(file))
     except ModelError as error:
@@ -204,7 +145,7 @@ def load_transformer(
     Args:
         file: of the transformer.
         config: see `transformer_config`.
-        dtype: of what is not int8; None keeps what is stored.
+        dtype: of what is not int8; None: the file's main one, see `TensorFile.dtype`.
         quantise: in int8, tensor by tensor.
         device: where to.
 
@@ -213,7 +154,8 @@ def load_transformer(
     """
     with _built(file.path), torch.device("meta"):
         empty = FluxTransformer2DModel.from_config(dict(config))
-    wanted = empty.state_dict()
+    empty.register_to_config(_name_or_path=str(file.path))  # as diffusers does, for errors
+    wanted, dtype = empty.state_dict(), dtype or file.dtype
     int8 = set(quantise_model(empty)) if quantise else set()
     for name, tensor in _tensors(file, _rows(file), wanted):
         layer, _, attribute = name.rpartition(".")
@@ -223,7 +165,7 @@ def load_transformer(
             _place(empty, name, q)
             _place(empty, f"{layer}.scale", scale)
         else:
-            _place(empty, name, tensor if dtype is None else tensor.to(dtype))
+            _place(empty, name, tensor.to(dtype))
     assert not int8 or int8 == set(int8_layers(empty))
     return empty.requires_grad_(False).eval()
 
@@ -240,7 +182,7 @@ def load_vae(
     wanted = vae.state_dict()
     own = any(".down_blocks." in name for name in file.shapes)
     rows = [] if own else vae_rows(len(vae.config.block_out_channels), vae.config.layers_per_block)
-    return cast(AutoencoderKL, _filled(vae, _tensors(file, rows, wanted), dtype, device))
+    return cast(AutoencoderKL, _filled(vae, _tensors(file, rows, wanted), dtype or file.dtype, device))
 
 
 def load_text_encoder(
@@ -249,8 +191,18 @@ def load_text_encoder(
     config: Mapping[str, Any],
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    *,
+    as_stored: bool = False,
 ) -> CLIPTextModel | T5EncoderModel:
     """CLIP (`text_encoder`) or T5 (`text_encoder_2`) in a file with transformers' names.
+
+    Args:
+        file: of the encoder.
+        part: which.
+        config: see `file_config`.
+        dtype: of all but what `kept.dtype_of` keeps in fp32; None: the file's main one.
+        device: where to.
+        as_stored: each tensor in the dtype that it has in the file, for whoever converts it before it computes.
 
     Raises:
         ModelError: see `load_transformer`.
@@ -261,7 +213,7 @@ def load_text_encoder(
         )
     tied = set(model.all_tied_weights_keys)
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    model = _filled(model, _tensors(file, [], wanted), dtype, device)
+    model = _filled(model, _tensors(file, [], wanted), None if as_stored else dtype or file.dtype, device)
     model.tie_weights()
     return model
 
@@ -284,7 +236,7 @@ def _filled(
 ) -> Any:
     for name, tensor in tensors:
         tensor = tensor.to(device)
-        _place(model, name, tensor if dtype is None else tensor.to(dtype))
+        _place(model, name, tensor if dtype is None else tensor.to(dtype_of(model, name, dtype)))
     for name, buffer in list(model.named_buffers()):  # those that no file holds
         _place(model, name, buffer.to(device))
     return model.requires_grad_(False).eval()
@@ -313,6 +265,7 @@ def _shapes(file: TensorFile) -> dict[str, tuple[int, ...]]:
 
 
 def _tensors(file: TensorFile, rows: Sequence[Row], wanted: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    file.check_formats()
     same = [Row(name, (name,)) for name in wanted]
     try:
         yield from renamed(rows or same, wanted, file.read, list(file.shapes))

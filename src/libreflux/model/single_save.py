@@ -15,6 +15,7 @@ from torch import Tensor
 from libreflux.errors import ModelError
 from libreflux.files import staged_dir
 from libreflux.model.family import Model
+from libreflux.model.finite import each_finite
 from libreflux.model.int8 import int8_layers
 from libreflux.model.keys import OWN_BLOCKS, Row, count_blocks, transformer_rows, vae_rows
 from libreflux.model.single_file import FACTS_KEY, TOKENIZERS
@@ -95,7 +96,8 @@ def _write(path: Path, rows: Sequence[Row], state: Mapping[str, Tensor], metadat
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for row in used:
-            yield row.bfl, row.join([state[part] for part in row.parts])
+            parts = [(part, state[part]) for part in row.parts]
+            yield row.bfl, row.join([tensor for _, tensor in each_finite(parts, path.name)])
 
     stream_safetensors(path, layout, tensors(), {"format": "pt", **metadata})
 

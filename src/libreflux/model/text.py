@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from libreflux.errors import ModelError
+from libreflux.model.kept import cast, keep_wide
 from libreflux.model.numerics import pinned
 from libreflux.printing import get_logger
 
@@ -114,11 +115,13 @@ class TextEncoders:
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
         self.tokenizer_2, self.text_encoder_2 = tokenizer_2, text_encoder_2
         self.by_block = by_block
+        for encoder in (text_encoder, text_encoder_2):
+            keep_wide(encoder)  # whoever cast them as a whole: T5 in fp16 overflows
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextEncoders:
-        """Moves both encoders, in place."""
+        """Moves both encoders, in place; what transformers keeps in fp32 stays so."""
         for encoder in (self.text_encoder, self.text_encoder_2):
-            torch.nn.Module.to(encoder, device=device, dtype=dtype)
+            cast(encoder, device, dtype)
         return self
 
     def encode(

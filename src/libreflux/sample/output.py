@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from libreflux.model.latents import TILE_ABOVE, decode, stride
+from libreflux.sample.finite import check_pixels
 
 
 def decoded(vae: AutoencoderKL, latents: Tensor, tile: bool | None = None) -> Tensor:
@@ -17,6 +18,9 @@ def decoded(vae: AutoencoderKL, latents: Tensor, tile: bool | None = None) -> Te
         vae: FLUX's or one of its shape; left as it was.
         latents: normalised.
         tile: diffusers' tiled decoding, whose tiles have the size that the VAE was made for; None: above `TILE_ABOVE`.
+
+    Raises:
+        NotFiniteError: the pixels overflow or are NaN.
     """
     large = max(latents.shape[-2:]) * stride(vae) > TILE_ABOVE
     before = vae.use_tiling
@@ -26,6 +30,7 @@ def decoded(vae: AutoencoderKL, latents: Tensor, tile: bool | None = None) -> Te
         pixels = torch.cat([decode(vae, one[None]) for one in latents]).float()
     finally:
         vae.use_tiling = before
+    check_pixels(pixels, vae)
     return (pixels / 2 + 0.5).clamp(0, 1)
 
 

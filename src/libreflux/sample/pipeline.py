@@ -19,6 +19,7 @@ from libreflux.flow.solve import Step
 from libreflux.model import latents as latent_space
 from libreflux.model.text import TextConditioning, TextEncoders
 from libreflux.sample.encoding import encode_prompts, listed, matched
+from libreflux.sample.finite import blamed
 from libreflux.sample.guidance import BatchCfg, GuidedVelocity
 from libreflux.sample.noise import Generators, start
 from libreflux.sample.output import decoded, to_pil
@@ -166,6 +167,7 @@ class LibreFluxPipeline(FluxParts):
         Raises:
             RecipeError: a value out of range.
             ModelError: an embedded guidance for a model without, conditioning that cannot be made.
+            NotFiniteError: latents or pixels overflow, or are NaN.
         """
         job = self._prepare({name: value for name, value in locals().items() if name != "self"})
         x = job.x
@@ -175,7 +177,8 @@ class LibreFluxPipeline(FluxParts):
                 if callback_on_step is not None:
                     callback_on_step(step)
                 progress.update()
-        images = self._finish(latent_space.unpack(x, job.rows, job.columns), output_type, tile)
+        with blamed(job.field):
+            images = self._finish(latent_space.unpack(x, job.rows, job.columns), output_type, tile)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)  # type: ignore[return-value]  # as diffusers' pipelines do
@@ -202,7 +205,9 @@ class LibreFluxPipeline(FluxParts):
             for step in walk(self, job):
                 x0 = x0_from_velocity(step.x, step.velocity, step.sigma_next)
                 latents = latent_space.unpack(x0, job.rows, job.columns)
-                yield step, to_pil(decoded(self.vae, latents, given["tile"]))
+                with blamed(job.field):
+                    pixels = decoded(self.vae, latents, given["tile"])
+                yield step, to_pil(pixels)
         finally:
             self.maybe_free_model_hooks()
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from libreflux.errors import RecipeError
 from libreflux.flow.solve import Step, euler
+from libreflux.sample.finite import check_latents
 from libreflux.sample.guidance import GuidedVelocity
 
 TENSORS = ("latents", "prompt_conditioning", "negative_conditioning")
@@ -50,7 +51,11 @@ class Job:
 
 @torch.no_grad()
 def walk(pipe: Interruptible, job: Job) -> Iterator[Step]:
-    """The steps of `flow.solve.euler`; the last one is where the ladder ends, or where `pipe` was interrupted."""
+    """The steps of `flow.solve.euler`; the last one is where the ladder ends, or where `pipe` was interrupted.
+
+    Raises:
+        NotFiniteError: the latents overflow or are NaN.
+    """
     pipe.interrupt = False
     x = job.x
     for index in range(len(job.sigmas) - 1):
@@ -59,6 +64,8 @@ def walk(pipe: Interruptible, job: Job) -> Iterator[Step]:
         if job.callback is not None:
             step = dataclasses.replace(step, x=_called_back(pipe, job, step))
         x = step.x
+        if index in (0, len(job.sigmas) - 2):  # at the first, lest the others are computed for nothing
+            check_latents(x, job.field)
         yield step
         if pipe.interrupt:
             return
