@@ -145,7 +145,7 @@ def open_model(
         raise ModelError(
             "guidance_embeds in libreflux.json is not the transformer's", where=path, mend="correct the file"
         )
-    in_int8 = stored_as(config, path) == METHOD
+    in_int8 = stored_as(config, path / "transformer" / "config.json") == METHOD
     with quiet():
         if (scheduler := part_folder(path, "scheduler")).is_dir():
             steps = json_object(scheduler / "scheduler_config.json").get("num_train_timesteps", 1000)
