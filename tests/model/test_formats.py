@@ -146,6 +146,7 @@ REFUSED: dict[str, tuple[Callable[[Tensors], dict[str, str] | None], str]] = {
     "integers": (_with(torch.ones(32, 32, dtype=torch.int32)), "stores I32"),
     "a scale for what is dense": (_with(torch.ones(32, 32), weight_scale=torch.tensor(2.0)), "scales F32"),
     "a damaged mark": (_with(EIGHT, comfy_quant=torch.ones(3, dtype=torch.uint8)), "cannot read how it is quantised"),
+    "a mark that is too long": (_with(EIGHT, comfy_quant=torch.zeros(20_000, dtype=torch.uint8)), "has 20000 bytes"),
     "bitsandbytes": (lambda tensors: tensors.update({"img_in.weight.absmax": torch.ones(2)}), "bitsandbytes"),
 }
 

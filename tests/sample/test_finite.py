@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from libreflux.adapter.files import attach_file, load_adapter
 from libreflux.adapter.merge import merge
 from libreflux.cli.training import ShowTraining
+from libreflux.errors import AdapterError
 from libreflux.model.family import Model, open_model, save_model
 from libreflux.model.finite import NotFiniteError, is_finite
 from libreflux.model.single_file import SingleFiles
@@ -99,15 +101,33 @@ def test_what_attention_would_swallow(tiny_model_dir: Path, tmp_path: Path, laye
         open_model(SingleFiles(transformer=single, base=str(tiny_model_dir)), parts=("transformer",))
 
 
+def strengthened(pipe: LibreFluxPipeline, file: Path, weight: float) -> None:
+    for layer in attach_file(pipe.transformer, file).layers.values():
+        layer.strength = weight  # an adapter of a weight like this is not attached
+
+
 def test_finite_numbers_that_overflow(tiny_model_dir: Path, wide_lora: Path) -> None:
-    for output in ("pil", "latent"):
-        with pytest.raises(NotFiniteError, match=r"wide_lora\.safetensors at weight 1e\+38: .*overflows"):
-            draw(tiny_model_dir, lambda pipe: attach_file(pipe.transformer, wide_lora, 1e38), output_type=output)
-    with pytest.raises(NotFiniteError, match=r"wide_lora\.safetensors at weight 1e\+30: .*overflows"):
-        draw(tiny_model_dir, lambda pipe: attach_file(pipe.transformer, wide_lora, 1e30))  # finite latents, no pixels
+    for weight, outputs in ((1e38, ("pil", "latent")), (1e30, ("pil",))):  # the second: finite latents, no pixels
+        for output in outputs:
+            with pytest.raises(NotFiniteError, match=rf"wide_lora\.safetensors at weight {re.escape(f'{weight:g}')}: "):
+                draw(tiny_model_dir, lambda pipe, w=weight: strengthened(pipe, wide_lora, w), output_type=output)
     with pytest.raises(NotFiniteError, match=r"guidance 1e\+38: the picture overflows"):
         draw(tiny_model_dir, guidance_scale=1e38, num_inference_steps=4)
     draw(tiny_model_dir, lambda pipe: attach_file(pipe.transformer, wide_lora, 2.0), guidance_scale=30.0)  # odd, drawn
+
+
+@pytest.mark.parametrize("use", ["attach", "merge"])
+@pytest.mark.parametrize("inside", [False, True], ids=["the weight", "numbers in the file"])
+def test_an_adapter_of_absurd_numbers(tiny_model_dir: Path, lora: Path, use: str, inside: bool) -> None:
+    """On q the model's own norms would hide it: 1e30 squared is infinite, and its inverse is 0."""
+    if inside:
+        save_file({name: 1e15 * tensor for name, tensor in load_file(lora).items()}, lora)
+    transformer, weight = opened(tiny_model_dir).transformer, 1.0 if inside else 1e30
+    assert transformer is not None
+    before = transformer.get_submodule(LAYER).weight.detach().clone()
+    with pytest.raises(AdapterError, match=rf"some_lora\.safetensors, {LAYER}: at weight .* which overflows"):
+        (attach_file if use == "attach" else merge)(transformer, load_adapter(lora), weight)
+    assert torch.equal(transformer.get_submodule(LAYER).weight, before)
 
 
 def test_an_adapter_that_became_nan_is_named(tiny_model_dir: Path, wide_lora: Path) -> None:
@@ -139,7 +159,7 @@ def test_merging_writes_nothing_that_is_not_finite(tiny_model_dir: Path, lora: P
     assert half.transformer is not None
     half.transformer.half()
     with pytest.raises(NotFiniteError, match=rf"some_lora\.safetensors, {LAYER}: the sum is not finite"):
-        merge(half.transformer, load_adapter(lora), 1e5)  # fp32 holds the sum, fp16 does not
+        merge(half.transformer, load_adapter(lora), 1.5e4)  # fp32 holds the sum, fp16 does not
     assert is_finite(half.transformer.get_submodule(LAYER).weight)
 
 

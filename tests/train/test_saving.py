@@ -20,10 +20,10 @@ from libreflux.model.stream import save_live
 from libreflux.recipe import Recipe
 from libreflux.train import checkpoint, saving
 from libreflux.train.callbacks import Callbacks
-from libreflux.train.estimate import LiveBytes
 from libreflux.train.loop import _open
 from libreflux.train.optimizer8 import AdamW8bit
 from libreflux.train.ranks import Ranks
+from libreflux.train.trace import LiveBytes
 
 
 def test_neither_device_nor_host_holds_a_second_copy_while_saving(

@@ -22,7 +22,7 @@ from libreflux import plainjson
 from libreflux.adapter import peft
 from libreflux.adapter.init import Kind, init_lokr, init_lora
 from libreflux.adapter.layers import AdaptedLinear, LoKr, LoRA, delta_from_tensors, features, linears
-from libreflux.adapter.reading import prepared
+from libreflux.adapter.reading import check_strength, prepared
 from libreflux.adapter.spelling import LYCORIS, lycoris_name, read_names
 from libreflux.adapter.targets import Resolved
 from libreflux.errors import AdapterError
@@ -320,7 +320,8 @@ def attach_file(
         dtype: of the adapter's parameters; None keeps the file's.
 
     Raises:
-        AdapterError: the file is broken, or does not fit this model; the model is then as before.
+        AdapterError: the file is broken, does not fit this model, or changes it beyond all numbers; the model is then
+            as before.
     """
     found = linears(transformer)
     layers = {}
@@ -328,6 +329,7 @@ def attach_file(
     for name, tensors in file.by_layer(found).items():
         base = found[name]
         delta = delta_from_tensors(tensors, *features(base), f"{file.where}, {name}", dtype=dtype)
+        check_strength(delta, weight, f"{file.where}, {name}")
         layers[name] = AdaptedLinear(base, delta.to(device=_device(base)), weight)
         layers[name].origin = file.where
     return _install(transformer, {name: layers[name] for name in found if name in layers})

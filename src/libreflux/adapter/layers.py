@@ -173,9 +173,7 @@ class AdaptedLinear(nn.Module):
         # base before delta: diffusers takes a model's dtype from its first parameter, which must not be the adapter's.
         self.base = base.requires_grad_(False)
         self.delta = delta
-        self.strength = float(weight)
-        self.origin = ""
-        self.enabled = True
+        self.strength, self.enabled, self.origin = float(weight), True, ""
         self.in_features, self.out_features = features(base)
 
     def forward(self, x: Tensor) -> Tensor:

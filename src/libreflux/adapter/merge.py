@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from libreflux.adapter.files import Adapter, AdapterFile
 from libreflux.adapter.layers import delta_from_tensors, delta_weight, dense_weight, features, linears
+from libreflux.adapter.reading import check_strength
 from libreflux.errors import AdapterError
 from libreflux.model.finite import NotFiniteError, is_finite
 
@@ -33,7 +34,8 @@ def merge_many(transformer: nn.Module, adapters: Sequence[tuple[Source, float]])
         Names of the changed layers, in the model's order.
 
     Raises:
-        AdapterError: a tensor fits no layer, or a layer is quantised or adapted; nothing was changed then.
+        AdapterError: a tensor fits no layer, an adapter changes one beyond all numbers, or a layer is quantised or
+            adapted; nothing was changed then.
         NotFiniteError: a sum overflows, or was NaN before; the layers before it are changed.
     """
     found = linears(transformer)
@@ -46,8 +48,8 @@ def merge_many(transformer: nn.Module, adapters: Sequence[tuple[Source, float]])
         raise AdapterError("no adapter to merge", mend="name at least one adapter file")
     for name, rows in parts.items():  # every refusal before the first change
         dense_weight(found[name], name)
-        for tensors, _, where in rows:
-            delta_from_tensors(tensors, *features(found[name]), where)
+        for tensors, weight, where in rows:
+            check_strength(delta_from_tensors(tensors, *features(found[name]), where), weight, where)
     changed = [name for name in found if name in parts]
     for name in changed:
         weight_matrix = dense_weight(found[name], name)

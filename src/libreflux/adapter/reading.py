@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from libreflux.adapter.layers import LoKr, LoRA, delta_norm
 from libreflux.errors import AdapterError
 from libreflux.model.finite import DAMAGED, NotFiniteError, not_finite
 from libreflux.printing import get_logger
@@ -18,6 +19,25 @@ _TEXT = ("lora_te", "text_encoder", "te1.", "te2.", "bundle_emb.")
 _WHOLE = (".diff", ".diff_b")
 """Differences of whole weights and biases. ComfyUI saves them for layers that its LoRA does not touch: zeros."""
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+_LARGEST = 1e6
+"""Of weight * ||delta||: a thousand times the norm of any layer of FLUX. Norms within the model would overflow, and
+hide it: the picture is finite and of nothing."""
+
+
+def check_strength(delta: LoKr | LoRA, weight: float, where: str) -> None:
+    """Raises AdapterError where an adapter changes a layer beyond all numbers that a model computes with.
+
+    Args:
+        delta: the layer's.
+        weight: strength of the adapter.
+        where: the file and the layer.
+    """
+    change = abs(weight) * delta_norm(delta)
+    if not change <= _LARGEST:
+        what = f"at weight {weight:g} it changes the layer by {change:.2g} (Frobenius norm), which overflows"
+        raise AdapterError(what, where=where, mend="use a weight near 1, or an adapter that is not damaged")
 
 
 def prepared(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:

@@ -104,8 +104,9 @@ def open_model(
     Args:
         name: see `locate`; or single files.
         parts: any of "transformer", "vae", "text".
-        dtype: of the weights, in an int8 transformer of those that are not int8; torch's or its name ("bfloat16",
-            "bf16"); None keeps what is stored.
+    dtype: of the weights, in an int8 transformer of those that are not int8; torch's or its name ("bfloat16",
+        "bf16"); None keeps what is stored, in a single file of several dtypes the one that most numbers have. What
+        the libraries keep in fp32 stays so.
         quantise: True: the transformer in int8, quantised tensor by tensor if it is stored otherwise; False: dense,
             scale * q where it is stored in int8; None: as stored.
         device: where to; "auto" as in `device.pick_device`.

@@ -31,6 +31,7 @@ _READ = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise", "float8_e5m2_r
 _READ_INT8 = ("int8_tensorwise", "int8_rowwise")
 _IDLE = ("format", "full_precision_matrix_mult", "convrot_groupsize", "orig_dtype", "orig_shape")
 """What a mark may say without another meaning of the weight."""
+_LONGEST_MARK = 10_000
 _OTHERS = {
     ".absmax": "bitsandbytes",
     ".quant_state": "bitsandbytes",
@@ -64,9 +65,10 @@ def marks(
         found = {stored.get(str(layer), str(layer)): dict(mark) for layer, mark in told.items()}
         for name, full in layers.items():
             if name.endswith(MARK):
-                found[name.removesuffix(MARK)] = dict(
-                    plainjson.parse(bytes(read(full).view(torch.uint8).tolist()).decode())
-                )
+                raw = read(full)
+                if raw.nbytes > _LONGEST_MARK:
+                    raise ValueError(f"{name} has {raw.nbytes} bytes")
+                found[name.removesuffix(MARK)] = dict(plainjson.parse(bytes(raw.view(torch.uint8).tolist()).decode()))
         return found
     except (ValueError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
         mend = "the file is damaged: copy or download it again"

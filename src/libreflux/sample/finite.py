@@ -62,11 +62,12 @@ def _told(field: GuidedVelocity) -> NotFiniteError:
     strongest = max(adapted, key=lambda one: abs(one.strength), default=None)
     weight = 0.0 if strongest is None else abs(strongest.strength)
     overflow = "the picture overflows: its numbers are not finite"
-    if strongest is not None and weight > max(_LARGE, field.scale):
+    guidance = max(field.scale, field.embedded_guidance or 0.0)
+    if strongest is not None and weight > max(_LARGE, guidance):
         where = f"{strongest.origin or 'an adapter'} at weight {strongest.strength:g}"
         return NotFiniteError(overflow, where=where, mend="use a weight near 1")
-    if field.scale > _LARGE:
-        return NotFiniteError(overflow, where=f"guidance {field.scale:g}", mend="use a guidance near 3")
+    if guidance > _LARGE:
+        return NotFiniteError(overflow, where=f"guidance {guidance:g}", mend="use a guidance near 3")
     if transformer.dtype == torch.float16:
         return NotFiniteError(overflow, where=name_of(transformer), mend="FLUX leaves the range of fp16: use bf16")
     mend = "lower the guidance and the adapters' weights; without them, the model's file is damaged"
