@@ -16,7 +16,8 @@ from safetensors.torch import save, save_file
 
 from libreflux.emoji.build.tokenizers import build_clip_tokenizer
 from libreflux.model import int8_files
-from libreflux.model.family import open_model, quantise_folder
+from libreflux.model.family import open_model
+from libreflux.model.quantise import quantise_folder
 from tiny import CAPTIONS, make_published_layout, tiny_transformer, tiny_vae
 
 Damage = Callable[[Path], object]

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import libreflux
-from libreflux.model.family import quantise_folder
+from libreflux.model.quantise import quantise_folder
 from libreflux.sample.metadata import read_origin
 
 

@@ -21,7 +21,7 @@ from libreflux.adapter.merge import merge
 from libreflux.adapter.targets import Target, resolve
 from libreflux.errors import AdapterError, ModelError, RunError
 from libreflux.model import int8, int8_files
-from libreflux.model.family import Model, open_model, quantise_folder, read_facts, save_model, weights_hash
+from libreflux.model.family import Model, open_model, read_facts, save_model, weights_hash
 from libreflux.model.int8 import (
     Int8Linear,
     dense_weight,
@@ -32,6 +32,7 @@ from libreflux.model.int8 import (
     quantise_weight,
 )
 from libreflux.model.latents import image_ids
+from libreflux.model.quantise import quantise_folder
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
 from tiny import tiny_transformer
@@ -431,7 +432,7 @@ def test_damage_is_named_and_leaves_no_folder(damage: list[Path], tmp_path: Path
 MEASURE = """
 import sys
 from pathlib import Path
-from libreflux.model import family, int8_files
+from libreflux.model import int8_files, quantise
 from libreflux.model.int8_files import empty_int8, load_int8
 
 def peak():  # of this program alone; getrusage's also counts the process that started it
@@ -441,7 +442,7 @@ int8_files.SHARD_BYTES = 50_000_000
 source, out = Path(sys.argv[1]), Path(sys.argv[2])
 empty_int8(source / "transformer")
 start = peak()
-family.quantise_folder(source, out)
+quantise.quantise_folder(source, out)
 written = peak()
 held = load_int8(source / "transformer")
 print(start, written, peak())

@@ -118,7 +118,8 @@ def _export_adapter(text: str, program: str, out: Path, rank: int | None) -> Non
 
 
 def _export_model(name: str | SingleFiles, program: str | None, out: Path) -> None:
-    from libreflux.model.family import open_model, quantise_folder, save_model
+    from libreflux.model.family import open_model, save_model
+    from libreflux.model.quantise import quantise_folder
     from libreflux.model.single_save import save_files, save_transformer
 
     if program is None:

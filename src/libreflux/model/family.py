@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from libreflux.model.device import pick_device, pick_dtype
 from libreflux.model.facts import Facts, find_facts, read_facts, tell_facts, write_facts
 from libreflux.model.finite import check_weights
 from libreflux.model.int8 import dequantise_model, int8_layers
-from libreflux.model.int8_files import METHOD, empty_int8, load_int8, stored_as, stream_int8, weight_files, write_int8
+from libreflux.model.int8_files import METHOD, load_int8, stored_as, weight_files, write_int8
 from libreflux.model.load import load_part, load_t5_tokenizer, load_text, one_line, quiet
 from libreflux.model.locate import PARTS, locate, part_folder
 from libreflux.model.parts import check_fit, check_layers, check_part, copy_part, json_object
@@ -45,7 +44,6 @@ __all__ = [
     "locate",
     "open_model",
     "open_t5_tokenizer",
-    "quantise_folder",
     "read_facts",
     "save_model",
     "weights_hash",
@@ -104,9 +102,9 @@ def open_model(
     Args:
         name: see `locate`; or single files.
         parts: any of "transformer", "vae", "text".
-    dtype: of the weights, in an int8 transformer of those that are not int8; torch's or its name ("bfloat16",
-        "bf16"); None keeps what is stored, in a single file of several dtypes the one that most numbers have. What
-        the libraries keep in fp32 stays so.
+        dtype: of the weights, in an int8 transformer of those that are not int8; torch's or its name ("bfloat16",
+            "bf16"); None keeps what is stored, in a single file of several dtypes the one that most numbers have. What
+            the libraries keep in fp32 stays so.
         quantise: True: the transformer in int8, quantised tensor by tensor if it is stored otherwise; False: dense,
             scale * q where it is stored in int8; None: as stored.
         device: where to; "auto" as in `device.pick_device`.
@@ -300,45 +298,6 @@ def save_model(model: Model, out: Path, extras: Mapping[str, str] | None = None)
         for name, content in (extras or {}).items():
             (staging / name).write_text(content, encoding="utf-8")
     return Path(out)
-
-
-def quantise_folder(name: str | Path | SingleFiles, out: Path) -> Path:
-    """Write a model in int8, as a folder that `open_model` loads; one dense tensor and one shard are held at a time.
-
-    Args:
-        name: of a model in floating point, see `locate`; of single files the int8 model is in memory as a whole.
-        out: appears complete or not at all.
-
-    Raises:
-        ModelError: no such model, a damaged one, or one that is quantised already.
-        RunError: `out` exists.
-    """
-    if isinstance(name, SingleFiles):
-        model = open_model(name, quantise=True)
-        assert model.path is not None
-        model.facts = _quantised(model.facts, str(name), weights_hash(model.path))
-        return save_model(model, out)
-    model = open_model(name, parts=())
-    model.path = locate(name)  # with its weights
-    source = model.path / "transformer"
-    if stored_as(json_object(source / "config.json"), source) == METHOD:
-        raise ModelError("is stored in int8", where=source, mend="use it as it is")
-    check_part(source)
-    with one_line(source):
-        empty = empty_int8(source)
-    with staged_dir(Path(out)) as staging:
-        write_int8(staging / "transformer", json_object(source / "config.json"), stream_int8(source, empty))
-        for part in PARTS:
-            if part != "transformer" and (stored := part_folder(model.path, part)).is_dir():
-                copy_part(stored, staging / part)
-        shutil.copyfile(model.path / "model_index.json", staging / "model_index.json")
-        write_facts(staging, _quantised(model.facts, str(name), weights_hash(model.path)))
-    return Path(out)
-
-
-def _quantised(facts: Facts, name: str, sha256: str) -> Facts:
-    lineage = {**facts.lineage, "quantised": {"how": METHOD, "from": name, "sha256": sha256}}
-    return dataclasses.replace(facts, lineage=lineage, parts_from=None)
 
 
 def weights_hash(folder: Path) -> str:

@@ -23,10 +23,11 @@ from libreflux.emoji import compose
 from libreflux.emoji.build import base
 from libreflux.files import atomic_write_text
 from libreflux.model.facts import Facts, freed
-from libreflux.model.family import Model, open_model, quantise_folder, read_facts, save_model, write_facts
+from libreflux.model.family import Model, open_model, read_facts, save_model, write_facts
 from libreflux.model.int8 import quantise
 from libreflux.model.int8_files import share_equal
 from libreflux.model.locate import PARTS
+from libreflux.model.quantise import quantise_folder
 from libreflux.recipe import Recipe
 from libreflux.train.callbacks import Callbacks
 from libreflux.train.loop import fit
