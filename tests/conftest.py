@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 CARDS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")  # NVIDIA's and AMD's; child processes inherit them
 _GIVEN = {name: os.environ[name] for name in CARDS if name in os.environ}
 os.environ.update(dict.fromkeys(CARDS, "-1"))  # an empty value would be none at all on Windows
+
+# A training run leaves ignored what its starter ignores: in the background of a script that is SIGINT, under nohup SIGHUP.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -238,8 +238,8 @@ def test_another_path_or_machine_is_no_change(
     assert remembered(tmp_path / "run") == []
     caplog.clear()
     elsewhere = {**tree, "data": [{"path": pictures_in(tmp_path / "other", sorted(pictures_dir.glob("*.png"))[:4])}]}
-    run({**elsewhere, "steps": 5})
-    assert f"this run is finished: data.0.path ('{tmp_path}/moved' -> '{tmp_path}/other') is not" in caplog.text
+    with pytest.raises(RunError, match=r"all 5 steps are done, and its pictures, captions or encoders have changed"):
+        run({**elsewhere, "steps": 5})
     with pytest.raises(RunError, match=r"pictures, captions or encoders have changed .*: data\.0\.path .*--fork"):
         run({**elsewhere, "steps": 6})
     run({**elsewhere, "steps": 6}, fork=True)

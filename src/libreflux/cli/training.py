@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
@@ -171,8 +171,9 @@ class ShowTraining(Callbacks):
         try:
             return self._drawn(transformer, self._vae)
         finally:
-            self._vae.to("cpu")  # until the next sheet: training would pay for 0.3 GiB on the card
-            release(transformer.device)
+            with suppress(RuntimeError):  # a card that failed fails again: the first error is the one to tell
+                self._vae.to("cpu")  # until the next sheet: training would pay for 0.3 GiB on the card
+                release(transformer.device)
 
     def _drawn(self, transformer: FluxTransformer2DModel, vae: AutoencoderKL) -> Image.Image:
         wanted, cache = self.recipe.samples, Cache(self.recipe.cache_dir)

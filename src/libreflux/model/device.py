@@ -43,9 +43,11 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise RunError(f"{name!r} is no device", where="device", mend="use auto, cpu, cuda, cuda:N or mps") from None
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(
-        device.type, 0
-    )
+    count = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+    }.get(device.type, 0)
     if (device.index or 0) >= count:
         idle = _wanted_idle_gpu() if device.type == "cuda" and not count else None
         what = f"this machine has no {name}" if idle is None else f"torch cannot use {idle[0]}"
@@ -68,7 +70,10 @@ def _own_card(name: str) -> torch.device:
         raise RunError(f"{name} for {processes} processes on this machine", where="device", mend="set device: cuda")
     if processes > cards:
         what = f"{processes} processes, but {cards} card{'s' if cards != 1 else ''} on this machine"
-        raise RunError(what, where="device", mend=f"start them with --nproc_per_node={cards}")
+        mend = f"start them with --nproc_per_node={cards}"
+        if "CUDA_VISIBLE_DEVICES" in os.environ:
+            mend += ", or let every process see all cards: unset CUDA_VISIBLE_DEVICES"
+        raise RunError(what, where="device", mend=mend)
     return device if device.index is not None else torch.device("cuda", rank)
 
 

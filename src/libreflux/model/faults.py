@@ -9,11 +9,22 @@ import torch
 
 from libreflux.errors import DeviceError, LibrefluxError, RunError
 
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_NO_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "unable to find an engine to execute this computation",  # cuDNN, where no plan's workspace could be had
+    "Unable to find a valid cuDNN algorithm",
+)
 """What torch says in a plain RuntimeError: its CPU allocator on Linux and Windows, MPS, CUDA's libraries."""
 _BROKEN = (
     "CUDA error",
     "CUDA driver error",
+    "CUDA driver initialization failed",
+    "CUDA unknown error",
+    "NVIDIA driver",
+    "No CUDA GPUs",
     "CUBLAS_STATUS_",
     "CUDNN_STATUS_",
     "cuDNN error",

@@ -15,6 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from libreflux.errors import LibrefluxError, ModelError
 from libreflux.model.by_block import run_by_block
+from libreflux.model.faults import is_device_error, is_out_of_memory
 from libreflux.model.parts import COPY, check_part, check_tokenizer, named, visible, weight_variant
 from libreflux.model.ranges import RangedFile
 from libreflux.model.single_file import TensorFile, file_config, load_text_encoder
@@ -136,9 +137,9 @@ def one_line(where: Path) -> Iterator[None]:
         yield
     except LibrefluxError:
         raise
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if is_out_of_memory(error) or is_device_error(error):
+            raise
         lines = str(error).strip().splitlines()
         reason = f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
         if "ignore_mismatched_sizes" in reason:  # transformers refers to a report of several lines, see _quiet

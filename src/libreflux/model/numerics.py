@@ -54,6 +54,7 @@ def pinned(device: torch.device | str, *, drawing: bool = False) -> Iterator[Non
             torch.backends.cuda.enable_cudnn_sdp(False)
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]  # whatever its parents say
         torch.backends.cudnn.benchmark = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         yield
@@ -69,6 +70,7 @@ class _Flags:
         self.benchmark = torch.backends.cudnn.benchmark
         self.bf16_sums = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
         self.product_precision = torch.backends.cuda.matmul.fp32_precision
+        self.cpu_precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
         self.convolution_precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
         # torch refuses to read an older name whose newer one was set otherwise.
         self.older_product = _read(torch.get_float32_matmul_precision)
@@ -84,6 +86,8 @@ class _Flags:
             torch.backends.cudnn.allow_tf32 = self.older_convolution
         torch.backends.cuda.matmul.fp32_precision = self.product_precision
         torch.backends.cudnn.conv.fp32_precision = self.convolution_precision  # type: ignore[attr-defined]
+        # set_float32_matmul_precision writes the CPU's too.
+        torch.backends.mkldnn.matmul.fp32_precision = self.cpu_precision  # type: ignore[attr-defined]
 
 
 def _read(flag: Callable[[], Any]) -> Any:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from libreflux.adapter.files import attach
 from libreflux.adapter.targets import Resolved
-from libreflux.data import index
+from libreflux.data import precision
 from libreflux.data.cache import index_folders
 from libreflux.data.crops import View, aspect_buckets, views
 from libreflux.data.encode import SHARD_ITEMS
-from libreflux.data.prepare import DTYPES
+from libreflux.data.precision import DTYPES
 from libreflux.model.family import Model, open_model, part_config
 from libreflux.model.int8 import quantise_model
 from libreflux.model.locate import part_folder
@@ -112,7 +112,9 @@ class _Encoding:
         assert opened.path is not None
         if not all(part_folder(opened.path, part).is_dir() for part in ("text_encoder", "text_encoder_2")):
             return None
-        dtype, configs = _text_dtype(recipe, cpu), [part_config(opened, f"text_encoder{end}") for end in ("", "_2")]
+        place = "cpu" if cpu else "cuda"
+        dtype = DTYPES[precision.resolve(recipe.text_precision, place, index_folders(recipe.cache_dir))]
+        configs = [part_config(opened, f"text_encoder{end}") for end in ("", "_2")]
         clip, t5 = trace.meta_encoders(configs[0], configs[1], dtype)
         weights = trace.weights_of(clip) + trace.weights_of(t5)
         if dtype == torch.float32 and not cpu:  # T5 goes through a card block by block then
@@ -122,16 +124,6 @@ class _Encoding:
 
     def activations(self, captions: int, tokens: int) -> int:
         return trace.trace_text(self.clip, self.t5, captions, tokens)
-
-
-def _text_dtype(recipe: Recipe, cpu: bool) -> torch.dtype:
-    if recipe.text_precision != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.text_precision]
-    for folder in index_folders(recipe.cache_dir):
-        with index.connect(folder) as rows:
-            if precision := index.read_settings(rows, folder).get("precision"):
-                return DTYPES[precision]
-    return torch.float32 if cpu else torch.bfloat16
 
 
 def _encoding_pictures(opened: Model, recipe: Recipe, cpu: bool) -> Phase:

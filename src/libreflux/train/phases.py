@@ -115,8 +115,12 @@ class Estimate:
 
     @property
     def host(self) -> int:
-        """CPU memory that a run on a card holds: the averages, and a pinned copy of the adapter that feeds them."""
-        return self.averages + self.adapter if self.averages and not self.on_cpu else 0
+        """CPU memory that a run on a card holds: the averages, and a pinned copy of the adapter that feeds them.
+
+        torch rounds pinned memory up to a power of two.
+        """
+        pinned = 1 << max(0, self.adapter - 1).bit_length()
+        return self.averages + pinned if self.averages and not self.on_cpu else 0
 
     def table(self) -> str:
         """Aligned text: a line for each phase, the parts of training below it, the peak last."""

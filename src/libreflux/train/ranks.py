@@ -123,8 +123,12 @@ def _explained(where: str, doing: str) -> Iterator[None]:
     except (torch.AcceleratorError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         mend = "look at the log of the process that died; the same torchrun command goes on from the last checkpoint"
+        if "NCCL" in lines[0]:  # which tells its cause after these words, and often is the first to be alive still
+            told = lines[next((n + 1 for n, line in enumerate(lines) if line.startswith("Last error")), 0) % len(lines)]
+            raise RunError(f"NCCL failed while {doing} ({told})", where=where, mend=mend) from error
+        said = lines[0]
         said = re.sub(r"^\[[^]]*\] ", "", said).partition(". ")[0]  # without gloo's place in its source and its advice
         raise RunError(f"another process was lost while {doing} ({said})", where=where, mend=mend) from error
 
@@ -156,6 +160,8 @@ def joined(device: str, timeout: float = TIMEOUT) -> Iterator[Ranks]:
         raise RunError("WORLD_SIZE without LOCAL_RANK", where="environment", mend="start it by torchrun")
     try:
         with _explained(f"process {rank} of {world}", "all of them were to start"):
+            # The sum is waited for where it is asked for: a lost process is then an error there, not an abort later.
+            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
             dist.init_process_group(
                 "gloo" if card is None else "nccl", timeout=datetime.timedelta(seconds=timeout), device_id=card
             )
@@ -163,4 +169,5 @@ def joined(device: str, timeout: float = TIMEOUT) -> Iterator[Ranks]:
         yield Ranks(rank, world, words)
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            with contextlib.suppress(RuntimeError):  # after a card's failure: that is what is to be told
+                dist.destroy_process_group()

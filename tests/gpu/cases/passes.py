@@ -14,6 +14,7 @@ from libreflux.adapter.files import Adapter
 from libreflux.model.attention import check_gradients, lengths_to_check
 from libreflux.model.family import open_model
 from libreflux.model.latents import image_ids, pack
+from libreflux.model.numerics import pinned
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
 from libreflux.recipe import AdapterSpec
@@ -52,8 +53,9 @@ class Adapted:
         with torch.no_grad():
             ids = image_ids(SIDE, SIDE, device=latents.device)
             drawn = velocity(self.net.eval(), pack(latents), sigma, text, ids)
-        losses = flow_matching_loss(self.net.train(), latents, noise, sigma, text)
-        gradient = torch.autograd.grad(losses.mean(), list(self.adapter.parameters()))
+        with pinned(self.device):  # as a training run is, its backward pass too
+            losses = flow_matching_loss(self.net.train(), latents, noise, sigma, text)
+            gradient = torch.autograd.grad(losses.mean(), list(self.adapter.parameters()))
         found = {
             "velocity": drawn,
             "loss": losses.detach(),
