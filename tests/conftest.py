@@ -18,7 +18,7 @@ CARDS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")  # NVIDIA's and AMD's; c
 _GIVEN = {name: os.environ[name] for name in CARDS if name in os.environ}
 os.environ.update(dict.fromkeys(CARDS, "-1"))  # an empty value would be none at all on Windows
 
-# A training run leaves ignored what its starter ignores: in the background of a script that is SIGINT, under nohup SIGHUP.
+# A training run leaves ignored what its starter ignores: SIGINT in the background of a script, SIGHUP under nohup.
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)
