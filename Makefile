@@ -35,8 +35,9 @@ WORK ?= out/emoji
 emoji: install
 	$(BIN)/python -m libreflux.emoji.build all --work $(WORK)
 
+# Two processes, each with the tests of whole files: torch's threads of one wait most of the time.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # A machine with a card often has a Python whose torch was built for it: PY=python3 make test-gpu
 test-gpu: $(if $(PY),,install)

@@ -35,9 +35,9 @@ class Plan:
     layers: list[Resolved]
     matches: list[lycoris.Match]
 
-    def text(self) -> str:
-        """The layers, and what the entries of a LyCORIS config took, as aligned text."""
-        parts = [table(self.layers)]
+    def text(self, width: int = 400) -> str:
+        """The layers, in `width` characters, and what the entries of a LyCORIS config took, as aligned text."""
+        parts = [table(self.layers, width)]
         if self.matches:
             parts.insert(0, lycoris.table(self.matches) + "\n")
         return "\n".join(parts)

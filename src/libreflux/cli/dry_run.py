@@ -19,15 +19,23 @@ if TYPE_CHECKING:
 RECENT = 50  # steps whose rate tells the time left
 
 
-def report(recipe: Recipe) -> str:
-    """The resolved recipe, its layers, memory by part, disk, steps and time; no weight is loaded, no picture opened."""
+def report(recipe: Recipe, width: int) -> tuple[str, DataError | None]:
+    """The resolved recipe, its layers, memory by part, disk, steps and time; no weight is loaded, no picture opened.
+
+    Args:
+        recipe: as resolved.
+        width: of the terminal, for the table of layers.
+
+    Returns:
+        The text, and what is wrong with the data, for which training would be refused.
+    """
     from libreflux.data.forecast import forecast
     from libreflux.model.facts import trained_facts
     from libreflux.model.family import open_model
     from libreflux.train.estimate import estimate_recipe
     from libreflux.train.loop import plan_layers
 
-    layers = plan_layers(recipe).text()
+    layers = plan_layers(recipe).text(width)
     opened = open_model(recipe.model, parts=())
     assert opened.path is not None
     tokens = trained_facts(opened.facts, text_padding=recipe.text_padding).max_tokens
@@ -38,7 +46,7 @@ def report(recipe: Recipe) -> str:
         data = error
     texts = None if isinstance(data, DataError) else data.texts
     found = estimate_recipe(recipe, text_tokens=tokens, captions=texts)
-    return "\n".join(
+    text = "\n".join(
         [
             recipe.to_yaml(),
             layers,
@@ -48,6 +56,7 @@ def report(recipe: Recipe) -> str:
             time_line(recipe),
         ]
     )
+    return text, data if isinstance(data, DataError) else None
 
 
 def disk_table(recipe: Recipe, found: Estimate, data: Forecast | DataError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -100,8 +101,8 @@ class _Line(ProgressColumn):
             "what": task.description,
             "count": f"{task.completed:.0f}/{'?' if task.total is None else f'{task.total:.0f}'}",
             "rate": rate(task.finished_speed or task.speed or 0.0, self._unit),
-            "took": clock(task.finished_time if task.finished_time is not None else task.elapsed or 0.0),
-            "left": f"left {'-:--' if left is None else clock(left)}",
+            "took": "took " + clock(task.finished_time if task.finished_time is not None else task.elapsed or 0.0),
+            "left": "" if task.finished else f"left {'-:--' if left is None else clock(left)}",
             "note": task.fields["note"],
         }
         line = Table.grid(padding=(0, 1), pad_edge=False)
@@ -165,13 +166,15 @@ def progress(what: str, unit: str = "step", console: Console | None = None) -> I
     if not console.is_terminal:
         yield _plain(what, unit, console)
         return
-    with Progress(_Line(unit, console), console=console) as bar:
-        task = bar.add_task(what, total=None, note="")
+    # A redirected stdout stays where it was sent: rich would print it beside the bar, on stderr.
+    with Progress(_Line(unit, console), console=console, redirect_stdout=sys.stdout.isatty()) as bar:
+        task = bar.add_task(what, total=None, note="", visible=False)  # a job that does nothing leaves no bar
 
         def report(done: int, total: int, note: str = "") -> None:
             if bar.tasks[0].completed == 0 and done > 1:
                 bar.reset(task, completed=done, total=total)  # a resumed job: what was done before has no rate
-            bar.update(task, completed=done, total=total, note=printable(note))  # before its width is measured
+            # The note is printable before its width is measured.
+            bar.update(task, completed=done, total=total, note=printable(note), visible=True)
 
         yield report
 

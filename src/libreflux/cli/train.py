@@ -39,8 +39,12 @@ def train(
     resolved = load_recipe(recipe, overrides or [])
     if dry_run:
         from libreflux.cli.dry_run import report
+        from libreflux.cli.progress import line_width
 
-        say_table(report(resolved))
+        text, fault = report(resolved, line_width())
+        say_table(text)
+        if fault is not None:
+            raise fault
         return
 
     _refuse_second_trainer(Path(resolved.out))

@@ -217,7 +217,10 @@ def summary(started: Started, layers: bool, width: int) -> list[str]:
         begun = f"resumes after step {started.step}" if started.step else "begins"
         apart = f", {len(started.held_out):,} held-out pictures" if started.held_out is not None else ""
         epoch = f"{started.epoch_steps:,} step{'s' if started.epoch_steps != 1 else ''} an epoch"
-        lines = [f"{begun}: {started.steps:,} steps, {started.pictures:,} pictures{apart}, {epoch}"]
+        count = f"{started.steps:,} step{'s' if started.steps != 1 else ''}"
+        lines = [
+            f"{begun}: {count}, {started.pictures:,} picture{'s' if started.pictures != 1 else ''}{apart}, {epoch}"
+        ]
     lines.append(f"adapter: {brief(started.resolved)}{'' if layers else ' (--layers lists them)'}")
     if started.start_norm is not None:
         lines.append(f"it starts at {started.start_norm:.3g} of the adapted weights' norm")

@@ -94,10 +94,11 @@ class Encoders:
     @property
     def _mend_texts(self) -> str:
         wide, on_cpu = self.text_dtype == torch.float32, torch.device(self.device).type == "cpu"
-        smaller = f"text_precision: {'bf16' if on_cpu else 'fp32, which goes block by block'}"
+        smaller = f"text_precision: {'bf16' if on_cpu else 'fp32 (T5 goes block by block)'}"
         if wide != on_cpu:  # that is what it has already
             smaller = "shorter captions"
-        return f"prepare with {smaller}{self._elsewhere}"
+        anew = " in another cache" if smaller.startswith("text_precision") else ""
+        return f"prepare with {smaller}{anew}{self._elsewhere}"
 
     @property
     def _elsewhere(self) -> str:

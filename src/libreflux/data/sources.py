@@ -125,12 +125,19 @@ def read(source: DataSource, inspected: Inspect = inspect_all, part: Part = (0, 
         raise DataError(f"listed in {METADATA} but not read from {folder}", where=stray, mend=mend)
     pictures = [picture for picture in found.pictures if _in_part(picture.relative_to(folder), part)]
     once: dict[tuple[Any, ...], Any] = {}  # few pictures have kinds or sizes of their own
-    origins: dict[str, int] = {}
+    standing: list[tuple[tuple[str, int], ...]] = []
     captioned = []
     for picture in pictures:
         sidecars, rows = found.sidecars.get(picture, ()), listed.pop(picture, [])
-        captioned.append(_columns(_captions(picture, folder, source, rows, sidecars, origins), once))
+        own: dict[str, int] = {}
+        captioned.append(_columns(_captions(picture, folder, source, rows, sidecars, own), once))
+        standing.append(once.setdefault(tuple(own.items()), tuple(own.items())))
     samples, quarantined = _merge(folder, source, pictures, captioned, inspected(pictures), once)
+    unused = {one.path for one in quarantined}
+    origins: dict[str, int] = {}
+    for picture, counted in zip(pictures, standing, strict=True):
+        for where, count in counted if picture not in unused else ():
+            origins[where] = origins.get(where, 0) + count
     repeats = {kohya.folder: kohya.repeats for kohya in (_kohya(Path(one.file), folder) for one in samples)}
     repeats.pop("", None)
     _tell_unread(folder, found)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from libreflux.data.bar import readable
 from libreflux.data.crops import View, crop_window
 from libreflux.data.folders import Unread
 from libreflux.data.sources import Sample, SourceRead
+from libreflux.printing import printable
 from libreflux.recipe import DataSource
 
 WORTH_TELLING = 0.02  # share of the pixels that crops leave out
@@ -63,22 +66,23 @@ class SourceSummary:
     example: tuple[Path, str] | None
 
     def lines(self, width: int = 400) -> list[str]:
-        """What to print: the counts, and one caption; each cut to `width` characters."""
+        """What to print: the counts, in lines of `width` characters, and one caption, cut to a line."""
         told = [f"{_counted(self.pictures, 'picture')}, {_counted(self.captions, 'caption')}{self._where}"]
-        told += [f"{name} shown {times} times an epoch" for name, times in self.repeats.items() if times > 1]
-        told += [f"{self.shown:.3g} shown an epoch"] if self.shown != self.pictures else []
-        if self.cropped.share >= WORTH_TELLING or self.cropped.most >= 0.5:
-            worst = f" ({self.cropped.most:.0%} of {Path(self.cropped.file).name})"
-            told += [f"{self.cropped.share:.0%} of the pixels cropped off{worst}"]
-        told += [f"{self.too_small} smaller than min_size"] if self.too_small else []
         told += [f"{self.unusable} unusable"] if self.unusable else []
+        told += [f"{self.too_small} smaller than min_size"] if self.too_small else []
         told += [f"left out: {', '.join(self.left_out)}"] if self.left_out else []
         unread = [f"{one.count} {one.suffix or one.first.name}" for one in self.unread]
         told += [f"not read: {', '.join(unread)}"] if unread else []
-        lines = [f"{self.path}: {', '.join(told)}"]
+        told += [f"{name} shown {times} times an epoch" for name, times in self.repeats.items() if times > 1]
+        told += [f"{readable(self.shown)} shown an epoch"] if self.shown != self.pictures else []
+        if self.cropped.share >= WORTH_TELLING or self.cropped.most >= 0.5:
+            worst = f" ({self.cropped.most:.0%} of {Path(self.cropped.file).name})"
+            told += [f"{self.cropped.share:.0%} of the pixels cropped off{worst}"]
+        text = printable(f"{self.path}: {', '.join(told)}")
+        lines = textwrap.wrap(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
         if self.example is not None:
-            lines.append(f"  {self.example[0].name}: {self.example[1]!r}")
-        return [_cut(line, width) for line in lines]
+            lines.append(_cut(f"  {self.example[0].name}: {self.example[1]!r}", width))
+        return lines
 
     @property
     def _where(self) -> str:

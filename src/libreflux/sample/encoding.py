@@ -57,12 +57,16 @@ def encode_prompts(
     check_max_tokens(facts, max_tokens)
     if prompts_2 is not None and len(prompts_2) != len(prompts):
         raise RecipeError(f"{len(prompts_2)} second prompts for {len(prompts)} prompts", mend="give one each")
-    for text in (*prompts, *(prompts_2 or ())):
-        if not plainjson.is_text(text):
-            raise RecipeError(f"half a character in {text[:40]!r}", where="prompt", mend="write it as UTF-8")
+    _check_text(*prompts, *(prompts_2 or ()))
     _tell_unseen(encoders, prompts, apart=prompts_2 is not None)
     limit = facts.max_tokens if max_tokens is None else max_tokens
     return encoders.encode(prompts, padding=facts.text_padding, max_tokens=limit, prompts_2=prompts_2)
+
+
+def _check_text(*texts: str) -> None:
+    for text in texts:
+        if not plainjson.is_text(text):
+            raise RecipeError(f"half a character in {text[:40]!r}", where="prompt", mend="write it as UTF-8")
 
 
 def _tell_unseen(encoders: TextEncoders, prompts: Sequence[str], *, apart: bool) -> None:
@@ -105,6 +109,7 @@ def encode_in_turn(
     wanted = list(dict.fromkeys(texts))
     for text in wanted:
         check_max_tokens(facts, text.max_tokens)
+        _check_text(text.prompt, text.prompt_2 or "")
         _tell_unseen(encoders, [text.prompt], apart=text.prompt_2 is not None)
 
     def by_t5(text: Text) -> tuple[list[Tensor], list[int] | None]:

@@ -53,7 +53,7 @@ def fit(recipe: Recipe, callbacks: Callbacks | None = None, *, fork: bool = Fals
         RUN/adapter.safetensors.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM; the step was finished and saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; the step was finished and saved.
         RunError: another process holds the run folder, the recipe, data or base have changed since the run began,
             training would write over a result (see `train.standing`), too many steps in a row were skipped (see
             `train.skips`), or memory ran out.
