@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 
@@ -87,3 +88,21 @@ def test_the_table_of_layers_keeps_to_the_width(width: int) -> None:
     assert "linear     38       8" in lines[1]
     assert table(rows, 200) == table(rows)
     assert brief(rows) == "lokr of factor 8 on 38 layers, lokr of factor 4 on 1 layer, 16,824,720 parameters"
+
+
+def test_what_is_printed_beside_a_bar_goes_where_stdout_goes() -> None:
+    """`libreflux generate … > paths.txt`, with the bar on a terminal."""
+    out, err = io.StringIO(), io.StringIO()
+    console = Console(file=err, force_terminal=True, width=80)
+    with contextlib.redirect_stdout(out), progress("drawing", console=console) as report:
+        report(1, 2)
+        print("a/long/path.png")
+        report(2, 2)
+    assert out.getvalue() == "a/long/path.png\n" and "path.png" not in err.getvalue()
+
+
+def test_a_job_that_does_nothing_leaves_no_bar() -> None:
+    err = io.StringIO()
+    with progress("preparing", console=Console(file=err, force_terminal=True, width=80)):
+        pass
+    assert "preparing" not in err.getvalue()
