@@ -32,11 +32,23 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.update(_GIVEN)
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes of two threads on two cores wait for one another
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+LONGEST = ("test_faults.py", "test_demo.py", "test_probe.py", "test_process.py", "test_kill.py", "test_ranks.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: of two processes none then waits at the end for the other one's."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def two_threads() -> None:
+    """Of one of several processes (pytest-xdist) it is one, see above."""
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 @pytest.fixture(scope="session")

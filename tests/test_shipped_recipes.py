@@ -81,7 +81,7 @@ def test_memory_is_estimated_to_fit_in_every_phase(
     assert [phase.peak / 2**30 for phase in found.phases] == pytest.approx(GIB[path.name], abs=0.051)
     assert found.reserved < FITS[path.name] * 2**30
     assert "T5 and CLIP in bf16" in found.phases[1].name
-    assert found.host == found.averages + found.adapter
+    assert found.host == found.averages + 2 ** (found.adapter - 1).bit_length()  # pinned memory comes in powers of two
 
 
 def test_training_on_a_card_is_estimated_as_it_was_measured(flux_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

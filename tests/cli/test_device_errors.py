@@ -138,3 +138,15 @@ def test_a_bug_of_ours_keeps_its_traceback(
     monkeypatch.setattr(FluxTransformer2DModel, "forward", failing(RuntimeError("shape mismatch")))
     with pytest.raises(RuntimeError, match="shape mismatch"):
         run("generate", "a fox", "--model", tiny_model_dir, "--out", tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("kind", ["memory", "illegal access"])
+def test_reading_a_model(
+    run: Callable, tiny_model_dir: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading goes straight to the card: what fails there is no damaged file."""
+    error, code, said = FAILURES[kind]
+    monkeypatch.setattr(FluxTransformer2DModel, "from_pretrained", failing(error))
+    result = run("generate", "a fox", "--model", tiny_model_dir, "--out", tmp_path / "a.png")
+    line = one_line(result.err)
+    assert result.code == code and said in line and "reading" in line and "damaged" not in line
