@@ -37,7 +37,7 @@ emoji: install
 
 # Two processes, each with the tests of whole files: torch's threads of one wait most of the time.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # A machine with a card often has a Python whose torch was built for it: PY=python3 make test-gpu
 test-gpu: $(if $(PY),,install)

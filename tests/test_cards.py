@@ -70,7 +70,7 @@ def test_this_process_sees_no_card_and_its_children_neither() -> None:
 @pytest.mark.parametrize(("given", "python"), [([], ".venv/bin/python"), (["PY=python3"], "python3")])
 def test_make_runs_them_with_the_python_given_and_then_installs_nothing(given: list[str], python: str) -> None:
     command = ["make", "--dry-run", "--always-make", "test-gpu", *given]
-    environment = {name: value for name, value in os.environ.items() if name not in ("PY", "MAKEFLAGS")}
+    environment = {name: value for name, value in os.environ.items() if name not in ("PY", "MAKEFLAGS", "MAKELEVEL")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith(f"{python} -m pytest -m gpu tests/gpu")

@@ -24,6 +24,14 @@ LAYERS = [lokr_row(f"single_transformer_blocks.{n}.norm.linear", 3072, 9216, 8, 
 WATCHED = ["steps=4", "samples.every=2", "samples.guidance=[1]", "tensorboard=true", "save.every=2"]
 
 
+@pytest.fixture(autouse=True)
+def board_files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard reads files by name: second, process, number. In one process and second, 10 would come before 9."""
+    from tensorboard.summary.writer import event_file_writer
+
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(1000))
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: nothing catches it."""
 

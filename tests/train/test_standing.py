@@ -273,6 +273,8 @@ def test_a_finished_run_says_that_its_data_have_changed(own_data: dict[str, Any]
         run(own_data, fork=True)
     caption.write_text(before)
     assert run(own_data) == []
+    with pytest.raises(RunError, match="encoders have changed"):  # raising steps would be refused for it
+        run({**own_data, "text_precision": "bf16"})
     (tmp_path / "b" / "4.png").rename(tmp_path / "4.png")
     (tmp_path / "b" / "4.txt").rename(tmp_path / "4.txt")
     with pytest.raises(RunError, match="mend: raise steps and go on with --fork, put them back"):

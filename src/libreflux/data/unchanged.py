@@ -10,6 +10,8 @@ from libreflux.data.cache import Cache, index_folders
 from libreflux.data.crops import views
 from libreflux.data.digests import FileMemory, encoder_digests
 from libreflux.data.held_out import split
+from libreflux.data.index import TEXT_PRECISION
+from libreflux.data.precision import as_settings, resolve
 from libreflux.data.sources import read_source
 from libreflux.model import family
 from libreflux.recipe import Recipe
@@ -33,5 +35,7 @@ def data_hash_now(recipe: Recipe) -> str | None:
     sources = [(source, read_source(source, inspect)[0]) for source in recipe.data]
     if recipe.held_out.path is None:
         sources, _ = split(sources, recipe.held_out.share)
-    settings = Cache(recipe.cache_dir, partial=True).settings | encoder_digests(family.locate(recipe.model), memory)
+    known = Cache(recipe.cache_dir, partial=True).settings | encoder_digests(family.locate(recipe.model), memory)
+    known.pop(TEXT_PRECISION, None)
+    settings = known | as_settings(resolve(recipe.text_precision, "cpu", folders))  # "auto" is the cache's own
     return fingerprint(sources, views(recipe.crop, recipe.resolution), settings)

@@ -13,9 +13,9 @@ import torch
 import transformers
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from libreflux.errors import LibrefluxError, ModelError
+from libreflux.errors import LibrefluxError, ModelError, RunError
 from libreflux.model.by_block import run_by_block
-from libreflux.model.faults import told
+from libreflux.model.faults import is_device_error, is_out_of_memory
 from libreflux.model.parts import COPY, check_part, check_tokenizer, named, visible, weight_variant
 from libreflux.model.ranges import RangedFile
 from libreflux.model.single_file import TensorFile, file_config, load_text_encoder
@@ -138,8 +138,11 @@ def one_line(where: Path) -> Iterator[None]:
     except LibrefluxError:
         raise
     except Exception as error:
-        if line := told(error, f"reading {where}", "a smaller model, or more memory; is its config.json as published?"):
-            raise line from error
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or is_device_error(error):
+            raise  # whoever opens the part knows what makes it smaller
+        if is_out_of_memory(error):  # as a CPU says it, above all of sizes that no model has
+            mend = "use a smaller model, or more memory; is its config.json as published?"
+            raise RunError("out of memory", where=where, mend=mend) from error
         lines = str(error).strip().splitlines()
         reason = f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
         if "ignore_mismatched_sizes" in reason:  # transformers refers to a report of several lines, see _quiet

@@ -201,7 +201,7 @@ def _complete(folder: Path, weights: Collection[str]) -> bool:
         shards = [
             table.parent / shard
             for part in weights
-            for table in folder.glob(f"{part}/*.safetensors.index.json")
+            for table in folder.glob(f"{part}/[!.]*.safetensors.index*.json")  # of a variant, e.g. fp16, too
             for shard in set(plainjson.parse(table.read_text(encoding="utf-8"))["weight_map"].values())
         ]
     except (OSError, ValueError, KeyError, AttributeError):
@@ -210,6 +210,6 @@ def _complete(folder: Path, weights: Collection[str]) -> bool:
     weighty = [part for part in wanted if part in weights and not part.startswith("tokenizer") and part != "scheduler"]
     return (
         all((folder / part).is_dir() for part in wanted)
-        and all(any((folder / part).glob("*.safetensors*")) for part in weighty)
+        and all(any((folder / part).glob("[!.]*.safetensors*")) for part in weighty)
         and all(shard.is_file() for shard in shards)
     )
