@@ -13,6 +13,7 @@ from libreflux.emoji import compose
 from libreflux.sample.metadata import read_origin
 
 README = Path(__file__).parent.parent.parent / "README.md"
+FLUX = "black-forest-labs/FLUX.1-schnell"
 FEWER = {
     "train": ["steps=2", "batch=2", "save.every=1"],
     "generate": ["--steps", 2],
@@ -24,16 +25,17 @@ FEWER = {
 
 @pytest.fixture(scope="module")
 def place(run: Callable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Twenty pictures in `photos`, and everything that the README then does; it is the working folder."""
-    section = README.read_text("utf-8").partition("## The same with your own pictures")[2].partition("\n## ")[0]
+    """Twenty pictures in `photos`, and everything that the README then does, on the emoji family in FLUX.1's place."""
+    section = README.read_text("utf-8").partition("## Your own pictures")[2].partition("\n## ")[0]
     blocks = dict(re.findall(r"```(yaml|sh)\n(.*?)```", section, re.DOTALL))
     folder = tmp_path_factory.mktemp("user")
     compose.write_folder(folder / "photos", 20, 1)
-    (folder / "mine.yaml").write_text(blocks["yaml"])
+    assert FLUX in blocks["yaml"] and "resolution: 512" in blocks["yaml"]
+    (folder / "mine.yaml").write_text(blocks["yaml"].replace(FLUX, "emoji-base").replace("512", "128"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for line in blocks["sh"].splitlines():
-            program, verb, *rest = shlex.split(line, comments=True)
+            program, verb, *rest = shlex.split(line.replace(FLUX, "emoji-base"), comments=True)
             done = run(verb, *rest, *FEWER[verb])
             assert (program, done.code) == ("libreflux", 0), done.err
         yield folder
