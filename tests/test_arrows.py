@@ -28,7 +28,7 @@ BELOW: dict[str, set[str]] = {
     "data": GROUND | {"flow", "model"},
     "train": GROUND | {"flow", "model", "adapter", "data"},
     "sample": GROUND | {"flow", "model", "adapter", "data"},
-    "probe": GROUND | {"flow", "model", "adapter", "data"},
+    "probe": GROUND | {"flow", "model", "adapter", "data", "sample"},
     "emoji": GROUND | {"flow", "model", "adapter", "data", "train", "sample", "probe"},
     "cli": GROUND | {"", "flow", "model", "adapter", "data", "train", "sample", "probe", "emoji"},
     "": {"model", "sample"},

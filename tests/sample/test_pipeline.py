@@ -107,7 +107,7 @@ def test_one_batch_of_unequal_lengths_is_two_passes(pipe: LibreFluxPipeline) -> 
     assert len(set(positive.lengths + negative.lengths)) == 4
     ids, x = image_ids(4, 4), torch.randn(2, 4, 64)
     with torch.no_grad():
-        one = GuidedVelocity(pipe.transformer, positive, negative, ids, scale=4.0, batch_cfg=True)(x, 0.7)
+        one = GuidedVelocity(pipe.transformer, positive, negative, ids, scale=4.0, batch_cfg=True)(x, 0.7, 0)
         sigma = torch.full((2,), 0.7)
         v_cond = torch.cat([velocity(pipe.transformer, x[[i]], sigma[:1], positive.index([i]), ids) for i in range(2)])
         v_unc = torch.cat([velocity(pipe.transformer, x[[i]], sigma[:1], negative.index([i]), ids) for i in range(2)])

@@ -189,7 +189,7 @@ def _draw_all(opened: Opened, wanted: list[tuple[Origin, Path]], *, with_metadat
 
 def check_picture(width: int | None, height: int | None, steps: int | None) -> None:
     """Raises RecipeError for a size or a number of steps out of range; None is not known yet."""
-    from libreflux.sample.settings import check_values
+    from libreflux.sample.checks import check_values
 
     given = {"width": width, "height": height, "num_inference_steps": steps}
     check_values(given, {"width": "--width", "height": "--height", "num_inference_steps": "--steps"})
@@ -198,7 +198,7 @@ def check_picture(width: int | None, height: int | None, steps: int | None) -> N
 def _check_guidance(
     scale: float | None, embedded: float | None, start: float, stop: float, rescale: float, no_cfg_until: int
 ) -> None:
-    from libreflux.sample.settings import check_values
+    from libreflux.sample.checks import check_values
 
     given = {
         "guidance_scale": scale, "embedded_guidance": embedded, "guidance_start": start, "guidance_stop": stop,
@@ -212,7 +212,7 @@ def _check_guidance(
 
 def _ladder(text: str, steps: int | None) -> list[float]:
     """The numbers of `--sigmas`."""
-    from libreflux.sample.settings import check_values
+    from libreflux.sample.checks import check_values
 
     if steps is not None:
         raise RecipeError("has no effect beside --sigmas", where="--steps", mend="give one of them")

@@ -20,9 +20,9 @@ from libreflux.errors import DataError, RecipeError
 from libreflux.model.locate import told_model
 from libreflux.places import file_place
 from libreflux.printing import say
+from libreflux.sample.checks import check_values
 from libreflux.sample.encoding import check_max_tokens
 from libreflux.sample.metadata import Origin, differences, open_png, read_origin, save_png
-from libreflux.sample.settings import check_values
 
 
 def draw_again(

@@ -51,6 +51,22 @@ class Facts:
     lineage: dict[str, Any] = field(default_factory=dict)
     parts_from: str | None = None
 
+    @property
+    def cfg_scale(self) -> float:
+        """Its own scale of classifier-free guidance: 1 for a model whose guidance is embedded."""
+        return 1.0 if self.guidance_embeds else self.guidance
+
+    @property
+    def embedded_guidance(self) -> float | None:
+        """What its guidance embedding is fed; None for a model without one."""
+        return self.guidance if self.guidance_embeds else None
+
+    def shift_at(self, image_tokens: int) -> float:
+        """Shift of the sigma ladder for a picture of this many tokens."""
+        from libreflux.flow.schedule import shift_for_tokens  # loads torch, which facts do without
+
+        return shift_for_tokens(image_tokens) if self.shift is None else self.shift
+
     @staticmethod
     def from_dict(values: Any, where: object) -> Facts:
         """Checks and builds; raises ModelError naming the key."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,17 +20,21 @@ from torch import Tensor
 from libreflux.data.held_out import HeldOut
 from libreflux.files import atomic_save_safetensors, atomic_write_bytes
 from libreflux.flow.schedule import ladder
+from libreflux.flow.solve import Step
 from libreflux.model import latents as latent_space
 from libreflux.model.facts import Facts
 from libreflux.model.text import TextConditioning
-from libreflux.probe.drawing import Drawn, Wanted, draw, guided, noise
+from libreflux.probe.drawing import Drawn, Wanted, draw
 from libreflux.probe.held_out import model_velocity
 from libreflux.probe.judges import Judge
 from libreflux.probe.looks import Look, look_at
 from libreflux.probe.measures import Velocity
 from libreflux.probe.results import Coordinate, Picture
-from libreflux.probe.settings import Settings, digest, shift_of
+from libreflux.probe.settings import Settings, digest
 from libreflux.probe.subjects import Asked, asked, find_subject, groups
+from libreflux.sample.finite import check_latents
+from libreflux.sample.guidance import GuidedVelocity
+from libreflux.sample.noise import noise
 
 Texts = Callable[[Sequence[str]], TextConditioning]
 PaddingTexts = Mapping[tuple[str, int], TextConditioning]
@@ -74,7 +79,7 @@ class Bench:
     @property
     def embedded(self) -> float | None:
         """What the network's guidance embedding is fed, None for one without."""
-        return self.facts.guidance if self.facts.guidance_embeds else None
+        return self.facts.embedded_guidance
 
     def velocity(self, text: TextConditioning) -> Velocity:
         """The model's velocity under these prompts."""
@@ -126,9 +131,23 @@ class Bench:
         device = self.transformer.device
         text = self.texts([wanted.prompts[row] for row in rows]).to(device)
         against = self.texts([wanted.negatives[row] if wanted.negatives else "" for row in rows]).to(device)
-        field = guided(self.velocity(text), self.velocity(against), wanted.guidance)
-        x = noise([wanted.seeds[row] for row in rows], (int(self.vae.config.latent_channels), side, side)).to(device)
-        return draw(field, x, ladder(wanted.steps, shift_of(self.facts, (side // 2) ** 2)))
+        guided = GuidedVelocity(
+            self.transformer,
+            text,
+            against,
+            latent_space.image_ids(side, side, device=device),
+            scale=wanted.guidance,
+            batch_cfg=False,
+            embedded_guidance=self.facts.embedded_guidance,
+        )
+        start = noise([wanted.seeds[row] for row in rows], int(self.vae.config.latent_channels), side, side)
+        sigmas = ladder(wanted.steps, self.facts.shift_at((side // 2) ** 2))
+
+        def counted(step: Step) -> None:
+            self.advance(len(rows) * (2 if guided.is_guided(step.index) else 1))
+
+        check = functools.partial(check_latents, guided=guided)
+        return draw(guided, start.to(device), sigmas, on_step=counted, check=check)
 
     def look(self, wanted: Wanted) -> Look:
         """What is seen in these pictures."""

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from libreflux import keyed
-from libreflux.flow.guidance import cfg
-from libreflux.flow.solve import euler
-from libreflux.probe.measures import Velocity
+from libreflux.flow.solve import Step
+from libreflux.model.latents import pack, unpack
+from libreflux.sample.denoise import StepVelocity, denoise
 
 
 @dataclass(frozen=True)
@@ -77,40 +76,35 @@ class Drawn:
         return Drawn(self.latents[picked], self.length[picked], self.energy[picked])
 
 
-def draw(velocity: Velocity, x: Tensor, sigmas: Tensor, on_step: Callable[[], None] = lambda: None) -> Drawn:
+def draw(
+    velocity_at: StepVelocity,
+    noise: Tensor,
+    sigmas: Tensor,
+    *,
+    on_step: Callable[[Step], None] = lambda step: None,
+    check: Callable[[Tensor], None] = lambda latents: None,
+) -> Drawn:
     """Follows a velocity from noise to pictures.
 
     The straightness of rectified flow, ∫ E‖(x1 − x0) − v‖² dsigma (Liu et al. 2022, arXiv 2209.03003, eq. 5), is
     `energy − length`: Euler's steps add up to x1 − x0 exactly, so the cross term is −2 ‖x1 − x0‖².
 
     Args:
-        velocity: as of `measures.Velocity`.
-        x: noise [N, C, h, w].
+        velocity_at: as of `sample.denoise`; on packed latents.
+        noise: [N, C, h, w].
         sigmas: a ladder from 1 to 0, see `flow.schedule.ladder`.
         on_step: called after each step.
+        check: see `sample.denoise`.
     """
-    start, energy = x, torch.zeros(len(x), dtype=torch.float64)
-
-    def field(state: Tensor, sigma: float) -> Tensor:
-        return velocity(state, torch.full((len(state),), sigma, device=state.device))
-
-    for step in euler(field, x, sigmas):
-        energy += (step.sigma - step.sigma_next) * mean_square(step.velocity)
+    rows, columns = noise.shape[-2:]
+    x, energy = pack(noise), torch.zeros(len(noise), dtype=torch.float64)
+    for step in denoise(velocity_at, x, sigmas, check=check):
+        velocity = unpack(step.velocity, rows, columns)
+        energy += (step.sigma - step.sigma_next) * mean_square(velocity)
         x = step.x
-        on_step()
-    return Drawn(x.float().cpu(), mean_square(start - x), energy)
-
-
-def guided(conditional: Velocity, null: Velocity, scale: float) -> Velocity:
-    """Classifier-free guidance as a velocity; at scale 1 `null` is not called."""
-    if scale == 1:
-        return conditional
-    return lambda x, sigma: cfg(conditional(x, sigma), null(x, sigma), scale)
-
-
-def noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """[N, *shape] fp32 on the CPU, each a function of its seed: what `libreflux generate` starts from at that seed."""
-    return torch.stack([torch.randn(tuple(shape), generator=keyed.generator(seed, "noise")) for seed in seeds])
+        on_step(step)
+    latents = unpack(x, rows, columns)
+    return Drawn(latents.float().cpu(), mean_square(noise - latents), energy)
 
 
 def mean_square(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from libreflux.flow.schedule import ladder, shift_for_tokens
+from libreflux.flow.schedule import ladder
 from libreflux.model.facts import Facts
 
 SIGMAS = (0.1, 0.25, 0.3, 0.5, 0.7, 0.75, 0.9, 0.98)
@@ -106,12 +106,7 @@ LARGE_QUICK: dict[str, Any] = {"pictures": 16, "prompts": 4, "diversity_prompts"
 
 def own_guidance(facts: Facts) -> float:
     """The model's default scale of classifier-free guidance: 1 for one whose guidance is embedded."""
-    return 1.0 if facts.guidance_embeds else float(facts.guidance)
-
-
-def shift_of(facts: Facts, tokens: int) -> float:
-    """The shift of the model's ladder at so many image tokens."""
-    return shift_for_tokens(tokens) if facts.shift is None else facts.shift
+    return float(facts.cfg_scale)
 
 
 def rungs(facts: Facts, sigmas: Sequence[float]) -> tuple[float, ...]:

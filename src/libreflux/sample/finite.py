@@ -16,15 +16,15 @@ _LARGE = 100.0
 """Weights of adapters and guidance above this are no one's intention."""
 
 
-def check_latents(x: Tensor, field: GuidedVelocity) -> None:
+def check_latents(x: Tensor, guided: GuidedVelocity) -> None:
     """Raises NotFiniteError where latents are not finite.
 
     Args:
         x: latents, of any shape.
-        field: what led to them.
+        guided: what led to them.
     """
     if not is_finite(x):
-        raise _told(field)
+        raise _told(guided)
 
 
 class OverflowingPixels(NotFiniteError):
@@ -41,20 +41,20 @@ def check_pixels(pixels: Tensor, vae: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def blamed(field: GuidedVelocity) -> Iterator[None]:
+def blamed(guided: GuidedVelocity) -> Iterator[None]:
     """Says of pixels that overflow in the block what led to their latents."""
     try:
         yield
     except OverflowingPixels as error:
-        raise _told(field) from error
+        raise _told(guided) from error
 
 
-def _told(field: GuidedVelocity) -> NotFiniteError:
-    transformer = field.transformer
+def _told(guided: GuidedVelocity) -> NotFiniteError:
+    transformer = guided.transformer
     if name := not_finite(transformer.state_dict()):
         origin = _origin(transformer, name) or name_of(transformer) or "the transformer"
         return NotFiniteError(f"{name} is not finite", where=origin, mend=DAMAGED)
-    for text in (field.positive, field.negative):
+    for text in (guided.positive, guided.negative):
         if text is not None and not all(map(is_finite, [*text.tokens, text.pooled])):
             mend = "the text encoders' files are damaged, or need bf16 or fp32"
             return NotFiniteError("the encoded text is not finite", where="the text encoders", mend=mend)
@@ -62,7 +62,7 @@ def _told(field: GuidedVelocity) -> NotFiniteError:
     strongest = max(adapted, key=lambda one: abs(one.strength), default=None)
     weight = 0.0 if strongest is None else abs(strongest.strength)
     overflow = "the picture overflows: its numbers are not finite"
-    guidance = max(field.scale, field.embedded_guidance or 0.0)
+    guidance = max(guided.scale, guided.embedded_guidance or 0.0)
     if strongest is not None and weight > max(_LARGE, guidance):
         where = f"{strongest.origin or 'an adapter'} at weight {strongest.strength:g}"
         return NotFiniteError(overflow, where=where, mend="use a weight near 1")

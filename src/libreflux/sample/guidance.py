@@ -18,20 +18,19 @@ BatchCfg = bool | Literal["auto"]
 
 @dataclass
 class GuidedVelocity:
-    """A velocity callable for `flow.solve`; it counts its calls, one per step.
+    """The velocity that `denoise` follows.
 
     Attributes:
         transformer: FLUX's.
         positive: B prompts.
         negative: B prompts; None when no call is guided.
         image_ids: see `model.velocity`.
-        scale: the guidance scale; a call without guidance, as all are at 1 and below, is a single pass of `positive`.
-        guided: which calls are guided; None is all.
-        phi: see `flow.guidance.rescale`.
-        batch_cfg: True: a guided call is one pass of 2B, shorter prompts masked; False: two passes of B; "auto": one
+        scale: the guidance scale; a step without guidance, as all are at 1, is a single pass of `positive`.
+        guided_steps: which steps are guided; None is all.
+        rescale: phi, see `flow.guidance.rescale`.
+        batch_cfg: True: a guided step is one pass of 2B, shorter prompts masked; False: two passes of B; "auto": one
             pass where it needs no more padding than two, that is where both sides have the same lengths.
         embedded_guidance: see `model.velocity`.
-        calls: made so far.
     """
 
     transformer: FluxTransformer2DModel
@@ -39,16 +38,25 @@ class GuidedVelocity:
     negative: TextConditioning | None
     image_ids: Tensor
     scale: float = 1.0
-    guided: range | None = None
-    phi: float = 0.0
+    guided_steps: range | None = None
+    rescale: float = 0.0
     batch_cfg: BatchCfg = "auto"
     embedded_guidance: float | None = None
-    calls: int = 0
 
-    def __call__(self, x: Tensor, sigma: float) -> Tensor:
-        """v_u + g (v_c - v_u), or v_c where nothing is guided; x [B, N, 4C] and sigma as in `model.velocity`."""
-        call, self.calls = self.calls, self.calls + 1
-        if self.negative is None or self.scale <= 1 or (self.guided is not None and call not in self.guided):
+    def is_guided(self, step: int) -> bool:
+        """Whether this step runs the negative prompts too."""
+        chosen = self.guided_steps is None or step in self.guided_steps
+        return chosen and self.scale != 1 and self.negative is not None
+
+    def __call__(self, x: Tensor, sigma: float, step: int) -> Tensor:
+        """v_u + g (v_c - v_u), or v_c in a step without guidance.
+
+        Args:
+            x: latents [B, N, 4C].
+            sigma: the noise level, see `model.velocity`.
+            step: index of the step, from 0.
+        """
+        if self.negative is None or not self.is_guided(step):
             return self._pass(x, sigma, self.positive)
         if self._in_one_pass(self.negative):
             both = TextConditioning.cat([self.negative, self.positive])
@@ -56,7 +64,7 @@ class GuidedVelocity:
         else:
             v_uncond, v_cond = self._pass(x, sigma, self.negative), self._pass(x, sigma, self.positive)
         v = cfg(v_cond, v_uncond, self.scale)
-        return rescale(v, v_cond, self.phi) if self.phi else v
+        return rescale(v, v_cond, self.rescale) if self.rescale else v
 
     def _in_one_pass(self, negative: TextConditioning) -> bool:
         if self.batch_cfg == "auto":

@@ -79,20 +79,18 @@ def start(
     latents: Tensor | None,
     seeds: int | Sequence[int] | None,
     generator: Generators,
-    *,
-    count: int,
-    channels: int,
-    rows: int,
-    columns: int,
+    shape: tuple[int, int, int, int],
 ) -> tuple[Tensor, list[int]]:
-    """Packed latents [count, N, 4C] and the seeds that they are of, none where the caller gave `latents`.
+    """Packed latents [B, N, 4C] for pictures of `shape` [B, C, rows, columns], and their seeds.
+
+    There are no seeds where the caller gave `latents`.
 
     Raises:
         RecipeError: see `choose_seeds` and `packed_latents`; or latents and a source of noise.
     """
     if latents is None:
-        chosen = choose_seeds(seeds, generator, count)
-        return pack(noise(chosen, channels, rows, columns)), chosen
+        chosen = choose_seeds(seeds, generator, shape[0])
+        return pack(noise(chosen, *shape[1:])), chosen
     if seeds is not None or generator is not None:
         raise RecipeError("both latents and a source of noise were given", mend="pass latents alone, or none")
-    return packed_latents(latents, count, channels, rows, columns), []
+    return packed_latents(latents, *shape), []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,14 +19,17 @@ from libreflux.flow.path import x0_from_velocity
 from libreflux.flow.solve import Step
 from libreflux.model import latents as latent_space
 from libreflux.model.text import TextConditioning, TextEncoders
+from libreflux.sample.checks import check_values
+from libreflux.sample.denoise import denoise
 from libreflux.sample.encoding import encode_prompts, listed, matched
-from libreflux.sample.finite import blamed
+from libreflux.sample.finite import blamed, check_latents
 from libreflux.sample.guidance import BatchCfg, GuidedVelocity
 from libreflux.sample.noise import Generators, start
 from libreflux.sample.output import decoded, to_pil
 from libreflux.sample.parts import FluxParts
-from libreflux.sample.settings import NUMBERS, RESOLVED, check_values, resolve
-from libreflux.sample.walk import TENSORS, Job, check_tensors, walk
+from libreflux.sample.request import DrawRequest, Texts
+from libreflux.sample.settings import Settings, resolve
+from libreflux.sample.step_end import TENSORS, on_step_end
 
 
 @dataclass
@@ -38,6 +42,26 @@ class LibreFluxOutput(BaseOutput):
     """
 
     images: list[Image.Image] | np.ndarray | Tensor
+    seeds: list[int]
+
+
+@dataclass
+class Drawing:
+    """Pictures that are ready to be drawn.
+
+    Attributes:
+        settings: how.
+        guided: the velocity, with the encoded prompts.
+        noise: where to start, packed [B, N, 4C].
+        rows, columns: of the latents.
+        seeds: of the pictures; empty where the caller gave the noise.
+    """
+
+    settings: Settings
+    guided: GuidedVelocity
+    noise: Tensor
+    rows: int
+    columns: int
     seeds: list[int]
 
 
@@ -169,20 +193,53 @@ class LibreFluxPipeline(FluxParts):
             ModelError: an embedded guidance for a model without, conditioning that cannot be made.
             NotFiniteError: latents or pixels overflow, or are NaN.
         """
-        job = self._prepare({name: value for name, value in locals().items() if name != "self"})
-        x = job.x
-        with self.progress_bar(total=len(job.sigmas) - 1) as progress:
-            for step in walk(self, job):
-                x = step.x
-                if callback_on_step is not None:
-                    callback_on_step(step)
-                progress.update()
-        with blamed(job.field):
-            images = self._finish(latent_space.unpack(x, job.rows, job.columns), output_type, tile)
+        request = DrawRequest(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            seeds=seeds,
+            num_images_per_prompt=num_images_per_prompt,
+            no_cfg_until=no_cfg_until,
+            embedded_guidance=embedded_guidance,
+            prompt_conditioning=prompt_conditioning,
+            negative_conditioning=negative_conditioning,
+            callback_on_step=callback_on_step,
+            output_type=output_type,
+            prompt_2=prompt_2,
+            negative_prompt_2=negative_prompt_2,
+            sigmas=sigmas,
+            latents=latents,
+            guidance_start=guidance_start,
+            guidance_stop=guidance_stop,
+            guidance_rescale=guidance_rescale,
+            batch_cfg=batch_cfg,
+            max_sequence_length=max_sequence_length,
+            tile=tile,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            return_dict=return_dict,
+        )
+        output = self._draw(request)
         self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images,)  # type: ignore[return-value]  # as diffusers' pipelines do
-        return LibreFluxOutput(images=images, seeds=job.seeds)
+        return output if return_dict else (output.images,)  # type: ignore[return-value]  # as diffusers' pipelines do
+
+    def _draw(self, request: DrawRequest) -> LibreFluxOutput:
+        drawing = self._prepare(request)
+        x = drawing.noise
+        with self.progress_bar(total=drawing.settings.steps) as progress:
+            for step in self._denoise(drawing, request):
+                x = step.x
+                if request.callback_on_step is not None:
+                    request.callback_on_step(step)
+                progress.update()
+        with blamed(drawing.guided):
+            latents = latent_space.unpack(x, drawing.rows, drawing.columns)
+            images = self._output(latents, request.output_type, request.tile)
+        return LibreFluxOutput(images=images, seeds=drawing.seeds)
 
     @torch.no_grad()
     def steps(self, *args: Any, **options: Any) -> Iterator[tuple[Step, list[Image.Image]]]:
@@ -194,67 +251,68 @@ class LibreFluxPipeline(FluxParts):
         Raises:
             RecipeError, ModelError: as a call; or an argument that only a call has a use for.
         """
-        bound = inspect.signature(type(self).__call__).bind(self, *args, **options)
+        bound = inspect.signature(type(self).__call__).bind(self, *args, **options).arguments
         for name in ("callback_on_step", "output_type", "return_dict"):
-            if name in bound.arguments:
+            if name in bound:
                 raise RecipeError("has no effect on steps()", where=name, mend="leave it out")
-        bound.apply_defaults()
-        given = bound.arguments
-        job = self._prepare(given)
+        del bound["self"]
+        request = DrawRequest(**bound)
+        drawing = self._prepare(request)
         try:
-            for step in walk(self, job):
+            for step in self._denoise(drawing, request):
                 x0 = x0_from_velocity(step.x, step.velocity, step.sigma_next)
-                latents = latent_space.unpack(x0, job.rows, job.columns)
-                with blamed(job.field):
-                    pixels = decoded(self.vae, latents, given["tile"])
+                latents = latent_space.unpack(x0, drawing.rows, drawing.columns)
+                with blamed(drawing.guided):
+                    pixels = decoded(self.vae, latents, request.tile)
                 yield step, to_pil(pixels)
         finally:
             self.maybe_free_model_hooks()
 
-    def _prepare(self, given: Mapping[str, Any]) -> Job:
-        sizes = {name: self.default_size if given[name] is None else given[name] for name in ("height", "width")}
-        check_values({**{name: given[name] for name in NUMBERS}, **sizes})
-        tensors = given["callback_on_step_end_tensor_inputs"]
-        check_tensors(tensors, "callback_on_step_end_tensor_inputs")
-        rows, columns = (sizes[name] // latent_space.stride(self.vae) for name in ("height", "width"))
-        settings = resolve(self.facts, rows * columns // 4, **{name: given[name] for name in RESOLVED})
+    def _prepare(self, request: DrawRequest) -> Drawing:
+        height, width = (self.default_size if side is None else side for side in (request.height, request.width))
+        check_values({"height": height, "width": width})
+        rows, columns = (side // latent_space.stride(self.vae) for side in (height, width))
+        settings = resolve(self.facts, rows * columns // 4, request)
+        positive, negative = self._conditioning(request.positive), None
+        if settings.guided_steps:
+            negative = matched(self._conditioning(request.negative), len(positive))
+            negative = negative.repeat(request.num_images_per_prompt).to(self._execution_device)
+        positive = positive.repeat(request.num_images_per_prompt).to(self._execution_device)
+        shape = (len(positive), int(self.vae.config.latent_channels), rows, columns)
+        noise, seeds = start(request.latents, request.seeds, request.generator, shape)
+        guided = GuidedVelocity(
+            transformer=self.transformer,
+            positive=positive,
+            negative=negative,
+            image_ids=latent_space.image_ids(rows, columns, device=self._execution_device),
+            scale=settings.scale,
+            guided_steps=settings.guided_steps,
+            rescale=request.guidance_rescale,
+            batch_cfg=request.batch_cfg,
+            embedded_guidance=settings.embedded,
+        )
+        return Drawing(settings, guided, noise.to(self._execution_device), rows, columns, seeds)
 
-        repeats, negative = given["num_images_per_prompt"], None
-        positive = self._conditioning(given, "")
-        if settings.guided:
-            negative = matched(self._conditioning(given, "negative_"), len(positive)).repeat(repeats)
-        positive = positive.repeat(repeats)
-        x, seeds = start(
-            given["latents"], given["seeds"], given["generator"], count=len(positive),
-            channels=int(self.vae.config.latent_channels), rows=rows, columns=columns,
-        )  # fmt: skip
-        device = self._execution_device
-        field = GuidedVelocity(
-            self.transformer, positive.to(device), negative and negative.to(device),
-            latent_space.image_ids(rows, columns, device=device), scale=settings.scale, guided=settings.guided,
-            phi=given["guidance_rescale"], batch_cfg=given["batch_cfg"], embedded_guidance=settings.embedded,
-        )  # fmt: skip
-        return Job(field, x.to(device), settings.sigmas, rows, columns, seeds, given["callback_on_step_end"], tensors)
+    def _denoise(self, drawing: Drawing, request: DrawRequest) -> Iterator[Step]:
+        """The steps; the last one is where the sigmas end, or where the pipeline was interrupted."""
+        self.interrupt = False
+        callback, names = request.callback_on_step_end, request.callback_on_step_end_tensor_inputs
+        replaced = on_step_end(self, drawing.guided, callback, names)
+        guided, sigmas = drawing.guided, drawing.settings.sigmas
+        check = functools.partial(check_latents, guided=guided)
+        for step in denoise(guided, drawing.noise, sigmas, on_step_end=replaced, check=check):
+            yield step
+            if self.interrupt:
+                return
 
-    def _conditioning(self, given: Mapping[str, Any], side: str) -> TextConditioning:
-        """Of the prompts (side "") or the negative prompts ("negative_"): ready-made, or encoded."""
-        what, ready = f"{side}prompt", given[f"{side or 'prompt_'}conditioning"]
-        prompts, second, limit = given[what], given[f"{what}_2"], given["max_sequence_length"]
-        if side and prompts is None:
-            prompts = ""
-        if ready is not None:
-            if prompts or second:
-                raise RecipeError(f"both {what} and its conditioning were given", mend="pass one of them")
-            if limit is not None:
-                raise RecipeError(
-                    "has no effect on ready-made conditioning", where="max_sequence_length", mend="encode with it"
-                )
-            return ready  # type: ignore[no-any-return]
-        if prompts is None or not listed(prompts):
-            raise RecipeError(f"no {what}", mend=f"pass {what} or its conditioning")
-        return self.encode_prompt(prompts, second, limit)
+    def _conditioning(self, texts: Texts) -> TextConditioning:
+        """As it was given, or encoded."""
+        if texts.ready is not None:
+            return texts.ready
+        assert texts.prompts is not None
+        return self.encode_prompt(texts.prompts, texts.prompts_2, texts.max_tokens)
 
-    def _finish(self, latents: Tensor, output_type: str, tile: bool | None) -> list[Image.Image] | np.ndarray | Tensor:
+    def _output(self, latents: Tensor, output_type: str, tile: bool | None) -> list[Image.Image] | np.ndarray | Tensor:
         if output_type == "latent":
             return latents
         pixels = decoded(self.vae, latents, tile)

@@ -1,0 +1,106 @@
+"""Which values the arguments of a drawing may have."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any
+
+from libreflux.errors import RecipeError
+from libreflux.model.facts import MOST_STEPS
+from libreflux.model.latents import MOST_SIDE
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+MOST_PIXELS = 2**26
+"""Of one picture: 8192 x 8192, 262,144 tokens. A picture's own record, too, may name no more."""
+
+
+def check_values(given: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
+    """Raises RecipeError for a value out of range; None is not checked.
+
+    Args:
+        given: some arguments of `LibreFluxPipeline.__call__`.
+        names: what the user calls them, if otherwise.
+    """
+    for name, value in given.items():
+        good, mend = _CHECKS[name]
+        if value is not None and not good(value):
+            raise RecipeError(f"cannot be {value!r}", where=(names or {}).get(name, name), mend=mend)
+    width, height = (given.get(name) for name in ("width", "height"))
+    if width and height and width * height > MOST_PIXELS:
+        what = f"{width} x {height} pixels are more than {MOST_PIXELS / 1e6:.0f} million"
+        raise RecipeError(what, where=(names or {}).get("width", "width"), mend="draw a smaller picture")
+    start, stop = given.get("guidance_start", 0.0), given.get("guidance_stop", 1.0)
+    if start >= stop:
+        name = (names or {}).get("guidance_start", "guidance_start")
+        raise RecipeError(f"{start:g} is not below the stop, {stop:g}", where=name, mend="start before the stop")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one number, Python's, numpy's or torch's: no text, and no truth value."""
+    if isinstance(value, bool | str | bytes):
+        return False
+    try:
+        float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return True
+
+
+def _is_whole(value: Any) -> bool:
+    if not _is_number(value):
+        return False
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _is_size(value: Any) -> bool:
+    return _is_whole(value) and 16 <= value <= MOST_SIDE and value % 16 == 0
+
+
+def _is_fraction(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
+def _is_scale(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value) and value >= 0
+
+
+def _is_count(least: int) -> Callable[[Any], bool]:
+    return lambda value: _is_whole(value) and value >= least
+
+
+def _falls(sigmas: Any) -> bool:
+    values = [float(sigma) if _is_number(sigma) else math.nan for sigma in sigmas]
+    return 0 < len(values) <= MOST_STEPS and all(0 < v <= 1 for v in values) and all(a > b for a, b in pairwise(values))
+
+
+def _is_switch(value: Any) -> bool:
+    return value is True or value is False
+
+
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "height": (_is_size, f"use a multiple of 16, at most {MOST_SIDE}"),
+    "width": (_is_size, f"use a multiple of 16, at most {MOST_SIDE}"),
+    "num_inference_steps": (lambda steps: _is_whole(steps) and 1 <= steps <= MOST_STEPS, f"use 1 to {MOST_STEPS}"),
+    "sigmas": (_falls, "use falling numbers in (0, 1]; the last one, 0, is added"),
+    "guidance_scale": (_is_scale, "use 0 or more; 1 is no guidance"),
+    "embedded_guidance": (_is_scale, "use 0 or more"),
+    "no_cfg_until": (_is_count(0), "use 0 or more steps"),
+    "guidance_start": (_is_fraction, "use a fraction of the steps, 0 to 1"),
+    "guidance_stop": (_is_fraction, "use a fraction of the steps, 0 to 1"),
+    "guidance_rescale": (_is_fraction, "use 0 to 1; 0 is none"),
+    "batch_cfg": (lambda how: _is_switch(how) or how == "auto", 'use True, False or "auto"'),
+    "num_images_per_prompt": (_is_count(1), "use 1 or more"),
+    "output_type": (OUTPUT_TYPES.__contains__, f"use one of {', '.join(OUTPUT_TYPES)}"),
+    "tile": (_is_switch, "use True, False or None"),
+    "return_dict": (_is_switch, "use True or False"),
+    "max_sequence_length": (_is_count(0), "use a count of tokens"),
+}
+CHECKED = tuple(_CHECKS)
+"""Every argument that `check_values` knows."""
