@@ -16,7 +16,7 @@ from libreflux.errors import ModelError
 from libreflux.probe.held_out import measure_held_out
 from libreflux.probe.measures import paired_noise
 from libreflux.recipe import Recipe
-from libreflux.train.objective import flow_matching_loss
+from libreflux.train.objective import NoisedBatch, flow_matching_loss
 from tiny import tiny_transformer
 
 SIGMAS = (0.2, 0.8)
@@ -66,7 +66,7 @@ def test_the_losses_are_those_of_training_one_picture_at_a_time(held_out: HeldOu
             row = []
             for sigma in SIGMAS:
                 noise = paired_noise(one.latents.shape[1:], 0, one.sample_ids[0], sigma)[None]
-                loss = flow_matching_loss(transformer, one.latents, noise, torch.tensor([sigma]), text)
+                loss = flow_matching_loss(transformer, NoisedBatch(one.latents, noise, torch.tensor([sigma]), text))
                 row.append(loss.item())
             losses[name].append(row)
     assert found.pictures == 5

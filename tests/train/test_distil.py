@@ -30,8 +30,8 @@ from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
 from libreflux.recipe import DistilSpec, Recipe, load_recipe
 from libreflux.train.callbacks import Callbacks, Started
-from libreflux.train.distil import chord, distilled_target, on_rungs, teacher_path
 from libreflux.train.loop import fit
+from libreflux.train.objective import NoisedBatch, chord, distilled_target, on_rungs, teacher_path
 from tiny import tiny_transformer
 
 
@@ -79,7 +79,7 @@ def test_one_step_of_the_student_leads_where_the_teachers_guided_steps_lead(
     spec, coarse, fine = DistilSpec(guidance=2.5, steps=4, substeps=3), ladder(4, shift), ladder(12, shift)
     rungs = (0, 1, 3)
     sigma = coarse[list(rungs)]
-    target = distilled_target(transformer, adapter, latents, noise, sigma, text, empty, spec, shift=shift)
+    target = distilled_target(transformer, adapter, NoisedBatch(latents, noise, sigma, text), empty, spec, shift=shift)
     ids = image_ids(4, 6)
     for i, rung in enumerate(rungs):
 
@@ -99,7 +99,8 @@ def test_without_steps_the_target_is_the_bases_guided_velocity(student: tuple[An
     transformer, adapter = student
     latents, noise, text, empty = given()
     sigma = torch.tensor([0.2, 0.5, 0.9])
-    target = distilled_target(transformer, adapter, latents, noise, sigma, text, empty, DistilSpec(guidance=4.0))
+    noised = NoisedBatch(latents, noise, sigma, text)
+    target = distilled_target(transformer, adapter, noised, empty, DistilSpec(guidance=4.0))
     x, ids = pack(interpolate(latents, noise, sigma)), image_ids(4, 6)
     with torch.no_grad():
         live = velocity(transformer, x, sigma, text, ids)

@@ -22,7 +22,7 @@ from libreflux.model.text import TextConditioning
 from libreflux.recipe import Recipe
 from libreflux.sample.output import decoded
 from libreflux.train import estimate, phases, trace
-from libreflux.train.objective import flow_matching_loss
+from libreflux.train.objective import NoisedBatch, flow_matching_loss
 from tiny import tiny_transformer, tiny_vae
 
 
@@ -61,7 +61,7 @@ def test_the_trace_on_meta_is_the_real_step() -> None:
     text = TextConditioning([torch.randn(9, 24) for _ in range(3)], torch.randn(3, 16))
     latents = torch.randn(3, 16, 8, 6)
     with trace.attention_in_tiles(), trace.LiveBytes() as live:
-        flow_matching_loss(real, latents, latents, torch.rand(3), text).sum().backward()  # type: ignore[arg-type]
+        flow_matching_loss(real, NoisedBatch(latents, latents, torch.rand(3), text)).sum().backward()  # type: ignore[arg-type]
     traced = trace.trace_pass(meta, 3, (8, 6), 9)  # type: ignore[arg-type]
     assert abs(traced - live.peak) < 0.01 * live.peak
     more = trace.trace_pass(meta, 6, (8, 6), 9)  # type: ignore[arg-type]
@@ -142,7 +142,8 @@ def test_a_pass_without_gradient_is_traced_on_one_of_like_blocks() -> None:
     attach(transformer, layers, init="ones")  # so that the two single blocks differ
     text = TextConditioning([torch.randn(9, 24) for _ in range(3)], torch.randn(3, 16))
     latents = torch.randn(3, 16, 8, 6)
-    real = alive(lambda: flow_matching_loss(transformer, latents, latents, torch.rand(3), text))
+    noised = NoisedBatch(latents, latents, torch.rand(3), text)
+    real = alive(lambda: flow_matching_loss(transformer, noised))
     names = [name for name, _ in transformer.named_modules()]
     meta = transformer.to("meta")
     traced = trace.trace_pass(meta, 3, (8, 6), 9, backward=False)

@@ -29,7 +29,7 @@ from libreflux.train import checkpoint
 from libreflux.train.callbacks import Callbacks, Started, StepInfo
 from libreflux.train.interrupt import Interrupted
 from libreflux.train.loop import _open, fit
-from libreflux.train.objective import flow_matching_loss, keyed_noise
+from libreflux.train.objective import NoisedBatch, flow_matching_loss, keyed_noise
 from libreflux.train.ranks import Ranks
 from libreflux.train.step import accumulate_gradient, draw_sigmas
 
@@ -85,7 +85,7 @@ def _held_out_loss(transformer: FluxTransformer2DModel, tree: dict[str, Any]) ->
         noise = torch.stack([keyed_noise(batch.latents.shape[1:], 0, "held out", i, draw) for i in range(PICTURES)])
         sigma = draw_sigmas(SigmaSpec(), PICTURES, 999, draw)
         with torch.no_grad():
-            total += float(flow_matching_loss(transformer, batch.latents, noise, sigma, batch.text).mean())
+            total += float(flow_matching_loss(transformer, NoisedBatch(batch.latents, noise, sigma, batch.text)).mean())
     return total / 12
 
 
@@ -141,7 +141,8 @@ def test_a_step_is_the_weighted_mean_of_its_pictures_gradients(recipe_tree: Tree
             for item, visit, slot in zip(unit.items, unit.visits, unit.slots, strict=True):
                 one = training.batches.batch(replace(unit, items=(item,), visits=(visit,), slots=(slot,)))
                 noise = keyed_noise(one.latents.shape[1:], 0, one.sample_ids[0], step, slot)[None]
-                loss = flow_matching_loss(training.transformer, one.latents, noise, sigmas[[slot]], one.text)
+                noised = NoisedBatch(one.latents, noise, sigmas[[slot]], one.text)
+                loss = flow_matching_loss(training.transformer, noised)
                 losses.append(loss.sum() * (0.5 if item < PICTURES else 2.0))
         parameters = list(training.adapter.parameters())
         gradient = torch.autograd.grad(sum(losses) / len(losses), parameters)

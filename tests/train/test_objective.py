@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from libreflux.errors import ModelError
 from libreflux.model.latents import pack
 from libreflux.model.text import TextConditioning
-from libreflux.train.objective import flow_matching_loss, keyed_noise
+from libreflux.train.objective import NoisedBatch, flow_matching_loss, keyed_noise
 from tiny import tiny_transformer
 
 LENGTHS = [3, 7, 7, 1]
@@ -25,17 +25,10 @@ def transformer() -> FluxTransformer2DModel:
     return tiny_transformer()
 
 
-class _Batch(NamedTuple):
-    latents: Tensor
-    noise: Tensor
-    sigma: Tensor
-    text: TextConditioning
-
-
-def _batch(lengths: list[int] = LENGTHS) -> _Batch:
+def _batch(lengths: list[int] = LENGTHS) -> NoisedBatch:
     count = len(lengths)
     generator = torch.Generator().manual_seed(5)
-    return _Batch(
+    return NoisedBatch(
         torch.randn(count, 16, 4, 6, generator=generator),
         torch.randn(count, 16, 4, 6, generator=generator),
         torch.linspace(0.1, 0.9, count),
@@ -46,11 +39,7 @@ def _batch(lengths: list[int] = LENGTHS) -> _Batch:
     )
 
 
-def _one(batch: _Batch, i: int) -> _Batch:
-    return _Batch(batch.latents[i : i + 1], batch.noise[i : i + 1], batch.sigma[i : i + 1], batch.text.index([i]))
-
-
-def _seen_and_given(transformer: FluxTransformer2DModel, batch: _Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _seen_and_given(transformer: FluxTransformer2DModel, batch: NoisedBatch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Per sample: what the transformer was shown, what it answered, and the loss."""
     kept: list[Tensor] = []
 
@@ -59,7 +48,7 @@ def _seen_and_given(transformer: FluxTransformer2DModel, batch: _Batch) -> Itera
 
     hook = transformer.register_forward_hook(keep, with_kwargs=True)
     with torch.no_grad():
-        losses = flow_matching_loss(transformer, *batch)
+        losses = flow_matching_loss(transformer, batch)
     hook.remove()
     yield from zip(*kept, losses, strict=True)
 
@@ -78,8 +67,8 @@ def test_loss_is_the_mean_squared_velocity_error_of_each_picture(transformer: Fl
 def test_a_ragged_batch_is_its_pictures_one_by_one(transformer: FluxTransformer2DModel) -> None:
     batch = _batch()
     with torch.no_grad():
-        together = flow_matching_loss(transformer, *batch)
-        alone = torch.cat([flow_matching_loss(transformer, *_one(batch, i)) for i in range(len(LENGTHS))])
+        together = flow_matching_loss(transformer, batch)
+        alone = torch.cat([flow_matching_loss(transformer, batch.index([i])) for i in range(len(LENGTHS))])
     assert together.dtype == torch.float32
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
     assert together.std() > 1e-3  # different pictures, different losses: order would be noticed
@@ -89,17 +78,17 @@ def test_the_gradient_is_the_slope_of_the_loss(transformer: FluxTransformer2DMod
     """Central differences in fp64 along a random direction."""
     model = copy.deepcopy(transformer).double()
     batch = _batch()
-    batch = batch._replace(
-        latents=batch.latents.double(), noise=batch.noise.double(), text=batch.text.to(dtype=torch.float64)
+    batch = replace(
+        batch, latents=batch.latents.double(), noise=batch.noise.double(), text=batch.text.to(dtype=torch.float64)
     )
     weight = model.transformer_blocks[0].attn.to_q.weight
     direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (gradient,) = torch.autograd.grad(flow_matching_loss(model, *batch).sum(), weight)
+    (gradient,) = torch.autograd.grad(flow_matching_loss(model, batch).sum(), weight)
     slope = 0.0
     with torch.no_grad():
         for sign in (1, -1):
             weight += sign * 1e-3 * direction
-            slope += sign * float(flow_matching_loss(model, *batch).sum()) / 2e-3
+            slope += sign * float(flow_matching_loss(model, batch).sum()) / 2e-3
             weight -= sign * 1e-3 * direction
     assert abs(slope) > 1e-4
     assert float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-3)
@@ -112,7 +101,7 @@ def test_bf16_is_only_in_the_network(transformer: FluxTransformer2DModel) -> Non
     torch.nn.init.zeros_(model.proj_out.bias)  # it predicts exactly 0, so the loss is mean (noise - x0)²
     batch = _batch()
     with torch.no_grad():
-        loss = flow_matching_loss(model, *batch)
+        loss = flow_matching_loss(model, batch)
     assert loss.dtype == torch.float32
     wanted = (batch.noise.double() - batch.latents.double()).square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(loss.double(), wanted, atol=0, rtol=1e-6)
@@ -120,13 +109,14 @@ def test_bf16_is_only_in_the_network(transformer: FluxTransformer2DModel) -> Non
 
 def test_guidance_goes_to_networks_that_embed_it_and_to_no_other(transformer: FluxTransformer2DModel) -> None:
     with pytest.raises(ModelError):
-        flow_matching_loss(transformer, *_batch(), guidance=1.0)
+        flow_matching_loss(transformer, replace(_batch(), guidance=1.0))
     guided = tiny_transformer(guidance_embeds=True)
     with pytest.raises(ModelError):
-        flow_matching_loss(guided, *_batch())
+        flow_matching_loss(guided, _batch())
     with torch.no_grad():
         assert not torch.equal(
-            flow_matching_loss(guided, *_batch(), guidance=1.0), flow_matching_loss(guided, *_batch(), guidance=4.0)
+            flow_matching_loss(guided, replace(_batch(), guidance=1.0)),
+            flow_matching_loss(guided, replace(_batch(), guidance=4.0)),
         )
 
 

@@ -27,7 +27,7 @@ from libreflux.model.velocity import velocity
 from libreflux.recipe import Recipe
 from libreflux.train.callbacks import Callbacks
 from libreflux.train.loop import _open, fit
-from libreflux.train.objective import flow_matching_loss, keyed_noise, regularised_target
+from libreflux.train.objective import NoisedBatch, flow_matching_loss, keyed_noise, regularised_target
 from libreflux.train.ranks import Ranks
 from libreflux.train.step import draw_sigmas
 from tiny import tiny_transformer
@@ -58,9 +58,9 @@ def _attach(transformer: FluxTransformer2DModel, *, init: str = "ones", rank: in
 def _losses(
     transformer: FluxTransformer2DModel, adapter: Adapter, given: Given, regularised: tuple[bool, ...]
 ) -> Tensor:
-    target = regularised_target(transformer, adapter, *given, regularised)
+    target = regularised_target(transformer, adapter, NoisedBatch(*given), regularised)
     assert not target.requires_grad  # the base's pass leaves no graph
-    return flow_matching_loss(transformer, *given, target=target)
+    return flow_matching_loss(transformer, NoisedBatch(*given), target=target)
 
 
 def _plain(adapted: FluxTransformer2DModel, base: FluxTransformer2DModel, given: Given, regularised: bool) -> Tensor:
@@ -123,14 +123,16 @@ def test_only_regularised_pictures_pay_for_the_second_pass() -> None:
 def test_disabled_is_the_base_to_the_bit_and_ends_with_its_block() -> None:
     transformer, given = tiny_transformer(), _given()
     with torch.no_grad():
-        base = flow_matching_loss(transformer, *given)
+        base = flow_matching_loss(transformer, NoisedBatch(*given))
         adapter = _attach(transformer, init="perturbed")
-        adapted = flow_matching_loss(transformer, *given)
+        adapted = flow_matching_loss(transformer, NoisedBatch(*given))
         with adapter.disabled():
             with pytest.raises(ZeroDivisionError), adapter.disabled():
                 raise ZeroDivisionError
-            assert torch.equal(flow_matching_loss(transformer, *given), base)
-        assert torch.equal(flow_matching_loss(transformer, *given), adapted) and not torch.equal(adapted, base)
+            assert torch.equal(flow_matching_loss(transformer, NoisedBatch(*given)), base)
+        assert torch.equal(flow_matching_loss(transformer, NoisedBatch(*given)), adapted) and not torch.equal(
+            adapted, base
+        )
 
 
 # ---- in a run -----------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
-"""What training minimises: flow matching, or staying with the base's velocity; in fp32, one number per picture."""
+"""What training minimises: flow matching, staying with the base's velocity, or distillation. In fp32, by picture."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -10,10 +12,62 @@ from torch import Tensor
 
 from libreflux import keyed
 from libreflux.adapter.files import Adapter
+from libreflux.flow.guidance import cfg
 from libreflux.flow.path import interpolate, velocity_target
+from libreflux.flow.schedule import ladder
 from libreflux.model.latents import image_ids, pack
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
+from libreflux.recipe import DistilSpec
+
+Field = Callable[[Tensor, Tensor], Tensor]
+"""field(x [B, …], sigma [B]): dx/dsigma, [B, …]."""
+
+
+@dataclass(frozen=True, eq=False)
+class NoisedBatch:
+    """B pictures with noise, as one pass of training sees them.
+
+    Attributes:
+        latents: x0 [B, C, h, w], normalised as the transformer expects them.
+        noise: [B, C, h, w], standard normal.
+        sigma: [B] fp32 in (0, 1), or rungs of a ladder for `distilled_target`.
+        text: B prompts; an empty prompt where the caption was dropped.
+        guidance: the value for a network with a guidance embedding, None for one without.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    sigma: Tensor
+    text: TextConditioning
+    guidance: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    @property
+    def x_sigma(self) -> Tensor:
+        """The noised latents, packed [B, h*w/4, 4C]."""
+        return pack(interpolate(self.latents, self.noise, self.sigma))
+
+    @property
+    def target(self) -> Tensor:
+        """noise - x0, packed [B, h*w/4, 4C]."""
+        return pack(velocity_target(self.latents, self.noise))
+
+    def index(self, rows: Sequence[int]) -> NoisedBatch:
+        """The pictures at these positions."""
+        picked = list(rows)
+        text = self.text.index(picked)
+        return NoisedBatch(self.latents[picked], self.noise[picked], self.sigma[picked], text, self.guidance)
+
+    def velocity(
+        self, transformer: FluxTransformer2DModel, x: Tensor, sigma: Tensor, text: TextConditioning | None = None
+    ) -> Tensor:
+        """The network's velocity at x [B, h*w/4, 4C] and sigma [B], under these prompts or others."""
+        ids = image_ids(self.latents.shape[-2], self.latents.shape[-1], device=self.latents.device)
+        prompts = self.text if text is None else text
+        return velocity(transformer, x, sigma, prompts, ids, guidance=self.guidance)
 
 
 def keyed_noise(shape: Sequence[int], seed: int, *index: int | str) -> Tensor:
@@ -28,14 +82,7 @@ def keyed_noise(shape: Sequence[int], seed: int, *index: int | str) -> Tensor:
 
 
 def flow_matching_loss(
-    transformer: FluxTransformer2DModel,
-    latents: Tensor,
-    noise: Tensor,
-    sigma: Tensor,
-    text: TextConditioning,
-    *,
-    guidance: float | None = None,
-    target: Tensor | None = None,
+    transformer: FluxTransformer2DModel, batch: NoisedBatch, *, target: Tensor | None = None
 ) -> Tensor:
     """|velocity(x_sigma, sigma, text) - (noise - x0)|², mean over the latent numbers of each picture.
 
@@ -44,11 +91,7 @@ def flow_matching_loss(
 
     Args:
         transformer: the network, adapted or not.
-        latents: [B, C, h, w], x0, normalised as the transformer expects them.
-        noise: [B, C, h, w], standard normal.
-        sigma: [B] fp32 in (0, 1).
-        text: B prompts; an empty prompt where the caption was dropped.
-        guidance: the value for a network with a guidance embedding, None for one without.
+        batch: the pictures.
         target: [B, h*w/4, 4C] packed, to take the place of noise - x0; see `regularised_target`.
 
     Returns:
@@ -57,26 +100,15 @@ def flow_matching_loss(
     Raises:
         ModelError: guidance is given to a network without guidance embedding, or is missing for one with it.
     """
-    height, width = latents.shape[-2:]
-    x_sigma = pack(interpolate(latents, noise, sigma))
-    target = pack(velocity_target(latents, noise)) if target is None else target
-    ids = image_ids(height, width, device=latents.device)
+    target = batch.target if target is None else target
     # No autocast: the network runs in the dtype of its weights, as it does when it draws. On a bf16 base autocast gave
     # the same loss to the bit, and the same gradient error against fp32 (0.7 %).
-    predicted = velocity(transformer, x_sigma, sigma, text, ids, guidance=guidance)
+    predicted = batch.velocity(transformer, batch.x_sigma, batch.sigma)
     return (predicted.to(target.dtype) - target).square().mean(dim=(1, 2))
 
 
 def regularised_target(
-    transformer: FluxTransformer2DModel,
-    adapter: Adapter,
-    latents: Tensor,
-    noise: Tensor,
-    sigma: Tensor,
-    text: TextConditioning,
-    regularised: Sequence[bool],
-    *,
-    guidance: float | None = None,
+    transformer: FluxTransformer2DModel, adapter: Adapter, batch: NoisedBatch, regularised: Sequence[bool]
 ) -> Tensor:
     """noise - x0, and for the regularised pictures the velocity that the base gives at the same x_sigma, sigma, text.
 
@@ -87,20 +119,92 @@ def regularised_target(
     Args:
         transformer: the network with `adapter` on it.
         adapter: what is trained.
-        latents: as for `flow_matching_loss`, and so are noise, sigma, text and guidance.
+        batch: the pictures.
         regularised: B flags.
 
     Returns:
         [B, h*w/4, 4C] packed, fp32, without gradient.
     """
-    target = pack(velocity_target(latents, noise))
-    which = [index for index, flag in enumerate(regularised) if flag]
-    if not which:
-        return target
-    height, width = latents.shape[-2:]
-    ids = image_ids(height, width, device=latents.device)
-    x_sigma = pack(interpolate(latents[which], noise[which], sigma[which]))
-    with torch.no_grad(), adapter.disabled():
-        kept = velocity(transformer, x_sigma, sigma[which], text.index(which), ids, guidance=guidance)
-    target[which] = kept.to(target.dtype)
+    target = batch.target
+    if which := [index for index, flag in enumerate(regularised) if flag]:
+        kept = batch.index(which)
+        with torch.no_grad(), adapter.disabled():
+            target[which] = kept.velocity(transformer, kept.x_sigma, kept.sigma).to(target.dtype)
     return target
+
+
+@torch.no_grad()
+def distilled_target(
+    transformer: FluxTransformer2DModel,
+    adapter: Adapter,
+    batch: NoisedBatch,
+    empty: TextConditioning,
+    spec: DistilSpec,
+    *,
+    shift: float = 1.0,
+) -> Tensor:
+    """Distillation: the base's velocity under guidance, or the chord of its guided steps, at x_sigma.
+
+    The teacher is the frozen base itself with the adapter switched off, so that it costs no memory: one run bakes
+    guidance in (Meng et al. 2022, arXiv 2210.03142, section 3.1, here for one guidance scale), the merged model is the
+    base of the next, and each such run halves the number of steps. All of it regresses velocities; the real
+    FLUX.1-schnell was made with an adversarial loss instead (Sauer et al. 2024, arXiv 2403.12015).
+
+    Args:
+        transformer: the network with `adapter` on it.
+        adapter: the student's.
+        batch: the pictures; their sigmas are rungs of the ladder (`on_rungs`) if `spec.steps` is set.
+        empty: the empty prompt, one.
+        spec: the recipe's.
+        shift: of the student's ladder.
+
+    Returns:
+        [B, h*w/4, 4C] packed, fp32.
+    """
+    without = empty.index([0] * len(batch))
+
+    def teacher(x: Tensor, sigma: Tensor) -> Tensor:
+        v = batch.velocity(transformer, x, sigma)
+        return v if spec.guidance == 1 else cfg(v, batch.velocity(transformer, x, sigma, without), spec.guidance)
+
+    with adapter.disabled():
+        if spec.steps is None:
+            return teacher(batch.x_sigma, batch.sigma)
+        return chord(teacher, batch.x_sigma, teacher_path(batch.sigma, spec, shift))
+
+
+def on_rungs(sigma: Tensor, steps: int, shift: float = 1.0) -> Tensor:
+    """Each sigma raised to the nearest rung of a sampler's ladder that is not below it.
+
+    Args:
+        sigma: [B] in (0, 1].
+        steps: of the sampler; its rungs are `schedule.ladder`'s without the 0 at its end.
+        shift: of the ladder.
+    """
+    rising = ladder(steps, shift)[:-1].flip(0).to(sigma)
+    return rising[torch.searchsorted(rising, sigma)]
+
+
+def chord(field: Field, x: Tensor, path: Tensor) -> Tensor:
+    """The one velocity that leads in a single Euler step to where the field leads in several.
+
+    (x' - x) / (sigma' - sigma): progressive distillation, Salimans and Ho 2022 (arXiv 2202.00512), algorithm 2, for
+    velocities.
+
+    Args:
+        field: the teacher's velocity.
+        x: [B, …] at path[0], fp32.
+        path: [K + 1, B], the sigmas that the field's K Euler steps visit.
+    """
+    end, wide = x, (-1, *[1] * (x.ndim - 1))
+    for sigma, sigma_next in itertools.pairwise(path):
+        end = end + (sigma_next - sigma).view(wide) * field(end, sigma)
+    return (end - x) / (path[-1] - path[0]).view(wide)
+
+
+def teacher_path(sigma: Tensor, spec: DistilSpec, shift: float = 1.0) -> Tensor:
+    """[substeps + 1, B]: from each sigma, a rung of the student's ladder, along the teacher's finer one to the next."""
+    assert spec.steps is not None
+    fine = ladder(spec.steps * spec.substeps, shift).to(sigma)
+    start = (fine[None, :] - sigma[:, None]).abs().argmin(dim=1)
+    return fine[start[None, :] + torch.arange(spec.substeps + 1, device=sigma.device)[:, None]]

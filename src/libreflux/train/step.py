@@ -26,9 +26,15 @@ from libreflux.model.device import with_fp64
 from libreflux.model.facts import Facts
 from libreflux.recipe import Recipe, SigmaSpec
 from libreflux.train.callbacks import Started, StepInfo
-from libreflux.train.distil import distilled_target, on_rungs
 from libreflux.train.ema import Averages
-from libreflux.train.objective import flow_matching_loss, keyed_noise, regularised_target
+from libreflux.train.objective import (
+    NoisedBatch,
+    distilled_target,
+    flow_matching_loss,
+    keyed_noise,
+    on_rungs,
+    regularised_target,
+)
 from libreflux.train.optimizer import Optimizer, clip_grad_norm, lr_at
 from libreflux.train.ranks import Ranks
 from libreflux.train.skips import Skips, at_fault, require_finite
@@ -226,17 +232,20 @@ class Training:
         batch, seed = self.batches.batch(unit), self.recipe.seed
         named = zip(batch.sample_ids, unit.slots, strict=True)
         noise = torch.stack([keyed_noise(batch.latents.shape[1:], seed, name, self.step, slot) for name, slot in named])
-        latents, noise, text = batch.latents.to(self.device), noise.to(self.device), batch.text.to(self.device)
-        sigma, guidance, distil = sigmas[list(unit.slots)].to(self.device), self.recipe.guidance, self.recipe.distil
-        net, adapter = self.transformer, self.adapter
+        device, distil, net, adapter = self.device, self.recipe.distil, self.transformer, self.adapter
+        noised = NoisedBatch(
+            latents=batch.latents.to(device),
+            noise=noise.to(device),
+            sigma=sigmas[list(unit.slots)].to(device),
+            text=batch.text.to(device),
+            guidance=self.recipe.guidance,
+        )
         if distil is None:
-            target = regularised_target(net, adapter, latents, noise, sigma, text, batch.regularised, guidance=guidance)
+            target = regularised_target(net, adapter, noised, batch.regularised)
         else:
-            empty = self.batches.empty_prompt().to(self.device)
-            target = distilled_target(
-                net, adapter, latents, noise, sigma, text, empty, distil, shift=self.shift, guidance=guidance
-            )
-        losses = flow_matching_loss(net, latents, noise, sigma, text, guidance=guidance, target=target)
+            empty = self.batches.empty_prompt().to(device)
+            target = distilled_target(net, adapter, noised, empty, distil, shift=self.shift)
+        losses = flow_matching_loss(net, noised, target=target)
         (losses @ batch.loss_weights.to(self.device) / unit.total).backward()
         return batch, losses.detach()
 

@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from libreflux.model import latents as latent_space
 from libreflux.model.text import TOKENS_PER_PASS, TextConditioning
-from libreflux.train.objective import flow_matching_loss
+from libreflux.train.objective import NoisedBatch, flow_matching_loss
 
 
 class LiveBytes(TorchDispatchMode):
@@ -129,9 +129,10 @@ def trace_pass(
         torch.empty(batch, config.pooled_projection_dim, device="meta", dtype=dtype),
     )
     sigma = torch.empty(batch, device="meta")
+    noised = NoisedBatch(latents, torch.empty_like(latents), sigma, text, guidance)
     blocks = contextlib.nullcontext() if backward else _one_of_like_blocks(transformer)
     with blocks, torch.set_grad_enabled(backward), attention_in_tiles(), LiveBytes() as live:
-        losses = flow_matching_loss(transformer, latents, torch.empty_like(latents), sigma, text, guidance=guidance)
+        losses = flow_matching_loss(transformer, noised)
         if backward:
             losses.sum().backward()
     for parameter in transformer.parameters():

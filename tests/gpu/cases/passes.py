@@ -18,7 +18,7 @@ from libreflux.model.numerics import pinned
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
 from libreflux.recipe import AdapterSpec
-from libreflux.train.objective import flow_matching_loss
+from libreflux.train.objective import NoisedBatch, flow_matching_loss
 
 LENGTHS = {"alike": (7, 7), "masked": (12, 7)}  # tokens of the prompts; a batch of one length has no mask
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
@@ -54,7 +54,7 @@ class Adapted:
             ids = image_ids(SIDE, SIDE, device=latents.device)
             drawn = velocity(self.net.eval(), pack(latents), sigma, text, ids)
         with pinned(self.device):  # as a training run is, its backward pass too
-            losses = flow_matching_loss(self.net.train(), latents, noise, sigma, text)
+            losses = flow_matching_loss(self.net.train(), NoisedBatch(latents, noise, sigma, text))
             gradient = torch.autograd.grad(losses.mean(), list(self.adapter.parameters()))
         found = {
             "velocity": drawn,
