@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from libreflux.emoji.build.check import prompts
-from libreflux.model.family import Model, open_model
+from libreflux.model.family import open_model
+from libreflux.model.text import TextEncoders
 from libreflux.sample.output import decoded
 from libreflux.sample.pipeline import LibreFluxPipeline
 
@@ -29,19 +31,20 @@ PAIRS = (
 )
 
 
-def draw(shared: Model, name: str, dtype: str, options: argparse.Namespace, seed: int) -> tuple[Tensor, Tensor]:
+def draw(
+    shared: tuple[AutoencoderKL, TextEncoders], name: str, dtype: str, options: argparse.Namespace, seed: int
+) -> tuple[Tensor, Tensor]:
     """Latents [P, C, H/8, W/8] and pictures [P, 3, H, W] in [0, 1], of this transformer and the shared other parts."""
-    assert shared.vae is not None
-    opened = open_model(name, parts=("transformer",), dtype=DTYPES[dtype], device=options.device)
-    opened.vae, opened.text = shared.vae, shared.text
-    pipe = LibreFluxPipeline.from_model(opened)
+    (vae, text), source = shared, open_model(name)
+    transformer = source.load_transformer(dtype=DTYPES[dtype], device=options.device)
+    pipe = LibreFluxPipeline.from_parts(transformer, vae, text, source.facts)
     pipe.set_progress_bar_config(disable=True)
     drawn = pipe(
         options.prompts, seeds=seed, num_inference_steps=options.steps, guidance_scale=options.guidance,
         output_type="latent",
     )  # fmt: skip
     assert isinstance(drawn.images, Tensor)
-    return drawn.images, decoded(opened.vae, drawn.images, tile=False)
+    return drawn.images, decoded(vae, drawn.images, tile=False)
 
 
 def row(name: str, to: str, latents: dict[str, Tensor], pictures: dict[str, Tensor]) -> str:
@@ -60,7 +63,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    shared = open_model(options.dense, parts=("vae", "text"), dtype=torch.float32, device=options.device)
+    dense, fp32 = open_model(options.dense), {"dtype": torch.float32, "device": options.device}
+    shared = dense.load_vae(**fp32), dense.load_text(**fp32)
     latents, pictures = {}, {}
     forms = [(f"{kind} {dtype}", getattr(options, kind), dtype, 0) for kind in ("dense", "int8") for dtype in DTYPES]
     for label, name, dtype, more in [*forms, ("another seed", options.dense, "fp32", len(options.prompts))]:

@@ -35,8 +35,7 @@ BATCH = 16
 @torch.no_grad()
 def measured(name: str, weight: float, pictures: HeldOut) -> Moments:
     """Moments of v_u + w (v_c - v_u)."""
-    transformer = open_model(name, parts=("transformer",), dtype=torch.float32).transformer
-    assert transformer is not None
+    transformer = open_model(name).load_transformer(dtype=torch.float32)
     parts = []
     for part in pictures.batches(BATCH):
         conditional = model_velocity(transformer, part.text)

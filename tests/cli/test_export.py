@@ -27,12 +27,12 @@ from libreflux.model.int8 import int8_layers
 
 def test_a_model_goes_to_int8_and_to_diffusers(run: Callable, tiny_model_dir: Path, tmp_path: Path) -> None:
     assert run("export", tiny_model_dir, "--int8", "--out", tmp_path / "small").code == 0
-    small = open_model(tmp_path / "small", parts=("transformer",)).transformer
+    small = open_model(tmp_path / "small").load_transformer()
     assert small is not None and int8_layers(small)
 
     assert run("export", tmp_path / "small", "--for", "diffusers", "--out", tmp_path / "whole").code == 0
     theirs = FluxPipeline.from_pretrained(tmp_path / "whole").transformer
-    dense = open_model(tmp_path / "small", parts=("transformer",), quantise=False).transformer
+    dense = open_model(tmp_path / "small").load_transformer(quantise=False)
     assert dense is not None
     assert all(torch.equal(a, b) for a, b in zip(theirs.parameters(), dense.parameters(), strict=True))
 

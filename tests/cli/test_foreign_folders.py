@@ -102,7 +102,7 @@ def test_a_lone_variant_is_read_and_said(
     assert code == 0 and err.count("as the variant fp16 alone: that is read") == 2, err
     code, _, err = libreflux(tmp_path, "export", model, "--int8", "--out", "int8")
     assert code == 0, err
-    again = open_model(tmp_path / "int8").text  # under plain names, which every program reads
+    again = open_model(tmp_path / "int8").load_text()  # under plain names, which every program reads
     assert again is not None and not [*(tmp_path / "int8" / "text_encoder_2").glob("model.fp16.*")]
 
 
@@ -111,6 +111,6 @@ def test_a_variant_beside_the_plain_weights_has_no_say(tiny_model_dir: Path, tmp
     file = model / "transformer" / "diffusion_pytorch_model.safetensors"
     halves = {name: torch.zeros_like(tensor, dtype=torch.float16) for name, tensor in load_file(file).items()}
     save_file(halves, file.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    read, plain = (open_model(where, parts=("transformer",)).transformer for where in (model, tiny_model_dir))
+    read, plain = (open_model(where).load_transformer() for where in (model, tiny_model_dir))
     assert read is not None and plain is not None and read.dtype == torch.float32
     assert torch.equal(read.proj_out.weight, plain.proj_out.weight)

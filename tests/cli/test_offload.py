@@ -117,7 +117,7 @@ def test_sequential_brings_the_encoders_block_by_block(
     blocks, kept = dataclasses.replace(chosen, offload=Offload.sequential)._encoded(texts_of(ORIGIN))
     assert kept is None and watch.living() == 0
     assert {"T5Block", "CLIPEncoderLayer", "Embedding"} <= on_device.brought
-    text = open_model(tiny_model_dir, parts=("text",)).text
+    text = open_model(tiny_model_dir).load_text()
     assert text is not None
     encoders = (text.text_encoder_2, text.text_encoder)
     sizes = [sum(one.numel() for one in encoder.parameters()) for encoder in encoders]

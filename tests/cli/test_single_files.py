@@ -71,7 +71,7 @@ def test_merge_and_int8_make_folders_of_single_files(
     assert open_model(tmp_path / "merged").facts.lineage["base"] == str(single)
     done = run("export", single, "--comfyui", comfyui, "--int8", "--out", tmp_path / "int8")
     assert done.code == 0, done.err
-    assert "sha256" in open_model(tmp_path / "int8", parts=()).facts.lineage["quantised"]
+    assert "sha256" in open_model(tmp_path / "int8").facts.lineage["quantised"]
     done = run("generate", "a fox", "--model", tmp_path / "int8", "--out", tmp_path / "a.png")
     assert done.code == 0, done.err
 

@@ -28,4 +28,4 @@ def test_the_tutorial_runs_as_written(run: Callable, tmp_path: Path, monkeypatch
         done = run(*shlex.split(line)[1:])
         assert done.code == 0, done.err
     assert len(list((tmp_path / "out/style/drawn").glob("*.png"))) == 2
-    assert open_model("out/style/model", parts=()).facts.lineage["base"] == "emoji-base"
+    assert open_model("out/style/model").facts.lineage["base"] == "emoji-base"

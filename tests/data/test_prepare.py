@@ -67,7 +67,7 @@ def rows(cache: Path, table: str) -> list[tuple[str, ...]]:
 
 def test_latents_are_the_encoders_of_their_own_crop(prepared: Prepared, tiny_model_dir: Path) -> None:
     cache, [(source, samples)] = prepared
-    vae = family.open_model(tiny_model_dir, parts=("vae",), dtype=torch.float32).vae
+    vae = family.open_model(tiny_model_dir).load_vae(dtype=torch.float32)
     assert vae is not None
     for sample in samples:
         for index in range(2):
@@ -81,7 +81,7 @@ def test_latents_are_the_encoders_of_their_own_crop(prepared: Prepared, tiny_mod
 
 def test_text_is_the_encoders_without_padding(prepared: Prepared, tiny_model_dir: Path) -> None:
     cache, [(_, samples)] = prepared
-    encoders = family.open_model(tiny_model_dir, parts=("text",), dtype=torch.float32).text
+    encoders = family.open_model(tiny_model_dir).load_text(dtype=torch.float32)
     assert encoders is not None
     captions = ["", *(caption for sample in samples for caption in sample.captions)]
     stored = cache.text(captions)

@@ -114,7 +114,7 @@ def test_bf16_text_is_the_encoders_in_bf16(
 ) -> None:
     wide, [(_, samples)] = prepared
     cache, _ = run(tiny_model_dir, pictures, tmp_path / "c", text_precision="bf16")
-    text = family.open_model(tiny_model_dir, parts=("text",), dtype=torch.bfloat16).text
+    text = family.open_model(tiny_model_dir).load_text(dtype=torch.bfloat16)
     assert text is not None
     captions = sorted({caption for sample in samples for caption in sample.captions})
     alone = [text.encode([caption], padding="drop", max_tokens=512).tokens[0] for caption in captions]
@@ -189,7 +189,7 @@ def test_captions_go_through_the_shortest_first(
     monkeypatch.setattr(encode, "SHARD_ITEMS", 4)
     _, [(_, samples)] = run(tiny_model_dir, pictures, tmp_path / "c")
     captions = {"", *(caption for sample in samples for caption in sample.captions)}
-    text = family.open_model(tiny_model_dir, parts=("text",)).text
+    text = family.open_model(tiny_model_dir).load_text()
     assert text is not None
     lengths = {caption: text.count_tokens([caption], max_tokens=512)[0] for caption in captions}
     expected = sorted(captions, key=lambda caption: (lengths[caption], caption))

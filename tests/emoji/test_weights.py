@@ -15,7 +15,7 @@ from libreflux.model.family import open_model
 
 
 def test_the_autoencoder_is_good_for_31_db_on_pictures_it_never_saw() -> None:
-    shipped = open_model("emoji-base", parts=("vae",), dtype=torch.float32).vae
+    shipped = open_model("emoji-base").load_vae(dtype=torch.float32)
     assert shipped is not None
     assert vae.psnr(shipped, count=20) > 31
 
@@ -26,7 +26,7 @@ def test_the_family_fits_into_45_megabytes() -> None:
 
 def test_students_are_full_rank_fine_tunes_and_libre_has_schnells_files_for_what_it_left_alone() -> None:
     base, schnell, libre = (
-        open_model(f"emoji-{name}", parts=("transformer",), quantise=False, dtype=torch.float32).transformer
+        open_model(f"emoji-{name}").load_transformer(quantise=False, dtype=torch.float32)
         for name in ("base", "schnell", "libre")
     )
     assert base is not None and schnell is not None and libre is not None
@@ -49,10 +49,10 @@ def test_no_file_names_a_place_on_the_machine_that_made_it() -> None:
 def test_libre_has_seen_two_thirds_of_the_subjects_and_says_which() -> None:
     seen = students.seen_subjects()
     assert len(seen) == 113 and len(compose.subjects()) == 169
-    facts = open_model("emoji-libre", parts=()).facts
+    facts = open_model("emoji-libre").facts
     assert facts.lineage["trained_subjects"] == seen and facts.lineage["freed_from"] == "emoji-schnell"
     assert (facts.steps, facts.guidance) == (28, 3.0)
-    assert open_model("emoji-schnell", parts=()).facts.lineage["distilled_from"] == "emoji-base"
+    assert open_model("emoji-schnell").facts.lineage["distilled_from"] == "emoji-base"
 
 
 def test_the_recipes_that_made_them_are_valid(tmp_path: Path) -> None:

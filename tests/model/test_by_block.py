@@ -14,8 +14,8 @@ from torch import nn
 from libreflux.model import text as text_module
 from libreflux.model.family import open_model
 from libreflux.model.single_file import find_comfyui
-from libreflux.model.single_save import save_files
 from libreflux.model.text import TextEncoders
+from opened import opened
 
 PROMPTS = [
     "a red apple on blue",
@@ -38,10 +38,8 @@ def stored_as(model: Path, out: Path, dtypes: dict[str, torch.dtype]) -> Path:
     return out
 
 
-def opened(model: Path, **options: object) -> TextEncoders:
-    text = open_model(model, parts=("text",), **options).text  # type: ignore[arg-type]
-    assert text is not None
-    return text
+def encoders(model: Path, **options: object) -> TextEncoders:
+    return open_model(model).load_text(**options)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +54,13 @@ def half(request: pytest.FixtureRequest, half_dir: Path, tmp_path_factory: pytes
     if request.param == "folder":
         return half_dir
     out = tmp_path_factory.mktemp("files") / "comfy"
-    model = open_model(half_dir)
-    save_files(model, out)
+    opened(half_dir).save_files(out)
     return find_comfyui(out)
 
 
 @pytest.mark.parametrize("padding", ["drop", "trim", "keep"])
 def test_a_prompt_has_the_bits_of_the_whole_encoders(half: Path, padding: str) -> None:
-    whole, blocks = opened(half, dtype=FP32), opened(half, dtype=FP32, text_by_block=True)
+    whole, blocks = encoders(half, dtype=FP32), encoders(half, dtype=FP32, by_block=True)
     for prompt in PROMPTS:
         one, other = (each.encode([prompt], padding=padding, max_tokens=64) for each in (whole, blocks))
         assert torch.equal(one.tokens[0], other.tokens[0]) and torch.equal(one.pooled, other.pooled)
@@ -71,7 +68,7 @@ def test_a_prompt_has_the_bits_of_the_whole_encoders(half: Path, padding: str) -
 
 
 def test_many_prompts_share_a_sweep_over_the_weights(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, blocks = opened(tiny_model_dir), opened(tiny_model_dir, text_by_block=True)
+    whole, blocks = encoders(tiny_model_dir), encoders(tiny_model_dir, by_block=True)
     sweeps = {id(text): [] for text in (whole, blocks)}
     for text in (whole, blocks):
         seen = sweeps[id(text)]
@@ -94,7 +91,7 @@ def there(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def test_one_block_is_on_the_device_at_a_time_and_in_fp32(half: Path) -> None:
-    text = opened(half, dtype=FP32, text_by_block=True)
+    text = encoders(half, dtype=FP32, by_block=True)
     for encoder in (text.text_encoder_2, text.text_encoder):
         present: list[set[str]] = []
 
@@ -116,7 +113,7 @@ def test_one_block_is_on_the_device_at_a_time_and_in_fp32(half: Path) -> None:
 
 def test_what_rests_is_as_stored(half_dir: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     def resting(model: Path) -> set[torch.dtype]:
-        text = opened(model, dtype=FP32, text_by_block=True)
+        text = encoders(model, dtype=FP32, by_block=True)
         hooks = [m._hf_hook for m in text.text_encoder_2.modules() if hasattr(m, "_hf_hook")]
         maps = [h.weights_map.dataset for h in hooks if getattr(h, "weights_map", None) is not None]
         return {tensor.dtype for tensor in maps[0]._resting.values()}

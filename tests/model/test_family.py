@@ -16,9 +16,19 @@ from safetensors.torch import load_file, save_file
 
 from libreflux.errors import ModelError, RunError
 from libreflux.model.facts import KNOWN, find_facts
-from libreflux.model.family import Facts, locate, open_model, read_facts, save_model, weights_hash, write_facts
+from libreflux.model.family import (
+    Facts,
+    LiveParts,
+    locate,
+    open_model,
+    read_facts,
+    save_model,
+    weights_hash,
+    write_facts,
+)
 from libreflux.model.latents import image_ids
 from libreflux.model.velocity import velocity
+from opened import opened
 from tiny import tiny_transformer
 
 
@@ -29,15 +39,13 @@ def copy_dir(tiny_model_dir: Path, tmp_path: Path) -> Path:
 
 
 def test_a_saved_model_opens_equal_and_in_diffusers(tiny_model_dir: Path, tmp_path: Path) -> None:
-    model = open_model(tiny_model_dir)
-    assert model.transformer is not None and model.text is not None and model.vae is not None
+    model = opened(tiny_model_dir)
     with torch.no_grad():
         model.transformer.proj_out.bias += 1  # a model that differs from the folder it came from
     model.facts = dataclasses.replace(model.facts, steps=7, lineage={"base": "tiny"})
-    again = open_model(save_model(model, tmp_path / "saved"))
+    again = opened(model.save(tmp_path / "saved"))
     pipe = FluxPipeline.from_pretrained(tmp_path / "saved")
     assert again.facts == model.facts == read_facts(tmp_path / "saved")
-    assert again.transformer is not None and again.text is not None and again.vae is not None
     for ours, back, theirs in (
         (model.transformer, again.transformer, pipe.transformer),
         (model.vae, again.vae, pipe.vae),
@@ -59,38 +67,35 @@ def test_a_saved_model_opens_equal_and_in_diffusers(tiny_model_dir: Path, tmp_pa
 
 
 def test_parts_not_opened_are_copied(tiny_model_dir: Path, tmp_path: Path) -> None:
-    model = open_model(tiny_model_dir, parts=["transformer"])
-    assert model.vae is None and model.text is None
-    out = save_model(model, tmp_path / "deep" / "out")
+    model = open_model(tiny_model_dir)
+    live = LiveParts(transformer=model.load_transformer())
+    out = save_model(tmp_path / "deep" / "out", model.facts, live, model)
     for file in sorted(tiny_model_dir.rglob("*.safetensors")):
         name = file.relative_to(tiny_model_dir)
         ours, theirs = load_file(out / name), load_file(file)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours), name
-    open_model(out)
+    opened(out)
 
 
 def test_saving_is_all_or_nothing(tiny_model_dir: Path, tmp_path: Path) -> None:
-    model = open_model(tiny_model_dir, parts=["transformer"])
+    model = open_model(tiny_model_dir)
+    live = LiveParts(transformer=model.load_transformer())
     (tmp_path / "taken").mkdir()
     with pytest.raises(RunError, match="already exists"):
-        save_model(model, tmp_path / "taken")
-    model.path = None
+        save_model(tmp_path / "taken", model.facts, live, model)
     with pytest.raises(ModelError, match="has no vae to save"):
-        save_model(model, tmp_path / "out")
+        save_model(tmp_path / "out", model.facts, live)
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
 
 
 def test_dtype_is_kept_or_asked_for(tiny_model_dir: Path, tmp_path: Path) -> None:
-    model = open_model(tiny_model_dir, dtype=torch.bfloat16)
-    assert model.transformer is not None and model.text is not None and model.vae is not None
-    out = save_model(model, tmp_path / "half")
-    kept = open_model(out)
-    assert kept.transformer is not None and kept.text is not None and kept.vae is not None
+    out = opened(tiny_model_dir, dtype=torch.bfloat16).save(tmp_path / "half")
+    kept = opened(out)
     parts = (kept.transformer, kept.vae, kept.text.text_encoder, kept.text.text_encoder_2)
     assert {p.dtype for part in parts for p in part.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad or part.training for part in parts for p in part.parameters())
-    wide = open_model(out, parts=["transformer"], dtype=torch.float32).transformer
-    assert wide is not None and wide.dtype == torch.float32
+    wide = open_model(out).load_transformer(dtype=torch.float32)
+    assert wide.dtype == torch.float32
 
 
 def test_weights_hash_tells_weights_apart(copy_dir: Path, tiny_model_dir: Path) -> None:
@@ -143,29 +148,29 @@ def test_damage_is_named(copy_dir: Path) -> None:
     whole = weights.read_bytes()
     weights.write_bytes(whole[:5000])
     with pytest.raises(ModelError, match=r"copy/transformer/.*safetensors: cannot be loaded .*; mend: "):
-        open_model(copy_dir)
+        opened(copy_dir)
 
     weights.write_bytes(whole)
     tensors = load_file(weights)
     bias = tensors.pop("proj_out.bias")
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"missing keys: proj_out\.bias"):
-        open_model(copy_dir)
+        opened(copy_dir)
     save_file({**tensors, "proj_out.bias": bias, "stray.weight": bias.clone()}, weights, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"unexpected keys: stray\.weight"):
-        open_model(copy_dir)
+        opened(copy_dir)
     save_file({**tensors, "proj_out.bias": bias[:8].clone()}, weights, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"copy/transformer: "):
-        open_model(copy_dir)
+        opened(copy_dir)
     weights.write_bytes(whole)
-    open_model(copy_dir)
+    opened(copy_dir)
 
     clip = copy_dir / "text_encoder" / "model.safetensors"
     tensors = load_file(clip)
     lost = next(name for name in tensors if "final_layer_norm" in name)
     save_file({k: v for k, v in tensors.items() if k != lost}, clip, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"copy/text_encoder: missing keys: .*final_layer_norm"):
-        open_model(copy_dir, parts=["text"])
+        open_model(copy_dir).load_text()
     (copy_dir / "transformer" / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config.json: cannot be loaded"):
         open_model(copy_dir)
@@ -230,7 +235,7 @@ def test_facts_of_foreign_models(copy_dir: Path, caplog: pytest.LogCaptureFixtur
     assert find_facts("jimmycarter/LibreFLUX", copy_dir, guidance_embeds=False).text_padding == "bias"
     assert caplog.text == ""
     with caplog.at_level(logging.WARNING):
-        assert open_model(copy_dir, parts=[]).facts == schnell
+        assert open_model(copy_dir).facts == schnell
     assert "taken for a model like FLUX.1-schnell" in caplog.text
     dev = find_facts("x", copy_dir, guidance_embeds=True)
     assert dev.guidance_embeds and dev.shift is None and dev.max_tokens == 512
@@ -251,8 +256,7 @@ def test_a_model_takes_the_parts_it_lacks_from_the_folder_that_its_facts_name(
     shutil.copyfile(tiny_model_dir / "model_index.json", lean / "model_index.json")
     write_facts(lean, dataclasses.replace(read_facts(tiny_model_dir), parts_from="whole"))
 
-    ours, whole = open_model(lean), open_model(tmp_path / "whole")
-    assert ours.vae is not None and ours.text is not None and whole.vae is not None and whole.text is not None
+    ours, whole = opened(lean), opened(tmp_path / "whole")
     for part, other in ((ours.vae, whole.vae), (ours.text.text_encoder_2, whole.text.text_encoder_2)):
         assert all(torch.equal(a, b) for a, b in zip(part.parameters(), other.parameters(), strict=True))
     encoded = [each.text.encode(["a cat"], padding="drop", max_tokens=512).pooled for each in (ours, whole)]
@@ -261,9 +265,11 @@ def test_a_model_takes_the_parts_it_lacks_from_the_folder_that_its_facts_name(
     memory = FileMemory(tmp_path / "memory")
     assert encoder_digests(lean, memory) == encoder_digests(tmp_path / "whole", memory)
 
-    saved = save_model(open_model(lean, parts=("transformer",)), tmp_path / "elsewhere" / "saved")
+    lean_source = open_model(lean)
+    live = LiveParts(transformer=lean_source.load_transformer())
+    saved = save_model(tmp_path / "elsewhere" / "saved", lean_source.facts, live, lean_source)
     assert read_facts(saved).parts_from is None
-    assert open_model(saved).vae is not None
+    open_model(saved).load_vae()
 
     shutil.rmtree(tmp_path / "whole")
     with pytest.raises(ModelError, match="it has no vae folder"):
@@ -297,5 +303,5 @@ def test_a_broken_file_is_one_line_with_its_place(
     (file,) = (copy_dir / part).glob("*.safetensors")
     file.write_bytes(broken(file.read_bytes()))
     with pytest.raises(ModelError, match=rf"{part}/{file.name}: cannot be loaded") as told:
-        open_model(copy_dir)
+        opened(copy_dir)
     assert "\n" not in str(told.value) and "mend: " in str(told.value)

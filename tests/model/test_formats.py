@@ -18,7 +18,7 @@ from torch import Tensor
 
 from libreflux.errors import ModelError
 from libreflux.model.facts import Facts
-from libreflux.model.family import Model, open_model
+from libreflux.model.family import open_model
 from libreflux.model.int8 import quantise_weight
 from libreflux.model.latents import image_ids
 from libreflux.model.ranges import RangedFile
@@ -27,6 +27,7 @@ from libreflux.model.single_save import save_transformer
 from libreflux.model.tensor_file import TensorFile
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
+from opened import opened
 
 FP8, INT8, FP32 = torch.float8_e4m3fn, torch.int8, torch.float32
 LAYER = "double_blocks.0.img_attn.proj"  # 32 x 32: a scale on the wrong axis has the right shape
@@ -37,7 +38,7 @@ Tensors = dict[str, Tensor]
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("whole") / "flux1-tiny.safetensors"
-    save_transformer(Model(facts=Facts(), transformer=tiny_transformer()), path)
+    save_transformer(tiny_transformer(), Facts(), path)
     return path
 
 
@@ -164,7 +165,7 @@ def test_other_formats_are_refused_by_name(
         path = tmp_path / "bare.safetensors"
         save_file(tensors, path)
     with pytest.raises(ModelError, match=words) as told:
-        open_model(SingleFiles(transformer=path), parts=("transformer",))
+        open_model(SingleFiles(transformer=path)).load_transformer()
     assert path.name in str(told.value)
 
 
@@ -222,8 +223,8 @@ def test_what_stands_before_all_names(
     expected = tiny_transformer().state_dict()
     save_file({wrapper + name: one for name, one in load_file(source).items()}, tmp_path / "wrapped.safetensors")
     files = SingleFiles(transformer=tmp_path / "wrapped.safetensors", base=str(tiny_model_dir))
-    found = open_model(files, parts=("transformer",)).transformer
-    assert found is not None and all(torch.equal(one, expected[name]) for name, one in found.state_dict().items())
+    found = open_model(files).load_transformer()
+    assert all(torch.equal(one, expected[name]) for name, one in found.state_dict().items())
 
 
 def test_comfyuis_name_of_the_norms(whole: Path, made: Callable[..., TensorFile]) -> None:
@@ -248,8 +249,8 @@ def test_a_file_is_mapped_tensor_by_tensor(whole: Path, monkeypatch: pytest.Monk
         return real(handle, length, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(mmap, "mmap", counted)
-    opened = open_model(SingleFiles(transformer=whole), parts=("transformer",), quantise=True).transformer
-    assert opened is not None
+    transformer = open_model(SingleFiles(transformer=whole)).load_transformer(quantise=True)
+    assert transformer.dtype == FP32
     tensors = load_file(whole)
     assert len(lengths) == len(tensors)
     assert max(lengths) <= max(one.nbytes for one in tensors.values()) + mmap.ALLOCATIONGRANULARITY
@@ -340,4 +341,4 @@ def test_a_folder_of_quantised_tensors(
     name = min(name for name in tensors if name.endswith("weight") and tensors[name].ndim > 1)
     save_file(tensors | change(name), file, {"format": "pt"})
     with pytest.raises(ModelError, match=words):
-        open_model(tmp_path / "model")
+        opened(tmp_path / "model")

@@ -21,7 +21,7 @@ from libreflux.adapter.merge import merge
 from libreflux.adapter.targets import Target, resolve
 from libreflux.errors import AdapterError, ModelError, RunError
 from libreflux.model import int8, int8_files
-from libreflux.model.family import Model, open_model, read_facts, save_model, weights_hash
+from libreflux.model.family import open_model, read_facts, weights_hash
 from libreflux.model.int8 import (
     Int8Linear,
     dense_weight,
@@ -35,6 +35,7 @@ from libreflux.model.latents import image_ids
 from libreflux.model.quantise import quantise_folder
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
+from opened import opened
 from tiny import tiny_transformer
 
 IDS = image_ids(4, 6)
@@ -277,11 +278,6 @@ def int8_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return quantise_folder(tiny_model_dir, tmp_path_factory.mktemp("int8") / "model")
 
 
-def state(model: Model) -> dict[str, Tensor]:
-    assert model.transformer is not None
-    return model.transformer.state_dict()
-
-
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
@@ -289,26 +285,24 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 
 def test_every_way_to_int8_gives_the_same_tensors(tiny_model_dir: Path, int8_dir: Path, tmp_path: Path) -> None:
-    in_memory = open_model(tiny_model_dir, parts=["transformer"])
-    assert in_memory.transformer is not None
-    quantise_model(in_memory.transformer)
-    assert_same(state(open_model(tiny_model_dir, parts=["transformer"], quantise=True)), state(in_memory))
-    again = open_model(int8_dir)
-    assert_same(state(again), state(in_memory))
-    assert again.transformer is not None and not again.transformer.training
+    in_memory = open_model(tiny_model_dir).load_transformer()
+    quantise_model(in_memory)
+    wanted = in_memory.state_dict()
+    assert_same(open_model(tiny_model_dir).load_transformer(quantise=True).state_dict(), wanted)
+    again = opened(int8_dir)
+    assert_same(again.transformer.state_dict(), wanted)
+    assert not again.transformer.training
     assert not any(parameter.requires_grad for parameter in again.transformer.parameters())
-    assert run(again.transformer).equal(run(in_memory.transformer))
-    assert_same(state(open_model(save_model(again, tmp_path / "saved"))), state(in_memory))
-    half = open_model(int8_dir, parts=["transformer"], dtype=torch.bfloat16, quantise=True)
-    assert_same(
-        state(half), state(open_model(tiny_model_dir, parts=["transformer"], dtype=torch.bfloat16, quantise=True))
-    )
-    assert {t.dtype for name, t in state(half).items() if not name.endswith("scale")} == {torch.bfloat16, torch.int8}
+    assert run(again.transformer).equal(run(in_memory))
+    assert_same(open_model(again.save(tmp_path / "saved")).load_transformer().state_dict(), wanted)
+    both = [open_model(folder).load_transformer(dtype="bf16", quantise=True) for folder in (int8_dir, tiny_model_dir)]
+    half, other = (one.state_dict() for one in both)
+    assert_same(half, other)
+    assert {t.dtype for name, t in half.items() if not name.endswith("scale")} == {torch.bfloat16, torch.int8}
 
 
 def test_an_int8_folder_opens_in_floating_point_too_and_then_diffusers_reads_it(int8_dir: Path, tmp_path: Path) -> None:
-    in_int8, dense = open_model(int8_dir), open_model(int8_dir, quantise=False)
-    assert in_int8.transformer is not None and dense.transformer is not None
+    in_int8, dense = opened(int8_dir), opened(int8_dir, quantise=False)
     assert not int8_layers(dense.transformer)
     for name, module in in_int8.transformer.named_modules():
         if isinstance(module, Int8Linear):
@@ -317,18 +311,17 @@ def test_an_int8_folder_opens_in_floating_point_too_and_then_diffusers_reads_it(
             assert made.weight.equal(module.weight.float() * module.scale[:, None]), name
     torch.testing.assert_close(run(dense.transformer), run(in_int8.transformer), atol=1e-5, rtol=1e-5)
     assert not any(parameter.requires_grad for parameter in dense.transformer.parameters())
-    pipe = FluxPipeline.from_pretrained(save_model(dense, tmp_path / "dense"))
+    pipe = FluxPipeline.from_pretrained(dense.save(tmp_path / "dense"))
     assert run(pipe.transformer).equal(run(dense.transformer))
 
 
 def test_what_two_int8_models_have_alike_is_stored_once(int8_dir: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     shutil.copytree(int8_dir, first)
-    changed = open_model(int8_dir)
-    assert changed.transformer is not None
+    changed = opened(int8_dir)
     layer = changed.transformer.get_submodule("transformer_blocks.0.attn.to_q")
     layer.scale.mul_(2.0)
-    save_model(changed, second)
+    changed.save(second)
     before = {name: part.clone() for name, part in changed.transformer.state_dict().items()}
     alone = weights_hash(second)
 
@@ -336,9 +329,8 @@ def test_what_two_int8_models_have_alike_is_stored_once(int8_dir: Path, tmp_path
     kept = {name for file in (second / "transformer").glob("*.safetensors") for name in load_file(file)}
     assert kept == {f"transformer_blocks.0.attn.to_q.{part}" for part in ("weight", "scale", "bias")}
     assert kept.isdisjoint(shared) and kept | set(shared) == set(before)
-    opened = open_model(second, parts=("transformer",)).transformer
-    assert opened is not None
-    assert all(torch.equal(part, before[name]) for name, part in opened.state_dict().items())
+    found = open_model(second).load_transformer()
+    assert all(torch.equal(part, before[name]) for name, part in found.state_dict().items())
 
     # The hash covers the other folder's files too: with another first, second is another model.
     hashed = weights_hash(second)
@@ -348,7 +340,7 @@ def test_what_two_int8_models_have_alike_is_stored_once(int8_dir: Path, tmp_path
     assert weights_hash(second) != hashed
     file.unlink()
     with pytest.raises(ModelError, match="cannot be loaded"):
-        open_model(second, parts=("transformer",))
+        open_model(second).load_transformer()
 
 
 def test_an_int8_folder_says_what_it_is(tiny_model_dir: Path, int8_dir: Path) -> None:
@@ -368,8 +360,7 @@ def test_shards_in_and_shards_out(
     tiny_model_dir: Path, int8_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Path(shutil.copytree(tiny_model_dir, tmp_path / "source"))
-    whole = open_model(source, parts=["transformer"]).transformer
-    assert whole is not None
+    whole = open_model(source).load_transformer()
     shutil.rmtree(source / "transformer")
     whole.save_pretrained(source / "transformer", max_shard_size="100KB")
     assert len(list((source / "transformer").glob("*.safetensors"))) > 2
@@ -377,10 +368,10 @@ def test_shards_in_and_shards_out(
     out = quantise_folder(source, tmp_path / "out")
     shards = sorted((out / "transformer").glob("*.safetensors"))
     assert len(shards) > 2 and all(sum(t.nbytes for t in load_file(shard).values()) <= 40_000 for shard in shards)
-    assert_same(state(open_model(out, parts=["transformer"])), state(open_model(int8_dir, parts=["transformer"])))
+    assert_same(*(open_model(folder).load_transformer().state_dict() for folder in (out, int8_dir)))
     shards[1].unlink()
     with pytest.raises(ModelError, match=rf"{shards[1].name}: cannot be loaded .*; mend: the file is missing"):
-        open_model(out, parts=["transformer"])
+        open_model(out).load_transformer()
 
 
 @pytest.fixture
@@ -412,18 +403,18 @@ def test_damage_is_named_and_leaves_no_folder(damage: list[Path], tmp_path: Path
             if index.exists():
                 index.write_text(json.dumps({**table, "weight_map": dict.fromkeys(changed, file.name)}))
             with pytest.raises(ModelError, match=message):
-                open_model(folder, parts=["transformer"], quantise=True)
+                open_model(folder).load_transformer(quantise=True)
             if folder.name == "dense":
                 with pytest.raises(ModelError, match=message):
                     quantise_folder(folder, tmp_path / "out")
         file.write_bytes(whole[:-100])
         with pytest.raises(ModelError, match="cannot be loaded"):
-            open_model(folder, parts=["transformer"], quantise=True)
+            open_model(folder).load_transformer(quantise=True)
     config = damage[1] / "transformer" / "config.json"
     later = {"quant_method": "libreflux_int8", "schema": 2}
     config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": later}))
     with pytest.raises(ModelError, match="int8 schema 2 is not 1; mend: update libreflux"):
-        open_model(damage[1], parts=())
+        open_model(damage[1])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "int8"]
 
 

@@ -40,9 +40,7 @@ def big(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def of_folder(model: Path, **options: object) -> TextEncoders:
-    text = open_model(model, parts=("text",), **options).text  # type: ignore[arg-type]
-    assert text is not None
-    return text
+    return open_model(model).load_text(**options)  # type: ignore[arg-type]
 
 
 def of_file(model: Path, **options: object) -> TextEncoders:
@@ -51,9 +49,7 @@ def of_file(model: Path, **options: object) -> TextEncoders:
     config = (model / "text_encoder_2" / "config.json").read_text()
     save_file(load_file(model / "text_encoder_2" / "model.safetensors"), file, {"text_encoder_2_config": config})
     files = SingleFiles(transformer=_bare(model), text_encoder_2=file, base=str(model))
-    made = open_model(files, parts=("text",), **options)  # type: ignore[arg-type]
-    assert made.text is not None
-    return made.text
+    return open_model(files).load_text(**options)  # type: ignore[arg-type]
 
 
 def _bare(model: Path) -> Path:
@@ -76,12 +72,12 @@ def hooked(text: TextEncoders) -> TextEncoders:
 WAYS: dict[str, Callable[[Path], TextEncoders]] = {
     "folder, as stored": of_folder,
     "folder, fp16 named": lambda model: of_folder(model, dtype=FP16),
-    "folder, block by block": lambda model: of_folder(model, dtype=FP16, text_by_block=True),
-    "folder, stored, block by block": lambda model: of_folder(model, text_by_block=True),
+    "folder, block by block": lambda model: of_folder(model, dtype=FP16, by_block=True),
+    "folder, stored, block by block": lambda model: of_folder(model, by_block=True),
     "file, as stored": of_file,
     "file, fp16 named": lambda model: of_file(model, dtype=FP16),
-    "file, block by block": lambda model: of_file(model, dtype=FP16, text_by_block=True),
-    "file, stored, block by block": lambda model: of_file(model, text_by_block=True),
+    "file, block by block": lambda model: of_file(model, dtype=FP16, by_block=True),
+    "file, stored, block by block": lambda model: of_file(model, by_block=True),
     "cast to fp16": lambda model: of_folder(model, dtype=FP32).to(dtype=FP16),
     "cast by others": lambda model: cast_whole(of_folder(model, dtype=FP32)),
     "hooked in fp16": lambda model: hooked(of_folder(model, dtype=FP32)),

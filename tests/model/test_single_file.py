@@ -10,14 +10,15 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
+from tests.opened import opened
 from tests.tiny import make_tiny_model, tiny_transformer, tiny_vae
 
 from libreflux.errors import ModelError
 from libreflux.model.facts import Facts
-from libreflux.model.family import Model, open_model, save_model
+from libreflux.model.family import open_model
 from libreflux.model.latents import image_ids
 from libreflux.model.single_file import SingleFiles, TensorFile, file_config, find_comfyui, load_vae
-from libreflux.model.single_save import save_files, save_transformer
+from libreflux.model.single_save import save_transformer
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
 
@@ -30,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def files(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("files") / "comfy"
-    save_files(open_model(folder), out)
+    opened(folder).save_files(out)
     return out
 
 
@@ -48,8 +49,7 @@ def equal(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 
 def test_a_model_comes_back_from_its_files_to_the_bit(folder: Path, files: Path) -> None:
-    before, after = open_model(folder), open_model(find_comfyui(files))
-    assert before.transformer and after.transformer and before.vae and after.vae and before.text and after.text
+    before, after = opened(folder), opened(find_comfyui(files))
     assert equal(before.transformer, after.transformer)
     assert equal(before.vae, after.vae)
     assert after.facts == before.facts
@@ -60,12 +60,11 @@ def test_a_model_comes_back_from_its_files_to_the_bit(folder: Path, files: Path)
 def test_without_our_metadata_the_shapes_and_the_base_tell(folder: Path, files: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare.safetensors"
     save_file(load_file(next(files.glob("flux1-*"))), bare)
-    opened = open_model(SingleFiles(transformer=bare, base=str(folder)))
-    whole = open_model(folder)
-    assert opened.transformer and whole.transformer and opened.vae and opened.text
-    assert equal(opened.transformer, whole.transformer)
-    assert opened.facts == whole.facts
-    assert dict(opened.transformer.config)["axes_dims_rope"] == [4, 6, 6]
+    found = opened(SingleFiles(transformer=bare, base=str(folder)))
+    whole = opened(folder)
+    assert equal(found.transformer, whole.transformer)
+    assert found.facts == whole.facts
+    assert dict(found.transformer.config)["axes_dims_rope"] == [4, 6, 6]
 
 
 def test_one_file_with_everything(folder: Path, files: Path, tmp_path: Path) -> None:
@@ -81,13 +80,10 @@ def test_one_file_with_everything(folder: Path, files: Path, tmp_path: Path) -> 
         tensors |= {prefix + key: tensor for key, tensor in load_file(part).items()}
         metadata |= TensorFile(part, "transformer").metadata
     save_file(tensors, tmp_path / "all.safetensors", metadata)
-    opened, whole = (
-        open_model(SingleFiles(transformer=tmp_path / "all.safetensors", base=str(folder))),
-        open_model(folder),
-    )
-    assert opened.transformer and whole.transformer and opened.vae and whole.vae and opened.text and whole.text
-    assert equal(opened.transformer, whole.transformer) and equal(opened.vae, whole.vae)
-    assert equal(opened.text.text_encoder_2, whole.text.text_encoder_2)
+    found, whole = opened(SingleFiles(transformer=tmp_path / "all.safetensors", base=str(folder))), opened(folder)
+    assert equal(found.transformer, whole.transformer)
+    assert equal(found.vae, whole.vae)
+    assert equal(found.text.text_encoder_2, whole.text.text_encoder_2)
 
 
 def test_diffusers_reads_our_single_file_to_the_bit(tmp_path: Path) -> None:
@@ -100,17 +96,17 @@ def test_diffusers_reads_our_single_file_to_the_bit(tmp_path: Path) -> None:
     for _, parameter in flux.named_parameters():
         torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else torch.nn.init.normal_(parameter, 1, 0.1)
     one = tmp_path / "flux1-one.safetensors"
-    save_transformer(Model(facts=Facts(guidance_embeds=True), transformer=flux), one)
+    save_transformer(flux, Facts(guidance_embeds=True), one)
     config = tmp_path / "config"
     flux.save_config(config)
     theirs = FluxTransformer2DModel.from_single_file(one, config=str(config), torch_dtype=torch.bfloat16)
     assert equal(theirs, flux)
-    ours = open_model(SingleFiles(transformer=one), parts=("transformer",)).transformer
-    assert ours is not None and equal(ours, flux)
+    ours = open_model(SingleFiles(transformer=one)).load_transformer()
+    assert equal(ours, flux)
     bare = tmp_path / "bare.safetensors"
     save_file(load_file(one), bare)
-    told = open_model(SingleFiles(transformer=bare), parts=("transformer",)).transformer
-    assert told is not None and equal(told, flux)
+    told = open_model(SingleFiles(transformer=bare)).load_transformer()
+    assert equal(told, flux)
     public = [{k: v for k, v in one.config.items() if not k.startswith("_")} for one in (told, flux)]
     assert public[0] == public[1]
 
@@ -120,9 +116,9 @@ def test_the_vae_is_what_diffusers_reads(files: Path, tmp_path: Path) -> None:
     vae = AutoencoderKL.from_config(dict(tiny_vae().config) | {"mid_block_add_attention": True}).eval()
     tiny_vae().save_config(tmp_path / "config")
     vae.save_config(tmp_path / "config")
-    whole = open_model(find_comfyui(files))
+    whole = opened(find_comfyui(files))
     whole.vae = vae
-    save_files(whole, tmp_path / "out")
+    whole.save_files(tmp_path / "out")
     ae = tmp_path / "out" / "ae.safetensors"
     stored = load_file(ae)
     assert stored["decoder.mid.attn_1.q.weight"].ndim == 4
@@ -144,23 +140,19 @@ def test_fp8_with_and_without_scales(files: Path, tmp_path: Path) -> None:
         path = tmp_path / f"fp8-{len(marks)}.safetensors"
         eight = (dense / scale).to(torch.float8_e4m3fn)
         save_file({**tensors, f"{name}.weight": eight, **marks}, path, metadata)
-        read = open_model(SingleFiles(transformer=path), parts=("transformer",)).transformer
-        assert read is not None
+        read = open_model(SingleFiles(transformer=path)).load_transformer()
         weight = read.get_submodule("single_transformer_blocks.0.proj_out").weight
         assert weight.dtype == torch.float32  # as most of the file
         torch.testing.assert_close(weight.float(), expected, rtol=0.07, atol=float(expected.abs().max()) / 400)
 
 
 def test_int8_from_a_single_file_is_int8_of_the_folder(folder: Path, files: Path, tmp_path: Path) -> None:
-    ours = open_model(
-        SingleFiles(transformer=next(files.glob("flux1-*"))), parts=("transformer",), quantise=True
-    ).transformer
-    theirs = open_model(folder, parts=("transformer",), quantise=True).transformer
-    assert ours is not None and theirs is not None and equal(ours, theirs)
-    whole = open_model(find_comfyui(files), quantise=True)
-    save_model(whole, tmp_path / "int8")
-    again = open_model(tmp_path / "int8").transformer
-    assert again is not None and equal(again, theirs)
+    ours = open_model(SingleFiles(transformer=next(files.glob("flux1-*")))).load_transformer(quantise=True)
+    theirs = open_model(folder).load_transformer(quantise=True)
+    assert equal(ours, theirs)
+    opened(find_comfyui(files), quantise=True).save(tmp_path / "int8")
+    again = open_model(tmp_path / "int8").load_transformer()
+    assert equal(again, theirs)
 
 
 def test_the_largest_text_encoder_is_taken_and_named(
@@ -208,13 +200,13 @@ def test_files_that_do_not_fit_are_named(files: Path, tmp_path: Path, case: str,
     path = tmp_path / "wrong.safetensors"
     save_file(broken(files, case), path, metadata)
     with pytest.raises(ModelError, match=words) as told:
-        open_model(SingleFiles(transformer=path), parts=("transformer",))
+        open_model(SingleFiles(transformer=path)).load_transformer()
     assert "wrong.safetensors" in str(told.value) and "mend" in str(told.value)
 
 
 def test_what_no_file_has_is_asked_for(files: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no text_encoder in this file; mend: name with --base"):
-        open_model(SingleFiles(transformer=next(files.glob("flux1-*"))))
+        open_model(SingleFiles(transformer=next(files.glob("flux1-*")))).load_text()
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(next(files.glob("flux1-*")).read_bytes()[:5000])
     with pytest.raises(ModelError, match="cannot be read"):
@@ -224,11 +216,10 @@ def test_what_no_file_has_is_asked_for(files: Path, tmp_path: Path) -> None:
 def test_velocity_of_a_dev_like_file(tmp_path: Path) -> None:
 
     flux = tiny_transformer(guidance_embeds=True)
-    save_transformer(Model(facts=Facts(guidance_embeds=True), transformer=flux), tmp_path / "dev.safetensors")
-    read = open_model(SingleFiles(transformer=tmp_path / "dev.safetensors"), parts=("transformer",)).transformer
+    save_transformer(flux, Facts(guidance_embeds=True), tmp_path / "dev.safetensors")
+    read = open_model(SingleFiles(transformer=tmp_path / "dev.safetensors")).load_transformer()
     text = TextConditioning([torch.randn(5, 24)], torch.randn(1, 16))
     x, sigma = torch.randn(1, 4, 64), torch.tensor([0.5])
-    assert read is not None
     one, other = (velocity(each, x, sigma, text, image_ids(4, 4), guidance=3.0) for each in (flux, read))
     assert torch.equal(one, other)
     assert json.loads(TensorFile(tmp_path / "dev.safetensors", "transformer").metadata["libreflux"])["schema"] == 1

@@ -14,11 +14,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from libreflux.errors import ModelError
-from libreflux.model.family import Model, open_model
+from libreflux.model.family import open_model
 from libreflux.model.single_file import SingleFiles, find_comfyui
-from libreflux.model.single_save import save_files
-
-PARTS = ("transformer", "vae", "text")
+from opened import Opened, opened
 
 
 class HostBytes(TorchDispatchMode):
@@ -40,8 +38,7 @@ class HostBytes(TorchDispatchMode):
         return found
 
 
-def modules(model: Model) -> list[torch.nn.Module]:
-    assert model.transformer and model.vae and model.text
+def modules(model: Opened) -> list[torch.nn.Module]:
     return [model.transformer, model.vae, model.text.text_encoder, model.text.text_encoder_2]
 
 
@@ -50,7 +47,7 @@ def source(request: pytest.FixtureRequest, tiny_model_dir: Path, tmp_path_factor
     if request.param == "folder":
         return tiny_model_dir
     out = tmp_path_factory.mktemp("files") / "comfy"
-    save_files(open_model(tiny_model_dir), out)
+    opened(tiny_model_dir).save_files(out)
     return find_comfyui(out)
 
 
@@ -60,9 +57,9 @@ def test_no_part_is_on_the_host_as_a_whole(
 ) -> None:
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a dispatch mode sees its own thread
     with HostBytes() as host:
-        whole = open_model(source, parts=PARTS, dtype=dtype)
+        whole = opened(source, dtype=dtype)
     with HostBytes() as host_of_card:
-        there = open_model(source, parts=PARTS, dtype=dtype, device="meta")
+        there = opened(source, dtype=dtype, device="meta")
     largest = max(4 * one.numel() for module in modules(whole) for one in module.parameters())  # stored in fp32
     size = sum(one.nbytes for module in modules(whole) for one in module.parameters())
     assert host_of_card.peak <= 1.5 * largest < size / 4  # one tensor as it is stored, and once converted
@@ -124,7 +121,7 @@ def test_what_is_missing_is_named_on_either_way(
     broken = damaged(tiny_model_dir, tmp_path / "m", part, name, added)
     asked = "text" if part.startswith("text") else part
     with pytest.raises(ModelError, match=told):
-        open_model(broken, parts=(asked,), device=device)
+        getattr(open_model(broken), f"load_{asked}")(device=device)
     if asked == "text":
         with pytest.raises(ModelError, match=told):
-            open_model(broken, parts=(asked,), dtype=torch.float32, device=device, text_by_block=True)
+            open_model(broken).load_text(dtype=torch.float32, device=device, by_block=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,18 +12,18 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from libreflux.errors import ModelError
-from libreflux.model.family import Model, open_model
 from libreflux.model.latents import image_ids
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
+from opened import Opened, opened
 from tiny import tiny_transformer
 
 IDS = image_ids(4, 6)  # 6 image tokens
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model_dir) -> Model:
-    return open_model(tiny_model_dir)
+def model(tiny_model_dir: Path) -> Opened:
+    return opened(tiny_model_dir)
 
 
 @pytest.fixture
@@ -59,9 +60,8 @@ def diffusers_velocity(
 
 @pytest.mark.parametrize("length", [1, 20, 256, 512])
 @pytest.mark.parametrize("padding", ["drop", "trim"])
-def test_equals_padded_diffusers_with_a_bool_mask(model: Model, padding: str, length: int) -> None:
+def test_equals_padded_diffusers_with_a_bool_mask(model: Opened, padding: str, length: int) -> None:
     """From prompt to velocity and gradients: unpadded here; T5 and FLUX padded to 512 and masked there."""
-    assert model.text is not None and model.transformer is not None
     prompt = " ".join(["fox"] * (length - 1))
     ids = torch.tensor([model.text.tokenizer_2(prompt, padding="max_length", max_length=512).input_ids])
     mask = torch.arange(512)[None] < length

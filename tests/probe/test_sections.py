@@ -90,7 +90,7 @@ def test_distances_by_weights_are_the_distances_and_a_kernel_resample_is_not_bia
 
 
 def test_rungs_are_those_of_a_few_step_students_own_ladder(tiny_model_dir: Path) -> None:
-    facts = open_model(tiny_model_dir, parts=()).facts  # four steps
+    facts = open_model(tiny_model_dir).facts  # four steps
     assert rungs(facts, (0.1, 0.25, 0.5, 0.7, 0.75)) == (0.25, 0.5, 0.75)
 
 

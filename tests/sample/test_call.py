@@ -218,7 +218,7 @@ def test_tiles_bound_what_the_decoder_sees(pipe: LibreFluxPipeline, monkeypatch:
 
 def test_tiles_are_nearly_the_whole_picture() -> None:
     """With the trained VAE of the emoji family, made for 128 pixels: 256 x 192 from the latents of a real picture."""
-    vae = open_model("emoji-base", parts=("vae",), dtype=torch.float32).vae
+    vae = open_model("emoji-base").load_vae(dtype=torch.float32)
     picture = next(iter(sorted(Path(libreflux.__file__).parent.glob("emoji/pictures/*.webp"))))
     image = Image.open(picture).convert("RGBA").resize((256, 192))
     canvas = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -94,7 +94,7 @@ def test_training_lowers_the_loss_at_noise_it_never_saw(
 ) -> None:
     tree = recipe_tree(tmp_path / "run", steps=40, optimizer={"kind": "adamw", "learning_rate": 1e-2})
     _, adapter = _fit(tree)
-    transformer = open_model(tiny_model_dir, parts=("transformer",)).transformer
+    transformer = open_model(tiny_model_dir).load_transformer()
     assert transformer is not None
     before = _held_out_loss(transformer, tree)
     attach_file(transformer, adapter)
@@ -416,7 +416,7 @@ def test_a_lora_learns_and_another_run_goes_on_from_its_file(
     tree = recipe_tree(tmp_path / "lora", adapter=lora, steps=30, optimizer={"kind": "adamw", "learning_rate": 1e-2})
     recorder, adapter = _fit(tree)
     assert recorder.started is not None and recorder.started.start_norm == 0
-    transformer = open_model(tiny_model_dir, parts=("transformer",)).transformer
+    transformer = open_model(tiny_model_dir).load_transformer()
     assert transformer is not None
     before = _held_out_loss(transformer, tree)
     attach_file(transformer, adapter)

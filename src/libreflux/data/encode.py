@@ -25,10 +25,10 @@ from libreflux.data.crops import View, cut
 from libreflux.data.pictures import load_rgb
 from libreflux.data.precision import by_block
 from libreflux.data.sources import Sample
-from libreflux.errors import ModelError
-from libreflux.model import family, latents
+from libreflux.model import latents
 from libreflux.model import text as text_tokens
 from libreflux.model.device import release
+from libreflux.model.family import open_model, open_t5_tokenizer
 from libreflux.model.faults import explained
 from libreflux.model.text import TextEncoders
 
@@ -59,10 +59,7 @@ class Encoders:
             RunError: no memory for it.
         """
         with explained("opening the VAE", f"free some memory{self._elsewhere}"):
-            vae = family.open_model(self.model, parts=("vae",), dtype=torch.float32, device=self.device).vae
-        if vae is None:
-            raise ModelError("this model has no VAE", where=str(self.model), mend="use a complete model")
-        return vae
+            return open_model(self.model).load_vae(dtype=torch.float32, device=self.device)
 
     def open_text(self) -> TextEncoders:
         """The text encoders, on the device or, in fp32 on a card, beside it.
@@ -73,12 +70,7 @@ class Encoders:
         """
         resting = by_block(self.text_dtype, self.device)
         with explained("opening the text encoders", self._mend_texts):
-            text = family.open_model(
-                self.model, parts=("text",), dtype=self.text_dtype, device=self.device, text_by_block=resting
-            ).text
-        if text is None:
-            raise ModelError("this model has no text encoders", where=str(self.model), mend="use a complete model")
-        return text
+            return open_model(self.model).load_text(dtype=self.text_dtype, device=self.device, by_block=resting)
 
     def explained_crop(self, crop: Crop) -> AbstractContextManager[None]:
         """See `faults.explained`."""
@@ -172,7 +164,7 @@ def encode_texts(
     """
     if not texts:
         return
-    order = _by_length(texts, family.open_t5_tokenizer(encoders.model), max_tokens)
+    order = _by_length(texts, open_t5_tokenizer(encoders.model), max_tokens)
     text = encoders.open_text()
     stored = done = 0
     for places in _parts(order):
@@ -191,7 +183,7 @@ def count_tokens(texts: Sequence[str], max_tokens: int, encoders: Encoders, writ
     """Notes how long distinct texts are, which the order of training goes by, and stores nothing else of them."""
     if not texts:
         return
-    tokenizer = family.open_t5_tokenizer(encoders.model)
+    tokenizer = open_t5_tokenizer(encoders.model)
     for part in _parts(texts, 64 * SHARD_ITEMS):
         writer.add_token_counts(part, text_tokens.count_tokens(tokenizer, part, max_tokens=max_tokens))
         bar.advance(len(part))

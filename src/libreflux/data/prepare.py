@@ -169,7 +169,7 @@ def prepare(
         folder_place(own)
     folder = family.locate(model)
     if max_tokens is None:
-        max_tokens = trained_facts(family.open_model(model, parts=()).facts, text_padding=text_padding).max_tokens
+        max_tokens = trained_facts(family.open_model(model).facts, text_padding=text_padding).max_tokens
     memory = FileMemory(own, [each for each in index_folders(out) if each != own])
     bar = Bar(progress)
     sources, quarantined = _read(data, memory, part, bar, views, told)

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, FluxTransformer2DModel
 from safetensors import SafetensorError
 
 from libreflux import plainjson
@@ -21,7 +20,6 @@ from libreflux.errors import ModelError
 from libreflux.model.formats import check_plain
 from libreflux.model.locate import FOREIGN_MEND, foreign_format
 from libreflux.model.ranges import RangedFile
-from libreflux.model.text import TextEncoders
 from libreflux.printing import get_logger
 
 logger = get_logger(__name__)
@@ -160,23 +158,45 @@ def check_tokenizer(folder: Path, vocabularies: tuple[str, ...]) -> None:
         raise ModelError(f"has no {' and no '.join(vocabularies)}", where=folder, mend=COPY)
 
 
-def check_fit(
-    where: Path, transformer: FluxTransformer2DModel | None, vae: AutoencoderKL | None, text: TextEncoders | None
-) -> None:
-    """Raises ModelError where the parts that were opened, each of which loads, do not make one model."""
-    if transformer is None:
-        return
-    config = transformer.config
-    rotary = sum(axis // 2 * 2 for axis in config.axes_dims_rope)  # they turn pairs
-    pairs = {"dimensions of the rotary embedding and of a head": (rotary, config.attention_head_dim)}
-    if vae is not None:
-        pairs["channels of transformer and VAE"] = (config.in_channels, 4 * vae.config.latent_channels)
-    if text is not None:
-        pairs["widths of transformer and T5"] = (config.joint_attention_dim, text.text_encoder_2.config.d_model)
-        pairs["widths of transformer and CLIP"] = (config.pooled_projection_dim, text.text_encoder.config.hidden_size)
+def check_fit(where: Path, transformer: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises ModelError where parts, each of which loads, do not make one model.
+
+    Args:
+        where: the model.
+        transformer: its configuration.
+        parts: the configurations of "vae", "text_encoder" and "text_encoder_2", of those that there are. A key that a
+            configuration lacks has its library's default.
+    """
+    config = {**_FLUX_DEFAULTS, **transformer}
+    pairs = {"dimensions of the rotary embedding and of a head": (_rotary(config), config["attention_head_dim"])}
+    if (vae := parts.get("vae")) is not None:
+        channels = vae.get("latent_channels", 4)
+        pairs["channels of transformer and VAE"] = (config["in_channels"], channels and 4 * channels)
+    if (t5 := parts.get("text_encoder_2")) is not None:
+        pairs["widths of transformer and T5"] = (config["joint_attention_dim"], t5.get("d_model", 512))
+    if (clip := parts.get("text_encoder")) is not None:
+        pairs["widths of transformer and CLIP"] = (config["pooled_projection_dim"], clip.get("hidden_size", 512))
     for what, (one, other) in pairs.items():
         if one != other:
             raise ModelError(f"{what} differ: {one} and {other}", where=where, mend="use the parts of one model")
+
+
+_FLUX_DEFAULTS: dict[str, Any] = {
+    "axes_dims_rope": (16, 56, 56),
+    "attention_head_dim": 128,
+    "in_channels": 64,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+}
+"""Of diffusers' FluxTransformer2DModel."""
+
+
+def _rotary(config: Mapping[str, Any]) -> Any:
+    """The dimensions that the rotary embedding turns, which are pairs."""
+    axes = config["axes_dims_rope"]
+    if not isinstance(axes, list | tuple) or not all(isinstance(axis, int) for axis in axes):
+        return axes
+    return sum(axis // 2 * 2 for axis in axes)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 from libreflux.errors import ModelError
 from libreflux.files import staged_dir
 from libreflux.model.facts import Facts, write_facts
-from libreflux.model.family import open_model, save_model, weights_hash
+from libreflux.model.family import LiveParts, open_model, save_model
 from libreflux.model.int8_files import METHOD, empty_int8, stored_as, stream_int8, write_int8
 from libreflux.model.load import one_line
 from libreflux.model.locate import PARTS, locate, part_folder
@@ -28,15 +28,15 @@ def quantise_folder(name: str | Path | SingleFiles, out: Path) -> Path:
         ModelError: no such model, a damaged one, or one that is quantised already.
         RunError: `out` exists.
     """
+    model = open_model(name)
     if isinstance(name, SingleFiles):
-        model = open_model(name, quantise=True)
-        assert model.path is not None
-        model.facts = _quantised(model.facts, str(name), weights_hash(model.path))
-        return save_model(model, out)
-    model = open_model(name, parts=())
-    model.path = locate(name)  # with its weights
-    source = model.path / "transformer"
-    if stored_as(json_object(source / "config.json"), source) == METHOD:
+        live = LiveParts(
+            transformer=model.load_transformer(quantise=True), vae=model.load_vae(), text=model.load_text()
+        )
+        return save_model(out, _quantised(model.facts, str(name), model.hash), live)
+    folder = locate(name)  # with its weights
+    source = folder / "transformer"
+    if stored_as(model.config, source) == METHOD:
         raise ModelError("is stored in int8", where=source, mend="use it as it is")
     check_part(source)
     with one_line(source):
@@ -44,10 +44,10 @@ def quantise_folder(name: str | Path | SingleFiles, out: Path) -> Path:
     with staged_dir(Path(out)) as staging:
         write_int8(staging / "transformer", json_object(source / "config.json"), stream_int8(source, empty))
         for part in PARTS:
-            if part != "transformer" and (stored := part_folder(model.path, part)).is_dir():
+            if part != "transformer" and (stored := part_folder(folder, part)).is_dir():
                 copy_part(stored, staging / part)
-        shutil.copyfile(model.path / "model_index.json", staging / "model_index.json")
-        write_facts(staging, _quantised(model.facts, str(name), weights_hash(model.path)))
+        shutil.copyfile(folder / "model_index.json", staging / "model_index.json")
+        write_facts(staging, _quantised(model.facts, str(name), model.hash))
     return Path(out)
 
 

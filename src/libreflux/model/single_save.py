@@ -10,78 +10,87 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor
 
 from libreflux.errors import ModelError
 from libreflux.files import staged_dir
-from libreflux.model.family import Model
-from libreflux.model.finite import each_finite
+from libreflux.model.facts import Facts
+from libreflux.model.finite import each_finite, name_of
 from libreflux.model.int8 import int8_layers
 from libreflux.model.keys import OWN_BLOCKS, Row, count_blocks, transformer_rows, vae_rows
 from libreflux.model.single_file import FACTS_KEY, TOKENIZERS
 from libreflux.model.stream import stream_safetensors
+from libreflux.model.text import TextEncoders
 
 
-def save_files(model: Model, out: Path, extras: Mapping[str, str] | None = None) -> list[str]:
-    """Write the model as a folder that ComfyUI finds its parts in and `find_comfyui` reads.
+def save_files(
+    out: Path,
+    name: str,
+    facts: Facts,
+    transformer: FluxTransformer2DModel,
+    vae: AutoencoderKL,
+    text: TextEncoders,
+    extras: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Write a model as a folder that ComfyUI finds its parts in and `find_comfyui` reads.
 
     `flux1-<name>`, `clip_l`, `t5xxl` and `ae`, each a .safetensors with its configuration in the metadata, and the
     tokenizers. The folder appears complete or not at all; tensors are written one by one.
 
     Args:
-        model: with all its parts; its transformer in floating point.
         out: the folder.
+        name: of the model, see `transformer_file`.
+        facts: the model's.
+        transformer, vae, text: its parts, in floating point.
         extras: further files, name -> text.
 
     Returns:
         Names of the files, in order.
 
     Raises:
-        ModelError: a part is missing, or the transformer is int8.
+        ModelError: the transformer is int8.
         RunError: `out` exists.
     """
-    if model.vae is None or model.text is None:
-        raise ModelError("has no VAE or no text encoders", where=model.name, mend="open it with all its parts")
     with staged_dir(Path(out)) as staging:
-        for name, content in (extras or {}).items():
-            (staging / name).write_text(content, encoding="utf-8")
-        save_transformer(model, staging / transformer_file(model))
-        vae = model.vae
+        for file, content in (extras or {}).items():
+            (staging / file).write_text(content, encoding="utf-8")
+        save_transformer(transformer, facts, staging / transformer_file(name))
         rows = vae_rows(len(vae.config.block_out_channels), vae.config.layers_per_block)
         _write(staging / "ae.safetensors", rows, vae.state_dict(), _config("vae", vae))
-        clip = {f"text_model.{name}": tensor for name, tensor in model.text.text_encoder.state_dict().items()}
-        _write(staging / "clip_l.safetensors", _same(clip), clip, _config("text_encoder", model.text.text_encoder))
-        t5 = model.text.text_encoder_2
+        clip = {f"text_model.{key}": tensor for key, tensor in text.text_encoder.state_dict().items()}
+        _write(staging / "clip_l.safetensors", _same(clip), clip, _config("text_encoder", text.text_encoder))
+        t5 = text.text_encoder_2
         tied = set(t5.all_tied_weights_keys)
-        kept = {name: tensor for name, tensor in t5.state_dict().items() if name not in tied}
+        kept = {key: tensor for key, tensor in t5.state_dict().items() if key not in tied}
         _write(staging / "t5xxl.safetensors", _same(kept), kept, _config("text_encoder_2", t5))
         for part, folder in TOKENIZERS.items():
-            getattr(model.text, part).save_pretrained(staging / folder)
+            getattr(text, part).save_pretrained(staging / folder)
         return sorted(path.name for path in staging.glob("*.safetensors"))
 
 
-def transformer_file(model: Model) -> str:
-    """The name of the transformer's file: flux1-<last part of the model's name>.safetensors."""
-    last = re.split(r"[/\\]", model.name.rstrip("/\\"))[-1].removesuffix(".safetensors")
+def transformer_file(name: str) -> str:
+    """The name of a transformer's file: flux1-<last part of the model's name>.safetensors."""
+    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1].removesuffix(".safetensors")
     return f"flux1-{re.sub(r'[^A-Za-z0-9._-]+', '-', last).removeprefix('flux1-') or 'model'}.safetensors"
 
 
-def save_transformer(model: Model, path: Path) -> None:
-    """Write the transformer as one file with BFL's names, atomically.
+def save_transformer(transformer: FluxTransformer2DModel, facts: Facts, path: Path) -> None:
+    """Write a transformer as one file with BFL's names, atomically.
 
-    Its metadata carry the configuration and the model's facts, so that `open_model` needs no guess.
+    Its metadata carry the configuration and the facts, so that `open_model` needs no guess.
 
     Raises:
-        ModelError: there is no transformer, or it is int8.
+        ModelError: it is int8.
     """
-    transformer = model.transformer
-    if transformer is None or int8_layers(transformer):
-        raise ModelError("has no transformer in floating point", where=model.name, mend="open it with quantise=False")
+    if int8_layers(transformer):
+        mend = "load it with quantise=False"
+        raise ModelError("has no transformer in floating point", where=name_of(transformer), mend=mend)
     state = transformer.state_dict()
     double, single = (count_blocks(state, kind) for kind in OWN_BLOCKS)
     rows = transformer_rows(double, single, guidance=bool(transformer.config.guidance_embeds))
-    facts = {name: value for name, value in dataclasses.asdict(model.facts).items() if name != "parts_from"}
-    metadata = _config("transformer", transformer) | {FACTS_KEY: json.dumps(facts, sort_keys=True)}
+    told = {name: value for name, value in dataclasses.asdict(facts).items() if name != "parts_from"}
+    metadata = _config("transformer", transformer) | {FACTS_KEY: json.dumps(told, sort_keys=True)}
     _write(path, rows, state, metadata)
 
 

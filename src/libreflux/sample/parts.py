@@ -13,8 +13,9 @@ from libreflux.errors import ModelError, RecipeError
 from libreflux.model import latents as latent_space
 from libreflux.model.device import pick_dtype
 from libreflux.model.facts import Facts, facts_of, write_facts
-from libreflux.model.family import Model, open_model
+from libreflux.model.family import ModelSource, open_model
 from libreflux.model.locate import PARTS
+from libreflux.model.text import TextEncoders
 from libreflux.sample.adapting import Adapting
 
 _PARTS = {*PARTS, "image_encoder", "feature_extractor"}
@@ -65,23 +66,51 @@ class FluxParts(Adapting, DiffusionPipeline):
             self.facts = facts
 
     @classmethod
-    def from_model(cls, model: Model) -> Self:
-        """A pipeline over an opened model; its text encoders may be absent, its transformer and VAE may not.
+    def from_model(
+        cls,
+        source: ModelSource,
+        *,
+        dtype: torch.dtype | str | None = None,
+        quantise: bool | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """A pipeline with all parts of a model, loaded; a model without text encoders gives one without.
+
+        Args:
+            source: see `model.open_model`.
+            dtype, quantise, device: see `ModelSource.load_transformer`. The VAE is fp32, see `from_parts`.
+        """
+        transformer = source.load_transformer(dtype=dtype, quantise=quantise, device=device)
+        vae = source.load_vae(dtype=dtype, device=device)
+        text = source.load_text(dtype=dtype, device=device) if source.has("text_encoder") else None
+        return cls.from_parts(transformer, vae, text, source.facts, source.scheduler)
+
+    @classmethod
+    def from_parts(
+        cls,
+        transformer: FluxTransformer2DModel,
+        vae: AutoencoderKL,
+        text: TextEncoders | None = None,
+        facts: Facts | None = None,
+        scheduler: FlowMatchEulerDiscreteScheduler | None = None,
+    ) -> Self:
+        """A pipeline over parts in memory.
 
         The VAE becomes fp32: it is small beside the transformer, and bf16 would leave bands in flat colours.
+
+        Args:
+            transformer, vae, scheduler, facts: see the class.
+            text: None where ready-made conditioning is always passed.
         """
-        if model.transformer is None or model.vae is None:
-            raise ModelError(f"{model.name} was opened without transformer or vae", mend="open it with both parts")
-        text = model.text
         return cls(
-            transformer=model.transformer,
-            vae=model.vae.float(),
-            scheduler=model.scheduler,
+            transformer=transformer,
+            vae=vae.float(),
+            scheduler=scheduler,
             tokenizer=text and text.tokenizer,
             text_encoder=text and text.text_encoder,
             tokenizer_2=text and text.tokenizer_2,
             text_encoder_2=text and text.text_encoder_2,
-            facts=model.facts,
+            facts=facts,
         )
 
     @classmethod
@@ -94,8 +123,9 @@ class FluxParts(Adapting, DiffusionPipeline):
         quantise: bool | None = None,
         device: torch.device | str = "cpu",
     ) -> Self:
-        """Open "emoji-base", a folder or a hub id; see `model.family.open_model`. `torch_dtype` is `dtype` too."""
-        return cls.from_model(open_model(name, dtype=_one_dtype(dtype, torch_dtype), quantise=quantise, device=device))
+        """Open "emoji-base", a folder or a hub id; see `model.open_model`. `torch_dtype` is `dtype` too."""
+        chosen = _one_dtype(dtype, torch_dtype)
+        return cls.from_model(open_model(name), dtype=chosen, quantise=quantise, device=device)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **given: Any) -> Self:

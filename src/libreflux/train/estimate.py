@@ -18,9 +18,8 @@ from libreflux.data.cache import index_folders
 from libreflux.data.crops import View, aspect_buckets, views
 from libreflux.data.encode import SHARD_ITEMS
 from libreflux.data.precision import DTYPES
-from libreflux.model.family import Model, open_model, part_config
+from libreflux.model.family import ModelSource, open_model
 from libreflux.model.int8 import quantise_model
-from libreflux.model.locate import part_folder
 from libreflux.model.numerics import enable_checkpointing
 from libreflux.recipe import Recipe
 from libreflux.train import trace
@@ -45,7 +44,7 @@ def estimate_recipe(recipe: Recipe, *, text_tokens: int, captions: int | None = 
     Raises:
         LibrefluxError: a fault of the model or the targets, see `loop.plan_layers`.
     """
-    opened, cpu = open_model(recipe.model, parts=()), on_cpu(recipe)
+    opened, cpu = open_model(recipe.model), on_cpu(recipe)
     transformer = _transformer(opened, recipe)
     encoding = _Encoding.of(opened, recipe, cpu)
     shown = views(recipe.crop, recipe.resolution)
@@ -88,8 +87,8 @@ def _latent_size(size: tuple[int, int]) -> tuple[int, int]:
     return size[1] // 8, size[0] // 8
 
 
-def _transformer(opened: Model, recipe: Recipe) -> FluxTransformer2DModel:
-    transformer = trace.meta_transformer(part_config(opened, "transformer"), BASE_DTYPES[recipe.base])
+def _transformer(opened: ModelSource, recipe: Recipe) -> FluxTransformer2DModel:
+    transformer = trace.meta_transformer(opened.part_config("transformer"), BASE_DTYPES[recipe.base])
     if recipe.base == "int8":
         quantise_model(transformer)
     if recipe.gradient_checkpointing:
@@ -107,14 +106,13 @@ class _Encoding:
     weights: int
 
     @staticmethod
-    def of(opened: Model, recipe: Recipe, cpu: bool) -> _Encoding | None:
+    def of(opened: ModelSource, recipe: Recipe, cpu: bool) -> _Encoding | None:
         """None for a model without encoders, which trains on what is in its cache."""
-        assert opened.path is not None
-        if not all(part_folder(opened.path, part).is_dir() for part in ("text_encoder", "text_encoder_2")):
+        if not all(opened.has(part) for part in ("text_encoder", "text_encoder_2")):
             return None
         place = "cpu" if cpu else "cuda"
         dtype = DTYPES[precision.resolve(recipe.text_precision, place, index_folders(recipe.cache_dir))]
-        configs = [part_config(opened, f"text_encoder{end}") for end in ("", "_2")]
+        configs = [opened.part_config(f"text_encoder{end}") for end in ("", "_2")]
         clip, t5 = trace.meta_encoders(configs[0], configs[1], dtype)
         weights = trace.weights_of(clip) + trace.weights_of(t5)
         if dtype == torch.float32 and not cpu:  # T5 goes through a card block by block then
@@ -126,9 +124,9 @@ class _Encoding:
         return trace.trace_text(self.clip, self.t5, captions, tokens)
 
 
-def _encoding_pictures(opened: Model, recipe: Recipe, cpu: bool) -> Phase:
+def _encoding_pictures(opened: ModelSource, recipe: Recipe, cpu: bool) -> Phase:
     """One crop at a time."""
-    vae, size = trace.meta_vae(part_config(opened, "vae")), largest_crop(views(recipe.crop, recipe.resolution))
+    vae, size = trace.meta_vae(opened.part_config("vae")), largest_crop(views(recipe.crop, recipe.resolution))
     activations = trace.trace_encode(vae, size, sample=recipe.latents == "sample")
     return Phase(
         name="preparing pictures, VAE in fp32",
@@ -149,13 +147,13 @@ def _encoding_captions(encoding: _Encoding, captions: int, tokens: int, cpu: boo
 
 
 def _drawing(
-    opened: Model, recipe: Recipe, transformer: FluxTransformer2DModel, found: Estimate, tokens: int
+    opened: ModelSource, recipe: Recipe, transformer: FluxTransformer2DModel, found: Estimate, tokens: int
 ) -> Iterator[Phase]:
     """Sample pictures come one at a time, and the two passes of a guided step one after the other."""
     samples = recipe.samples
     if not samples.prompts or not (samples.every or samples.at_start):
         return
-    vae, side = trace.meta_vae(part_config(opened, "vae")), max(recipe.resolution)
+    vae, side = trace.meta_vae(opened.part_config("vae")), max(recipe.resolution)
     drawn = trace.trace_pass(transformer, 1, (side // 8, side // 8), tokens, recipe.guidance, backward=False)
     activations = max(drawn, trace.trace_decode(vae, side))
     yield Phase(

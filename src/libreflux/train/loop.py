@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from libreflux import files
 from libreflux.adapter import plan
 from libreflux.data.batches import Batches
 from libreflux.data.prepare import prepare_cache, prepare_recipe
-from libreflux.errors import ModelError, RecipeError, RunError
+from libreflux.errors import RecipeError, RunError
 from libreflux.model import attention, numerics
 from libreflux.model.device import make_current, pick_device
 from libreflux.model.facts import Facts, trained_facts
-from libreflux.model.family import Model, open_model, weights_hash
+from libreflux.model.family import open_model
 from libreflux.places import folder_place
 from libreflux.printing import get_logger
 from libreflux.recipe import Recipe
@@ -194,9 +194,7 @@ def plan_layers(recipe: Recipe) -> plan.Plan:
             a ladder that depends on the picture's size.
         AdapterError: a pattern that matches nothing, or a file that does not fit; see `adapter.plan`.
     """
-    opened = _open_base(recipe, parts=())
-    path = opened.path
-    assert path is not None
+    opened = open_model(recipe.model)
     if opened.facts.guidance_embeds and recipe.guidance is None:
         mend = "set the value to train and draw at, e.g. guidance: 1.0"
         raise RecipeError("this model has a guidance embedding", where="guidance", mend=mend)
@@ -206,13 +204,8 @@ def plan_layers(recipe: Recipe) -> plan.Plan:
         mend = "write a fixed shift into its libreflux.json, or remove this key"
         raise RecipeError("this model's steps depend on the picture's size", where="distil.steps", mend=mend)
     with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(path / "transformer"))
+        transformer = FluxTransformer2DModel.from_config(dict(opened.config))
     return plan.plan(recipe.adapter, transformer)
-
-
-def _open_base(recipe: Recipe, *, parts: Sequence[str], device: str = "cpu") -> Model:
-    dtype, quantise = BASE_DTYPES[recipe.base], recipe.base == "int8"
-    return open_model(recipe.model, parts=parts, dtype=dtype, quantise=quantise, device=device)
 
 
 def _open(
@@ -237,22 +230,22 @@ def _open(
             lambda: prepare_recipe(recipe, device=device),
         )
     with callbacks.stage("reading the base model"):
-        model = _open_base(recipe, parts=("transformer",), device=device)
-    if model.transformer is None or model.path is None:
-        raise ModelError("has no transformer on disk", where=recipe.model, mend="use a complete model")
-    _check_attention(model.transformer, batches, device, callbacks)
+        base = open_model(recipe.model)
+        dtype, quantise = BASE_DTYPES[recipe.base], recipe.base == "int8"
+        transformer = base.load_transformer(dtype=dtype, quantise=quantise, device=device)
+    _check_attention(transformer, batches, device, callbacks)
     if recipe.gradient_checkpointing:
-        numerics.enable_checkpointing(model.transformer)
+        numerics.enable_checkpointing(transformer)
     dtype = parameter_dtype(recipe.optimizer)
     with callbacks.stage("making the adapter's first values"):
-        adapter = plan.build(recipe.adapter, model.transformer, resolved, dtype=dtype, seed=recipe.seed)
+        adapter = plan.build(recipe.adapter, transformer, resolved, dtype=dtype, seed=recipe.seed)
     with callbacks.stage("hashing the base model's files"):
-        model_hash = weights_hash(model.path)
+        model_hash = base.hash
     training = Training(
         recipe=recipe,
         run=run,
-        transformer=model.transformer,
-        facts=_trained_facts(model.facts, recipe),
+        transformer=transformer,
+        facts=_trained_facts(base.facts, recipe),
         resolved=resolved,
         adapter=adapter,
         optimizer=make_optimizer(recipe.optimizer, adapter.named_parameters(), recipe.seed),

@@ -32,7 +32,7 @@ from libreflux.flow import path as flow_path
 from libreflux.flow.sigmas import Beta, Uniform, stratified
 from libreflux.model import latents as latents_room
 from libreflux.model.facts import Facts
-from libreflux.model.family import Model, save_model
+from libreflux.model.family import LiveParts, save_model
 from libreflux.model.text import TextConditioning, TextEncoders
 from libreflux.model.velocity import velocity
 
@@ -235,20 +235,18 @@ def export(work: Path, out: Path | None = None) -> Path:
         licence="apache-2.0",
         lineage={"name": "emoji-base", "trained": "from nothing by libreflux.emoji.build", "steps": stage.step},
     )
-    model = Model(
-        facts=facts,
+    live = LiveParts(
         transformer=transformer.bfloat16(),
         vae=vae.bfloat16(),
         text=text.to(dtype=torch.bfloat16),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-        name="emoji-base",
     )
     out = out or work / "m" / "base"
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = out.with_name(f"{out.name}.new"), out.with_name(f"{out.name}.old")
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    save_model(model, fresh)
+    save_model(fresh, facts, live)
     if out.exists():
         out.rename(old)
     fresh.rename(out)

@@ -47,8 +47,7 @@ def reconstructions(work: Path) -> dict[int, Tensor]:
     """
     file = work / "reconstructions.safetensors"
     if not file.exists():
-        vae = open_model("emoji-base", parts=("vae",), dtype=torch.float32).vae
-        assert vae is not None
+        vae = open_model("emoji-base").load_vae(dtype=torch.float32)
         packed = load_file(work / "latents.safetensors")["packed"]
         rows = sorted({*split()[0][::4], *split()[1]})
         out = []

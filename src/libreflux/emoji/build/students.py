@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import FluxTransformer2DModel
 
 from libreflux import keyed
 from libreflux.adapter.files import load_adapter
@@ -23,7 +24,7 @@ from libreflux.emoji import compose
 from libreflux.emoji.build import base
 from libreflux.files import atomic_write_text
 from libreflux.model.facts import Facts, freed
-from libreflux.model.family import Model, open_model, read_facts, save_model, write_facts
+from libreflux.model.family import LiveParts, ModelSource, open_model, read_facts, save_model, write_facts
 from libreflux.model.int8 import quantise
 from libreflux.model.int8_files import share_equal
 from libreflux.model.locate import PARTS
@@ -161,19 +162,18 @@ def random_model(work: Path) -> Path:
     """emoji-base with random weights in its transformer, for a control: `work/m/random`."""
     out = work / MODELS / "random"
     if not out.exists():
-        model = open_model("emoji-base", parts=())
+        source = open_model("emoji-base")
         torch.manual_seed(0)
-        model.transformer = base.make_transformer().bfloat16()
-        model.facts = dataclasses.replace(model.facts, lineage={"name": "random weights"})
-        save_model(model, out)
+        live = LiveParts(transformer=base.make_transformer().bfloat16())
+        save_model(out, dataclasses.replace(source.facts, lineage={"name": "random weights"}), live, source)
     return out
 
 
 def _merged(model_folder: Path, adapter: Path, out: Path) -> None:
-    model = open_model(model_folder, parts=("transformer",))
-    assert model.transformer is not None
-    merge(model.transformer, load_adapter(adapter))
-    save_model(model, out)
+    source = open_model(model_folder)
+    transformer = source.load_transformer()
+    merge(transformer, load_adapter(adapter))
+    save_model(out, source.facts, LiveParts(transformer=transformer), source)
 
 
 def ship(work: Path, name: str) -> Path:
@@ -186,7 +186,9 @@ def ship(work: Path, name: str) -> Path:
     fresh = out.with_name(f"{out.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     if name == "libre":
-        save_model(_freed_in_int8("emoji-schnell", work / "runs" / "libre" / "adapter.safetensors"), fresh)
+        source = open_model("emoji-schnell")
+        freed = _freed_in_int8(source, work / "runs" / "libre" / "adapter.safetensors")
+        save_model(fresh, source.facts, LiveParts(transformer=freed), source)
     else:
         quantise_folder(work / MODELS / name, fresh)
     if name != "base":
@@ -201,17 +203,15 @@ def ship(work: Path, name: str) -> Path:
     return out
 
 
-def _freed_in_int8(name: str, adapter: Path) -> Model:
+def _freed_in_int8(source: ModelSource, adapter: Path) -> FluxTransformer2DModel:
     """An int8 model whose adapted layers are merged in fp32 and quantised again; the others keep their bytes."""
-    model, dense = open_model(name, parts=("transformer",)), open_model(name, parts=("transformer",), quantise=False)
-    assert model.transformer is not None and dense.transformer is not None
-    wide = dense.transformer.float()
+    transformer, wide = source.load_transformer(), source.load_transformer(quantise=False).float()
     for layer in merge(wide, load_adapter(adapter)):
         path, _, child = layer.rpartition(".")
         made = quantise(wide.get_submodule(layer), layer)  # type: ignore[arg-type]
-        made.bias = model.transformer.get_submodule(layer).bias
-        setattr(model.transformer.get_submodule(path), child, made)
-    return model
+        made.bias = transformer.get_submodule(layer).bias
+        setattr(transformer.get_submodule(path), child, made)
+    return transformer
 
 
 def shipped_facts(facts: Facts, name: str) -> Facts:
