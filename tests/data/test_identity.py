@@ -47,7 +47,6 @@ def test_shuffled_deleted_renamed_and_replaced_pictures_keep_their_captions(
 ) -> None:
     data, out = tmp_path / "data", tmp_path / "cache"
     vae = family.open_model(tiny_model_dir).load_vae()
-    assert vae is not None
 
     def check(values: set[int]) -> None:
         batches = run(tiny_model_dir, data, out)
@@ -103,7 +102,6 @@ def test_text_is_never_served_under_other_settings_as_by_a_prompt_only_key(
     with pytest.raises(DataError, match=f"{key} {values[0]}, now {values[1]}"):
         prepared(tmp_path / "one", values[1])
     encoders = family.open_model(tiny_model_dir).load_text()
-    assert encoders is not None
     known: dict[str, TextConditioning] = {}
     for value, wanted in zip(values, (first, fresh), strict=True):
         settings = {"padding": "drop", "max_tokens": 512} | {key: value}
@@ -201,7 +199,6 @@ def test_background_crop_and_view_never_share_a_cached_crop(tmp_path: Path, tiny
     shown = views(["square", "aspect"], [64])
     batches = run(tiny_model_dir, tmp_path, tmp_path / "cache", sources=sources, views=shown)
     vae = family.open_model(tiny_model_dir).load_vae()
-    assert vae is not None
     name = batches.batch(step_plan(0, 0, batches.samples, 1, 1, 1)[0]).sample_ids[0]
     found = []
     for colour in ("white", "black"):

@@ -68,7 +68,6 @@ def rows(cache: Path, table: str) -> list[tuple[str, ...]]:
 def test_latents_are_the_encoders_of_their_own_crop(prepared: Prepared, tiny_model_dir: Path) -> None:
     cache, [(source, samples)] = prepared
     vae = family.open_model(tiny_model_dir).load_vae(dtype=torch.float32)
-    assert vae is not None
     for sample in samples:
         for index in range(2):
             crop = cut(load_rgb(sample.path), SQUARE, index, sample.id)
@@ -82,7 +81,6 @@ def test_latents_are_the_encoders_of_their_own_crop(prepared: Prepared, tiny_mod
 def test_text_is_the_encoders_without_padding(prepared: Prepared, tiny_model_dir: Path) -> None:
     cache, [(_, samples)] = prepared
     encoders = family.open_model(tiny_model_dir).load_text(dtype=torch.float32)
-    assert encoders is not None
     captions = ["", *(caption for sample in samples for caption in sample.captions)]
     stored = cache.text(captions)
     assert len(set(stored.lengths)) > 4

@@ -38,24 +38,27 @@ def run(model: Path, data: Path, out: Path, **changed: Any) -> Prepared:
 
 
 class Watch:
-    """`open_model` with the CPU in a card's place, and what of earlier openings was alive at each."""
+    """A model's parts with the CPU in a card's place, and what of earlier loadings was alive at each."""
 
     def __init__(self) -> None:
         self.opened: list[tuple[Any, ...]] = []
         self.alive: list[int] = []
         self.released: list[str] = []
         self._refs: list[weakref.ref[Any]] = []
-        self._open = family.open_model
 
-    def open_model(self, name: Any, *, parts: Any = (), device: str = "cpu", **options: Any) -> family.Model:
-        if not parts:
-            return self._open(name, parts=parts)
-        self.alive.append(self.living())
-        self.opened.append((parts[0], device, options["dtype"], options.get("text_by_block", False)))
-        model = self._open(name, parts=parts, **options)
-        mine = [model.vae] if model.text is None else [model.text.text_encoder, model.text.text_encoder_2]
-        self._refs += [weakref.ref(one) for one in mine]
-        return model
+    def watched(self, part: str) -> Callable[..., Any]:
+        """ModelSource's way to load a part."""
+        load = getattr(family.ModelSource, f"load_{part}")
+
+        def loaded(source: family.ModelSource, *, device: str = "cpu", **options: Any) -> Any:
+            self.alive.append(self.living())
+            self.opened.append((part, device, options["dtype"], options.get("by_block", False)))
+            found = load(source, **options)
+            mine = [found] if part == "vae" else [found.text_encoder, found.text_encoder_2]
+            self._refs += [weakref.ref(one) for one in mine]
+            return found
+
+        return loaded
 
     def release(self, device: str) -> None:
         self.released.append(device)
@@ -68,7 +71,8 @@ class Watch:
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     made = Watch()
-    monkeypatch.setattr(family, "open_model", made.open_model)
+    for part in ("vae", "text"):
+        monkeypatch.setattr(family.ModelSource, f"load_{part}", made.watched(part))
     monkeypatch.setattr(encode, "release", made.release)
     return made
 
@@ -115,7 +119,6 @@ def test_bf16_text_is_the_encoders_in_bf16(
     wide, [(_, samples)] = prepared
     cache, _ = run(tiny_model_dir, pictures, tmp_path / "c", text_precision="bf16")
     text = family.open_model(tiny_model_dir).load_text(dtype=torch.bfloat16)
-    assert text is not None
     captions = sorted({caption for sample in samples for caption in sample.captions})
     alone = [text.encode([caption], padding="drop", max_tokens=512).tokens[0] for caption in captions]
     found, other = cache.text(captions), wide.text(captions)
@@ -190,7 +193,6 @@ def test_captions_go_through_the_shortest_first(
     _, [(_, samples)] = run(tiny_model_dir, pictures, tmp_path / "c")
     captions = {"", *(caption for sample in samples for caption in sample.captions)}
     text = family.open_model(tiny_model_dir).load_text()
-    assert text is not None
     lengths = {caption: text.count_tokens([caption], max_tokens=512)[0] for caption in captions}
     expected = sorted(captions, key=lambda caption: (lengths[caption], caption))
     assert expected != sorted(captions)

@@ -18,7 +18,6 @@ PROMPTS = ["a red apple on blue", "", "a fox left of a rocket, on yellow", "zyx 
 @pytest.fixture(scope="module")
 def encoders(tiny_model_dir) -> TextEncoders:
     text = open_model(tiny_model_dir).load_text()
-    assert text is not None
     return text
 
 

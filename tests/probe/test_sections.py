@@ -98,11 +98,10 @@ def test_rungs_are_those_of_a_few_step_students_own_ladder(tiny_model_dir: Path)
 def test_padding_changes_nothing_under_drop_and_something_under_trim(tiny_model_dir: Path, own: str) -> None:
     import dataclasses
 
-    opened = open_model(tiny_model_dir, parts=("transformer", "text"))
-    assert opened.transformer is not None and opened.text is not None
-    facts = dataclasses.replace(opened.facts, text_padding=own, max_tokens=64)
+    source = open_model(tiny_model_dir)
+    facts = dataclasses.replace(source.facts, text_padding=own, max_tokens=64)
     settings = Settings(padding_tokens=(6, 40, 500))
-    texts = padding.encode(opened.text, facts, CAPTIONS, settings)
+    texts = padding.encode(source.load_text(), facts, CAPTIONS, settings)
     assert {tokens for _, tokens in texts} == {6, 40}  # 500 are more than it reads
     for (which, tokens), text in texts.items():
         whole = which in ("keep", "bias")
@@ -110,7 +109,7 @@ def test_padding_changes_nothing_under_drop_and_something_under_trim(tiny_model_
     latents = torch.randn(5, 16, 4, 4, generator=torch.Generator().manual_seed(0))
 
     def gap(one: list[TextConditioning], two: list[TextConditioning]) -> float:
-        transformer = padding.exact(opened.transformer)  # type: ignore[arg-type]
+        transformer = padding.exact(source.load_transformer())
         with torch.no_grad():
             above, below = padding.differences(
                 lambda text: model_velocity(transformer, text), latents, list("abcde"), one, two, (0.5, 0.9), 0

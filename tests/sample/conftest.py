@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from libreflux.model.family import Model, open_model
 from libreflux.sample.pipeline import LibreFluxPipeline
+from opened import Opened, opened
 
 
 @pytest.fixture(scope="session")
-def model(tiny_model_dir: Path) -> Model:
-    return open_model(tiny_model_dir)
+def model(tiny_model_dir: Path) -> Opened:
+    return opened(tiny_model_dir)
 
 
 @pytest.fixture
-def pipe(model: Model) -> LibreFluxPipeline:
-    made = LibreFluxPipeline.from_model(model)
+def pipe(model: Opened) -> LibreFluxPipeline:
+    made = model.pipeline()
     made.set_progress_bar_config(disable=True)
     return made

@@ -16,11 +16,12 @@ from torch import Tensor
 import libreflux
 from libreflux.errors import RecipeError
 from libreflux.model.facts import Facts
-from libreflux.model.family import Model, open_model
+from libreflux.model.family import open_model
 from libreflux.model.latents import encode, pack
 from libreflux.sample.noise import noise
 from libreflux.sample.output import decoded
 from libreflux.sample.pipeline import LibreFluxPipeline
+from opened import Opened
 
 LONG, SHORT = "a small green frog sits under a tall tree, and the sky behind it is orange", "a fox"
 
@@ -44,7 +45,9 @@ def test_prompt_2_is_t5s_as_in_diffusers(pipe: LibreFluxPipeline, theirs: FluxPi
     assert drawn.images[0].tobytes() != pipe(LONG, negative_prompt_2=SHORT, seeds=1).images[0].tobytes()
 
 
-def test_sigmas_latents_and_arrays_as_in_diffusers(model: Model, pipe: LibreFluxPipeline, theirs: FluxPipeline) -> None:
+def test_sigmas_latents_and_arrays_as_in_diffusers(
+    model: Opened, pipe: LibreFluxPipeline, theirs: FluxPipeline
+) -> None:
     """An own ladder is shifted, packed and unpacked latents are one start, "np" is what it is there."""
     theirs.scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
     pipe.facts = Facts(shift=2.0)

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from libreflux.errors import ModelError, RecipeError
-from libreflux.model.family import Model, open_model
+from libreflux.model.family import open_model
 from libreflux.sample.encoding import Text, encode_ahead
 from libreflux.sample.pipeline import LibreFluxPipeline
+from opened import Opened
 
 LONG = " ".join(["fox"] * 75 + ["a", "red", "apple"])
 
 
-def test_ahead_is_as_in_a_call(model: Model, pipe: LibreFluxPipeline) -> None:
+def test_ahead_is_as_in_a_call(model: Opened, pipe: LibreFluxPipeline) -> None:
     assert model.text is not None
     texts = [Text("a fox"), Text("a red apple on blue", "a rocket", 3), Text("a fox")]
     found = encode_ahead(model.text, model.facts, texts)
@@ -28,10 +29,10 @@ def test_ahead_is_as_in_a_call(model: Model, pipe: LibreFluxPipeline) -> None:
 
 
 def test_a_pipeline_without_encoders_draws_the_same_in_int8_too(tiny_model_dir: Path) -> None:
-    text = open_model(tiny_model_dir, parts=("text",))
-    assert text.text is not None
-    found = encode_ahead(text.text, text.facts, [Text("a fox"), Text("")])
-    small = LibreFluxPipeline.from_model(open_model(tiny_model_dir), quantise=True)
+    source = open_model(tiny_model_dir)
+    found = encode_ahead(source.load_text(), source.facts, [Text("a fox"), Text("")])
+    transformer = source.load_transformer(quantise=True)
+    small = LibreFluxPipeline.from_parts(transformer, source.load_vae(), facts=source.facts)
     whole = LibreFluxPipeline.from_pretrained(tiny_model_dir, quantise=True)
     dense = LibreFluxPipeline.from_pretrained(tiny_model_dir)
     ready = {"prompt_conditioning": found[Text("a fox")], "negative_conditioning": found[Text("")]}

@@ -16,17 +16,14 @@ from libreflux.adapter.files import attach_file, load_adapter
 from libreflux.adapter.merge import merge
 from libreflux.cli.training import ShowTraining
 from libreflux.errors import AdapterError
-from libreflux.model.family import Model, open_model, save_model
+from libreflux.model.family import open_model
 from libreflux.model.finite import NotFiniteError, is_finite
 from libreflux.model.single_file import SingleFiles
-from libreflux.model.single_save import save_files, save_transformer
+from libreflux.model.single_save import save_transformer
 from libreflux.sample.pipeline import LibreFluxPipeline
+from opened import opened
 
 LAYER = "transformer_blocks.0.attn.to_q"
-
-
-def opened(model: Path) -> Model:
-    return open_model(model)
 
 
 def written(path: Path, layer: str, height: int) -> Path:
@@ -57,7 +54,7 @@ def one_nan(model: Path, part: str, name: str, out: Path, value: float = float("
 
 
 def draw(model: Path, change: Callable[[LibreFluxPipeline], object] = lambda pipe: None, **options: object) -> object:
-    pipe = LibreFluxPipeline.from_model(opened(model))
+    pipe = opened(model).pipeline()
     pipe.set_progress_bar_config(disable=True)
     change(pipe)
     return pipe("a fox", seeds=[1], **{"num_inference_steps": 2, "guidance_scale": 1.0} | options)  # type: ignore[arg-type]
@@ -85,7 +82,7 @@ def test_a_part_with_one_number_that_is_none(tiny_model_dir: Path, tmp_path: Pat
     broken = one_nan(tiny_model_dir, part, name, tmp_path / "broken", value)
     for quantise in (None, True) if part == "transformer" else (None,):
         with pytest.raises(NotFiniteError, match=rf"broken/{part}.*{name} is not finite"):
-            open_model(broken, quantise=quantise)
+            opened(broken, quantise=quantise)
 
 
 @pytest.mark.parametrize("layer", ["attn.to_q", "attn.to_k"])
@@ -94,11 +91,11 @@ def test_what_attention_would_swallow(tiny_model_dir: Path, tmp_path: Path, laye
     name = f"transformer_blocks.0.{layer}.weight"
     broken = one_nan(tiny_model_dir, "transformer", name, tmp_path / "broken")
     with pytest.raises(NotFiniteError, match=name):
-        open_model(broken)
+        opened(broken)
     single = tmp_path / "one.safetensors"
     shutil.copy(broken / "transformer" / "diffusion_pytorch_model.safetensors", single)
     with pytest.raises(NotFiniteError, match=rf"one\.safetensors: {name}"):
-        open_model(SingleFiles(transformer=single, base=str(tiny_model_dir)), parts=("transformer",))
+        open_model(SingleFiles(transformer=single, base=str(tiny_model_dir))).load_transformer()
 
 
 def strengthened(pipe: LibreFluxPipeline, file: Path, weight: float) -> None:
@@ -170,13 +167,13 @@ def test_no_model_is_written_with_nan(tiny_model_dir: Path, tmp_path: Path, part
     model = opened(tiny_model_dir)
     module = getattr(model.text if part.startswith("text") else model, part)
     module.get_parameter(name).data.view(-1)[0] = torch.nan
-    for write in (save_model, save_files):
+    for write in (model.save, model.save_files):
         with pytest.raises(NotFiniteError, match=r"weight is not finite"):
-            write(model, tmp_path / "out")
+            write(tmp_path / "out")
         assert not (tmp_path / "out").exists()
     if part == "transformer":
         with pytest.raises(NotFiniteError, match=r"proj_out\.weight is not finite"):
-            save_transformer(model, tmp_path / "one.safetensors")
+            save_transformer(model.transformer, model.facts, tmp_path / "one.safetensors")
     assert not list(tmp_path.iterdir())
 
 

@@ -20,8 +20,8 @@ from libreflux.adapter.merge import merge
 from libreflux.adapter.targets import Target, resolve
 from libreflux.errors import AdapterError, ModelError, RecipeError
 from libreflux.model.facts import KNOWN, Facts, facts_of, write_facts
-from libreflux.model.family import open_model
 from libreflux.sample.pipeline import LibreFluxPipeline
+from opened import opened
 from tiny import tiny_transformer, tiny_vae
 
 KEEP = Facts(text_padding="keep", max_tokens=24, steps=3, guidance=2.0, shift=2.0)
@@ -164,14 +164,13 @@ def test_a_loaded_adapter_draws_as_a_merged_one(folder: Path, tmp_path: Path, ki
     own = adapter(tmp_path / "own.safetensors", "lokr" if kind == "lokr" else "lora")
     if kind in ("diffusers", "kohya"):
         export_adapter(load_adapter(own), kind, tmp_path / f"{kind}.safetensors")
-    pipe, merged = LibreFluxPipeline.from_pretrained(folder), open_model(folder)
+    pipe, merged = LibreFluxPipeline.from_pretrained(folder), opened(folder)
     plain = latents(pipe)
     name = "own" if kind in ("lora", "lokr") else kind
     pipe.load_lora_weights(tmp_path, weight_name=f"{name}.safetensors", weight=0.7)
-    assert merged.transformer is not None
     merge(merged.transformer, load_adapter(own), 0.7)
     merged.facts = UNDER
-    torch.testing.assert_close(latents(pipe), latents(LibreFluxPipeline.from_model(merged)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(latents(pipe), latents(merged.pipeline()), rtol=0, atol=1e-4)
     assert pipe.facts == UNDER and pipe.get_active_adapters() == ["default_0"]
     pipe.unload_lora_weights()
     assert pipe.facts == KEEP and torch.equal(latents(pipe), plain)

@@ -14,20 +14,20 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from torch import Tensor
 
 from libreflux.model.facts import KNOWN
-from libreflux.model.family import Model, open_model
 from libreflux.model.latents import image_ids, pack
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
 from libreflux.sample.noise import noise
 from libreflux.sample.pipeline import LibreFluxPipeline
+from opened import Opened, opened
 from tiny import make_published_layout
 
 PROMPTS = ["a fox", "a small green frog sits under a tall tree"]
 
 
 @pytest.fixture
-def keeping(model: Model) -> LibreFluxPipeline:
-    made = LibreFluxPipeline.from_model(model)
+def keeping(model: Opened) -> LibreFluxPipeline:
+    made = model.pipeline()
     made.set_progress_bar_config(disable=True)
     made.facts = dataclasses.replace(model.facts, text_padding="keep", max_tokens=24, shift=1.0)
     return made
@@ -64,7 +64,7 @@ class PlainBias:
         return logits.softmax(-1) @ value
 
 
-def check_bias(model: Model, text: TextConditioning) -> None:
+def check_bias(model: Opened, text: TextConditioning) -> None:
     """`velocity` is that of a transformer that was given the padded text without a mask, under `PlainBias`."""
     assert model.transformer is not None and text.favoured is not None and len(set(text.favoured)) == 2
     x, sigma, ids = pack(noise([1, 2], 16, 4, 4)), torch.tensor([0.3, 0.8]), image_ids(4, 4)
@@ -87,7 +87,7 @@ def check_bias(model: Model, text: TextConditioning) -> None:
     (torch.bfloat16, False), (torch.float32, True), (torch.bfloat16, True)
 ])  # fmt: skip
 def test_the_bias_is_in_the_dtype_of_the_queries(
-    model: Model, monkeypatch: pytest.MonkeyPatch, weights: torch.dtype, autocast: bool
+    model: Opened, monkeypatch: pytest.MonkeyPatch, weights: torch.dtype, autocast: bool
 ) -> None:
     assert model.transformer is not None and model.text is not None
     text = model.text.encode(PROMPTS, padding="bias", max_tokens=24)
@@ -112,8 +112,7 @@ def test_the_bias_is_in_the_dtype_of_the_queries(
     torch.testing.assert_close(rounded, exact, atol=0.03 * float(exact.abs().max()), rtol=0)
 
 
-def test_bias_adds_one_to_the_logits_of_what_is_not_padding(model: Model) -> None:
-    assert model.text is not None
+def test_bias_adds_one_to_the_logits_of_what_is_not_padding(model: Opened) -> None:
     check_bias(model, model.text.encode(PROMPTS, padding="bias", max_tokens=24))
 
 
@@ -122,14 +121,14 @@ def test_the_published_layout_is_drawn_without_its_code(
 ) -> None:
     folder = make_published_layout(tiny_model_dir, tmp_path / "LibreFLUX")
     assert len(list((folder / "transformer").glob("*-of-00003.safetensors"))) == 3
-    opened = open_model(folder)
-    assert opened.facts == KNOWN["jimmycarter/LibreFLUX"] and opened.facts.text_padding == "bias"
+    found = opened(folder)
+    assert found.facts == KNOWN["jimmycarter/LibreFLUX"] and found.facts.text_padding == "bias"
     assert f"{folder} has no libreflux.json: taken for a model like LibreFLUX" in caplog.text
-    pipe = LibreFluxPipeline.from_model(opened)
+    pipe = found.pipeline()
     pipe.set_progress_bar_config(disable=True)
     text = pipe.encode_prompt(PROMPTS)
     assert text.lengths == [512, 512]
-    check_bias(opened, text)
+    check_bias(found, text)
     two, alone = (pipe(prompts, seeds=[5] * len(prompts), num_inference_steps=2, output_type="pt").images
                   for prompts in (PROMPTS, PROMPTS[:1]))  # fmt: skip
     assert two.shape == (2, 3, 32, 32) and (two[0] - two[1]).abs().max() > 1e-3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,6 @@ from libreflux.errors import ModelError, RecipeError
 from libreflux.flow.guidance import cfg
 from libreflux.flow.schedule import ladder
 from libreflux.model.facts import Facts
-from libreflux.model.family import Model
 from libreflux.model.latents import image_ids, pack
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
@@ -23,6 +23,7 @@ from libreflux.sample.guidance import GuidedVelocity
 from libreflux.sample.metadata import png_bytes
 from libreflux.sample.noise import choose_seeds, noise
 from libreflux.sample.pipeline import LibreFluxPipeline
+from opened import Opened
 from tiny import tiny_transformer
 
 LONG, SHORT = "a small green frog sits under a tall tree, and the sky behind it is orange", "a fox"
@@ -160,24 +161,22 @@ def test_pictures_per_prompt_keep_their_own_text(pipe: LibreFluxPipeline) -> Non
         torch.testing.assert_close(out.images[i : i + 1], alone, atol=1e-5, rtol=0)
 
 
-def test_ready_conditioning_needs_no_encoders(pipe: LibreFluxPipeline, model: Model) -> None:
+def test_ready_conditioning_needs_no_encoders(pipe: LibreFluxPipeline, model: Opened) -> None:
     text, empty = pipe.encode_prompt([LONG, SHORT]), pipe.encode_prompt("")
     expected = pipe([LONG, SHORT], seeds=1, output_type="latent").images
-    bare = LibreFluxPipeline.from_model(Model(model.facts, model.transformer, model.vae))
+    bare = LibreFluxPipeline.from_parts(model.transformer, model.vae, facts=model.facts)
     bare.set_progress_bar_config(disable=True)
     out = bare(prompt_conditioning=text, negative_conditioning=empty, seeds=1, output_type="latent")
     assert torch.equal(out.images, expected)
     with pytest.raises(ModelError, match="no text encoders; mend: pass prompt_conditioning"):
         bare(SHORT)
-    with pytest.raises(ModelError, match="opened without transformer or vae"):
-        LibreFluxPipeline.from_model(Model(model.facts))
 
 
-def test_a_transformer_in_training_is_left_as_it_was(pipe: LibreFluxPipeline, model: Model) -> None:
+def test_a_transformer_in_training_is_left_as_it_was(pipe: LibreFluxPipeline, model: Opened) -> None:
     live = tiny_transformer().train().requires_grad_(True)
     before = copy.deepcopy(live.state_dict())
     text = pipe.encode_prompt([SHORT])
-    bare = LibreFluxPipeline.from_model(Model(model.facts, live, model.vae))
+    bare = LibreFluxPipeline.from_parts(live, model.vae, facts=model.facts)
     bare.set_progress_bar_config(disable=True)
     bare(prompt_conditioning=text, guidance_scale=1.0, seeds=0)
     assert live.training and all(p.requires_grad and p.grad is None for p in live.parameters())
@@ -185,26 +184,26 @@ def test_a_transformer_in_training_is_left_as_it_was(pipe: LibreFluxPipeline, mo
     velocity(live, torch.randn(1, 4, 64), torch.tensor([0.5]), text, image_ids(4, 4)).sum().backward()  # still trains
 
 
-def test_defaults_are_the_models_own(model: Model) -> None:
+def test_defaults_are_the_models_own(model: Opened) -> None:
     facts = Facts(steps=3, guidance=1.0, shift=2.0)
-    pipe = LibreFluxPipeline.from_model(Model(facts, model.transformer, model.vae, model.text))
+    pipe = LibreFluxPipeline.from_parts(model.transformer, model.vae, model.text, facts)
     pipe.set_progress_bar_config(disable=True)
     sigmas: list[float] = []
     with Calls(pipe) as seen:
         out = pipe(SHORT, callback_on_step=lambda step: sigmas.append(step.sigma))
     assert seen == [1, 1, 1] and sigmas == ladder(3, 2.0)[:-1].tolist()
     assert out.images[0].size == (32, 32) and len(out.seeds) == 1
-    shifted = LibreFluxPipeline.from_model(Model(Facts(steps=2, shift=None), model.transformer, model.vae, model.text))
+    shifted = replace(model, facts=Facts(steps=2, shift=None)).pipeline()
     shifted.set_progress_bar_config(disable=True)
     sigmas.clear()
     shifted(SHORT, guidance_scale=1.0, callback_on_step=lambda step: sigmas.append(step.sigma))
     assert 0.5 < sigmas[1] < 0.65  # dev's rule, e^mu slightly below 1.65 for 4 tokens
 
 
-def test_a_guidance_distilled_model_gets_its_embedded_guidance(model: Model) -> None:
+def test_a_guidance_distilled_model_gets_its_embedded_guidance(model: Opened) -> None:
     dev = tiny_transformer(guidance_embeds=True)
     facts = Facts(steps=2, guidance=3.5, guidance_embeds=True)
-    pipe = LibreFluxPipeline.from_model(Model(facts, dev, model.vae, model.text))
+    pipe = LibreFluxPipeline.from_parts(dev, model.vae, model.text, facts)
     pipe.set_progress_bar_config(disable=True)
     guidance: list[Tensor] = []
     dev.register_forward_pre_hook(lambda m, a, kwargs: guidance.append(kwargs["guidance"]), with_kwargs=True)

@@ -17,7 +17,7 @@ from libreflux.adapter.targets import Target, resolve
 from libreflux.data.crops import views
 from libreflux.data.prepare import prepare_cache
 from libreflux.model import latents as latents_of
-from libreflux.model.family import open_model, part_config
+from libreflux.model.family import open_model
 from libreflux.model.text import TextConditioning
 from libreflux.recipe import Recipe
 from libreflux.sample.output import decoded
@@ -174,14 +174,12 @@ def test_decoding_is_traced_as_it_runs_in_tiles_too(side: int, monkeypatch: pyte
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_pass_of_the_text_encoders_is_traced_as_it_runs(tiny_model_dir: Path, dtype: torch.dtype) -> None:
-    model = open_model(tiny_model_dir, parts=("text",), dtype=dtype)
-    assert model.text is not None
-    encoders, captions = model.text, [f"a red apple on blue {number % 10}" for number in range(12)]
+    source = open_model(tiny_model_dir)
+    encoders, captions = source.load_text(dtype=dtype), [f"a red apple on blue {number % 10}" for number in range(12)]
     tokens = encoders.count_tokens(captions, max_tokens=512)
     assert len(set(tokens)) == 1
     real = alive(lambda: encoders.encode(captions, padding="drop", max_tokens=512))
-    on_disk = open_model(tiny_model_dir, parts=())
-    configs = [part_config(on_disk, part) for part in ("text_encoder", "text_encoder_2")]
+    configs = [source.part_config(part) for part in ("text_encoder", "text_encoder_2")]
     clip, t5 = trace.meta_encoders(configs[0], configs[1], dtype)
     assert trace.weights_of(t5) == trace.weights_of(encoders.text_encoder_2)
     traced = trace.trace_text(clip, t5, len(captions), tokens[0])

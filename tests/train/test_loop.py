@@ -117,9 +117,7 @@ def test_only_the_adapter_is_trained_and_the_file_says_of_what(
     assert metadata["text_padding"] == "drop"
     assert metadata["recipe"] == Recipe.model_validate(tree).fingerprint()
     assert recorder.started is not None
-    model = open_model(tiny_model_dir, parts=("transformer",))
-    assert model.transformer is not None
-    attached = attach_file(model.transformer, adapter)
+    attached = attach_file(open_model(tiny_model_dir).load_transformer(), adapter)
     assert sorted(attached.layers) == sorted(row.name for row in recorder.started.resolved)
 
 

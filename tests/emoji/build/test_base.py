@@ -13,7 +13,6 @@ from libreflux.model.family import open_model
 
 def test_trained_conditioning_is_that_of_drawing() -> None:
     text = open_model("emoji-base").load_text(dtype=torch.float32)
-    assert text is not None
     scene = base.scenes()[1][0]
     prompts = ["", *compose.captions(scene).values(), "a fox, " * 60]  # beyond CLIP's 77 tokens
     ours, drawn = base.condition(text, prompts), text.encode(prompts, padding="drop", max_tokens=512)

@@ -35,9 +35,8 @@ class Adapted:
 
     def __init__(self, precision: str, device: str) -> None:
         dtype, quantise = PRECISIONS[precision], precision == "int8"
-        opened = open_model("emoji-schnell", parts=("transformer",), dtype=dtype, device=device, quantise=quantise)
-        assert opened.transformer is not None
-        self.net, self.device, spec = opened.transformer, device, AdapterSpec.model_validate(SPEC)
+        self.net = open_model("emoji-schnell").load_transformer(dtype=dtype, device=device, quantise=quantise)
+        self.device, spec = device, AdapterSpec.model_validate(SPEC)
         layers = plan.plan(spec, self.net).layers
         self.adapter: Adapter = plan.build(spec, self.net, layers, dtype=torch.float32, seed=0)
 
