@@ -8,6 +8,7 @@ import json
 import shutil
 import sqlite3
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 

@@ -17,8 +17,7 @@ PROMPTS = ["a red apple on blue", "", "a fox left of a rocket, on yellow", "zyx 
 
 @pytest.fixture(scope="module")
 def encoders(tiny_model_dir) -> TextEncoders:
-    text = open_model(tiny_model_dir).load_text()
-    return text
+    return open_model(tiny_model_dir).load_text()
 
 
 def numbered(*lengths: int) -> TextConditioning:
