@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -22,3 +23,22 @@ class SafeConsole(Console):
 def console(*, err: bool = False, width: int | None = None) -> SafeConsole:
     """A console on stdout or stderr."""
     return SafeConsole(stderr=err, width=width)
+
+
+def text_width() -> int:
+    """Characters of a line on stdout: of the terminal, of COLUMNS, or 80 where neither says."""
+    return console().width
+
+
+def fold(text: str, width: int, indent: str = "  ") -> str:
+    """A text of several lines, of which those that are longer than `width` go on indented; no word is broken."""
+
+    def folded(line: str) -> list[str]:
+        if len(line) <= width:
+            return [line]
+        rest = " " * (len(line) - len(line.lstrip())) + indent
+        return textwrap.wrap(
+            line, width, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+        )
+
+    return "\n".join(part for line in text.split("\n") for part in folded(line))

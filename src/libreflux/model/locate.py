@@ -11,7 +11,7 @@ from typing import Any
 
 from libreflux import plainjson
 from libreflux.errors import ModelError
-from libreflux.model.facts import FACTS_FILE, read_facts
+from libreflux.model.facts import FACTS_FILE, KNOWN, known_facts, needs_login, read_facts
 
 INT8 = "libreflux_int8"
 """How our own int8 folders call their format in config.json."""
@@ -25,6 +25,7 @@ _SMALL = ["model_index.json", FACTS_FILE] + [
     f"{part}/{pattern}" for part in PARTS for pattern in ("*.json", "*.model", "*.txt")
 ]
 
+LOGIN = "accept its licence on its page at the hub and log in with `hf auth login`"
 _FOLDER = "give a diffusers folder or a hub id"
 _PICKLE = ("is a pickle, which runs code when it is opened", "use the model's safetensors files")
 _REFUSED = dict.fromkeys((".ckpt", ".pt", ".pth", ".bin", ".pkl"), _PICKLE) | {
@@ -172,13 +173,27 @@ def _download(text: str, weights: Collection[str], *, fetch: bool) -> Path:
         return Path(huggingface_hub.snapshot_download(**wanted))
     except Exception as error:  # the client's own, its HTTP library's, the disk's: no common ancestor
         raise ModelError(
-            f"no folder of this name, and it cannot be had from the hub ({_reason(error)})",
+            f"no folder of this name, and it cannot be had from the hub ({hub_reason(error)})",
             where=text,
-            mend="mend the path, or check the id, the network and whether the model needs a login",
+            mend=_mend(hub_id, error),
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def _mend(hub_id: str, error: Exception) -> str:
+    from huggingface_hub import errors
+
+    near = difflib.get_close_matches(hub_id, KNOWN, n=1, cutoff=0.8)
+    if near and known_facts(hub_id) is None:
+        return f"did you mean {near[0]}? or mend the path, or check the id and the network"
+    if needs_login(hub_id) or isinstance(error, errors.GatedRepoError):
+        return f"mend the path, or check the id and the network; for this model {LOGIN}"
+    refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
+    login = "; a private or gated model wants `hf auth login`" if refused else ""
+    return f"mend the path, or check the id and the network{login}"
+
+
+def hub_reason(error: BaseException) -> str:
+    """Why a download failed, in a few words."""
     from huggingface_hub import errors
 
     known = {
