@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from diffusers import FluxTransformer2DModel
 
+from libreflux.cli.model_list import WORDS
 from libreflux.errors import ModelError
 from libreflux.model.facts import KNOWN
 from libreflux.model.family import open_model, part_config
 from libreflux.model.known import planned_model
+from libreflux.model.locate import EMOJI
+from libreflux.recipe import Recipe
+from libreflux.recipe_faults import ELSEWHERE, dotted_keys
+from libreflux.recipe_keys import recipe_keys
 from libreflux.train import trace
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -19,13 +24,12 @@ DEV = "black-forest-labs/FLUX.1-dev"
 
 
 @pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An empty cache of the hub, and nobody who answers."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    yield
 
 
 @pytest.mark.parametrize("hub_id", KNOWN)
@@ -78,3 +82,103 @@ def test_a_dry_run_of_flux_without_a_network(
     assert lines[2].startswith("for a card: at its peak (") and "holds it" in " ".join(lines[2:4])
     assert "adapter: lora of rank 16 on 304 layers, 35,487,744 parameters" in lines
     assert len(lines) < 45 and max(len(line) for line in lines if str(tmp_path) not in line) <= 80
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["generat", "a fox"], "Did you mean 'generate'?"),
+        (["sample", "a fox"], "Did you mean 'generate'?"),
+        (["dryrun", "r.yaml"], "Did you mean 'train RECIPE --dry-run'?"),
+        (["finetune", "r.yaml"], "Did you mean 'train'?"),
+        (["generate", "a fox", "--stepz", "4"], "--steps"),
+        (["generate", "a fox", "--model", "emoji-lbre"], "did you mean emoji-libre?"),
+        (["generate", "a fox", "--model", "FLUX.1-schnel"], "did you mean black-forest-labs/FLUX.1-schnell?"),
+        (["generate", "a fox", "--model", "modles/mine"], "did you mean models/mine?"),
+        (["generate", "a fox", "--model", "flux.safetensor.safetensors"], "did you mean flux.safetensors?"),
+        (
+            ["generate", "a fox", "--model", "emoji-libre", "--adapter", "adpter.safetensors"],
+            "mean adapter.safetensors?",
+        ),
+        (["train", "mien.yaml"], "mien.yaml: no such recipe; mend: did you mean mine.yaml?"),
+        (["train", "model/mine/x.yaml"], "did you mean models/mine?"),
+        (["train", "nothing-like-it.yaml"], "no such recipe; mend: check the path"),
+        (["train", "mine.yaml", "lr=1e-4"], "lr: unknown key; mend: did you mean 'optimizer.learning_rate'?"),
+        (["train", "mine.yaml", "learning_rate=1e-4"], "did you mean 'optimizer.learning_rate'?"),
+        (["train", "mine.yaml", "rank=4"], "did you mean 'adapter.rank'?"),
+        (["train", "mine.yaml", "max_train_steps=4"], "did you mean 'steps'?"),
+        (["train", "mine.yaml", "train_batch_size=4"], "did you mean 'batch'?"),
+        (["train", "mine.yaml", "Batch-Size=4"], "did you mean 'batch'?"),
+        (["train", "mine.yaml", "sead=4"], "did you mean 'seed'?"),
+        (["train", "mine.yaml", "pretrained_model_name_or_path=x"], "did you mean 'model'?"),
+        (["train", "mine.yaml", "output_dir=x"], "did you mean 'out'?"),
+        (["train", "mine.yaml", "data.0.num_repeats=2"], "did you mean 'data.0.repeats'?"),
+        (["train", "mine.yaml", "--lr", "1e-4"], "go without dashes: optimizer.learning_rate=VALUE"),
+        (["train", "mine.yaml", "--steps", "4"], "go without dashes: steps=VALUE"),
+        (["train", "mine.yaml", "out=o", "data.0.path=fotos", "--dry-run"], "did you mean photos?"),
+        (["prepare", "fotos", "--out", "c"], "did you mean photos?"),
+        (["recipe", "optimiser"], "did you mean 'optimizer'?"),
+        (["recipe", "lora_rank"], "did you mean 'adapter.rank'?"),
+        (["recipe", "zzzz"], "`libreflux recipe` lists them all"),
+    ],
+    ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
+)
+def test_a_mistyped_word_gets_the_nearest_one(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "models" / "mine" / "model_index.json").touch()
+    (tmp_path / "mine.yaml").write_text("data: [{path: photos}]\nresolution: 32\nsteps: 1\nout: o\n")
+    for name in ("flux.safetensors", "adapter.safetensors"):
+        (tmp_path / name).touch()
+    done = run(*args)
+    assert done.code == 2 and told in done.err, done.err
+    assert len([line for line in done.err.splitlines() if "error" in line]) == 1
+
+
+def test_other_trainers_names_lead_to_keys_that_there_are() -> None:
+    known = set(dotted_keys(Recipe))
+    for key, names in ELSEWHERE.items():
+        assert key.replace(".0", "") in known
+        assert not set(names.split()) & {one for one in known if "." not in one}
+
+
+@pytest.mark.parametrize("width", [80, 60, 30])
+def test_recipe_lists_every_key_within_the_width(run: Callable, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    listed = run("recipe", "--all")
+    assert listed.code == 0 and listed.err == ""
+    names = [line.split()[0] for line in listed.out.splitlines() if line and not line.startswith(" ")]
+    assert [name.replace(".0", "") for name in names] == list(dotted_keys(Recipe))
+    lines = run("recipe").out.splitlines()
+    assert max(len(line) for line in [*lines, *listed.out.splitlines()] if " " in line.strip()) <= width
+    assert len(lines) < (70 if width == 80 else 200)
+
+
+def test_a_listed_key_says_meaning_choices_and_default(run: Callable) -> None:
+    rows = {key.name: key for key in recipe_keys(deep=True)}
+    assert rows["steps"].text == "optimizer steps of the whole run [needed]"
+    assert rows["data"].text == "folders of captioned pictures [needed]" and rows["data"].section
+    assert rows["optimizer.learning_rate"].default == "0.0001" and rows["ema"].default == "[0.05, 0.1]"
+    assert rows["optimizer.schedule"].choices == ("constant", "cosine", "linear")
+    assert "one of constant, cosine, linear" in rows["optimizer.schedule"].text
+    assert rows["threads"].text == "CPU threads; default: as many as torch chooses"
+    assert [key.name for key in recipe_keys("data.0.repeats")] == ["data.0.repeats"]
+    assert {key.name for key in recipe_keys("adapter.targets")} == {
+        f"adapter.targets.0.{n}" for n in ("layers", "factor")
+    }
+    assert "optimizer.warmup" in run("recipe", "optimizer").out
+
+
+def test_models_lists_what_is_known_by_name(no_network: None, run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    done = run("models")
+    assert done.code == 0 and max(map(len, done.out.splitlines())) <= 80
+    names = [line for line in done.out.splitlines() if line and not line.startswith(" ") and " " not in line]
+    assert names == [*EMOJI, *KNOWN] and set(WORDS) == set(names)
+    text = " ".join(done.out.split())
+    assert text.count("in this package") == 3 and text.count("not downloaded") == len(KNOWN)
+    assert text.count("asks for a log-in and consent") == 1
+    assert "flux-1-dev-non-commercial-license, asks for a log-in" in text

@@ -42,3 +42,12 @@ def fold(text: str, width: int, indent: str = "  ") -> str:
         )
 
     return "\n".join(part for line in text.split("\n") for part in folded(line))
+
+
+def two_columns(name: str, text: str, column: int, width: int) -> str:
+    """A name, and beside it a text that goes on below itself; below the name where there is little room for it."""
+    column = column if width - column >= 24 else 4
+    first = name if column == 4 else name.ljust(column)
+    lines = textwrap.wrap(text, width - column, break_long_words=False, break_on_hyphens=False) or [""]
+    rest = [f"{' ' * column}{line}" for line in lines]
+    return "\n".join([first, *rest] if column == 4 else [f"{first}{lines[0]}", *rest[1:]])
