@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from diffusers import FluxTransformer2DModel
 
+from libreflux.cli.freedom_table import print_freedom, print_freedom_summary
 from libreflux.cli.model_list import WORDS
+from libreflux.cli.terminal import SafeConsole
 from libreflux.errors import ModelError
 from libreflux.model.facts import KNOWN
 from libreflux.model.family import open_model, part_config
 from libreflux.model.known import planned_model
 from libreflux.model.locate import EMOJI
+from libreflux.probe.freedom import FreedomRow
+from libreflux.probe.summary import summary
 from libreflux.recipe import Recipe
 from libreflux.recipe_faults import ELSEWHERE, dotted_keys
 from libreflux.recipe_keys import recipe_keys
@@ -182,3 +188,59 @@ def test_models_lists_what_is_known_by_name(no_network: None, run: Callable, mon
     assert text.count("in this package") == 3 and text.count("not downloaded") == len(KNOWN)
     assert text.count("asks for a log-in and consent") == 1
     assert "flux-1-dev-non-commercial-license, asks for a log-in" in text
+
+
+def freedom_rows() -> list[FreedomRow]:
+    """As many as `probe --against` finds of the emoji family, some of which a summary shows."""
+    places: list[tuple[str, dict[str, str | float]]] = []
+    for sigma in ("all", "on ladder", "off ladder", 0.1, 0.25, 0.5, 0.7, 0.9, 0.95, 0.98):
+        for text in ("caption", "empty"):
+            places += [(name, {"sigma": sigma, "text": text}) for name in ("loss", "slope")]
+        places += [(name, {"sigma": sigma}) for name in ("prompt_gain", "guidance_response") if sigma != "all"]
+    for scale in (1.0, 2.0, 3.0, 4.0, 6.0, 8.0):
+        places += [(name, {"guidance": scale}) for name in ("clipped", "latents_std")]
+        places += [("accuracy", {"guidance": scale, "what": what}) for what in ("both", "subject", "colour")]
+        places += [("distance", {"guidance": scale, "kind": kind}) for kind in ("FD", "KD")]
+    places += [("accuracy", {"guidance": "own", "steps": n, "what": "both"}) for n in (4, 28, 50)]
+    places += [("step_gap", {"against": n, "steps": 4}) for n in (50, 28)]
+    places += [("negative", {"what": what}) for what in ("velocity", "colour", "subject")]
+    return [
+        FreedomRow(
+            name=name, at=at, subset=subset, unit="", distilled=213.506, freed=-213.707, reference=217.676,
+            share=0.72, low=-1.14, high=1.0, verdict="gap", beyond=True,
+        )
+        for subset in ("seen", "unseen", "all")
+        for name, at in places
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_freedom_is_summed_up_within_the_width(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    rows, told, whole = freedom_rows(), io.StringIO(), io.StringIO()
+    print_freedom_summary(rows, "emoji", SafeConsole(file=told))
+    print_freedom(rows, "emoji", SafeConsole(file=whole))
+    lines = told.getvalue().splitlines()
+    assert len(rows) > 200 and len(whole.getvalue().splitlines()) > len(rows)
+    assert len(lines) <= 35 and max(map(len, lines)) <= width
+    text = " ".join(told.getvalue().split())
+    for shown in ("loss, sigma all, caption", "prompt_gain, sigma 0.9", "FD-emoji, guidance 4", "against 28"):
+        assert shown in text
+    assert "72 % [-114, 100], beyond" in text and "unseen" not in text and "guidance 8" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "places", "nearest"),
+    [
+        ("clipped", [{"guidance": 1.0}, {"guidance": 3.5}, {"guidance": 8.0}], 1),
+        ("slope", [{"sigma": 0.5, "text": "caption"}, {"sigma": 0.98, "text": "caption"}], 1),
+        ("slope", [{"sigma": 0.9, "text": "empty"}, {"sigma": 0.1, "text": "caption"}], 1),
+        ("accuracy", [{"guidance": 1.0, "what": "colour"}, {"guidance": 1.0, "what": "both"}], 1),
+        ("straightness", [{}], 0),
+    ],
+)
+def test_a_summary_takes_what_is_nearest(name: str, places: list[dict[str, str | float]], nearest: int) -> None:
+    row = freedom_rows()[0]
+    rows = [dataclasses.replace(row, name=name, at=at, subset="all") for at in places]
+    assert summary(rows) == [rows[nearest]]
+    assert summary([dataclasses.replace(one, subset="seen") for one in rows]) == []
