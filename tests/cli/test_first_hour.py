@@ -6,12 +6,16 @@ import dataclasses
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from diffusers import FluxTransformer2DModel
 
+from libreflux.cli.app import app
 from libreflux.cli.freedom_table import print_freedom, print_freedom_summary
 from libreflux.cli.model_list import WORDS
+from libreflux.cli.panels import PANELS
 from libreflux.cli.terminal import SafeConsole
 from libreflux.errors import ModelError
 from libreflux.model.facts import KNOWN
@@ -24,6 +28,12 @@ from libreflux.recipe import Recipe
 from libreflux.recipe_faults import ELSEWHERE, dotted_keys
 from libreflux.recipe_keys import recipe_keys
 from libreflux.train import trace
+
+
+def app_commands() -> dict[str, Any]:
+    """Every verb as typer runs it."""
+    return typer.main.get_command(app).commands  # type: ignore[attr-defined,no-any-return]
+
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 DEV = "black-forest-labs/FLUX.1-dev"
@@ -244,3 +254,16 @@ def test_a_summary_takes_what_is_nearest(name: str, places: list[dict[str, str |
     rows = [dataclasses.replace(row, name=name, at=at, subset="all") for at in places]
     assert summary(rows) == [rows[nearest]]
     assert summary([dataclasses.replace(one, subset="seen") for one in rows]) == []
+
+
+@pytest.mark.parametrize("verb", sorted(app_commands()))
+def test_help_of_many_options_is_in_groups(run: Callable, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    options = {str(p.name) for p in app_commands()[verb].params if p.param_type_name == "option"}
+    named = [name for names in PANELS.get(verb, {}).values() for name in names.split()]
+    assert (len(options) > 10) == (verb in PANELS)
+    told = run(verb, "--help").out
+    titles = [line.strip("╭─╮ ") for line in told.splitlines() if line.startswith("╭")]
+    assert max(map(len, told.splitlines())) <= 80
+    if verb in PANELS:
+        assert sorted(named) == sorted(options) and titles == ["Arguments", *PANELS[verb]]

@@ -7,6 +7,7 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
+from libreflux.cli.panels import PANELS, panel_of
 from libreflux.errors import RecipeError
 
 TEXTS = {"prompts", "prompt_2", "negative", "negative_2"}
@@ -42,7 +43,25 @@ class Verbs(TyperGroup):
 
 
 class Verb(TyperCommand):
-    """Of typer's commands, one that takes "" for a text alone: as a path it would be the folder that one stands in."""
+    """Of typer's commands, one that takes "" for a text alone: as a path it would be the folder that one stands in.
+
+    Its help shows options in the groups of `panels`.
+    """
+
+    def __init__(self, name: str | None, **settings: Any) -> None:
+        super().__init__(name, **settings)
+        places = {param: panel_of(name, param.name) for param in self.params}
+        for param, place in places.items():
+            if place is not None:
+                param.rich_help_panel = place[2]  # type: ignore[attr-defined]
+        self.params = sorted(self.params, key=lambda param: (places[param] or (-1, 0, ""))[:2])
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """`--help`, in the last of the groups."""
+        option = super().get_help_option(ctx)
+        if option is not None and self.name in PANELS:
+            option.rich_help_panel = list(PANELS[self.name])[-1]  # type: ignore[attr-defined]
+        return option
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for where, name, value in self._given(args):

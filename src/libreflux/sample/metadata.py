@@ -45,7 +45,7 @@ class Origin:
         dtype: of the transformer's weights; "int8, " and the dtype of its other tensors where its linears are int8.
         device: what computed it: the last bits are its own.
         hashes: name (e.g. "transformer") to SHA-256.
-        adapters: file, sha256 and weight of each adapter, in order.
+        adapters: file, sha256 and weight of each adapter, in order; and path, as the user named it (older ones: none).
         versions: package to version.
     """
 
