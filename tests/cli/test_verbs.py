@@ -143,6 +143,36 @@ def test_the_verdict_is_of_the_device_or_of_the_card_that_it_wants(
     assert [line.startswith("without one: does not fit") for line in lines[1:]] == ([] if card is None else [True])
 
 
+@pytest.mark.parametrize(
+    ("device", "gib", "told"),
+    [
+        ("auto", 24, "fits: at its peak (training) 23."),
+        ("cuda:1", 21, "may fit: at its peak (training) 23."),
+        ("cuda", 6, "does not fit: at its peak (training) 23."),
+        ("cuda:2", 24, "for a card: at its peak (training) 23."),
+        ("mps", 24, "for a card: at its peak (training) 23."),
+    ],
+)
+def test_the_verdict_on_a_card(recipe: Path, monkeypatch: pytest.MonkeyPatch, device: str, gib: int, told: str) -> None:
+    from types import SimpleNamespace
+
+    import torch
+
+    from libreflux.cli.dry_run import verdict
+    from libreflux.recipe import load_recipe
+    from libreflux.train.phases import Estimate
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=gib * 2**30))
+    rest = dict.fromkeys(("adapter", "moments", "gradient", "activations", "update", "averages", "checkpoint"), 0)
+    found = Estimate(on_cpu=False, weights=20 * 2**30, **rest)
+    (line,) = verdict(load_recipe(recipe, [f"device={device}"]), found)
+    assert line.startswith(told) and ("this card's" in line) == (device in ("auto", "cuda", "cuda:1"))
+    assert ("mend: try, in this order" in line) == line.startswith("does not fit")
+
+
 def test_dry_run_tells_the_time_left_from_the_runs_own_rate_and_a_disk_that_is_too_small(
     run: Callable, recipe: Path, tmp_path: Path
 ) -> None:

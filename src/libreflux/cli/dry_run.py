@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import statistics
 from pathlib import Path
@@ -108,8 +109,7 @@ def _here(recipe: Recipe, found: Estimate, *, mended: bool) -> str:
 
     if found.on_cpu:
         place, size = "this machine's memory", psutil.virtual_memory().total
-    elif torch.cuda.is_available():
-        card = torch.device("cuda" if recipe.device == "auto" else recipe.device)
+    elif (card := _own_card(recipe.device)) is not None:
         place, size = "this card's", torch.cuda.get_device_properties(card).total_memory
     else:
         return f"for a card: {_card_for(found)}"
@@ -120,6 +120,17 @@ def _here(recipe: Recipe, found: Estimate, *, mended: bool) -> str:
         return f"may fit: {told}; {_gib(found.total)} without the allocator's reserve"
     mend = f"; mend: try, in this order, {'; '.join(smaller_steps(recipe))}" if mended else ""
     return f"does not fit: {told}{mend}"
+
+
+def _own_card(device: str) -> int | None:
+    """The number of the card that a recipe's device names; None where this machine does not have it."""
+    import torch
+
+    number = re.fullmatch(r"auto|cuda(?::(\d+))?", device)
+    if number is None or not torch.cuda.is_available():
+        return None
+    index = torch.cuda.current_device() if number[1] is None else int(number[1])
+    return index if index < torch.cuda.device_count() else None
 
 
 def _card_for(found: Estimate) -> str:

@@ -44,9 +44,11 @@ def train(
     resolved = load_recipe(recipe, overrides or [])
     if dry_run:
         from libreflux.cli.dry_run import report
+        from libreflux.cli.progress import announced
         from libreflux.cli.terminal import text_width
 
-        text, fault = report(resolved, text_width(), layers=layers, whole=whole)
+        with announced("estimating the run", after=3.0):
+            text, fault = report(resolved, text_width(), layers=layers, whole=whole)
         say_table(text)
         if fault is not None:
             raise fault
