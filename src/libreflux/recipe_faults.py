@@ -122,7 +122,7 @@ def _nearest(path: Sequence[str | int], root: Section) -> str:
     everywhere = {key.rsplit(".", 1)[-1]: key for key in deepest_first}
     if close := difflib.get_close_matches(wrong, everywhere, 1, 0.75):
         return f"did you mean {everywhere[close[0]]!r}?"
-    return f"the keys here are {', '.join(here)}"
+    return f"the keys here are {', '.join(here)}; `libreflux recipe` says what each is"
 
 
 def meant_key(name: str) -> str | None:

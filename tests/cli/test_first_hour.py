@@ -134,6 +134,12 @@ def test_a_dry_run_of_flux_without_a_network(
         (["train", "mine.yaml", "--steps", "4"], "go without dashes: steps=VALUE"),
         (["train", "mine.yaml", "out=o", "data.0.path=fotos", "--dry-run"], "did you mean photos?"),
         (["prepare", "fotos", "--out", "c"], "did you mean photos?"),
+        (["generate", "--remake", "fos.png"], "fos.png: no such picture; mend: did you mean fox.png?"),
+        (["generate", "a fox", "--comfyui", "modles"], "no such folder; mend: did you mean models?"),
+        (["average", "modles", "--out", "a.safetensors"], "no such run folder; mend: did you mean models?"),
+        (["probe", "emoji-libre", "--features", "modles"], "no such folder; mend: did you mean models?"),
+        (["probe", "emoji-libre", "--judge", "flux.safetensor"], "no such judge; mend: did you mean flux.safetensors?"),
+        (["train", "mine.yaml", "zzz=1"], "`libreflux recipe` says what each is"),
         (["recipe", "optimiser"], "did you mean 'optimizer'?"),
         (["recipe", "lora_rank"], "did you mean 'adapter.rank'?"),
         (["recipe", "zzzz"], "`libreflux recipe` lists them all"),
@@ -148,7 +154,7 @@ def test_a_mistyped_word_gets_the_nearest_one(
     (tmp_path / "models" / "mine").mkdir(parents=True)
     (tmp_path / "models" / "mine" / "model_index.json").touch()
     (tmp_path / "mine.yaml").write_text("data: [{path: photos}]\nresolution: 32\nsteps: 1\nout: o\n")
-    for name in ("flux.safetensors", "adapter.safetensors"):
+    for name in ("flux.safetensors", "adapter.safetensors", "fox.png"):
         (tmp_path / name).touch()
     done = run(*args)
     assert done.code == 2 and told in done.err, done.err
