@@ -136,7 +136,10 @@ def test_a_dry_run_of_flux_without_a_network(
         (["prepare", "fotos", "--out", "c"], "did you mean photos?"),
         (["generate", "--remake", "fos.png"], "fos.png: no such picture; mend: did you mean fox.png?"),
         (["generate", "a fox", "--comfyui", "modles"], "no such folder; mend: did you mean models?"),
-        (["average", "modles", "--out", "a.safetensors"], "no such run folder; mend: did you mean models?"),
+        (
+            ["average", "modles", "--width", "0.1", "--out", "x.safetensors"],
+            "no such run folder; mend: did you mean models?",
+        ),
         (["probe", "emoji-libre", "--features", "modles"], "no such folder; mend: did you mean models?"),
         (["probe", "emoji-libre", "--judge", "flux.safetensor"], "no such judge; mend: did you mean flux.safetensors?"),
         (["train", "mine.yaml", "zzz=1"], "`libreflux recipe` says what each is"),
