@@ -71,6 +71,21 @@ def test_an_unknown_model_is_not_planned(no_network: None, name: str) -> None:
         pass
 
 
+@pytest.mark.parametrize("hub_id", [DEV, "black-forest-labs/FLUX.1-schnell"])
+def test_a_gated_model_is_planned_and_its_login_named(
+    no_network: None, monkeypatch: pytest.MonkeyPatch, hub_id: str
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    def gated(*_: object, **__: object) -> str:
+        raise GatedRepoError.__new__(GatedRepoError)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", gated)
+    with planned_model(hub_id) as (_, notice):
+        assert notice is not None and "asks for a login" in notice and "log in with `hf auth login`" in notice
+
+
 def test_a_revision_that_is_not_there_is_not_planned(no_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub.errors import RevisionNotFoundError
@@ -277,3 +292,18 @@ def test_help_of_many_options_is_in_groups(run: Callable, monkeypatch: pytest.Mo
     assert max(map(len, told.splitlines())) <= 80
     if verb in PANELS:
         assert sorted(named) == sorted(options) and titles == ["Arguments", *PANELS[verb]]
+
+
+def test_a_training_begins_in_few_lines_within_the_width(
+    run: Callable, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
+    for layers in ([], ["--layers"]):
+        done = run("train", recipe, "steps=1", "samples={every: 0}", f"out=o{len(layers)}", *layers)
+        assert done.code == 0, done.err
+        before = done.err.partition("training: ")[0].splitlines()
+        assert max(len(line) for line in before if str(tmp_path.parent) not in line) <= 80
+        table = [line for line in before if line.startswith("layer ")]
+        assert len(table) == len(layers)
+        assert 3 < len(before) < 20 or layers
