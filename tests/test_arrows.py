@@ -21,7 +21,7 @@ BELOW: dict[str, set[str]] = {
     "keyed": set(),
     "places": {"errors"},
     "files": {"errors", "places", "plainjson", "printing"},
-    "recipe": {"errors", "files", "keyed"},
+    "recipe": {"errors", "files", "keyed", "places"},
     "flow": set(),
     "model": GROUND | {"flow"},
     "adapter": GROUND | {"flow", "model"},

@@ -194,6 +194,7 @@ def test_against_prints_the_freedom_of_models_that_were_measured_alike(
     rows = json.loads((out / "freedom.json").read_text())["freedom"]
     assert {row["reference"] for row in rows if row["name"] == "slope"} == {1.0}
     assert "loss" not in {row["name"] for row in rows}
+    assert f"--all prints all {len(rows)} rows" in theory.out and len(theory.out.splitlines()) < len(rows)
 
     # Its lineage names the reference: the model itself, so everything that differs is closed.
     facts = read_facts(student)
@@ -208,6 +209,10 @@ def test_against_prints_the_freedom_of_models_that_were_measured_alike(
     # Results that exist can be named instead of models; others' settings are refused.
     again = run(*command, "--against", out / "against", "--reference", done)
     assert again.code == 0, again.err
+    whole = run(*command, "--against", out / "against", "--reference", done, "--all")
+    assert whole.code == 0 and len(whole.out.splitlines()) > len(rows) and "--all prints" not in whole.out
+    refused = run(*command, "--all", "--json")
+    assert refused.code == 2 and "--all: has no effect beside --json" in refused.err
     elsewhere = run("probe", tiny_model_dir, "--data", plain, "--judge", judge, *SMALL, "--seed", 1, "--out",
                     tmp_path / "other", "--against", out / "against")  # fmt: skip
     assert elsewhere.code == 2 and "another seed" in elsewhere.err

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from libreflux.adapter.files import AdapterFile, attach_file
-from libreflux.cli.adapters import adapted_facts, load_arguments, notice_other_base
+from libreflux.cli.adapters import adapted_facts, adapter_argument, as_typed, load_arguments, notice_other_base
 from libreflux.cli.options import Offload
 from libreflux.errors import ModelError, RecipeError
 from libreflux.flow.solve import Step
@@ -50,7 +50,7 @@ class Opened:
         device: what computes.
         dtype: of the transformer's weights, see `Origin`.
         hashes: "transformer" to its SHA-256.
-        adapters: file name, SHA-256 and weight of each adapter, in order.
+        adapters: file name, SHA-256, weight and path as it was named of each adapter, in order.
     """
 
     pipe: LibreFluxPipeline
@@ -103,6 +103,7 @@ class Chosen:
         source: what was named: a name, or single files.
         device: what computes.
         files: the adapters with their weights.
+        named: their paths, as the user named them.
         offload, quantize: see `cli.options`.
     """
 
@@ -110,6 +111,7 @@ class Chosen:
     source: str | SingleFiles
     device: torch.device
     files: Sequence[tuple[AdapterFile, float]]
+    named: Sequence[str]
     offload: Offload = Offload.auto
     quantize: Literal["int8"] | None = None
 
@@ -153,7 +155,10 @@ class Chosen:
             pipe.enable_model_cpu_offload(device=self.device)
         elif self.offload is Offload.sequential:
             pipe.enable_sequential_cpu_offload(device=self.device)
-        rows = [{"file": Path(file.where).name, "sha256": file.sha256, "weight": weight} for file, weight in self.files]
+        rows: list[dict[str, Any]] = [
+            {"file": Path(file.where).name, "sha256": file.sha256, "weight": weight, "path": as_typed(named)}
+            for (file, weight), named in zip(self.files, self.named, strict=True)
+        ]
         return Opened(pipe, texts, self.facts, self.device, dtype, {"transformer": transformer_hash}, rows)
 
     def _encoded(self, texts: Sequence[Text]) -> tuple[dict[Text, TextConditioning], TextEncoders | None]:
@@ -191,7 +196,8 @@ def open_for_drawing(
         RecipeError: an offload that the device has no use for.
         ModelError, AdapterError, RunError: see `open_model`, `load_arguments` and `pick_device`.
     """
-    place, files = device_for(device, offload, quantize), load_arguments(adapters)
+    place, adapters = device_for(device, offload, quantize), list(adapters)
+    files, named = load_arguments(adapters), [adapter_argument(text)[0] for text in adapters]
     facts = adapted_facts(open_model(model, parts=()).facts, files)
     check_padding(facts.text_padding)
     with _notices_were_given():
@@ -199,7 +205,7 @@ def open_for_drawing(
     if opened.vae is None:
         raise ModelError("has no VAE", where=str(model), mend="use a complete model")
     opened.facts = facts
-    return Chosen(opened, model, place, files, offload, quantize)
+    return Chosen(opened, model, place, files, named, offload, quantize)
 
 
 def device_for(name: str, offload: Offload, quantize: str | None = None) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -41,9 +42,9 @@ def rate(per_second: float, unit: str) -> str:
 
 
 def line_width(console: Console | None = None) -> int:
-    """Characters of a line on stderr: of the terminal, or 200 where there is none."""
+    """Characters of a line on stderr: of the terminal; where there is none, what COLUMNS says, or 200."""
     console = console or terminal.console(err=True)
-    return console.width if console.is_terminal else 200
+    return console.width if console.is_terminal or os.environ.get("COLUMNS", "").isdigit() else 200
 
 
 WIDEST_BAR, SHORTEST_BAR, LEAST_NOTE = 40, 10, 8

@@ -20,6 +20,7 @@ from libreflux import plainjson
 from libreflux.data.folders import CAPTIONS, METADATA, Folder, alike, walk
 from libreflux.data.pictures import FORMATS, Inspected, inspect
 from libreflux.errors import DataError
+from libreflux.places import did_you_mean
 from libreflux.printing import get_logger
 from libreflux.recipe import DataSource
 
@@ -180,10 +181,9 @@ def _require_folder(folder: Path) -> None:
     if there:
         mend = "unpack it, or name the folder that it lies in"
         raise DataError("this is a file, and data.path names a folder", where=folder, mend=mend)
-    meant = alike(folder)
-    raise DataError(
-        "no such folder", where=folder, mend=f"write {meant[0]} if that is meant" if meant else "check the path"
-    )
+    near = alike(folder)
+    mend = f"write {near[0]} if that is meant" if near else did_you_mean(folder)
+    raise DataError("no such folder", where=folder, mend=mend)
 
 
 def _tell_unread(folder: Path, found: Folder) -> None:
