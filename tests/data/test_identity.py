@@ -18,7 +18,7 @@ from libreflux.data import encode
 from libreflux.data.batches import Batches, Encode
 from libreflux.data.cache import CacheWriter
 from libreflux.data.crops import View, cut, views
-from libreflux.data.order import padding_share, step_plan, steps_of_epoch
+from libreflux.data.order import step_plan, steps_of_epoch
 from libreflux.data.pictures import load_rgb
 from libreflux.data.prepare import prepare
 from libreflux.data.quarantine import report_quarantine
@@ -180,7 +180,6 @@ def test_aspect_batches_are_of_one_size_and_all_views_are_shown(tmp_path: Path, 
     expected = [tuple(side // 8 for side in view.size(*size)[::-1]) for size in sizes for view in shown]
     assert sorted(shape for _, shape in seen) == sorted(expected)
     assert len(set(expected)) >= 5
-    assert 0 <= padding_share(0, 0, batches.samples, 4) < 0.5
 
 
 def test_sources_have_rates_weights_and_prefixes_of_their_own(tmp_path: Path, tiny_model_dir: Path) -> None:
