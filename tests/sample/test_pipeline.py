@@ -274,7 +274,7 @@ def test_from_pretrained_and_a_bf16_model(tiny_model_dir: Path) -> None:
         ({"prompt_2": ["a", "b"]}, "2 second prompts for 1 prompts"),
         ({"callback_on_step_end_tensor_inputs": ["x"]}, "no tensor is called 'x'"),
         ({"callback_on_step_end": lambda *_: {"y": 1}}, "callback_on_step_end: no tensor is called 'y'"),
-        ({"seeds": [1, 2]}, "2 seeds for 1 pictures"),
+        ({"seeds": [1, 2]}, "2 seeds for 1 picture"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
         ({"prompt": None}, "no prompt"),
         ({"prompt": []}, "no prompt"),

@@ -31,6 +31,7 @@ from libreflux.model.int8 import int8_layers
 from libreflux.model.parts import check_fit
 from libreflux.model.single_file import SingleFiles
 from libreflux.model.text import TextConditioning, TextEncoders, check_padding
+from libreflux.printing import counted
 from libreflux.sample.encoding import Text, encode_ahead, encode_in_turn
 from libreflux.sample.metadata import Origin, versions
 from libreflux.sample.pipeline import LibreFluxPipeline
@@ -251,4 +252,4 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{device.type}, {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type
+    return f"{device.type}, {counted(threads, 'thread')}" if device.type == "cpu" else device.type

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from libreflux import plainjson
 from libreflux.data.bar import readable
 from libreflux.errors import DataError
+from libreflux.printing import counted
 
 if TYPE_CHECKING:
     from libreflux.data.forecast import Forecast
@@ -70,7 +71,7 @@ def disk_table(recipe: Recipe, found: Estimate, data: Forecast | DataError) -> s
         rows.append((f"averages for hindsight, {snapshots}", snapshots * found.averages))
     rows.append(("adapter, the result", found.adapter))
     if not isinstance(data, DataError):
-        rows.append((f"cache of {data.pictures:,} pictures", data.cache_bytes))
+        rows.append((f"cache of {counted(data.pictures, 'picture')}", data.cache_bytes))
     cache = 0 if isinstance(data, DataError) else data.cache_bytes
     of_run = sum(size for _, size in rows) - cache
     inside = recipe.cache_dir.is_relative_to(run)

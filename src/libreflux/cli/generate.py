@@ -15,7 +15,7 @@ from libreflux.cli.models import Base, ComfyUI, chosen_model
 from libreflux.cli.options import Batch, Offload, OffloadOption, QuantizeOption
 from libreflux.errors import RecipeError, RunError
 from libreflux.places import file_place
-from libreflux.printing import say
+from libreflux.printing import counted, say
 
 if TYPE_CHECKING:
     from libreflux.cli.drawing import Opened
@@ -119,7 +119,7 @@ def generate(
         if size is not None and size % 16:
             raise RecipeError(f"{size} is not a multiple of 16", where=name, mend=f"use {round(size / 16) * 16}")
     if prompt_2 and len(prompt_2) != len(prompts):
-        what = f"{len(prompt_2)} for {len(prompts)} prompts"
+        what = f"{len(prompt_2)} for {counted(len(prompts), 'prompt')}"
         raise RecipeError(what, where="--prompt-2", mend="give one for each PROMPT")
     wanted = [(prompt, seed + index) for prompt in prompts for index in range(count)]
     targets = picture_targets(out, prompts, wanted)
