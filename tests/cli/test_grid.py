@@ -25,7 +25,7 @@ def test_cells_are_what_generate_draws_and_are_drawn_once(
     command = ["grid", "a cat", evil, "--model", tiny_model_dir, "--steps", "1,2", "--seeds", "0:1", "--out", out]
     first = run(*command, "--guidance", "1:3:2")
     assert first.code == 0, first.err
-    assert "16 of 16 cells were drawn now" in first.out
+    assert "16 of 16 cells drawn now" in first.out
     cells = {file: file.stat().st_mtime_ns for file in (out / "cells").iterdir()}
     assert len(cells) == 16
 
@@ -54,7 +54,7 @@ def test_cells_are_what_generate_draws_and_are_drawn_once(
     # Torn, and one more column: only what is missing is drawn.
     one.write_bytes(one.read_bytes()[:50])
     again = run(*command, "--guidance", "1,3,4")
-    assert "9 of 24 cells were drawn now" in again.out
+    assert "9 of 24 cells drawn now" in again.out
     assert all(file.stat().st_mtime_ns == when for file, when in cells.items() if file != one)
 
     page = (out / "index.html").read_text("utf-8")
@@ -86,7 +86,7 @@ def test_a_cell_is_drawn_anew_when_anything_that_decides_it_changes(
     def drawn(*words: Any) -> bool:
         done = run(*command, *words)
         assert done.code == 0, done.err
-        return "1 of 1 cells were drawn now" in done.out
+        return "1 of 1 cell drawn now" in done.out
 
     assert drawn(model) and not drawn(model)
     for name, change in UNDECIDING.items():
@@ -117,7 +117,7 @@ def test_own_steps_and_guidance_are_the_models_own_of_today(
     for facts in ({"steps": 1}, {"steps": 2}, {"guidance": 2}):
         change_json(model / "libreflux.json", **facts)
         done = run("grid", "a cat", "--model", model, "--out", tmp_path / "grid")
-        assert "1 of 1 cells were drawn now" in done.out
+        assert "1 of 1 cell drawn now" in done.out
     assert {(o.steps, o.guidance) for o in map(read_origin, (tmp_path / "grid" / "cells").iterdir())} == {
         (1, 3.0), (2, 3.0), (2, 2.0),
     }  # fmt: skip
@@ -131,8 +131,8 @@ def test_two_models_of_equal_transformers_have_cells_of_their_own(
         shutil.copytree(tiny_model_dir, model)
     DECIDING["VAE"](models[1])
     command = ["grid", "a cat", "--model", models[0], "--model", models[1], "--steps", 1, "--out", tmp_path / "grid"]
-    assert "2 of 2 cells were drawn now" in run(*command).out
-    assert "0 of 2 cells were drawn now" in run(*command).out
+    assert "2 of 2 cells drawn now" in run(*command).out
+    assert "0 of 2 cells drawn now" in run(*command).out
     page = (tmp_path / "grid" / "index.html").read_text("utf-8")
     assert ">one, guidance" in page and ">two, guidance" in page
 

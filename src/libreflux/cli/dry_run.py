@@ -96,12 +96,12 @@ def disk_table(recipe: Recipe, found: Estimate, data: Forecast | DataError) -> s
 def steps_line(recipe: Recipe, data: Forecast | DataError) -> str:
     """Steps, pictures and epochs on one device."""
     pictures = recipe.batch * recipe.accumulate
-    line = f"{recipe.steps:,} steps of {pictures} pictures on each device"
+    line = f"{counted(recipe.steps, 'step')} of {counted(pictures, 'picture')} on each device"
     if isinstance(data, DataError):
         return line
     shown = f"{data.visits:,.0f}" if data.visits >= 10 else readable(data.visits)
     epochs = readable(recipe.steps * pictures / data.visits, 2)
-    return f"{line}; an epoch shows {shown}: {epochs} epochs on one device"
+    return f"{line}; an epoch shows {shown}: {epochs} epoch{'' if epochs == '1' else 's'} on one device"
 
 
 def time_line(recipe: Recipe) -> str:
@@ -116,7 +116,7 @@ def time_line(recipe: Recipe) -> str:
         return "time: known only after the first steps, from their rate: `train` shows it, and so does --dry-run then"
     step, rate = rows[-1][0], statistics.median(rate for _, rate in rows)
     left = max(0, recipe.steps - step) * recipe.batch * recipe.accumulate * _processes(recipe) / rate
-    told = f"the {readable(rate)} pictures/s of the last {len(rows)} steps"
+    told = f"the {readable(rate)} pictures/s of the last {counted(len(rows), 'step')}"
     return f"time: {clock(left)} for the steps after {step:,}, at {told}"
 
 

@@ -18,7 +18,7 @@ from libreflux.cli.models import Base, ComfyUI, chosen_model
 from libreflux.cli.options import Offload, OffloadOption, QuantizeOption
 from libreflux.errors import LibrefluxError, RecipeError
 from libreflux.places import file_place, folder_place
-from libreflux.printing import say
+from libreflux.printing import counted, say
 
 if TYPE_CHECKING:
     from libreflux.cli.drawing import Chosen, Opened
@@ -99,7 +99,7 @@ def grid(
         drawn = cells.drawn()
         table = [list(row) for row in zip(*drawn, strict=True)]
         page = write(out, table, [f"{prompt}, seed {seed}" for prompt, seed in rows], len(sources) > 1)
-    say(out / "grid.png", f"{page}, to be looked at; {cells.made} of {cells.total} cells were drawn now")
+    say(out / "grid.png", f"{page}, to be looked at; {cells.made:,} of {counted(cells.total, 'cell')} drawn now")
 
 
 def _sources(
@@ -165,9 +165,11 @@ class _Cells:
     def drawn(self) -> list[list[Cell]]:
         """By column and row; what is not kept is drawn now."""
         from libreflux.cli.progress import progress
+        from libreflux.data.digests import FileMemory
 
         missing = [column for column in self.columns for row in self.rows if self._kept(column, *row) is None]
         self._memory.save()
+        self._memory = FileMemory(self.out)  # which knows what was saved
         total = sum(self._identity(column.model).steps(column) for column in missing)
         done = 0
         cells: list[list[Cell]] = []
