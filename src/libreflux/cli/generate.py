@@ -257,7 +257,7 @@ def _refuse_unguided(steps: int, no_cfg_until: int, start: float, stop: float) -
 
     if no_cfg_until >= steps:
         mend = f"use at most {steps - 1}, or --guidance 1 instead" if steps > 1 else "remove it, or use more --steps"
-        raise RecipeError(f"leaves none of {counted(steps, 'step')} guided", where="--no-cfg-until", mend=mend)
+        raise RecipeError(f"leaves no step of {steps} guided", where="--no-cfg-until", mend=mend)
     guided_steps(steps, no_cfg_until, start, stop)
 
 

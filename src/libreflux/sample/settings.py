@@ -92,11 +92,11 @@ def guided_steps(steps: int, no_cfg_until: int = 0, start: float = 0.0, stop: fl
     first = max(no_cfg_until, math.ceil(start * steps - 1e-9))  # 1e-9: 0.1 * 30 is a little more than 3
     found = range(first, math.ceil(stop * steps - 1e-9))
     if not found and no_cfg_until >= steps:
-        what = f"leaves none of {counted(steps, 'step')} guided"
+        what = f"leaves no step of {steps} guided"
         raise RecipeError(what, where="no_cfg_until", mend="use fewer, or guidance 1 instead")
     if not found:
         raise RecipeError(
-            f"no one of {counted(steps, 'step')} is guided from {max(start, no_cfg_until / steps):g} to {stop:g}",
+            f"no step of {steps} is guided from {max(start, no_cfg_until / steps):g} to {stop:g}",
             mend="widen the interval, or use guidance 1",
         )
     return found
