@@ -20,6 +20,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from libreflux.data.order import Samples
 
 SETTINGS = {"vae": "synthetic", "text_encoders": "synthetic", "text_padding": "drop"}
 SENTENCE = "a red apple on a wooden table beside an open window in soft morning light with long shadows"
@@ -62,12 +66,23 @@ def resident_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+def padding_share(samples: Samples, batch: int) -> float:
+    """Share of the first epoch's text tokens, in [0, 1), that are padding to the longest caption of their unit."""
+    import numpy as np
+
+    from libreflux.data.order import _epoch
+
+    plan = _epoch(0, 0, samples, batch)
+    lengths = samples.lengths(plan.items, plan.visits)
+    return float(1 - lengths.sum() / (np.maximum.reduceat(lengths, plan.bounds[:-1]) * np.diff(plan.bounds)).sum())
+
+
 def measure(folder: Path, count: int) -> dict[str, float]:
     from libreflux.data.batches import Batches
     from libreflux.data.cache import Cache
     from libreflux.data.crops import View
     from libreflux.data.held_out import refuse_trained, split
-    from libreflux.data.order import padding_share, step_plan
+    from libreflux.data.order import step_plan
     from libreflux.data.prepare import _Wanted
     from libreflux.data.sources import Sample
     from libreflux.recipe import DataSource
@@ -109,7 +124,7 @@ def measure(folder: Path, count: int) -> dict[str, float]:
         "first_step_seconds": planned - addressed,
         "resume_seconds": again - planned,
         "index_seconds": again - listed,
-        "padding_share": padding_share(0, 0, batches.samples, 4),
+        "padding_share": padding_share(batches.samples, 4),
         "imports_gb": imported,
         "peak_gb": resident_gb(),
     }

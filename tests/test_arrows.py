@@ -13,12 +13,13 @@ import pytest
 import libreflux
 
 ROOT = Path(libreflux.__file__).parent
-GROUND = {"recipe", "files", "places", "keyed", "errors", "printing", "plainjson"}
+GROUND = {"recipe", "files", "places", "keyed", "errors", "printing", "plainjson", "decided"}
 BELOW: dict[str, set[str]] = {
     "printing": set(),
     "plainjson": set(),
     "errors": {"printing"},
     "keyed": set(),
+    "decided": set(),
     "places": {"errors"},
     "files": {"errors", "places", "plainjson", "printing"},
     "recipe": {"errors", "files", "keyed", "places"},

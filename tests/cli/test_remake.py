@@ -135,7 +135,7 @@ def test_adapters_are_asked_for_and_keep_their_weight(
     args = ["generate", "a fox", "--model", tiny_model_dir, "--adapter", f"{trained}:0.5", "--out", first]
     assert run(*args).code == 0
     missing = run("generate", "--remake", first, "--out", tmp_path / "b.png")
-    assert missing.code == 2 and f"drawn with 1 adapters, not 0; mend: give --adapter {trained}, from" in missing.err
+    assert missing.code == 2 and f"drawn with 1 adapter, not 0; mend: give --adapter {trained}, from" in missing.err
     again = run("generate", "--remake", first, "--adapter", trained, "--out", tmp_path / "b.png")
     assert again.code == 0, again.err
     assert (tmp_path / "b.png").read_bytes() == first.read_bytes()
@@ -196,12 +196,12 @@ def test_a_picture_is_not_replaced_by_its_copy(run: Callable, drawn: Path) -> No
     ({"guidance": float("nan")}, "guidance_scale cannot be nan"),
     ({"guidance_start": 1.0}, "is not below the stop"),
     ({"batch_cfg": "perhaps"}, "batch_cfg: "),
-    ({"adapters": [{"file": "x"}]}, "drawn with 1 adapters, not 0"),
+    ({"adapters": [{"file": "x"}]}, "drawn with 1 adapter, not 0"),
     ({"model": "no/such/model/here"}, "no such model"),
     ({"embedded_guidance": float("nan")}, "embedded_guidance cannot be nan"),
     ({"colour": 1}, "colour"),
     ({"sigmas": [0.5, 0.7, 0.3, 0.1]}, "sigmas cannot be [0.5, 0.7"),
-    ({"sigmas": [0.5]}, "1 sigmas for 4 steps"),
+    ({"sigmas": [0.5]}, "1 sigma for 4 steps"),
     ({"max_tokens": 1000}, "max_tokens: cannot be 1000"),
     ({"quantize": "int4"}, "quantize: "),
     ({"embedded_guidance": 3.5}, "no guidance embedding"),

@@ -63,7 +63,7 @@ def test_a_pause_of_guidance_that_never_ends_is_refused(run: Callable, tiny_mode
     for steps, given in ((["--steps", 2], 2), ([], 4), (["--steps", 1], 1)):  # 4 are the model's own
         refused = run(*common, *steps, "--no-cfg-until", given)
         assert refused.code == 2 and refused.err.count("\n") == 1
-        assert f"--no-cfg-until: leaves none of {given} steps guided; mend: " in refused.err
+        assert f"--no-cfg-until: leaves no step of {given} guided; mend: " in refused.err
     assert not (tmp_path / "x.png").exists()
     assert run(*common, "--steps", 2, "--no-cfg-until", 1).code == 0
 

@@ -112,9 +112,8 @@ def default_model(texts: Iterable[str]) -> str:
             from libreflux.model.locate import told_model
 
             return told_model(told, file.where)
-    logger.warning(
-        "%s is a demo model: emoji only, 128 px; for photographs: --model %s (%d GB)", DEMO_MODEL, *FOR_PHOTOGRAPHS
-    )
+    logger.warning("%s is a demo model: emoji only, 128 px", DEMO_MODEL)
+    logger.warning("for photographs: --model %s (%d GB)", *FOR_PHOTOGRAPHS)
     return DEMO_MODEL
 
 

@@ -21,6 +21,7 @@ from libreflux.adapter.files import AdapterFile, attach_file
 from libreflux.cli.adapters import adapted_facts, adapter_argument, as_typed, load_arguments, notice_other_base
 from libreflux.cli.options import Offload
 from libreflux.errors import ModelError, RecipeError
+from libreflux.files import sha256_file
 from libreflux.flow.solve import Step
 from libreflux.model.device import make_current, pick_device, release
 from libreflux.model.facts import Facts
@@ -30,6 +31,7 @@ from libreflux.model.int8 import int8_layers
 from libreflux.model.parts import check_fit
 from libreflux.model.single_file import SingleFiles
 from libreflux.model.text import TextConditioning, TextEncoders, check_padding
+from libreflux.printing import counted
 from libreflux.sample.encoding import Text, encode_ahead, encode_in_turn
 from libreflux.sample.metadata import Origin, versions
 from libreflux.sample.pipeline import LibreFluxPipeline
@@ -126,15 +128,17 @@ class Chosen:
         assert self.model.vae is not None
         return LibreFluxPipeline.size_of(self.model.vae)
 
-    def load(self, origins: Iterable[Origin]) -> Opened:
-        """Ready to draw these pictures, and whatever else has their texts."""
+    def load(self, origins: Iterable[Origin], sha256: Callable[[Path], str] = sha256_file) -> Opened:
+        """Ready to draw these pictures, and whatever else has their texts; `sha256` see `weights_hash`."""
         release(self.device)  # what was drawn with before
         with explained(f"encoding the prompts on {self.device}", "--offload sequential (on CUDA), or --device cpu"):
             texts, encoders = self._encoded([text for origin in origins for text in texts_of(origin)])
         with explained(f"reading the model onto {self.device}", SMALLER):
-            return self._opened(texts, encoders)
+            return self._opened(texts, encoders, sha256)
 
-    def _opened(self, texts: dict[Text, TextConditioning], encoders: TextEncoders | None) -> Opened:
+    def _opened(
+        self, texts: dict[Text, TextConditioning], encoders: TextEncoders | None, sha256: Callable[[Path], str]
+    ) -> Opened:
         loaded = self._open(("transformer",), torch.device("cpu") if self.offload in WAITING else self.device)
         transformer, path = loaded.transformer, loaded.path
         if transformer is None or path is None:
@@ -144,7 +148,7 @@ class Chosen:
         if int8_layers(transformer):
             _refuse_int8(self.offload)
             dtype = f"int8, {dtype}"
-        transformer_hash = weights_hash(path)
+        transformer_hash = weights_hash(path, sha256)
         notice_other_base(transformer_hash, self.files)
         for file, weight in self.files:
             attach_file(transformer, file, weight, dtype=transformer.dtype)
@@ -254,4 +258,4 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{device.type}, {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type
+    return f"{device.type}, {counted(threads, 'thread')}" if device.type == "cpu" else device.type

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from libreflux import plainjson
 from libreflux.data.bar import readable
 from libreflux.errors import DataError
+from libreflux.printing import counted
 
 if TYPE_CHECKING:
     from libreflux.data.forecast import Forecast
@@ -154,7 +155,7 @@ def disk_table(recipe: Recipe, found: Estimate, data: Forecast | DataError) -> s
         rows.append((f"averages for hindsight, {snapshots}", snapshots * found.averages))
     rows.append(("adapter, the result", found.adapter))
     if not isinstance(data, DataError):
-        rows.append((f"cache of {data.pictures:,} pictures", data.cache_bytes))
+        rows.append((f"cache of {counted(data.pictures, 'picture')}", data.cache_bytes))
     cache = 0 if isinstance(data, DataError) else data.cache_bytes
     of_run = sum(size for _, size in rows) - cache
     inside = recipe.cache_dir.is_relative_to(run)
@@ -179,12 +180,12 @@ def disk_table(recipe: Recipe, found: Estimate, data: Forecast | DataError) -> s
 def steps_line(recipe: Recipe, data: Forecast | DataError) -> str:
     """Steps, pictures and epochs on one device."""
     pictures = recipe.batch * recipe.accumulate
-    line = f"{recipe.steps:,} steps of {pictures} pictures on each device"
+    line = f"{counted(recipe.steps, 'step')} of {counted(pictures, 'picture')} on each device"
     if isinstance(data, DataError):
         return line
     shown = f"{data.visits:,.0f}" if data.visits >= 10 else readable(data.visits)
     epochs = readable(recipe.steps * pictures / data.visits, 2)
-    return f"{line}; an epoch shows {shown}: {epochs} epochs on one device"
+    return f"{line}; an epoch shows {shown}: {epochs} epoch{'' if epochs == '1' else 's'} on one device"
 
 
 def time_line(recipe: Recipe) -> str:
@@ -199,7 +200,7 @@ def time_line(recipe: Recipe) -> str:
         return "time: known only after the first steps, from their rate: `train` shows it, and so does --dry-run then"
     step, rate = rows[-1][0], statistics.median(rate for _, rate in rows)
     left = max(0, recipe.steps - step) * recipe.batch * recipe.accumulate * _processes(recipe) / rate
-    told = f"the {readable(rate)} pictures/s of the last {len(rows)} steps"
+    told = f"the {readable(rate)} pictures/s of the last {counted(len(rows), 'step')}"
     return f"time: {clock(left)} for the steps after {step:,}, at {told}"
 
 

@@ -83,8 +83,9 @@ def _is_adapter(text: str) -> bool:
     """Whether it is a run's folder, or a file with an adapter's tensors; what is neither is taken for a model."""
     path = Path(text).expanduser()
     if path.is_dir():
-        foreign = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-        return any((path / name).exists() for name in ("adapter.safetensors", "checkpoints", *foreign))
+        from libreflux.adapter.peft import FILES
+
+        return any((path / name).exists() for name in ("adapter.safetensors", "checkpoints", *FILES))
     if path.suffix.lower() != ".safetensors" or not path.is_file():
         return False
     from safetensors import SafetensorError, safe_open

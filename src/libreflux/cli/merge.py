@@ -10,7 +10,7 @@ import typer
 
 from libreflux.cli.models import Base, ComfyUI, chosen_model
 from libreflux.places import new_place
-from libreflux.printing import get_logger, say
+from libreflux.printing import counted, get_logger, say
 
 logger = get_logger(__name__)
 
@@ -67,7 +67,7 @@ def merge(
         lineage["base_lineage"] = start.facts.lineage
     start.facts = dataclasses.replace(adapted_facts(start.facts, files), lineage=lineage)
     save_model(start, out)
-    say(f"{len(changed)} layers changed, saved in {out}")
+    say(f"{counted(len(changed), 'layer')} changed, saved in {out}")
 
 
 def _origin(metadata: dict[str, str]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from libreflux.cli.progress import progress
 from libreflux.errors import DataError, RecipeError
 from libreflux.model.locate import told_model
 from libreflux.places import file_place
-from libreflux.printing import say
+from libreflux.printing import counted, say
 from libreflux.sample.encoding import check_max_tokens
 from libreflux.sample.metadata import Origin, differences, open_png, read_origin, save_png
 from libreflux.sample.settings import check_values
@@ -101,7 +101,7 @@ def _found(origin: Origin, adapters: Sequence[str], picture: Path) -> list[str]:
     if len(adapters) != len(origin.adapters):
         names = " ".join(f"--adapter {_named(row)}" for row in origin.adapters) or "no --adapter"
         raise RecipeError(
-            f"drawn with {len(origin.adapters)} adapters, not {len(adapters)}",
+            f"drawn with {counted(len(origin.adapters), 'adapter')}, not {len(adapters)}",
             where=picture,
             mend=f"give {names}, from where the files are now",
         )

@@ -248,18 +248,20 @@ def _look(path: Path, known: _Row | None) -> Inspected:
 def encoder_digests(model: Path, memory: FileMemory) -> dict[str, str]:
     """What decides latents and what decides text conditioning: a SHA-256 over each one's files in a model folder."""
     return {
-        "vae": _parts_digest(model, VAE_PARTS, memory),
-        "text_encoders": _parts_digest(model, TEXT_PARTS, memory),
+        "vae": parts_digest({part: part_folder(model, part) for part in VAE_PARTS}, memory),
+        "text_encoders": parts_digest({part: part_folder(model, part) for part in TEXT_PARTS}, memory),
     }
 
 
-def _parts_digest(model: Path, parts: tuple[str, ...], memory: FileMemory) -> str:
+def parts_digest(places: Mapping[str, Path], memory: FileMemory) -> str:
+    """A SHA-256 over parts, each with its folder, of which the deciding files count, or its single file."""
     total = hashlib.sha256()
-    for part in parts:
-        folder = part_folder(model, part)
-        for path in sorted(folder.rglob("*")):
+    for part, place in places.items():
+        if place.is_file():
+            total.update(f"{part}\0{memory.sha256(place)}\n".encode())
+        for path in sorted(place.rglob("*")):
             if path.is_file() and path.suffix in DECIDING and not path.name.startswith("."):
-                total.update(f"{part}/{path.relative_to(folder).as_posix()}\0{memory.sha256(path)}\n".encode())
+                total.update(f"{part}/{path.relative_to(place).as_posix()}\0{memory.sha256(path)}\n".encode())
     return total.hexdigest()
 
 

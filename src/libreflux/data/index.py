@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from libreflux import plainjson
+from libreflux.decided import differing
 from libreflux.errors import DataError
 
 INDEX = "index.sqlite3"
@@ -25,6 +26,7 @@ SCHEMA = 2
 MEND = "run `libreflux prepare` again"
 _ELSEWHERE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
 TEXT_PRECISION = "text_precision"  # a setting
+_THEN = {TEXT_PRECISION: "float32"}  # settings that older caches lack, and what they were then
 COUNTED = 0  # the shard number of captions whose tokens are counted but not stored
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
@@ -186,7 +188,7 @@ def read_settings(index: sqlite3.Connection, folder: Path) -> dict[str, Any]:
 
 def text_precision_of(settings: Mapping[str, Any]) -> str:
     """The dtype that the text encoders computed in: fp32 where a cache's settings do not say."""
-    return str(settings.get(TEXT_PRECISION, "float32"))
+    return str(settings.get(TEXT_PRECISION, _THEN[TEXT_PRECISION]))
 
 
 def refuse_other_settings(folder: Path, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -195,10 +197,9 @@ def refuse_other_settings(folder: Path, known: Mapping[str, Any], wanted: Mappin
     Raises:
         DataError: names each setting that differs, with both values.
     """
-    known, wanted = ({TEXT_PRECISION: text_precision_of(each), **each} for each in (known, wanted))
-    differing = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
-    if differing:
-        told = ", ".join(f"{name} {_brief(known.get(name))}, now {_brief(wanted.get(name))}" for name in differing)
+    if names := differing(known, wanted, _THEN):
+        known, wanted = _THEN | dict(known), _THEN | dict(wanted)
+        told = ", ".join(f"{name} {_brief(known.get(name))}, now {_brief(wanted.get(name))}" for name in names)
         mend = "use another cache folder, or remove this one to prepare it afresh"
         raise DataError(f"this cache was made with {told}", where=folder, mend=mend)
 

@@ -21,7 +21,7 @@ from libreflux.data.folders import CAPTIONS, METADATA, Folder, alike, walk
 from libreflux.data.pictures import FORMATS, Inspected, inspect
 from libreflux.errors import DataError
 from libreflux.places import did_you_mean
-from libreflux.printing import get_logger
+from libreflux.printing import counted, get_logger
 from libreflux.recipe import DataSource
 
 logger = get_logger(__name__)
@@ -136,8 +136,8 @@ def read(source: DataSource, inspected: Inspect = inspect_all, part: Part = (0, 
     samples, quarantined = _merge(folder, source, pictures, captioned, inspected(pictures), once)
     unused = {one.path for one in quarantined}
     origins: dict[str, int] = {}
-    for picture, counted in zip(pictures, standing, strict=True):
-        for where, count in counted if picture not in unused else ():
+    for picture, told in zip(pictures, standing, strict=True):
+        for where, count in told if picture not in unused else ():
             origins[where] = origins.get(where, 0) + count
     repeats = {kohya.folder: kohya.repeats for kohya in (_kohya(Path(one.file), folder) for one in samples)}
     repeats.pop("", None)
@@ -190,10 +190,10 @@ def _tell_unread(folder: Path, found: Folder) -> None:
     for unread in found.unread.values():
         if unread.beside:
             logger.warning(
-                "%s: %d %s lie beside pictures or captions of their names and are not read, the first: %s",
+                "%s: not read, though beside pictures or captions of the same names: %s, the first: %s",
                 folder,
-                unread.beside,
-                f"{unread.suffix} files" if unread.suffix else "files without a suffix",
+                counted(unread.beside, f"{unread.suffix} file" if unread.suffix else "file")
+                + ("" if unread.suffix else " without a suffix"),
                 unread.first.relative_to(folder),
             )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,7 +198,7 @@ def _open_files(
     facts = _file_facts(given, base, bool(config.get("guidance_embeds", False)))
     model = Model(facts=facts, name=str(files), path=files.transformer)
     wanted = [part for part in _TEXT if "text" in parts] + [part for part in ("vae",) if part in parts]
-    where = _places(files, wanted)
+    where = places_of(files, wanted)
     if "transformer" in parts:
         model.transformer = load_transformer(given, config, dtype=dtype, quantise=quantise, device=device)
         tell_facts(model.transformer, facts)
@@ -225,7 +225,7 @@ def _check_finite(model: Model, where: Path | Mapping[str, Path | TensorFile]) -
             check_weights(module.state_dict(), place.path if isinstance(place, TensorFile) else place)
 
 
-def _places(files: SingleFiles, wanted: Sequence[str]) -> dict[str, Path | TensorFile]:
+def places_of(files: SingleFiles, wanted: Sequence[str]) -> dict[str, Path | TensorFile]:
     """Part -> its file, or its folder; of a base on the hub only what no file has is downloaded."""
     where: dict[str, Path | TensorFile] = {}
     for part in wanted:
@@ -300,13 +300,18 @@ def save_model(model: Model, out: Path, extras: Mapping[str, str] | None = None)
     return Path(out)
 
 
-def weights_hash(folder: Path) -> str:
-    """SHA-256 over the transformer's safetensors files, names included, or of its single file: which weights drew."""
+def weights_hash(folder: Path, sha256: Callable[[Path], str] = sha256_file) -> str:
+    """SHA-256 over the transformer's safetensors files, names included, or of its single file: which weights drew.
+
+    Args:
+        folder: the model's, or the file.
+        sha256: of one file; a memory's reads no file twice, see `data.digests`.
+    """
     if folder.is_file():
-        return sha256_file(folder)
+        return sha256(folder)
     digest = hashlib.sha256()
     for file in weight_files(folder / "transformer"):
-        digest.update(f"{file.name}:{sha256_file(file)}\n".encode())
+        digest.update(f"{file.name}:{sha256(file)}\n".encode())
     return digest.hexdigest()
 
 

@@ -20,6 +20,7 @@ from libreflux.model.parts import COPY, check_part, check_tokenizer, named, visi
 from libreflux.model.ranges import RangedFile
 from libreflux.model.single_file import TensorFile, file_config, load_text_encoder
 from libreflux.model.text import TextEncoders
+from libreflux.printing import counted
 
 
 def load_part(kind: Any, folder: Path, dtype: torch.dtype | None, device: torch.device | str = "cpu") -> Any:
@@ -59,7 +60,9 @@ def load_text(
     for folder, tokenizer, encoder in ((first, clip_tokenizer, encoders[0]), (second, t5_tokenizer, encoders[1])):
         known, read = len(tokenizer), encoder.config.vocab_size
         if known > read:
-            raise ModelError(f"knows {known} tokens, its encoder {read}", where=folder, mend="use the encoder's own")
+            raise ModelError(
+                f"knows {counted(known, 'token')}, its encoder {read}", where=folder, mend="use the encoder's own"
+            )
     return TextEncoders(clip_tokenizer, encoders[0], t5_tokenizer, encoders[1], by_block=by_block)
 
 

@@ -22,7 +22,7 @@ from libreflux.model.formats import check_plain
 from libreflux.model.locate import FOREIGN_MEND, foreign_format
 from libreflux.model.ranges import RangedFile
 from libreflux.model.text import TextEncoders
-from libreflux.printing import get_logger
+from libreflux.printing import counted, get_logger
 
 logger = get_logger(__name__)
 
@@ -106,7 +106,7 @@ def check_layers(config: Mapping[str, Any], where: object, stored: int | None = 
     """Raises ModelError for more layers than there are tensors (None: than any model has): each would be made."""
     for key, value in config.items():
         if "layers" in key and isinstance(value, int) and value > (stored or MOST_LAYERS):
-            told = f"{key} is {value}, but there are {stored} tensors" if stored else f"{key} cannot be {value}"
+            told = f"{key} is {value}, but it has {counted(stored, 'tensor')}" if stored else f"{key} cannot be {value}"
             raise ModelError(told, where=where, mend="the weights and config.json differ")
 
 

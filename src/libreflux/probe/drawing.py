@@ -14,6 +14,9 @@ from libreflux.flow.guidance import cfg
 from libreflux.flow.solve import euler
 from libreflux.probe.measures import Velocity
 
+FORMULA = 1
+"""Raised when the same model and `Wanted` come to give other pictures, not only other last bits."""
+
 
 @dataclass(frozen=True)
 class Wanted:

@@ -16,6 +16,7 @@ from libreflux.errors import RecipeError
 from libreflux.flow.schedule import ladder, shift_for_tokens, shift_sigmas
 from libreflux.model.facts import MOST_STEPS, Facts
 from libreflux.model.latents import MOST_SIDE
+from libreflux.printing import counted
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MOST_PIXELS = 2**26
@@ -65,7 +66,10 @@ def resolve(
     else:
         steps = len(sigmas)
         if num_inference_steps not in (None, steps):
-            raise RecipeError(f"{steps} sigmas for {num_inference_steps} steps", mend="leave num_inference_steps out")
+            raise RecipeError(
+                f"{counted(steps, 'sigma')} for {counted(num_inference_steps, 'step')}",
+                mend="leave num_inference_steps out",
+            )
         own = shift_sigmas(torch.tensor(list(sigmas), dtype=torch.float64), shift)
         values = torch.cat([own, torch.zeros(1, dtype=torch.float64)]).float()
     own_scale = 1.0 if facts.guidance_embeds else facts.guidance
@@ -88,11 +92,11 @@ def guided_steps(steps: int, no_cfg_until: int = 0, start: float = 0.0, stop: fl
     first = max(no_cfg_until, math.ceil(start * steps - 1e-9))  # 1e-9: 0.1 * 30 is a little more than 3
     found = range(first, math.ceil(stop * steps - 1e-9))
     if not found and no_cfg_until >= steps:
-        what = f"leaves none of {steps} steps guided"
+        what = f"leaves no step of {steps} guided"
         raise RecipeError(what, where="no_cfg_until", mend="use fewer, or guidance 1 instead")
     if not found:
         raise RecipeError(
-            f"no one of {steps} steps is guided from {max(start, no_cfg_until / steps):g} to {stop:g}",
+            f"no step of {steps} is guided from {max(start, no_cfg_until / steps):g} to {stop:g}",
             mend="widen the interval, or use guidance 1",
         )
     return found
