@@ -62,7 +62,7 @@ def test_every_flipped_bit_of_every_file_is_named(int8_dir: Path, tmp_path: Path
 def test_damage_in_a_large_file_names_the_chunk_and_the_tensors_there(
     int8_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checksums, "CHUNK", 2048)
+    monkeypatch.setattr(folder_sums, "CHUNK", 2048)
     monkeypatch.setattr(checksums, "_AT_ONCE", 512)
     monkeypatch.setattr(folder_sums, "_SEGMENT", 3)  # several threads read one file
     folder = Path(shutil.copytree(int8_dir, tmp_path / "model"))

@@ -27,6 +27,8 @@ from libreflux.printing import get_logger
 logger = get_logger(__name__)
 
 SCHEMA = 1
+CHUNK = 2**22
+"""Bytes of a file that have one sum, 4 MiB: 12 GB have 3,000."""
 _DECIDING = frozenset({".json", ".safetensors", ".model", ".txt"})
 _SEGMENT = 16  # chunks that a thread takes at once, 64 MiB
 _COPY = f"copy or download it again; if you changed it yourself, remove {CHECKSUMS}"
@@ -54,7 +56,7 @@ def write_checksums(folder: Path, also: Iterable[Path] = ()) -> None:
     with ThreadPoolExecutor(checksums.THREADS) as pool:
         asked = {name: _ask(pool, path) for name, path in files.items()}
         table = {name: _joined(sums) for name, sums in asked.items()}
-    value = {"schema": SCHEMA, "chunk": checksums.CHUNK, "files": table}
+    value = {"schema": SCHEMA, "chunk": CHUNK, "files": table}
     atomic_write_json(folder / CHECKSUMS, {**value, "crc32": f"{checksums.of_json(value):08x}"})
 
 
@@ -151,10 +153,10 @@ def _near(path: Path, found: str, wanted: str) -> str:
     if path.suffix != ".safetensors" or len(found) != len(wanted):
         return ""
     [first, *_] = (at for at in range(0, len(found), 8) if found[at : at + 8] != wanted[at : at + 8])
-    start = first // 8 * checksums.CHUNK
+    start = first // 8 * CHUNK
     with contextlib.suppress(OSError, SafetensorError):
         ranges = sorted(RangedFile(path).ranges.items(), key=lambda one: one[1].start)
-        here = [name for name, where in ranges if where.end > start and where.start < start + checksums.CHUNK]
+        here = [name for name, where in ranges if where.end > start and where.start < start + CHUNK]
         if here:
             return f" in {here[0]}" if len(here) == 1 else f" between {here[0]} and {here[-1]}"
     return ""
@@ -168,7 +170,7 @@ def _read_table(model: Path) -> dict[str, str] | None:
         told = value.pop("crc32")
         if not isinstance(told, str) or told != f"{checksums.of_json(value):08x}":
             raise ValueError("its own sum differs")
-        if (value["schema"], value["chunk"]) != (SCHEMA, checksums.CHUNK):
+        if (value["schema"], value["chunk"]) != (SCHEMA, CHUNK):
             raise ModelError("checksums of a later version", where=path, mend="update libreflux")
         return {str(name): str(sums) for name, sums in value["files"].items()}
     except FileNotFoundError:
@@ -182,9 +184,8 @@ def _root_files(model: Path) -> list[Path]:
 
 
 def _ask(pool: ThreadPoolExecutor, path: Path) -> list[Future[list[int]]]:
-    step = _SEGMENT * checksums.CHUNK
-    size = path.stat().st_size if path.is_file() else 0
-    return [pool.submit(checksums.of_file, path, start, _SEGMENT) for start in range(0, max(size, 1), step)]
+    chunks = max(1, -(-path.stat().st_size // CHUNK)) if path.is_file() else 1
+    return [pool.submit(checksums.of_file, path, CHUNK, first, _SEGMENT) for first in range(0, chunks, _SEGMENT)]
 
 
 def _joined(sums: Iterable[Future[list[int]]]) -> str:
