@@ -219,6 +219,8 @@ def refusing(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except UnicodeDecodeError as error:  # of sqlite's own words about a damaged file
+        raise DataError(f"damaged index ({error.reason})", where=path, mend=AFRESH) from None
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # what follows the low byte only refines it
         if code in ELSEWHERE:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -44,18 +43,16 @@ def read_shards(index: sqlite3.Connection, folder: Path) -> list[Shard]:
         DataError: a name that is no shard's: it could lead to any file.
     """
     found = []
-    for number, name, size, sums, told in _shard_rows(index):
+    for row in index.execute("SELECT * FROM shards").fetchall():
+        if type(row[0]) is not int or len(row) not in (3, 5):
+            raise DataError("damaged index (its table of shards)", where=folder / INDEX, mend=AFRESH)
+        number, name, size, sums, told = row if len(row) == 5 else (*row, None, None)
         added = (sums, told) != (None, None)
         whole = not added or told == _shard_sum(number, name, size, sums)
         if whole and not (isinstance(name, str) and SHARD_NAME.fullmatch(name)):
             raise DataError(f"names a shard {str(name)!r}, which is no shard's name", where=folder / INDEX, mend=AFRESH)
         found.append(Shard(number, str(name), size, sums, whole))
     return sorted(found, key=lambda shard: shard.name)
-
-
-def _shard_rows(index: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:
-    for row in index.execute("SELECT * FROM shards").fetchall():
-        yield (*row[:3], *(row[3:5] or (None, None)))
 
 
 def _shard_sum(number: int, name: str, size: int, sums: bytes | None) -> int:
