@@ -305,7 +305,8 @@ def refuse_other_settings(folder: Path, known: Mapping[str, Any], wanted: Mappin
     known, wanted = ({TEXT_PRECISION: text_precision_of(each), **each} for each in (known, wanted))
     differing = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
     if differing:
-        told = ", ".join(f"{name} {_brief(known.get(name))}, now {_brief(wanted.get(name))}" for name in differing)
+        pairs = {name: (known.get(name), wanted.get(name)) for name in differing}
+        told = ", ".join(f"{name} {_brief(was, now)}, now {_brief(now, was)}" for name, (was, now) in pairs.items())
         mend = "use another cache folder, or remove this one to prepare it afresh"
         raise DataError(f"this cache was made with {told}", where=folder, mend=mend)
 
@@ -337,6 +338,6 @@ def _size(path: Path) -> int:
         return -1
 
 
-def _brief(value: object) -> str:
+def _brief(value: object, other: object) -> str:
     text = str(value)
-    return text[:12] + "…" if len(text) == 64 else text
+    return text[:12] + "…" if len(text) == 64 and text[:12] != str(other)[:12] else text

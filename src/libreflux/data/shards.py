@@ -22,7 +22,7 @@ INDEX = "index.sqlite3"
 SHARDS = "shards"
 SHARD_NAME = re.compile(r"(latents|texts)-\d{8,}\.safetensors", re.ASCII)
 CHUNK = 2**18
-"""Bytes of a shard that have one sum: a crop of 512 pixels has as many, and a caption of T5-XXL up to sixteen times."""
+"""Bytes of a shard that have one sum: as many as a crop of 512 pixels has. Caches hold such sums: it never changes."""
 AFRESH = "remove this cache folder and prepare it afresh"
 
 
@@ -99,7 +99,7 @@ class CheckedShard:
         self._checked: set[int] = set()
         if sums is not None:
             with open(path, "rb") as file:
-                self._check(0, 8 + int.from_bytes(file.read(8), "little"), "its header")
+                self._check(0, 8 + int.from_bytes(file.read(8), "little"), "its beginning")
             self._ranges = RangedFile(path).ranges
         self._file = safe_open(path, framework="pt")
 
@@ -112,7 +112,7 @@ class CheckedShard:
         tensor: Tensor = self._file.get_tensor(name)
         if self._sums is not None:
             where = self._ranges[name]
-            self._check(where.start, where.end, name)
+            self._check(where.start, where.end, f"{name}, or what lies beside it,")
         return tensor
 
     def _check(self, start: int, end: int, what: str) -> None:
