@@ -60,7 +60,7 @@ class Cache:
         self.damaged_rows = 0
         """Rows that were left out of a ``partial`` one, see ``index.read_rows``."""
         self._open: OrderedDict[int, CheckedShard] = OrderedDict()
-        self._shards: dict[int, tuple[Path, bytes | None]] = {}
+        self._shards: dict[int, tuple[Path, bytes | None, bytearray]] = {}
         tables: dict[str, list[Rows]] = {"latents": [], "texts": []}
         folders = index_folders(self.folder)
         for number, part in enumerate(folders):
@@ -90,7 +90,8 @@ class Cache:
                 raise DataError(told, where=where, mend=MEND)
             listed = read_shards(index, folder)
             for shard in listed:
-                self._shards[shard.number + shift] = folder / SHARDS / shard.name, shard.sums
+                seen = bytearray(len(shard.sums or b"") // 4)
+                self._shards[shard.number + shift] = folder / SHARDS / shard.name, shard.sums, seen
             if any(shard.sums is None for shard in listed if shard.whole):
                 _tell_unchecked(str(folder))
             for name, found in tables.items():
@@ -173,10 +174,10 @@ class Cache:
         return int8_text.dequantise(tokens, self._tensor(shard, text_name("scales", caption)))
 
     def _tensor(self, shard: int, name: str) -> Tensor:
-        path, sums = self._shards[shard]
+        path, sums, seen = self._shards[shard]
         try:
             if shard not in self._open:
-                self._open[shard] = CheckedShard(path, sums)
+                self._open[shard] = CheckedShard(path, sums, seen)
                 if len(self._open) > _OPEN_SHARDS:
                     self._open.popitem(last=False)
             self._open.move_to_end(shard)

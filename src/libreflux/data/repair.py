@@ -81,7 +81,7 @@ def verify(folder: Path, own: Path, bar: Bar) -> None:
 
     Raises:
         DataError: a shard cannot be read.
-        RunError: something is damaged, and another process is writing, or nobody may.
+        RunError: something of `own` or `folder` is damaged, and another process is writing, or nobody may.
     """
     for part in tended(folder, own):
         found = _look(part, bar)
@@ -91,7 +91,7 @@ def verify(folder: Path, own: Path, bar: Bar) -> None:
             with placed(part), lock(part), indexing.connect(part) as index, indexing.transaction(index):
                 _mend(index, part, found)
         except LibrefluxError:
-            if found.damaged:
+            if found.damaged and own in (part, folder):  # else another process may be at it
                 raise
 
 

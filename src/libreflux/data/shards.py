@@ -88,15 +88,16 @@ class CheckedShard:
     Args:
         path: the file.
         sums: see `Shard`; None: nothing is compared.
+        seen: a byte for each sum, not 0 once its chunk was compared: kept by whoever opens the shard again.
 
     Raises:
         OSError: the file cannot be read.
         SafetensorError: it is no whole safetensors file, or its header is not as its sums say.
     """
 
-    def __init__(self, path: Path, sums: bytes | None) -> None:
+    def __init__(self, path: Path, sums: bytes | None, seen: bytearray | None = None) -> None:
         self._path, self._sums = path, sums
-        self._checked: set[int] = set()
+        self._seen = bytearray(len(sums or b"") // 4) if seen is None else seen
         if sums is not None:
             with open(path, "rb") as file:
                 self._check(0, 8 + int.from_bytes(file.read(8), "little"), "its beginning")
@@ -118,9 +119,9 @@ class CheckedShard:
     def _check(self, start: int, end: int, what: str) -> None:
         assert self._sums is not None
         chunks = range(start // CHUNK, min(-(-end // CHUNK), len(self._sums) // 4))
-        if self._checked.issuperset(chunks):
+        if all(self._seen[chunks.start : chunks.stop]):
             return
         found = shard_sums(self._path, chunks.start, len(chunks))
         if found != self._sums[4 * chunks.start : 4 * chunks.stop]:
             raise SafetensorError(f"{what} is not as its checksum says")
-        self._checked.update(chunks)
+        self._seen[chunks.start : chunks.stop] = b"\1" * len(chunks)
