@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from libreflux.data.order import Samples
 
 SETTINGS = {"vae": "synthetic", "text_encoders": "synthetic", "text_padding": "drop"}
+LATENTS, TEXTS = 1, 2  # the numbers of two shards
 SENTENCE = "a red apple on a wooden table beside an open window in soft morning light with long shadows"
 WORDS = SENTENCE.split()
 
@@ -43,22 +43,26 @@ def identity(number: int) -> str:
 def write_index(folder: Path, count: int) -> None:
     from libreflux.data import index
     from libreflux.data.crops import View
+    from libreflux.data.shards import add_shard, shard_sums
 
     view = View("aspect", 512, 64)
     sizes = [(64, 64), (48, 80), (80, 48), (56, 72)]
     with index.connect(folder) as connection:
         index.begin(connection, folder, SETTINGS)
         with index.transaction(connection):
-            rows = (
-                (index.latents_key(identity(n), view.name(0, "white")), n // 64 + 1, *sizes[n % 4])
-                for n in range(count)
-            )
-            connection.executemany("INSERT INTO latents VALUES (?, ?, ?, ?)", rows)
-            texts: Iterator[tuple[int, int, int]] = (
-                (index.text_key(text), n // 32 + 1, len(text) // 4) for n in range(count) for text in captions(n)
-            )
-            connection.execute("INSERT INTO texts VALUES (?, ?, ?)", (index.text_key(""), 1, 1))
-            connection.executemany("INSERT INTO texts VALUES (?, ?, ?)", texts)
+            for start in range(0, count, 2**14):
+                here = range(start, min(start + 2**14, count))
+                name = view.name(0, "white")
+                rows = [(index.latents_key(identity(n), name), LATENTS, *sizes[n % 4]) for n in here]
+                index.add_rows(connection, "latents", rows)
+                texts = [(index.text_key(text), TEXTS, len(text) // 4) for n in here for text in captions(n)]
+                index.add_rows(connection, "texts", texts)
+            index.add_rows(connection, "texts", [(index.text_key(""), TEXTS, 1)])
+            for number, kind in ((LATENTS, "latents"), (TEXTS, "texts")):
+                shard = folder / index.SHARDS / f"{kind}-00000000.safetensors"
+                shard.parent.mkdir(exist_ok=True)
+                shard.write_bytes(b"x")  # nothing is read of it
+                assert add_shard(connection, shard.name, 1, shard_sums(shard)) == number
 
 
 def resident_gb() -> float:

@@ -13,10 +13,11 @@ import pytest
 import libreflux
 
 ROOT = Path(libreflux.__file__).parent
-GROUND = {"recipe", "files", "places", "keyed", "errors", "printing", "plainjson", "decided"}
+GROUND = {"recipe", "checksums", "files", "places", "keyed", "errors", "printing", "plainjson", "decided"}
 BELOW: dict[str, set[str]] = {
     "printing": set(),
     "plainjson": set(),
+    "checksums": set(),
     "errors": {"printing"},
     "keyed": set(),
     "decided": set(),

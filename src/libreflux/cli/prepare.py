@@ -113,7 +113,7 @@ def _prepare(recipe: Recipe, part: tuple[int, int]) -> None:
     smaller = "a smaller resolution, or device: cpu"
     with progress("preparing", "item", console) as report, explained(f"preparing on {device}", smaller):
         make_current(device)
-        _, sources = prepare_cache(recipe, device=device, part=part, progress=report, told=told)
+        _, sources = prepare_cache(recipe, device=device, part=part, progress=report, told=told, read_all=True)
     count = sum(len(samples) for _, samples in sources)
     said = f"{counted(count, 'picture')} prepared in {recipe.cache_dir}"
     if part[1] > 1:

@@ -18,11 +18,12 @@ from transformers import PreTrainedTokenizerBase
 from libreflux import plainjson
 from libreflux.errors import ModelError, RecipeError
 from libreflux.files import atomic_write_json, sha256_file, staged_dir
+from libreflux.model.checksums import check_small, tell_unchecked, verified_part
 from libreflux.model.device import pick_device, pick_dtype
 from libreflux.model.facts import Facts, find_facts, read_facts, tell_facts, write_facts
 from libreflux.model.finite import check_weights
 from libreflux.model.int8 import dequantise_model, int8_layers
-from libreflux.model.int8_files import METHOD, load_int8, stored_as, weight_files, write_int8
+from libreflux.model.int8_files import METHOD, load_int8, stored_as, weight_files, write_all_checksums, write_int8
 from libreflux.model.load import load_part, load_t5_tokenizer, load_text, one_line, quiet
 from libreflux.model.locate import PARTS, locate, part_folder
 from libreflux.model.parts import check_fit, check_layers, check_part, copy_part, json_object
@@ -124,6 +125,7 @@ def open_model(
     if isinstance(name, SingleFiles):
         return _open_files(name, parts, dtype, bool(quantise), device, text_by_block)
     path = locate(name, weights=False)
+    check_small(path)
     config = json_object(path / "transformer" / "config.json")
     check_layers(config, path / "transformer" / "config.json")
     if config.get("_class_name") not in ("FluxTransformer2DModel", _MASKED):
@@ -151,9 +153,11 @@ def open_model(
             if not isinstance(steps, int) or not 1 <= steps <= 1_000_000:  # a table of as many is made
                 mend = "write 1000"
                 raise ModelError(f"num_train_timesteps cannot be {steps!r}", where=scheduler, mend=mend)
-            with one_line(scheduler):
+            with verified_part(scheduler), one_line(scheduler):
                 model.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(scheduler, local_files_only=True)
         if "transformer" in parts and (in_int8 or quantise):
+            if in_int8:
+                tell_unchecked(path)
             check_part(path / "transformer", neighbours=in_int8)
             with one_line(path / "transformer"):
                 model.transformer = load_int8(path / "transformer", dtype=dtype, device=device)
@@ -297,6 +301,8 @@ def save_model(model: Model, out: Path, extras: Mapping[str, str] | None = None)
         write_facts(staging, dataclasses.replace(model.facts, parts_from=None))
         for name, content in (extras or {}).items():
             (staging / name).write_text(content, encoding="utf-8")
+        if "transformer" in live and int8_layers(live["transformer"]):
+            write_all_checksums(staging)
     return Path(out)
 
 

@@ -18,11 +18,13 @@ INT8 = "libreflux_int8"
 """How our own int8 folders call their format in config.json."""
 WEIGHTS = Path(__file__).resolve().parent.parent / "emoji" / "weights"
 EMOJI = ("emoji-base", "emoji-schnell", "emoji-libre")
+CHECKSUMS = "checksums.json"
+"""In a model's folder, see `model.checksums`."""
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 # Only what the parts need: no Python, and not the single-file copies of the weights that lie beside the parts.
-_SMALL = ["model_index.json", FACTS_FILE] + [
+_SMALL = ["model_index.json", FACTS_FILE, CHECKSUMS] + [
     f"{part}/{pattern}" for part in PARTS for pattern in ("*.json", "*.model", "*.txt")
 ]
 

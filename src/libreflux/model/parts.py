@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from libreflux import plainjson
 from libreflux.errors import ModelError
+from libreflux.model.checksums import verified_part
 from libreflux.model.formats import check_plain
 from libreflux.model.locate import FOREIGN_MEND, foreign_format
 from libreflux.model.ranges import RangedFile
@@ -140,7 +141,8 @@ def named(name: str, variant: str | None) -> str:
 
 def copy_part(source: Path, target: Path) -> None:
     """Copies a part's folder, following the links of the hub's cache; a lone variant gets the plain names."""
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("._*", ".DS_Store"))
+    with verified_part(source):  # or the copy would get checksums of what is damaged
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("._*", ".DS_Store"))
     variant = weight_variant(target)
     for stem in _STEMS if variant else ():
         for plain in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
