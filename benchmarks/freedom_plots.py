@@ -38,7 +38,7 @@ Rows = Mapping[tuple[str, str, str], Mapping[str, str]]
 
 
 def main() -> None:
-    style = {"svg.hashsalt": "libreflux", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
+    style = {"svg.hashsalt": "libreflux", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
     with (DOCS / "freedom.csv").open(encoding="utf-8", newline="") as file:
         rows: Rows = {
             (row["measure"], row["place"], row["model"]): row
@@ -52,7 +52,7 @@ def main() -> None:
 
 def by_sigma(rows: Rows) -> Any:
     """Loss and slope under the caption, by noise level, of the five models."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(6.6, 3.2), layout="constrained")
     for panel, measure, label in zip(panels, ("loss", "slope"), ("held-out loss", "calibration slope"), strict=True):
         for model, colour in COLOURS.items():
             at = sorted(
@@ -74,7 +74,7 @@ def by_sigma(rows: Rows) -> Any:
 
 def shares(rows: Rows) -> Any:
     """The share of the distance from schnell to base that each amount of training has closed."""
-    figure, panel = plt.subplots(figsize=(9, 5), layout="constrained")
+    figure, panel = plt.subplots(figsize=(6.6, 4.6), layout="constrained")
     for offset, model in zip((0.22, 0.0, -0.22), ("50 steps", "250 steps", "emoji-libre"), strict=True):
         for place, (measure, at, _) in enumerate(reversed(SHARES)):
             row = rows[measure, at, model]
@@ -88,7 +88,7 @@ def shares(rows: Rows) -> Any:
     panel.grid(axis="x", alpha=0.25)
     panel.spines[["top", "right", "left"]].set_visible(False)
     panel.tick_params(axis="y", length=0)
-    panel.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.05, 0.02))
+    panel.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.05, 0.0))
     return figure
 
 

@@ -43,7 +43,7 @@ def python_errors() -> Iterator[str]:
 
 
 def _autodoc(kind: str, name: str) -> str:
-    members = "   :members:\n" if kind == "class" else ""
+    members = "   :members:\n   :special-members: __call__\n" if kind == "class" else ""
     return f"```{{eval-rst}}\n.. auto{kind}:: {name}\n{members}```\n"
 
 
@@ -86,14 +86,10 @@ def recipe_keys() -> Iterator[str]:
 def _keys(section: Any, prefix: str) -> Iterator[str]:
     for name, field in section.model_fields.items():
         key = f"{prefix}{field.alias or name}"
-        yield f"`{key}`\n: {_prose(_sentence(field.description or ''))}\\\n  {_values(field)}\n"
+        yield f"`{key}`\n: {_prose(field.description or '')}.\\\n  {_values(field)}\n"
         inner = _section(field.annotation) if prefix else None
         if inner is not None:
             yield from _keys(inner, f"{key}.0." if _is_list(field.annotation) else f"{key}.")
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + "."
 
 
 def _values(field: FieldInfo) -> str:
@@ -112,12 +108,17 @@ def _plain(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value) if value != "" else '""'
 
 
+MISTAKE = 10**9
+"""A bound from here on only catches slips of the pen, and is not shown."""
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 def _bounds(metadata: list[Any]) -> Iterator[str]:
     for one in metadata:
-        yield from (f"{word} {getattr(one, name):g}" for name, word in _BOUNDS.items() if hasattr(one, name))
+        for name, word in _BOUNDS.items():
+            bound = getattr(one, name, None)
+            if bound is not None and bound < MISTAKE:
+                yield f"{word} {bound:g}"
 
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -127,7 +128,7 @@ def _kind(kind: Any) -> str:
     """A type in words."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
-        return _kind(inner[0])
+        return ", ".join([_kind(inner[0]), *_bounds(_flat(inner[1:]))])
     if origin is Literal:
         return " or ".join(f"`{value}`" for value in inner)
     if origin in (typing.Union, types.UnionType):
@@ -139,6 +140,11 @@ def _kind(kind: Any) -> str:
     if origin is dict:
         return "names with numbers"
     return _KINDS.get(kind, "a section")
+
+
+def _flat(metadata: typing.Iterable[Any]) -> list[Any]:
+    """Bounds as pydantic's fields hold them: each apart."""
+    return [one for given in metadata for one in (given.metadata if isinstance(given, FieldInfo) else [given])]
 
 
 def _is_list(kind: Any) -> bool:
