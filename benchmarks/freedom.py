@@ -40,7 +40,8 @@ CONTROLS = {
 ENDS = ("schnell", "base")
 FULL = ["--prompts", "24", "--guidance", "1,2,4,8", "--steps", "4,28"]
 QUICK = ["--quick", "--guidance", "1,4,6"]
-BRIEF = (
+Places = Sequence[tuple[str, dict[str, object]]]
+BRIEF: Places = (
     ("loss", {"sigma": "all", "text": "caption"}),
     ("loss", {"sigma": "all", "text": "empty"}),
     ("slope", {"sigma": 0.5, "text": "caption"}),
@@ -117,7 +118,7 @@ def csv_rows(
     results: dict[str, Result],
     freed: dict[str, list[FreedomRow]],
     subjects: str,
-    only: Sequence[tuple[str, dict[str, object]]] | None = None,
+    only: Places | None = None,
 ) -> Iterator[list[str]]:
     """A table's rows, by `COLUMNS`.
 
@@ -140,7 +141,7 @@ def csv_rows(
 
 
 def _rows(
-    freed: dict[str, list[FreedomRow]], subjects: str, only: Sequence[tuple[str, dict[str, object]]] | None
+    freed: dict[str, list[FreedomRow]], subjects: str, only: Places | None
 ) -> Iterator[tuple[FreedomRow, dict[str, FreedomRow]]]:
     """Each measure of the first freed model, with the same measure of every freed model by its name."""
     found = {name: {_key(row): row for row in rows} for name, rows in freed.items()}

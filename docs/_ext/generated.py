@@ -28,11 +28,15 @@ MARK = re.compile(r"^<!-- generated: ([\w-]+) -->$", re.MULTILINE)
 def python_api() -> Iterator[str]:
     """Each public name of the package, by its docstring."""
     for name in sorted(libreflux.__all__, key=str.lower):
-        found = getattr(libreflux, name)
-        if name.startswith("_") or inspect.ismodule(found):
+        if name.startswith("_"):
             continue
+        found = getattr(libreflux, name)
+        if not callable(found):
+            raise TypeError(f"libreflux.{name} is neither a function nor a class: {found!r}")
         yield f"## {name}\n"
-        yield _autodoc("class" if inspect.isclass(found) else "function", f"libreflux.{name}")
+        kind = "class" if inspect.isclass(found) else "function"
+        signature = "(**keys)" if hasattr(found, "model_fields") else ""  # a pydantic model: its keys have a page
+        yield _autodoc(kind, f"libreflux.{name}{signature}")
 
 
 def python_errors() -> Iterator[str]:
@@ -43,7 +47,9 @@ def python_errors() -> Iterator[str]:
 
 
 def _autodoc(kind: str, name: str) -> str:
-    members = "   :members:\n   :special-members: __call__\n" if kind == "class" else ""
+    members = (
+        "   :members:\n   :exclude-members: model_config\n   :special-members: __call__\n" if kind == "class" else ""
+    )
     return f"```{{eval-rst}}\n.. auto{kind}:: {name}\n{members}```\n"
 
 
@@ -54,10 +60,15 @@ def verbs() -> Iterator[str]:
         context = command.make_context(f"libreflux {name}", [], resilient_parsing=True)
         yield f"## libreflux {name}\n\n{_paragraphs(command.help)}\n"
         yield f"```text\n{command.get_usage(context).removeprefix('Usage: ')}\n```\n"
+        group_of_options = None
         for param in command.params:
             record = param.get_help_record(context)
-            if record is not None:
-                yield f"`{record[0]}`\n: {_prose(record[1]) or 'No further words.'}\n"
+            if record is None:
+                continue
+            if getattr(param, "rich_help_panel", None) not in (None, group_of_options):
+                group_of_options = param.rich_help_panel
+                yield f"**{_prose(group_of_options)}**\n"
+            yield f"`{record[0]}`\n: {_prose(record[1]) or 'No further words.'}\n"
 
 
 def _paragraphs(text: str | None) -> str:
