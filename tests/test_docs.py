@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -15,7 +16,7 @@ import yaml
 from typer.main import get_command
 
 from libreflux.cli.app import app
-from libreflux.recipe import Recipe
+from libreflux.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parent.parent
 HISTORY = ("log.md", "CHANGELOG.md")
@@ -86,6 +87,22 @@ def test_recipes_in_the_pages_have_keys_that_exist() -> None:
     assert len(blocks) >= 5
     for block in blocks:
         assert set(yaml.safe_load(block)) <= known, block
+
+
+def test_recipes_beside_the_pages_are_whole() -> None:
+    recipes = sorted((ROOT / "docs").glob("*.yaml"))
+    assert len(recipes) >= 2
+    for path in recipes:
+        assert load_recipe(path).out.startswith("out/")
+
+
+def test_python_in_the_pages_imports_what_exists(names: ModuleType) -> None:
+    found = 0
+    for page in PAGES:
+        for node in ast.walk(ast.parse("\n".join(_blocks(page, "python")))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("libreflux"):
+                found += len([names.locate(f"{node.module}.{one.name}") for one in node.names])
+    assert found >= 4
 
 
 def test_the_readme_is_short() -> None:
