@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu soak lint emoji
+.PHONY: help install demo test test-gpu soak lint docs emoji
 
 help:
 	@echo 'make install   the package, editable, with its pinned dependencies, into $(VENV)'
@@ -16,6 +16,7 @@ help:
 	@echo 'make emoji     install, then the emoji family from nothing: about 6 hours on two cores, resumable; WORK=DIR'
 	@echo 'make soak      install, then kill training 50 times, fill its disk, compare the bytes: some minutes'
 	@echo 'make lint      install, then ruff and mypy'
+	@echo 'make docs      install, then the documentation: out/docs/index.html; a warning is an error'
 
 install: $(STAMP)
 
@@ -24,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  || { echo 'Python >= 3.11 is needed: make PYTHON=/path/to/python3.11' >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --compile-bytecode -c constraints.txt -b constraints.txt -e '.[dev,plots]'
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --compile-bytecode -c constraints.txt -b constraints.txt -e '.[dev,docs,plots]'
 	@touch $@
 
 demo: install
@@ -50,3 +51,6 @@ lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy src
+
+docs: install
+	$(BIN)/python -m sphinx -b html -E -n -W --keep-going -q docs out/docs

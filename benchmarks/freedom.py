@@ -1,18 +1,21 @@
-"""How free is emoji-libre, and what was it that freed it? Probes the emoji models and prints their tables as Markdown.
+"""How free is emoji-libre, and what freed it? Probes the emoji models, prints a table, and writes every measure as CSV.
 
-    python benchmarks/freedom.py --work DIR                 # after `python -m libreflux.emoji.build controls`, same DIR
-    python benchmarks/freedom.py --work DIR --controls      # the recipe on emoji-base and on random weights: quick
-    python benchmarks/freedom.py --work DIR --all           # every measure, by subjects
+    python benchmarks/freedom.py --work DIR                          # a table of the main measures
+    python benchmarks/freedom.py --work DIR --controls               # the recipe on emoji-base and on random weights
+    python benchmarks/freedom.py --work DIR --csv docs/freedom.csv   # every measure of both, by subjects
+    python benchmarks/freedom_plots.py                               # then: the plots of docs/freedom.md
 
-DIR/runs holds the adapters; results are kept in DIR/probes and used again.
+Before it, in the same DIR: `make emoji` and `python -m libreflux.emoji.build controls`. DIR/runs holds the adapters.
+Results are kept in DIR/probes and used again.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from libreflux.emoji.build.students import seen_subjects
@@ -34,9 +37,11 @@ CONTROLS = {
     "recipe on random": ["random", "--adapter", "control-random"],
     "base": ["emoji-base"],
 }
+ENDS = ("schnell", "base")
 FULL = ["--prompts", "24", "--guidance", "1,2,4,8", "--steps", "4,28"]
 QUICK = ["--quick", "--guidance", "1,4,6"]
-BRIEF = (
+Places = Sequence[tuple[str, dict[str, object]]]
+BRIEF: Places = (
     ("loss", {"sigma": "all", "text": "caption"}),
     ("loss", {"sigma": "all", "text": "empty"}),
     ("slope", {"sigma": 0.5, "text": "caption"}),
@@ -57,25 +62,45 @@ BRIEF = (
     ("negative", {"what": "subject"}),
     ("padding", {"padding": "drop", "tokens": 20}),
 )
-"""What the README's table has of all that is measured."""
+"""What the printed table has of all that is measured."""
+COLUMNS = (
+    "table", "subjects", "measure", "place", "model", "value", "low", "high",
+    "freedom", "freedom_low", "freedom_high", "verdict", "beyond",
+)  # fmt: skip
+"""Of the CSV file: one row for each measure of each model. Freedom is in per cent; schnell and base have none."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--controls", action="store_true")
-    parser.add_argument("--all", action="store_true", help="every measure, for all, seen and unseen subjects")
+    parser.add_argument(
+        "--csv", type=Path, help="write every measure, of both tables, for all, seen and unseen subjects"
+    )
     args = parser.parse_args()
     seen = args.work / "seen-subjects.txt"
     seen.write_text("\n".join(seen_subjects()) + "\n", encoding="utf-8")
-    models = CONTROLS if args.controls else SWEEP
-    results = {name: _probed(args.work, name, words, args.controls, seen) for name, words in models.items()}
-    middle = [name for name in models if name not in ("schnell", "base")]
-    tables = {name: freedom(results[name], results["schnell"], results["base"]) for name in middle}
-    for subset in ("all", "seen", "unseen") if args.all else ("all",):
-        print(f"\n### {subset} subjects\n" if args.all else "")
-        _table(results, tables, middle, subset, brief=not args.all)
+    if args.csv is None:
+        results, freed = _measured(args.work, seen, controls=args.controls)
+        _print_table(results, freed)
+        return 0
+    with args.csv.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        results, freed = _measured(args.work, seen, controls=False)
+        for subjects in ("all", "seen", "unseen"):
+            writer.writerows(csv_rows("steps", results, freed, subjects))
+        results, freed = _measured(args.work, seen, controls=True)
+        writer.writerows(csv_rows("controls", results, freed, "all", only=BRIEF))
     return 0
+
+
+def _measured(work: Path, seen: Path, *, controls: bool) -> tuple[dict[str, Result], dict[str, list[FreedomRow]]]:
+    """The results of a table's models, and the freedom of those that are neither schnell nor base."""
+    models = CONTROLS if controls else SWEEP
+    results = {name: _probed(work, name, words, controls, seen) for name, words in models.items()}
+    middle = [name for name in models if name not in ENDS]
+    return results, {name: freedom(results[name], results["schnell"], results["base"]) for name in middle}
 
 
 def _probed(work: Path, name: str, words: Sequence[str], quick: bool, seen: Path) -> Result:
@@ -88,40 +113,81 @@ def _probed(work: Path, name: str, words: Sequence[str], quick: bool, seen: Path
     return read_result(out)
 
 
-def _table(
-    results: dict[str, Result], tables: dict[str, list[FreedomRow]], middle: Sequence[str], subset: str, *, brief: bool
-) -> None:
-    first = [row for row in tables[middle[0]] if row.subset == subset]
-    if brief:
-        places = [(name, dict(at)) for name, at in BRIEF]
-        first = [row for name, at in places for row in first if row.name == name and dict(row.at) == at]
-    found = {
-        name: {(row.name, tuple(sorted(row.at.items())), row.subset): row for row in tables[name]} for name in middle
-    }
-    print(f"| measure | schnell | {' | '.join(f'{name} (freedom)' for name in middle)} | base |")
-    print("|---" * (len(middle) + 3) + "|")
-    for row in first:
-        cells = []
-        for name in middle:
-            one = found[name].get(_key(row))
-            cells.append("–" if one is None else f"{_value(results[name], row, one.freed)} ({one.text})")
-        ends = [_value(results["schnell"], row, row.distilled), _value(results["base"], row, row.reference)]
+def csv_rows(
+    table: str,
+    results: dict[str, Result],
+    freed: dict[str, list[FreedomRow]],
+    subjects: str,
+    only: Places | None = None,
+) -> Iterator[list[str]]:
+    """A table's rows, by `COLUMNS`.
+
+    Args:
+        table: its name in the file.
+        results: by model, schnell first and base last.
+        freed: the freedom of each model between them.
+        subjects: "all", "seen" or "unseen".
+        only: the measures to write; None: all that were made.
+    """
+    for row, parts in _rows(freed, subjects, only):
         label, at = title(row.name, row.at, "emoji")
-        label = f"{label}, {place(at)}" if at else label
-        print(f"| {label} | {ends[0]} | {' | '.join(cells)} | {ends[1]} |")
+        for name, result in results.items():
+            part = parts.get(name)
+            if part is None and name not in ENDS:
+                continue
+            value = row.distilled if name == "schnell" else row.reference if part is None else part.freed
+            shown = [one.replace("–", "nan") for one in _value(result, row, value)]
+            yield [table, subjects, label, place(at), name, *shown, *_share(part)]
+
+
+def _rows(
+    freed: dict[str, list[FreedomRow]], subjects: str, only: Places | None
+) -> Iterator[tuple[FreedomRow, dict[str, FreedomRow]]]:
+    """Each measure of the first freed model, with the same measure of every freed model by its name."""
+    found = {name: {_key(row): row for row in rows} for name, rows in freed.items()}
+    first = [row for row in next(iter(freed.values())) if row.subset == subjects]
+    if only is not None:
+        first = [row for name, at in only for row in first if row.name == name and dict(row.at) == at]
+    for row in first:
+        yield row, {name: rows[_key(row)] for name, rows in found.items() if _key(row) in rows}
+
+
+def _share(row: FreedomRow | None) -> list[str]:
+    if row is None:
+        return [""] * 5
+    numbers = [f"{100 * one:.0f}" for one in (row.share, row.low, row.high)] if row.verdict == "gap" else [""] * 3
+    return [*numbers, row.verdict, "yes" if row.beyond else ""]
+
+
+def _print_table(results: dict[str, Result], freed: dict[str, list[FreedomRow]]) -> None:
+    print(f"| measure | schnell | {' | '.join(f'{name} (freedom)' for name in freed)} | base |")
+    print("|---" * (len(freed) + 3) + "|")
+    for row, parts in _rows(freed, "all", BRIEF):
+        label, at = title(row.name, row.at, "emoji")
+        middle = [
+            f"{_cell(results[name], row, parts[name].freed)} ({parts[name].text})" if name in parts else "–"
+            for name in freed
+        ]
+        ends = [_cell(results["schnell"], row, row.distilled), _cell(results["base"], row, row.reference)]
+        print(f"| {f'{label}, {place(at)}' if at else label} | {ends[0]} | {' | '.join(middle)} | {ends[1]} |")
 
 
 def _key(row: FreedomRow) -> tuple[object, ...]:
     return row.name, tuple(sorted(row.at.items(), key=str)), row.subset
 
 
-def _value(result: Result, row: FreedomRow, value: float) -> str:
-    """With its interval where it is one measure and no mean of several."""
+def _cell(result: Result, row: FreedomRow, value: float) -> str:
+    shown, low, high = _value(result, row, value)
+    return f"{shown} [{low}, {high}]" if low else shown
+
+
+def _value(result: Result, row: FreedomRow, value: float) -> tuple[str, str, str]:
+    """A value and the ends of its interval; a mean of several measures has no interval."""
     at = dict(row.at)
     if at.get("guidance") == "own":
         at["guidance"] = result.settings["own_guidance"]
     one = result.find(row.name, row.subset, **at)
-    return number(value) if one is None else f"{number(one.value)} [{number(one.low)}, {number(one.high)}]"
+    return (number(value), "", "") if one is None else (number(one.value), number(one.low), number(one.high))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from libreflux.data.order import Samples
 
 SETTINGS = {"vae": "synthetic", "text_encoders": "synthetic", "text_padding": "drop"}
+LATENTS, TEXTS = 1, 2  # the numbers of two shards
 SENTENCE = "a red apple on a wooden table beside an open window in soft morning light with long shadows"
 WORDS = SENTENCE.split()
 
@@ -39,22 +43,26 @@ def identity(number: int) -> str:
 def write_index(folder: Path, count: int) -> None:
     from libreflux.data import index
     from libreflux.data.crops import View
+    from libreflux.data.shards import add_shard, shard_sums
 
     view = View("aspect", 512, 64)
     sizes = [(64, 64), (48, 80), (80, 48), (56, 72)]
     with index.connect(folder) as connection:
         index.begin(connection, folder, SETTINGS)
         with index.transaction(connection):
-            rows = (
-                (index.latents_key(identity(n), view.name(0, "white")), n // 64 + 1, *sizes[n % 4])
-                for n in range(count)
-            )
-            connection.executemany("INSERT INTO latents VALUES (?, ?, ?, ?)", rows)
-            texts: Iterator[tuple[int, int, int]] = (
-                (index.text_key(text), n // 32 + 1, len(text) // 4) for n in range(count) for text in captions(n)
-            )
-            connection.execute("INSERT INTO texts VALUES (?, ?, ?)", (index.text_key(""), 1, 1))
-            connection.executemany("INSERT INTO texts VALUES (?, ?, ?)", texts)
+            for start in range(0, count, 2**14):
+                here = range(start, min(start + 2**14, count))
+                name = view.name(0, "white")
+                rows = [(index.latents_key(identity(n), name), LATENTS, *sizes[n % 4]) for n in here]
+                index.add_rows(connection, "latents", rows)
+                texts = [(index.text_key(text), TEXTS, len(text) // 4) for n in here for text in captions(n)]
+                index.add_rows(connection, "texts", texts)
+            index.add_rows(connection, "texts", [(index.text_key(""), TEXTS, 1)])
+            for number, kind in ((LATENTS, "latents"), (TEXTS, "texts")):
+                shard = folder / index.SHARDS / f"{kind}-00000000.safetensors"
+                shard.parent.mkdir(exist_ok=True)
+                shard.write_bytes(b"x")  # nothing is read of it
+                assert add_shard(connection, shard.name, 1, shard_sums(shard)) == number
 
 
 def resident_gb() -> float:
@@ -62,12 +70,23 @@ def resident_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+def padding_share(samples: Samples, batch: int) -> float:
+    """Share of the first epoch's text tokens, in [0, 1), that are padding to the longest caption of their unit."""
+    import numpy as np
+
+    from libreflux.data.order import _epoch
+
+    plan = _epoch(0, 0, samples, batch)
+    lengths = samples.lengths(plan.items, plan.visits)
+    return float(1 - lengths.sum() / (np.maximum.reduceat(lengths, plan.bounds[:-1]) * np.diff(plan.bounds)).sum())
+
+
 def measure(folder: Path, count: int) -> dict[str, float]:
     from libreflux.data.batches import Batches
     from libreflux.data.cache import Cache
     from libreflux.data.crops import View
     from libreflux.data.held_out import refuse_trained, split
-    from libreflux.data.order import padding_share, step_plan
+    from libreflux.data.order import step_plan
     from libreflux.data.prepare import _Wanted
     from libreflux.data.sources import Sample
     from libreflux.recipe import DataSource
@@ -109,7 +128,7 @@ def measure(folder: Path, count: int) -> dict[str, float]:
         "first_step_seconds": planned - addressed,
         "resume_seconds": again - planned,
         "index_seconds": again - listed,
-        "padding_share": padding_share(0, 0, batches.samples, 4),
+        "padding_share": padding_share(batches.samples, 4),
         "imports_gb": imported,
         "peak_gb": resident_gb(),
     }

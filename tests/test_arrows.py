@@ -13,15 +13,17 @@ import pytest
 import libreflux
 
 ROOT = Path(libreflux.__file__).parent
-GROUND = {"recipe", "files", "places", "keyed", "errors", "printing", "plainjson"}
+GROUND = {"recipe", "checksums", "files", "places", "keyed", "errors", "printing", "plainjson", "decided"}
 BELOW: dict[str, set[str]] = {
     "printing": set(),
     "plainjson": set(),
+    "checksums": set(),
     "errors": {"printing"},
     "keyed": set(),
+    "decided": set(),
     "places": {"errors"},
     "files": {"errors", "places", "plainjson", "printing"},
-    "recipe": {"errors", "files", "keyed"},
+    "recipe": {"errors", "files", "keyed", "places"},
     "flow": set(),
     "model": GROUND | {"flow"},
     "adapter": GROUND | {"flow", "model"},

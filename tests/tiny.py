@@ -150,3 +150,39 @@ def poison_latents(cache: Path, pictures: int | None = None) -> list[str]:
     save_file(tensors | {name: torch.full_like(tensors[name], torch.nan) for name in names}, shard, {"schema": "1"})
     assert shard.stat().st_size == size  # or the index would call it damaged
     return sorted({name.split("/")[0] for name in names})
+
+
+def change_json(path: Path, **changes: object) -> None:
+    """Other values in a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_weights(folder: Path) -> None:
+    """Every number of a part's one file of weights, 1 % larger."""
+    [file] = folder.glob("*.safetensors")
+    save_file({name: 1.01 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+
+
+DECIDING = {
+    "transformer": lambda model: change_weights(model / "transformer"),
+    "transformer's configuration": lambda model: change_json(
+        model / "transformer" / "config.json", axes_dims_rope=[6, 4, 6]
+    ),
+    "VAE": lambda model: change_weights(model / "vae"),
+    "VAE's configuration": lambda model: change_json(model / "vae" / "config.json", scaling_factor=0.5),
+    "CLIP": lambda model: change_weights(model / "text_encoder"),
+    "T5": lambda model: change_weights(model / "text_encoder_2"),
+    "tokenizer": lambda model: change_json(model / "tokenizer_2" / "tokenizer_config.json", another="setting"),
+    "shift": lambda model: change_json(model / "libreflux.json", shift=3.0),
+    "tokens": lambda model: change_json(model / "libreflux.json", max_tokens=256),
+    "padding": lambda model: change_json(model / "libreflux.json", text_padding="trim"),
+}
+"""What decides the pictures of a tiny model that lies in a folder of its own, each with a change of it."""
+UNDECIDING = {
+    "licence": lambda model: change_json(model / "libreflux.json", licence="mit", lineage={"base": "elsewhere"}),
+    "library": lambda model: change_json(
+        model / "transformer" / "config.json", _diffusers_version="0.99", _name_or_path="elsewhere"
+    ),
+    "picture of the model": lambda model: (model / "README.md").write_text("A model."),
+}
+"""What does not."""

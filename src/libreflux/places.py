@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import os
 import re
@@ -47,6 +48,27 @@ def placed(path: Path, errors: Collection[int] = PLACE_ERRORS) -> Iterator[None]
         if number not in errors:
             raise
         raise RunError(os.strerror(number), where=path, mend=_MEND) from error
+
+
+def nearest(path: Path) -> Path | None:
+    """What is there and may be meant by a path that is not: the nearest name in the folder where the path ends."""
+    path, rest = Path(path), list[str]()
+    with contextlib.suppress(OSError, ValueError):
+        while not os.path.lexists(path.parent) and path.name:
+            path, rest = path.parent, [path.name, *rest]
+        names = {name.casefold(): name for name in sorted(os.listdir(path.parent)) if not name.startswith(".")}
+        if found := difflib.get_close_matches(path.name.casefold(), names, n=1, cutoff=0.7):
+            near = path.with_name(names[found[0]])
+            while rest and os.path.lexists(near / rest[0]):
+                near /= rest.pop(0)
+            return near
+    return None
+
+
+def did_you_mean(path: Path, otherwise: str = "check the path") -> str:
+    """The mend for a path that is not there: the nearest one that is, or `otherwise`."""
+    near = nearest(path)
+    return otherwise if near is None else f"did you mean {near}?"
 
 
 def new_place(path: Path) -> None:

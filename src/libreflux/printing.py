@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
+import os
 import re
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 # Control characters, lone surrogates, line ends of Unicode's, and marks that turn the direction of what follows.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -24,6 +28,17 @@ def printable(text: object, keep: str = "") -> str:
         return found[0] if found[0] in keep else f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
     return _UNPRINTABLE.sub(shown, str(text))
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """ "1 picture", "1,200 pictures": a count and what it counts.
+
+    Args:
+        count: how many.
+        noun: one of them.
+        plural: several of them; None: the noun with an s.
+    """
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -59,7 +74,41 @@ def say_json(text: str) -> None:
 
 
 def never_fail() -> None:
-    """From here on stdout and stderr escape what their encoding lacks: no work is lost for a file's name."""
-    for stream in (sys.stdout, sys.stderr):
+    """From here on no work is lost for what is printed.
+
+    stdout and stderr escape what their encoding lacks, as a file's name may; and a terminal that is lost, which refuses
+    what is written to it before the system says so (SIGHUP), is written to no more.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+            if stream.isatty():
+                setattr(sys, name, _lasting(stream))
+
+
+def hush(handles: Sequence[int]) -> None:
+    """Lets what is written to these files, by number, come to nothing, without an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for handle in handles:
+        os.dup2(nowhere, handle)
+    os.close(nowhere)
+
+
+class _Terminal(io.FileIO):
+    """A terminal's file; once the terminal is lost, what is written comes to nothing."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            hush([self.fileno()])
+            return len(data)
+
+
+def _lasting(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    stream.flush()
+    raw = _Terminal(stream.fileno(), "wb", closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors, line_buffering=True)

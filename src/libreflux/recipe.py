@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from libreflux import recipe_faults, recipe_yaml
 from libreflux.errors import RecipeError
+from libreflux.places import did_you_mean
 from libreflux.recipe_sections import (
     AdapterSpec,
     DataSource,
@@ -287,7 +288,7 @@ def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Reci
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError("no such recipe", where=path, mend="check the path") from None
+        raise RecipeError("no such recipe", where=path, mend=did_you_mean(Path(path))) from None
     except (OSError, ValueError) as error:
         raise RecipeError(f"cannot be read ({error})", where=path, mend="give a YAML file in UTF-8") from None
     return read_recipe(text, str(path), overrides)

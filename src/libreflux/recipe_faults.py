@@ -13,6 +13,35 @@ from pydantic import BaseModel, ValidationError
 from libreflux.errors import RecipeError
 
 Section = type[BaseModel]
+ELSEWHERE = {
+    "optimizer.learning_rate": "lr unet_lr",
+    "optimizer.warmup": "lr_warmup_steps warmup_steps",
+    "optimizer.schedule": "lr_scheduler scheduler",
+    "optimizer.clip": "max_grad_norm gradient_clipping",
+    "optimizer.kind": "optimizer_type use_8bit_adam",
+    "adapter.rank": "network_dim network_rank lora_rank",
+    "adapter.alpha": "network_alpha lora_alpha",
+    "adapter.kind": "network_type network_module lora_type",
+    "steps": "max_train_steps max_steps num_steps num_train_steps train_steps epochs max_train_epochs num_train_epochs",
+    "batch": "batch_size train_batch_size per_device_train_batch_size",
+    "accumulate": "gradient_accumulation_steps gradient_accumulation grad_accum",
+    "model": "pretrained_model_name_or_path pretrained_model base_model model_name model_path checkpoint",
+    "base": "mixed_precision dtype precision quantize base_model_precision",
+    "out": "output_dir output output_path save_dir logging_dir",
+    "data.0.path": "instance_data_dir train_data_dir data_dir dataset dataset_path folder_path instance_dir images",
+    "data.0.repeats": "num_repeats",
+    "data.0.caption_dropout": "caption_dropout_rate caption_dropout_probability",
+    "save.every": "checkpointing_steps save_every_n_steps save_steps save_every",
+    "save.keep": "checkpoints_total_limit save_total_limit max_step_saves_to_keep",
+    "samples.every": "validation_steps sample_every_n_steps sample_every",
+    "samples.prompts": "validation_prompt validation_prompts sample_prompts",
+    "guidance": "guidance_scale cfg cfg_scale",
+    "seed": "random_seed manual_seed",
+    "cache": "cache_dir cache_latents cache_latents_to_disk",
+    "held_out.share": "validation_split",
+}
+"""Keys of a recipe, and what other trainers usually call them."""
+_ALIASES = {name: key for key, names in ELSEWHERE.items() for name in names.split()}
 
 
 def explain(error: ValidationError, where: str, root: Section) -> RecipeError:
@@ -36,7 +65,7 @@ def explain(error: ValidationError, where: str, root: Section) -> RecipeError:
         what, mend = "unknown key", _nearest(path, root)
     elif fault["type"] == "missing" and isinstance(path[-1], str):
         what = "this key is needed"
-        mend = f"add it: {_keys(_section(path[:-1], root))[path[-1]].description}"
+        mend = f"add it: {keys_of(section_at(path[:-1], root))[path[-1]].description}"
     else:
         what = _told(fault)
         name, field = _field(path, root) or ("", None)
@@ -84,45 +113,55 @@ def _key_path(loc: Sequence[str | int]) -> tuple[str | int, ...]:
 
 
 def _nearest(path: Sequence[str | int], root: Section) -> str:
-    wrong, here = _short(str(path[-1])), list(_keys(_section(path[:-1], root)))
+    wrong, here = _short(str(path[-1])), list(keys_of(section_at(path[:-1], root)))
+    if alias := meant_key(wrong):
+        return f"did you mean {alias!r}?"
     if close := difflib.get_close_matches(wrong, here, 1, 0.6):
         return f"did you mean {close[0]!r}?"
-    everywhere = {key.rsplit(".", 1)[-1]: key for key in _dotted_keys(root)}
+    deepest_first = sorted(dotted_keys(root), key=lambda key: -key.count("."))
+    everywhere = {key.rsplit(".", 1)[-1]: key for key in deepest_first}
     if close := difflib.get_close_matches(wrong, everywhere, 1, 0.75):
         return f"did you mean {everywhere[close[0]]!r}?"
-    return f"the keys here are {', '.join(here)}"
+    return f"the keys here are {', '.join(here)}; `libreflux recipe` says what each is"
 
 
-def _keys(section: Section) -> dict[str, Any]:
+def meant_key(name: str) -> str | None:
+    """The recipe's key for what another trainer calls so, with dashes or without; None for other names."""
+    return _ALIASES.get(name.strip("-").replace("-", "_").lower())
+
+
+def keys_of(section: Section) -> dict[str, Any]:
     """Fields by the spelling that a recipe uses."""
     return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
-def _inside(annotation: Any) -> Section | None:
+def section_in(annotation: Any) -> Section | None:
     """The section that a field holds, or a list of."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next(filter(None, map(_inside, typing.get_args(annotation))), None)
+    return next(filter(None, map(section_in, typing.get_args(annotation))), None)
 
 
 def _field(path: Sequence[str | int], root: Section) -> tuple[str, Any] | None:
     """Name and definition of the innermost field on the way to a value; None at the root."""
     for index in reversed(range(len(path))):
-        found = _keys(_section(path[:index], root)).get(str(path[index]))
+        found = keys_of(section_at(path[:index], root)).get(str(path[index]))
         if isinstance(path[index], str) and found:
             return str(path[index]), found
     return None
 
 
-def _section(path: Sequence[str | int], root: Section) -> Section:
+def section_at(path: Sequence[str | int], root: Section) -> Section:
+    """The section that a key, or a value in it, leads to; numbers of list items are passed over."""
     for part in path:
-        field = _keys(root).get(str(part))
-        root = (_inside(field.annotation) if field else None) or root
+        field = keys_of(root).get(str(part))
+        root = (section_in(field.annotation) if field else None) or root
     return root
 
 
-def _dotted_keys(section: Section, prefix: str = "") -> Iterator[str]:
-    for name, field in _keys(section).items():
+def dotted_keys(section: Section, prefix: str = "") -> Iterator[str]:
+    """Every key below a section, sections included, without numbers of list items."""
+    for name, field in keys_of(section).items():
         yield prefix + name
-        if inside := _inside(field.annotation):
-            yield from _dotted_keys(inside, f"{prefix}{name}.")
+        if inside := section_in(field.annotation):
+            yield from dotted_keys(inside, f"{prefix}{name}.")

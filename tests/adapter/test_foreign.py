@@ -17,6 +17,7 @@ from libreflux.adapter.export import export_adapter
 from libreflux.adapter.files import attach_file, load_adapter
 from libreflux.adapter.layers import delta_weight
 from libreflux.adapter.merge import merge
+from libreflux.adapter.peft import Config
 from libreflux.cli.adapters import adapter_file
 from libreflux.cli.export import _is_adapter
 from libreflux.errors import AdapterError, LibrefluxError
@@ -110,6 +111,32 @@ def test_a_scale_that_cannot_be_known(tmp_path: Path, config: dict[str, Any], wo
         load_adapter(peft_folder(tmp_path / "peft", **config))
 
 
+@pytest.mark.parametrize("of", ["alpha_pattern", "rank_pattern"])
+@pytest.mark.parametrize("pattern", ["(.|.)*[XYZ]", "(.|[a-z.]|_)+[XYZ]"])
+def test_a_pattern_that_takes_for_ever_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of: str, pattern: str
+) -> None:
+    monkeypatch.setattr(Config, "left", 0.02)
+    folder = peft_folder(tmp_path / "peft", **{of: {pattern: 4}})
+    with pytest.raises(AdapterError, match=f"its {of} takes too long to match; mend: name the layers"):
+        load_adapter(folder)
+
+
+@pytest.mark.parametrize("pattern", ["([a-z_.0-9]+)+[XYZ]", "(.+)+!"])
+def test_a_pattern_that_would_take_for_ever_in_pythons_own_engine_fits_no_layer(tmp_path: Path, pattern: str) -> None:
+    plain = load_adapter(peft_folder(tmp_path / "plain"))
+    found = load_adapter(peft_folder(tmp_path / "peft", alpha_pattern={pattern: 100}))
+    assert all(torch.equal(tensor, plain.tensors[name]) for name, tensor in found.tensors.items())
+
+
+def test_many_patterns_share_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them alone is quick."""
+    monkeypatch.setattr(Config, "left", 0.1)
+    many = {f"(.+)(.+)(.+){number}": 4 for number in range(100_000)}
+    with pytest.raises(AdapterError, match="its alpha_pattern takes too long"):
+        load_adapter(peft_folder(tmp_path / "peft", alpha_pattern=many))
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", "\x80"])
 def test_a_damaged_configuration(tmp_path: Path, text: str) -> None:
     folder = peft_folder(tmp_path / "peft")
@@ -201,7 +228,7 @@ def test_one_adapter_of_two_dtypes(tmp_path: Path) -> None:
             {"bundle_emb.mytoken.clip_l": torch.ones(1, 16), "bundle_emb.mytoken.t5": torch.ones(1, 32)},
             "2 tensors for text",
         ),
-        ({"text_encoder.x.lora_A.weight": torch.ones(2, 2)}, "1 tensors for text"),
+        ({"text_encoder.x.lora_A.weight": torch.ones(2, 2)}, "1 tensor for text"),
         ({f"diffusion_model.{LAYER}.diff_b": torch.zeros(32)}, ""),
         ({"diffusion_model.double_blocks.0.img_attn.norm.query_norm.diff": torch.zeros(16)}, ""),
         ({"diffusion_model.img_in.diff": torch.zeros(32, 64, dtype=FP8)}, ""),

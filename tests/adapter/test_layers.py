@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from libreflux.adapter.factors import factorization, lokr_shapes
 from libreflux.adapter.layers import (
     AdaptedLinear,
     LoKr,
@@ -18,10 +19,8 @@ from libreflux.adapter.layers import (
     delta_from_tensors,
     delta_weight,
     dense_weight,
-    factorization,
     linears,
     lokr_apply,
-    lokr_shapes,
 )
 from libreflux.errors import AdapterError
 

@@ -186,7 +186,7 @@ def test_text_encoders_tensors_are_left_out_with_a_word(tmp_path: Path, caplog: 
     save_file(load_file(tmp_path / "kohya.safetensors") | text, tmp_path / "both.safetensors")
     read = load_adapter(tmp_path / "both.safetensors")
     assert read.tensors.keys() == load_adapter(tmp_path / "own.safetensors").tensors.keys()
-    assert "1 tensors for text encoders are not used" in caplog.text
+    assert "transformer's tensors are used, not 1 tensor for text encoders" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from libreflux.adapter.files import load_adapter
 from libreflux.cli import comparing, demo, demo_page
 from libreflux.cli.probing import Request
 from libreflux.errors import RunError
-from libreflux.model.family import open_model
+from opened import opened
 
 
 class _Text(HTMLParser):
@@ -38,9 +38,7 @@ class _Text(HTMLParser):
 
 @pytest.mark.parametrize("name", ["emoji-base", "emoji-schnell"])
 def test_the_family_is_whole(name: str) -> None:
-    model = open_model(name)
-    assert model.transformer is not None
-    assert model.vae is not None and model.text is not None
+    model = opened(name)
     assert sum(p.numel() for p in model.vae.parameters()) <= 2_000_000
     assert model.facts.text_padding == "drop"
 

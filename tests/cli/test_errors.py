@@ -87,7 +87,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             ["generate", "x", "--guidance-start", ".5", "--guidance-stop", ".5"],
             ["--guidance-start", "not below the stop"],
         ),
-        (["generate", "x", "--guidance-start", ".6", "--guidance-stop", ".7", "--steps", "4"], ["no one of 4 steps"]),
+        (["generate", "x", "--guidance-start", ".6", "--guidance-stop", ".7", "--steps", "4"], ["no step of 4"]),
         (["generate", "x", "--guidance-start", ".5", "--no-cfg-until", "1"], ["--no-cfg-until", "--guidance-start"]),
         (["generate", "x", "--guidance", "0.5", "--guidance-rescale", "0.5"], ["--guidance-rescale", "no effect"]),
         (["generate", "x", "--guidance-rescale", "2"], ["--guidance-rescale", "cannot be 2", "mend"]),

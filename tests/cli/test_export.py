@@ -23,17 +23,17 @@ from libreflux.adapter.layers import linear_shapes
 from libreflux.adapter.targets import Target, resolve
 from libreflux.model.family import open_model, read_facts
 from libreflux.model.int8 import int8_layers
+from opened import opened
 
 
 def test_a_model_goes_to_int8_and_to_diffusers(run: Callable, tiny_model_dir: Path, tmp_path: Path) -> None:
     assert run("export", tiny_model_dir, "--int8", "--out", tmp_path / "small").code == 0
     small = open_model(tmp_path / "small").load_transformer()
-    assert small is not None and int8_layers(small)
+    assert int8_layers(small)
 
     assert run("export", tmp_path / "small", "--for", "diffusers", "--out", tmp_path / "whole").code == 0
     theirs = FluxPipeline.from_pretrained(tmp_path / "whole").transformer
     dense = open_model(tmp_path / "small").load_transformer(quantise=False)
-    assert dense is not None
     assert all(torch.equal(a, b) for a, b in zip(theirs.parameters(), dense.parameters(), strict=True))
 
 
@@ -103,9 +103,7 @@ def test_a_model_goes_to_comfyui_and_comes_back(run: Callable, tmp_path: Path) -
         assert all(value[0] in workflow for value in node["inputs"].values() if isinstance(value, list))
 
     assert run("export", "--comfyui", tmp_path / "comfy", "--for", "diffusers", "--out", tmp_path / "again").code == 0
-    once = open_model("emoji-libre", quantise=False)
-    again = open_model(tmp_path / "again")
-    assert once.transformer and again.transformer and once.text and again.text and once.vae and again.vae
+    once, again = opened("emoji-libre", quantise=False), opened(tmp_path / "again")
     for one, other in ((once.transformer, again.transformer), (once.vae, again.vae)):
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     assert again.facts == dataclasses.replace(once.facts, parts_from=None)

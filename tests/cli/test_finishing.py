@@ -140,14 +140,14 @@ def test_what_a_finished_run_advises_works_when_it_is_pasted(
     common = ["train", recipe, f"out={json.dumps(name)}", "steps=1", "samples.every=0", f"cache={in_folder / 'cache'}"]
     done = run(*common, 'samples={every: 0, prompts: ["--a fox"]}' if name.startswith("-") else "samples.every=0")
     assert (done.code, done.out) == (0, f"adapter: {name}/adapter.safetensors\n"), done.err
-    assert "finished: all 1 steps are done\nwhat can be done with it:\n  libreflux generate --model " in done.err
+    assert "finished: its one step is done\nwhat can be done with it:\n  libreflux generate --model " in done.err
     pasted = [line.strip() for line in done.err.splitlines() if line.startswith("  libreflux ")]
     assert [shlex.split(line)[1] for line in pasted] == ["generate", "average", "merge"]
     for line in pasted:
         result = run(*shlex.split(line)[1:])
         assert result.code == 0, (line, result.err)
     again = run(*common[:-2], f"cache={in_folder / 'cache'}")
-    assert again.code == 0 and "this run was finished before: all 1 steps are done; raise steps to go on" in again.err
+    assert again.code == 0 and "this run was finished before: its one step is done; raise steps to go on" in again.err
     pasted = [line.strip() for line in again.err.splitlines() if line.startswith("  libreflux ")]
     assert all(not os.path.lexists(shlex.split(line)[shlex.split(line).index("--out") + 1]) for line in pasted)
 

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from libreflux.model.family import open_model, weights_hash
+from opened import opened
 
 
 def one_line(outcome: tuple[int, str, str], *parts: str) -> None:
@@ -86,14 +87,12 @@ def test_a_lone_variant_is_read_and_said(
     libreflux: Callable, tiny_model_dir: Path, tmp_path: Path, sharded: bool
 ) -> None:
     model = shutil.copytree(tiny_model_dir, tmp_path / "model")
-    opened = open_model(tiny_model_dir)
-    assert opened.transformer is not None and opened.text is not None
-    parts = {"transformer": opened.transformer, "text_encoder_2": opened.text.text_encoder_2}
+    whole = opened(tiny_model_dir)
+    parts = {"transformer": whole.transformer, "text_encoder_2": whole.text.text_encoder_2}
     for part, live in parts.items():
         shutil.rmtree(model / part)
         live.half().save_pretrained(model / part, variant="fp16", max_shard_size="60KB" if sharded else "1GB")
-    found = open_model(model)
-    assert found.transformer is not None and found.text is not None
+    found = opened(model)
     for part, read in (("transformer", found.transformer), ("text_encoder_2", found.text.text_encoder_2)):
         kept = read.state_dict()
         assert all(torch.equal(tensor, kept[name].half()) for name, tensor in parts[part].state_dict().items())
@@ -102,8 +101,8 @@ def test_a_lone_variant_is_read_and_said(
     assert code == 0 and err.count("as the variant fp16 alone: that is read") == 2, err
     code, _, err = libreflux(tmp_path, "export", model, "--int8", "--out", "int8")
     assert code == 0, err
-    again = open_model(tmp_path / "int8").load_text()  # under plain names, which every program reads
-    assert again is not None and not [*(tmp_path / "int8" / "text_encoder_2").glob("model.fp16.*")]
+    open_model(tmp_path / "int8").load_text()  # under plain names, which every program reads
+    assert not [*(tmp_path / "int8" / "text_encoder_2").glob("model.fp16.*")]
 
 
 def test_a_variant_beside_the_plain_weights_has_no_say(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -112,5 +111,5 @@ def test_a_variant_beside_the_plain_weights_has_no_say(tiny_model_dir: Path, tmp
     halves = {name: torch.zeros_like(tensor, dtype=torch.float16) for name, tensor in load_file(file).items()}
     save_file(halves, file.with_name("diffusion_pytorch_model.fp16.safetensors"))
     read, plain = (open_model(where).load_transformer() for where in (model, tiny_model_dir))
-    assert read is not None and plain is not None and read.dtype == torch.float32
+    assert read.dtype == torch.float32
     assert torch.equal(read.proj_out.weight, plain.proj_out.weight)

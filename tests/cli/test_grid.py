@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from libreflux.cli.grid import numbers
+from libreflux.cli.grid import Column, _Cells, numbers
 from libreflux.errors import RecipeError
-from libreflux.sample.metadata import read_origin
+from libreflux.sample.metadata import Origin, read_origin, save_png
+from tiny import DECIDING, UNDECIDING, change_json
 
 
 def test_cells_are_what_generate_draws_and_are_drawn_once(
@@ -22,7 +25,7 @@ def test_cells_are_what_generate_draws_and_are_drawn_once(
     command = ["grid", "a cat", evil, "--model", tiny_model_dir, "--steps", "1,2", "--seeds", "0:1", "--out", out]
     first = run(*command, "--guidance", "1:3:2")
     assert first.code == 0, first.err
-    assert "16 of 16 cells were drawn now" in first.out
+    assert "16 of 16 cells drawn now" in first.out
     cells = {file: file.stat().st_mtime_ns for file in (out / "cells").iterdir()}
     assert len(cells) == 16
 
@@ -51,7 +54,7 @@ def test_cells_are_what_generate_draws_and_are_drawn_once(
     # Torn, and one more column: only what is missing is drawn.
     one.write_bytes(one.read_bytes()[:50])
     again = run(*command, "--guidance", "1,3,4")
-    assert "9 of 24 cells were drawn now" in again.out
+    assert "9 of 24 cells drawn now" in again.out
     assert all(file.stat().st_mtime_ns == when for file, when in cells.items() if file != one)
 
     page = (out / "index.html").read_text("utf-8")
@@ -61,6 +64,85 @@ def test_cells_are_what_generate_draws_and_are_drawn_once(
     with Image.open(out / "grid.png") as sheet:
         side = read_origin(one).width
         assert sheet.width > 6 * side and sheet.height > 4 * side
+
+
+def blank(cells: _Cells, column: Column, prompt: str, seed: int, told: Any) -> tuple[Path, Origin]:
+    """In a drawing's place, where only whether it is drawn is asked."""
+    steps, scale = (getattr(cells._identity(column.model), name)(column) for name in ("steps", "guidance"))
+    origin = Origin(prompt=prompt, seed=seed, steps=steps, guidance=scale, width=16, height=16, model=column.model)
+    save_png(Image.new("RGB", (16, 16)), path := cells._path(column, prompt, seed), origin)
+    cells.made += 1
+    return path, origin
+
+
+def test_a_cell_is_drawn_anew_when_anything_that_decides_it_changes(
+    run: Callable[..., Any], tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Cells, "_draw", blank)
+    model, out = tmp_path / "model", tmp_path / "grid"
+    shutil.copytree(tiny_model_dir, model)
+    command = ["grid", "a cat", "--steps", 1, "--out", out, "--model"]
+
+    def drawn(*words: Any) -> bool:
+        done = run(*command, *words)
+        assert done.code == 0, done.err
+        return "1 of 1 cell drawn now" in done.out
+
+    assert drawn(model) and not drawn(model)
+    for name, change in UNDECIDING.items():
+        change(model)
+        assert not drawn(model), name
+    moved = model.rename(tmp_path / "moved")
+    torch.set_num_threads(before := torch.get_num_threads())
+    try:
+        torch.set_num_threads(before + 1)
+        assert not drawn(moved) and not drawn(moved, "--device", "cpu")
+    finally:
+        torch.set_num_threads(before)
+    for name, change in DECIDING.items():
+        change(moved)
+        assert drawn(moved) and not drawn(moved), name
+    for words in (["--guidance", 2], ["--negative", "a dog", "--guidance", 2], ["--width", 48], ["--seeds", 1]):
+        assert drawn(moved, *words) and not drawn(moved, *words), words
+    change_json(moved / "libreflux.json", guidance=2.0)  # what a cell names itself is not the model's to change
+    assert not drawn(moved, "--guidance", 2)
+
+
+def test_own_steps_and_guidance_are_the_models_own_of_today(
+    run: Callable[..., Any], tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Cells, "_draw", blank)
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    for facts in ({"steps": 1}, {"steps": 2}, {"guidance": 2}):
+        change_json(model / "libreflux.json", **facts)
+        done = run("grid", "a cat", "--model", model, "--out", tmp_path / "grid")
+        assert "1 of 1 cell drawn now" in done.out
+    assert {(o.steps, o.guidance) for o in map(read_origin, (tmp_path / "grid" / "cells").iterdir())} == {
+        (1, 3.0), (2, 3.0), (2, 2.0),
+    }  # fmt: skip
+
+
+def test_two_models_of_equal_transformers_have_cells_of_their_own(
+    run: Callable[..., Any], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    models = [tmp_path / "one", tmp_path / "two"]
+    for model in models:
+        shutil.copytree(tiny_model_dir, model)
+    DECIDING["VAE"](models[1])
+    command = ["grid", "a cat", "--model", models[0], "--model", models[1], "--steps", 1, "--out", tmp_path / "grid"]
+    assert "2 of 2 cells drawn now" in run(*command).out
+    assert "0 of 2 cells drawn now" in run(*command).out
+    page = (tmp_path / "grid" / "index.html").read_text("utf-8")
+    assert ">one, guidance" in page and ">two, guidance" in page
+
+
+def test_a_grid_has_one_bar(run: Callable[..., Any], tiny_model_dir: Path, tmp_path: Path) -> None:
+    done = run("grid", "a cat", "a dog", "--model", tiny_model_dir, "--steps", "1,2", "--out", tmp_path / "grid")
+    assert [line for line in done.err.splitlines() if line.startswith("drawing:")] == [
+        line for line in done.err.splitlines() if line.startswith("drawing: 6/6, ") and line.endswith("cell 4 of 4")
+    ]
+    assert done.err.count("drawing:") == 1
 
 
 def test_ranges_and_lists() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from libreflux.cli import drawing
 from libreflux.cli.drawing import open_for_drawing, texts_of
 from libreflux.cli.options import Offload
 from libreflux.errors import RecipeError
-from libreflux.model.family import Model, open_model
+from libreflux.model.family import ModelSource, open_model
 from libreflux.sample.metadata import Origin
 from tiny import tiny_transformer
 
@@ -31,10 +31,10 @@ CPU = torch.device("cpu")
 
 
 class Watch:
-    """`open_model`, and how many text encoders and transformers lived when a transformer was asked for."""
+    """Which parts were loaded, and how many text encoders and transformers lived when a transformer was asked for."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, ...]] = []
+        self.asked: list[str] = []
         self.alive: list[tuple[int, int]] = []
         self._texts: list[weakref.ref] = []
         self._transformers: list[weakref.ref] = []
@@ -43,24 +43,31 @@ class Watch:
         """How many text encoders, and weights of theirs, still live."""
         return sum(ref() is not None for ref in self._texts)
 
-    def __call__(self, name: str, *, parts: Sequence[str] = (), **options: Any) -> Model:
-        if "transformer" in parts:
-            counts = (sum(ref() is not None for ref in refs) for refs in (self._texts, self._transformers))
-            self.alive.append(tuple(counts))
-        model = open_model(name, parts=parts, **options)
-        self.asked.append(tuple(parts))
-        if model.text is not None:
-            both = (model.text.text_encoder, model.text.text_encoder_2)
-            self._texts += [weakref.ref(kept) for one in both for kept in (one, *one.parameters())]
-        if model.transformer is not None:
-            self._transformers.append(weakref.ref(model.transformer))
-        return model
+    def watched(self, part: str) -> Callable[..., Any]:
+        """ModelSource's way to load a part."""
+        load = getattr(ModelSource, f"load_{part}")
+
+        def loaded(source: ModelSource, **options: Any) -> Any:
+            if part == "transformer":
+                counts = (sum(ref() is not None for ref in refs) for refs in (self._texts, self._transformers))
+                self.alive.append(tuple(counts))
+            found = load(source, **options)
+            self.asked.append(part)
+            if part == "text":
+                both = (found.text_encoder, found.text_encoder_2)
+                self._texts += [weakref.ref(kept) for one in both for kept in (one, *one.parameters())]
+            if part == "transformer":
+                self._transformers.append(weakref.ref(found))
+            return found
+
+        return loaded
 
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     made = Watch()
-    monkeypatch.setattr(drawing, "open_model", made)
+    for part in ("transformer", "vae", "text"):
+        monkeypatch.setattr(ModelSource, f"load_{part}", made.watched(part))
     return made
 
 
@@ -69,7 +76,7 @@ def test_the_text_encoders_are_gone_when_the_transformer_comes(
 ) -> None:
     command = ["generate", "a fox", "a red apple", "--model", tiny_model_dir, "--steps", 2, "--out"]
     assert run(*command, tmp_path / "auto").code == 0
-    assert watch.asked == [(), ("vae",), ("text",), ("transformer",)] and watch.alive == [(0, 0)]
+    assert watch.asked == ["vae", "text", "transformer"] and watch.alive == [(0, 0)]
     assert run(*command, tmp_path / "none", "--offload", "none").code == 0
     assert watch.alive[1][0] > 10  # the watch sees what is alive
     for one in (tmp_path / "auto").iterdir():
@@ -118,7 +125,6 @@ def test_sequential_brings_the_encoders_block_by_block(
     assert kept is None and watch.living() == 0
     assert {"T5Block", "CLIPEncoderLayer", "Embedding"} <= on_device.brought
     text = open_model(tiny_model_dir).load_text()
-    assert text is not None
     encoders = (text.text_encoder_2, text.text_encoder)
     sizes = [sum(one.numel() for one in encoder.parameters()) for encoder in encoders]
     largest = max(
@@ -160,8 +166,7 @@ def test_the_vae_rests_on_the_cpu_where_parts_wait(
     tiny_model_dir: Path, offload: Offload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drawing, "device_for", lambda *_: torch.device("meta"))
-    vae = open_for_drawing(str(tiny_model_dir), offload=offload).model.vae
-    assert vae is not None
+    vae = open_for_drawing(str(tiny_model_dir), offload=offload).vae
     assert vae.device.type == ("meta" if offload is Offload.auto else "cpu")
 
 

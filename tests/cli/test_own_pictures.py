@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from libreflux.emoji import compose
 from libreflux.sample.metadata import read_origin
@@ -44,7 +45,8 @@ def place(run: Callable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
 def _draw(run: Callable, adapter: object, out: Path) -> bytes:
     done = run("generate", "a fox", "--adapter", adapter, "--steps", 1, "--out", out)
     assert done.code == 0, done.err
-    return out.read_bytes()
+    with Image.open(out) as image:
+        return image.tobytes()
 
 
 def test_the_readmes_commands_draw_with_what_was_trained(place: Path) -> None:

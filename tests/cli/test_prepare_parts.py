@@ -59,3 +59,20 @@ def test_a_device_without_memory_is_one_line(
     [line] = [line for line in done.err.splitlines() if "out of memory" in line]
     assert done.code != 0 and "encoding" in line and "mend:" in line
     assert "Traceback" not in done.err and "long advice" not in done.err
+
+
+def test_prepare_reads_all_that_is_there_and_makes_damaged_shards_anew(
+    run: Callable, tiny_model_dir: Path, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "cache"
+    command = ["prepare", pictures, "--model", tiny_model_dir, "--resolution", 32, "--device", "cpu", "--out", out]
+    assert run(*command).code == 0
+    [shard] = (out / "shards").glob("latents-*")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert run(*command).code == 0
+    assert f"{shard} was damaged: what it held is made anew" in [record.getMessage() for record in caplog.records]
+    assert shard.read_bytes() == whole
+    (out / "index.sqlite3").write_bytes((out / "index.sqlite3").read_bytes()[:5000])
+    refused = run(*command)
+    assert refused.code == 2 and "damaged index" in refused.err and "Traceback" not in refused.err

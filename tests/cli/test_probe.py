@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from libreflux.cli import probing
+from libreflux.data import encode
+from libreflux.errors import DataError
+from libreflux.probe import run as probe_run
+from libreflux.probe.bench import Bench
+from libreflux.probe.drawing import Drawn, Wanted
 from libreflux.probe.judges import Judge
-from libreflux.probe.results import read_result
+from libreflux.probe.results import Measure, read_result
+from libreflux.probe.section import Found, Section
+from libreflux.probe.settings import Settings
+from opened import opened
+from tiny import DECIDING, UNDECIDING, change_json
 
 SMALL = ["--quick", "--prompts", 3, "--guidance", "1,3", "--steps", "2,4"]
+CACHED = ("VAE", "VAE's configuration", "CLIP", "T5", "tokenizer", "tokens", "padding")
+"""What decides the probe's cache."""
 SECTIONS = ["pictures", "guidance", "steps", "diversity", "padding", "negative"]
 
 
@@ -84,6 +99,88 @@ def test_the_same_command_measures_nothing_again_and_other_settings_do(
     assert run(*command, "--seen", seen).code == 0
     assert {one.subset for one in read_result(done).measures} >= {"all", "seen"}
     assert all(path.stat().st_mtime_ns != before for path, before in files.items())
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the sections that are measured from here on, each without a model: which ones is what is asked."""
+    names: list[str] = []
+
+    def stub(section: Section) -> Section:
+        row = Measure(name="x", at={}, subset="all", value=1.0, low=0.0, high=2.0, replicates=[1.0])
+        return dataclasses.replace(section, measure=lambda bench: (names.append(section.name), Found([row]))[1])
+
+    for module in (probing, encode):  # it collects garbage, which takes a third of a second
+        monkeypatch.setattr(module, "release", lambda device: None)
+    monkeypatch.setattr(probe_run, "SECTIONS", tuple(map(stub, probe_run.SECTIONS)))
+    bench = SimpleNamespace(transformer=SimpleNamespace(device=torch.device("cpu")), has_drawn=lambda wanted: False)
+    monkeypatch.setattr(probing, "_open", lambda request, subject, data, *rest: with_settings(bench, data.settings))
+    return names
+
+
+def with_settings(bench: Any, settings: Settings) -> Any:
+    bench.settings = settings
+    return bench
+
+
+def test_a_measure_is_made_anew_when_anything_that_decides_it_changes(
+    tiny_model_dir: Path, plain: Path, judge: Path, tmp_path: Path, measured: list[str]
+) -> None:
+    model, data, out = tmp_path / "model", tmp_path / "data", tmp_path / "out"
+    shutil.copytree(tiny_model_dir, model)
+    shutil.copytree(plain, data)
+
+    def made(cached: bool = False, **changed: Any) -> list[str]:
+        measured.clear()
+        chosen = {"prompts": 3, "guidance": (1.0,), "steps": (2, 4)} | changed.pop("chosen", {})
+        request = probing.Request(model=str(model), data=data, out=out, quick=True, chosen=chosen, **changed)
+        if cached:  # the probe's own cache is of others, and not taken for theirs
+            with pytest.raises(DataError, match="this cache was made with"):
+                probing.run(request)
+            shutil.rmtree(out / "cache")
+        probing.run(request)
+        return measured.copy()
+
+    assert made() == SECTIONS and made() == []
+    for name, change in UNDECIDING.items():
+        change(model)
+        assert made() == [], name
+    model, data = model.rename(tmp_path / "another model"), data.rename(tmp_path / "other data")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before + 1)
+        assert made() == []
+    finally:
+        torch.set_num_threads(before)
+    for name, change in DECIDING.items():
+        change(model)
+        assert made(name in CACHED) == SECTIONS, name
+    assert made() == []
+    others: list[dict[str, Any]] = [
+        {"dtype": "bf16"}, {"seed": 1}, {"judge": judge}, {"chosen": {"batch": 2}}, {"chosen": {"resolution": 48}},
+    ]  # fmt: skip
+    for changed in others:
+        assert made(**changed) == SECTIONS, changed
+    change_json(model / "libreflux.json", guidance=2.0)
+    assert made() == SECTIONS
+    (data / "0.txt").write_text("something else")
+    assert made() == SECTIONS and made() == []
+
+
+def test_what_a_model_draws_for_a_probe_is_drawn_anew_when_what_decides_it_changes(tmp_path: Path) -> None:
+    wanted = Wanted(("a cat",), (0,), 1.0, 2)
+    drawn = Drawn(torch.ones(1, 16, 4, 4), torch.ones(1), torch.ones(1))
+    bench = Bench.__new__(Bench)
+    bench.out, made = tmp_path, []
+    bench._draw = lambda wanted: (made.append(bench.identity), drawn)[1]  # type: ignore[method-assign]
+    bench.identity, bench.older_identity = "today", "then"
+    assert not bench.has_drawn(wanted)
+    bench.drawn(wanted), bench.drawn(wanted)
+    assert made == ["today"] and bench.has_drawn(wanted)
+    bench.identity, bench.older_identity = "tomorrow", "today"  # as an older version named it: it is kept
+    assert bench.has_drawn(wanted) and torch.equal(bench.drawn(wanted).latents, drawn.latents) and made == ["today"]
+    bench.identity = "next week"  # under its new name, so that no later change takes it for its own
+    assert not bench.has_drawn(wanted)
 
 
 def test_a_kept_picture_is_the_one_that_generate_draws(
@@ -177,13 +274,12 @@ def test_against_prints_the_freedom_of_models_that_were_measured_alike(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from libreflux.model.family import open_model, read_facts, save_model, write_facts
+    from libreflux.model.family import read_facts, write_facts
 
-    changed = open_model(tiny_model_dir)
-    assert changed.transformer is not None
+    changed = opened(tiny_model_dir)
     for index, parameter in enumerate(changed.transformer.parameters()):
         parameter.data.mul_(1.0 + 0.02 * (index % 3))
-    student = save_model(changed, tmp_path / "student")
+    student = changed.save(tmp_path / "student")
     out = tmp_path / "out"
     command = ["probe", tiny_model_dir, "--data", plain, "--judge", judge, *SMALL, "--out", out]
 
@@ -194,6 +290,7 @@ def test_against_prints_the_freedom_of_models_that_were_measured_alike(
     rows = json.loads((out / "freedom.json").read_text())["freedom"]
     assert {row["reference"] for row in rows if row["name"] == "slope"} == {1.0}
     assert "loss" not in {row["name"] for row in rows}
+    assert f"--all prints all {len(rows)} rows" in theory.out and len(theory.out.splitlines()) < len(rows)
 
     # Its lineage names the reference: the model itself, so everything that differs is closed.
     facts = read_facts(student)
@@ -208,6 +305,10 @@ def test_against_prints_the_freedom_of_models_that_were_measured_alike(
     # Results that exist can be named instead of models; others' settings are refused.
     again = run(*command, "--against", out / "against", "--reference", done)
     assert again.code == 0, again.err
+    whole = run(*command, "--against", out / "against", "--reference", done, "--all")
+    assert whole.code == 0 and len(whole.out.splitlines()) > len(rows) and "--all prints" not in whole.out
+    refused = run(*command, "--all", "--json")
+    assert refused.code == 2 and "--all: has no effect beside --json" in refused.err
     elsewhere = run("probe", tiny_model_dir, "--data", plain, "--judge", judge, *SMALL, "--seed", 1, "--out",
                     tmp_path / "other", "--against", out / "against")  # fmt: skip
     assert elsewhere.code == 2 and "another seed" in elsewhere.err

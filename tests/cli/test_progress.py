@@ -11,8 +11,11 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from libreflux.adapter.targets import brief, lokr_row, table
+from libreflux.cli import progress as module
+from libreflux.cli.average import told_sources
 from libreflux.cli.progress import fitted, progress, rate
 from libreflux.data.bar import readable
+from libreflux.printing import counted
 
 NOTE = "loss 0.1234, gradient 0.512, 3.1 pictures/s, 19.7 GB"
 LONG = {
@@ -106,3 +109,49 @@ def test_a_job_that_does_nothing_leaves_no_bar() -> None:
     with progress("preparing", console=Console(file=err, force_terminal=True, width=80)):
         pass
     assert "preparing" not in err.getvalue()
+
+
+def plain_lines(*reports: tuple[int, int], begun: bool) -> list[str]:
+    """What a job says that is no live bar, of reports half a second apart."""
+    now, err = [0.0], io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.time, "monotonic", lambda: now[0])
+        with progress("training", console=Console(file=err, width=80)) as report:
+            for number, (done, total) in enumerate(reports):
+                report(done, total, begun=begun and number == 0)
+                now[0] += 0.5
+    return err.getvalue().splitlines()
+
+
+def test_a_rate_is_of_what_was_done_since_the_job_began() -> None:
+    assert plain_lines((0, 1), (1, 1), begun=True) == ["training: 1/1, 2 steps/s, took 0:00"]
+    assert plain_lines((1, 2), (2, 2), begun=True) == ["training: 2/2, 2 steps/s, took 0:00"]  # resumed after one
+    assert plain_lines((2, 3), (3, 3), begun=False) == ["training: 3/3, 2 steps/s, took 0:00"]
+
+
+def test_a_live_bar_stands_there_before_the_first_step() -> None:
+    err = io.StringIO()
+    with progress("training", console=Console(file=err, force_terminal=True, width=80)) as report:
+        report(0, 4, begun=True)
+    assert "0/4" in err.getvalue() and "/s" not in err.getvalue()
+    err = io.StringIO()
+    with progress("training", console=Console(file=err, force_terminal=True, width=80)) as report:
+        report(0, 1, begun=True)
+        report(1, 1)
+    assert "1/1" in err.getvalue() and "/s" not in err.getvalue()  # of one step there is no rate yet
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"),
+    [([3], "1 source, step 3"), ([2, 4], "2 sources, steps 2 to 4"), ([3, 3], "2 sources, step 3"),
+     ([500, 20_000], "2 sources, steps 500 to 20,000")],
+)  # fmt: skip
+def test_averages_name_their_sources(steps: list[int], told: str) -> None:
+    assert told_sources(steps) == told
+
+
+def test_a_count_and_what_it_counts() -> None:
+    assert [counted(count, "picture") for count in (0, 1, 2, 1200)] == [
+        "0 pictures", "1 picture", "2 pictures", "1,200 pictures",
+    ]  # fmt: skip
+    assert counted(2, "process", "processes") == "2 processes" and counted(1, "process", "processes") == "1 process"

@@ -117,8 +117,8 @@ def test_grid_cells_of_both_kinds_live_side_by_side(
         tmp_path,
     ]
     for more in ([], ["--quantize", "int8"]):
-        assert "1 of 1 cells were drawn now" in run(*command, *more).out
-    assert "0 of 1 cells" in run(*command, "--quantize", "int8").out
+        assert "1 of 1 cell drawn now" in run(*command, *more).out
+    assert "0 of 1 cell" in run(*command, "--quantize", "int8").out
     cells: dict[str | None, tuple[Path, Origin]] = {
         origin.quantize: (path, origin) for path in (tmp_path / "cells").iterdir() for origin in [read_origin(path)]
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from libreflux.sample.metadata import read_origin
+from libreflux.sample.metadata import read_origin, save_png
 from libreflux.sample.pipeline import LibreFluxPipeline
 from tiny import tiny_transformer
 
@@ -134,10 +135,51 @@ def test_adapters_are_asked_for_and_keep_their_weight(
     args = ["generate", "a fox", "--model", tiny_model_dir, "--adapter", f"{trained}:0.5", "--out", first]
     assert run(*args).code == 0
     missing = run("generate", "--remake", first, "--out", tmp_path / "b.png")
-    assert missing.code == 2 and f"drawn with 1 adapters, not 0; mend: give --adapter {trained.name}" in missing.err
+    assert missing.code == 2 and f"drawn with 1 adapter, not 0; mend: give --adapter {trained}, from" in missing.err
     again = run("generate", "--remake", first, "--adapter", trained, "--out", tmp_path / "b.png")
     assert again.code == 0, again.err
     assert (tmp_path / "b.png").read_bytes() == first.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("runs/my run/a.safetensors:0.5", "runs/my run/a.safetensors"),
+        ("HOME/a.safetensors", "~/a.safetensors"),
+        ("./a.safetensors", "./a.safetensors"),
+    ],
+)
+def test_an_adapters_path_is_kept_as_it_was_typed(
+    run: Callable, tiny_model_dir: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    given: str, kept: str,
+) -> None:  # fmt: skip
+    home = tmp_path / "home"
+    (home / "runs" / "my run").mkdir(parents=True)
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("HOME", str(home))
+    for folder in (home, home / "runs" / "my run"):
+        shutil.copy(trained, folder / "a.safetensors")
+    words = ["--model", tiny_model_dir, "--adapter", given.replace("HOME", str(home)), "--steps", 1, "--out", "a.png"]
+    assert run("generate", "a fox", *words).code == 0
+    [row] = read_origin(home / "a.png").adapters
+    assert set(row) == {"file", "sha256", "weight", "path"} and row["path"] == kept
+    assert str(home).encode() not in (home / "a.png").read_bytes()
+    named = "'runs/my run/a.safetensors'" if " " in kept else kept
+    assert f"give --adapter {named}, from" in run("generate", "--remake", "a.png").err
+
+
+def test_a_picture_from_before_paths_were_kept_names_the_adapters_file(
+    run: Callable, tiny_model_dir: Path, trained: Path, tmp_path: Path
+) -> None:
+    first, older = tmp_path / "a.png", tmp_path / "b.png"
+    words = ["--model", tiny_model_dir, "--steps", 1, "--adapter", trained]
+    assert run("generate", "a fox", *words, "--out", first).code == 0
+    origin = read_origin(first)
+    rows = [{key: value for key, value in row.items() if key != "path"} for row in origin.adapters]
+    save_png(Image.open(first), older, dataclasses.replace(origin, adapters=rows))
+    assert f"give --adapter {trained.name}, from" in run("generate", "--remake", older).err
+    again = run("generate", "--remake", older, "--adapter", trained, "--out", tmp_path / "c.png")
+    assert again.code == 0 and "bit for bit" in again.err and " was " not in again.err
 
 
 def test_a_picture_is_not_replaced_by_its_copy(run: Callable, drawn: Path) -> None:
@@ -154,12 +196,12 @@ def test_a_picture_is_not_replaced_by_its_copy(run: Callable, drawn: Path) -> No
     ({"guidance": float("nan")}, "guidance_scale cannot be nan"),
     ({"guidance_start": 1.0}, "is not below the stop"),
     ({"batch_cfg": "perhaps"}, "batch_cfg: "),
-    ({"adapters": [{"file": "x"}]}, "drawn with 1 adapters, not 0"),
+    ({"adapters": [{"file": "x"}]}, "drawn with 1 adapter, not 0"),
     ({"model": "no/such/model/here"}, "no such model"),
     ({"embedded_guidance": float("nan")}, "embedded_guidance cannot be nan"),
     ({"colour": 1}, "colour"),
     ({"sigmas": [0.5, 0.7, 0.3, 0.1]}, "sigmas cannot be [0.5, 0.7"),
-    ({"sigmas": [0.5]}, "1 sigmas for 4 steps"),
+    ({"sigmas": [0.5]}, "1 sigma for 4 steps"),
     ({"max_tokens": 1000}, "max_tokens: cannot be 1000"),
     ({"quantize": "int4"}, "quantize: "),
     ({"embedded_guidance": 3.5}, "no guidance embedding"),

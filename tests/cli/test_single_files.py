@@ -9,15 +9,15 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from libreflux.model.family import open_model
-from libreflux.model.single_save import save_files
 from libreflux.sample.metadata import read_origin
+from opened import opened
 
 
 @pytest.fixture(scope="module")
 def comfyui(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as ComfyUI would hold it, its parts in folders of their own."""
     out = tmp_path_factory.mktemp("comfyui")
-    save_files(open_model(tiny_model_dir), out / "flat")
+    opened(tiny_model_dir).save_files(out / "flat")
     for folder, names in {
         "unet": ["flux1-*"],
         "clip": ["clip_l*", "t5xxl*"],

@@ -74,7 +74,7 @@ PICTURES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: png(path, record(sigmas=[1 - n / 20_000 for n in range(20_000)])), "sigmas cannot be [1"
     ),
     "a weight beyond all numbers": (
-        lambda path: png(path, record(adapters=[{"file": "a", "weight": 10**400}])), "drawn with 1 adapters"
+        lambda path: png(path, record(adapters=[{"file": "a", "weight": 10**400}])), "drawn with 1 adapter"
     ),
     "a model on the hub": (
         lambda path: png(path, record(model=HUB_ID)), f"its model {HUB_ID} is not at hand (not downloaded before)"

@@ -63,7 +63,7 @@ def test_a_pause_of_guidance_that_never_ends_is_refused(run: Callable, tiny_mode
     for steps, given in ((["--steps", 2], 2), ([], 4), (["--steps", 1], 1)):  # 4 are the model's own
         refused = run(*common, *steps, "--no-cfg-until", given)
         assert refused.code == 2 and refused.err.count("\n") == 1
-        assert f"--no-cfg-until: leaves none of {given} steps guided; mend: " in refused.err
+        assert f"--no-cfg-until: leaves no step of {given} guided; mend: " in refused.err
     assert not (tmp_path / "x.png").exists()
     assert run(*common, "--steps", 2, "--no-cfg-until", 1).code == 0
 
@@ -85,18 +85,92 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(run: Callable, tiny_mode
     assert Image.open(last).size == (48, 32)
 
 
-def test_dry_run_prints_recipe_and_layers_and_writes_nothing(run: Callable, recipe: Path, tmp_path: Path) -> None:
-    result = run("train", recipe, "--dry-run", f"out={tmp_path / 'o'}", "optimizer.learning_rate=3e-4")
-    assert result.code == 0
-    text, _, table = result.out.partition("\nlayer ")
-    resolved = yaml.safe_load(text)
-    assert resolved["optimizer"]["learning_rate"] == 3e-4 and resolved["steps"] == 3
-    assert "transformer_blocks.0.attn.to_q" in table and "total" in table and "norm1" not in table
-    assert "memory at its peak" in table and "512 tokens" in table
-    assert "checkpoints, 2 and one being written" in table and "cache of 5 pictures" in table and "free in" in table
-    assert "3 steps of 2 pictures on each device; an epoch shows 5: 1.2 epochs" in table
-    assert "time: known only after the first steps" in table
+def test_a_dry_run_says_first_whether_it_fits_and_the_rest_on_request(
+    run: Callable, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    command = ("train", recipe, "--dry-run", f"out={tmp_path / 'o'}", "optimizer.learning_rate=3e-4")
+    short, layers, whole = (run(*command, *more) for more in ((), ("--layers",), ("--all",)))
+    assert [each.code for each in (short, layers, whole)] == [0, 0, 0]
+    lines = short.out.splitlines()
+    assert lines[0].startswith("fits: at its peak (")
+    assert len(lines) < 40 and max(map(len, lines)) <= 80
+    text = " ".join(short.out.split())
+    assert (
+        "GiB, this machine's memory time: known only after the first steps" in text
+        and "memory at its peak" in text
+        and "512 tokens" in text
+    )
+    assert "3 steps of 2 pictures on each device; an epoch shows 5: 1.2 epochs" in text
+    assert "checkpoints, 2 and one being written" in text and "cache of 5 pictures" in text and "free in" in text
+    assert lines[-1] == "--layers lists the adapted layers, --all adds them and the resolved recipe"
+    _, found, table = layers.out.partition("\nlayer ")
+    assert found and "transformer_blocks.0.attn.to_q" in table and "total" in table and "norm1" not in table
+    assert max(map(len, layers.out.splitlines())) <= 80 and "schema: 1" not in layers.out
+    told, _, resolved = whole.out.partition("schema: 1\n")
+    assert told.startswith(short.out.partition("\n--layers")[0]) and f"\nlayer {table.rstrip()}" in told
+    assert yaml.safe_load(resolved)["optimizer"]["learning_rate"] == 3e-4
     assert not (tmp_path / "o").exists()
+    refused = run("train", recipe, "--all")
+    assert refused.code == 2 and "--all: has no effect without --dry-run" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "total", "card", "told"),
+    [
+        (True, 1, None, "fits: at its peak (training) "),
+        (True, 10**6, None, "does not fit: at its peak (training) 1,000,"),
+        (True, 10**6, 20, "on a card: at its peak (training) 23."),
+        (False, 20, None, "for a card: at its peak (training) 23."),
+        (False, 10**6, None, "more than one card has"),
+    ],
+)
+def test_the_verdict_is_of_the_device_or_of_the_card_that_it_wants(
+    recipe: Path, on_cpu: bool, total: int, card: int | None, told: str
+) -> None:
+    from libreflux.cli.dry_run import verdict
+    from libreflux.recipe import load_recipe
+    from libreflux.train.phases import Estimate
+
+    def of(gib: int, on_cpu: bool) -> Estimate:
+        rest = dict.fromkeys(("adapter", "moments", "gradient", "activations", "update", "averages", "checkpoint"), 0)
+        return Estimate(on_cpu=on_cpu, weights=gib * 2**30, **rest)
+
+    lines = verdict(load_recipe(recipe), of(total, on_cpu), None if card is None else of(card, False))
+    assert told in lines[0]
+    assert ("mend: try, in this order, gradient_checkpointing: true" in lines[0]) == lines[0].startswith("does not fit")
+    assert ("one of 24 GB holds it" in lines[0]) == (card == 20 or total == 20)
+    assert [line.startswith("without one: does not fit") for line in lines[1:]] == ([] if card is None else [True])
+
+
+@pytest.mark.parametrize(
+    ("device", "gib", "told"),
+    [
+        ("auto", 24, "fits: at its peak (training) 23."),
+        ("cuda:1", 21, "may fit: at its peak (training) 23."),
+        ("cuda", 6, "does not fit: at its peak (training) 23."),
+        ("cuda:2", 24, "for a card: at its peak (training) 23."),
+        ("mps", 24, "for a card: at its peak (training) 23."),
+    ],
+)
+def test_the_verdict_on_a_card(recipe: Path, monkeypatch: pytest.MonkeyPatch, device: str, gib: int, told: str) -> None:
+    from types import SimpleNamespace
+
+    import torch
+
+    from libreflux.cli.dry_run import verdict
+    from libreflux.recipe import load_recipe
+    from libreflux.train.phases import Estimate
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=gib * 2**30))
+    rest = dict.fromkeys(("adapter", "moments", "gradient", "activations", "update", "averages", "checkpoint"), 0)
+    found = Estimate(on_cpu=False, weights=20 * 2**30, **rest)
+    (line,) = verdict(load_recipe(recipe, [f"device={device}"]), found)
+    assert line.startswith(told) and ("this card's" in line) == (device in ("auto", "cuda", "cuda:1"))
+    assert ("mend: try, in this order" in line) == line.startswith("does not fit")
 
 
 def test_dry_run_tells_the_time_left_from_the_runs_own_rate_and_a_disk_that_is_too_small(
@@ -113,7 +187,8 @@ def test_dry_run_tells_the_time_left_from_the_runs_own_rate_and_a_disk_that_is_t
     (tmp_path / "o" / "recipe.json").write_text('{"world": 2}')  # the rate is of both, the steps left are of each
     assert "time: 30:00 for the steps after 2" in run("train", recipe, "--dry-run", *changes).out
     changes = (*changes, "save.keep=1000000000", "save.every=1", "steps=1000000000")
-    assert "lower save.keep, or set out or cache elsewhere" in run("train", recipe, "--dry-run", *changes).out
+    told = " ".join(run("train", recipe, "--dry-run", *changes).out.split())
+    assert "lower save.keep, or set out or cache elsewhere" in told
 
 
 def test_a_disk_is_charged_with_what_goes_on_it_alone(recipe: Path, tmp_path: Path) -> None:

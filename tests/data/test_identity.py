@@ -14,9 +14,11 @@ import torch
 from einops import rearrange
 from PIL import Image
 
+from libreflux.data import encode
 from libreflux.data.batches import Batches, Encode
+from libreflux.data.cache import CacheWriter
 from libreflux.data.crops import View, cut, views
-from libreflux.data.order import padding_share, step_plan, steps_of_epoch
+from libreflux.data.order import step_plan, steps_of_epoch
 from libreflux.data.pictures import load_rgb
 from libreflux.data.prepare import prepare
 from libreflux.data.quarantine import report_quarantine
@@ -25,6 +27,7 @@ from libreflux.errors import DataError
 from libreflux.model import family, latents
 from libreflux.model.text import TextConditioning
 from libreflux.recipe import DataSource
+from tiny import DECIDING, UNDECIDING
 
 SQUARE = View("square", 32)
 
@@ -71,6 +74,54 @@ def test_shuffled_deleted_renamed_and_replaced_pictures_keep_their_captions(
     check({0, 40, 80, 120, 160, 200, 250} - {gone})
     brightness(30, data / "new-0.png")  # other pixels and another caption under a known name
     check({int(path.read_text().split()[1]) for path in data.rglob("*.txt")})
+
+
+def test_a_cache_is_of_its_encoders_and_settings_whatever_else_changes(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "release", lambda device: None)  # it collects garbage, which takes long
+    model, data, out = tmp_path / "model", tmp_path / "data", tmp_path / "cache"
+    shutil.copytree(tiny_model_dir, model)
+    brightness(100, data / "a.png")
+    written: list[str] = []
+    for name in ("add_latents", "add_texts"):
+        real = getattr(CacheWriter, name)
+        monkeypatch.setattr(CacheWriter, name, lambda *args, n=name, f=real: (written.append(n), f(*args))[1])
+
+    def made(**changed: Any) -> list[str]:
+        written.clear()
+        run(model, data, out, **changed)
+        return written.copy()
+
+    assert made() == ["add_latents", "add_texts"] and made() == []
+    for name in ("transformer", "transformer's configuration", "shift", "padding"):  # the recipe's is what counts
+        DECIDING[name](model)
+        assert made() == [], name
+    for name, change in UNDECIDING.items():
+        change(model)
+        assert made() == [], name
+    model, data = model.rename(tmp_path / "another model"), data.rename(tmp_path / "other data")
+    assert made() == []
+    for name in ("VAE", "VAE's configuration", "CLIP", "T5", "tokenizer"):
+        DECIDING[name](model)
+        with pytest.raises(DataError, match=r"this cache was made with (vae|text_encoders) \w+…, now"):
+            made()
+        shutil.rmtree(out)
+        assert made() == ["add_latents", "add_texts"], name
+    for changed, told in (
+        ({"max_tokens": 8}, "max_tokens 512, now 8"),
+        ({"latents": "sample"}, "latents float32, now float32 mean and std"),
+        ({"text_cache": "int8"}, "text bfloat16, now int8"),
+        ({"text_precision": "bf16"}, "text_precision float32, now bfloat16"),
+    ):
+        with pytest.raises(DataError, match=told):
+            made(**changed)
+    assert made(views=[View("square", 48)]) == ["add_latents"]
+    (data / "a.txt").write_text("another grey")
+    assert made() == ["add_texts"]
+    brightness(101, data / "a.png")
+    (data / "a.txt").write_text("another grey")
+    assert made() == ["add_latents"]
 
 
 def original_cached_text(cache: dict[str, TextConditioning], caption: str, encode: Encode) -> TextConditioning:
@@ -127,7 +178,6 @@ def test_aspect_batches_are_of_one_size_and_all_views_are_shown(tmp_path: Path, 
     expected = [tuple(side // 8 for side in view.size(*size)[::-1]) for size in sizes for view in shown]
     assert sorted(shape for _, shape in seen) == sorted(expected)
     assert len(set(expected)) >= 5
-    assert 0 <= padding_share(0, 0, batches.samples, 4) < 0.5
 
 
 def test_sources_have_rates_weights_and_prefixes_of_their_own(tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -48,7 +48,7 @@ def add_rows(folder: Path, count: int, pages: int) -> None:
     with index.connect(folder) as opened:
         opened.execute(f"PRAGMA max_page_count = {pages}")  # past that sqlite says what it says of a full disk
         with index.transaction(opened):
-            opened.executemany("INSERT INTO latents VALUES (?, 1, 4, 4)", [(key,) for key in range(count)])
+            index.add_rows(opened, "latents", [(key, 1, 4, 4) for key in range(count)])
 
 
 def test_a_full_disk_and_a_read_only_one_are_not_called_damage(tmp_path: Path) -> None:

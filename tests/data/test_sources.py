@@ -347,7 +347,7 @@ def test_pictures_of_other_formats_are_refused_unless_one_that_is_read_lies_besi
     assert f"b{suffix}: {suffix.lower()} pictures are not supported yet; mend: convert it to PNG" in refusal(tmp_path)
     (tmp_path / f"b{suffix}").rename(tmp_path / f"a{suffix}")  # as cameras write them
     assert len(read_folder(tmp_path)) == 1
-    assert f"1 {suffix.lower()} files lie beside pictures" in caplog.text and f"a{suffix}" in caplog.text
+    assert f"same names: 1 {suffix.lower()} file, the first: a{suffix}" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.png.txt", "a.tags", "a"])
@@ -369,7 +369,7 @@ def test_what_has_a_caption_and_is_no_picture_is_named(tmp_path: Path, caplog: p
     assert [(one.suffix, one.count, one.beside) for one in found.folder.unread.values()] == [
         (".md", 1, 0), (".mp4", 1, 1), (".txt", 2, 0), ("", 1, 1),
     ]  # fmt: skip
-    assert "1 .mp4 files lie beside" in caplog.text and "1 files without a suffix lie beside" in caplog.text
+    assert "same names: 1 .mp4 file, the" in caplog.text and "same names: 1 file without a suffix, the" in caplog.text
     assert "README" not in caplog.text
 
 

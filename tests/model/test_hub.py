@@ -163,6 +163,7 @@ def test_what_the_hub_refuses_is_one_line(hub: Hub, tmp_path: Path, name: str, r
     said = opened(hub, tmp_path, name)
     assert said.startswith(f"ModelError: {name}: no folder of this name, and it cannot be had from the hub (")
     assert reason in said and "; mend: mend the path, or check the id" in said and "\n" not in said
+    assert ("hf auth login" in said) == (name in ("org/gated", "org/login", "org/private"))
 
 
 def test_a_gated_model_shows_its_list_of_files_and_no_file(
@@ -171,7 +172,7 @@ def test_a_gated_model_shows_its_list_of_files_and_no_file(
     monkeypatch.setattr(hub, "gated", True)
     said = opened(hub, tmp_path, "org/tiny")
     assert said.startswith("ModelError: org/tiny: no folder of this name") and "\n" not in said
-    assert "(its owner asks for a login and consent); mend: " in said
+    assert "(its owner asks for a login and consent); mend: " in said and "log in with `hf auth login`" in said
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(hub: Hub, tmp_path: Path) -> None:
@@ -179,7 +180,10 @@ def test_a_hub_that_cannot_be_reached_is_one_line(hub: Hub, tmp_path: Path) -> N
         port = closed.getsockname()[1]
     said = opened(hub, tmp_path, "org/tiny", port)
     assert said.startswith("ModelError: org/tiny: no folder of this name") and "\n" not in said
-    assert "not downloaded before, and the hub cannot be reached" in said
+    assert "not downloaded before, and the hub cannot be reached" in said and "login" not in said
+    assert "`hf auth login`" in opened(hub, tmp_path, "black-forest-labs/FLUX.1-dev", port)
+    near = opened(hub, tmp_path, "black-forest-labs/FLUX.1-schnel", port)
+    assert "mend: did you mean black-forest-labs/FLUX.1-schnell?" in near
 
 
 def test_a_name_without_a_slash_asks_nobody(hub: Hub, tmp_path: Path) -> None:

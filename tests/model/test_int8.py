@@ -378,7 +378,9 @@ def test_shards_in_and_shards_out(
 def damage(tiny_model_dir: Path, int8_dir: Path, tmp_path: Path) -> list[Path]:
     """A dense and an int8 copy to be damaged."""
     both = {"dense": tiny_model_dir, "int8": int8_dir}
-    return [Path(shutil.copytree(folder, tmp_path / name)) for name, folder in both.items()]
+    made = [Path(shutil.copytree(folder, tmp_path / name)) for name, folder in both.items()]
+    (made[1] / "checksums.json").unlink()  # it would say that the file is damaged, before what is wrong with it
+    return made
 
 
 def test_damage_is_named_and_leaves_no_folder(damage: list[Path], tmp_path: Path) -> None:

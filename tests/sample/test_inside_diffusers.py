@@ -224,7 +224,7 @@ def test_what_cannot_be_loaded_is_refused_and_changes_nothing(folder: Path, tmp_
         pipe.load_lora_weights(good, "one")
     with pytest.raises(AdapterError, match=r"trained with text padding trim, but .* with drop"):
         pipe.load_lora_weights(other)
-    with pytest.raises(RecipeError, match="2 weights for 1 adapters"):
+    with pytest.raises(RecipeError, match="2 weights for 1 adapter"):
         pipe.set_adapters(["one"], [1.0, 2.0])
     with pytest.raises(ModelError, match=r"cannot be saved with them; mend: unload_lora_weights\(\) first"):
         pipe.save_pretrained(tmp_path / "saved")

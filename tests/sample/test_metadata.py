@@ -129,7 +129,7 @@ def test_pictures_of_others_are_refused(tmp_path: Path) -> None:
     text.write_text("hello")
     with pytest.raises(DataError, match="not a readable picture"):
         read_origin(text)
-    with pytest.raises(DataError, match="not a readable picture"):
+    with pytest.raises(DataError, match="no such picture; mend: check the path"):
         read_origin(tmp_path / "missing.png")
     save_png(IMAGE, newer, Origin(**{**vars(ORIGIN), "schema": 2}))
     with pytest.raises(DataError, match="schema 2 is not 1; mend: update"):

@@ -103,6 +103,38 @@ def test_a_terminal_that_hangs_up_costs_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "saved").read_text() == str(int(signal.SIGHUP))
 
 
+PRINTS = """
+import sys, time
+from libreflux.cli.progress import progress
+from libreflux.printing import get_logger, never_fail, say
+never_fail()
+say("ready")
+sys.stdin.readline()  # until the terminal is gone
+with progress("training") as report:
+    for step in range(3):
+        report(step + 1, 3)
+        say("step", err=True)
+        print("done")
+get_logger("libreflux.x").warning("told")
+open(sys.argv[1], "w").write("saved")
+"""
+
+
+def test_a_terminal_that_refuses_what_is_written_costs_nothing(tmp_path: Path) -> None:
+    """Lost without a SIGHUP, as one that is not the controlling terminal, or before it arrives: a write is an EIO."""
+    master, slave = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", PRINTS, str(tmp_path / "saved")],
+        stdin=subprocess.PIPE, stdout=slave, stderr=slave, start_new_session=True,
+    ) as process:  # fmt: skip
+        os.close(slave)
+        assert os.read(master, 5) == b"ready"
+        os.close(master)
+        process.communicate(b"\n", timeout=30)
+    assert process.returncode == 0
+    assert (tmp_path / "saved").read_text() == "saved"
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_verb_that_is_ended_leaves_nothing_half_written(tmp_path: Path, signum: signal.Signals) -> None:
     command = [sys.executable, "-c", WRITES, str(tmp_path / "folder")]

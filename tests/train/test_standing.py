@@ -267,7 +267,7 @@ def test_a_finished_run_says_that_its_data_have_changed(own_data: dict[str, Any]
     before = caption.read_text()
     caption.write_text("another caption")
     result = (tmp_path / "run" / checkpoint.ADAPTER).read_bytes()
-    with pytest.raises(RunError, match=r"all 1 steps are done, and its pictures, captions or encoders have changed"):
+    with pytest.raises(RunError, match=r"its one step is done, and its pictures, captions or encoders have changed"):
         run(own_data)
     with pytest.raises(RunError, match="step 1, the last, is done already: nothing is left to fork"):
         run(own_data, fork=True)

@@ -28,6 +28,7 @@ from libreflux.adapter.targets import Resolved
 from libreflux.errors import AdapterError
 from libreflux.files import sha256_file
 from libreflux.model.stream import save_live
+from libreflux.places import did_you_mean
 
 PREFIX = LYCORIS
 SCHEMA = "1"
@@ -278,7 +279,7 @@ def load_adapter(path: Path | str) -> AdapterFile:
     path = Path(path)
     path = (path.is_dir() and peft.file_in(path)) or path
     if not path.is_file():
-        raise AdapterError("no such adapter file", where=path, mend="give a .safetensors file")
+        raise AdapterError("no such adapter file", where=path, mend=did_you_mean(path, "give a .safetensors file"))
     try:
         before = path.stat()
         with safetensors.safe_open(path, framework="pt") as file:

@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 
 from libreflux import plainjson
-from libreflux.adapter.layers import lokr_shapes
+from libreflux.adapter.factors import lokr_shapes
 from libreflux.adapter.targets import Resolved, lokr_row, lora_row, summary
 from libreflux.errors import AdapterError
 

@@ -7,10 +7,12 @@ into a file's metadata; some trainers `lora_alpha` alone, as plain metadata.
 from __future__ import annotations
 
 import math
-import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import regex
 
 from libreflux import plainjson
 from libreflux.errors import AdapterError
@@ -26,6 +28,18 @@ PREFIX = "base_model.model."
 _OTHER_WEIGHTS = ("pissa", "olora", "corda", "loftq")
 """Starts of a LoRA that change the base's weights too."""
 _PLAIN = ("lora_alpha", "use_rslora")
+_PATIENCE = 0.25
+"""Seconds that the patterns of one file may take in all: a stranger's may be made to take for ever."""
+
+
+class Config(dict[str, Any]):
+    """PEFT's configuration of an adapter.
+
+    Attributes:
+        left: seconds that its patterns may still take.
+    """
+
+    left: float = _PATIENCE
 
 
 def file_in(folder: Path) -> Path | None:
@@ -33,7 +47,7 @@ def file_in(folder: Path) -> Path | None:
     return next((folder / name for name in FILES if (folder / name).is_file()), None)
 
 
-def config_of(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+def config_of(path: Path, metadata: Mapping[str, str]) -> Config | None:
     """PEFT's configuration of an adapter file: of the file beside it, or in its metadata; None where there is none.
 
     Args:
@@ -57,7 +71,7 @@ def config_of(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
             told = {key: plainjson.parse(plain[key].lower()) for key in _PLAIN if key in plain}
             if "lora_alpha" not in told:
                 return None
-        config = {str(key).removeprefix("transformer."): value for key, value in told.items()}
+        config = Config({str(key).removeprefix("transformer."): value for key, value in told.items()})
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         damaged = CONFIG if has_config else METADATA if METADATA in metadata else "lora_alpha"
         raise AdapterError(f"damaged {damaged} ({error})", where=path, mend="copy it again") from None
@@ -72,7 +86,7 @@ def config_of(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
     return config
 
 
-def alpha_of(config: Mapping[str, Any], layer: str, rank: int, where: str) -> float | None:
+def alpha_of(config: Config, layer: str, rank: int, where: str) -> float | None:
     """alpha of one layer, of which LyCORIS' scale is alpha / rank; None where nothing tells one.
 
     Args:
@@ -82,7 +96,7 @@ def alpha_of(config: Mapping[str, Any], layer: str, rank: int, where: str) -> fl
         where: the file, for errors.
 
     Raises:
-        AdapterError: another rank than the tensors', or values of another kind.
+        AdapterError: another rank than the tensors', values of another kind, or patterns that take too long to match.
     """
     try:
         told = _of_layer(config, "rank_pattern", layer, config.get("r"))
@@ -93,11 +107,33 @@ def alpha_of(config: Mapping[str, Any], layer: str, rank: int, where: str) -> fl
         if alpha is None:
             return None
         return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
-    except (ValueError, TypeError, AttributeError, re.error) as error:
+    except _TooLongError as error:
+        mend = "name the layers in it by their plain names"
+        raise AdapterError(f"its {error} takes too long to match", where=where, mend=mend) from None
+    except (ValueError, TypeError, AttributeError, regex.error) as error:
         raise AdapterError(f"damaged {CONFIG} or {METADATA} ({error})", where=where, mend="copy it again") from None
 
 
-def _of_layer(config: Mapping[str, Any], pattern: str, layer: str, otherwise: Any) -> Any:
+def _of_layer(config: Config, pattern: str, layer: str, otherwise: Any) -> Any:
     """An exception by layer, as PEFT matches them: the end of a name, from a dot on."""
     exceptions = config.get(pattern) or {}
-    return next((value for key, value in exceptions.items() if re.match(rf"(.*\.)?({key})$", layer)), otherwise)
+    if not exceptions:
+        return otherwise
+    began = time.monotonic()
+    try:
+        return next((value for key, value in exceptions.items() if _matches(config, key, layer, began)), otherwise)
+    except TimeoutError:
+        raise _TooLongError(pattern) from None
+    finally:
+        config.left -= time.monotonic() - began
+
+
+def _matches(config: Config, key: str, layer: str, began: float) -> bool:
+    left = config.left - (time.monotonic() - began)
+    if left <= 0:
+        raise TimeoutError
+    return regex.match(rf"(.*\.)?({key})$", layer, timeout=left) is not None
+
+
+class _TooLongError(Exception):
+    """A pattern that takes too long to match."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from libreflux.adapter.layers import LoKr, LoRA, delta_norm
 from libreflux.errors import AdapterError
 from libreflux.model.finite import DAMAGED, NotFiniteError, not_finite
-from libreflux.printing import get_logger
+from libreflux.printing import counted, get_logger
 
 logger = get_logger(__name__)
 
@@ -56,7 +56,9 @@ def prepared(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """
     text = [name for name in tensors if name.startswith(_TEXT)]
     if text:
-        logger.warning("%s: its %d tensors for text encoders are not used, only the transformer's", where, len(text))
+        logger.warning(
+            "%s: only its transformer's tensors are used, not %s for text encoders", where, counted(len(text), "tensor")
+        )
     found = {}
     for name, tensor in tensors.items():
         if name.startswith(_TEXT) or (name.endswith(_WHOLE) and not tensor.float().count_nonzero()):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ def lycoris_name(layer: str) -> str:
 
 
 def read_names(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, where: str
+    tensors: Mapping[str, Tensor], config: peft.Config | None, where: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """An adapter of FLUX in any known spelling, in LyCORIS' names of diffusers' layers.
 
@@ -127,7 +126,7 @@ def _spellings(names: Iterable[str]) -> dict[str, Row]:
 
 
 def _told_alpha(
-    config: Mapping[str, Any] | None, prefix: str, row: Row, own: Mapping[str, Tensor], where: str
+    config: peft.Config | None, prefix: str, row: Row, own: Mapping[str, Tensor], where: str
 ) -> dict[str, Tensor]:
     """alpha of a layer that has no tensor of that name; none where diffusers' rule holds: a scale of 1."""
     if config is None:

@@ -13,8 +13,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from libreflux.adapter.layers import lokr_shapes
+from libreflux.adapter.factors import lokr_shapes
 from libreflux.errors import AdapterError
+from libreflux.printing import counted
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -225,7 +226,7 @@ def brief(resolved: Sequence[Resolved]) -> str:
     for row in resolved:
         kind = f"lokr of factor {row.factor}" if row.rank is None else f"lora of rank {row.rank}"
         kinds.setdefault(kind, []).append(row)
-    told = ", ".join(f"{kind} on {len(rows):,} layer{'s' if len(rows) > 1 else ''}" for kind, rows in kinds.items())
+    told = ", ".join(f"{kind} on {counted(len(rows), 'layer')}" for kind, rows in kinds.items())
     return f"{told}, {sum(row.parameters for row in resolved):,} parameters"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,13 @@ def adapter_argument(text: str) -> tuple[str, float]:
     if not path or not math.isfinite(value):
         raise AdapterError(f"{weight!r} is no weight", where=text, mend="write FILE.safetensors:0.8")
     return path, value
+
+
+def as_typed(path: str) -> str:
+    """The path of an adapter argument as a picture keeps it: a home that the shell wrote out is `~` again."""
+    home = os.path.expanduser("~")
+    inside = os.path.isabs(home) and home != os.sep and path.startswith(home.rstrip(os.sep) + os.sep)
+    return f"~{path[len(home.rstrip(os.sep)) :]}" if inside else path
 
 
 def adapter_file(path: Path) -> Path:
@@ -104,9 +112,8 @@ def default_model(texts: Iterable[str]) -> str:
             from libreflux.model.locate import told_model
 
             return told_model(told, file.where)
-    logger.warning(
-        "%s is a demo model: emoji only, 128 px; for photographs: --model %s (%d GB)", DEMO_MODEL, *FOR_PHOTOGRAPHS
-    )
+    logger.warning("%s is a demo model: emoji only, 128 px", DEMO_MODEL)
+    logger.warning("for photographs: --model %s (%d GB)", *FOR_PHOTOGRAPHS)
     return DEMO_MODEL
 
 

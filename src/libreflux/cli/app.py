@@ -9,8 +9,21 @@ from typing import Annotated, NoReturn
 import typer
 
 import libreflux
-from libreflux.cli import average, demo, demo_data, export, generate, grid, merge, prepare, probe, train
-from libreflux.cli.verb import Verb
+from libreflux.cli import (
+    average,
+    demo,
+    demo_data,
+    export,
+    generate,
+    grid,
+    merge,
+    model_list,
+    prepare,
+    probe,
+    recipe_list,
+    train,
+)
+from libreflux.cli.verb import Verb, Verbs
 from libreflux.errors import LibrefluxError, RecipeError
 from libreflux.places import PLACE_ERRORS, WRITE_ERRORS
 from libreflux.printing import never_fail, say, say_table
@@ -18,6 +31,7 @@ from libreflux.train.interrupt import unwinding
 
 app = typer.Typer(
     name="libreflux",
+    cls=Verbs,
     help="Sets distilled FLUX models free: prepares data, trains adapters, merges them, draws with true guidance.",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -55,6 +69,8 @@ app.command("average", cls=Verb)(average.average)
 app.command("probe", cls=Verb)(probe.probe)
 app.command("export", cls=Verb)(export.export)
 app.command("demo-data", cls=Verb)(demo_data.demo_data)
+app.command("recipe", cls=Verb)(recipe_list.recipe)
+app.command("models", cls=Verb)(model_list.models)
 
 
 def _refuse(line: str, code: int = 2) -> NoReturn:
@@ -70,6 +86,19 @@ def _of_a_device(error: Exception) -> LibrefluxError | None:
 
     verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "libreflux")
     return faults.told(error, verb, "smaller sizes, or --device cpu where the verb has it (a recipe: device: cpu)")
+
+
+def _recipe_key(error: Exception) -> str:
+    """The mend for a key of a recipe that is written as an option, `train r.yaml --lr 1e-4`."""
+    option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if option is None or context is None or context.info_name != "train" or not hasattr(error, "possibilities"):
+        return ""
+    from libreflux.recipe import Recipe
+    from libreflux.recipe_faults import meant_key
+
+    name = option.lstrip("-").replace("-", "_")
+    key = name if name.partition(".")[0] in Recipe.model_fields else meant_key(name)
+    return f". Keys of the recipe go without dashes: {key}=VALUE." if key else ""
 
 
 def _check_arguments() -> None:
@@ -107,5 +136,5 @@ def main() -> NoReturn:
     except _UsageError as error:
         message = " ".join(str(getattr(error, "format_message", error.__str__)()).split())
         context = getattr(error, "ctx", None)
-        _refuse(f"{message} See {context.command_path if context else 'libreflux'} --help")
+        _refuse(f"{message}{_recipe_key(error)} See {context.command_path if context else 'libreflux'} --help")
     sys.exit(code if isinstance(code, int) else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from libreflux.errors import RunError
 from libreflux.places import new_place
-from libreflux.printing import say
+from libreflux.printing import counted, say
 
 
 def average(
@@ -45,10 +46,20 @@ def average(
 
     made = hindsight.average(run, width, step) if width is not None else hindsight.lerp(run, lerp or 0.0)
     files.atomic_save_safetensors(made.tensors, out, made.metadata)
-    say(f"{len(made.steps)} sources, steps {made.steps[0]} to {made.steps[-1]}, saved in {out}")
+    say(f"{told_sources(made.steps)}, saved in {out}")
     if width is not None:
         say(f"profile of width {width:g} reproduced within {made.error:.2%}")
-    say(
-        f"averaging factors instead of products moved the adapter by {made.gap:.2%} of its norm "
-        f"(most, {made.worst[1]:.2%}, in {made.worst[0]})"
-    )
+    if len(made.steps) > 1:  # of one there is nothing that differs
+        say(f"averaging factors, not products, moved the adapter by {made.gap:.2%} of its norm,")
+        say(f"most, {made.worst[1]:.2%}, in {made.worst[0]}")
+
+
+def told_sources(steps: Sequence[int]) -> str:
+    """ "3 sources, steps 2 to 6", of one source its step.
+
+    Args:
+        steps: of each source, in order.
+    """
+    first, last = steps[0], steps[-1]
+    span = f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
+    return f"{counted(len(steps), 'source')}, {span}"

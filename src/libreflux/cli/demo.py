@@ -11,7 +11,7 @@ import typer
 
 from libreflux import plainjson
 from libreflux.errors import RunError
-from libreflux.printing import say
+from libreflux.printing import counted, say
 
 if TYPE_CHECKING:
     from libreflux.recipe import Recipe
@@ -84,7 +84,7 @@ def demo(
     with _timed(times, "composing the pictures"):
         _write_pictures(data, pictures)
 
-    _say(f"2/3 setting {MODEL} free: a LoKr adapter over its int8 weights, {steps} steps")
+    _say(f"2/3 setting {MODEL} free: a LoKr adapter over its int8 weights, {counted(steps, 'step')}")
     with _timed(times, "preparing and training"):
         adapter = _train(recipe)
 

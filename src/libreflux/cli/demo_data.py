@@ -10,7 +10,7 @@ import typer
 
 from libreflux.errors import DataError, RecipeError
 from libreflux.places import folder_place, new_place
-from libreflux.printing import say
+from libreflux.printing import counted, say
 
 
 def demo_data(
@@ -41,4 +41,4 @@ def demo_data(
             raise DataError(f"cannot be replaced ({error.strerror})", where=out, mend="name a new folder") from None
     with staged_dir(out) as staging, progress("composing", "picture") as report:
         compose.write_folder(staging, count, seed, pairs=pairs, look=look, progress=report)
-    say(f"{count} pictures with captions in {out}")
+    say(f"{counted(count, 'picture')} with captions in {out}")

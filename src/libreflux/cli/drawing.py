@@ -6,30 +6,30 @@ texts, lets the encoders go and loads the transformer.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from libreflux.adapter.files import AdapterFile, attach_file
-from libreflux.cli.adapters import adapted_facts, load_arguments, notice_other_base
+from libreflux.cli.adapters import adapted_facts, adapter_argument, as_typed, load_arguments, notice_other_base
 from libreflux.cli.options import Offload
-from libreflux.errors import ModelError, RecipeError
+from libreflux.errors import RecipeError
+from libreflux.files import sha256_file
 from libreflux.flow.solve import Step
 from libreflux.model.device import make_current, pick_device, release
 from libreflux.model.facts import Facts
-from libreflux.model.family import Model, open_model, weights_hash
+from libreflux.model.family import ModelSource, open_model, weights_hash
 from libreflux.model.faults import explained
 from libreflux.model.int8 import int8_layers
-from libreflux.model.parts import check_fit
 from libreflux.model.single_file import SingleFiles
 from libreflux.model.text import TextConditioning, TextEncoders, check_padding
+from libreflux.printing import counted
 from libreflux.sample.encoding import Text, encode_ahead, encode_in_turn
 from libreflux.sample.metadata import Origin, versions
 from libreflux.sample.pipeline import LibreFluxPipeline
@@ -50,7 +50,7 @@ class Opened:
         device: what computes.
         dtype: of the transformer's weights, see `Origin`.
         hashes: "transformer" to its SHA-256.
-        adapters: file name, SHA-256 and weight of each adapter, in order.
+        adapters: file name, SHA-256, weight and path as it was named of each adapter, in order.
     """
 
     pipe: LibreFluxPipeline
@@ -96,72 +96,72 @@ class Opened:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A model that nothing speaks against, of which the VAE alone is in memory.
+    """A model that passed all checks, of which the VAE alone is in memory.
 
     Attributes:
-        model: with its facts as they are under the adapters.
-        source: what was named: a name, or single files.
+        source: the model, with its facts as they are under the adapters.
+        vae: loaded.
         device: what computes.
         files: the adapters with their weights.
+        named: their paths, as the user named them.
         offload, quantize: see `cli.options`.
     """
 
-    model: Model
-    source: str | SingleFiles
+    source: ModelSource
+    vae: AutoencoderKL
     device: torch.device
     files: Sequence[tuple[AdapterFile, float]]
+    named: Sequence[str]
     offload: Offload = Offload.auto
     quantize: Literal["int8"] | None = None
 
     @property
     def facts(self) -> Facts:
         """The model's, under its adapters."""
-        return self.model.facts
+        return self.source.facts
 
     @property
     def size(self) -> int:
         """Pixels per side of a picture by default."""
-        assert self.model.vae is not None
-        return LibreFluxPipeline.size_of(self.model.vae)
+        return LibreFluxPipeline.size_of(self.vae)
 
-    def load(self, origins: Iterable[Origin]) -> Opened:
-        """Ready to draw these pictures, and whatever else has their texts."""
+    def load(self, origins: Iterable[Origin], sha256: Callable[[Path], str] = sha256_file) -> Opened:
+        """Ready to draw these pictures, and whatever else has their texts; `sha256` see `weights_hash`."""
         release(self.device)  # what was drawn with before
         with explained(f"encoding the prompts on {self.device}", "--offload sequential (on CUDA), or --device cpu"):
             texts, encoders = self._encoded([text for origin in origins for text in texts_of(origin)])
         with explained(f"reading the model onto {self.device}", SMALLER):
-            return self._opened(texts, encoders)
+            return self._opened(texts, encoders, sha256)
 
-    def _opened(self, texts: dict[Text, TextConditioning], encoders: TextEncoders | None) -> Opened:
-        loaded = self._open(("transformer",), torch.device("cpu") if self.offload in WAITING else self.device)
-        transformer, path = loaded.transformer, loaded.path
-        if transformer is None or path is None:
-            raise ModelError("has no transformer", where=self.model.name, mend="use a complete model")
-        check_fit(path, transformer, self.model.vae, encoders)
+    def _opened(
+        self, texts: dict[Text, TextConditioning], encoders: TextEncoders | None, sha256: Callable[[Path], str]
+    ) -> Opened:
+        place = torch.device("cpu") if self.offload in WAITING else self.device
+        transformer = self.source.load_transformer(quantise=True if self.quantize else None, device=place)
         dtype = str(transformer.dtype).removeprefix("torch.")
         if int8_layers(transformer):
             _refuse_int8(self.offload)
             dtype = f"int8, {dtype}"
-        transformer_hash = weights_hash(path)
+        transformer_hash = weights_hash(self.source.path, sha256)
         notice_other_base(transformer_hash, self.files)
         for file, weight in self.files:
             attach_file(transformer, file, weight, dtype=transformer.dtype)
-        model = dataclasses.replace(self.model, transformer=transformer, text=encoders)
-        pipe = LibreFluxPipeline.from_model(model)
+        pipe = LibreFluxPipeline.from_parts(transformer, self.vae, encoders, self.facts, self.source.scheduler)
         pipe.set_progress_bar_config(disable=True)
         if self.offload is Offload.model:
             pipe.enable_model_cpu_offload(device=self.device)
         elif self.offload is Offload.sequential:
             pipe.enable_sequential_cpu_offload(device=self.device)
-        rows = [{"file": Path(file.where).name, "sha256": file.sha256, "weight": weight} for file, weight in self.files]
+        rows: list[dict[str, Any]] = [
+            {"file": Path(file.where).name, "sha256": file.sha256, "weight": weight, "path": as_typed(named)}
+            for (file, weight), named in zip(self.files, self.named, strict=True)
+        ]
         return Opened(pipe, texts, self.facts, self.device, dtype, {"transformer": transformer_hash}, rows)
 
     def _encoded(self, texts: Sequence[Text]) -> tuple[dict[Text, TextConditioning], TextEncoders | None]:
         """The texts, and the encoders if they are to stay; else nothing of them is left in memory."""
         in_turn, by_block = self.offload is Offload.model, self.offload is Offload.sequential
-        encoders = self._open(("text",), torch.device("cpu") if in_turn else self.device, text_by_block=by_block).text
-        if encoders is None:
-            raise ModelError("has no text encoders", where=self.model.name, mend="use a complete model")
+        encoders = self.source.load_text(device=torch.device("cpu") if in_turn else self.device, by_block=by_block)
         if in_turn:
             found = encode_in_turn(encoders, self.facts, texts, self.device)
         else:
@@ -171,11 +171,6 @@ class Chosen:
         del encoders
         release(self.device)
         return found, None
-
-    def _open(self, parts: Sequence[str], device: torch.device, *, text_by_block: bool = False) -> Model:
-        quantise = self.quantize and True
-        with _notices_were_given():
-            return open_model(self.source, parts=parts, device=device, quantise=quantise, text_by_block=text_by_block)
 
 
 def open_for_drawing(
@@ -191,15 +186,13 @@ def open_for_drawing(
         RecipeError: an offload that the device has no use for.
         ModelError, AdapterError, RunError: see `open_model`, `load_arguments` and `pick_device`.
     """
-    place, files = device_for(device, offload, quantize), load_arguments(adapters)
-    facts = adapted_facts(open_model(model, parts=()).facts, files)
-    check_padding(facts.text_padding)
-    with _notices_were_given():
-        opened = open_model(model, parts=("vae",), device="cpu" if offload in WAITING else place)
-    if opened.vae is None:
-        raise ModelError("has no VAE", where=str(model), mend="use a complete model")
-    opened.facts = facts
-    return Chosen(opened, model, place, files, offload, quantize)
+    place, adapters = device_for(device, offload, quantize), list(adapters)
+    files, named = load_arguments(adapters), [adapter_argument(text)[0] for text in adapters]
+    source = open_model(model)
+    source = source.with_facts(adapted_facts(source.facts, files))
+    check_padding(source.facts.text_padding)
+    vae = source.load_vae(device="cpu" if offload in WAITING else place)
+    return Chosen(source, vae, place, files, named, offload, quantize)
 
 
 def device_for(name: str, offload: Offload, quantize: str | None = None) -> torch.device:
@@ -233,19 +226,8 @@ def texts_of(origin: Origin) -> list[Text]:
     return [positive, negative] if origin.guidance > 1 else [positive]
 
 
-@contextlib.contextmanager
-def _notices_were_given() -> Iterator[None]:
-    """Without what the facts say of themselves whenever a model is opened: the first opening told it."""
-    facts = logging.getLogger("libreflux.model.facts")
-    before, facts.disabled = facts.disabled, True
-    try:
-        yield
-    finally:
-        facts.disabled = before
-
-
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{device.type}, {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type
+    return f"{device.type}, {counted(threads, 'thread')}" if device.type == "cpu" else device.type

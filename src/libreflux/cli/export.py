@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -16,7 +17,7 @@ from libreflux.places import new_place
 from libreflux.printing import say
 
 if TYPE_CHECKING:
-    from libreflux.model.family import Model
+    from libreflux.model.family import ModelSource
     from libreflux.model.single_file import SingleFiles
 
 MODEL_PROGRAMS = ("diffusers", "bfl")
@@ -83,8 +84,9 @@ def _is_adapter(text: str) -> bool:
     """Whether it is a run's folder, or a file with an adapter's tensors; what is neither is taken for a model."""
     path = Path(text).expanduser()
     if path.is_dir():
-        foreign = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-        return any((path / name).exists() for name in ("adapter.safetensors", "checkpoints", *foreign))
+        from libreflux.adapter.peft import FILES
+
+        return any((path / name).exists() for name in ("adapter.safetensors", "checkpoints", *FILES))
     if path.suffix.lower() != ".safetensors" or not path.is_file():
         return False
     from safetensors import SafetensorError, safe_open
@@ -118,50 +120,53 @@ def _export_adapter(text: str, program: str, out: Path, rank: int | None) -> Non
 
 
 def _export_model(name: str | SingleFiles, program: str | None, out: Path) -> None:
-    from libreflux.model.family import open_model, save_model
+    from libreflux.model.family import LiveParts, open_model, save_model
     from libreflux.model.quantise import quantise_folder
     from libreflux.model.single_save import save_files, save_transformer
 
     if program is None:
         quantise_folder(name, out)
         return
-    single = program == "bfl" and out.suffix == ".safetensors"
-    whole = not single and (program == "bfl" or not isinstance(name, str))
-    model = open_model(name, parts=("transformer", "vae", "text") if whole else ("transformer",), quantise=False)
-    if single:
-        save_transformer(model, out)
+    source = open_model(name)
+    transformer = source.load_transformer(quantise=False)
+    if program == "bfl" and out.suffix == ".safetensors":
+        save_transformer(transformer, source.facts, out)
     elif program == "bfl":
-        save_files(model, out, extras=_for_comfyui(model))
+        vae, text = source.load_vae(), source.load_text()
+        save_files(out, source.name, source.facts, transformer, vae, text, extras=_for_comfyui(source))
     else:
         from libreflux.sample.elsewhere import diffusers_scheduler
 
-        model.scheduler = diffusers_scheduler(model.facts, model.scheduler)
-        save_model(model, out, extras=_for_diffusers(model))
+        live = LiveParts(transformer=transformer, scheduler=diffusers_scheduler(source.facts, source.scheduler))
+        if not isinstance(name, str):  # of a folder the other parts are copied
+            live = dataclasses.replace(live, vae=source.load_vae(), text=source.load_text())
+        dtype = str(transformer.dtype).removeprefix("torch.")
+        save_model(out, source.facts, live, source, extras=_for_diffusers(source, dtype))
 
 
-def _for_diffusers(model: Model) -> dict[str, str]:
-    from libreflux.model.family import part_config
-    from libreflux.model.latents import own_side
+def _for_diffusers(source: ModelSource, dtype: str) -> dict[str, str]:
     from libreflux.sample.elsewhere import diffusers_script
 
-    assert model.transformer is not None
-    size = own_side(part_config(model, "vae"), f"{model.path}, VAE")
-    dtype = str(model.transformer.dtype).removeprefix("torch.")
-    script = diffusers_script(model.facts, size=size, dtype=dtype)
+    script = diffusers_script(source.facts, size=_own_side(source), dtype=dtype)
     draw = 'python draw.py "a red apple on blue"' if script else None
-    return {"README.md": model_card(model.facts, Path(model.name).stem, draw)} | ({"draw.py": script} if script else {})
+    card = model_card(source.facts, Path(source.name).stem, draw)
+    return {"README.md": card} | ({"draw.py": script} if script else {})
 
 
-def _for_comfyui(model: Model) -> dict[str, str]:
-    from libreflux.model.latents import own_side
+def _for_comfyui(source: ModelSource) -> dict[str, str]:
     from libreflux.model.single_save import transformer_file
     from libreflux.sample.elsewhere import comfyui_workflow
 
-    assert model.vae is not None
     workflow = comfyui_workflow(
-        model.facts,
-        transformer=transformer_file(model),
-        size=own_side(model.vae.config, f"{model.path}, VAE"),
+        source.facts,
+        transformer=transformer_file(source.name),
+        size=_own_side(source),
         prompt="a red apple on blue",
     )
     return {"workflow.json": json.dumps(workflow, indent=2) + "\n"}
+
+
+def _own_side(source: ModelSource) -> int:
+    from libreflux.model.latents import own_side
+
+    return own_side(source.part_config("vae"), f"{source.path}, VAE")

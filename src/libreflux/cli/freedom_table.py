@@ -1,4 +1,4 @@
-"""Freedom on a terminal: one row a measure."""
+"""Freedom on a terminal: the headline measures in its width, or one row for every measure."""
 
 from __future__ import annotations
 
@@ -11,16 +11,39 @@ from libreflux.cli import terminal
 from libreflux.cli.terminal import SafeConsole
 from libreflux.printing import printable
 from libreflux.probe.freedom import FreedomRow
+from libreflux.probe.summary import summary
 from libreflux.probe.words import number, place, title
+
+TITLE = "freedom: share of the distance from distilled to reference that is closed"
+
+
+def print_freedom_summary(rows: Sequence[FreedomRow], family: str = "", console: Console | None = None) -> None:
+    """Prints `summary` of the rows in the console's width; intervals hold 95 %.
+
+    Args:
+        rows: all of them.
+        family: see `print_freedom`.
+        console: where to; None: stdout.
+    """
+    shown = summary(rows)
+    table = Table(title=TITLE, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("measure", overflow="fold")
+    for column in ("distilled", "freed", "reference", "freedom [95 % interval]"):
+        table.add_column(column, justify="right")
+    for row in shown:
+        name, at = title(row.name, row.at, family)
+        values = (number(value) for value in (row.distilled, row.freed, row.reference))
+        table.add_row(*map(printable, (", ".join(filter(None, (name, place(at)))), *values, row.text)))
+    (console or terminal.console()).print(table, markup=False)
 
 
 def print_freedom(rows: Sequence[FreedomRow], family: str = "", console: Console | None = None) -> None:
-    """Prints how much of the distance from distilled to reference is closed; intervals hold 95 %.
+    """Prints every row: how much of the distance from distilled to reference is closed; intervals hold 95 %.
 
     Args:
         family: what distances are named after, "emoji" in "FD-emoji".
     """
-    table = Table(title="freedom: share of the distance from distilled to reference that is closed")
+    table = Table(title=TITLE)
     table.title_justify = "left"
     subsets = len({row.subset for row in rows}) > 1
     for column in ("measure", "at", *(["subset"] if subsets else [])):

@@ -15,7 +15,7 @@ from libreflux.cli.models import Base, ComfyUI, chosen_model
 from libreflux.cli.options import Batch, Offload, OffloadOption, QuantizeOption
 from libreflux.errors import RecipeError, RunError
 from libreflux.places import file_place
-from libreflux.printing import say
+from libreflux.printing import counted, say
 
 if TYPE_CHECKING:
     from libreflux.cli.drawing import Opened
@@ -119,7 +119,7 @@ def generate(
         if size is not None and size % 16:
             raise RecipeError(f"{size} is not a multiple of 16", where=name, mend=f"use {round(size / 16) * 16}")
     if prompt_2 and len(prompt_2) != len(prompts):
-        what = f"{len(prompt_2)} for {len(prompts)} prompts"
+        what = f"{len(prompt_2)} for {counted(len(prompts), 'prompt')}"
         raise RecipeError(what, where="--prompt-2", mend="give one for each PROMPT")
     wanted = [(prompt, seed + index) for prompt in prompts for index in range(count)]
     targets = picture_targets(out, prompts, wanted)
@@ -257,7 +257,7 @@ def _refuse_unguided(steps: int, no_cfg_until: int, start: float, stop: float) -
 
     if no_cfg_until >= steps:
         mend = f"use at most {steps - 1}, or --guidance 1 instead" if steps > 1 else "remove it, or use more --steps"
-        raise RecipeError(f"leaves none of {steps} steps guided", where="--no-cfg-until", mend=mend)
+        raise RecipeError(f"leaves no step of {steps} guided", where="--no-cfg-until", mend=mend)
     guided_steps(steps, no_cfg_until, start, stop)
 
 

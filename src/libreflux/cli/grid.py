@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import dataclasses
 import itertools
-import json
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,10 +18,13 @@ from libreflux.cli.models import Base, ComfyUI, chosen_model
 from libreflux.cli.options import Offload, OffloadOption, QuantizeOption
 from libreflux.errors import LibrefluxError, RecipeError
 from libreflux.places import file_place, folder_place
-from libreflux.printing import say
+from libreflux.printing import counted, say
 
 if TYPE_CHECKING:
     from libreflux.cli.drawing import Chosen, Opened
+    from libreflux.cli.grid_page import Cell
+    from libreflux.flow.solve import Step
+    from libreflux.model.facts import Facts
     from libreflux.model.single_file import SingleFiles
     from libreflux.sample.metadata import Origin
 
@@ -92,10 +96,10 @@ def grid(
     device_for(device, offload, quantize)  # before there is a folder
     with lock(out):
         cells = _Cells(out, common, sources, adapter or [], device, offload, columns, rows)
-        drawn = [[cells.cell(column, prompt, seed) for prompt, seed in rows] for column in columns]
+        drawn = cells.drawn()
         table = [list(row) for row in zip(*drawn, strict=True)]
         page = write(out, table, [f"{prompt}, seed {seed}" for prompt, seed in rows], len(sources) > 1)
-    say(out / "grid.png", f"{page}, to be looked at; {cells.made} of {cells.total} cells were drawn now")
+    say(out / "grid.png", f"{page}, to be looked at; {cells.made:,} of {counted(cells.total, 'cell')} drawn now")
 
 
 def _sources(
@@ -112,6 +116,27 @@ def _sources(
     return {str(one): one for one in chosen if one is not None}
 
 
+@dataclass(frozen=True)
+class _Identity:
+    """What is known of a model before it is opened: its facts under the adapters, and the keys of its cells."""
+
+    facts: Facts
+    key: Mapping[str, object]
+    older: Sequence[object]
+    """As the first versions knew it: by the weights of transformer and adapters, and the paths of single files."""
+
+    def steps(self, column: Column) -> int:
+        return column.steps or self.facts.steps
+
+    def guidance(self, column: Column) -> float:
+        own = 1.0 if self.facts.guidance_embeds else self.facts.guidance
+        return float(own if column.guidance is None else column.guidance)
+
+    @property
+    def embedded(self) -> float | None:
+        return self.facts.guidance if self.facts.guidance_embeds else None
+
+
 class _Cells:
     """Pictures by column, prompt and seed; a model is opened when its first missing one is asked for."""
 
@@ -126,51 +151,105 @@ class _Cells:
         columns: list[Column],
         rows: list[tuple[str, int]],
     ) -> None:
+        from libreflux.data.digests import FileMemory
+
         self.out, self.common, self.adapters, self.device, self.offload = out, common, adapters, device, offload
         self.quantize: Literal["int8"] | None = "int8" if "quantize" in common else None
         self.sources = sources
         self.columns, self.rows, self.total = columns, rows, len(columns) * len(rows)
-        self.made = self.done = 0
+        self.made = 0
+        self._memory = FileMemory(out)
         self._opened: tuple[str, Chosen, Opened] | None = None
-        self._weights: dict[str, list[object]] = {}
+        self._identities: dict[str, _Identity] = {}
 
-    def cell(self, column: Column, prompt: str, seed: int) -> tuple[Path, Origin]:
+    def drawn(self) -> list[list[Cell]]:
+        """By column and row; what is not kept is drawn now."""
+        from libreflux.cli.progress import progress
+        from libreflux.data.digests import FileMemory
+
+        missing = [column for column in self.columns for row in self.rows if self._kept(column, *row) is None]
+        self._memory.save()
+        self._memory = FileMemory(self.out)  # which knows what was saved
+        total = sum(self._identity(column.model).steps(column) for column in missing)
+        done = 0
+        cells: list[list[Cell]] = []
+        with progress("drawing", "step") as report:
+            for column in self.columns:
+                cells.append([])
+                for prompt, seed in self.rows:
+                    if (cell := self._kept(column, prompt, seed)) is None:
+                        note = f"cell {self.made + 1:,} of {len(missing):,}"
+                        before = done
+
+                        def told(step: Step, before: int = before, note: str = note) -> None:
+                            report(before + step.index + 1, total, note)
+
+                        cell = self._draw(column, prompt, seed, told)
+                        done += cell[1].steps
+                    cells[-1].append(cell)
+        return cells
+
+    def _kept(self, column: Column, prompt: str, seed: int) -> Cell | None:
+        """The cell, if it is there and whole; of a model that was called something else then, under today's name."""
+        from libreflux.decided import adopt
         from libreflux.sample.metadata import read_origin
 
-        asked = [asdict(column), prompt, seed, self.common, self._identity(column.model)]
-        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-        path = self.out / "cells" / f"{digest[:24]}.png"
-        self.done += 1
-        try:
-            return path, read_origin(path)
-        except (LibrefluxError, OSError):
-            return path, self._draw(column, prompt, seed, path)
+        path, older, model = self._path(column, prompt, seed), self._older(column, prompt, seed), column.model
+        with contextlib.suppress(LibrefluxError, OSError):
+            if not path.exists() and self._fits(read_origin(older), column):
+                adopt(path, older)
+            return path, dataclasses.replace(read_origin(path), model=model)
+        return None
 
-    def _identity(self, model: str) -> list[object]:
-        """Hashes of the weights and of the adapters, without loading any of them into memory."""
-        if model not in self._weights:
-            from libreflux.cli.adapters import load_arguments
-            from libreflux.model.family import locate, weights_hash
+    def _fits(self, origin: Origin, column: Column) -> bool:
+        """Whether nothing that a cell of an older version says of itself is otherwise today."""
+        is_of = self._identity(column.model)
+        now = (is_of.steps(column), is_of.guidance(column), is_of.embedded)
+        return (origin.steps, origin.guidance, origin.embedded_guidance) == now
 
-            source = self.sources[model]
-            place = locate(source) if isinstance(source, str) else source.transformer
+    def _path(self, column: Column, prompt: str, seed: int) -> Path:
+        from libreflux.sample.model_key import FORMULA
+
+        is_of, common = self._identity(column.model), self.common
+        scale = is_of.guidance(column)
+        return self._file({
+            "formula": FORMULA, "prompt": prompt, "seed": seed, "negative": common["negative"] if scale > 1 else "",
+            "steps": is_of.steps(column), "guidance": scale, "width": common["width"], "height": common["height"],
+            "quantize": self.quantize, **is_of.key,
+        })  # fmt: skip
+
+    def _older(self, column: Column, prompt: str, seed: int) -> Path:
+        return self._file([asdict(column), prompt, seed, self.common, self._identity(column.model).older])
+
+    def _file(self, decided: object) -> Path:
+        from libreflux.decided import digest
+
+        return self.out / "cells" / f"{digest(decided)[:24]}.png"
+
+    def _identity(self, model: str) -> _Identity:
+        """Of hashes: nothing is loaded into memory, and no file is read that has not changed since the last grid."""
+        if model not in self._identities:
+            from libreflux.cli.adapters import adapted_facts, load_arguments
+            from libreflux.model.family import open_model
+            from libreflux.sample.model_key import adapters_key, facts_key, model_key
+
+            source, files = self.sources[model], load_arguments(self.adapters)
+            known, facts = model_key(source, self._memory), adapted_facts(open_model(source).facts, files)
             others = [] if isinstance(source, str) else [repr(source)]
-            files = [[file.sha256, weight] for file, weight in load_arguments(self.adapters)]
-            self._weights[model] = [weights_hash(place), files, *others]
-        return self._weights[model]
+            older = [known["transformer"], [[file.sha256, weight] for file, weight in files], *others]
+            key = {"model": known, "adapters": adapters_key(files), "facts": facts_key(facts)}
+            self._identities[model] = _Identity(facts, key, older)
+        return self._identities[model]
 
-    def _draw(self, column: Column, prompt: str, seed: int, path: Path) -> Origin:
-        from libreflux.cli.progress import progress
+    def _draw(self, column: Column, prompt: str, seed: int, told: Callable[[Step], None]) -> Cell:
         from libreflux.sample.metadata import save_png
 
+        path = self._path(column, prompt, seed)
         chosen, opened = self._open(column.model)
         origin = opened.stamped(self._wanted(chosen, column, prompt, seed))
-        with progress("drawing", "step") as report:
-            note = f"cell {self.done} of {self.total}"
-            image = opened.draw(origin, lambda step: report(step.index + 1, origin.steps, note))
-        save_png(image, path, origin)
+        save_png(opened.draw(origin, told), path, origin)
         self.made += 1
-        return origin
+        return path, origin
 
     def _open(self, model: str) -> tuple[Chosen, Opened]:
         """The model, ready for every cell of its columns: their texts are encoded together, before it is loaded."""
@@ -181,22 +260,20 @@ class _Cells:
             chosen = open_for_drawing(self.sources[model], self.adapters, self.device, self.offload, self.quantize)
             columns = [column for column in self.columns if column.model == model]
             wanted = [self._wanted(chosen, column, *row) for column in columns for row in self.rows]
-            self._opened = model, chosen, chosen.load(wanted)
+            self._opened = model, chosen, chosen.load(wanted, self._memory.sha256)
         return self._opened[1:]
 
     def _wanted(self, chosen: Chosen, column: Column, prompt: str, seed: int) -> Origin:
         from libreflux.sample.metadata import Origin
 
-        facts, size = chosen.facts, chosen.size
-        width, height = (int(self.common[name] or size) for name in ("width", "height"))
+        width, height = (int(self.common[name] or chosen.size) for name in ("width", "height"))
         check_picture(width, height, column.steps)
-        own = 1.0 if facts.guidance_embeds else facts.guidance
-        scale = own if column.guidance is None else column.guidance
+        is_of = self._identity(column.model)
+        scale = is_of.guidance(column)
         return Origin(
             prompt=prompt, seed=seed, negative=str(self.common["negative"]) if scale > 1 else "",
-            steps=column.steps or facts.steps, guidance=scale, width=width,
-            height=height, model=column.model,
-            embedded_guidance=facts.guidance if facts.guidance_embeds else None, quantize=chosen.quantize,
+            steps=is_of.steps(column), guidance=scale, width=width, height=height, model=column.model,
+            embedded_guidance=is_of.embedded, quantize=chosen.quantize,
         )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from libreflux import __version__
 from libreflux.files import atomic_write_bytes, atomic_write_text
+from libreflux.printing import counted
 from libreflux.probe import html
 from libreflux.sample.grid import sheet
 from libreflux.sample.metadata import Origin
@@ -40,7 +41,7 @@ def write(out: Path, table: Sequence[Sequence[Cell]], rows: Sequence[str], sever
 
 
 def _head(origin: Origin, several_models: bool) -> str:
-    told = f"guidance {origin.guidance:g}, {origin.steps} steps"
+    told = f"guidance {origin.guidance:g}, {counted(origin.steps, 'step')}"
     return f"{Path(origin.model).name}, {told}" if several_models else told
 
 

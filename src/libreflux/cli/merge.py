@@ -10,7 +10,7 @@ import typer
 
 from libreflux.cli.models import Base, ComfyUI, chosen_model
 from libreflux.places import new_place
-from libreflux.printing import get_logger, say
+from libreflux.printing import counted, get_logger, say
 
 logger = get_logger(__name__)
 
@@ -34,25 +34,23 @@ def merge(
 
     from libreflux.adapter.merge import merge_many
     from libreflux.cli.adapters import adapted_facts, load_arguments, notice_other_base
-    from libreflux.model.family import open_model, save_model, weights_hash
+    from libreflux.model.family import LiveParts, open_model, save_model
     from libreflux.model.int8 import dequantise_model
 
     files = load_arguments(adapters)
     source = chosen_model(model, base, comfyui) or model
-    parts = ("transformer",) if isinstance(source, str) else ("transformer", "vae", "text")  # a folder has the rest
-    start = open_model(source, parts=parts)
-    assert start.transformer is not None and start.path is not None
-    base_hash = weights_hash(start.path)
-    notice_other_base(base_hash, files)
-    dtype = start.transformer.dtype
-    if was_int8 := dequantise_model(start.transformer, torch.float32):
+    start = open_model(source)
+    transformer = start.load_transformer()
+    notice_other_base(start.hash, files)
+    dtype = transformer.dtype
+    if was_int8 := dequantise_model(transformer, torch.float32):
         logger.warning("%s is stored in int8: the new model is in %s", model, str(dtype).removeprefix("torch."))
-    changed = merge_many(start.transformer, files)
+    changed = merge_many(transformer, files)
     for name in was_int8:
-        start.transformer.get_submodule(name).to(dtype)
+        transformer.get_submodule(name).to(dtype)
     lineage: dict[str, Any] = {
         "base": model,
-        "base_sha256": base_hash,
+        "base_sha256": start.hash,
         "adapters": [
             {
                 "file": Path(file.where).name,
@@ -65,9 +63,12 @@ def merge(
     }
     if start.facts.lineage:
         lineage["base_lineage"] = start.facts.lineage
-    start.facts = dataclasses.replace(adapted_facts(start.facts, files), lineage=lineage)
-    save_model(start, out)
-    say(f"{len(changed)} layers changed, saved in {out}")
+    facts = dataclasses.replace(adapted_facts(start.facts, files), lineage=lineage)
+    live = LiveParts(transformer=transformer)
+    if not isinstance(source, str):  # of a folder the other parts are copied
+        live = dataclasses.replace(live, vae=start.load_vae(), text=start.load_text())
+    save_model(out, facts, live, start)
+    say(f"{counted(len(changed), 'layer')} changed, saved in {out}")
 
 
 def _origin(metadata: dict[str, str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from libreflux.errors import ModelError, RecipeError
+from libreflux.places import did_you_mean
 
 if TYPE_CHECKING:
     from libreflux.model.single_file import SingleFiles
@@ -36,7 +37,7 @@ def chosen_model(model: str | None, base: str | None, comfyui: Path | None) -> s
             raise RecipeError("is empty", where=name, mend="name a model, or leave it out")
     is_file = model is not None and model.lower().endswith(".safetensors")
     if is_file and not Path(str(model)).expanduser().is_file():
-        raise ModelError("no such file", where=model, mend="mend the path")
+        raise ModelError("no such file", where=model, mend=did_you_mean(Path(str(model)).expanduser(), "mend the path"))
     if base is not None and not is_file and comfyui is None:
         mend = "remove it, or name a .safetensors file with --model"
         raise RecipeError("has no effect without a single file", where="--base", mend=mend)

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 from libreflux.recipe import Recipe
+from libreflux.train.standing import all_done
 
 PROMPT = "a red apple on blue"
 
@@ -19,8 +20,8 @@ def finished(recipe: Recipe, started_at: int | None) -> str:
         started_at: finished steps when this process began to train; None: it had nothing to do.
     """
     if started_at is None:
-        return f"this run was finished before: all {recipe.steps:,} steps are done; raise steps to go on"
-    return f"finished: all {recipe.steps:,} steps are done"
+        return f"this run was finished before: {all_done(recipe.steps)}; raise steps to go on"
+    return f"finished: {all_done(recipe.steps)}"
 
 
 def commands(recipe: Recipe) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from libreflux.errors import RecipeError
-from libreflux.printing import say
+from libreflux.printing import counted, say
 
 if TYPE_CHECKING:
     from libreflux.recipe import Recipe
@@ -113,9 +113,9 @@ def _prepare(recipe: Recipe, part: tuple[int, int]) -> None:
     smaller = "a smaller resolution, or device: cpu"
     with progress("preparing", "item", console) as report, explained(f"preparing on {device}", smaller):
         make_current(device)
-        _, sources = prepare_cache(recipe, device=device, part=part, progress=report, told=told)
+        _, sources = prepare_cache(recipe, device=device, part=part, progress=report, told=told, read_all=True)
     count = sum(len(samples) for _, samples in sources)
-    said = f"{count} pictures prepared in {recipe.cache_dir}"
+    said = f"{counted(count, 'picture')} prepared in {recipe.cache_dir}"
     if part[1] > 1:
         said += f", part {part[0] + 1} of {part[1]}"
     say(f"{said}; train with cache={recipe.cache_dir}")

@@ -65,6 +65,7 @@ def probe(
     dtype: Annotated[str, typer.Option(help="Weights: stored, fp32 or bf16.")] = "stored",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print JSON (with --against freedom's), no table.")] = False,
+    whole: Annotated[bool, typer.Option("--all", help="Print every measure, not the headline ones alone.")] = False,
 ) -> None:
     """Measure how free a model is: loss, calibration, guidance, steps, diversity, padding and negative prompts.
 
@@ -76,6 +77,8 @@ def probe(
         raise RecipeError("needs --against", where="--reference", mend="name the distilled model with --against")
     if features is not None and judge is not None:
         raise RecipeError("takes the place of --judge", where="--features", mend="give one of them")
+    if whole and json:
+        raise RecipeError("has no effect beside --json", where="--all", mend="remove it: JSON holds every measure")
     if resolution is not None and resolution % 16:
         mend = f"use {max(16, round(resolution / 16) * 16)}"
         raise RecipeError(f"{resolution} is not a multiple of 16", where="--resolution", mend=mend)
@@ -96,10 +99,10 @@ def probe(
         chosen={key: value for key, value in chosen.items() if value is not None},
     )  # fmt: skip
     if against is not None:
-        _compare(request, against, reference, json)
+        _compare(request, against, reference, as_json=json, whole=whole)
         return
 
-    from libreflux.cli.probe_table import print_table
+    from libreflux.cli.probe_table import print_summary, print_table
     from libreflux.cli.probing import run
     from libreflux.probe.page import write_page
 
@@ -108,13 +111,19 @@ def probe(
     if json:
         say_json((folder / "probe.json").read_text(encoding="utf-8"))
     else:
-        print_table(result)
+        (print_table if whole else print_summary)(result)
+        _tell_rest(len(result.measures), whole)
         say(f"{folder / 'probe.json'}, measured in {result.seconds:.0f} s", f"{page}, to be looked at")
 
 
-def _compare(request: Request, against: str, reference: str | None, as_json: bool) -> None:
+def _tell_rest(rows: int, whole: bool) -> None:
+    if not whole:
+        say(f"--all prints all {rows} rows")
+
+
+def _compare(request: Request, against: str, reference: str | None, *, as_json: bool, whole: bool) -> None:
     from libreflux.cli.comparing import FREEDOM_FILE, compare
-    from libreflux.cli.freedom_table import print_freedom
+    from libreflux.cli.freedom_table import print_freedom, print_freedom_summary
     from libreflux.probe.page import write_page
 
     found = compare(request, against, reference)
@@ -122,7 +131,9 @@ def _compare(request: Request, against: str, reference: str | None, as_json: boo
     if as_json:
         say_json((found.folder / FREEDOM_FILE).read_text(encoding="utf-8"))
     else:
-        print_freedom(found.freedom, str((found.result.settings.get("data") or ("",))[0]))
+        show = print_freedom if whole else print_freedom_summary
+        show(found.freedom, str((found.result.settings.get("data") or ("",))[0]))
+        _tell_rest(len(found.freedom), whole)
         say(found.folder / FREEDOM_FILE, f"{page}, to be looked at")
 
 

@@ -15,13 +15,17 @@ from libreflux.data.cache import Cache
 from libreflux.data.crops import View, bucket_step
 from libreflux.data.held_out import HeldOut
 from libreflux.data.prepare import Sources, prepare
+from libreflux.decided import digest
 from libreflux.errors import DataError, ModelError
 from libreflux.model.facts import Facts
 from libreflux.probe import negative
 from libreflux.probe.judges import Judge
-from libreflux.probe.settings import Settings, digest
+from libreflux.probe.settings import Settings
 from libreflux.probe.subjects import Asked, asked
 from libreflux.recipe import DataSource
+
+CACHE = "cache"
+"""Its folder in a result's."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def _prepare(
         [DataSource(path=str(folder), caption_dropout=0.0)],
         views=[_view(settings)],
         text_padding=facts.text_padding,
-        out=out / "cache",
+        out=out / CACHE,
         prompts=prompts,
         device=str(device),
         max_tokens=facts.max_tokens,

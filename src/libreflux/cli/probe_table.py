@@ -1,4 +1,4 @@
-"""A probe's result on a terminal: one row a measure."""
+"""A probe's result on a terminal: the headline measures in its width, or one row for every measure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,22 @@ from libreflux.cli import terminal
 from libreflux.cli.terminal import SafeConsole
 from libreflux.printing import printable
 from libreflux.probe.results import Result
-from libreflux.probe.words import figure, place
+from libreflux.probe.summary import summary
+from libreflux.probe.words import figure, place, title
+
+
+def print_summary(result: Result, console: Console | None = None) -> None:
+    """Prints `summary` of a result in the console's width; intervals hold 95 %."""
+    heading = Text(printable(f"{result.model['name']}: how free is it?"))
+    table = Table(title=heading, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("measure", overflow="fold")
+    for column in ("value [95 % interval]", "theory"):
+        table.add_column(column, justify="right")
+    for one in summary(result.measures):
+        name, at = title(one.name, one.at, str((result.settings.get("data") or ("",))[0]))
+        theory = "" if one.reference is None else f"{one.reference:g}"
+        table.add_row(*map(printable, (", ".join(filter(None, (name, place(at)))), figure(one), theory)))
+    (console or terminal.console()).print(table, markup=False)
 
 
 def print_table(result: Result, console: Console | None = None) -> None:

@@ -14,8 +14,11 @@ import torch
 
 from libreflux.adapter.files import AdapterFile, attach_file
 from libreflux.cli.adapters import adapted_facts, load_arguments, notice_other_base
-from libreflux.cli.probe_data import ProbeData
+from libreflux.cli.probe_data import CACHE, ProbeData
 from libreflux.cli.progress import progress
+from libreflux.data.cache import Cache
+from libreflux.data.digests import FileMemory
+from libreflux.decided import digest
 from libreflux.files import lock, sha256_file
 from libreflux.model.device import make_current, pick_device, release
 from libreflux.model.facts import Facts
@@ -27,22 +30,23 @@ from libreflux.model.parts import json_object, visible
 from libreflux.model.text import check_trained_padding
 from libreflux.places import file_place, folder_place
 from libreflux.printing import get_logger
-from libreflux.probe import padding
+from libreflux.probe import drawing, padding
 from libreflux.probe import run as probe_run
 from libreflux.probe.bench import Bench, PaddingTexts
 from libreflux.probe.features import features_digest, load_features
 from libreflux.probe.judges import Judge, load_judge
 from libreflux.probe.results import FILE, Result
 from libreflux.probe.section import Section
-from libreflux.probe.settings import LARGE, LARGE_QUICK, QUICK, Settings, digest, own_guidance, rungs
+from libreflux.probe.settings import LARGE, LARGE_QUICK, QUICK, Settings, own_guidance, rungs
 from libreflux.probe.subjects import read_seen
 from libreflux.sample.metadata import versions
+from libreflux.sample.model_key import adapters_key, config_digest, facts_key
 
 logger = get_logger(__name__)
 
 DTYPES = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 PROBES = Path("out/probe")
-FOLDERS = ("data", "cache", "drawn", "pictures", "sections")
+FOLDERS = ("data", CACHE, "drawn", "pictures", "sections")
 """Of a result."""
 LARGE_BYTES = 2_000_000_000
 
@@ -76,12 +80,12 @@ class Subject:
     sha256: str
     files: list[tuple[AdapterFile, float]]
     family: bool
+    memory: FileMemory
 
     @property
     def slug(self) -> str:
         """A folder's name for it."""
-        names = [Path(self.name).name, *(Path(file.where).resolve().parent.name for file, _ in self.files)]
-        return re.sub(r"[^\w.+-]+", "-", "+".join(names)).strip(".-") or "model"
+        return _slug(self.name, self.files)
 
     @property
     def trained_subjects(self) -> tuple[str, ...] | None:
@@ -120,6 +124,7 @@ def run(request: Request) -> tuple[Path, Result]:
             settings=settings, judge=judge, out=out, device=device,
         )  # fmt: skip
         settings = data.settings
+        subject.memory.save()
 
         def open_bench(todo: Sequence[Section]) -> Bench:
             with explained(f"reading the model onto {device}", probe_run.SMALLER):
@@ -128,10 +133,22 @@ def run(request: Request) -> tuple[Path, Result]:
                 return _open(request, subject, data, judge, out, device, texts)
 
         result = probe_run.probe(
-            out, open_bench, model=subject.as_json(), settings=settings, asked=data.asked, versions=versions(),
-            progress=bars.enter_context(progress("probing", "evaluation")),
+            out, open_bench, model=subject.as_json(), decided=_decided(subject, data.cache), settings=settings,
+            asked=data.asked, versions=versions(), progress=bars.enter_context(progress("probing", "evaluation")),
         )  # fmt: skip
     return out, result
+
+
+def _decided(subject: Subject, cache: Cache) -> dict[str, Any]:
+    """Of the model and the prepared data what decides a measure; the cache knows VAE, text encoders and tokens."""
+    return {
+        "transformer": subject.sha256,
+        "transformer_config": config_digest(subject.folder / "transformer" / "config.json"),
+        "adapters": adapters_key(subject.files),
+        "facts": facts_key(subject.facts),
+        "cache": cache.settings,
+        "drawing": drawing.FORMULA,
+    }
 
 
 def try_out(out: Path) -> None:
@@ -143,12 +160,18 @@ def try_out(out: Path) -> None:
 
 def subject_of(request: Request) -> Subject:
     files = load_arguments(request.adapters)
-    facts = adapted_facts(open_model(request.model, parts=()).facts, files)
+    facts = adapted_facts(open_model(request.model).facts, files)
     check_trained_padding(facts.text_padding)
     folder = locate(request.model)
-    sha256 = weights_hash(folder)
+    memory = FileMemory((request.out or PROBES / _slug(request.model, files)) / CACHE)
+    sha256 = weights_hash(folder, memory.sha256)
     notice_other_base(sha256, files)
-    return Subject(request.model, folder, facts, sha256, files, _is_family(request.model, folder))
+    return Subject(request.model, folder, facts, sha256, files, _is_family(request.model, folder), memory)
+
+
+def _slug(name: str, files: Sequence[tuple[AdapterFile, float]]) -> str:
+    names = [Path(name).name, *(Path(file.where).resolve().parent.name for file, _ in files)]
+    return re.sub(r"[^\w.+-]+", "-", "+".join(names)).strip(".-") or "model"
 
 
 def _is_family(name: str, folder: Path) -> bool:
@@ -202,8 +225,7 @@ def _seen(request: Request, subject: Subject) -> tuple[str, ...] | None:
 def _padding_texts(subject: Subject, data: ProbeData, device: torch.device) -> PaddingTexts:
     # In fp32, so that figures of a card and a CPU compare; T5-XXL does not fit a card whole then.
     resting = device.type != "cpu"
-    encoders = open_model(subject.name, parts=("text",), dtype=torch.float32, device=device, text_by_block=resting).text
-    assert encoders is not None
+    encoders = open_model(subject.name).load_text(dtype=torch.float32, device=device, by_block=resting)
     return padding.encode(encoders, subject.facts, data.captions, data.settings)
 
 
@@ -216,15 +238,15 @@ def _open(
     device: torch.device,
     padding_texts: PaddingTexts,
 ) -> Bench:
-    opened = open_model(request.model, parts=("transformer",), dtype=DTYPES[request.dtype], device=device)
+    source = open_model(request.model)
+    transformer = source.load_transformer(dtype=DTYPES[request.dtype], device=device)
     # In fp32, as the pipeline has it: it is small beside the transformer.
-    vae = open_model(request.model, parts=("vae",), dtype=torch.float32, device=device).vae
-    assert opened.transformer is not None and vae is not None
+    vae = source.load_vae(dtype=torch.float32, device=device)
     for file, weight in subject.files:
-        attach_file(opened.transformer, file, weight, dtype=opened.transformer.dtype)
-    deciding = [subject.as_json() | {"name": ""}, data.settings.resolution, data.settings.dtype, data.settings.batch]
+        attach_file(transformer, file, weight, dtype=transformer.dtype)
+    how = [data.settings.resolution, data.settings.dtype, data.settings.batch]
     return Bench(
-        transformer=opened.transformer.eval(),
+        transformer=transformer.eval(),
         vae=vae,
         facts=subject.facts,
         settings=data.settings,
@@ -232,7 +254,8 @@ def _open(
         asked=data.asked,
         texts=data.cache.text,
         out=out,
-        identity=digest(deciding),
+        identity=digest([_decided(subject, data.cache), how]),
+        older_identity=digest([subject.as_json() | {"name": ""}, *how]),
         subjects=data.subjects,
         padding_texts=padding_texts,
         judge=judge,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -23,7 +24,9 @@ PLAIN_EVERY = 15.0
 """Seconds between two plain lines."""
 
 Report = Callable[..., None]
-"""report(done, total, note=""): `done` of `total` units are finished; `note` is shown beside them."""
+"""report(done, total, note="", begun=False): `done` of `total` units are finished; `note` is shown beside them.
+
+`begun`: they were finished before this job began, which has no rate yet."""
 
 
 def clock(seconds: float) -> str:
@@ -41,9 +44,9 @@ def rate(per_second: float, unit: str) -> str:
 
 
 def line_width(console: Console | None = None) -> int:
-    """Characters of a line on stderr: of the terminal, or 200 where there is none."""
+    """Characters of a line on stderr: of the terminal; where there is none, what COLUMNS says, or 200."""
     console = console or terminal.console(err=True)
-    return console.width if console.is_terminal else 200
+    return console.width if console.is_terminal or os.environ.get("COLUMNS", "").isdigit() else 200
 
 
 WIDEST_BAR, SHORTEST_BAR, LEAST_NOTE = 40, 10, 8
@@ -170,8 +173,8 @@ def progress(what: str, unit: str = "step", console: Console | None = None) -> I
     with Progress(_Line(unit, console), console=console, redirect_stdout=sys.stdout.isatty()) as bar:
         task = bar.add_task(what, total=None, note="", visible=False)  # a job that does nothing leaves no bar
 
-        def report(done: int, total: int, note: str = "") -> None:
-            if bar.tasks[0].completed == 0 and done > 1:
+        def report(done: int, total: int, note: str = "", begun: bool = False) -> None:
+            if begun or (bar.tasks[0].completed == 0 and done > 1):
                 bar.reset(task, completed=done, total=total)  # a resumed job: what was done before has no rate
             # The note is printable before its width is measured.
             bar.update(task, completed=done, total=total, note=printable(note), visible=True)
@@ -184,11 +187,12 @@ def _plain(what: str, unit: str, console: Console) -> Report:
     last = began
     first: int | None = None
 
-    def report(done: int, total: int, note: str = "") -> None:
+    def report(done: int, total: int, note: str = "", begun: bool = False) -> None:
         nonlocal last, first, began
         now = time.monotonic()
         if first is None:
-            first, began = (done if done > 1 else 0), (now if done > 1 else began)
+            before = begun or done > 1
+            first, began = (done if before else 0), (now if before else began)
         if done < total and now - last < PLAIN_EVERY:
             return
         last = now

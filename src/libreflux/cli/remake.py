@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,7 +21,7 @@ from libreflux.cli.progress import progress
 from libreflux.errors import DataError, RecipeError
 from libreflux.model.locate import told_model
 from libreflux.places import file_place
-from libreflux.printing import say
+from libreflux.printing import counted, say
 from libreflux.sample.checks import check_values
 from libreflux.sample.encoding import check_max_tokens
 from libreflux.sample.metadata import Origin, differences, open_png, read_origin, save_png
@@ -97,9 +99,9 @@ def _check(origin: Origin, picture: Path) -> None:
 def _found(origin: Origin, adapters: Sequence[str], picture: Path) -> list[str]:
     """Adapter arguments with the picture's own weights."""
     if len(adapters) != len(origin.adapters):
-        names = " ".join(f"--adapter {row.get('file')}" for row in origin.adapters) or "no --adapter"
+        names = " ".join(f"--adapter {_named(row)}" for row in origin.adapters) or "no --adapter"
         raise RecipeError(
-            f"drawn with {len(origin.adapters)} adapters, not {len(adapters)}",
+            f"drawn with {counted(len(origin.adapters), 'adapter')}, not {len(adapters)}",
             where=picture,
             mend=f"give {names}, from where the files are now",
         )
@@ -108,6 +110,13 @@ def _found(origin: Origin, adapters: Sequence[str], picture: Path) -> list[str]:
     except (KeyError, TypeError, ValueError, OverflowError):
         raise DataError("damaged origin (adapters)", where=picture, mend="give the picture unchanged") from None
     return [f"{adapter_argument(text)[0]}:{weight!r}" for text, weight in zip(adapters, weights, strict=True)]
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    """Where an adapter was; its file's name alone in pictures that do not say."""
+    path = row.get("path")
+    text = path if isinstance(path, str) and path else str(row.get("file"))
+    return f"~/{shlex.quote(text[2:])}" if text.startswith("~/") and len(text) > 2 else shlex.quote(text)
 
 
 def _compared(picture: Path, image: Image.Image, changed: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -22,3 +23,31 @@ class SafeConsole(Console):
 def console(*, err: bool = False, width: int | None = None) -> SafeConsole:
     """A console on stdout or stderr."""
     return SafeConsole(stderr=err, width=width)
+
+
+def text_width() -> int:
+    """Characters of a line on stdout: of the terminal, of COLUMNS, or 80 where neither says."""
+    return console().width
+
+
+def fold(text: str, width: int, indent: str = "  ") -> str:
+    """A text of several lines, of which those that are longer than `width` go on indented; no word is broken."""
+
+    def folded(line: str) -> list[str]:
+        if len(line) <= width:
+            return [line]
+        rest = " " * (len(line) - len(line.lstrip())) + indent
+        return textwrap.wrap(
+            line, width, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+        )
+
+    return "\n".join(part for line in text.split("\n") for part in folded(line))
+
+
+def two_columns(name: str, text: str, column: int, width: int) -> str:
+    """A name, and beside it a text that goes on below itself; below the name where there is little room for it."""
+    column = column if width - column >= 24 else 4
+    first = name if column == 4 else name.ljust(column)
+    lines = textwrap.wrap(text, width - column, break_long_words=False, break_on_hyphens=False) or [""]
+    rest = [f"{' ' * column}{line}" for line in lines]
+    return "\n".join([first, *rest] if column == 4 else [f"{first}{lines[0]}", *rest[1:]])

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from libreflux.errors import LibrefluxError, RunError
+from libreflux.errors import LibrefluxError, RecipeError, RunError
 from libreflux.printing import say, say_table
 
 
@@ -25,23 +25,30 @@ def train(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Print the resolved recipe, its layers, memory, disk, steps and time; train nothing."
+            "--dry-run", help="Print whether it fits, and what memory, disk, steps and time it takes; train nothing."
         ),
     ] = False,
     fork: Annotated[
         bool, typer.Option("--fork", help="Go on from the last checkpoint though the recipe or the data have changed.")
     ] = False,
-    layers: Annotated[bool, typer.Option("--layers", help="List every adapted layer at the start.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="List every adapted layer.")] = False,
+    whole: Annotated[
+        bool, typer.Option("--all", help="With --dry-run: also the adapted layers and the resolved recipe.")
+    ] = False,
 ) -> None:
     """Train an adapter. Stop it at any time: the same command goes on from the last checkpoint."""
     from libreflux.recipe import load_recipe
 
+    if whole and not dry_run:
+        raise RecipeError("has no effect without --dry-run", where="--all", mend="use --layers, or add --dry-run")
     resolved = load_recipe(recipe, overrides or [])
     if dry_run:
         from libreflux.cli.dry_run import report
-        from libreflux.cli.progress import line_width
+        from libreflux.cli.progress import announced
+        from libreflux.cli.terminal import text_width
 
-        text, fault = report(resolved, line_width())
+        with announced("estimating the run", after=3.0):
+            text, fault = report(resolved, text_width(), layers=layers, whole=whole)
         say_table(text)
         if fault is not None:
             raise fault

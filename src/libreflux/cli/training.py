@@ -26,7 +26,7 @@ from libreflux.model.device import release
 from libreflux.model.facts import Facts
 from libreflux.model.family import open_model
 from libreflux.model.finite import NotFiniteError
-from libreflux.printing import say
+from libreflux.printing import counted, say
 from libreflux.probe.held_out import measure_held_out
 from libreflux.recipe import Recipe
 from libreflux.sample.grid import sheet
@@ -34,7 +34,7 @@ from libreflux.sample.metadata import save_png
 from libreflux.sample.pipeline import LibreFluxPipeline
 from libreflux.train import checkpoint
 from libreflux.train.callbacks import Callbacks, Started, StepInfo
-from libreflux.train.standing import SHEETS
+from libreflux.train.standing import SHEETS, all_done
 
 
 def memory_used() -> int:
@@ -112,8 +112,7 @@ class ShowTraining(Callbacks):
             self._board = Board(started.run, started.step)
         for line in summary(started, self._layers, line_width()):
             say(line, err=True)
-        if started.step:
-            self._bar("training", "step")(started.step, started.steps)
+        self._bar("training", "step")(started.step, started.steps, begun=True)
 
     def on_step(self, info: StepInfo) -> None:
         if info.loss is not None:
@@ -135,7 +134,7 @@ class ShowTraining(Callbacks):
 
         def told(done: int) -> None:
             if self._doing == "training" and step < recipe.steps:  # a finished bar has nothing more to tell
-                note = f"{done} of {len(held_out)} held-out pictures measured"
+                note = f"{done} of {counted(len(held_out), 'held-out picture')} measured"
                 self._bar("training", "step")(step, recipe.steps, note)
 
         found = measure_held_out(
@@ -165,8 +164,7 @@ class ShowTraining(Callbacks):
     def sample_sheet(self, transformer: FluxTransformer2DModel) -> Image.Image:
         """The recipe's sample prompts (rows) at its guidance scales (columns), drawn with a live transformer."""
         if self._vae is None:
-            self._vae = open_model(self.recipe.model, parts=("vae",), dtype=torch.float32).vae
-        assert self._vae is not None
+            self._vae = open_model(self.recipe.model).load_vae(dtype=torch.float32)
         self._vae.to(transformer.device)
         try:
             return self._drawn(transformer, self._vae)
@@ -212,15 +210,13 @@ def summary(started: Started, layers: bool, width: int) -> list[str]:
         width: of the terminal.
     """
     if started.step == started.steps:
-        lines = [f"all {started.steps:,} steps are done; what was due after the last one is made now"]
+        lines = [f"{all_done(started.steps)}; what was due after the last one is made now"]
     else:
         begun = f"resumes after step {started.step}" if started.step else "begins"
-        apart = f", {len(started.held_out):,} held-out pictures" if started.held_out is not None else ""
-        epoch = f"{started.epoch_steps:,} step{'s' if started.epoch_steps != 1 else ''} an epoch"
-        count = f"{started.steps:,} step{'s' if started.steps != 1 else ''}"
-        lines = [
-            f"{begun}: {count}, {started.pictures:,} picture{'s' if started.pictures != 1 else ''}{apart}, {epoch}"
-        ]
+        apart = f", {counted(len(started.held_out), 'held-out picture')}" if started.held_out is not None else ""
+        epoch = f"{counted(started.epoch_steps, 'step')} an epoch"
+        count = f"{counted(started.steps, 'step')}, {counted(started.pictures, 'picture')}"
+        lines = [f"{begun}: {count}{apart}, {epoch}"]
     lines.append(f"adapter: {brief(started.resolved)}{'' if layers else ' (--layers lists them)'}")
     if started.start_norm is not None:
         lines.append(f"it starts at {started.start_norm:.3g} of the adapted weights' norm")

@@ -1,20 +1,67 @@
-"""A verb whose empty arguments are refused: mostly a variable of the shell that is not set."""
+"""The verbs as typer sees them: empty arguments are refused, and other programs' words are understood, not obeyed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
+from libreflux.cli.panels import PANELS, panel_of
 from libreflux.errors import RecipeError
 
 TEXTS = {"prompts", "prompt_2", "negative", "negative_2"}
 """Parameters that may be empty: an empty text is one too."""
 
 
+MEANT = {
+    "generate": "sample draw infer inference txt2img text2image image render run remake",
+    "grid": "sheet xyz compare plot",
+    "prepare": "cache encode preprocess precompute",
+    "train": "finetune fine-tune fit resume",
+    "train RECIPE --dry-run": "dryrun dry-run dry_run plan estimate",
+    "merge": "fuse bake apply",
+    "average": "ema lerp",
+    "probe": "evaluate eval measure benchmark bench test",
+    "export": "convert save quantize quantise",
+    "demo-data": "data dataset",
+    "recipe": "keys config options settings",
+    "models": "list ls",
+}
+_VERBS = {word: verb for verb, words in MEANT.items() for word in words.split()}
+
+
+class Verbs(TyperGroup):
+    """The group of all verbs, which knows what other programs call them."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Raises a usage error that names the verb which is meant."""
+        verb = _VERBS.get(args[0].lower()) if args and args[0] not in self.commands else None
+        if verb is not None:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {verb!r}?")
+        return super().resolve_command(ctx, args)
+
+
 class Verb(TyperCommand):
-    """Of typer's commands, one that takes "" for a text alone: as a path it would be the folder that one stands in."""
+    """Of typer's commands, one that takes "" for a text alone: as a path it would be the folder that one stands in.
+
+    Its help shows options in the groups of `panels`.
+    """
+
+    def __init__(self, name: str | None, **settings: Any) -> None:
+        super().__init__(name, **settings)
+        places = {param: panel_of(name, param.name) for param in self.params}
+        for param, place in places.items():
+            if place is not None:
+                param.rich_help_panel = place[2]  # type: ignore[attr-defined]
+        self.params = sorted(self.params, key=lambda param: (places[param] or (-1, 0, ""))[:2])
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """`--help`, in the last of the groups."""
+        option = super().get_help_option(ctx)
+        if option is not None and self.name in PANELS:
+            option.rich_help_panel = list(PANELS[self.name])[-1]  # type: ignore[attr-defined]
+        return option
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for where, name, value in self._given(args):

@@ -11,8 +11,8 @@ A cache prepared in n parts is n caches in its folder ``parts``; whoever reads i
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-import re
 import sqlite3
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,22 +21,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from libreflux.data import index as indexing
 from libreflux.data import int8_text
 from libreflux.data.index import COUNTED, INDEX, MEND, SHARDS, Rows, latents_key, text_key
-from libreflux.errors import DataError, RunError
+from libreflux.data.shards import SHARD_NAME, CheckedShard, add_shard, read_shards, shard_sums
+from libreflux.errors import DataError
 from libreflux.files import atomic_save_safetensors, lock, sweep
 from libreflux.model.text import TextConditioning
+from libreflux.printing import get_logger
+
+logger = get_logger(__name__)
 
 PARTS = "parts"
 LATENTS = {"mean": "float32", "sample": "float32 mean and std"}
 """What is stored of each crop, as the settings call it, by what training reads: see ``Recipe.latents``."""
 _OPEN_SHARDS = 64
 _PART_STRIDE = 2**20  # shard numbers of part k are shifted by k strides, so that they stay apart when read as one
-_OURS = re.compile(r"(latents|texts)-\d{8}\.safetensors")
 
 
 class Cache:
@@ -48,14 +51,16 @@ class Cache:
 
     Raises:
         DataError: no cache there, a damaged index, one of another version, parts that differ in settings, or (unless
-            ``partial``) shards that are missing or cut short.
+            ``partial``) rows that are damaged, shards that are missing or cut short.
     """
 
     def __init__(self, folder: Path | str, *, partial: bool = False) -> None:
         self.folder = Path(folder)
         self.settings: dict[str, Any] = {}
-        self._open: OrderedDict[int, Any] = OrderedDict()
-        self._paths: dict[int, Path] = {}
+        self.damaged_rows = 0
+        """Rows that were left out of a ``partial`` one, see ``index.read_rows``."""
+        self._open: OrderedDict[int, CheckedShard] = OrderedDict()
+        self._shards: dict[int, tuple[Path, bytes | None, bytearray]] = {}
         tables: dict[str, list[Rows]] = {"latents": [], "texts": []}
         folders = index_folders(self.folder)
         for number, part in enumerate(folders):
@@ -80,12 +85,20 @@ class Cache:
             self.settings = settings
             damaged = indexing.damaged_shards(folder, index)
             if damaged and not partial:
-                where = folder / SHARDS / next(iter(damaged.values()))
-                raise DataError("missing or cut short", where=where, mend=MEND)
-            for number, name in index.execute("SELECT number, name FROM shards"):
-                self._paths[number + shift] = folder / SHARDS / name
+                where = next(iter(damaged.values()))
+                told = "a damaged row" if where.name == INDEX else "missing or cut short"
+                raise DataError(told, where=where, mend=MEND)
+            listed = read_shards(index, folder)
+            for shard in listed:
+                seen = bytearray(len(shard.sums or b"") // 4)
+                self._shards[shard.number + shift] = folder / SHARDS / shard.name, shard.sums, seen
+            if any(shard.sums is None for shard in listed if shard.whole):
+                _tell_unchecked(str(folder))
             for name, found in tables.items():
-                rows = indexing.read_rows(index, name, damaged)
+                rows = indexing.read_rows(index, name, listed, damaged)
+                self.damaged_rows += rows.damaged
+                if rows.damaged and not partial:
+                    raise DataError(f"{rows.damaged} damaged rows of {name}", where=folder / INDEX, mend=MEND)
                 shards = rows.columns["shard"]
                 rows.columns["shard"] = np.where(shards == COUNTED, COUNTED, shards + shift).astype(np.int32)
                 found.append(rows)
@@ -161,22 +174,20 @@ class Cache:
         return int8_text.dequantise(tokens, self._tensor(shard, text_name("scales", caption)))
 
     def _tensor(self, shard: int, name: str) -> Tensor:
-        path = self._paths[shard]
+        path, sums, seen = self._shards[shard]
         try:
             if shard not in self._open:
-                self._open[shard] = safe_open(path, framework="pt")
+                self._open[shard] = CheckedShard(path, sums, seen)
                 if len(self._open) > _OPEN_SHARDS:
                     self._open.popitem(last=False)
             self._open.move_to_end(shard)
-            tensor: Tensor = self._open[shard].get_tensor(name)
-        except FileNotFoundError:  # safetensors says so of a file without rights too
+            return self._open[shard].read(name)
+        except (FileNotFoundError, PermissionError):  # safetensors says the first of a file without rights too
             if path.exists():
                 raise DataError("cannot be read", where=path, mend="make it readable") from None
             raise DataError("has gone since the cache was opened", where=path, mend=MEND) from None
         except (OSError, SafetensorError) as error:
-            mend = "remove this file and run `libreflux prepare` again"
-            raise DataError(f"damaged shard ({error})", where=path, mend=mend) from None
-        return tensor
+            raise DataError(f"damaged shard ({error})", where=path, mend=MEND) from None
 
 
 class CacheWriter:
@@ -208,7 +219,7 @@ class CacheWriter:
         tensors |= {std_name(*key): tensor for key, tensor in (std or {}).items()}
         with self._shard("latents", tensors) as shard:
             rows = [(latents_key(*key), shard, *tensor.shape[-2:]) for key, tensor in found.items()]
-            self._index.executemany("INSERT INTO latents VALUES (?, ?, ?, ?)", rows)
+            indexing.add_rows(self._index, "latents", rows)
 
     def add_texts(self, captions: Sequence[str], text: TextConditioning) -> int:
         """Stores distinct captions with their conditioning: one shard, all or nothing; returns the tensors' bytes.
@@ -226,14 +237,14 @@ class CacheWriter:
             tensors[text_name("pooled", caption)] = pooled.to(torch.bfloat16).clone()
         with self._shard("texts", tensors) as shard:
             rows = [(text_key(caption), shard, count) for caption, count in zip(captions, text.lengths, strict=True)]
-            self._index.executemany("INSERT OR REPLACE INTO texts VALUES (?, ?, ?)", rows)
+            indexing.add_rows(self._index, "texts", rows, "OR REPLACE")
         return sum(tensor.nbytes for tensor in tensors.values())
 
     def add_token_counts(self, captions: Sequence[str], counts: Sequence[int]) -> None:
         """Notes the tokens of distinct captions that are not stored."""
         rows = [(text_key(caption), COUNTED, count) for caption, count in zip(captions, counts, strict=True)]
         with indexing.transaction(self._index):
-            self._index.executemany("INSERT OR IGNORE INTO texts VALUES (?, ?, ?)", rows)
+            indexing.add_rows(self._index, "texts", rows, "OR IGNORE")
 
     @contextlib.contextmanager
     def _shard(self, kind: str, tensors: dict[str, Tensor]) -> Iterator[int]:
@@ -243,20 +254,17 @@ class CacheWriter:
         path = self.folder / SHARDS / name
         atomic_save_safetensors(tensors, path, {"schema": "1"})
         with indexing.transaction(self._index):
-            row = (name, path.stat().st_size)
-            added = self._index.execute("INSERT INTO shards (name, size) VALUES (?, ?)", row)
-            assert added.lastrowid is not None
-            yield added.lastrowid
+            yield add_shard(self._index, name, path.stat().st_size, shard_sums(path))
 
     def _drop_damaged(self) -> None:
         with indexing.transaction(self._index):
-            indexing.forget_shards(self._index, indexing.damaged_shards(self.folder, self._index))
+            indexing.drop_damaged(self.folder, self._index)
 
     def _sweep(self) -> None:
         sweep(self.folder / SHARDS)
         named = {name for (name,) in self._index.execute("SELECT name FROM shards")}
         for path in (self.folder / SHARDS).iterdir():
-            if path.name not in named and _OURS.fullmatch(path.name):
+            if path.name not in named and SHARD_NAME.fullmatch(path.name):
                 path.unlink()
 
 
@@ -265,37 +273,9 @@ def index_folders(folder: Path) -> list[Path]:
     return [each for each in (folder, *sorted((folder / PARTS).glob("*"))) if (each / INDEX).is_file()]
 
 
-def forget_damaged(folder: Path, own: Path) -> None:
-    """Forgets the shards that are missing or cut short, so that whoever prepares finds missing what they held.
-
-    Those of another division into parts too: nobody may ever again prepare in as many.
-
-    Args:
-        folder: of the cache.
-        own: what this process writes: `folder` itself, or its part, beside which others may be writing theirs.
-
-    Raises:
-        RunError: another process is writing what this one has to tidy up.
-    """
-    for part in index_folders(folder):
-        beside = part != own and part.parent == own.parent and _count(part) == _count(own)
-        if beside or not _damaged(part):
-            continue
-        busy = contextlib.nullcontext() if own in (part, folder) else contextlib.suppress(RunError)
-        with busy, lock(part), indexing.connect(part) as index, indexing.transaction(index):
-            damaged = indexing.damaged_shards(part, index)
-            indexing.forget_shards(index, damaged)
-            for name in damaged.values():
-                (part / SHARDS / name).unlink(missing_ok=True)
-
-
-def _count(part: Path) -> str:
-    return part.name.rpartition("-of-")[2]
-
-
-def _damaged(part: Path) -> bool:
-    with indexing.connect(part) as index:
-        return bool(indexing.read_settings(index, part)) and bool(indexing.damaged_shards(part, index))
+@functools.cache  # a run opens its cache more than once
+def _tell_unchecked(folder: str) -> None:
+    logger.warning("%s was written without checksums: `libreflux prepare` adds them, encoding nothing", folder)
 
 
 @contextlib.contextmanager

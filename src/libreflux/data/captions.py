@@ -9,6 +9,7 @@ import numpy as np
 from libreflux import keyed
 from libreflux.data.sources import Sample
 from libreflux.errors import DataError
+from libreflux.printing import counted
 from libreflux.recipe import DataSource
 
 
@@ -68,7 +69,7 @@ def caption_weights(source: DataSource, sample: Sample) -> list[float]:
         has = ", ".join(sorted({kind or "(no name)" for kind in sample.kinds}))
     else:
         weights = [*wanted, *[0.0] * len(sample.captions)][: len(sample.captions)]
-        has = f"{len(sample.captions)} lines"
+        has = counted(len(sample.captions), "line")
     if not sum(weights) > 0:
         raise DataError(
             f"no caption that data.captions gives a weight; it has {has}",
@@ -95,7 +96,7 @@ def check_weights(source: DataSource, samples: Sequence[Sample]) -> None:
         most = max(len(sample.captions) for sample in samples)
         if len(source.captions) > most:
             raise DataError(
-                f"{len(source.captions)} caption weights, but at most {most} captions",
+                f"{counted(len(source.captions), 'caption weight')}, but at most {counted(most, 'caption')}",
                 where=source.path,
                 mend="give fewer",
             )

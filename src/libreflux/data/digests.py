@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import sqlite3
@@ -20,11 +21,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from libreflux import files
+from libreflux import checksums, files
 from libreflux.data.bar import Bar
-from libreflux.data.index import refusing
+from libreflux.data.index import ELSEWHERE, refusing
 from libreflux.data.pictures import Inspected, inspect
 from libreflux.model.locate import part_folder
+from libreflux.printing import get_logger
+
+logger = get_logger(__name__)
 
 MEMORY = "files.sqlite3"
 VAE_PARTS = ("vae",)
@@ -34,6 +38,7 @@ _TABLE = (
     "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, digest TEXT,"
     " width INTEGER, height INTEGER, fault TEXT) WITHOUT ROWID"
 )
+_SUM = "row_crc32"  # another one: of a row without it nothing is compared
 _ADDED = ("ctime", "inode", "rules")  # columns that the first versions of the table lack; `ctime` is at most that
 _READ = "size, mtime, digest, width, height, fault"
 _AT_ONCE = 1024  # what a kill makes read again
@@ -71,7 +76,7 @@ class _Row:
 
 
 class FileMemory:
-    """A memory of files in one sqlite file per folder; a damaged one is forgotten, it holds only what can be computed.
+    """A memory of files in one sqlite file per folder; what is damaged of it is read again: all can be computed anew.
 
     Args:
         folder: where this process writes; need not exist.
@@ -87,8 +92,8 @@ class FileMemory:
                 try:
                     self._open.append(_Table(path))
                 except sqlite3.DatabaseError as error:
-                    if path.parent == folder and not isinstance(error, sqlite3.OperationalError):
-                        path.unlink()  # no database at all, or a broken one; not one that is busy
+                    if path.parent == folder and not _is_busy(error):
+                        _forget(path, unlink=_code(error) != sqlite3.SQLITE_ERROR)  # that is: without its table
 
     def sha256(self, path: Path) -> str:
         """SHA-256 of a file, as 64 hexadecimal digits."""
@@ -147,13 +152,20 @@ class FileMemory:
         try:
             _write(path, self._new)
         except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
+            if _is_busy(error):
                 with refusing(path):
                     raise
-            path.unlink()  # damaged where nobody has read so far
+            _forget(path)  # damaged where nobody has read so far
             with refusing(path):
                 _write(path, self._new)
         self._new.clear()
+
+    def add_sums(self) -> None:
+        """Gives rows that an older version wrote here their sums, where this can be written."""
+        path = self._folder / MEMORY
+        if path.is_file():
+            with contextlib.suppress(sqlite3.DatabaseError):
+                _add_sums(path)
 
     def _find(self, name: str, state: _State) -> _Row | None:
         """The row of a file of this size and modification time; whether of this very file its `is_of` says."""
@@ -174,11 +186,12 @@ class _Table:
     """
 
     def __init__(self, path: Path) -> None:
-        self._written = path.stat().st_mtime_ns
+        self._path, self._written = path, path.stat().st_mtime_ns
         self._connection = sqlite3.connect(path.resolve().as_uri() + "?mode=rw", uri=True, timeout=60)
         try:
             self._connection.execute("SELECT * FROM files LIMIT 1").fetchone()
-            self._added = _columns(self._connection) >= set(_ADDED)
+            known = _columns(self._connection)
+            self._added, self._summed = known >= set(_ADDED), _SUM in known
         except sqlite3.DatabaseError:
             self._connection.close()
             raise
@@ -186,21 +199,31 @@ class _Table:
     def find(self, name: str) -> _Row | None:
         """The row of a path."""
         added = ", ".join(_ADDED) if self._added else f"{self._written}, NULL, 0"
-        query = f"SELECT {_READ}, {added} FROM files WHERE path = ?"
+        query = f"SELECT {_READ}, {added}, {_SUM if self._summed else 'NULL'} FROM files WHERE path = ?"
         try:
             found = self._connection.execute(query, (name,)).fetchone()
         except sqlite3.DatabaseError:
+            _tell_damaged(str(self._path))
             return None
         if found is None:
             return None
-        size, mtime, digest, width, height, fault, ctime, inode, rules = found
+        size, mtime, digest, width, height, fault, ctime, inode, rules, told = found
+        whole = all(type(one) is int for one in (size, mtime, width, height, ctime, inode or 0, rules))
+        whole &= type(digest) is str and type(fault) in (str, type(None))
+        if not whole or told not in (None, checksums.of_values(name, *found[:-1])):
+            _tell_damaged(str(self._path))
+            return None
         state = _State(size, mtime, ctime, inode or 0)
         return _Row(state, digest, width, height, fault, rules, latest=inode is None)
 
     def digests(self) -> Iterator[tuple[str, str]]:
-        """(path, digest) of every row."""
+        """(path, digest) of every whole row."""
+        names = f"path, {_READ}, {', '.join(_ADDED)}, {_SUM}" if self._added and self._summed else "path, digest, NULL"
+        place = names.split(", ").index("digest")
         with contextlib.suppress(sqlite3.DatabaseError):
-            yield from self._connection.execute("SELECT path, digest FROM files")
+            for row in self._connection.execute(f"SELECT {names} FROM files"):
+                if row[-1] is None or row[-1] == checksums.of_values(*row[:-1]):
+                    yield row[0], row[place]
 
 
 def _write(path: Path, rows: Mapping[str, _Row]) -> None:
@@ -208,12 +231,48 @@ def _write(path: Path, rows: Mapping[str, _Row]) -> None:
     written = path.stat().st_mtime_ns if path.exists() else 0
     with contextlib.closing(sqlite3.connect(path, timeout=60)) as connection, connection:
         connection.execute(_TABLE)
-        if missing := set(_ADDED) - _columns(connection):
-            for column in sorted(missing):
-                connection.execute(f"ALTER TABLE files ADD COLUMN {column} INTEGER")
-            connection.execute("UPDATE files SET ctime = ?, rules = 0", (written,))  # and no inode: see _Row.latest
-        names = f"path, {_READ}, {', '.join(_ADDED)}"
-        connection.executemany(f"INSERT OR REPLACE INTO files ({names}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+        _add_columns(connection, written)
+        names = f"path, {_READ}, {', '.join(_ADDED)}, {_SUM}"
+        query = f"INSERT OR REPLACE INTO files ({names}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        connection.executemany(query, ((*row, checksums.of_values(*row)) for row in values))
+
+
+def _add_columns(connection: sqlite3.Connection, written: int) -> None:
+    missing = {*_ADDED, _SUM} - _columns(connection)
+    for column in sorted(missing):
+        connection.execute(f"ALTER TABLE files ADD COLUMN {column} INTEGER")
+    if missing - {_SUM}:
+        connection.execute("UPDATE files SET ctime = ?, rules = 0", (written,))  # and no inode: see _Row.latest
+
+
+def _add_sums(path: Path) -> None:
+    written = path.stat().st_mtime_ns
+    with contextlib.closing(sqlite3.connect(path, timeout=60)) as connection, connection:
+        _add_columns(connection, written)
+        query = f"SELECT path, {_READ}, {', '.join(_ADDED)} FROM files WHERE {_SUM} IS NULL"
+        sums = [(checksums.of_values(*row), row[0]) for row in connection.execute(query).fetchall()]
+        connection.executemany(f"UPDATE files SET {_SUM} = ? WHERE path = ?", sums)
+
+
+def _is_busy(error: sqlite3.DatabaseError) -> bool:
+    """Whether it says something else than that the file is no database, or a broken one."""
+    return _code(error) in (*ELSEWHERE, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PERM)
+
+
+def _code(error: sqlite3.DatabaseError) -> int:
+    return int(getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)) & 0xFF
+
+
+def _forget(path: Path, *, unlink: bool = True) -> None:
+    _tell_damaged(str(path))
+    if unlink:
+        with contextlib.suppress(OSError):  # on a disk that is only read
+            path.unlink()
+
+
+@functools.cache  # one line for all rows
+def _tell_damaged(path: str) -> None:
+    logger.warning("%s is damaged: what it remembered of files is read again", path)
 
 
 def _stored(row: _Row) -> tuple[int | str | None, ...]:
@@ -248,18 +307,20 @@ def _look(path: Path, known: _Row | None) -> Inspected:
 def encoder_digests(model: Path, memory: FileMemory) -> dict[str, str]:
     """What decides latents and what decides text conditioning: a SHA-256 over each one's files in a model folder."""
     return {
-        "vae": _parts_digest(model, VAE_PARTS, memory),
-        "text_encoders": _parts_digest(model, TEXT_PARTS, memory),
+        "vae": parts_digest({part: part_folder(model, part) for part in VAE_PARTS}, memory),
+        "text_encoders": parts_digest({part: part_folder(model, part) for part in TEXT_PARTS}, memory),
     }
 
 
-def _parts_digest(model: Path, parts: tuple[str, ...], memory: FileMemory) -> str:
+def parts_digest(places: Mapping[str, Path], memory: FileMemory) -> str:
+    """A SHA-256 over parts, each with its folder, of which the deciding files count, or its single file."""
     total = hashlib.sha256()
-    for part in parts:
-        folder = part_folder(model, part)
-        for path in sorted(folder.rglob("*")):
+    for part, place in places.items():
+        if place.is_file():
+            total.update(f"{part}\0{memory.sha256(place)}\n".encode())
+        for path in sorted(place.rglob("*")):
             if path.is_file() and path.suffix in DECIDING and not path.name.startswith("."):
-                total.update(f"{part}/{path.relative_to(folder).as_posix()}\0{memory.sha256(path)}\n".encode())
+                total.update(f"{part}/{path.relative_to(place).as_posix()}\0{memory.sha256(path)}\n".encode())
     return total.hexdigest()
 
 

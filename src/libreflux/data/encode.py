@@ -31,6 +31,7 @@ from libreflux.model.device import release
 from libreflux.model.family import open_model, open_t5_tokenizer
 from libreflux.model.faults import explained
 from libreflux.model.text import TextEncoders
+from libreflux.printing import counted
 
 SHARD_ITEMS = 64  # what a kill can lose
 _COUNTED_AT_ONCE = 2**12
@@ -81,7 +82,9 @@ class Encoders:
     def explained_texts(self, texts: Sequence[str]) -> AbstractContextManager[None]:
         """See `faults.explained`."""
         longest = max((len(text) for text in texts), default=0)
-        return explained(f"encoding {len(texts)} captions of up to {longest} characters", self._mend_texts)
+        return explained(
+            f"encoding {counted(len(texts), 'caption')} of up to {counted(longest, 'character')}", self._mend_texts
+        )
 
     @property
     def _mend_texts(self) -> str:

@@ -128,16 +128,6 @@ def steps_of_epoch(epoch: int, samples: Samples, world: int, batch: int, accumul
     return -(-_unit_count(samples, epoch, batch) // (world * accumulate))
 
 
-def padding_share(seed: int, epoch: int, samples: Samples, batch: int) -> float:
-    """Share of an epoch's text tokens, in [0, 1), that are padding to the longest caption of their unit; 0 of none."""
-    plan = _epoch(seed, epoch, samples, batch)
-    if not len(plan):
-        return 0.0
-    lengths = samples.lengths(plan.items, plan.visits)
-    starts, sizes = plan.bounds[:-1], np.diff(plan.bounds)
-    return float(1 - lengths.sum() / (np.maximum.reduceat(lengths, starts) * sizes).sum())
-
-
 @dataclass(frozen=True)
 class _Epoch:
     """Visits grouped by unit; unit k is rows bounds[where[k]] to bounds[where[k] + 1]."""

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 
 from libreflux.data.index import TEXT_PRECISION, connect, read_settings, text_precision_of
+from libreflux.data.shards import AFRESH, INDEX
+from libreflux.errors import DataError
 
 TextPrecision = Literal["auto", "fp32", "bf16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -31,7 +33,9 @@ def resolve(wanted: TextPrecision, device: str, folders: list[Path]) -> str:
     for folder in folders:
         with connect(folder) as index:
             if settings := read_settings(index, folder):
-                return text_precision_of(settings)
+                if (known := text_precision_of(settings)) not in DTYPES:
+                    raise DataError(f"damaged index: text_precision {known!r}", where=folder / INDEX, mend=AFRESH)
+                return known
     return "float32" if torch.device(device).type == "cpu" else "bfloat16"
 
 

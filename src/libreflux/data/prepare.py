@@ -18,7 +18,7 @@ import torch
 
 from libreflux.data.bar import Bar, Progress
 from libreflux.data.batches import Batches
-from libreflux.data.cache import LATENTS, PARTS, Cache, forget_damaged, index_folders, writing
+from libreflux.data.cache import LATENTS, PARTS, Cache, index_folders, writing
 from libreflux.data.captions import check_weights
 from libreflux.data.crops import View, views
 from libreflux.data.digests import FileMemory, encoder_digests
@@ -28,6 +28,7 @@ from libreflux.data.held_out import HeldOut, refuse_trained, split
 from libreflux.data.index import INDEX, latents_key, text_key
 from libreflux.data.precision import DTYPES, TextPrecision, as_settings, dtype_of, resolve
 from libreflux.data.quarantine import report_quarantine
+from libreflux.data.repair import forget_damaged, verify
 from libreflux.data.sources import Part, Quarantined, Sample, read
 from libreflux.data.summary import Told, summarise
 from libreflux.data.vocabulary import cuts_untold, tell_cut, tell_foreign
@@ -88,6 +89,7 @@ def prepare_cache(
     part: Part = WHOLE,
     progress: Progress | None = None,
     told: Told | None = None,
+    read_all: bool = False,
 ) -> tuple[Cache, Sources]:
     """Prepares what a recipe trains on and holds out, or a part of it; see :func:`prepare`.
 
@@ -109,6 +111,7 @@ def prepare_cache(
         part=part,
         progress=progress,
         told=told,
+        read_all=read_all,
     )
 
 
@@ -129,6 +132,7 @@ def prepare(
     part: Part = WHOLE,
     progress: Progress | None = None,
     told: Told | None = None,
+    read_all: bool = False,
 ) -> tuple[Cache, Sources]:
     """Encodes every crop and every distinct caption that ``out`` does not hold yet.
 
@@ -150,6 +154,7 @@ def prepare(
         part: (i, n): encode the i-th of n parts alone, from 0, into a folder of its own in ``out``.
         progress: called with (done, total, note), total counting checks and encodings alike.
         told: called with what each source turned out to hold, before anything is encoded.
+        read_all: first compare all shards that are there with their checksums, see `repair.verify`.
 
     Returns:
         The cache, and the usable samples of each source (those of the part).
@@ -185,7 +190,12 @@ def prepare(
         **as_settings(precision),
     }
     wanted = _Wanted(sources, views, ["", *prompts] if part[0] == 0 else [], text_cache != "none")
-    todo = wanted.missing(_known(out, settings))
+    if read_all:
+        verify(out, own, bar)
+        memory.add_sums()
+    known = _known(out, settings)
+    damaged_rows = known is not None and known.damaged_rows > 0
+    todo = wanted.missing(known)
     tell_foreign(folder, [samples for _, samples in sources])
     begun = part == WHOLE or (own / INDEX).is_file()  # a part without a picture of its own is a part too
     if todo or not begun:
@@ -201,7 +211,7 @@ def prepare(
             encode_texts(todo.texts, text_padding, max_tokens, encoders, writer, bar)
             count_tokens(todo.counted, max_tokens, encoders, writer, bar)
     memory.save()
-    forget_damaged(out, own)
+    forget_damaged(out, own, rows=damaged_rows)
     cache = Cache(out, partial=part != WHOLE)  # of other parts each is made whole by its own process
     tell_cut([samples for _, samples in sources], wanted.prompts, cache.token_counts, max_tokens)
     return cache, sources

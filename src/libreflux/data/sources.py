@@ -20,7 +20,8 @@ from libreflux import plainjson
 from libreflux.data.folders import CAPTIONS, METADATA, Folder, alike, walk
 from libreflux.data.pictures import FORMATS, Inspected, inspect
 from libreflux.errors import DataError
-from libreflux.printing import get_logger
+from libreflux.places import did_you_mean
+from libreflux.printing import counted, get_logger
 from libreflux.recipe import DataSource
 
 logger = get_logger(__name__)
@@ -135,8 +136,8 @@ def read(source: DataSource, inspected: Inspect = inspect_all, part: Part = (0, 
     samples, quarantined = _merge(folder, source, pictures, captioned, inspected(pictures), once)
     unused = {one.path for one in quarantined}
     origins: dict[str, int] = {}
-    for picture, counted in zip(pictures, standing, strict=True):
-        for where, count in counted if picture not in unused else ():
+    for picture, told in zip(pictures, standing, strict=True):
+        for where, count in told if picture not in unused else ():
             origins[where] = origins.get(where, 0) + count
     repeats = {kohya.folder: kohya.repeats for kohya in (_kohya(Path(one.file), folder) for one in samples)}
     repeats.pop("", None)
@@ -180,20 +181,19 @@ def _require_folder(folder: Path) -> None:
     if there:
         mend = "unpack it, or name the folder that it lies in"
         raise DataError("this is a file, and data.path names a folder", where=folder, mend=mend)
-    meant = alike(folder)
-    raise DataError(
-        "no such folder", where=folder, mend=f"write {meant[0]} if that is meant" if meant else "check the path"
-    )
+    near = alike(folder)
+    mend = f"write {near[0]} if that is meant" if near else did_you_mean(folder)
+    raise DataError("no such folder", where=folder, mend=mend)
 
 
 def _tell_unread(folder: Path, found: Folder) -> None:
     for unread in found.unread.values():
         if unread.beside:
             logger.warning(
-                "%s: %d %s lie beside pictures or captions of their names and are not read, the first: %s",
+                "%s: not read, though beside pictures or captions of the same names: %s, the first: %s",
                 folder,
-                unread.beside,
-                f"{unread.suffix} files" if unread.suffix else "files without a suffix",
+                counted(unread.beside, f"{unread.suffix} file" if unread.suffix else "file")
+                + ("" if unread.suffix else " without a suffix"),
                 unread.first.relative_to(folder),
             )
 

@@ -12,7 +12,7 @@ from libreflux.data.bar import readable
 from libreflux.data.crops import View, crop_window
 from libreflux.data.folders import Unread
 from libreflux.data.sources import Sample, SourceRead
-from libreflux.printing import printable
+from libreflux.printing import counted, printable
 from libreflux.recipe import DataSource
 
 WORTH_TELLING = 0.02  # share of the pixels that crops leave out
@@ -67,7 +67,7 @@ class SourceSummary:
 
     def lines(self, width: int = 400) -> list[str]:
         """What to print: the counts, in lines of `width` characters, and one caption, cut to a line."""
-        told = [f"{_counted(self.pictures, 'picture')}, {_counted(self.captions, 'caption')}{self._where}"]
+        told = [f"{counted(self.pictures, 'picture')}, {counted(self.captions, 'caption')}{self._where}"]
         told += [f"{self.unusable} unusable"] if self.unusable else []
         told += [f"{self.too_small} smaller than min_size"] if self.too_small else []
         told += [f"left out: {', '.join(self.left_out)}"] if self.left_out else []
@@ -137,10 +137,6 @@ def cropped(samples: Sequence[Sample], views: Sequence[View]) -> Cropped:
 def _left_out(size: tuple[int, int], view: View) -> float:
     left, top, right, bottom = crop_window(*size, view.size(*size))
     return 1 - (right - left) * (bottom - top) / (size[0] * size[1])
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def _cut(line: str, width: int) -> str:

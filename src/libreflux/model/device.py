@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from libreflux.errors import RecipeError, RunError
-from libreflux.printing import get_logger
+from libreflux.printing import counted, get_logger
 
 logger = get_logger(__name__)
 
@@ -69,7 +69,7 @@ def _own_card(name: str) -> torch.device:
     if device.index is not None and processes > 1:
         raise RunError(f"{name} for {processes} processes on this machine", where="device", mend="set device: cuda")
     if processes > cards:
-        what = f"{processes} processes, but {cards} card{'s' if cards != 1 else ''} on this machine"
+        what = f"{counted(processes, 'process', 'processes')}, but {counted(cards, 'card')} on this machine"
         mend = f"start them with --nproc_per_node={cards}"
         if "CUDA_VISIBLE_DEVICES" in os.environ:
             mend += ", or let every process see all cards: unset CUDA_VISIBLE_DEVICES"

@@ -139,6 +139,19 @@ KNOWN: dict[str, Facts] = {
     ),
 }
 
+_LOGIN = {"black-forest-labs/flux.1-dev"}
+
+
+def known_facts(name: str) -> Facts | None:
+    """The table's row for a hub id, in whatever case, perhaps `org/name@revision`; None for any other name."""
+    rows = {hub_id.lower(): facts for hub_id, facts in KNOWN.items()}
+    return rows.get(name.partition("@")[0].lower())
+
+
+def needs_login(name: str) -> bool:
+    """Whether a hub id is known to ask for a log-in and consent to its licence; others say so when they are asked."""
+    return name.partition("@")[0].lower() in _LOGIN
+
 
 def freed(facts: Facts) -> Facts:
     """What a model is used with once plain flow matching has trained it: 28 steps, guidance 3.5, 512 tokens.
@@ -202,8 +215,7 @@ def find_facts(name: str, folder: Path, *, guidance_embeds: bool, masked: bool =
     """
     if (folder / FACTS_FILE).exists():
         return read_facts(folder)
-    known = {hub_id.lower(): facts for hub_id, facts in KNOWN.items()}.get(name.partition("@")[0].lower())
-    if known is not None:
+    if (known := known_facts(name)) is not None:
         return known
     nearest, like = (_DEV, "FLUX.1-dev") if guidance_embeds else (_SCHNELL, "FLUX.1-schnell")
     if masked:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from transformers import PreTrainedTokenizerBase
 from libreflux import plainjson
 from libreflux.errors import ModelError, RecipeError
 from libreflux.files import atomic_write_json, sha256_file, staged_dir
+from libreflux.model.checksums import check_small, tell_unchecked, verified_part
 from libreflux.model.device import pick_device, pick_dtype
 from libreflux.model.facts import Facts, find_facts, read_facts, tell_facts, write_facts
 from libreflux.model.finite import check_weights
 from libreflux.model.int8 import dequantise_model, int8_layers
-from libreflux.model.int8_files import METHOD, load_int8, stored_as, weight_files, write_int8
+from libreflux.model.int8_files import METHOD, load_int8, stored_as, weight_files, write_all_checksums, write_int8
 from libreflux.model.load import load_part, load_t5_tokenizer, load_text, one_line, quiet
 from libreflux.model.locate import PARTS, locate, part_folder
 from libreflux.model.parts import check_fit, check_layers, check_part, copy_part, json_object
@@ -107,6 +109,14 @@ class ModelSource:
         """Whether the model has "vae" or one of `TEXT_PARTS`."""
         raise NotImplementedError
 
+    def places(self, *parts: str) -> dict[str, Path | TensorFile]:
+        """Where "vae" and `TEXT_PARTS` are: their folders or files, with their weights.
+
+        Raises:
+            ModelError: there is no such part.
+        """
+        raise NotImplementedError
+
     def part_config(self, part: str) -> dict[str, Any]:
         """config.json of the transformer, the VAE or a text encoder.
 
@@ -185,8 +195,12 @@ class ModelSource:
         raise NotImplementedError
 
     def _configs(self) -> dict[str, Mapping[str, Any]]:
-        """The configurations of the parts that it has."""
-        return {part: self.part_config(part) for part in ("vae", "text_encoder", "text_encoder_2") if self.has(part)}
+        """The configurations of the parts that it has; what is wrong with one is told when its part is loaded."""
+        found: dict[str, Mapping[str, Any]] = {}
+        for part in ("vae", "text_encoder", "text_encoder_2"):
+            with contextlib.suppress(ModelError):
+                found[part] = self.part_config(part)
+        return found
 
     def _place(self, part: str) -> Path:
         """What a message names of a part."""
@@ -220,7 +234,7 @@ class FolderSource(ModelSource):
         steps = json_object(folder / "scheduler_config.json").get("num_train_timesteps", 1000)
         if not isinstance(steps, int) or not 1 <= steps <= 1_000_000:  # a table of as many is made
             raise ModelError(f"num_train_timesteps cannot be {steps!r}", where=folder, mend="write 1000")
-        with quiet(), one_line(folder):
+        with quiet(), verified_part(folder), one_line(folder):
             return FlowMatchEulerDiscreteScheduler.from_pretrained(folder, local_files_only=True)
 
     def has(self, part: str) -> bool:
@@ -230,6 +244,11 @@ class FolderSource(ModelSource):
     def part_config(self, part: str) -> dict[str, Any]:
         """See `ModelSource.part_config`."""
         return json_object(part_folder(self.path, part) / "config.json")
+
+    def places(self, *parts: str) -> dict[str, Path | TensorFile]:
+        """See `ModelSource.places`."""
+        path = self._with_weights(*parts)
+        return {part: part_folder(path, part) for part in parts}
 
     def load_t5_tokenizer(self) -> PreTrainedTokenizerBase:
         """See `ModelSource.load_t5_tokenizer`."""
@@ -249,6 +268,8 @@ class FolderSource(ModelSource):
         if not in_int8 and not quantise:
             loaded: FluxTransformer2DModel = load_part(FluxTransformer2DModel, folder, dtype, device)
             return loaded
+        if in_int8:
+            tell_unchecked(folder.parent)
         check_part(folder, neighbours=in_int8)
         with one_line(folder):
             transformer = load_int8(folder, dtype=dtype, device=device)
@@ -261,8 +282,7 @@ class FolderSource(ModelSource):
         return vae
 
     def _read_text(self, dtype: torch.dtype | None, device: Device, by_block: bool) -> TextEncoders:
-        path = self._with_weights(*TEXT_PARTS)
-        return load_text({part: part_folder(path, part) for part in TEXT_PARTS}, dtype, device, by_block=by_block)
+        return load_text(self.places(*TEXT_PARTS), dtype, device, by_block=by_block)
 
 
 class FilesSource(ModelSource):
@@ -306,8 +326,8 @@ class FilesSource(ModelSource):
             raise ModelError(f"no {part} in this file", where=self._files.transformer, mend=mend)
         return self._base
 
-    def _where(self, *parts: str) -> dict[str, Path | TensorFile]:
-        """Part -> its file, or its folder; of a base on the hub only what no file has is downloaded."""
+    def places(self, *parts: str) -> dict[str, Path | TensorFile]:
+        """See `ModelSource.places`; of a base on the hub only what no file has is downloaded."""
         found = {part: self._held(part) for part in parts}
         lacking = [part for part, held in found.items() if held is None]
         folder = self._rest(lacking[0])._with_weights(*lacking) if lacking else None
@@ -329,14 +349,14 @@ class FilesSource(ModelSource):
         return load_transformer(given, self.config, dtype=dtype, quantise=bool(quantise), device=device)
 
     def _read_vae(self, dtype: torch.dtype | None, device: Device) -> AutoencoderKL:
-        vae = self._where("vae")["vae"]
+        vae = self.places("vae")["vae"]
         if isinstance(vae, TensorFile):
             return load_vae(vae, file_config(vae, "vae"), dtype, device)
         loaded: AutoencoderKL = load_part(AutoencoderKL, vae, dtype, device)
         return loaded
 
     def _read_text(self, dtype: torch.dtype | None, device: Device, by_block: bool) -> TextEncoders:
-        return load_text(self._where(*TEXT_PARTS), dtype, device, by_block=by_block)
+        return load_text(self.places(*TEXT_PARTS), dtype, device, by_block=by_block)
 
 
 def open_model(name: str | Path | SingleFiles) -> ModelSource:
@@ -351,6 +371,7 @@ def open_model(name: str | Path | SingleFiles) -> ModelSource:
     if isinstance(name, SingleFiles):
         return _open_files(name)
     path = locate(name, weights=False)
+    check_small(path)
     where = path / "transformer" / "config.json"
     config = json_object(where)
     check_layers(config, where)
@@ -451,16 +472,23 @@ def save_model(
         write_facts(staging, dataclasses.replace(facts, parts_from=None))
         for file, content in (extras or {}).items():
             (staging / file).write_text(content, encoding="utf-8")
+        if "transformer" in parts and int8_layers(parts["transformer"]):
+            write_all_checksums(staging)
     return Path(out)
 
 
-def weights_hash(folder: Path) -> str:
-    """SHA-256 over the transformer's safetensors files, names included, or of its single file: which weights drew."""
+def weights_hash(folder: Path, sha256: Callable[[Path], str] = sha256_file) -> str:
+    """SHA-256 over the transformer's safetensors files, names included, or of its single file: which weights drew.
+
+    Args:
+        folder: the model's, or the file.
+        sha256: of one file; a memory's reads no file twice, see `data.digests`.
+    """
     if folder.is_file():
-        return sha256_file(folder)
+        return sha256(folder)
     digest = hashlib.sha256()
     for file in weight_files(folder / "transformer"):
-        digest.update(f"{file.name}:{sha256_file(file)}\n".encode())
+        digest.update(f"{file.name}:{sha256(file)}\n".encode())
     return digest.hexdigest()
 
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from libreflux.errors import ModelError
 from libreflux.files import atomic_save_safetensors, atomic_write_json
+from libreflux.model.checksums import verified_part, write_checksums
 from libreflux.model.int8 import Int8Linear, int8_layers, quantise_model, quantise_weight
-from libreflux.model.locate import INT8
+from libreflux.model.locate import CHECKSUMS, INT8
 from libreflux.model.parts import named, reading, shard_files, visible, weight_variant
 from libreflux.model.ranges import RangedFile
 
@@ -70,8 +71,14 @@ def stream_int8(
         device: where tensors are moved and quantised.
 
     Raises:
-        ModelError: a tensor is missing, left over, not finite, or of another shape or kind than config.json says.
+        ModelError: a tensor is missing, left over, not finite, or of another shape or kind than config.json says; or a
+            file is not as the model's checksums say, which may be found at the end.
     """
+    with verified_part(folder, _neighbours(folder)):
+        yield from _stream(folder, empty, device)
+
+
+def _stream(folder: Path, empty: FluxTransformer2DModel, device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
     layers, wanted = set(int8_layers(empty)), empty.state_dict()
     stored = stored_as(empty.load_config(folder), folder)
     if stored not in (None, METHOD):
@@ -163,7 +170,22 @@ def share_equal(folder: Path, other: Path) -> list[str]:
     there = {name: os.path.relpath(theirs[name], folder).replace(os.sep, "/") for name in shared}
     table = {name: there.get(name, single) for name in own}
     atomic_write_json(folder / f"{_WEIGHTS}.safetensors.index.json", {"metadata": {}, "weight_map": table})
+    if (folder.parent / CHECKSUMS).is_file():
+        write_all_checksums(folder.parent)
     return sorted(shared)
+
+
+def write_all_checksums(model: Path) -> None:
+    """Writes the checksums of an int8 model's folder, of what it has of its neighbours too; see `write_checksums`."""
+    write_checksums(model, _neighbours(model / "transformer"))
+
+
+def _neighbours(folder: Path) -> list[Path]:
+    """What the index of a transformer folder names elsewhere; nothing of a damaged index, whose reader says so."""
+    try:
+        return [file for file in weight_files(folder) if file.parent != folder]
+    except ModelError:
+        return []
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -15,11 +15,13 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from libreflux.errors import LibrefluxError, ModelError, RunError
 from libreflux.model.by_block import run_by_block
+from libreflux.model.checksums import verified_part
 from libreflux.model.faults import is_device_error, is_out_of_memory
 from libreflux.model.parts import COPY, check_part, check_tokenizer, named, visible, weight_variant
 from libreflux.model.ranges import RangedFile
 from libreflux.model.single_file import TensorFile, file_config, load_text_encoder
 from libreflux.model.text import TextEncoders
+from libreflux.printing import counted
 
 
 def load_part(kind: Any, folder: Path, dtype: torch.dtype | None, device: torch.device | str = "cpu") -> Any:
@@ -27,6 +29,11 @@ def load_part(kind: Any, folder: Path, dtype: torch.dtype | None, device: torch.
 
     Each tensor goes to the device as it is read; on the CPU, in the dtype that is stored, it stays mapped.
     """
+    with verified_part(folder):
+        return _load_part(kind, folder, dtype, device)
+
+
+def _load_part(kind: Any, folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> Any:
     check_part(folder)
     options = {"torch_dtype": dtype or _stored_dtypes(folder)[0]}
     part, found = _read_to(kind, folder, device, **options)
@@ -59,20 +66,22 @@ def load_text(
     for folder, tokenizer, encoder in ((first, clip_tokenizer, encoders[0]), (second, t5_tokenizer, encoders[1])):
         known, read = len(tokenizer), encoder.config.vocab_size
         if known > read:
-            raise ModelError(f"knows {known} tokens, its encoder {read}", where=folder, mend="use the encoder's own")
+            raise ModelError(
+                f"knows {counted(known, 'token')}, its encoder {read}", where=folder, mend="use the encoder's own"
+            )
     return TextEncoders(clip_tokenizer, encoders[0], t5_tokenizer, encoders[1], by_block=by_block)
 
 
 def load_t5_tokenizer(folder: Path) -> T5Tokenizer:
     """T5's tokenizer alone, from its folder."""
-    check_tokenizer(folder, ("tokenizer.json", "spiece.model"))
-    with one_line(folder):
+    with verified_part(folder), one_line(folder):
+        check_tokenizer(folder, ("tokenizer.json", "spiece.model"))
         return T5Tokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _load_clip_tokenizer(folder: Path) -> CLIPTokenizer:
-    check_tokenizer(folder, ("tokenizer.json", "vocab.json"))
-    with one_line(folder):
+    with verified_part(folder), one_line(folder):
+        check_tokenizer(folder, ("tokenizer.json", "vocab.json"))
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -82,6 +91,13 @@ def _load_encoder(
     """`as_stored`: in the narrowest dtype that loses nothing of the file."""
     if isinstance(place, TensorFile):
         return load_text_encoder(place, part, file_config(place, part), dtype, device, as_stored=as_stored)
+    with verified_part(place):
+        return _load_encoder_folder(place, part, dtype, device, as_stored=as_stored)
+
+
+def _load_encoder_folder(
+    place: Path, part: str, dtype: torch.dtype | None, device: torch.device | str, *, as_stored: bool
+) -> Any:
     check_part(place)
     if as_stored:
         dtype = functools.reduce(torch.promote_types, _stored_dtypes(place))

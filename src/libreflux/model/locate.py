@@ -11,20 +11,24 @@ from typing import Any
 
 from libreflux import plainjson
 from libreflux.errors import ModelError
-from libreflux.model.facts import FACTS_FILE, read_facts
+from libreflux.model.facts import FACTS_FILE, KNOWN, known_facts, needs_login, read_facts
+from libreflux.places import nearest
 
 INT8 = "libreflux_int8"
 """How our own int8 folders call their format in config.json."""
 WEIGHTS = Path(__file__).resolve().parent.parent / "emoji" / "weights"
 EMOJI = ("emoji-base", "emoji-schnell", "emoji-libre")
+CHECKSUMS = "checksums.json"
+"""In a model's folder, see `model.checksums`."""
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 # Only what the parts need: no Python, and not the single-file copies of the weights that lie beside the parts.
-_SMALL = ["model_index.json", FACTS_FILE] + [
+_SMALL = ["model_index.json", FACTS_FILE, CHECKSUMS] + [
     f"{part}/{pattern}" for part in PARTS for pattern in ("*.json", "*.model", "*.txt")
 ]
 
+LOGIN = "accept its licence on its page at the hub and log in with `hf auth login`"
 _FOLDER = "give a diffusers folder or a hub id"
 _PICKLE = ("is a pickle, which runs code when it is opened", "use the model's safetensors files")
 _REFUSED = dict.fromkeys((".ckpt", ".pt", ".pth", ".bin", ".pkl"), _PICKLE) | {
@@ -52,7 +56,7 @@ def locate(name: str | Path, *, weights: bool | Collection[str] = True, fetch: b
     """
     text = str(name)
     if not text:  # as a path it would be the folder that one stands in
-        raise ModelError("no model is named", mend=_suggestion(text))
+        raise ModelError("no model is named", mend=_suggestion(text, None))
     path = Path(text).expanduser()
     if text in EMOJI and not path.exists():
         path = WEIGHTS / text
@@ -68,8 +72,17 @@ def locate(name: str | Path, *, weights: bool | Collection[str] = True, fetch: b
         raise ModelError(told, where=path, mend=mend)
     steps_out = ".." in re.split("[/@]", text)  # the hub's client would take it for a folder of its cache
     if not _HUB_ID.fullmatch(text) or steps_out or Path(text).parts[0] == "." or Path(text).parent.is_dir():
-        raise ModelError(f"no such model: {text}", mend=_suggestion(text))
+        raise ModelError(f"no such model: {text}", mend=_suggestion(text, path))
     return _checked(_download(text, PARTS if weights is True else weights or (), fetch=fetch))
+
+
+def stored(name: str) -> bool:
+    """Whether a model is here, weights and all; nobody is asked."""
+    try:
+        locate(name, fetch=False)
+    except ModelError:
+        return False
+    return True
 
 
 def told_model(name: str, told_by: object) -> str:
@@ -146,10 +159,14 @@ def _refuse_format(part: Path) -> None:
             raise ModelError(f"is quantised by {told}, which is not read", where=part, mend=FOREIGN_MEND)
 
 
-def _suggestion(text: str) -> str:
-    near = difflib.get_close_matches(text, EMOJI, n=1)
-    if near:
+def _suggestion(text: str, path: Path | None) -> str:
+    hub_ids = {hub_id.rpartition("/")[2].casefold(): hub_id for hub_id in KNOWN}
+    if near := difflib.get_close_matches(text, EMOJI, n=1):
         return f"did you mean {near[0]}?"
+    if path is not None and (there := nearest(path)) is not None:
+        return f"did you mean {there}?"
+    if near := difflib.get_close_matches(text.casefold(), hub_ids, n=1, cutoff=0.75):
+        return f"did you mean {hub_ids[near[0]]}?"
     return f"use {EMOJI[0]}, an existing folder, or a hub id like org/name"
 
 
@@ -163,22 +180,39 @@ def _download(text: str, weights: Collection[str], *, fetch: bool) -> Path:
         "allow_patterns": _SMALL + [f"{part}/*.safetensors" for part in weights],
     }
     with contextlib.suppress(Exception):  # nothing stored, or an older client's cache: then ask the hub
-        stored = Path(huggingface_hub.snapshot_download(**wanted, local_files_only=True))
-        if _complete(stored, weights):
-            return stored
+        here = Path(huggingface_hub.snapshot_download(**wanted, local_files_only=True))
+        if _complete(here, weights):
+            return here
     if not fetch:
         raise ModelError("not downloaded before", where=text, mend="name it yourself to download it")
     try:
         return Path(huggingface_hub.snapshot_download(**wanted))
     except Exception as error:  # the client's own, its HTTP library's, the disk's: no common ancestor
         raise ModelError(
-            f"no folder of this name, and it cannot be had from the hub ({_reason(error)})",
+            f"no folder of this name, and it cannot be had from the hub ({hub_reason(error)})",
             where=text,
-            mend="mend the path, or check the id, the network and whether the model needs a login",
+            mend=_mend(hub_id, error),
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def _mend(hub_id: str, error: Exception) -> str:
+    from huggingface_hub import errors
+
+    there = nearest(Path(hub_id).expanduser())
+    if there is not None and (there / "model_index.json").is_file():
+        return f"did you mean {there}?"
+    near = difflib.get_close_matches(hub_id, KNOWN, n=1, cutoff=0.8)
+    if near and known_facts(hub_id) is None:
+        return f"did you mean {near[0]}? or mend the path, or check the id and the network"
+    if needs_login(hub_id) or isinstance(error, errors.GatedRepoError):
+        return f"mend the path, or check the id and the network; for this model {LOGIN}"
+    refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
+    login = "; a private or gated model wants `hf auth login`" if refused else ""
+    return f"mend the path, or check the id and the network{login}"
+
+
+def hub_reason(error: BaseException) -> str:
+    """Why a download failed, in a few words."""
     from huggingface_hub import errors
 
     known = {

@@ -17,10 +17,11 @@ from safetensors import SafetensorError
 
 from libreflux import plainjson
 from libreflux.errors import ModelError
+from libreflux.model.checksums import verified_part
 from libreflux.model.formats import check_plain
 from libreflux.model.locate import FOREIGN_MEND, foreign_format
 from libreflux.model.ranges import RangedFile
-from libreflux.printing import get_logger
+from libreflux.printing import counted, get_logger
 
 logger = get_logger(__name__)
 
@@ -104,7 +105,7 @@ def check_layers(config: Mapping[str, Any], where: object, stored: int | None = 
     """Raises ModelError for more layers than there are tensors (None: than any model has): each would be made."""
     for key, value in config.items():
         if "layers" in key and isinstance(value, int) and value > (stored or MOST_LAYERS):
-            told = f"{key} is {value}, but there are {stored} tensors" if stored else f"{key} cannot be {value}"
+            told = f"{key} is {value}, but it has {counted(stored, 'tensor')}" if stored else f"{key} cannot be {value}"
             raise ModelError(told, where=where, mend="the weights and config.json differ")
 
 
@@ -138,7 +139,8 @@ def named(name: str, variant: str | None) -> str:
 
 def copy_part(source: Path, target: Path) -> None:
     """Copies a part's folder, following the links of the hub's cache; a lone variant gets the plain names."""
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("._*", ".DS_Store"))
+    with verified_part(source):  # or the copy would get checksums of what is damaged
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("._*", ".DS_Store"))
     variant = weight_variant(target)
     for stem in _STEMS if variant else ():
         for plain in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):

@@ -10,7 +10,7 @@ from libreflux.errors import ModelError
 from libreflux.files import staged_dir
 from libreflux.model.facts import Facts, write_facts
 from libreflux.model.family import LiveParts, open_model, save_model
-from libreflux.model.int8_files import METHOD, empty_int8, stored_as, stream_int8, write_int8
+from libreflux.model.int8_files import METHOD, empty_int8, stored_as, stream_int8, write_all_checksums, write_int8
 from libreflux.model.load import one_line
 from libreflux.model.locate import PARTS, locate, part_folder
 from libreflux.model.parts import check_part, copy_part, json_object
@@ -48,6 +48,7 @@ def quantise_folder(name: str | Path | SingleFiles, out: Path) -> Path:
                 copy_part(stored, staging / part)
         shutil.copyfile(folder / "model_index.json", staging / "model_index.json")
         write_facts(staging, _quantised(model.facts, str(name), model.hash))
+        write_all_checksums(staging)
     return Path(out)
 
 

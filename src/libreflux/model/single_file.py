@@ -21,6 +21,7 @@ from libreflux.model.kept import dtype_of
 from libreflux.model.keys import BFL_BLOCKS, Row, config_of, count_blocks, renamed, transformer_rows, vae_rows
 from libreflux.model.parts import check_layers
 from libreflux.model.tensor_file import TensorFile
+from libreflux.places import did_you_mean
 from libreflux.printing import get_logger
 
 logger = get_logger(__name__)
@@ -87,7 +88,9 @@ def find_comfyui(folder: Path, *, transformer: Path | None = None, base: str | N
         ModelError: no such folder, or not exactly one `flux1-*` and none named.
     """
     if not folder.is_dir():
-        raise ModelError("no such folder", where=folder, mend="name ComfyUI's folder, or its models")
+        raise ModelError(
+            "no such folder", where=folder, mend=did_you_mean(folder, "name ComfyUI's folder, or its models")
+        )
     found: dict[str, Path] = {}
     for part, pattern in _COMFYUI.items():
         files = sorted(file for file in folder.rglob(pattern) if file.is_file())

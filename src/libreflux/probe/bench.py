@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from libreflux.data.held_out import HeldOut
+from libreflux.decided import adopt, digest
 from libreflux.files import atomic_save_safetensors, atomic_write_bytes
 from libreflux.flow.schedule import ladder
 from libreflux.flow.solve import Step
@@ -30,7 +31,7 @@ from libreflux.probe.judges import Judge
 from libreflux.probe.looks import Look, look_at
 from libreflux.probe.measures import Velocity
 from libreflux.probe.results import Coordinate, Picture
-from libreflux.probe.settings import Settings, digest
+from libreflux.probe.settings import Settings
 from libreflux.probe.subjects import Asked, asked, find_subject, groups
 from libreflux.sample.finite import check_latents
 from libreflux.sample.guidance import GuidedVelocity
@@ -56,6 +57,7 @@ class Bench:
         padding_texts: prompts under other paddings.
         out: the result's folder.
         identity: digest of model, adapters and what decides a drawing besides `Wanted`.
+        older_identity: what the first versions took for it.
         subjects: every known subject's name.
         judge: None without.
         advance: told how many samples went through the model.
@@ -70,6 +72,7 @@ class Bench:
     texts: Texts
     out: Path
     identity: str
+    older_identity: str
     subjects: Collection[str] = ()
     padding_texts: PaddingTexts = field(default_factory=dict)
     judge: Judge | None = None
@@ -102,7 +105,8 @@ class Bench:
 
     def drawn(self, wanted: Wanted) -> Drawn:
         """Pictures, from disk if this model has drawn them before."""
-        path = self._drawn_file(wanted)
+        path = self._drawn_file(wanted, self.identity)
+        adopt(path, self._drawn_file(wanted, self.older_identity))
         try:
             return Drawn(**load_file(path))
         except (OSError, SafetensorError, TypeError):
@@ -112,10 +116,10 @@ class Bench:
 
     def has_drawn(self, wanted: Wanted) -> bool:
         """Whether they are on disk."""
-        return self._drawn_file(wanted).is_file()
+        return any(self._drawn_file(wanted, each).is_file() for each in (self.identity, self.older_identity))
 
-    def _drawn_file(self, wanted: Wanted) -> Path:
-        return self.out / "drawn" / f"{digest([self.identity, wanted.as_json()])[:24]}.safetensors"
+    def _drawn_file(self, wanted: Wanted, identity: str) -> Path:
+        return self.out / "drawn" / f"{digest([identity, wanted.as_json()])[:24]}.safetensors"
 
     def _draw(self, wanted: Wanted) -> Drawn:
         lengths = self.texts(wanted.prompts).lengths

@@ -13,6 +13,9 @@ from libreflux.flow.solve import Step
 from libreflux.model.latents import pack, unpack
 from libreflux.sample.denoise import StepVelocity, denoise
 
+FORMULA = 1
+"""Raised when the same model and `Wanted` come to give other pictures, not only other last bits."""
+
 
 @dataclass(frozen=True)
 class Wanted:

@@ -14,6 +14,7 @@ from libreflux.errors import ModelError
 from libreflux.files import sha256_file
 from libreflux.model.load import quiet
 from libreflux.model.parts import check_part, json_object, visible
+from libreflux.places import did_you_mean
 from libreflux.probe.judges import Judge, Verdict
 
 MOST_SIDE = 4096
@@ -57,7 +58,9 @@ def load_features(folder: Path) -> Features:
         ModelError: no such folder, or not such a model.
     """
     if not folder.is_dir():
-        raise ModelError("no such folder", where=folder, mend="name a local folder of CLIP, DINO or the like")
+        raise ModelError(
+            "no such folder", where=folder, mend=did_you_mean(folder, "name a local folder of CLIP, DINO or the like")
+        )
     check_part(folder)
     for name in ("config.json", "preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file() and "auto_map" in json_object(folder / name):

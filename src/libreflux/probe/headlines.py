@@ -7,6 +7,7 @@ from html import escape
 
 import numpy as np
 
+from libreflux.printing import counted
 from libreflux.probe.freedom import FreedomRow
 from libreflux.probe.measures import CONFIDENCE
 from libreflux.probe.results import Measure, Result
@@ -60,7 +61,7 @@ def _steps(results: Sequence[Result], labels: Sequence[str]) -> Iterator[str]:
     ]
     yield _sentence(
         "Few steps.",
-        f"Share of right pictures in only {counts[0]} steps, what distilled models are made for:",
+        f"Share of right pictures in only {counted(counts[0], 'step')}, what distilled models are made for:",
         labels, found, percent,
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from libreflux import plainjson
 from libreflux.errors import ModelError
 from libreflux.files import atomic_save_safetensors
+from libreflux.places import did_you_mean
 
 SCHEMA = "1"
 JUDGED_SIDE = 128  # pixels
@@ -97,7 +98,7 @@ def load_judge(path: Path) -> Judge:
         judge = Judge(plainjson.parse(meta["subjects"]), plainjson.parse(meta["colours"]))
         judge.load_state_dict(tensors)
     except FileNotFoundError:
-        raise ModelError("no such judge", where=path, mend="check the path") from None
+        raise ModelError("no such judge", where=path, mend=did_you_mean(path)) from None
     except ModelError:
         raise
     except Exception as error:

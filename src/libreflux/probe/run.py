@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from libreflux import plainjson
+from libreflux.decided import digest
 from libreflux.files import atomic_write_json
 from libreflux.model.faults import explained
 from libreflux.model.numerics import pinned
@@ -16,7 +17,7 @@ from libreflux.probe import at_pictures, diversity, guidance, negative, padding,
 from libreflux.probe.bench import Bench
 from libreflux.probe.results import Measure, Picture, Result, write_result
 from libreflux.probe.section import Found, Section
-from libreflux.probe.settings import Settings, digest
+from libreflux.probe.settings import Settings
 from libreflux.probe.subjects import Asked
 
 SECTIONS = (
@@ -37,6 +38,7 @@ def probe(
     open_bench: Callable[[Sequence[Section]], Bench],
     *,
     model: Mapping[str, Any],
+    decided: Mapping[str, Any],
     settings: Settings,
     asked: Sequence[Asked],
     versions: Mapping[str, str],
@@ -48,12 +50,15 @@ def probe(
         out: the result's folder.
         open_bench: the sections to do → the model with what they need; not called when none is left.
         model: of the result: which weights and adapters.
+        decided: what of the model and of the prepared data decides the numbers; names and paths are not among it.
         settings: of the result.
         asked: the prompts to draw.
         versions: of the result.
         progress: told how far the model is.
     """
-    keys = {one.name: digest([model, settings.as_json(), one.name, one.version]) for one in SECTIONS}
+    keys = {one.name: _key(one, decided, settings) for one in SECTIONS}
+    for one in SECTIONS:
+        _adopt_section(out, one.name, keys[one.name], digest([model, settings.as_json(), one.name, one.version]))
     kept = {one.name: read_section(out, one.name, keys[one.name]) for one in SECTIONS}
     todo = [one for one in SECTIONS if kept[one.name] is None]
     if todo:
@@ -78,6 +83,17 @@ def probe(
     )
     write_result(out, result)
     return result
+
+
+def _key(section: Section, decided: Mapping[str, Any], settings: Settings) -> str:
+    told = settings.as_json() | {"data": settings.data[1]}  # without the name of its folder
+    return digest({"decided": decided, "settings": told, "section": section.name, "version": section.version})
+
+
+def _adopt_section(out: Path, name: str, key: str, older: str) -> None:
+    """Keeps a section of the first versions, whose key had less in it, under today's key."""
+    if (known := read_section(out, name, older)) is not None:
+        write_section(out, name, key, *known)
 
 
 SMALLER = "a smaller --batch or --resolution, --dtype bf16, or --device cpu"

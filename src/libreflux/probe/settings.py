@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,8 +114,3 @@ def rungs(facts: Facts, sigmas: Sequence[float]) -> tuple[float, ...]:
         return ()
     visited = ladder(facts.steps, facts.shift or 1.0).tolist()
     return tuple(sigma for sigma in sigmas if any(abs(sigma - rung) < 1e-4 for rung in visited))
-
-
-def digest(value: Any) -> str:
-    """SHA-256 over plain values, as 64 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

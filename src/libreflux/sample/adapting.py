@@ -12,6 +12,7 @@ from libreflux.adapter.files import Adapter, AdapterFile, attach_file, load_adap
 from libreflux.adapter.layers import AdaptedLinear
 from libreflux.errors import ModelError, RecipeError
 from libreflux.model.facts import Facts, tell_facts
+from libreflux.printing import counted
 
 _LOADED = "_libreflux_adapters"
 """Where a transformer keeps what was loaded on it: pipelines that share it share that."""
@@ -101,7 +102,10 @@ class Adapting:
             here = ", ".join(loaded) or "none"
             raise RecipeError(f"no adapter is called {unknown[0]!r}", where="adapter_names", mend=f"loaded: {here}")
         if len(given) != len(names):
-            raise RecipeError(f"{len(given)} weights for {len(names)} adapters", mend="give one for all, or one each")
+            raise RecipeError(
+                f"{counted(len(given), 'weight')} for {counted(len(names), 'adapter')}",
+                mend="give one for all, or one each",
+            )
         weights: Mapping[str, float] = {name: _weight(one) for name, one in zip(names, given, strict=True)}
         for name, one in loaded.items():
             one.weight = weights.get(name, 0.0)

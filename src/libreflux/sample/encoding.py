@@ -14,7 +14,7 @@ from libreflux.errors import RecipeError
 from libreflux.model.device import release
 from libreflux.model.facts import Facts
 from libreflux.model.text import TextConditioning, TextEncoders
-from libreflux.printing import get_logger
+from libreflux.printing import counted, get_logger
 
 logger = get_logger(__name__)
 
@@ -56,7 +56,9 @@ def encode_prompts(
     """
     check_max_tokens(facts, max_tokens)
     if prompts_2 is not None and len(prompts_2) != len(prompts):
-        raise RecipeError(f"{len(prompts_2)} second prompts for {len(prompts)} prompts", mend="give one each")
+        raise RecipeError(
+            f"{counted(len(prompts_2), 'second prompt')} for {counted(len(prompts), 'prompt')}", mend="give one each"
+        )
     _check_text(*prompts, *(prompts_2 or ()))
     _tell_unseen(encoders, prompts, apart=prompts_2 is not None)
     limit = facts.max_tokens if max_tokens is None else max_tokens
@@ -160,7 +162,10 @@ def matched(negative: TextConditioning, count: int) -> TextConditioning:
         return negative
     if len(negative) == 1:
         return negative.repeat(count)
-    raise RecipeError(f"{len(negative)} negative prompts for {count} prompts", mend="give one for all, or one each")
+    raise RecipeError(
+        f"{counted(len(negative), 'negative prompt')} for {counted(count, 'prompt')}",
+        mend="give one for all, or one each",
+    )
 
 
 def _short(text: str) -> str:

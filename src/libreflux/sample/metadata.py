@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from libreflux import plainjson
 from libreflux.errors import DataError
 from libreflux.files import atomic_write_bytes
+from libreflux.places import did_you_mean
 
 CHUNK = "libreflux"
 
@@ -45,7 +46,7 @@ class Origin:
         dtype: of the transformer's weights; "int8, " and the dtype of its other tensors where its linears are int8.
         device: what computed it: the last bits are its own.
         hashes: name (e.g. "transformer") to SHA-256.
-        adapters: file, sha256 and weight of each adapter, in order.
+        adapters: file, sha256 and weight of each adapter, in order; and path, as the user named it (older ones: none).
         versions: package to version.
     """
 
@@ -192,6 +193,8 @@ def open_png(path: Path) -> Image.Image:
             with Image.open(path, formats=["PNG"]) as image:
                 image.load()  # text chunks may follow the pixels
                 return image
+    except FileNotFoundError:
+        raise DataError("no such picture", where=path, mend=did_you_mean(path)) from None
     except Exception as error:  # Pillow meets bytes that it does not expect: the file is at fault
         told = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(f"not a readable picture ({told})", where=path, mend="give a PNG made by libreflux") from None

@@ -12,6 +12,7 @@ from torch import Tensor
 from libreflux import keyed
 from libreflux.errors import RecipeError
 from libreflux.model.latents import pack
+from libreflux.printing import counted
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -37,12 +38,16 @@ def choose_seeds(seeds: int | Sequence[int] | None, generator: Generators, count
     if seeds is not None:
         if len(seeds) != count:
             raise RecipeError(
-                f"{len(seeds)} seeds for {count} pictures", mend="give one per picture, or a single number"
+                f"{counted(len(seeds), 'seed')} for {counted(count, 'picture')}",
+                mend="give one per picture, or a single number",
             )
         return [_seed(seed) for seed in seeds]
     if isinstance(generator, Sequence):
         if len(generator) != count:
-            raise RecipeError(f"{len(generator)} generators for {count} pictures", mend="give one per picture, or one")
+            raise RecipeError(
+                f"{counted(len(generator), 'generator')} for {counted(count, 'picture')}",
+                mend="give one per picture, or one",
+            )
         sources: list[torch.Generator | None] = list(generator)
     else:
         sources = [generator] * count

@@ -11,6 +11,7 @@ from torch import Tensor
 from libreflux.errors import RecipeError
 from libreflux.flow.schedule import ladder, shift_sigmas
 from libreflux.model.facts import Facts
+from libreflux.printing import counted
 from libreflux.sample.request import DrawRequest
 
 
@@ -51,7 +52,7 @@ def resolve(facts: Facts, image_tokens: int, request: DrawRequest) -> Settings:
     else:
         steps = len(request.sigmas)
         if request.num_inference_steps not in (None, steps):
-            what = f"{steps} sigmas for {request.num_inference_steps} steps"
+            what = f"{counted(steps, 'sigma')} for {counted(request.num_inference_steps, 'step')}"
             raise RecipeError(what, mend="leave num_inference_steps out")
         own = shift_sigmas(torch.tensor(list(request.sigmas), dtype=torch.float64), shift)
         sigmas = torch.cat([own, torch.zeros(1, dtype=torch.float64)]).float()
@@ -74,11 +75,11 @@ def guided_steps(steps: int, no_cfg_until: int = 0, start: float = 0.0, stop: fl
     first = max(no_cfg_until, math.ceil(start * steps - 1e-9))  # 1e-9: 0.1 * 30 is a little more than 3
     found = range(first, math.ceil(stop * steps - 1e-9))
     if not found and no_cfg_until >= steps:
-        what = f"leaves none of {steps} steps guided"
+        what = f"leaves no step of {steps} guided"
         raise RecipeError(what, where="no_cfg_until", mend="use fewer, or guidance 1 instead")
     if not found:
         raise RecipeError(
-            f"no one of {steps} steps is guided from {max(start, no_cfg_until / steps):g} to {stop:g}",
+            f"no step of {steps} is guided from {max(start, no_cfg_until / steps):g} to {stop:g}",
             mend="widen the interval, or use guidance 1",
         )
     return found

@@ -22,7 +22,7 @@ from torch import Tensor
 from libreflux import files
 from libreflux.errors import RunError
 from libreflux.model.stream import save_live
-from libreflux.printing import get_logger
+from libreflux.printing import counted, get_logger
 from libreflux.train.checkpoint import step_folders, step_name
 from libreflux.train.overlapped import Lane, Overlapped, lane_for
 
@@ -183,7 +183,9 @@ def snapshots(run: Path) -> dict[int, Path]:
     """Step -> folder of RUN/averages, rising. Files of an earlier layout are named in a warning."""
     old = sorted(path.name for path in (run / FOLDER).glob("step-*.safetensors"))
     if old:
-        log.warning("%s: %d files such as %s are of an earlier layout and not used", run / FOLDER, len(old), old[0])
+        log.warning(
+            "%s: %s of an earlier layout, such as %s, not used", run / FOLDER, counted(len(old), "file"), old[0]
+        )
     return step_folders(run / FOLDER)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from libreflux import files
 from libreflux.errors import RunError
+from libreflux.places import did_you_mean
 from libreflux.train import checkpoint, ema
 
 WORST = 0.2
@@ -134,7 +135,7 @@ def lerp_weights(count: int, alpha: float) -> np.ndarray:
 
 def _run_folder(run: Path) -> None:
     if not run.is_dir():
-        raise RunError("no such run folder", where=run, mend="give the `out` of a recipe")
+        raise RunError("no such run folder", where=run, mend=did_you_mean(run, "give the `out` of a recipe"))
 
 
 def _complete(run: Path) -> list[checkpoint.Checkpoint]:

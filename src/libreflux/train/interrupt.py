@@ -6,10 +6,12 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
+
+from libreflux.printing import hush
 
 
 class Interrupted(Exception):
@@ -77,14 +79,6 @@ class StopRequest:
 def terminals() -> list[int]:
     """Which of stdout and stderr are a terminal; one that has hung up says that it is none."""
     return [handle for handle in (1, 2) if os.isatty(handle)]
-
-
-def hush(handles: Sequence[int]) -> None:
-    """Lets what is written to these come to nothing, without an error."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for handle in handles:
-        os.dup2(nowhere, handle)
-    os.close(nowhere)
 
 
 @contextlib.contextmanager

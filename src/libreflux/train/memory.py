@@ -35,6 +35,11 @@ def explained(doing: str, recipe: Recipe, mend: str | None = None) -> Iterator[N
 
 def training(recipe: Recipe) -> str:
     """What makes a step smaller, by the keys that are not set so already."""
+    return f"{_in_order(smaller_steps(recipe))}; {ESTIMATES}, --fork goes on from a checkpoint in the same `out`"
+
+
+def smaller_steps(recipe: Recipe) -> list[str]:
+    """The ways of `training`, in the order to try them."""
     ways = []
     if recipe.text_cache == "none":
         ways.append("text_cache: int8 (no encoder stays in memory)")
@@ -49,8 +54,7 @@ def training(recipe: Recipe) -> str:
     ways.append(f"resolution below {max(recipe.resolution)}")
     others = ["optimizer.kind: adamw_bf16"] if recipe.optimizer.kind == "adamw" else []
     anew = " or ".join([*others, "fewer adapted layers (adapter.targets)"])
-    ways.append(f"in another `out`, {anew}")
-    return f"{_in_order(ways)}; {ESTIMATES}, --fork goes on from a checkpoint in the same `out`"
+    return [*ways, f"in another `out`, {anew}"]
 
 
 def preparing(recipe: Recipe) -> str:

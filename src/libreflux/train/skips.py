@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from libreflux.errors import RunError
-from libreflux.printing import get_logger
+from libreflux.printing import counted, get_logger
 from libreflux.train import checkpoint
 from libreflux.train.callbacks import StepInfo
 
@@ -83,7 +83,8 @@ def watch(info: StepInfo, skips: Skips, limit: int, run: Path, *, tell: bool) ->
     if skips.in_a_row >= limit:
         good = info.step - skips.in_a_row - 1  # the step after it was taken, and led to the weights of the skipped ones
         raise RunError(
-            f"{skips.in_a_row} steps in a row up to step {info.step} had a loss or gradient that is not finite, "
+            f"{counted(skips.in_a_row, 'step')} in a row up to step {info.step} "
+            "had a loss or gradient that is not finite, "
             f"the last one with pictures {pictures}",
             where=run,
             mend=f"look at these pictures, raise max_skipped, or, if the weights are spoilt, {_way_back(run, good)}",

@@ -120,6 +120,11 @@ def _trained(run: Path) -> tuple[int, str]:
     return max(told, key=lambda one: one[0])
 
 
+def all_done(steps: int) -> str:
+    """Of a run: "all 4 steps are done", "its one step is done"."""
+    return "its one step is done" if steps == 1 else f"all {steps:,} steps are done"
+
+
 def _last_step(path: Path) -> int:
     """The last step in a .jsonl file; 0 without one. A line that a kill cut short has none."""
     steps = [0]
@@ -189,6 +194,6 @@ def _check_data(recipe: Recipe, run: Path, last: Checkpoint, *, fork: bool) -> N
         return
     if fork:
         raise _nothing_to_fork(run, last.step)
-    told = f"all {last.step} steps are done, and its pictures, captions or encoders have changed since"
+    told = f"{all_done(last.step)}, and its pictures, captions or encoders have changed since"
     mend = "raise steps and go on with --fork, put them back as they were, or choose another `out`"
     raise RunError(told, where=run, mend=mend)

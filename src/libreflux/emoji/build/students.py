@@ -26,7 +26,7 @@ from libreflux.files import atomic_write_text
 from libreflux.model.facts import Facts, freed
 from libreflux.model.family import LiveParts, ModelSource, open_model, read_facts, save_model, write_facts
 from libreflux.model.int8 import quantise
-from libreflux.model.int8_files import share_equal
+from libreflux.model.int8_files import share_equal, write_all_checksums
 from libreflux.model.locate import PARTS
 from libreflux.model.quantise import quantise_folder
 from libreflux.recipe import Recipe
@@ -198,6 +198,7 @@ def ship(work: Path, name: str) -> Path:
     if name == "libre":
         share_equal(fresh / "transformer", WEIGHTS / "emoji-schnell" / "transformer")
     write_facts(fresh, shipped_facts(read_facts(fresh), name))
+    write_all_checksums(fresh)
     shutil.rmtree(out, ignore_errors=True)
     fresh.rename(out)
     return out
