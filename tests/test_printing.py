@@ -70,7 +70,7 @@ WAYS = {
     "click.echo": set(),
     "sys.stdout.write": set(),
     "sys.stderr.write": set(),
-    "logging.getLogger": {"printing.py", "cli/drawing.py"},  # the latter only switches one off
+    "logging.getLogger": {"printing.py"},
     "Console": set(),
     "json.loads": {"plainjson.py", "files.py", "model/family.py", "probe/settings.py", "train/ranks.py",
                    "emoji/compose.py"},  # the others read what this process, or this package, wrote
