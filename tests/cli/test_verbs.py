@@ -221,7 +221,7 @@ def test_an_adapter_that_its_run_prunes_after_it_was_read_is_used_as_it_was_read
     adapter.write_bytes(trained.read_bytes())
     opened = family.open_model
 
-    def prune_first(*args: Any, **kwargs: Any) -> family.Model:
+    def prune_first(*args: Any, **kwargs: Any) -> family.ModelSource:
         adapter.unlink(missing_ok=True)
         return opened(*args, **kwargs)
 

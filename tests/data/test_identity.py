@@ -24,7 +24,8 @@ from libreflux.data.prepare import prepare
 from libreflux.data.quarantine import report_quarantine
 from libreflux.data.sources import Quarantined
 from libreflux.errors import DataError
-from libreflux.model import family, latents
+from libreflux.model import latents
+from libreflux.model.family import open_model
 from libreflux.model.text import TextConditioning
 from libreflux.recipe import DataSource
 from tiny import DECIDING, UNDECIDING
@@ -49,7 +50,7 @@ def test_shuffled_deleted_renamed_and_replaced_pictures_keep_their_captions(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
     data, out = tmp_path / "data", tmp_path / "cache"
-    vae = family.open_model(tiny_model_dir).load_vae()
+    vae = open_model(tiny_model_dir).load_vae()
 
     def check(values: set[int]) -> None:
         batches = run(tiny_model_dir, data, out)
@@ -152,7 +153,7 @@ def test_text_is_never_served_under_other_settings_as_by_a_prompt_only_key(
     first, fresh = prepared(tmp_path / "one", values[0]), prepared(tmp_path / "two", values[1])
     with pytest.raises(DataError, match=f"{key} {values[0]}, now {values[1]}"):
         prepared(tmp_path / "one", values[1])
-    encoders = family.open_model(tiny_model_dir).load_text()
+    encoders = open_model(tiny_model_dir).load_text()
     known: dict[str, TextConditioning] = {}
     for value, wanted in zip(values, (first, fresh), strict=True):
         settings = {"padding": "drop", "max_tokens": 512} | {key: value}
@@ -248,7 +249,7 @@ def test_background_crop_and_view_never_share_a_cached_crop(tmp_path: Path, tiny
     ]
     shown = views(["square", "aspect"], [64])
     batches = run(tiny_model_dir, tmp_path, tmp_path / "cache", sources=sources, views=shown)
-    vae = family.open_model(tiny_model_dir).load_vae()
+    vae = open_model(tiny_model_dir).load_vae()
     name = batches.batch(step_plan(0, 0, batches.samples, 1, 1, 1)[0]).sample_ids[0]
     found = []
     for colour in ("white", "black"):

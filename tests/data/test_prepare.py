@@ -23,7 +23,8 @@ from libreflux.data.pictures import load_rgb
 from libreflux.data.prepare import prepare, prepare_recipe
 from libreflux.data.sources import Sample
 from libreflux.errors import DataError, LibrefluxError, RunError
-from libreflux.model import family, latents
+from libreflux.model import latents
+from libreflux.model.family import open_model
 from libreflux.recipe import DataSource, load_recipe
 from rights import bound_by_modes
 
@@ -67,7 +68,7 @@ def rows(cache: Path, table: str) -> list[tuple[str, ...]]:
 
 def test_latents_are_the_encoders_of_their_own_crop(prepared: Prepared, tiny_model_dir: Path) -> None:
     cache, [(source, samples)] = prepared
-    vae = family.open_model(tiny_model_dir).load_vae(dtype=torch.float32)
+    vae = open_model(tiny_model_dir).load_vae(dtype=torch.float32)
     for sample in samples:
         for index in range(2):
             crop = cut(load_rgb(sample.path), SQUARE, index, sample.id)
@@ -80,7 +81,7 @@ def test_latents_are_the_encoders_of_their_own_crop(prepared: Prepared, tiny_mod
 
 def test_text_is_the_encoders_without_padding(prepared: Prepared, tiny_model_dir: Path) -> None:
     cache, [(_, samples)] = prepared
-    encoders = family.open_model(tiny_model_dir).load_text(dtype=torch.float32)
+    encoders = open_model(tiny_model_dir).load_text(dtype=torch.float32)
     captions = ["", *(caption for sample in samples for caption in sample.captions)]
     stored = cache.text(captions)
     assert len(set(stored.lengths)) > 4

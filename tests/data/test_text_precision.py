@@ -26,7 +26,7 @@ from libreflux.data.index import text_key
 from libreflux.data.prepare import _online, prepare, prepare_recipe
 from libreflux.data.sources import Sample
 from libreflux.errors import DataError, DeviceError, RunError
-from libreflux.model import family
+from libreflux.model.family import ModelSource, open_model
 from libreflux.recipe import DataSource, load_recipe
 
 SQUARE = View("square", 32)
@@ -49,9 +49,9 @@ class Watch:
 
     def watched(self, part: str) -> Callable[..., Any]:
         """ModelSource's way to load a part."""
-        load = getattr(family.ModelSource, f"load_{part}")
+        load = getattr(ModelSource, f"load_{part}")
 
-        def loaded(source: family.ModelSource, *, device: str = "cpu", **options: Any) -> Any:
+        def loaded(source: ModelSource, *, device: str = "cpu", **options: Any) -> Any:
             self.alive.append(self.living())
             self.opened.append((part, device, options["dtype"], options.get("by_block", False)))
             found = load(source, **options)
@@ -73,7 +73,7 @@ class Watch:
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     made = Watch()
     for part in ("vae", "text"):
-        monkeypatch.setattr(family.ModelSource, f"load_{part}", made.watched(part))
+        monkeypatch.setattr(ModelSource, f"load_{part}", made.watched(part))
     monkeypatch.setattr(encode, "release", made.release)
     return made
 
@@ -119,7 +119,7 @@ def test_bf16_text_is_the_encoders_in_bf16(
 ) -> None:
     wide, [(_, samples)] = prepared
     cache, _ = run(tiny_model_dir, pictures, tmp_path / "c", text_precision="bf16")
-    text = family.open_model(tiny_model_dir).load_text(dtype=torch.bfloat16)
+    text = open_model(tiny_model_dir).load_text(dtype=torch.bfloat16)
     captions = sorted({caption for sample in samples for caption in sample.captions})
     alone = [text.encode([caption], padding="drop", max_tokens=512).tokens[0] for caption in captions]
     found, other = cache.text(captions), wide.text(captions)
@@ -193,7 +193,7 @@ def test_captions_go_through_the_shortest_first(
     monkeypatch.setattr(encode, "SHARD_ITEMS", 4)
     _, [(_, samples)] = run(tiny_model_dir, pictures, tmp_path / "c")
     captions = {"", *(caption for sample in samples for caption in sample.captions)}
-    text = family.open_model(tiny_model_dir).load_text()
+    text = open_model(tiny_model_dir).load_text()
     lengths = {caption: text.count_tokens([caption], max_tokens=512)[0] for caption in captions}
     expected = sorted(captions, key=lambda caption: (lengths[caption], caption))
     assert expected != sorted(captions)

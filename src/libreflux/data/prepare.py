@@ -33,8 +33,8 @@ from libreflux.data.sources import Part, Quarantined, Sample, read
 from libreflux.data.summary import Told, summarise
 from libreflux.data.vocabulary import cuts_untold, tell_cut, tell_foreign
 from libreflux.errors import DataError
-from libreflux.model import family
 from libreflux.model.facts import trained_facts
+from libreflux.model.family import locate, open_model
 from libreflux.model.text import TextConditioning, check_trained_padding
 from libreflux.places import folder_place
 from libreflux.printing import get_logger
@@ -172,9 +172,9 @@ def prepare(
     own = out if part == WHOLE else out / PARTS / f"{part[0]:04d}-of-{part[1]:04d}"
     if not (own / INDEX).is_file():  # a whole cache may be on a disk that is only read
         folder_place(own)
-    folder = family.locate(model)
+    folder = locate(model)
     if max_tokens is None:
-        max_tokens = trained_facts(family.open_model(model).facts, text_padding=text_padding).max_tokens
+        max_tokens = trained_facts(open_model(model).facts, text_padding=text_padding).max_tokens
     memory = FileMemory(own, [each for each in index_folders(out) if each != own])
     bar = Bar(progress)
     sources, quarantined = _read(data, memory, part, bar, views, told)

@@ -13,7 +13,7 @@ from libreflux.data.held_out import split
 from libreflux.data.index import TEXT_PRECISION
 from libreflux.data.precision import as_settings, resolve
 from libreflux.data.sources import read_source
-from libreflux.model import family
+from libreflux.model.family import locate
 from libreflux.recipe import Recipe
 
 
@@ -35,7 +35,7 @@ def data_hash_now(recipe: Recipe) -> str | None:
     sources = [(source, read_source(source, inspect)[0]) for source in recipe.data]
     if recipe.held_out.path is None:
         sources, _ = split(sources, recipe.held_out.share)
-    known = Cache(recipe.cache_dir, partial=True).settings | encoder_digests(family.locate(recipe.model), memory)
+    known = Cache(recipe.cache_dir, partial=True).settings | encoder_digests(locate(recipe.model), memory)
     known.pop(TEXT_PRECISION, None)
     settings = known | as_settings(resolve(recipe.text_precision, "cpu", folders))  # "auto" is the cache's own
     return fingerprint(sources, views(recipe.crop, recipe.resolution), settings)
