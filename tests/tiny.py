@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import sqlite3
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransf
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from libreflux.data.shards import set_sums, shard_sums
 from libreflux.emoji.build.tokenizers import build_clip_tokenizer, build_t5_tokenizer
 
 CAPTIONS = [
@@ -149,7 +152,15 @@ def poison_latents(cache: Path, pictures: int | None = None) -> list[str]:
     names = sorted(tensors)[:pictures]
     save_file(tensors | {name: torch.full_like(tensors[name], torch.nan) for name in names}, shard, {"schema": "1"})
     assert shard.stat().st_size == size  # or the index would call it damaged
+    sum_again(shard)
     return sorted({name.split("/")[0] for name in names})
+
+
+def sum_again(shard: Path) -> None:
+    """Gives a cache's shard the checksums of what is in it now."""
+    with contextlib.closing(sqlite3.connect(shard.parent.parent / "index.sqlite3")) as index, index:
+        [number] = index.execute("SELECT number FROM shards WHERE name = ?", (shard.name,)).fetchone()
+        set_sums(index, number, shard.name, shard.stat().st_size, shard_sums(shard))
 
 
 def change_json(path: Path, **changes: object) -> None:

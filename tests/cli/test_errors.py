@@ -68,7 +68,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (["generate", "x", "--sigmas", "1,half"], ["--sigmas", "'1,half' is no list of numbers", "mend"]),
         (["generate", "x", "--sigmas", ""], ["--sigmas", "is empty", "mend"]),
         (["generate", "x", "--sigmas", "1,0.5", "--steps", "2"], ["--steps", "no effect beside --sigmas", "mend"]),
-        (["generate", "x", "--sigmas", "1,0.5", "--no-cfg-until", "2"], ["--no-cfg-until", "none of 2 steps"]),
+        (["generate", "x", "--sigmas", "1,0.5", "--no-cfg-until", "2"], ["--no-cfg-until", "no step of 2"]),
         (["generate", "x", "--embedded-guidance", "inf"], ["--embedded-guidance", "cannot be inf", "mend"]),
         (
             ["generate", "x", "--model", "MODEL", "--embedded-guidance", "3"],

@@ -94,14 +94,11 @@ def test_start_up_tells_what_each_source_holds(run: Callable, recipe: Path, tmp_
     for resumed in (False, True):
         done = run("train", recipe, *changes, f"steps={2 + resumed}")
         assert done.code == 0, done.err
-        lines = done.err.splitlines()
-        [at] = [number for number, line in enumerate(lines) if line.startswith(f"{tmp_path}: 1 picture, 1 caption")]
-        end = lines.index("  a.jfif: 'a red cat, кот'", at)
         left_out = "left out: c, run, " if resumed else ""
-        assert " ".join(line.strip() for line in lines[at:end]) == (
+        assert (
             f"{tmp_path}: 1 picture, 1 caption (.caption 1), {left_out}10_cat shown 10 times an epoch, "
-            "0.3 shown an epoch, 50% of the pixels cropped off (50% of a.jfif)"
-        )
+            "0.3 shown an epoch, 50% of the pixels cropped off (50% of a.jfif) a.jfif: 'a red cat, кот'"
+        ) in " ".join(done.err.split())
         assert "1 step an epoch" in done.err and "nan" not in done.err
     prepared = run("prepare", tmp_path, "--out", tmp_path / "other", "--resolution", 64)
     assert prepared.code == 0 and "1 picture, 1 caption (.caption 1)" in prepared.err

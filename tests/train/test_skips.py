@@ -25,7 +25,7 @@ from libreflux.train.interrupt import Interrupted
 from libreflux.train.loop import _open, fit
 from libreflux.train.ranks import Ranks
 from libreflux.train.skips import LARGEST_NORM, at_fault, require_finite
-from tiny import poison_latents
+from tiny import poison_latents, sum_again
 
 Tree = Callable[..., dict[str, Any]]
 
@@ -102,6 +102,7 @@ def test_too_many_in_a_row_end_the_run_and_push_out_no_good_checkpoint(recipe_tr
         fit(Recipe.model_validate(recipe_tree(run, steps=7, save=save, batch=1)))
     assert [one.step for one in checkpoint.listed(run)] == [2, 3, 4]
     shard.write_bytes(healthy)
+    sum_again(shard)
     fit(longer)
     assert [one.step for one in checkpoint.listed(run)] == [7]
     assert checkpoint.listed(run)[0].state()["skips"] == {"total": 2, "in_a_row": 0}
