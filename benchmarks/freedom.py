@@ -19,9 +19,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from libreflux.emoji.build.students import seen_subjects
-from libreflux.probe.freedom import FreedomRow, freedom
-from libreflux.probe.results import Result, read_result
-from libreflux.probe.words import number, place, title
+from libreflux.probing.freedom import FreedomRow, freedom
+from libreflux.probing.report.labels import number, place, title
+from libreflux.probing.results import Result, read_result
 
 SWEEP = {
     "schnell": ["emoji-schnell"],

@@ -29,7 +29,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from libreflux import keyed
+from libreflux import seeding
 from libreflux.cli.drawing import open_for_drawing
 from libreflux.flow.solve import Step
 from libreflux.model.facts import Facts, write_facts
@@ -58,7 +58,7 @@ def numbers(name: str, shape: tuple[int, ...]) -> Tensor:
     """int8 in [-127, 127], eight to a draw."""
     count = torch.Size(shape).numel()
     drawn = torch.empty(-(-count // 8), dtype=torch.int64)
-    drawn.random_(-(2**63), None, generator=keyed.generator(0, "full size", name))
+    drawn.random_(-(2**63), None, generator=seeding.generator(0, "full size", name))
     return drawn.view(torch.int8)[:count].clamp_(min=-127).view(shape)
 
 

@@ -154,7 +154,7 @@ def measure(what: str, folder: Path) -> dict[str, Any]:
     """MiB by phase, estimated and measured, of one kind of process; see the module."""
     from libreflux.data.cache import Cache
     from libreflux.data.index import text_key
-    from libreflux.train.estimate import estimate_recipe
+    from libreflux.training.estimate import estimate_recipe
 
     tree = json.loads((folder / "recipe.json").read_text())
     if what == "between":
@@ -186,8 +186,8 @@ def _train(tree: dict[str, Any], meter: Meter) -> None:
     from diffusers import FluxTransformer2DModel
 
     from libreflux.cli.training import ShowTraining
-    from libreflux.train.callbacks import Started, StepInfo
-    from libreflux.train.loop import fit
+    from libreflux.training.callbacks import Started, StepInfo
+    from libreflux.training.loop import fit
 
     class Marks(ShowTraining):
         def on_start(self, started: Started) -> None:

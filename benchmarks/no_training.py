@@ -22,9 +22,9 @@ from libreflux.data.held_out import HeldOut
 from libreflux.data.prepare import prepare
 from libreflux.emoji import held_out
 from libreflux.flow.guidance import cfg
-from libreflux.model.family import open_model
-from libreflux.probe.held_out import model_velocity
-from libreflux.probe.measures import CONFIDENCE, Moments, Velocity, moments, resampled
+from libreflux.model.source import open_model
+from libreflux.probing.held_out import model_velocity
+from libreflux.probing.metrics.measures import CONFIDENCE, Moments, Velocity, moments, resampled
 from libreflux.recipe import DataSource
 
 SIGMAS = (0.05, 0.15, 0.3, 0.5, 0.7, 0.85, 0.95, 0.98)

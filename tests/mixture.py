@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from libreflux.probe.measures import Velocity
+from libreflux.probing.metrics.measures import Velocity
 
 SHARES, MEANS, STDS = (0.3, 0.7), (-1.2, 0.9), (0.3, 0.7)
 

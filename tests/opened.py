@@ -9,16 +9,16 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
 from libreflux.model.facts import Facts
-from libreflux.model.family import LiveParts, open_model, save_model
 from libreflux.model.single_file import SingleFiles
 from libreflux.model.single_save import save_files
+from libreflux.model.source import LiveParts, open_model, save_model
 from libreflux.model.text import TextEncoders
 from libreflux.sample.pipeline import LibreFluxPipeline
 
 
 @dataclass
 class Opened:
-    """See `libreflux.model.family.ModelSource` for the names."""
+    """See `libreflux.model.source.ModelSource` for the names."""
 
     name: str
     facts: Facts

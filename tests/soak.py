@@ -35,7 +35,7 @@ from PIL import Image
 
 from libreflux import files
 from libreflux.cli import main as libreflux
-from libreflux.train import checkpoint
+from libreflux.training import checkpoint
 from tiny import CAPTIONS, make_tiny_model
 
 LANES = 2
@@ -69,7 +69,7 @@ class Soak:
         self.folder, self.counts, self.lock = folder, Counter[str](), threading.Lock()
         self.most_lost, self.until = 0, math.inf
         self.processes = multiprocessing.get_context("forkserver")
-        self.processes.set_forkserver_preload(["libreflux.cli.training", "libreflux.train.loop", "tiny"])
+        self.processes.set_forkserver_preload(["libreflux.cli.training", "libreflux.training.loop", "tiny"])
         data = folder / "data"
         data.mkdir()
         for number in range(12):

@@ -13,26 +13,26 @@ import pytest
 import libreflux
 
 ROOT = Path(libreflux.__file__).parent
-GROUND = {"recipe", "checksums", "files", "places", "keyed", "errors", "printing", "plainjson", "decided"}
+GROUND = {"recipe", "checksums", "files", "places", "seeding", "errors", "printing", "plainjson", "decided"}
 BELOW: dict[str, set[str]] = {
     "printing": set(),
     "plainjson": set(),
     "checksums": set(),
     "errors": {"printing"},
-    "keyed": set(),
+    "seeding": set(),
     "decided": set(),
     "places": {"errors"},
     "files": {"errors", "places", "plainjson", "printing"},
-    "recipe": {"errors", "files", "keyed", "places"},
+    "recipe": {"errors", "files", "seeding", "places"},
     "flow": set(),
     "model": GROUND | {"flow"},
     "adapter": GROUND | {"flow", "model"},
     "data": GROUND | {"flow", "model"},
-    "train": GROUND | {"flow", "model", "adapter", "data"},
+    "training": GROUND | {"flow", "model", "adapter", "data"},
     "sample": GROUND | {"flow", "model", "adapter", "data"},
-    "probe": GROUND | {"flow", "model", "adapter", "data", "sample"},
-    "emoji": GROUND | {"flow", "model", "adapter", "data", "train", "sample", "probe"},
-    "cli": GROUND | {"", "flow", "model", "adapter", "data", "train", "sample", "probe", "emoji"},
+    "probing": GROUND | {"flow", "model", "adapter", "data", "sample"},
+    "emoji": GROUND | {"flow", "model", "adapter", "data", "training", "sample", "probing"},
+    "cli": GROUND | {"", "flow", "model", "adapter", "data", "training", "sample", "probing", "emoji"},
     "": {"model", "sample"},
     "__main__": {"cli"},
 }
@@ -41,10 +41,9 @@ VERSION_READERS = set(BELOW) - {"flow"}
 
 
 def room(module: str) -> str:
-    """The room of a module of ours: libreflux.flow.path -> flow; recipe_yaml is a cupboard of recipe."""
+    """The room of a module of ours: libreflux.flow.path -> flow."""
     parts = module.split(".")
-    name = parts[1] if len(parts) > 1 else ""
-    return name.split("_")[0] if name.split("_")[0] in GROUND else name
+    return parts[1] if len(parts) > 1 else ""
 
 
 def module_name(path: Path) -> str:
@@ -136,12 +135,12 @@ def test_the_ground_and_the_command_line_load_no_heavy_library_when_imported() -
 
 def test_the_reader_sees_wrong_arrows() -> None:
     """The test above can fail: every way of writing an import is seen."""
-    model, train, flow = ROOT / "model/x.py", ROOT / "train/x.py", ROOT / "flow/x.py"
+    model, train, flow = ROOT / "model/x.py", ROOT / "training/x.py", ROOT / "flow/x.py"
     assert wrong_arrows(model, "import libreflux.adapter.files") == {"adapter"}
     assert wrong_arrows(model, "def f():\n    from libreflux.cli import main") == {"cli"}
     assert wrong_arrows(train, "from libreflux import sample, flow") == {"sample"}
     assert wrong_arrows(train, "from ..sample import grid\nfrom . import loop\nfrom .. import flow") == {"sample"}
-    assert wrong_arrows(train, "if x:\n    try:\n        import libreflux.probe\n    except E: pass") == {"probe"}
+    assert wrong_arrows(train, "if x:\n    try:\n        import libreflux.probing\n    except E: pass") == {"probing"}
     assert wrong_arrows(flow, "from libreflux.errors import LibrefluxError") == {"errors"}
     assert wrong_arrows(flow, "from libreflux.flow import path\nimport torch") == set()
     lazy = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\ndef f():\n    import torch"
@@ -156,7 +155,7 @@ HEAVY_PROBE = "import sys; heavy = {'torch', 'diffusers', 'transformers'} & set(
     "code",
     [
         "import libreflux; libreflux.__version__; dir(libreflux)",
-        "import libreflux.recipe, libreflux.files, libreflux.keyed, libreflux.errors",
+        "import libreflux.recipe, libreflux.files, libreflux.seeding, libreflux.errors",
         "import sys; sys.argv = ['libreflux', '--help']\nfrom libreflux.cli import main\n"
         "try: main()\nexcept SystemExit as end: assert not end.code, end.code",
         "import sys; sys.argv = ['libreflux', 'generate', '--help']\nfrom libreflux.cli import main\n"

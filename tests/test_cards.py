@@ -52,7 +52,7 @@ def test_the_cards_are_hidden_before_torch_is_imported() -> None:
 
 
 def test_tests_for_a_card_are_left_out_unless_asked_for_and_then_see_it() -> None:
-    both = ("tests/test_keyed.py", "tests/gpu/test_faults.py")
+    both = ("tests/test_seeding.py", "tests/gpu/test_faults.py")
     said, asked = collected(*both), collected(*both, "-m", "gpu")
     names = [{line.partition("::")[0] for line in lines if "::" in line} for lines in (said, asked)]
     assert names == [{both[0]}, {both[1]}]

@@ -10,8 +10,8 @@ from types import ModuleType
 
 import pytest
 
-from libreflux.probe.freedom import freedom
-from libreflux.probe.results import Measure, Result
+from libreflux.probing.freedom import freedom
+from libreflux.probing.results import Measure, Result
 
 ROOT = Path(__file__).parent.parent
 

@@ -72,7 +72,7 @@ WAYS = {
     "sys.stderr.write": set(),
     "logging.getLogger": {"printing.py"},
     "Console": set(),
-    "json.loads": {"plainjson.py", "files.py", "model/family.py", "probe/settings.py", "train/ranks.py",
+    "json.loads": {"plainjson.py", "files.py", "model/source.py", "probing/settings.py", "training/ranks.py",
                    "emoji/compose.py"},  # the others read what this process, or this package, wrote
 }  # fmt: skip
 """Calls that only these files may make: all text goes through `printing`, all JSON of others through `plainjson`."""
@@ -91,9 +91,9 @@ def test_no_line_goes_another_way(way: str) -> None:
 
 def test_every_logger_of_ours_has_the_filter() -> None:
     import libreflux.cli.app
-    import libreflux.train.loop
+    import libreflux.training.loop
 
-    assert libreflux.cli.app and libreflux.train.loop
+    assert libreflux.cli.app and libreflux.training.loop
     ours = [name for name in logging.root.manager.loggerDict if name.startswith("libreflux.")]
     loggers = [one for name in ours if isinstance(one := logging.root.manager.loggerDict[name], logging.Logger)]
     assert len(loggers) > 8

@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from libreflux import recipe_yaml
 from libreflux.errors import RecipeError
-from libreflux.recipe import Recipe, differences, load_recipe
+from libreflux.recipe import Recipe, differences, load_recipe, yaml_text
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
 LEAST = ["data.0.path=photos", "resolution=512", "steps=10", "out=runs/a"]
@@ -91,7 +90,7 @@ def test_numbers_mean_what_they_look_like(text: str) -> None:
     )
 )
 def test_yaml_reads_back_what_it_wrote(value: Any) -> None:
-    assert recipe_yaml.parse(recipe_yaml.dump({"key": value})) == {"key": value}
+    assert yaml_text.parse(yaml_text.dump({"key": value})) == {"key": value}
 
 
 def test_a_resolved_recipe_reads_back_equal(design: Path, tmp_path: Path) -> None:
@@ -359,12 +358,12 @@ def test_recipes_are_read_without_torch() -> None:
 
 def test_the_dumper_is_safe() -> None:
     with pytest.raises(yaml.YAMLError):
-        recipe_yaml.dump(object())
+        yaml_text.dump(object())
 
 
 def test_a_comment_in_an_override_is_refused_not_dropped() -> None:
     assert "begins a comment" in refusal("out=my demo #2")
     assert load_recipe(None, [*LEAST, 'out="my demo #2"']).out == "my demo #2"
     for text in ("plain/path", "my demo #2", "yes", "1e-4", "a: b", "- x", "", "ü'\""):
-        assert recipe_yaml.parse(recipe_yaml.scalar(text)) == text
-    assert recipe_yaml.scalar("plain/path") == "plain/path"
+        assert yaml_text.parse(yaml_text.scalar(text)) == text
+    assert yaml_text.scalar("plain/path") == "plain/path"

@@ -18,9 +18,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from libreflux import recipe_yaml
 from libreflux.errors import RecipeError
-from libreflux.recipe import Recipe, read_recipe
+from libreflux.recipe import Recipe, read_recipe, yaml_text
 
 SCHEMA = Recipe.model_json_schema()
 SHIPPED = {path.name: path.read_text() for path in (Path(__file__).parent.parent / "recipes").glob("*.yaml")}
@@ -214,7 +213,7 @@ def test_a_value_is_told_in_brief_however_large() -> None:
     ],
 )
 def test_a_value_is_what_it_looks_like(text: str, found: object) -> None:
-    tree = recipe_yaml.parse(text)
+    tree = yaml_text.parse(text)
     recipe = Recipe.model_validate({**LEAST, **tree})
     assert getattr(recipe, next(iter(tree))) == found
 

@@ -15,8 +15,8 @@ from libreflux.adapter.plan import plan
 from libreflux.model.facts import Facts, write_facts
 from libreflux.model.single_file import CONFIGS
 from libreflux.recipe import load_recipe
-from libreflux.train import trace
-from libreflux.train.estimate import estimate_recipe
+from libreflux.training import trace
+from libreflux.training.estimate import estimate_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 MILLIONS = {"flux-24gb-free.yaml": 597.7, "flux-24gb-style.yaml": 35.5, "flux-8xh100.yaml": 3226.8}

@@ -13,13 +13,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from libreflux.model.family import open_model
+    from libreflux.model.source import open_model
     from libreflux.sample.pipeline import LibreFluxPipeline
 
 __version__ = "0.1.0"
 __all__ = ["LibreFluxPipeline", "__version__", "open_model"]
 
-_LAZY = {"LibreFluxPipeline": "libreflux.sample.pipeline", "open_model": "libreflux.model.family"}
+_LAZY = {"LibreFluxPipeline": "libreflux.sample.pipeline", "open_model": "libreflux.model.source"}
 
 
 def __getattr__(name: str) -> object:

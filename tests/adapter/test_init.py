@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from libreflux import keyed
+from libreflux import seeding
 from libreflux.adapter import init
 from libreflux.adapter.init import init_lokr
 from libreflux.adapter.layers import AdaptedLinear, LoKr, delta_weight, dense_weight
@@ -108,13 +108,13 @@ def test_refusals() -> None:
 def test_a_card_makes_the_noise_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU is taken for a card, whose generator it asks for: values then depend on the kind of device too."""
     asked: list[str] = []
-    real = keyed.generator
+    real = seeding.generator
 
     def generator(*parts: int | str, device: object = "cpu") -> torch.Generator:
         asked.append(str(device))
         return real(*parts[:2], *parts[2:])  # type: ignore[arg-type]
 
-    monkeypatch.setattr(keyed, "generator", generator)
+    monkeypatch.setattr(seeding, "generator", generator)
     adapted = layer()
     init_lokr(adapted, "perturbed", 0, "x")
     assert asked == ["cpu"]
@@ -128,6 +128,6 @@ def test_noise_is_drawn_where_its_generator_lives(monkeypatch: pytest.MonkeyPatc
     drawn: list[dict[str, object]] = []
     real = torch.randn
     monkeypatch.setattr(torch, "randn", lambda *size, **how: drawn.append(how) or real(*size, **how))
-    generator = keyed.generator(0, "x")
+    generator = seeding.generator(0, "x")
     init.perturbed_w2(torch.ones(4, 4), (2, 2), 1e-3, generator)
     assert drawn == [{"generator": generator, "dtype": torch.float64, "device": torch.device("cpu")}]

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from transformers import T5EncoderModel
 
-from libreflux.train.step import Training
+from libreflux.training.step import Training
 
 ILLEGAL = (
     "CUDA error: an illegal memory access was encountered\nSearch for `cudaErrorIllegalAddress' in the documentation.\n"

@@ -21,8 +21,8 @@ from tests.tiny import tiny_transformer
 from libreflux.adapter.files import attach, load_adapter, save_adapter
 from libreflux.adapter.layers import linear_shapes
 from libreflux.adapter.targets import Target, resolve
-from libreflux.model.family import open_model, read_facts
 from libreflux.model.int8 import int8_layers
+from libreflux.model.source import open_model, read_facts
 from opened import opened
 
 

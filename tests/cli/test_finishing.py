@@ -17,8 +17,8 @@ from libreflux.cli.next_steps import commands
 from libreflux.cli.training import ShowTraining, summary
 from libreflux.model.facts import Facts
 from libreflux.recipe import load_recipe
-from libreflux.train.callbacks import Started
-from libreflux.train.loop import fit
+from libreflux.training.callbacks import Started
+from libreflux.training.loop import fit
 
 LAYERS = [lokr_row(f"single_transformer_blocks.{n}.norm.linear", 3072, 9216, 8, "**") for n in range(38)]
 WATCHED = ["steps=4", "samples.every=2", "samples.guidance=[1]", "tensorboard=true", "save.every=2"]

@@ -19,15 +19,15 @@ from libreflux.cli.panels import PANELS
 from libreflux.cli.terminal import SafeConsole
 from libreflux.errors import ModelError
 from libreflux.model.facts import KNOWN
-from libreflux.model.family import open_model
 from libreflux.model.known import planned_model
 from libreflux.model.locate import EMOJI
-from libreflux.probe.freedom import FreedomRow
-from libreflux.probe.summary import summary
+from libreflux.model.source import open_model
+from libreflux.probing.freedom import FreedomRow
+from libreflux.probing.report.summary import summary
 from libreflux.recipe import Recipe
-from libreflux.recipe_faults import ELSEWHERE, dotted_keys
-from libreflux.recipe_keys import recipe_keys
-from libreflux.train import trace
+from libreflux.recipe.faults import ELSEWHERE, dotted_keys
+from libreflux.recipe.keys import recipe_keys
+from libreflux.training import trace
 
 
 def app_commands() -> dict[str, Any]:

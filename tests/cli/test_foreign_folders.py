@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from libreflux.model.family import open_model, weights_hash
+from libreflux.model.source import open_model, weights_hash
 from opened import opened
 
 

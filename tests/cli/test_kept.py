@@ -16,13 +16,13 @@ from kept.write import COMMANDS, mean_square
 from libreflux.cli import probing
 from libreflux.cli.grid import _Cells
 from libreflux.data.cache import CacheWriter
-from libreflux.model.family import open_model
 from libreflux.model.int8 import int8_layers
-from libreflux.probe import run as probe_run
-from libreflux.probe.bench import Bench
-from libreflux.probe.results import read_result
+from libreflux.model.source import open_model
+from libreflux.probing import run as probe_run
+from libreflux.probing.context import Bench
+from libreflux.probing.results import read_result
 from libreflux.sample.metadata import read_origin
-from libreflux.train import checkpoint
+from libreflux.training import checkpoint
 
 ARCHIVES = sorted((Path(__file__).parents[1] / "kept").glob("*.tar.xz"))
 

@@ -20,7 +20,7 @@ from libreflux.cli import drawing
 from libreflux.cli.drawing import open_for_drawing, texts_of
 from libreflux.cli.options import Offload
 from libreflux.errors import RecipeError
-from libreflux.model.family import ModelSource, open_model
+from libreflux.model.source import ModelSource, open_model
 from libreflux.sample.metadata import Origin
 from tiny import tiny_transformer
 

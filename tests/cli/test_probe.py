@@ -21,13 +21,13 @@ from PIL import Image
 from libreflux.cli import probing
 from libreflux.data import encode
 from libreflux.errors import DataError
-from libreflux.probe import run as probe_run
-from libreflux.probe.bench import Bench
-from libreflux.probe.drawing import Drawn, Wanted
-from libreflux.probe.judges import Judge
-from libreflux.probe.results import Measure, read_result
-from libreflux.probe.section import Found, Section
-from libreflux.probe.settings import Settings
+from libreflux.probing import run as probe_run
+from libreflux.probing.context import Bench
+from libreflux.probing.drawing import Drawn, Wanted
+from libreflux.probing.judges import Judge
+from libreflux.probing.results import Measure, read_result
+from libreflux.probing.section import Found, Section
+from libreflux.probing.settings import Settings
 from opened import opened
 from tiny import DECIDING, UNDECIDING, change_json
 
@@ -274,7 +274,7 @@ def test_against_prints_the_freedom_of_models_that_were_measured_alike(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from libreflux.model.family import read_facts, write_facts
+    from libreflux.model.source import read_facts, write_facts
 
     changed = opened(tiny_model_dir)
     for index, parameter in enumerate(changed.transformer.parameters()):

@@ -12,8 +12,8 @@ import pytest
 
 from libreflux.cli.training import ShowTraining
 from libreflux.recipe import load_recipe
-from libreflux.train.callbacks import StepInfo
-from libreflux.train.loop import fit
+from libreflux.training.callbacks import StepInfo
+from libreflux.training.loop import fit
 
 
 class Broken(ShowTraining):

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from libreflux.cli.comparing import _origin
 from libreflux.errors import DataError, ModelError
 from libreflux.model.facts import Facts
-from libreflux.probe.results import Result, read_result
-from libreflux.sample.elsewhere import diffusers_script
+from libreflux.probing.results import Result, read_result
+from libreflux.sample.export_script import diffusers_script
 from libreflux.sample.metadata import Origin, png_bytes
 
 HUB_ID = "nobody/nothing"

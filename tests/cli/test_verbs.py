@@ -130,7 +130,7 @@ def test_the_verdict_is_of_the_device_or_of_the_card_that_it_wants(
 ) -> None:
     from libreflux.cli.dry_run import verdict
     from libreflux.recipe import load_recipe
-    from libreflux.train.phases import Estimate
+    from libreflux.training.phases import Estimate
 
     def of(gib: int, on_cpu: bool) -> Estimate:
         rest = dict.fromkeys(("adapter", "moments", "gradient", "activations", "update", "averages", "checkpoint"), 0)
@@ -160,7 +160,7 @@ def test_the_verdict_on_a_card(recipe: Path, monkeypatch: pytest.MonkeyPatch, de
 
     from libreflux.cli.dry_run import verdict
     from libreflux.recipe import load_recipe
-    from libreflux.train.phases import Estimate
+    from libreflux.training.phases import Estimate
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -195,7 +195,7 @@ def test_a_disk_is_charged_with_what_goes_on_it_alone(recipe: Path, tmp_path: Pa
     from libreflux.cli.dry_run import disk_table
     from libreflux.data.forecast import Forecast
     from libreflux.recipe import load_recipe
-    from libreflux.train.phases import Estimate
+    from libreflux.training.phases import Estimate
 
     other = Path("/dev/shm")
     if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
@@ -215,17 +215,17 @@ def test_an_adapter_that_its_run_prunes_after_it_was_read_is_used_as_it_was_read
 ) -> None:
     from libreflux.cli import drawing
     from libreflux.files import sha256_file
-    from libreflux.model import family
+    from libreflux.model import source
 
     adapter = tmp_path / "a.safetensors"
     adapter.write_bytes(trained.read_bytes())
-    opened = family.open_model
+    opened = source.open_model
 
-    def prune_first(*args: Any, **kwargs: Any) -> family.ModelSource:
+    def prune_first(*args: Any, **kwargs: Any) -> source.ModelSource:
         adapter.unlink(missing_ok=True)
         return opened(*args, **kwargs)
 
-    monkeypatch.setattr(family, "open_model", prune_first)
+    monkeypatch.setattr(source, "open_model", prune_first)
     monkeypatch.setattr(drawing, "open_model", prune_first)
     if verb == "merge":
         done = run("merge", tiny_model_dir, adapter, "--out", tmp_path / "model")

@@ -26,7 +26,7 @@ from libreflux.data.index import text_key
 from libreflux.data.prepare import _online, prepare, prepare_recipe
 from libreflux.data.sources import Sample
 from libreflux.errors import DataError, DeviceError, RunError
-from libreflux.model.family import ModelSource, open_model
+from libreflux.model.source import ModelSource, open_model
 from libreflux.recipe import DataSource, load_recipe
 
 SQUARE = View("square", 32)

@@ -9,7 +9,7 @@ import numpy as np
 from libreflux.emoji import compose, held_out
 from libreflux.emoji.build.base import scenes
 from libreflux.emoji.build.judge import split
-from libreflux.probe.subjects import asked
+from libreflux.probing.subjects import asked
 
 
 def test_scenes_are_of_the_judges_held_out_tenth_and_spread_over_subjects() -> None:

@@ -13,10 +13,10 @@ from libreflux import checksums
 from libreflux.errors import ModelError
 from libreflux.model import checksums as folder_sums
 from libreflux.model import int8_files
-from libreflux.model.family import LiveParts, open_model, save_model
 from libreflux.model.int8_files import share_equal
 from libreflux.model.locate import EMOJI, WEIGHTS
 from libreflux.model.quantise import quantise_folder
+from libreflux.model.source import LiveParts, open_model, save_model
 from opened import Opened, opened
 
 PLACES = (0.0, 0.03, 0.31, 0.62, 0.999)

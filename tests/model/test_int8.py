@@ -21,7 +21,6 @@ from libreflux.adapter.merge import merge
 from libreflux.adapter.targets import Target, resolve
 from libreflux.errors import AdapterError, ModelError, RunError
 from libreflux.model import int8, int8_files
-from libreflux.model.family import open_model, read_facts, weights_hash
 from libreflux.model.int8 import (
     Int8Linear,
     dense_weight,
@@ -33,6 +32,7 @@ from libreflux.model.int8 import (
 )
 from libreflux.model.latents import image_ids
 from libreflux.model.quantise import quantise_folder
+from libreflux.model.source import open_model, read_facts, weights_hash
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
 from opened import opened

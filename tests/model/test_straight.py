@@ -14,8 +14,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from libreflux.errors import ModelError
-from libreflux.model.family import open_model
 from libreflux.model.single_file import SingleFiles, find_comfyui
+from libreflux.model.source import open_model
 from opened import Opened, opened
 
 

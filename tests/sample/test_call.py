@@ -16,8 +16,8 @@ from torch import Tensor
 import libreflux
 from libreflux.errors import RecipeError
 from libreflux.model.facts import Facts
-from libreflux.model.family import open_model
 from libreflux.model.latents import encode, pack
+from libreflux.model.source import open_model
 from libreflux.sample.noise import noise
 from libreflux.sample.output import decoded
 from libreflux.sample.pipeline import LibreFluxPipeline

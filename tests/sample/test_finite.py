@@ -16,10 +16,10 @@ from libreflux.adapter.files import attach_file, load_adapter
 from libreflux.adapter.merge import merge
 from libreflux.cli.training import ShowTraining
 from libreflux.errors import AdapterError
-from libreflux.model.family import open_model
 from libreflux.model.finite import NotFiniteError, is_finite
 from libreflux.model.single_file import SingleFiles
 from libreflux.model.single_save import save_transformer
+from libreflux.model.source import open_model
 from libreflux.sample.pipeline import LibreFluxPipeline
 from opened import opened
 

@@ -15,9 +15,9 @@ from libreflux import files
 from libreflux.adapter.files import load_adapter
 from libreflux.adapter.peft import CONFIG, FILES
 from libreflux.data.digests import FileMemory
-from libreflux.model.family import open_model
 from libreflux.model.single_file import SingleFiles, find_comfyui
 from libreflux.model.single_save import save_files
+from libreflux.model.source import open_model
 from libreflux.sample.model_key import adapters_key, model_key
 from tiny import change_json
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from libreflux.adapter.files import SCHEMA, AdapterFile
+from libreflux.adapter.formats import lycoris_name, read_names
 from libreflux.adapter.layers import LORA_SUFFIXES, LoKr, LoRA, delta_from_tensors, delta_norm
-from libreflux.adapter.spelling import lycoris_name, read_names
 from libreflux.errors import AdapterError
 from libreflux.files import atomic_save_safetensors
 from libreflux.model.keys import OWN_BLOCKS, Row, layer_rows, swap_halves

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from libreflux import plainjson
 from libreflux.adapter import peft
+from libreflux.adapter.formats import LYCORIS, lycoris_name, read_names
 from libreflux.adapter.init import Kind, init_lokr, init_lora
 from libreflux.adapter.layers import AdaptedLinear, LoKr, LoRA, delta_from_tensors, features, linears
 from libreflux.adapter.reading import check_strength, prepared
-from libreflux.adapter.spelling import LYCORIS, lycoris_name, read_names
 from libreflux.adapter.targets import Resolved
 from libreflux.errors import AdapterError
 from libreflux.files import sha256_file

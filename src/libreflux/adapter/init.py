@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from libreflux import keyed
+from libreflux import seeding
 from libreflux.adapter.layers import AdaptedLinear, LoKr, LoRA, delta_norm, dense_weight
 from libreflux.errors import AdapterError
 from libreflux.model import int8
@@ -67,7 +67,7 @@ def init_lokr(layer: AdaptedLinear, kind: Kind, seed: int, name: str, scale: flo
     delta = layer.delta
     if not isinstance(delta, LoKr):
         raise AdapterError("only LoKr has these initial values", where=name)
-    generator = keyed.generator(seed, "adapter-init", name)
+    generator = seeding.generator(seed, "adapter-init", name)
     a, b = delta.lokr_w1.shape
     c, d = delta.lokr_w2.shape
     with torch.no_grad():
@@ -83,7 +83,7 @@ def init_lokr(layer: AdaptedLinear, kind: Kind, seed: int, name: str, scale: flo
             delta.lokr_w1.fill_(1.0)
             weight = _base_weight(layer, name)
             if weight.device.type in _CARDS:
-                generator = keyed.generator(seed, "adapter-init", name, device=weight.device)
+                generator = seeding.generator(seed, "adapter-init", name, device=weight.device)
             delta.lokr_w2.copy_(perturbed_w2(weight, (c, d), scale, generator))
         else:
             known = ", ".join(get_args(Kind))
@@ -99,7 +99,7 @@ def _base_weight(layer: AdaptedLinear, name: str) -> Tensor:
 
 def init_lora(lora: LoRA, seed: int, name: str) -> None:
     """down ~ U(-1/sqrt(in), 1/sqrt(in)) (Kaiming), up = 0: the model's function stays; a function of (seed, name)."""
-    generator = keyed.generator(seed, "adapter-init", name)
+    generator = seeding.generator(seed, "adapter-init", name)
     rank, width = lora.lora_down.shape
     with torch.no_grad():
         lora.lora_down.copy_(kaiming_w1((rank, width), generator))

@@ -63,7 +63,7 @@ def adapter_file(path: Path) -> Path:
     if (foreign := file_in(path)) is not None:
         return foreign
 
-    from libreflux.train import checkpoint
+    from libreflux.training import checkpoint
 
     result, saved = path / checkpoint.ADAPTER, checkpoint.listed(path)
     if result.is_file() and (not saved or saved[-1].step <= _trained_steps(result)):

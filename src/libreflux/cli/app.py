@@ -27,7 +27,7 @@ from libreflux.cli.verb import Verb, Verbs
 from libreflux.errors import LibrefluxError, RecipeError
 from libreflux.places import PLACE_ERRORS, WRITE_ERRORS
 from libreflux.printing import never_fail, say, say_table
-from libreflux.train.interrupt import unwinding
+from libreflux.training.interrupt import unwinding
 
 app = typer.Typer(
     name="libreflux",
@@ -94,7 +94,7 @@ def _recipe_key(error: Exception) -> str:
     if option is None or context is None or context.info_name != "train" or not hasattr(error, "possibilities"):
         return ""
     from libreflux.recipe import Recipe
-    from libreflux.recipe_faults import meant_key
+    from libreflux.recipe.faults import meant_key
 
     name = option.lstrip("-").replace("-", "_")
     key = name if name.partition(".")[0] in Recipe.model_fields else meant_key(name)

@@ -42,7 +42,7 @@ def average(
     new_place(out)
 
     from libreflux import files
-    from libreflux.train import hindsight
+    from libreflux.training import hindsight
 
     made = hindsight.average(run, width, step) if width is not None else hindsight.lerp(run, lerp or 0.0)
     files.atomic_save_safetensors(made.tensors, out, made.metadata)

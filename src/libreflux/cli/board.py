@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from libreflux.errors import RunError
-from libreflux.train.callbacks import StepInfo
+from libreflux.training.callbacks import StepInfo
 
 FOLDER = "tensorboard"
 SHEET = "samples"

@@ -11,8 +11,8 @@ from libreflux.errors import DataError, LibrefluxError
 from libreflux.files import atomic_write_json
 from libreflux.model.locate import locate
 from libreflux.printing import get_logger
-from libreflux.probe.freedom import FreedomRow, check_comparable, freedom
-from libreflux.probe.results import FILE, Result, read_result
+from libreflux.probing.freedom import FreedomRow, check_comparable, freedom
+from libreflux.probing.results import FILE, Result, read_result
 
 logger = get_logger(__name__)
 

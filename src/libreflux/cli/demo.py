@@ -66,8 +66,8 @@ def demo(
     from libreflux.files import atomic_write_text
     from libreflux.places import folder_place
     from libreflux.recipe import read_recipe
-    from libreflux.recipe_yaml import scalar
-    from libreflux.train.checkpoint import check_recipe
+    from libreflux.recipe.yaml_text import scalar
+    from libreflux.training.checkpoint import check_recipe
 
     folder_place(out, "run", "probe")
     data, run, measured, recipe_file = out / "pictures", out / "run", out / "probe", out / "recipe.yaml"
@@ -104,7 +104,7 @@ def demo(
 
 def _by_hand(out: Path, pictures: int) -> list[str]:
     """Commands that do the demo again, into a folder of their own."""
-    from libreflux.recipe_yaml import scalar
+    from libreflux.recipe.yaml_text import scalar
 
     hand = out / "by-hand"
     data, run = hand / "pictures", hand / "run"
@@ -151,8 +151,8 @@ def _train(recipe: Recipe) -> Path:
     import sys
 
     from libreflux.cli.training import ShowTraining
-    from libreflux.train.interrupt import Interrupted
-    from libreflux.train.loop import fit
+    from libreflux.training.interrupt import Interrupted
+    from libreflux.training.loop import fit
 
     with ShowTraining(recipe) as shown:
         try:

@@ -12,9 +12,9 @@ from PIL import Image
 from libreflux.cli.comparing import Comparison
 from libreflux.cli.progress import clock
 from libreflux.files import atomic_write_bytes
-from libreflux.probe.html import image
-from libreflux.probe.page import write_page
-from libreflux.probe.pictures import grids
+from libreflux.probing.report.html import image
+from libreflux.probing.report.page import write_page
+from libreflux.probing.report.pictures import grids
 from libreflux.sample.grid import sheet
 
 LABELS = ("distilled", "set free", "original")

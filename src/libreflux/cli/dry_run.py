@@ -16,7 +16,7 @@ from libreflux.printing import counted
 if TYPE_CHECKING:
     from libreflux.data.forecast import Forecast
     from libreflux.recipe import Recipe
-    from libreflux.train.phases import Estimate
+    from libreflux.training.phases import Estimate
 
 RECENT = 50  # steps whose rate tells the time left
 
@@ -37,10 +37,10 @@ def report(recipe: Recipe, width: int, *, layers: bool = False, whole: bool = Fa
     from libreflux.cli.terminal import fold
     from libreflux.data.forecast import forecast
     from libreflux.model.facts import trained_facts
-    from libreflux.model.family import open_model
     from libreflux.model.known import planned_model
-    from libreflux.train.estimate import estimate_recipe
-    from libreflux.train.loop import plan_layers
+    from libreflux.model.source import open_model
+    from libreflux.training.estimate import estimate_recipe
+    from libreflux.training.loop import plan_layers
 
     with planned_model(recipe.model) as (name, notice):
         planned = recipe.model_copy(update={"model": name})
@@ -81,7 +81,7 @@ CARDS = (8, 10, 12, 16, 24, 32, 40, 48, 80, 96, 141)
 
 def _on_a_card(recipe: Recipe, found: Estimate, tokens: int, texts: int | None) -> Estimate | None:
     """The estimate for a card of a large model that is planned where none is."""
-    from libreflux.train.estimate import estimate_recipe
+    from libreflux.training.estimate import estimate_recipe
 
     if not found.on_cpu or recipe.device != "auto" or found.weights < LARGE:
         return None
@@ -105,7 +105,7 @@ def _here(recipe: Recipe, found: Estimate, *, mended: bool) -> str:
     import psutil
     import torch
 
-    from libreflux.train.memory import smaller_steps
+    from libreflux.training.memory import smaller_steps
 
     if found.on_cpu:
         place, size = "this machine's memory", psutil.virtual_memory().total
@@ -190,7 +190,7 @@ def steps_line(recipe: Recipe, data: Forecast | DataError) -> str:
 def time_line(recipe: Recipe) -> str:
     """Time left, from the rate of this run's last steps; before there are some it cannot be known."""
     from libreflux.cli.progress import clock
-    from libreflux.train.checkpoint import METRICS
+    from libreflux.training.checkpoint import METRICS
 
     path = Path(recipe.out) / METRICS
     lines = path.read_text(encoding="utf-8").splitlines()[-RECENT:] if path.is_file() else []
@@ -205,7 +205,7 @@ def time_line(recipe: Recipe) -> str:
 
 def _processes(recipe: Recipe) -> int:
     """How many this run was begun on, all of which its rate counts; 1 before it has begun."""
-    from libreflux.train.checkpoint import RECIPE
+    from libreflux.training.checkpoint import RECIPE
 
     try:
         return int(plainjson.parse((Path(recipe.out) / RECIPE).read_text(encoding="utf-8"))["world"])

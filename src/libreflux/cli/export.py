@@ -17,8 +17,8 @@ from libreflux.places import new_place
 from libreflux.printing import say
 
 if TYPE_CHECKING:
-    from libreflux.model.family import ModelSource
     from libreflux.model.single_file import SingleFiles
+    from libreflux.model.source import ModelSource
 
 MODEL_PROGRAMS = ("diffusers", "bfl")
 ADAPTER_PROGRAMS = ("comfyui", "diffusers", "kohya", "lycoris")
@@ -120,9 +120,9 @@ def _export_adapter(text: str, program: str, out: Path, rank: int | None) -> Non
 
 
 def _export_model(name: str | SingleFiles, program: str | None, out: Path) -> None:
-    from libreflux.model.family import LiveParts, open_model, save_model
     from libreflux.model.quantise import quantise_folder
     from libreflux.model.single_save import save_files, save_transformer
+    from libreflux.model.source import LiveParts, open_model, save_model
 
     if program is None:
         quantise_folder(name, out)
@@ -135,7 +135,7 @@ def _export_model(name: str | SingleFiles, program: str | None, out: Path) -> No
         vae, text = source.load_vae(), source.load_text()
         save_files(out, source.name, source.facts, transformer, vae, text, extras=_for_comfyui(source))
     else:
-        from libreflux.sample.elsewhere import diffusers_scheduler
+        from libreflux.sample.export_script import diffusers_scheduler
 
         live = LiveParts(transformer=transformer, scheduler=diffusers_scheduler(source.facts, source.scheduler))
         if not isinstance(name, str):  # of a folder the other parts are copied
@@ -145,7 +145,7 @@ def _export_model(name: str | SingleFiles, program: str | None, out: Path) -> No
 
 
 def _for_diffusers(source: ModelSource, dtype: str) -> dict[str, str]:
-    from libreflux.sample.elsewhere import diffusers_script
+    from libreflux.sample.export_script import diffusers_script
 
     script = diffusers_script(source.facts, size=_own_side(source), dtype=dtype)
     draw = 'python draw.py "a red apple on blue"' if script else None
@@ -155,7 +155,7 @@ def _for_diffusers(source: ModelSource, dtype: str) -> dict[str, str]:
 
 def _for_comfyui(source: ModelSource) -> dict[str, str]:
     from libreflux.model.single_save import transformer_file
-    from libreflux.sample.elsewhere import comfyui_workflow
+    from libreflux.sample.export_script import comfyui_workflow
 
     workflow = comfyui_workflow(
         source.facts,

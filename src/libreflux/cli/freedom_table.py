@@ -10,9 +10,9 @@ from rich.table import Table
 from libreflux.cli import terminal
 from libreflux.cli.terminal import SafeConsole
 from libreflux.printing import printable
-from libreflux.probe.freedom import FreedomRow
-from libreflux.probe.summary import summary
-from libreflux.probe.words import number, place, title
+from libreflux.probing.freedom import FreedomRow
+from libreflux.probing.report.labels import number, place, title
+from libreflux.probing.report.summary import summary
 
 TITLE = "freedom: share of the distance from distilled to reference that is closed"
 

@@ -230,7 +230,7 @@ class _Cells:
         """Of hashes: nothing is loaded into memory, and no file is read that has not changed since the last grid."""
         if model not in self._identities:
             from libreflux.cli.adapters import adapted_facts, load_arguments
-            from libreflux.model.family import open_model
+            from libreflux.model.source import open_model
             from libreflux.sample.model_key import adapters_key, facts_key, model_key
 
             source, files = self.sources[model], load_arguments(self.adapters)

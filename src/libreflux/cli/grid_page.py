@@ -12,7 +12,7 @@ from PIL import Image
 from libreflux import __version__
 from libreflux.files import atomic_write_bytes, atomic_write_text
 from libreflux.printing import counted
-from libreflux.probe import html
+from libreflux.probing.report import html
 from libreflux.sample.grid import sheet
 from libreflux.sample.metadata import Origin
 

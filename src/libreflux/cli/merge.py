@@ -34,8 +34,8 @@ def merge(
 
     from libreflux.adapter.merge import merge_many
     from libreflux.cli.adapters import adapted_facts, load_arguments, notice_other_base
-    from libreflux.model.family import LiveParts, open_model, save_model
     from libreflux.model.int8 import dequantise_model
+    from libreflux.model.source import LiveParts, open_model, save_model
 
     files = load_arguments(adapters)
     source = chosen_model(model, base, comfyui) or model

@@ -6,7 +6,7 @@ import json
 
 from libreflux.model.facts import Facts
 from libreflux.printing import printable
-from libreflux.recipe_yaml import scalar
+from libreflux.recipe.yaml_text import scalar
 
 _PADDING = {
     "drop": "no padding: neither T5 nor the transformer saw any",

@@ -104,7 +104,7 @@ def probe(
 
     from libreflux.cli.probe_table import print_summary, print_table
     from libreflux.cli.probing import run
-    from libreflux.probe.page import write_page
+    from libreflux.probing.report.page import write_page
 
     folder, result = run(request)
     page = write_page([result], folder)
@@ -124,7 +124,7 @@ def _tell_rest(rows: int, whole: bool) -> None:
 def _compare(request: Request, against: str, reference: str | None, *, as_json: bool, whole: bool) -> None:
     from libreflux.cli.comparing import FREEDOM_FILE, compare
     from libreflux.cli.freedom_table import print_freedom, print_freedom_summary
-    from libreflux.probe.page import write_page
+    from libreflux.probing.report.page import write_page
 
     found = compare(request, against, reference)
     page = write_page(found.in_order, found.folder, freedom=found.freedom)

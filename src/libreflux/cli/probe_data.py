@@ -18,10 +18,10 @@ from libreflux.data.prepare import Sources, prepare
 from libreflux.decided import digest
 from libreflux.errors import DataError, ModelError
 from libreflux.model.facts import Facts
-from libreflux.probe import negative
-from libreflux.probe.judges import Judge
-from libreflux.probe.settings import Settings
-from libreflux.probe.subjects import Asked, asked
+from libreflux.probing.judges import Judge
+from libreflux.probing.metrics import negative
+from libreflux.probing.settings import Settings
+from libreflux.probing.subjects import Asked, asked
 from libreflux.recipe import DataSource
 
 CACHE = "cache"

@@ -9,9 +9,9 @@ from rich.text import Text
 from libreflux.cli import terminal
 from libreflux.cli.terminal import SafeConsole
 from libreflux.printing import printable
-from libreflux.probe.results import Result
-from libreflux.probe.summary import summary
-from libreflux.probe.words import figure, place, title
+from libreflux.probing.report.labels import figure, place, title
+from libreflux.probing.report.summary import summary
+from libreflux.probing.results import Result
 
 
 def print_summary(result: Result, console: Console | None = None) -> None:

@@ -22,23 +22,24 @@ from libreflux.decided import digest
 from libreflux.files import lock, sha256_file
 from libreflux.model.device import make_current, pick_device, release
 from libreflux.model.facts import Facts
-from libreflux.model.family import open_model, weights_hash
 from libreflux.model.faults import explained
 from libreflux.model.latents import own_side
 from libreflux.model.locate import EMOJI, locate, part_folder
 from libreflux.model.parts import json_object, visible
+from libreflux.model.source import open_model, weights_hash
 from libreflux.model.text import check_trained_padding
 from libreflux.places import file_place, folder_place
 from libreflux.printing import get_logger
-from libreflux.probe import drawing, padding
-from libreflux.probe import run as probe_run
-from libreflux.probe.bench import Bench, PaddingTexts
-from libreflux.probe.features import features_digest, load_features
-from libreflux.probe.judges import Judge, load_judge
-from libreflux.probe.results import FILE, Result
-from libreflux.probe.section import Section
-from libreflux.probe.settings import LARGE, LARGE_QUICK, QUICK, Settings, own_guidance, rungs
-from libreflux.probe.subjects import read_seen
+from libreflux.probing import drawing
+from libreflux.probing import run as probe_run
+from libreflux.probing.context import Bench, PaddingTexts
+from libreflux.probing.features import features_digest, load_features
+from libreflux.probing.judges import Judge, load_judge
+from libreflux.probing.metrics import padding
+from libreflux.probing.results import FILE, Result
+from libreflux.probing.section import Section
+from libreflux.probing.settings import LARGE, LARGE_QUICK, QUICK, Settings, own_guidance, rungs
+from libreflux.probing.subjects import read_seen
 from libreflux.sample.metadata import versions
 from libreflux.sample.model_key import adapters_key, config_digest, facts_key
 

@@ -57,8 +57,8 @@ def train(
     _refuse_second_trainer(Path(resolved.out))
     from libreflux.cli.next_steps import commands, finished
     from libreflux.cli.training import ShowTraining
-    from libreflux.train.interrupt import Interrupted
-    from libreflux.train.loop import fit
+    from libreflux.training.interrupt import Interrupted
+    from libreflux.training.loop import fit
 
     with _no_empty_run(Path(resolved.out)), ShowTraining(resolved, layers=layers) as shown:
         try:
@@ -95,7 +95,7 @@ def _no_empty_run(run: Path) -> Iterator[None]:
         yield
     except LibrefluxError:
         from libreflux import files
-        from libreflux.train.checkpoint import RECIPE
+        from libreflux.training.checkpoint import RECIPE
 
         if not existed and run.is_dir():
             with suppress(RunError, OSError), files.lock(run):  # what hinders the tidying must not hide the refusal

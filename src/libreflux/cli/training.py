@@ -24,17 +24,17 @@ from libreflux.data.held_out import HeldOut
 from libreflux.data.summary import SourceSummary
 from libreflux.model.device import release
 from libreflux.model.facts import Facts
-from libreflux.model.family import open_model
 from libreflux.model.finite import NotFiniteError
+from libreflux.model.source import open_model
 from libreflux.printing import counted, say
-from libreflux.probe.held_out import measure_held_out
+from libreflux.probing.held_out import measure_held_out
 from libreflux.recipe import Recipe
 from libreflux.sample.grid import sheet
 from libreflux.sample.metadata import save_png
 from libreflux.sample.pipeline import LibreFluxPipeline
-from libreflux.train import checkpoint
-from libreflux.train.callbacks import Callbacks, Started, StepInfo
-from libreflux.train.standing import SHEETS, all_done
+from libreflux.training import checkpoint
+from libreflux.training.callbacks import Callbacks, Started, StepInfo
+from libreflux.training.standing import SHEETS, all_done
 
 
 def memory_used() -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from libreflux import keyed
+from libreflux import seeding
 from libreflux.data.cache import Cache
 from libreflux.data.captions import CaptionChoice, caption_weights
 from libreflux.data.crops import View
@@ -170,13 +170,13 @@ class Batches:
         if not self._sample:
             return mean
         # By the source too: a picture in two of them is two samples, which can meet in one step.
-        generator = keyed.generator(self._seed, "posterior", source, picture, visit, crop)
+        generator = seeding.generator(self._seed, "posterior", source, picture, visit, crop)
         return mean + self.cache.latent_std(picture, crop) * torch.randn(mean.shape, generator=generator)
 
     def _crop(self, source: DataSource, sample: Sample, view: View, visit: int) -> str:
         # A keyed start, then in turn: every crop is shown as often as any other.
         crops = view.crops(source.crops_per_picture)
-        first = keyed.key(self._seed, "crop", sample.id) % crops
+        first = seeding.key(self._seed, "crop", sample.id) % crops
         return view.name((first + visit) % crops, source.background)
 
     def _chosen(self, items: np.ndarray, visits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -215,7 +215,7 @@ class Batches:
             mine = self._source_of == source
             count = int(mine.sum())
             # Evenly spread phases: every epoch shows the same number of the source's pictures, give or take one.
-            phases[mine] = (keyed.rng(self._seed, "phase", source).permutation(count) + 0.5) / count
+            phases[mine] = (seeding.rng(self._seed, "phase", source).permutation(count) + 0.5) / count
         return rates, phases
 
     def _buckets(self) -> np.ndarray:

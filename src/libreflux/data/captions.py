@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from libreflux import keyed
+from libreflux import seeding
 from libreflux.data.sources import Sample
 from libreflux.errors import DataError
 from libreflux.printing import counted
@@ -47,7 +47,7 @@ class CaptionChoice:
 
     def choose(self, samples: np.ndarray, visits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For [n] visits: the place of the chosen caption in the row of all captions, and whether it is dropped."""
-        draws = keyed.uniforms(self._seed, "caption", self._ids[samples], visits, 2)
+        draws = seeding.uniforms(self._seed, "caption", self._ids[samples], visits, 2)
         places = np.searchsorted(self._shares, samples + draws[:, 1], side="right")
         return np.minimum(places, self._last[samples]), draws[:, 0] < self._dropout[samples]
 

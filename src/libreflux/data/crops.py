@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from libreflux import keyed
+from libreflux import seeding
 
 ZOOM = 0.8  # the smallest window of a further crop, as a share of the largest one
 WIDEST = 3.0  # the widest and tallest aspect bucket; what is wider loses its ends
@@ -91,7 +91,7 @@ def crop_window(
     scale = min(width / size[0], height / size[1])
     across, down = 0.5, 0.5
     if index > 0:
-        zoom, across, down = keyed.rng(0, "crop", picture, index).random(3)
+        zoom, across, down = seeding.rng(0, "crop", picture, index).random(3)
         scale *= ZOOM + (1 - ZOOM) * zoom
     wide, high = min(size[0] * scale, width), min(size[1] * scale, height)
     left, top = across * (width - wide), down * (height - high)

@@ -28,8 +28,8 @@ from libreflux.data.sources import Sample
 from libreflux.model import latents
 from libreflux.model import text as text_tokens
 from libreflux.model.device import release
-from libreflux.model.family import open_model, open_t5_tokenizer
 from libreflux.model.faults import explained
+from libreflux.model.source import open_model, open_t5_tokenizer
 from libreflux.model.text import TextEncoders
 from libreflux.printing import counted
 

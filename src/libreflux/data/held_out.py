@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from libreflux import keyed
+from libreflux import seeding
 from libreflux.data.batches import Batch, Batches, Encode
 from libreflux.data.cache import Cache
 from libreflux.data.crops import View
@@ -25,7 +25,7 @@ def places(sample_ids: Sequence[str]) -> np.ndarray:
     A share s holds out the pictures whose place is below s, so a larger share holds out those of a smaller one too.
     """
     digits = np.fromiter((int(name[:16], 16) for name in sample_ids), np.uint64, len(sample_ids))
-    return keyed.uniforms(0, "held-out", digits, np.zeros(len(digits), np.uint64), 1)[:, 0]
+    return seeding.uniforms(0, "held-out", digits, np.zeros(len(digits), np.uint64), 1)[:, 0]
 
 
 def split(sources: Sources, share: float) -> tuple[Sources, Sources]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from libreflux import keyed
+from libreflux import seeding
 
 JITTER = 0.2  # lengths are grouped to within this share of themselves, so that no two epochs have the same batches
 
@@ -147,7 +147,7 @@ class _Epoch:
 
 @functools.lru_cache(maxsize=2)
 def _epoch(seed: int, epoch: int, samples: Samples, batch: int) -> _Epoch:
-    random = keyed.rng(seed, "order", epoch)
+    random = seeding.rng(seed, "order", epoch)
     items, visits = samples.shown(epoch)
     buckets = samples.buckets[items]
     wanted = samples.lengths(items, visits) * (1 + JITTER * (random.random(len(items)) - 0.5))

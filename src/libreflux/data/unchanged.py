@@ -13,7 +13,7 @@ from libreflux.data.held_out import split
 from libreflux.data.index import TEXT_PRECISION
 from libreflux.data.precision import as_settings, resolve
 from libreflux.data.sources import read_source
-from libreflux.model.family import locate
+from libreflux.model.source import locate
 from libreflux.recipe import Recipe
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from libreflux import keyed
+from libreflux import seeding
 
 PICTURES = Path(__file__).parent / "pictures"
 SIDE = 128
@@ -73,7 +73,7 @@ def _cutout(file: str, side: int) -> Image.Image:
 
 def scene(seed: int, index: int, *, pairs: float = 0.2) -> Scene:
     """The scene of (seed, index); a share `pairs` of all scenes shows two subjects."""
-    rng = keyed.rng(seed, "scene", index)
+    rng = seeding.rng(seed, "scene", index)
     pool = subjects()
     first, second = (pool[i] for i in rng.choice(len(pool), 2, replace=False))
     colour = list(COLOURS)[rng.integers(len(COLOURS))]
@@ -135,7 +135,7 @@ def tags_caption(what: Scene) -> str:
 
 def long_caption(what: Scene) -> str:
     """A true description of 30–150 words, its wording varied by the scene itself."""
-    rng = keyed.rng(0, "long-caption", what.subject.name, what.colour, what.size, what.place, str(what.relation))
+    rng = seeding.rng(0, "long-caption", what.subject.name, what.colour, what.size, what.place, str(what.relation))
     style = str(
         rng.choice(
             [

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from libreflux import keyed
+from libreflux import seeding
 from libreflux.emoji import compose
 from libreflux.emoji.build.base import scenes
 from libreflux.emoji.build.judge import split
@@ -32,7 +32,7 @@ def subject_names() -> tuple[str, ...]:
 def held_out_scenes(count: int) -> list[Scene]:
     """`count` scenes of one subject, subjects as evenly spread as can be; a longer list begins with a shorter one."""
     singles, rows = scenes()[0], split()[1]
-    order = keyed.rng(0, "held-out-scenes").permutation(len(rows)).tolist()
+    order = seeding.rng(0, "held-out-scenes").permutation(len(rows)).tolist()
     rounds: dict[str, int] = {}
     placed = []
     for position, number in enumerate(order):
@@ -44,7 +44,7 @@ def held_out_scenes(count: int) -> list[Scene]:
 
 def moved(what: Scene, index: int) -> Image.Image:
     """A scene's picture, moved by 1 to `SHIFT` pixels along both axes."""
-    rng = keyed.rng(0, "held-out-shift", index)
+    rng = seeding.rng(0, "held-out-shift", index)
     x, y = (int(rng.choice([-1, 1]) * rng.integers(1, SHIFT + 1)) for _ in range(2))
     picture = Image.new("RGB", (compose.SIDE, compose.SIDE), COLOURS[what.colour])
     picture.paste(compose.render(what), (x, y))
@@ -72,7 +72,7 @@ def prompts(count: int) -> list[str]:
     found = []
     for index in range(count):
         turn, place = divmod(index, len(subjects))
-        subject = subjects[keyed.rng(0, "probe-subjects", turn).permutation(len(subjects))[place]]
-        colour = colours[keyed.rng(0, "probe-colour", index).integers(len(colours))]
+        subject = subjects[seeding.rng(0, "probe-subjects", turn).permutation(len(subjects))[place]]
+        colour = colours[seeding.rng(0, "probe-colour", index).integers(len(colours))]
         found.append(compose.short_caption(Scene(subject, colour, "large", "centre")))
     return found

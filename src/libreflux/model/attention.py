@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from libreflux import keyed
+from libreflux import seeding
 from libreflux.errors import RunError
 from libreflux.model.numerics import pinned
 
@@ -125,7 +125,7 @@ def plain_gradients(
 
 def _inputs(head_dim: int, length: int) -> list[Tensor]:
     """Queries, keys, values and the gradient that comes in, [S, D] fp32 on the CPU, the same everywhere."""
-    generator = keyed.generator(0, "attention-check", head_dim, length)
+    generator = seeding.generator(0, "attention-check", head_dim, length)
     query, key, value, upstream = (torch.randn(length, head_dim, generator=generator) for _ in range(4))
     key[:, 0] = 1.0
     query[:, 0] = 0.0

@@ -9,12 +9,12 @@ from pathlib import Path
 from libreflux.errors import ModelError
 from libreflux.files import staged_dir
 from libreflux.model.facts import Facts, write_facts
-from libreflux.model.family import LiveParts, open_model, save_model
 from libreflux.model.int8_files import METHOD, empty_int8, stored_as, stream_int8, write_all_checksums, write_int8
 from libreflux.model.load import one_line
 from libreflux.model.locate import PARTS, locate, part_folder
 from libreflux.model.parts import check_part, copy_part, json_object
 from libreflux.model.single_file import SingleFiles
+from libreflux.model.source import LiveParts, open_model, save_model
 
 
 def quantise_folder(name: str | Path | SingleFiles, out: Path) -> Path:

@@ -10,10 +10,10 @@ from libreflux.adapter.files import AdapterFile
 from libreflux.data.digests import TEXT_PARTS, VAE_PARTS, FileMemory, parts_digest
 from libreflux.decided import digest
 from libreflux.model.facts import Facts
-from libreflux.model.family import open_model, weights_hash
 from libreflux.model.locate import locate, part_folder
 from libreflux.model.parts import json_object
 from libreflux.model.single_file import SingleFiles
+from libreflux.model.source import open_model, weights_hash
 from libreflux.model.tensor_file import TensorFile
 
 FORMULA = 1

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from libreflux import keyed
+from libreflux import seeding
 from libreflux.errors import RecipeError
 from libreflux.model.latents import pack
 from libreflux.printing import counted
@@ -20,7 +20,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 def noise(seeds: Iterable[int], channels: int, rows: int, columns: int) -> Tensor:
     """[B, channels, rows, columns] fp32, drawn on the CPU: picture i is a function of seeds[i] and the size."""
     return torch.stack(
-        [torch.randn(channels, rows, columns, generator=keyed.generator(seed, "noise")) for seed in seeds]
+        [torch.randn(channels, rows, columns, generator=seeding.generator(seed, "noise")) for seed in seeds]
     )
 
 

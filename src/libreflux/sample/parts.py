@@ -13,8 +13,8 @@ from libreflux.errors import ModelError, RecipeError
 from libreflux.model import latents as latent_space
 from libreflux.model.device import pick_dtype
 from libreflux.model.facts import Facts, facts_of, write_facts
-from libreflux.model.family import ModelSource, open_model
 from libreflux.model.locate import PARTS
+from libreflux.model.source import ModelSource, open_model
 from libreflux.model.text import TextEncoders
 from libreflux.sample.adapting import Adapting
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gpu.alone import DEVICE
-from libreflux.train.ema import Averages
+from libreflux.training.ema import Averages
 
 
 def overlapped_is_direct() -> bool:

@@ -12,13 +12,13 @@ from gpu.alone import DEVICE
 from libreflux.adapter import plan
 from libreflux.adapter.files import Adapter
 from libreflux.model.attention import check_gradients, lengths_to_check
-from libreflux.model.family import open_model
 from libreflux.model.latents import image_ids, pack
 from libreflux.model.numerics import pinned
+from libreflux.model.source import open_model
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
 from libreflux.recipe import AdapterSpec
-from libreflux.train.objective import NoisedBatch, flow_matching_loss
+from libreflux.training.objective import NoisedBatch, flow_matching_loss
 
 LENGTHS = {"alike": (7, 7), "masked": (12, 7)}  # tokens of the prompts; a batch of one length has no mask
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}

@@ -16,12 +16,12 @@ from gpu.alone import DEVICE
 from libreflux.data.held_out import HeldOut
 from libreflux.data.index import text_key
 from libreflux.data.prepare import prepare_cache
-from libreflux.probe.held_out import measure_held_out
+from libreflux.probing.held_out import measure_held_out
 from libreflux.recipe import Recipe
-from libreflux.train import step
-from libreflux.train.callbacks import Callbacks, Started, StepInfo
-from libreflux.train.estimate import estimate_recipe
-from libreflux.train.loop import fit
+from libreflux.training import step
+from libreflux.training.callbacks import Callbacks, Started, StepInfo
+from libreflux.training.estimate import estimate_recipe
+from libreflux.training.loop import fit
 
 
 class Recorder(Callbacks):

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from libreflux import keyed
+from libreflux import seeding
 from libreflux.emoji import compose
 from libreflux.emoji.build import vae as vae_stage
 from libreflux.emoji.build.stage import Stage, trapezoid
@@ -32,7 +32,7 @@ from libreflux.flow import path as flow_path
 from libreflux.flow.sigmas import Beta, Uniform, stratified
 from libreflux.model import latents as latents_room
 from libreflux.model.facts import Facts
-from libreflux.model.family import LiveParts, save_model
+from libreflux.model.source import LiveParts, save_model
 from libreflux.model.text import TextConditioning, TextEncoders
 from libreflux.model.velocity import velocity
 
@@ -154,7 +154,7 @@ def condition(text: TextEncoders, prompts: Sequence[str]) -> TextConditioning:
 
 def batch_at(step: int, seed: int) -> tuple[list[int], list[str]]:
     """(rows of the latents, captions) of one step; every `LONG_EVERY`-th step has long captions only."""
-    rng = keyed.rng(seed, "emoji-base", step)
+    rng = seeding.rng(seed, "emoji-base", step)
     singles, pairs = scenes()
     sizes = [size for size, _ in layouts()]
     share = np.array([SIZE_SHARE[size] / sizes.count(size) for size in sizes])
@@ -188,8 +188,8 @@ def train(work: Path, *, steps: int = STEPS, seed: int = 0) -> tuple[FluxTransfo
     def loss_at(step: int) -> Tensor:
         rows, captions = batch_at(step, seed)
         x0 = packed[rows].float()
-        noise = torch.randn(x0.shape, generator=keyed.generator(seed, "noise", step))
-        draw = keyed.generator(seed, "sigma", step)
+        noise = torch.randn(x0.shape, generator=seeding.generator(seed, "noise", step))
+        draw = seeding.generator(seed, "sigma", step)
         # Noisier than the recipe's Beta(2, 2): shapes are decided there, and are slow to be learnt. One step in eight
         # keeps the rare ends trained.
         law = Uniform() if step % 8 == 7 else Beta(alpha=4.0, beta=1.2)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from libreflux import keyed
+from libreflux import seeding
 from libreflux.emoji import compose
 from libreflux.files import atomic_write_text
-from libreflux.model.family import open_model
+from libreflux.model.source import open_model
 from libreflux.sample.grid import sheet
 from libreflux.sample.metadata import save_png
 from libreflux.sample.pipeline import LibreFluxPipeline
@@ -17,7 +17,7 @@ COLUMNS = 5
 
 def prompts() -> list[str]:
     """Twenty subjects, each colour twice, the same every time."""
-    rng = keyed.rng(20, "check")
+    rng = seeding.rng(20, "check")
     pool = compose.subjects()
     chosen = [pool[i] for i in rng.choice(len(pool), 20, replace=False)]
     colours = rng.permutation([*compose.COLOURS, *compose.COLOURS])

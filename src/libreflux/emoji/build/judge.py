@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from libreflux import keyed
+from libreflux import seeding
 from libreflux.emoji import compose
 from libreflux.emoji.build import base
 from libreflux.emoji.build.stage import Stage, cosine
 from libreflux.files import atomic_save_safetensors
 from libreflux.model import latents as latents_room
-from libreflux.model.family import open_model
-from libreflux.probe.judges import Judge, Score, score
+from libreflux.model.source import open_model
+from libreflux.probing.judges import Judge, Score, score
 
 STEPS, BATCH = 1200, 96
 HELD_OUT = 10  # one scene in so many
@@ -34,7 +34,7 @@ WEIGHTS = Path(compose.__file__).parent / "weights" / "judge.safetensors"
 @cache
 def split() -> tuple[list[int], list[int]]:
     """Rows of the single scenes: (trained on, held out), by a keyed draw."""
-    order = keyed.rng(0, "judge-split").permutation(len(base.scenes()[0])).tolist()
+    order = seeding.rng(0, "judge-split").permutation(len(base.scenes()[0])).tolist()
     count = len(order) // HELD_OUT
     return sorted(order[count:]), sorted(order[:count])
 
@@ -74,7 +74,7 @@ def wanted(row: int) -> tuple[str, str]:
 
 def batch_at(step: int, decoded: dict[int, Tensor]) -> tuple[Tensor, list[tuple[str, str]]]:
     """Pictures [B, 3, 128, 128] of one step, about [-1, 1], shifted, recoloured, blurred, noised; labels."""
-    rng = keyed.rng(0, "judge", step)
+    rng = seeding.rng(0, "judge", step)
     trained = split()[0]
     through = trained[::4]
     rows = [*rng.choice(trained, BATCH // 2).tolist(), *rng.choice(through, BATCH - BATCH // 2).tolist()]
@@ -85,7 +85,7 @@ def batch_at(step: int, decoded: dict[int, Tensor]) -> tuple[Tensor, list[tuple[
     for picture, (y, x) in zip(padded, rng.integers(2 * SHIFT + 1, size=(BATCH, 2)), strict=True):
         moved.append(picture[:, y : y + side, x : x + side])
     pixels = torch.stack(moved)
-    draw = keyed.generator(0, "judge-looks", step)
+    draw = seeding.generator(0, "judge-looks", step)
     contrast = 1 + 0.1 * torch.randn(BATCH, 1, 1, 1, generator=draw)
     brightness = 0.04 * torch.randn(BATCH, 3, 1, 1, generator=draw)
     blurred = torch.rand(BATCH, 1, 1, 1, generator=draw) < 0.25

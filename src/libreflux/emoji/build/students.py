@@ -17,21 +17,21 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 
-from libreflux import keyed
+from libreflux import seeding
 from libreflux.adapter.files import load_adapter
 from libreflux.adapter.merge import merge
 from libreflux.emoji import compose
 from libreflux.emoji.build import base
 from libreflux.files import atomic_write_text
 from libreflux.model.facts import Facts, freed
-from libreflux.model.family import LiveParts, ModelSource, open_model, read_facts, save_model, write_facts
 from libreflux.model.int8 import quantise
 from libreflux.model.int8_files import share_equal, write_all_checksums
 from libreflux.model.locate import PARTS
 from libreflux.model.quantise import quantise_folder
+from libreflux.model.source import LiveParts, ModelSource, open_model, read_facts, save_model, write_facts
 from libreflux.recipe import Recipe
-from libreflux.train.callbacks import Callbacks
-from libreflux.train.loop import fit
+from libreflux.training.callbacks import Callbacks
+from libreflux.training.loop import fit
 
 WEIGHTS = Path(compose.__file__).parent / "weights"
 MODELS = "m"
@@ -75,7 +75,7 @@ _CAPTIONS = {"captions": {"short": 0.7, "long": 0.3}, "caption_dropout": 0.1}
 def seen_subjects() -> list[str]:
     """The two thirds of the subjects that emoji-libre learns from, by a keyed draw; sorted."""
     names = [subject.name for subject in compose.subjects()]
-    order = keyed.rng(0, SUBJECTS).permutation(len(names)).tolist()
+    order = seeding.rng(0, SUBJECTS).permutation(len(names)).tolist()
     return sorted(names[i] for i in order[: round(len(names) * 2 / 3)])
 
 

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from libreflux import keyed
+from libreflux import seeding
 from libreflux.emoji import compose
 from libreflux.emoji.build.stage import Stage, cosine
 
@@ -53,7 +53,7 @@ def pictures(seed: int, indices: range, crop: int | None = None, pairs: float = 
     for index in indices:
         picture = np.asarray(compose.render(compose.scene(seed, index, pairs=pairs)))
         if crop:
-            y, x = keyed.rng(seed, "vae-crop", index).integers(compose.SIDE - crop + 1, size=2)
+            y, x = seeding.rng(seed, "vae-crop", index).integers(compose.SIDE - crop + 1, size=2)
             picture = picture[y : y + crop, x : x + crop]
         out.append(picture)
     pixels = torch.from_numpy(np.stack(out)).float().div_(127.5).sub_(1)
@@ -79,7 +79,7 @@ def loss_at(encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tenso
     pixels = pictures(seed, range(step * 64, step * 64 + batch), None if whole else 64)
     with torch.autocast("cpu", torch.bfloat16):
         mean = encode(pixels)[:, :16].float()
-        noise = torch.randn(mean.shape, generator=keyed.generator(seed, "vae-noise", step))
+        noise = torch.randn(mean.shape, generator=seeding.generator(seed, "vae-noise", step))
         output = decode(mean + LATENT_STD * noise).float()
     return reconstruction(output, pixels) + 1e-3 * mean.square().mean()
 

@@ -1,0 +1,196 @@
+"""The model on the bench: what the measures ask of it, each answer computed once."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from libreflux.data.held_out import HeldOut
+from libreflux.decided import adopt, digest
+from libreflux.files import atomic_save_safetensors, atomic_write_bytes
+from libreflux.flow.schedule import ladder
+from libreflux.flow.solve import Step
+from libreflux.model import latents as latent_space
+from libreflux.model.facts import Facts
+from libreflux.model.text import TextConditioning
+from libreflux.probing.drawing import Drawn, Wanted, draw
+from libreflux.probing.held_out import model_velocity
+from libreflux.probing.judges import Judge
+from libreflux.probing.metrics.image_stats import Look, look_at
+from libreflux.probing.metrics.measures import Velocity
+from libreflux.probing.results import Coordinate, Picture
+from libreflux.probing.settings import Settings
+from libreflux.probing.subjects import Asked, asked, find_subject, groups
+from libreflux.sample.finite import check_latents
+from libreflux.sample.guidance import GuidedVelocity
+from libreflux.sample.noise import noise
+
+Texts = Callable[[Sequence[str]], TextConditioning]
+PaddingTexts = Mapping[tuple[str, int], TextConditioning]
+"""(padding or `OWN`, tokens of the prompts) → prompts, see `padding.encode`."""
+OWN = "own"
+
+
+@dataclass(eq=False)
+class Bench:
+    """A model, opened, with held-out pictures and prompts.
+
+    Attributes:
+        transformer, vae: in memory, adapters attached.
+        facts: the model's, under its adapters.
+        settings: of the probe.
+        held_out: pictures, as cached latents with cached captions.
+        asked: the prompts to draw.
+        texts: cached conditioning of captions, prompts and negatives.
+        padding_texts: prompts under other paddings.
+        out: the result's folder.
+        identity: digest of model, adapters and what decides a drawing besides `Wanted`.
+        older_identity: what the first versions took for it.
+        subjects: every known subject's name.
+        judge: None without.
+        advance: told how many samples went through the model.
+    """
+
+    transformer: FluxTransformer2DModel
+    vae: AutoencoderKL
+    facts: Facts
+    settings: Settings
+    held_out: HeldOut
+    asked: Sequence[Asked]
+    texts: Texts
+    out: Path
+    identity: str
+    older_identity: str
+    subjects: Collection[str] = ()
+    padding_texts: PaddingTexts = field(default_factory=dict)
+    judge: Judge | None = None
+    advance: Callable[[int], None] = lambda samples: None
+    _looks: dict[str, Look] = field(default_factory=dict)
+
+    @property
+    def embedded(self) -> float | None:
+        """What the network's guidance embedding is fed, None for one without."""
+        return self.facts.embedded_guidance
+
+    def velocity(self, text: TextConditioning) -> Velocity:
+        """The model's velocity under these prompts."""
+        plain = model_velocity(self.transformer, text, guidance=self.embedded)
+
+        def counted(x: Tensor, sigma: Tensor) -> Tensor:
+            found = plain(x, sigma)
+            self.advance(len(x))
+            return found
+
+        return counted
+
+    def groups(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Subsets of units that have these captions or prompts."""
+        return groups([find_subject(text, self.subjects) for text in texts], self.settings.seen)
+
+    def ask(self, text: str) -> Asked:
+        """What a text names of what the judge knows."""
+        return Asked(text) if self.judge is None else asked(text, self.judge.subjects, self.judge.colours)
+
+    def drawn(self, wanted: Wanted) -> Drawn:
+        """Pictures, from disk if this model has drawn them before."""
+        path = self._drawn_file(wanted, self.identity)
+        adopt(path, self._drawn_file(wanted, self.older_identity))
+        try:
+            return Drawn(**load_file(path))
+        except (OSError, SafetensorError, TypeError):
+            drawn = self._draw(wanted)
+        atomic_save_safetensors({name: getattr(drawn, name) for name in ("latents", "length", "energy")}, path)
+        return drawn
+
+    def has_drawn(self, wanted: Wanted) -> bool:
+        """Whether they are on disk."""
+        return any(self._drawn_file(wanted, each).is_file() for each in (self.identity, self.older_identity))
+
+    def _drawn_file(self, wanted: Wanted, identity: str) -> Path:
+        return self.out / "drawn" / f"{digest([identity, wanted.as_json()])[:24]}.safetensors"
+
+    def _draw(self, wanted: Wanted) -> Drawn:
+        lengths = self.texts(wanted.prompts).lengths
+        # Prompts of one length need no mask, which is faster; the order within a batch changes nothing.
+        order = sorted(range(len(wanted)), key=lambda i: (lengths[i], i))
+        size = self.settings.batch
+        parts = [self._draw_batch(wanted, order[start : start + size]) for start in range(0, len(order), size)]
+        return Drawn.cat(parts).index(np.argsort(order).tolist())
+
+    @torch.no_grad()
+    def _draw_batch(self, wanted: Wanted, rows: Sequence[int]) -> Drawn:
+        side = self.settings.resolution // latent_space.stride(self.vae)
+        device = self.transformer.device
+        text = self.texts([wanted.prompts[row] for row in rows]).to(device)
+        against = self.texts([wanted.negatives[row] if wanted.negatives else "" for row in rows]).to(device)
+        guided = GuidedVelocity(
+            self.transformer,
+            text,
+            against,
+            latent_space.image_ids(side, side, device=device),
+            scale=wanted.guidance,
+            batch_cfg=False,
+            embedded_guidance=self.facts.embedded_guidance,
+        )
+        start = noise([wanted.seeds[row] for row in rows], int(self.vae.config.latent_channels), side, side)
+        sigmas = ladder(wanted.steps, self.facts.shift_at((side // 2) ** 2))
+
+        def counted(step: Step) -> None:
+            self.advance(len(rows) * (2 if guided.is_guided(step.index) else 1))
+
+        check = functools.partial(check_latents, guided=guided)
+        return draw(guided, start.to(device), sigmas, on_step=counted, check=check)
+
+    def look(self, wanted: Wanted) -> Look:
+        """What is seen in these pictures."""
+        key = digest(wanted.as_json())
+        if key not in self._looks:
+            self._looks[key] = look_at(self.drawn(wanted).latents, self.vae, self.judge)
+        return self._looks[key]
+
+    def held_out_captions(self) -> list[str]:
+        """Of the held-out pictures, in the order of `held_out.batches(batch)`."""
+        return [caption for part in self.held_out.batches(self.settings.batch) for caption in part.captions]
+
+    def held_out_look(self) -> Look:
+        """What is seen in the held-out pictures once they have been through the VAE, in the order of the captions."""
+        if "held-out" not in self._looks:
+            parts = self.held_out.batches(self.settings.batch)
+            self._looks["held-out"] = Look.cat([look_at(part.latents, self.vae, self.judge) for part in parts])
+        return self._looks["held-out"]
+
+    def keep(self, purpose: str, wanted: Wanted, rows: Sequence[int], **at: Coordinate) -> list[Picture]:
+        """Writes some of these pictures as PNG."""
+        drawn, kept = self.drawn(wanted), []
+        for row in rows:
+            place: dict[str, Coordinate] = {
+                "prompt": wanted.prompts[row],
+                "guidance": wanted.guidance,
+                "steps": wanted.steps,
+                "seed": wanted.seeds[row],
+                **({"negative": wanted.negatives[row]} if wanted.negatives else {}),
+                **at,
+            }
+            file = f"pictures/{purpose}-{digest(place)[:16]}.png"
+            atomic_write_bytes(self.out / file, self._png(drawn.latents[row]))
+            kept.append(Picture(file=file, at=place, purpose=purpose))
+        return kept
+
+    def _png(self, latents: Tensor) -> bytes:
+        pixels = latent_space.decode(self.vae, latents[None].to(self.vae.device))[0].float()
+        array: Any = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        buffer = io.BytesIO()
+        Image.fromarray(array).save(buffer, format="PNG")
+        return buffer.getvalue()

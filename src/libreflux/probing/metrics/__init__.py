@@ -1,0 +1,1 @@
+"""What is measured: statistics of velocities and of drawn pictures, with intervals."""

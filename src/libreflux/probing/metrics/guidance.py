@@ -1,0 +1,151 @@
+"""What guidance does to drawn pictures: clipping, spread, accuracy and distance, by scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from libreflux.probing.context import Bench
+from libreflux.probing.drawing import Wanted
+from libreflux.probing.metrics.bootstrap import Groups, Statistic, mean, measured
+from libreflux.probing.metrics.distances import frechet_replicates, kernel_replicates
+from libreflux.probing.metrics.image_stats import Look, accuracies
+from libreflux.probing.results import Coordinate, Measure
+from libreflux.probing.section import Found, Plan, Section, prompted
+from libreflux.probing.settings import Settings
+from libreflux.probing.subjects import Asked
+
+SATURATED = 2.0
+"""Saturation starts where more pixels are clipped than in so many times the VAE's own reconstructions."""
+
+
+def plan(settings: Settings, asked: Sequence[Asked]) -> Plan:
+    """Every prompt at every scale."""
+    return Plan([_wanted(settings, asked, scale) for scale in settings.guidance])
+
+
+def _wanted(settings: Settings, asked: Sequence[Asked], scale: float) -> Wanted:
+    return prompted(settings, asked, scale, settings.draw_steps)
+
+
+def measure(bench: Bench) -> Found:
+    """`clipped`, `latents_std`, `accuracy`, `distance` by guidance, and the scales where quality and clipping turn."""
+    settings, asked, seed = bench.settings, bench.asked, bench.settings.seed
+    groups, count = bench.groups([one.text for one in asked]), len(asked)
+    wanted = {scale: _wanted(settings, asked, scale) for scale in settings.guidance}
+    looks = {scale: bench.look(each) for scale, each in wanted.items()}
+    rows = ceiling(bench)
+    for scale, look in looks.items():
+        at = {"guidance": scale}
+        rows += measured("clipped", at, mean(look.clipped), count, groups, seed=seed, unit="share of pixels")
+        rows += measured("latents_std", at, mean(look.std), count, groups, seed=seed)
+    saturation = first_above(
+        {scale: mean(look.clipped) for scale, look in looks.items()},
+        SATURATED * float(bench.held_out_look().clipped.mean()),
+    )
+    rows += measured("saturation_guidance", {}, saturation, count, groups, seed=seed, unit="guidance")
+    if bench.judge is not None:
+        rows += judged(bench, looks, groups)
+    shown = range(min(settings.shown, count))
+    pictures = [row for each in wanted.values() for row in bench.keep("guidance", each, shown)]
+    return Found(rows, pictures)
+
+
+def ceiling(bench: Bench) -> list[Measure]:
+    """What clipping, spread and the judge say of held-out pictures that have been through the VAE."""
+    captions, seed = bench.held_out_captions(), bench.settings.seed
+    groups, look, count = bench.groups(captions), bench.held_out_look(), len(captions)
+    rows = measured("held_out_clipped", {}, mean(look.clipped), count, groups, seed=seed, unit="share of pixels")
+    rows += measured("held_out_latents_std", {}, mean(look.std), count, groups, seed=seed)
+    if bench.judge is not None:
+        for what, right in accuracies(look, bench.judge, [bench.ask(caption) for caption in captions]).items():
+            if np.isfinite(right).any():
+                rows += measured("judge_ceiling", {"what": what}, mean(right), count, groups, seed=seed, unit="share")
+    return rows
+
+
+def judged(bench: Bench, looks: Mapping[float, Look], groups: Groups) -> list[Measure]:
+    """`accuracy`, `distance` and `best_guidance`."""
+    assert bench.judge is not None
+    count, seed, rows = len(bench.asked), bench.settings.seed, list[Measure]()
+    right = {scale: accuracies(look, bench.judge, bench.asked) for scale, look in looks.items()}
+    for scale, each in right.items():
+        for what, values in each.items():
+            if np.isfinite(values).any():
+                at: dict[str, Coordinate] = {"guidance": scale, "what": what}
+                rows += measured("accuracy", at, mean(values), count, groups, seed=seed, unit="share")
+    distances = distance_rows(bench, looks, groups)
+    rows += distances
+    if any(np.isfinite(each["both"]).any() for each in right.values()):
+        best = best_of({scale: mean(each["both"]) for scale, each in right.items()})
+        rows += measured("best_guidance", {"by": "accuracy"}, best, count, groups, seed=seed, unit="guidance")
+    elif distances:
+        rows += _nearest(distances, list(looks))
+    return rows
+
+
+def distance_rows(bench: Bench, looks: Mapping[float, Look], groups: Groups) -> list[Measure]:
+    """Fréchet ("FD") and kernel ("KD") distance of a subset's drawn pictures to its held-out ones.
+
+    Both compare models, and mean little alone. Few pictures raise FD, by the same amount for every model; KD is
+    unbiased for independent prompts, and falls below 0 where prompts repeat fewer subjects than chance would.
+    """
+    captions, reference = bench.groups(bench.held_out_captions()), bench.held_out_look().verdict
+    assert reference is not None
+    rows = list[Measure]()
+    for subset, members in groups.items():
+        if len(captions[subset]) < 2:
+            continue
+        target = reference.features[captions[subset].tolist()]
+        for scale, look in looks.items():
+            assert look.verdict is not None
+            features = look.verdict.features
+            for kind, statistic in (("FD", frechet_replicates), ("KD", kernel_replicates)):
+                rows += measured(
+                    "distance",
+                    {"guidance": scale, "kind": kind},
+                    lambda weights, f=features, t=target, s=statistic: s(f, t, weights),  # type: ignore[misc]
+                    len(bench.asked),
+                    {subset: members},
+                    seed=bench.settings.seed,
+                    unit="judge features",
+                    centred=kind == "FD",
+                )
+    return rows
+
+
+def _nearest(distances: Sequence[Measure], scales: Sequence[float]) -> list[Measure]:
+    rows = list[Measure]()
+    for subset in dict.fromkeys(one.subset for one in distances):
+        here = [one for one in distances if one.subset == subset and one.at["kind"] == "FD"]
+        table = np.array([[one.value, *one.replicates] for one in here])
+        picked = np.array(scales)[table.argmin(axis=0)]
+        low, high = np.quantile(picked[1:], [0.025, 0.975])
+        rows.append(
+            Measure(
+                name="best_guidance", at={"by": "distance"}, subset=subset, value=float(picked[0]), low=float(low),
+                high=float(high), replicates=picked[1:].tolist(), unit="guidance",
+            )
+        )  # fmt: skip
+    return rows
+
+
+def best_of(by_scale: Mapping[float, Statistic]) -> Statistic:
+    """The scale at which a statistic is highest; of equals the lowest scale."""
+    scales = sorted(by_scale)
+    return lambda weights: np.array(scales)[np.argmax([by_scale[scale](weights) for scale in scales], axis=0)]
+
+
+def first_above(by_scale: Mapping[float, Statistic], limit: float) -> Statistic:
+    """The lowest scale at which a statistic exceeds a limit; NaN where none does."""
+    scales = sorted(by_scale)
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        above = np.array([by_scale[scale](weights) > limit for scale in scales])
+        return np.where(above.any(axis=0), np.array(scales)[above.argmax(axis=0)], np.nan)
+
+    return statistic
+
+
+SECTION = Section("guidance", 1, plan, measure)

@@ -1,0 +1,157 @@
+"""The sections of a probe, one after another; finished ones are kept, and the same command goes on after them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from libreflux import plainjson
+from libreflux.decided import digest
+from libreflux.files import atomic_write_json
+from libreflux.model.faults import explained
+from libreflux.model.numerics import pinned
+from libreflux.probing.context import Bench
+from libreflux.probing.metrics import diversity, guidance, negative, padding, steps, velocity_metrics
+from libreflux.probing.results import Measure, Picture, Result, write_result
+from libreflux.probing.section import Found, Section
+from libreflux.probing.settings import Settings
+from libreflux.probing.subjects import Asked
+
+SECTIONS = (
+    velocity_metrics.SECTION,
+    guidance.SECTION,
+    steps.SECTION,
+    diversity.SECTION,
+    padding.SECTION,
+    negative.SECTION,
+)
+
+Progress = Callable[[int, int, str], None]
+"""progress(done, total, section): samples that went through the model."""
+
+
+def probe(
+    out: Path,
+    open_bench: Callable[[Sequence[Section]], Bench],
+    *,
+    model: Mapping[str, Any],
+    decided: Mapping[str, Any],
+    settings: Settings,
+    asked: Sequence[Asked],
+    versions: Mapping[str, str],
+    progress: Progress = lambda done, total, note: None,
+) -> Result:
+    """Measures whatever `out/sections` does not hold yet, and writes `out/probe.json`.
+
+    Args:
+        out: the result's folder.
+        open_bench: the sections to do → the model with what they need; not called when none is left.
+        model: of the result: which weights and adapters.
+        decided: what of the model and of the prepared data decides the numbers; names and paths are not among it.
+        settings: of the result.
+        asked: the prompts to draw.
+        versions: of the result.
+        progress: told how far the model is.
+    """
+    keys = {one.name: _key(one, decided, settings) for one in SECTIONS}
+    for one in SECTIONS:
+        _adopt_section(out, one.name, keys[one.name], digest([model, settings.as_json(), one.name, one.version]))
+    kept = {one.name: read_section(out, one.name, keys[one.name]) for one in SECTIONS}
+    todo = [one for one in SECTIONS if kept[one.name] is None]
+    if todo:
+        bench = open_bench(todo)
+        counter = _Counter(_passes(todo, bench, settings, asked), progress)
+        bench.advance = counter.advance
+        for section in todo:
+            counter.note, began = section.name, time.monotonic()
+            with _on_its_device(bench, section.name):
+                found = section.measure(bench)
+            write_section(out, section.name, keys[section.name], found, time.monotonic() - began)
+            kept[section.name] = read_section(out, section.name, keys[section.name])
+    parts = [part for part in kept.values() if part is not None]
+    result = Result(
+        model=model,
+        settings=settings.as_json(),
+        versions=versions,
+        seconds=sum(seconds for _, seconds in parts),
+        measures=[row for found, _ in parts for row in found.measures],
+        pictures=[row for found, _ in parts for row in found.pictures],
+        folder=out,
+    )
+    write_result(out, result)
+    return result
+
+
+def _key(section: Section, decided: Mapping[str, Any], settings: Settings) -> str:
+    told = settings.as_json() | {"data": settings.data[1]}  # without the name of its folder
+    return digest({"decided": decided, "settings": told, "section": section.name, "version": section.version})
+
+
+def _adopt_section(out: Path, name: str, key: str, older: str) -> None:
+    """Keeps a section of the first versions, whose key had less in it, under today's key."""
+    if (known := read_section(out, name, older)) is not None:
+        write_section(out, name, key, *known)
+
+
+SMALLER = "a smaller --batch or --resolution, --dtype bf16, or --device cpu"
+
+
+@contextmanager
+def _on_its_device(bench: Bench, name: str) -> Iterator[None]:
+    """Measured with what is pinned for training too; what the device raises is one line."""
+    device, settings = bench.transformer.device, bench.settings
+    doing = f"{name}, batch {settings.batch}, resolution {settings.resolution}, device {device}"
+    with pinned(device), explained(doing, SMALLER, "run the same command again: finished sections are kept"):
+        yield
+
+
+def section_file(out: Path, name: str) -> Path:
+    """Where a finished section is kept."""
+    return out / "sections" / f"{name}.json"
+
+
+def write_section(out: Path, name: str, key: str, found: Found, seconds: float) -> None:
+    """Keeps a finished section."""
+    rows = {
+        "schema": 1,
+        "key": key,
+        "seconds": seconds,
+        "measures": [row.as_json() for row in found.measures],
+        "pictures": [row.as_json() for row in found.pictures],
+    }
+    atomic_write_json(section_file(out, name), rows)
+
+
+def read_section(out: Path, name: str, key: str) -> tuple[Found, float] | None:
+    """A finished section and its seconds; None if it is not there, damaged, of another key, or lacks a picture."""
+    try:
+        rows = plainjson.parse(section_file(out, name).read_text(encoding="utf-8"))
+        if rows["schema"] != 1 or rows["key"] != key:
+            return None
+        found = Found(
+            [Measure.from_json(row) for row in rows["measures"]],
+            [Picture.from_json(row, out) for row in rows["pictures"]],
+        )
+        whole = all((out / picture.file).is_file() for picture in found.pictures)
+        return (found, float(rows["seconds"])) if whole else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _passes(todo: Sequence[Section], bench: Bench, settings: Settings, asked: Sequence[Asked]) -> int:
+    plans = [section.plan(settings, asked) for section in todo]
+    wanted = {digest(each.as_json()): each for plan in plans for each in plan.drawings}
+    drawn = sum(each.passes for each in wanted.values() if not bench.has_drawn(each))
+    return drawn + sum(plan.passes for plan in plans)
+
+
+class _Counter:
+    def __init__(self, total: int, progress: Progress) -> None:
+        self.total, self.done, self.note, self._progress = total, 0, "", progress
+
+    def advance(self, samples: int) -> None:
+        self.done += samples
+        self._progress(self.done, max(self.total, self.done), self.note)

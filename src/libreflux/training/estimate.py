@@ -1,0 +1,228 @@
+"""Memory and disk of a run before any weight is loaded: each phase is traced without numbers, see `train.trace`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+
+from libreflux.adapter.files import attach
+from libreflux.adapter.targets import Resolved
+from libreflux.data import precision
+from libreflux.data.cache import index_folders
+from libreflux.data.crops import View, aspect_buckets, views
+from libreflux.data.encode import SHARD_ITEMS
+from libreflux.data.precision import DTYPES
+from libreflux.model.int8 import quantise_model
+from libreflux.model.numerics import enable_checkpointing
+from libreflux.model.source import ModelSource, open_model
+from libreflux.recipe import Recipe
+from libreflux.training import trace
+from libreflux.training.loop import BASE_DTYPES, plan_layers
+from libreflux.training.memory import on_cpu
+from libreflux.training.optimizer import BUCKET, parameter_dtype
+from libreflux.training.phases import Estimate, Phase, libraries
+
+UPDATE_BYTES = 30  # per element of the optimizer's largest bucket: fp32 copies of parameter, moments and noise
+# bitsandbytes: numbers of a moment that share an fp32 scale; smaller parameters than the second keep fp32 moments.
+BLOCK_8BIT, SMALL_8BIT = 256, 4096
+
+
+def estimate_recipe(recipe: Recipe, *, text_tokens: int, captions: int | None = None) -> Estimate:
+    """`estimate` of a recipe, with all its phases, for the device that it would train on here.
+
+    Args:
+        recipe: its model's configuration files are read.
+        text_tokens: of the longest prompt.
+        captions: how many there are; None: more than are encoded at a time.
+
+    Raises:
+        LibrefluxError: a fault of the model or the targets, see `loop.plan_layers`.
+    """
+    opened, cpu = open_model(recipe.model), on_cpu(recipe)
+    transformer = _transformer(opened, recipe)
+    encoding = _Encoding.of(opened, recipe, cpu)
+    shown = views(recipe.crop, recipe.resolution)
+    found = estimate(
+        transformer,
+        plan_layers(recipe).layers,
+        adapter_dtype=parameter_dtype(recipe.optimizer),
+        moments_8bit=recipe.optimizer.kind == "adamw_8bit",
+        batch=recipe.batch,
+        latent_size=_latent_size(largest_crop(shown)),
+        text_tokens=text_tokens,
+        averages=len(recipe.ema),
+        guidance=recipe.guidance,
+        on_cpu=cpu,
+    )
+    at_once = min(SHARD_ITEMS, captions or SHARD_ITEMS)
+    if recipe.text_cache == "none":
+        at_once = min(SHARD_ITEMS, 1 + len(recipe.samples.prompts))  # captions are encoded batch by batch in training
+        if encoding is not None:
+            activations = max(found.activations, encoding.activations(recipe.batch, text_tokens))
+            found = dataclasses.replace(found, encoders=encoding.weights, activations=activations)
+    drawing = _drawing(opened, recipe, transformer, found, text_tokens)
+    measuring = _measuring(recipe, transformer, found, text_tokens)
+    preparing = [_encoding_pictures(opened, recipe, cpu)]
+    if encoding is not None:
+        preparing.append(_encoding_captions(encoding, at_once, text_tokens, cpu))
+    return dataclasses.replace(found, preparing=tuple(preparing), between=(*drawing, *measuring))
+
+
+def largest_crop(shown: Sequence[View]) -> tuple[int, int]:
+    """(width, height) in pixels of the largest crop that these views can give, whatever the pictures' shapes."""
+    sizes = [(view.resolution, view.resolution) for view in shown]
+    for view in shown:
+        if view.crop == "aspect":
+            sizes += aspect_buckets(view.resolution, view.step)
+    return max(sizes, key=lambda size: size[0] * size[1])
+
+
+def _latent_size(size: tuple[int, int]) -> tuple[int, int]:
+    return size[1] // 8, size[0] // 8
+
+
+def _transformer(opened: ModelSource, recipe: Recipe) -> FluxTransformer2DModel:
+    transformer = trace.meta_transformer(opened.part_config("transformer"), BASE_DTYPES[recipe.base])
+    if recipe.base == "int8":
+        quantise_model(transformer)
+    if recipe.gradient_checkpointing:
+        enable_checkpointing(transformer)
+    return transformer
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """Both text encoders on the meta device; `weights` are the bytes of them that the device holds at a time."""
+
+    clip: Any
+    t5: Any
+    dtype: torch.dtype
+    weights: int
+
+    @staticmethod
+    def of(opened: ModelSource, recipe: Recipe, cpu: bool) -> _Encoding | None:
+        """None for a model without encoders, which trains on what is in its cache."""
+        if not all(opened.has(part) for part in ("text_encoder", "text_encoder_2")):
+            return None
+        place = "cpu" if cpu else "cuda"
+        dtype = DTYPES[precision.resolve(recipe.text_precision, place, index_folders(recipe.cache_dir))]
+        configs = [opened.part_config(f"text_encoder{end}") for end in ("", "_2")]
+        clip, t5 = trace.meta_encoders(configs[0], configs[1], dtype)
+        weights = trace.weights_of(clip) + trace.weights_of(t5)
+        if dtype == torch.float32 and not cpu:  # T5 goes through a card block by block then
+            blocks = [trace.weights_of(block) for block in t5.encoder.block]
+            weights -= sum(blocks) - max(blocks)
+        return _Encoding(clip, t5, dtype, weights)
+
+    def activations(self, captions: int, tokens: int) -> int:
+        return trace.trace_text(self.clip, self.t5, captions, tokens)
+
+
+def _encoding_pictures(opened: ModelSource, recipe: Recipe, cpu: bool) -> Phase:
+    """One crop at a time."""
+    vae, size = trace.meta_vae(opened.part_config("vae")), largest_crop(views(recipe.crop, recipe.resolution))
+    activations = trace.trace_encode(vae, size, sample=recipe.latents == "sample")
+    return Phase(
+        name="preparing pictures, VAE in fp32",
+        held=trace.weights_of(vae),
+        activations=activations,
+        libraries=libraries(cpu, activations),
+    )
+
+
+def _encoding_captions(encoding: _Encoding, captions: int, tokens: int, cpu: bool) -> Phase:
+    activations = encoding.activations(captions, tokens)
+    return Phase(
+        name=f"preparing captions, T5 and CLIP in {'fp32' if encoding.dtype == torch.float32 else 'bf16'}",
+        held=encoding.weights,
+        activations=activations,
+        libraries=libraries(cpu, activations),
+    )
+
+
+def _drawing(
+    opened: ModelSource, recipe: Recipe, transformer: FluxTransformer2DModel, found: Estimate, tokens: int
+) -> Iterator[Phase]:
+    """Sample pictures come one at a time, and the two passes of a guided step one after the other."""
+    samples = recipe.samples
+    if not samples.prompts or not (samples.every or samples.at_start):
+        return
+    vae, side = trace.meta_vae(opened.part_config("vae")), max(recipe.resolution)
+    drawn = trace.trace_pass(transformer, 1, (side // 8, side // 8), tokens, recipe.guidance, backward=False)
+    activations = max(drawn, trace.trace_decode(vae, side))
+    yield Phase(
+        name="drawing samples",
+        held=found.held + trace.weights_of(vae),
+        activations=activations,
+        libraries=libraries(found.on_cpu, activations),
+    )
+
+
+def _measuring(recipe: Recipe, transformer: FluxTransformer2DModel, found: Estimate, tokens: int) -> Iterator[Phase]:
+    """Held-out pictures are measured in batches, in the first view of the recipe."""
+    if not recipe.held_out.chosen or not recipe.held_out.every:
+        return
+    size = _latent_size(largest_crop(views(recipe.crop, recipe.resolution)[:1]))
+    activations = trace.trace_pass(transformer, recipe.batch, size, tokens, recipe.guidance, backward=False)
+    yield Phase(
+        name="measuring held-out pictures",
+        held=found.held,
+        activations=activations,
+        libraries=libraries(found.on_cpu, activations),
+    )
+
+
+def estimate(
+    transformer: FluxTransformer2DModel,
+    resolved: Sequence[Resolved],
+    *,
+    adapter_dtype: torch.dtype,
+    batch: int,
+    latent_size: tuple[int, int],
+    text_tokens: int,
+    averages: int = 0,
+    guidance: float | None = None,
+    on_cpu: bool = False,
+    moments_8bit: bool = False,
+) -> Estimate:
+    """What training this adapter takes.
+
+    Args:
+        transformer: on the meta device, see `trace.meta_transformer`; it is adapted in place.
+        resolved: the layers to adapt.
+        adapter_dtype: fp32 or bf16; the moments' too, unless they have 8 bits.
+        batch: pictures per forward pass.
+        latent_size: (h, w) of the largest latents.
+        text_tokens: of the longest prompt.
+        averages: how many fp32 averages are tracked.
+        guidance: for a model with a guidance embedding.
+        on_cpu: whether it trains on the CPU.
+        moments_8bit: whether the optimizer is `train.optimizer8.AdamW8bit`.
+    """
+    weights = trace.weights_of(transformer)
+    adapter = attach(transformer, resolved, dtype=adapter_dtype, init="ones")
+    parameters = list(adapter.parameters())
+    count, own = sum(parameter.numel() for parameter in parameters), trace.size_in_bytes(parameters)
+    moments = sum(map(_moments_8bit, parameters)) if moments_8bit else 2 * own
+    return Estimate(
+        on_cpu=on_cpu,
+        weights=weights,
+        adapter=own,
+        moments=moments,
+        gradient=4 * count,
+        activations=trace.trace_pass(transformer, batch, latent_size, text_tokens, guidance),
+        update=UPDATE_BYTES * min(count, max(BUCKET, *(parameter.numel() for parameter in parameters))),
+        averages=averages * 4 * count,
+        checkpoint=own + moments + averages * 4 * count,
+    )
+
+
+def _moments_8bit(parameter: Tensor) -> int:
+    count = parameter.numel()
+    return 2 * (4 * count if count < SMALL_8BIT else count + 4 * -(-count // BLOCK_8BIT))

@@ -1,0 +1,227 @@
+"""Averages made after training: any width from stored averages, or the report's LERP over raw checkpoints.
+
+A LoKr is averaged by its factors, and kron(mean w1, mean w2) is not the mean of the krons. The gap between the two is
+measured exactly: with weights x that sum to 1, mean_i kron(w1_i, w2_i) - kron(mean w1, mean w2) is the weighted sum of
+kron(w1_i - mean w1, w2_i - mean w2), whose norm needs inner products of the factors alone. Likewise for LoRA's product.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from torch import Tensor
+
+from libreflux import files
+from libreflux.errors import RunError
+from libreflux.places import did_you_mean
+from libreflux.training import checkpoint, ema
+
+WORST = 0.2
+"""Relative error of a profile above which an average is refused: it would be another one than was asked for."""
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """An adapter that is an average of others.
+
+    Attributes:
+        tensors: LyCORIS name -> fp32 tensor.
+        metadata: of the newest source, with `average` saying what was done.
+        steps: of the sources, rising; a step with two tracked widths counts twice.
+        error: relative L2 error of the profile; 0 for LERP.
+        gap: norm of (mean of the sources' deltas - delta of the mean factors), relative to the delta of the mean.
+        worst: the layer with the largest gap, and that.
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    steps: list[int]
+    error: float
+    gap: float
+    worst: tuple[str, float]
+
+
+@dataclass(frozen=True)
+class _Source:
+    step: int
+    file: Any
+    prefix: str = ""
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        part: Tensor = self.file.get_slice(self.prefix + name)[start:stop]
+        return part.double()
+
+
+def average(run: Path, width: float, step: int | None = None) -> Averaged:
+    """The average of relative width `width` at `step`, by least squares over the profiles of those that were kept.
+
+    Args:
+        run: a run folder; RUN/averages and the averages in RUN/checkpoints are used.
+        width: sigma_rel, in [0.01, 0.28].
+        step: of the wanted average; None: the newest that was kept. Later ones are not used. With `ema_every` above 1 a
+            checkpoint between two updates holds the averages of the update before it.
+
+    Raises:
+        RunError: no averages were kept, none at `step`, too few to form this one, or a damaged file among them.
+    """
+    _run_folder(run)
+    if not 0.01 <= width <= 0.28:
+        raise RunError(f"width {width:g} is not in 0.01 to 0.28", mend="0.05 to 0.15 is usual")
+    paths = _average_files(run)
+    if not paths:
+        raise RunError("keeps no averages", where=run, mend="train with ema: [0.05, 0.1] in the recipe, or use --lerp")
+    wanted = max(paths) if step is None else step
+    if wanted not in paths:
+        near = ", ".join(map(str, sorted(sorted(paths, key=lambda one: abs(one - wanted))[:3])))
+        raise RunError(f"no averages at step {wanted}", where=run, mend=f"the nearest are at {near}")
+    with ExitStack() as stack:
+        sources: list[_Source] = []
+        stored: list[tuple[int, float]] = []
+        for number in sorted(number for number in paths if number <= wanted):
+            file = _open(stack, paths[number])
+            for tracked in sorted({float(key.partition("/")[0]) for key in file.keys() if "/" in key}):  # noqa: SIM118
+                sources.append(_Source(number, file, ema.average_key(tracked, "")))
+                stored.append((number, ema.exponent(tracked)))
+        weights, error = ema.hindsight_weights(stored, (wanted, ema.exponent(width)))
+        if error > WORST:
+            mend = "choose a width nearer to the tracked ones, or train with save.averages_every"
+            what = f"{len(stored)} averages cannot form width {width:g}: the profile is off by {error:.0%}"
+            raise RunError(what, where=run, mend=mend)
+        said = {"kind": "power", "sigma_rel": width, "step": wanted, "sources": len(stored), "profile_error": error}
+        return _combine(sources, weights, error, said)
+
+
+def lerp(run: Path, alpha: float) -> Averaged:
+    """s <- (1 - alpha) s + alpha new over the raw checkpoints by rising step: alpha weighs the NEWEST.
+
+    With alpha = 0.9 nine tenths are the last checkpoint; the average with decay 0.9 is alpha = 0.1.
+
+    Args:
+        run: a run folder.
+        alpha: in (0, 1].
+
+    Raises:
+        RunError: no complete checkpoint, or alpha out of range.
+    """
+    _run_folder(run)
+    if not 0 < alpha <= 1:
+        raise RunError(f"lerp {alpha:g} is not in (0, 1]", mend="it is the newest checkpoint's weight, e.g. 0.2")
+    found = _complete(run)
+    if not found:
+        raise RunError("has no complete checkpoint", where=run, mend="train first")
+    weights = lerp_weights(len(found), alpha)
+    with ExitStack() as stack:
+        sources = [_Source(one.step, _open(stack, one.adapter)) for one in found]
+        said = {"kind": "lerp", "alpha": alpha, "step": found[-1].step, "sources": len(found)}
+        return _combine(sources, weights, 0.0, said)
+
+
+def lerp_weights(count: int, alpha: float) -> np.ndarray:
+    """What each of `count` checkpoints, oldest first, weighs: (1-a)^(n) for the first, a (1-a)^(n-i) for the i-th."""
+    weights = alpha * (1 - alpha) ** np.arange(count - 1, -1, -1, dtype=np.float64)
+    weights[0] = (1 - alpha) ** (count - 1)
+    return weights
+
+
+def _run_folder(run: Path) -> None:
+    if not run.is_dir():
+        raise RunError("no such run folder", where=run, mend=did_you_mean(run, "give the `out` of a recipe"))
+
+
+def _complete(run: Path) -> list[checkpoint.Checkpoint]:
+    """The checkpoints whose files agree with their manifest; a damaged one is refused, not passed over."""
+    found = checkpoint.listed(run)
+    for one in found:
+        files.verify_manifest(one.path)
+    return found
+
+
+def _average_files(run: Path) -> dict[int, Path]:
+    """Step that they are of -> file of averages, of the checkpoints and the snapshots; a damaged one is refused."""
+    kept = [(one.step, one.averages) for one in _complete(run) if one.averages.exists()]
+    for step, folder in ema.snapshots(run).items():
+        files.verify_manifest(folder)
+        kept.append((step, folder / checkpoint.AVERAGES))
+    return {own: path for step, path in kept if (own := _step_of(path, step))}
+
+
+def _step_of(path: Path, step: int) -> int:
+    with ExitStack() as stack:
+        return ema.step_of(_open(stack, path).metadata(), step)
+
+
+def _open(stack: ExitStack, path: Path) -> Any:
+    try:
+        return stack.enter_context(safetensors.safe_open(path, framework="pt"))
+    except (safetensors.SafetensorError, OSError) as error:
+        mend = "remove this file; the others are enough"
+        raise RunError(f"not a whole safetensors file ({error})", where=path, mend=mend) from None
+
+
+def _combine(sources: Sequence[_Source], weights: np.ndarray, error: float, said: dict[str, Any]) -> Averaged:
+    last, x = sources[-1], torch.from_numpy(weights)
+    names = [key.removeprefix(last.prefix) for key in last.file.keys() if key.startswith(last.prefix)]  # noqa: SIM118
+    layers: dict[str, list[str]] = {}
+    for name in sorted(name for name in names if not name.endswith(".alpha")):
+        layers.setdefault(name.partition(".")[0], []).append(name)
+    tensors: dict[str, Tensor] = {}
+    rows: dict[str, tuple[float, float]] = {}
+    for layer, (first, second) in layers.items():
+        alpha = last.file.get_tensor(f"{layer}.alpha")
+        if first.endswith(".lokr_w1"):
+            (w1, gram1), (w2, gram2) = _mean_and_gram(sources, x, first), _mean_and_gram(sources, x, second)
+            gap = x @ (gram1 * gram2) @ x
+            size = w1.double().square().sum() * w2.double().square().sum()
+            tensors |= {first: w1, second: w2}
+        else:
+            (down, up), gap, size = _lora(sources, x, first, second, float(alpha))
+            tensors |= {first: down, second: up}
+        tensors[f"{layer}.alpha"] = alpha
+        rows[layer] = (max(0.0, float(gap)), float(size))
+    worst = max(rows, key=lambda layer: rows[layer][0] / (rows[layer][1] or math.inf))
+    total = sum(gap for gap, _ in rows.values()), sum(size for _, size in rows.values())
+    metadata = {key: value for key, value in (last.file.metadata() or {}).items() if key not in ("format", ema.STEP)}
+    return Averaged(
+        tensors=tensors,
+        metadata={**metadata, "average": json.dumps(said, sort_keys=True)},
+        steps=[source.step for source in sources],
+        error=error,
+        gap=math.sqrt(total[0] / total[1]) if total[1] else 0.0,
+        worst=(worst, math.sqrt(rows[worst][0] / rows[worst][1]) if rows[worst][1] else 0.0),
+    )
+
+
+def _mean_and_gram(sources: Sequence[_Source], x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """The weighted mean of a tensor over the sources, fp32, and the Gram matrix [N, N] of the deviations from it."""
+    shape = sources[0].file.get_slice(sources[0].prefix + name).get_shape()
+    height = max(1, CHUNK // max(1, math.prod(shape[1:])))
+    parts, gram = [], torch.zeros(len(x), len(x), dtype=torch.float64)
+    for start in range(0, shape[0], height):
+        block = torch.stack([source.rows(name, start, start + height).flatten() for source in sources])
+        mean = x @ block
+        apart = block - mean
+        gram += apart @ apart.T
+        parts.append(mean)
+    return torch.cat(parts).reshape(shape).float(), gram
+
+
+def _lora(
+    sources: Sequence[_Source], x: Tensor, down_name: str, up_name: str, alpha: float
+) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    """(mean down, mean up), and the squared norms of gap and delta."""
+    down, up = (torch.stack([s.rows(name, 0, 1 << 62) for s in sources]) for name in (down_name, up_name))
+    mean_down, mean_up = (torch.tensordot(x, stack, dims=1) for stack in (down, up))
+    scale = alpha / down.shape[1]
+    apart = torch.einsum("n,nor,nri->oi", x, up - mean_up, down - mean_down)
+    gap, size = (scale**2 * matrix.square().sum() for matrix in (apart, mean_up @ mean_down))
+    return (mean_down.float(), mean_up.float()), gap, size

@@ -1,0 +1,289 @@
+"""fit(): from a recipe to a trained adapter. The same call again resumes, to the bit."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+
+from libreflux import files
+from libreflux.adapter import plan
+from libreflux.data.batches import Batches
+from libreflux.data.prepare import prepare_cache, prepare_recipe
+from libreflux.errors import RecipeError, RunError
+from libreflux.model import attention, numerics
+from libreflux.model.device import make_current, pick_device
+from libreflux.model.facts import Facts, trained_facts
+from libreflux.model.source import open_model
+from libreflux.places import folder_place
+from libreflux.printing import get_logger
+from libreflux.recipe import Recipe
+from libreflux.training import checkpoint, ema, memory, nonfinite, saving, standing
+from libreflux.training.callbacks import Callbacks, StepInfo
+from libreflux.training.checkpoint import Checkpoint
+from libreflux.training.interrupt import Interrupted, StopRequest
+from libreflux.training.optimizer import make_optimizer, parameter_dtype
+from libreflux.training.optimizer8 import require_8bit
+from libreflux.training.ranks import Ranks, joined
+from libreflux.training.standing import Standing
+from libreflux.training.step import Training
+
+log = get_logger(__name__)
+
+BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}  # int8: of what stays dense
+
+
+def fit(recipe: Recipe, callbacks: Callbacks | None = None, *, fork: bool = False) -> Path:
+    """Trains what the recipe says, from where its run folder stands.
+
+    Every random number is a function of (seed, purpose, step or sample), so a run that was stopped or killed at any
+    moment ends with the same bytes as one that was not, on the same machine and thread count.
+
+    Args:
+        recipe: see `recipe.Recipe`; `recipe.out` is the run folder.
+        callbacks: who listens.
+        fork: whether the recipe and the data may have changed since the run began; see `train.forks`.
+
+    Returns:
+        RUN/adapter.safetensors.
+
+    Raises:
+        Interrupted: SIGINT, SIGTERM or SIGHUP; the step was finished and saved.
+        RunError: another process holds the run folder, the recipe, data or base have changed since the run began,
+            training would write over a result (see `train.standing`), too many steps in a row were skipped (see
+            `train.skips`), or memory ran out.
+        LibrefluxError: a fault of the model, the data or the targets; see its kinds.
+    """
+    callbacks = callbacks or Callbacks()
+    run, device = Path(recipe.out), str(pick_device(recipe.device))
+    if device.startswith("mps"):
+        raise RunError("training on MPS is not supported yet", where="device", mend="set device: cpu")
+    with contextlib.ExitStack() as held:
+        if recipe.deterministic:
+            held.enter_context(numerics.deterministic(device))  # first: cuBLAS reads its workspace once
+        with memory.explained("starting", recipe):
+            make_current(device)
+        ranks = held.enter_context(joined(device))
+        held.enter_context(numerics.pinned(device))
+        where = ranks.in_turn(lambda: _locked(recipe, run, ranks.world, held, fork), lambda: standing.found(run))
+        done = where.newest
+        if done is None or where.left(recipe):
+            heard = callbacks if ranks.first else Callbacks()
+            with _threads(recipe.threads), memory.explained("loading or saving", recipe):
+                done = _train(_open(recipe, run, done, heard, ranks, device, fork), heard, done)
+        return ranks.in_turn(lambda: _finish(recipe, run, done), lambda: run / checkpoint.ADAPTER)
+
+
+def _locked(recipe: Recipe, run: Path, world: int, held: contextlib.ExitStack, fork: bool) -> Standing:
+    folder_place(run, *checkpoint.WRITTEN, *(["tensorboard"] if recipe.tensorboard else []))
+    held.enter_context(files.lock(run))
+    return standing.settled(recipe, run, world, fork=fork)
+
+
+def _finish(recipe: Recipe, run: Path, last: Checkpoint) -> Path:
+    saving.prune(recipe, run, nonfinite.Skips(**last.state().get("skips", {})))  # a kill may have come before this
+    return checkpoint.publish(run, last)
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """torch's CPU threads for a while; None leaves them."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _train(training: Training, callbacks: Callbacks, newest: Checkpoint | None) -> Checkpoint:
+    """Steps from where `training` stands, at `newest`, to the recipe's last; returns the checkpoint of that.
+
+    What is due at the step where it stands is drawn and measured again: a kill may have come before or within it.
+    """
+    recipe, ranks, first = training.recipe, training.ranks, training.step
+    opened = _metrics(training)
+    if ranks.first:
+        ema.rewind(training.run, first)  # like the metrics before the claim: what is left there then is of this recipe
+        checkpoint.claim(training.run, recipe, ranks.world, training.forks)
+    callbacks.on_start(training.started())
+    saved = newest
+    with StopRequest() as stop, opened as metrics:
+        if standing.measure_due(recipe, first):
+            _measure(training, callbacks)
+        if standing.sample_due(recipe, first):
+            _sample(training, callbacks)
+        while training.step < recipe.steps:
+            signum = ranks.agree_max(stop.signum or 0)
+            if signum:
+                break
+            with memory.explained(f"step {training.step + 1}", recipe):
+                info = training.take_step()
+            if metrics is not None:
+                metrics.write(_metrics_line(info))
+            callbacks.on_step(info)
+            nonfinite.watch(info, training.skips, recipe.max_skipped, training.run, tell=ranks.first)
+            last = training.step == recipe.steps
+            snapshots = recipe.save.averages_every if ranks.first and recipe.ema else None
+            if snapshots and training.step % snapshots == 0:
+                saving.write_snapshot(
+                    training
+                )  # before the checkpoint: a run resumed from that does not come here again
+            if last or training.step % recipe.save.every == 0:
+                saved = saving.save(training, metrics, callbacks)
+            watched = last or stop.signum is None
+            if watched and standing.measure_due(recipe, training.step):
+                _measure(training, callbacks)
+            if watched and standing.sample_due(recipe, training.step):
+                _sample(training, callbacks)
+        if training.step > (saved.step if saved else 0):
+            saved = saving.save(training, metrics, callbacks)
+        if training.step < recipe.steps:
+            raise Interrupted(signum, training.step, training.run)
+    assert saved is not None
+    return saved
+
+
+def _metrics(training: Training) -> contextlib.AbstractContextManager[checkpoint.Metrics | None]:
+    if not training.ranks.first:
+        return contextlib.nullcontext()
+    return checkpoint.Metrics(training.run, training.step)
+
+
+def _measure(training: Training, callbacks: Callbacks) -> None:
+    recipe = training.recipe
+    with memory.explained(f"held-out pictures after step {training.step}", recipe, memory.measuring(recipe)):
+        callbacks.on_measure(training.step, training.transformer)
+
+
+def _sample(training: Training, callbacks: Callbacks) -> None:
+    recipe = training.recipe
+    with memory.explained(f"samples after step {training.step}", recipe, memory.drawing(recipe)):
+        callbacks.on_sample(training.step, training.transformer)
+
+
+def _metrics_line(info: StepInfo) -> dict[str, Any]:
+    asked: dict[str, Any] = {} if info.group_norms is None else {"gradient_norms": info.group_norms}
+    if info.regularisation_loss is not None:
+        asked["regularisation_loss"] = info.regularisation_loss
+    return {
+        "step": info.step,
+        "epoch": info.epoch,
+        "loss": info.loss,
+        "gradient_norm": info.gradient_norm,
+        "learning_rate": info.learning_rate,
+        "pictures_per_second": round(info.pictures_per_second, 4),
+        "sigma_mean": info.sigma_means,
+        **asked,
+        **({"skipped": info.at_fault} if info.at_fault else {}),
+    }
+
+
+def plan_layers(recipe: Recipe) -> plan.Plan:
+    """The layers that a recipe adapts, from the model's configuration alone: no weight is loaded.
+
+    Raises:
+        ModelError: no such model.
+        RecipeError: a guidance-embedded model without `guidance`, or `guidance` for any other; a student's steps on
+            a ladder that depends on the picture's size.
+        AdapterError: a pattern that matches nothing, or a file that does not fit; see `adapter.plan`.
+    """
+    opened = open_model(recipe.model)
+    if opened.facts.guidance_embeds and recipe.guidance is None:
+        mend = "set the value to train and draw at, e.g. guidance: 1.0"
+        raise RecipeError("this model has a guidance embedding", where="guidance", mend=mend)
+    if recipe.guidance is not None and not opened.facts.guidance_embeds:
+        raise RecipeError("this model has no guidance embedding", where="guidance", mend="remove this key")
+    if opened.facts.shift is None and recipe.distil is not None and recipe.distil.steps is not None:
+        mend = "write a fixed shift into its libreflux.json, or remove this key"
+        raise RecipeError("this model's steps depend on the picture's size", where="distil.steps", mend=mend)
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config(dict(opened.config))
+    return plan.plan(recipe.adapter, transformer)
+
+
+def _open(
+    recipe: Recipe,
+    run: Path,
+    newest: Checkpoint | None,
+    callbacks: Callbacks,
+    ranks: Ranks,
+    device: str,
+    fork: bool = False,
+) -> Training:
+    """Base, adapter, data and optimizer, as they were after `newest`, or as they are at the start."""
+    if recipe.optimizer.kind == "adamw_8bit":
+        require_8bit()
+    resolved = plan_layers(recipe).layers  # first: a misspelt pattern should not cost an hour of preparing
+    with memory.explained("preparing", recipe, memory.preparing(recipe)):
+        if ranks.world > 1:
+            prepare_cache(recipe, device=device, part=(ranks.rank, ranks.world), progress=callbacks.on_prepare)
+            ranks.meet()  # else the first rank, looking through all, would encode again what slower ones still encode
+        batches, held_out = ranks.in_turn(
+            lambda: prepare_recipe(recipe, device=device, progress=callbacks.on_prepare, told=callbacks.on_data),
+            lambda: prepare_recipe(recipe, device=device),
+        )
+    with callbacks.stage("reading the base model"):
+        base = open_model(recipe.model)
+        dtype, quantise = BASE_DTYPES[recipe.base], recipe.base == "int8"
+        transformer = base.load_transformer(dtype=dtype, quantise=quantise, device=device)
+    _check_attention(transformer, batches, device, callbacks)
+    if recipe.gradient_checkpointing:
+        numerics.enable_checkpointing(transformer)
+    dtype = parameter_dtype(recipe.optimizer)
+    with callbacks.stage("making the adapter's first values"):
+        adapter = plan.build(recipe.adapter, transformer, resolved, dtype=dtype, seed=recipe.seed)
+    with callbacks.stage("hashing the base model's files"):
+        model_hash = base.hash
+    training = Training(
+        recipe=recipe,
+        run=run,
+        transformer=transformer,
+        facts=_trained_facts(base.facts, recipe),
+        resolved=resolved,
+        adapter=adapter,
+        optimizer=make_optimizer(recipe.optimizer, adapter.named_parameters(), recipe.seed),
+        averages=ema.Averages(saving.averaged(adapter), recipe.ema if ranks.first else (), recipe.ema_every),
+        ranks=ranks,
+        batches=batches,
+        device=device,
+        held_out=held_out,
+        identity={"model_hash": model_hash, "data_hash": batches.fingerprint()},
+    )
+    if newest is not None:
+        with callbacks.stage(f"reading the checkpoint of step {newest.step}"):
+            saving.restore(training, newest, fork)
+    else:
+        with callbacks.stage("measuring the adapter's norms"):
+            training.start_norm = plan.start_norm(recipe.adapter, adapter)
+    return training
+
+
+def _check_attention(transformer: FluxTransformer2DModel, batches: Batches, device: str, callbacks: Callbacks) -> None:
+    """On CUDA, where kernels differ by card and version: whether attention's gradients are right at this run's sizes.
+
+    Raises:
+        RunError: they are not.
+    """
+    if not device.startswith("cuda"):
+        return
+    head_dim, dtype = int(transformer.config.attention_head_dim), transformer.dtype
+    lengths = attention.lengths_to_check(*batches.sequence_lengths())
+    with callbacks.stage("checking attention's gradients"):
+        worst = attention.check_gradients(head_dim=head_dim, dtype=dtype, lengths=lengths, device=device)
+    callbacks.on_notice(attention.told(head_dim, dtype, lengths, worst))
+
+
+def _trained_facts(facts: Facts, recipe: Recipe) -> Facts:
+    """Freed, or as a student draws; the embedded guidance, for a model that has one, is what it was trained at."""
+    distil = recipe.distil
+    told = trained_facts(
+        facts, text_padding=recipe.text_padding, guidance=recipe.guidance, distilled=distil is not None
+    )
+    return dataclasses.replace(told, steps=distil.steps) if distil is not None and distil.steps else told
