@@ -287,3 +287,14 @@ def test_tables_cut_short_or_overwritten_are_one_line(
         assert rows(out / "files.sqlite3") == rows(prepared[0].folder / "files.sqlite3") and not encoded
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 1 and "files.sqlite3 is damaged: what it remembered of files is read again" in told[0]
+
+
+def test_a_cache_of_other_settings_is_refused_before_anything_of_it_is_removed(
+    prepared: Prepared, tmp_path: Path, again: Callable[..., Prepared]
+) -> None:
+    out = copied(prepared, tmp_path / "cache")
+    damaged = out / "shards" / "latents-00000001.safetensors"
+    flip(damaged, damaged.stat().st_size - 9, 3)
+    with pytest.raises(DataError, match="this cache was made with"):
+        again(out, read_all=True, text_cache="int8")
+    assert damaged.is_file()

@@ -32,6 +32,11 @@ _PATIENCE = 0.25
 """Seconds that the patterns of one file may take in all: a stranger's may be made to take for ever."""
 
 
+_LONGEST = 500
+"""Characters of a pattern."""
+_PLAIN_NAME = regex.compile(r"[\w.]+")
+
+
 class Config(dict[str, Any]):
     """PEFT's configuration of an adapter.
 
@@ -110,7 +115,7 @@ def alpha_of(config: Config, layer: str, rank: int, where: str) -> float | None:
     except _TooLongError as error:
         mend = "name the layers in it by their plain names"
         raise AdapterError(f"its {error} takes too long to match", where=where, mend=mend) from None
-    except (ValueError, TypeError, AttributeError, regex.error) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, regex.error) as error:
         raise AdapterError(f"damaged {CONFIG} or {METADATA} ({error})", where=where, mend="copy it again") from None
 
 
@@ -129,6 +134,10 @@ def _of_layer(config: Config, pattern: str, layer: str, otherwise: Any) -> Any:
 
 
 def _matches(config: Config, key: str, layer: str, began: float) -> bool:
+    if _PLAIN_NAME.fullmatch(key):
+        return layer == key or layer.endswith(f".{key}")
+    if len(key) > _LONGEST or "{" in key:  # made ready without a limit of time: counted repeats take all memory
+        raise TimeoutError
     left = config.left - (time.monotonic() - began)
     if left <= 0:
         raise TimeoutError
