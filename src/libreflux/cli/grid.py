@@ -196,7 +196,7 @@ class _Cells:
 
         path, older, model = self._path(column, prompt, seed), self._older(column, prompt, seed), column.model
         with contextlib.suppress(LibrefluxError, OSError):
-            if not path.exists() and older.is_file() and self._fits(read_origin(older), column):
+            if not path.exists() and self._fits(read_origin(older), column):
                 adopt(path, older)
             return path, dataclasses.replace(read_origin(path), model=model)
         return None
