@@ -103,4 +103,4 @@ def test_start_up_tells_what_each_source_holds(run: Callable, recipe: Path, tmp_
     prepared = run("prepare", tmp_path, "--out", tmp_path / "other", "--resolution", 64)
     assert prepared.code == 0 and "1 picture, 1 caption (.caption 1)" in " ".join(prepared.err.split())
     planned = run("train", recipe, *changes, "--dry-run")
-    assert "an epoch shows 0.3: " in planned.out
+    assert "an epoch shows 0.3: " in " ".join(planned.out.split())
