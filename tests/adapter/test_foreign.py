@@ -285,3 +285,11 @@ def test_plain_names_are_looked_up_without_patterns(monkeypatch: pytest.MonkeyPa
     config = peft.Config({"r": 4, "lora_alpha": 4, "alpha_pattern": names})
     assert peft.alpha_of(config, "transformer_blocks.493.attn.to_q", 4, "x") == 494
     assert peft.alpha_of(config, "single.3.attn.to_q", 4, "x") == 4
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 1e308, 10**400, True])
+@pytest.mark.parametrize("told", ["lora_alpha", "alpha_pattern"])
+def test_an_alpha_that_is_no_scale_is_refused(alpha: float, told: str) -> None:
+    config = peft.Config({"r": 4, "lora_alpha": 4, told: alpha if told == "lora_alpha" else {".*": alpha}})
+    with pytest.raises(AdapterError, match="damaged adapter_config"):
+        peft.alpha_of(config, "transformer_blocks.0.attn.to_q", 4, "x.safetensors")

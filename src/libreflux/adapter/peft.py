@@ -34,6 +34,7 @@ _PATIENCE = 0.25
 
 _LONGEST = 500
 """Characters of a pattern."""
+_MOST_ALPHA = 1e6
 _PLAIN_NAME = regex.compile(r"[\w.]+")
 
 
@@ -111,11 +112,13 @@ def alpha_of(config: Config, layer: str, rank: int, where: str) -> float | None:
         alpha = _of_layer(config, "alpha_pattern", layer, config.get("lora_alpha"))
         if alpha is None:
             return None
+        if isinstance(alpha, bool) or not abs(float(alpha)) < _MOST_ALPHA:  # NaN too
+            raise ValueError(f"alpha {str(alpha)[:20]} is told of {layer}")
         return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
     except _TooLongError as error:
         mend = "name the layers in it by their plain names"
         raise AdapterError(f"its {error} takes too long to match", where=where, mend=mend) from None
-    except (ValueError, TypeError, AttributeError, RecursionError, regex.error) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, regex.error) as error:
         raise AdapterError(f"damaged {CONFIG} or {METADATA} ({error})", where=where, mend="copy it again") from None
 
 

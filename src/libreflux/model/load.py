@@ -111,7 +111,7 @@ def _read_to(kind: Any, folder: Path, device: torch.device | str, **options: Any
     """A part with its tensors placed on the device as they are read, and what its library says of their names."""
     options |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     options["variant"] = weight_variant(folder)
-    with one_line(folder):
+    with one_line(folder), _default_dtype_kept():
         if torch.device(device).type != "cpu":
             # A tensor that no file has cannot be moved, and which one it is only the CPU's way tells.
             with contextlib.suppress(NotImplementedError):
@@ -119,6 +119,16 @@ def _read_to(kind: Any, folder: Path, device: torch.device | str, **options: Any
                 return part, found
         part, found = kind.from_pretrained(folder, **options)
         return part, found
+
+
+@contextlib.contextmanager
+def _default_dtype_kept() -> Iterator[None]:
+    """diffusers sets torch's default dtype while it makes a model, and leaves it so where that fails."""
+    before = torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _check_keys(folder: Path, found: dict[str, Any], kinds: Sequence[str]) -> None:
