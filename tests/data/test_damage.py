@@ -181,7 +181,7 @@ def test_a_damaged_row_is_made_anew_by_a_run_too(
     for change in ("shard = 7000", "key = 5", "width = 'wide'"):
         with closing(sqlite3.connect(out / "index.sqlite3")) as index, index:
             assert index.execute(f"UPDATE latents SET {change} WHERE key = ?", (key,)).rowcount == 1
-        with pytest.raises(DataError, match=r"index\.sqlite3: 1 damaged rows of latents; mend: run `libreflux prep"):
+        with pytest.raises(DataError, match=r"index\.sqlite3: 1 damaged row of latents; mend: run `libreflux prep"):
             Cache(out)
         encoded.clear()
         cache, _ = again(out)

@@ -128,3 +128,12 @@ def test_what_is_missing_is_named_on_either_way(
     if asked == "text":
         with pytest.raises(ModelError, match=told):
             open_model(broken, parts=(asked,), dtype=torch.float32, device=device, text_by_block=True)
+
+
+def test_a_part_that_cannot_be_made_leaves_torchs_default_dtype(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """diffusers sets it to the part's while it makes one, and does not put it back where that fails."""
+    model = Path(shutil.copytree(tiny_model_dir, tmp_path / "m"))
+    (model / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL", "in_channels": "x"}')
+    with pytest.raises(ModelError):
+        open_model(model, parts=("vae",), dtype=torch.bfloat16)
+    assert torch.get_default_dtype() == torch.float32

@@ -30,11 +30,10 @@ _OTHER_WEIGHTS = ("pissa", "olora", "corda", "loftq")
 _PLAIN = ("lora_alpha", "use_rslora")
 _PATIENCE = 0.25
 """Seconds that the patterns of one file may take in all: a stranger's may be made to take for ever."""
-
-
 _LONGEST = 500
 """Characters of a pattern."""
 _MOST_ALPHA = 1e6
+"""Beyond this an alpha is no one's intention."""
 _PLAIN_NAME = regex.compile(r"[\w.]+")
 
 

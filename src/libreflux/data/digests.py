@@ -25,6 +25,7 @@ from libreflux import checksums, files
 from libreflux.data.bar import Bar
 from libreflux.data.index import ELSEWHERE, refusing
 from libreflux.data.pictures import Inspected, inspect
+from libreflux.model.checksums import part_files
 from libreflux.model.locate import part_folder
 from libreflux.printing import get_logger
 
@@ -35,7 +36,6 @@ DAMAGED = (sqlite3.DatabaseError, UnicodeDecodeError)
 """What sqlite raises of a broken file: what it says of a broken schema may itself be broken letters."""
 VAE_PARTS = ("vae",)
 TEXT_PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
-DECIDING = frozenset({".json", ".safetensors", ".model", ".txt"})
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, digest TEXT,"
     " width INTEGER, height INTEGER, fault TEXT) WITHOUT ROWID"
@@ -320,9 +320,8 @@ def parts_digest(places: Mapping[str, Path], memory: FileMemory) -> str:
     for part, place in places.items():
         if place.is_file():
             total.update(f"{part}\0{memory.sha256(place)}\n".encode())
-        for path in sorted(place.rglob("*")):
-            if path.is_file() and path.suffix in DECIDING and not path.name.startswith("."):
-                total.update(f"{part}/{path.relative_to(place).as_posix()}\0{memory.sha256(path)}\n".encode())
+        for path in part_files(place):
+            total.update(f"{part}/{path.relative_to(place).as_posix()}\0{memory.sha256(path)}\n".encode())
     return total.hexdigest()
 
 
