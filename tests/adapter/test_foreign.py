@@ -293,3 +293,10 @@ def test_an_alpha_that_is_no_scale_is_refused(alpha: float, told: str) -> None:
     config = peft.Config({"r": 4, "lora_alpha": 4, told: alpha if told == "lora_alpha" else {".*": alpha}})
     with pytest.raises(AdapterError, match="damaged adapter_config"):
         peft.alpha_of(config, "transformer_blocks.0.attn.to_q", 4, "x.safetensors")
+
+
+@pytest.mark.parametrize("name", ["use_rslora", "use_dora"])
+@pytest.mark.parametrize("value", ["yes", 1, [True]])
+def test_a_switch_that_is_neither_true_nor_false_is_refused(tmp_path: Path, name: str, value: object) -> None:
+    with pytest.raises(AdapterError, match=f"{name} cannot be"):
+        load_adapter(peft_folder(tmp_path / "peft", **{name: value}))

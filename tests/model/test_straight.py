@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from libreflux.errors import ModelError
 from libreflux.model.family import Model, open_model
+from libreflux.model.load import one_line
 from libreflux.model.single_file import SingleFiles, find_comfyui
 from libreflux.model.single_save import save_files
 
@@ -137,3 +138,11 @@ def test_a_part_that_cannot_be_made_leaves_torchs_default_dtype(tiny_model_dir: 
     with pytest.raises(ModelError):
         open_model(model, parts=("vae",), dtype=torch.bfloat16)
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_panic_of_the_tokenizers_library_is_one_line() -> None:
+    panic = type("PanicException", (BaseException,), {})
+    with pytest.raises(ModelError, match=r"model: cannot be loaded \(charsmap\); mend: "), one_line(Path("model")):
+        raise panic("charsmap")
+    with pytest.raises(KeyboardInterrupt), one_line(Path("model")):
+        raise KeyboardInterrupt

@@ -80,6 +80,10 @@ def config_of(path: Path, metadata: Mapping[str, str]) -> Config | None:
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         damaged = CONFIG if has_config else METADATA if METADATA in metadata else "lora_alpha"
         raise AdapterError(f"damaged {damaged} ({error})", where=path, mend="copy it again") from None
+    for name in ("use_rslora", "use_dora"):
+        if not isinstance(config.get(name, False), bool | None):
+            mend = "write true or false"
+            raise AdapterError(f"{name} cannot be {str(config[name])[:20]!r}", where=where, mend=mend)
     kind, start = config.get("peft_type", "LORA"), str(config.get("init_lora_weights", "")).lower()
     if kind != "LORA":
         raise AdapterError(f"{kind} is not read", where=where, mend="use a LoRA, or a LoKr of LyCORIS")

@@ -163,7 +163,11 @@ def one_line(where: Path) -> Iterator[None]:
         yield
     except LibrefluxError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":  # of the tokenizers' library; it is no Exception
+            raise ModelError(f"cannot be loaded ({str(error)[:80]})", where=where, mend=COPY) from error
+        if not isinstance(error, Exception):
+            raise
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or is_device_error(error):
             raise  # whoever opens the part knows what makes it smaller
         if is_out_of_memory(error):  # as a CPU says it, above all of sizes that no model has
