@@ -53,6 +53,8 @@ def placed(path: Path, errors: Collection[int] = PLACE_ERRORS) -> Iterator[None]
 def nearest(path: Path) -> Path | None:
     """What is there and may be meant by a path that is not: the nearest name in the folder where the path ends."""
     path, rest = Path(path), list[str]()
+    if os.path.lexists(path):
+        return None
     with contextlib.suppress(OSError, ValueError):
         while not os.path.lexists(path.parent) and path.name:
             path, rest = path.parent, [path.name, *rest]

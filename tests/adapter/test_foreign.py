@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import tiny_transformer
 from torch import Tensor
 
+from libreflux.adapter import peft
 from libreflux.adapter.export import export_adapter
 from libreflux.adapter.files import attach_file, load_adapter
 from libreflux.adapter.layers import delta_weight
@@ -269,3 +270,33 @@ def test_a_single_nan_of_many(tmp_path: Path) -> None:
     with pytest.raises(NotFiniteError):
         load_adapter(written(tmp_path / "bad.safetensors", tensors))
     assert not load_file(tmp_path / "bad.safetensors")[f"transformer.{LAYER}.lora_A.weight"].isnan().any()
+
+
+@pytest.mark.parametrize("pattern", ["((a{1000}){1000}){100}", "(" * 3000 + ")" * 3000, "|".join(["word"] * 1000)])
+def test_a_pattern_that_is_costly_to_make_ready_is_refused(pattern: str) -> None:
+    config = peft.Config({"r": 4, "lora_alpha": 4, "rank_pattern": {pattern: 4}})
+    with pytest.raises(AdapterError, match=r"x\.safetensors"):
+        peft.alpha_of(config, "transformer_blocks.0.attn.to_q", 4, "x.safetensors")
+
+
+def test_plain_names_are_looked_up_without_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft.regex, "match", None)  # calling it would fail
+    names = {f"transformer_blocks.{index}.attn.to_q": index + 1 for index in range(494)}
+    config = peft.Config({"r": 4, "lora_alpha": 4, "alpha_pattern": names})
+    assert peft.alpha_of(config, "transformer_blocks.493.attn.to_q", 4, "x") == 494
+    assert peft.alpha_of(config, "single.3.attn.to_q", 4, "x") == 4
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 1e308, 10**400, True])
+@pytest.mark.parametrize("told", ["lora_alpha", "alpha_pattern"])
+def test_an_alpha_that_is_no_scale_is_refused(alpha: float, told: str) -> None:
+    config = peft.Config({"r": 4, "lora_alpha": 4, told: alpha if told == "lora_alpha" else {".*": alpha}})
+    with pytest.raises(AdapterError, match="damaged adapter_config"):
+        peft.alpha_of(config, "transformer_blocks.0.attn.to_q", 4, "x.safetensors")
+
+
+@pytest.mark.parametrize("name", ["use_rslora", "use_dora"])
+@pytest.mark.parametrize("value", ["yes", 1, [True]])
+def test_a_switch_that_is_neither_true_nor_false_is_refused(tmp_path: Path, name: str, value: object) -> None:
+    with pytest.raises(AdapterError, match=f"{name} cannot be"):
+        load_adapter(peft_folder(tmp_path / "peft", **{name: value}))

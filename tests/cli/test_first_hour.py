@@ -17,14 +17,14 @@ from libreflux.cli.freedom_table import print_freedom, print_freedom_summary
 from libreflux.cli.model_list import WORDS
 from libreflux.cli.panels import PANELS
 from libreflux.cli.terminal import SafeConsole
-from libreflux.errors import ModelError
+from libreflux.errors import ModelError, RecipeError
 from libreflux.model.facts import KNOWN
 from libreflux.model.known import planned_model
 from libreflux.model.locate import EMOJI
 from libreflux.model.source import open_model
 from libreflux.probing.freedom import FreedomRow
 from libreflux.probing.report.summary import summary
-from libreflux.recipe import Recipe
+from libreflux.recipe import Recipe, load_recipe
 from libreflux.recipe.faults import ELSEWHERE, dotted_keys
 from libreflux.recipe.keys import recipe_keys
 from libreflux.training import trace
@@ -184,6 +184,19 @@ def test_other_trainers_names_lead_to_keys_that_there_are() -> None:
     for key, names in ELSEWHERE.items():
         assert key.replace(".0", "") in known
         assert not set(names.split()) & {one for one in known if "." not in one}
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("samples.guidance_scale", "samples.guidance"),
+        ("optimizer.lr", "optimizer.learning_rate"),
+        ("lr", "optimizer.learning_rate"),
+    ],
+)
+def test_another_trainers_name_leads_to_the_key_of_its_section(key: str, told: str) -> None:
+    with pytest.raises(RecipeError, match=f"did you mean '{told}'"):
+        load_recipe(None, ["data.0.path=photos", "resolution=512", "steps=10", "out=runs/a", f"{key}=3"])
 
 
 @pytest.mark.parametrize("width", [80, 60, 30])

@@ -136,6 +136,8 @@ def test_adapters_are_asked_for_and_keep_their_weight(
     assert run(*args).code == 0
     missing = run("generate", "--remake", first, "--out", tmp_path / "b.png")
     assert missing.code == 2 and f"drawn with 1 adapter, not 0; mend: give --adapter {trained}, from" in missing.err
+    other = run("generate", "--remake", first, "--adapter", f"{trained}:0.4", "--out", tmp_path / "b.png")
+    assert other.code == 2 and "weight 0.4 is not the picture's, 0.5" in other.err
     again = run("generate", "--remake", first, "--adapter", trained, "--out", tmp_path / "b.png")
     assert again.code == 0, again.err
     assert (tmp_path / "b.png").read_bytes() == first.read_bytes()

@@ -181,7 +181,7 @@ def test_a_damaged_row_is_made_anew_by_a_run_too(
     for change in ("shard = 7000", "key = 5", "width = 'wide'"):
         with closing(sqlite3.connect(out / "index.sqlite3")) as index, index:
             assert index.execute(f"UPDATE latents SET {change} WHERE key = ?", (key,)).rowcount == 1
-        with pytest.raises(DataError, match=r"index\.sqlite3: 1 damaged rows of latents; mend: run `libreflux prep"):
+        with pytest.raises(DataError, match=r"index\.sqlite3: 1 damaged row of latents; mend: run `libreflux prep"):
             Cache(out)
         encoded.clear()
         cache, _ = again(out)
@@ -287,3 +287,14 @@ def test_tables_cut_short_or_overwritten_are_one_line(
         assert rows(out / "files.sqlite3") == rows(prepared[0].folder / "files.sqlite3") and not encoded
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 1 and "files.sqlite3 is damaged: what it remembered of files is read again" in told[0]
+
+
+def test_a_cache_of_other_settings_is_refused_before_anything_of_it_is_removed(
+    prepared: Prepared, tmp_path: Path, again: Callable[..., Prepared]
+) -> None:
+    out = copied(prepared, tmp_path / "cache")
+    damaged = out / "shards" / "latents-00000001.safetensors"
+    flip(damaged, damaged.stat().st_size - 9, 3)
+    with pytest.raises(DataError, match="this cache was made with"):
+        again(out, read_all=True, text_cache="int8")
+    assert damaged.is_file()

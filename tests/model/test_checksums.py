@@ -17,6 +17,7 @@ from libreflux.model.int8_files import share_equal
 from libreflux.model.locate import EMOJI, WEIGHTS
 from libreflux.model.quantise import quantise_folder
 from libreflux.model.source import LiveParts, open_model, save_model
+from libreflux.sample.pipeline import LibreFluxPipeline
 from opened import Opened, opened
 
 PLACES = (0.0, 0.03, 0.31, 0.62, 0.999)
@@ -150,3 +151,18 @@ def test_the_shipped_family_has_checksums_of_all_its_files(name: str) -> None:
     assert {path.relative_to(WEIGHTS / name).as_posix() for path in there} <= table.keys()
     with folder_sums.verified(WEIGHTS / name, [WEIGHTS / name / place for place in table]):
         pass
+
+
+def test_a_pipeline_that_is_saved_leaves_a_model_that_opens(
+    tiny_model_dir: Path, int8_dir: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(int8_dir, tmp_path / "model"))
+    with pytest.raises(ModelError, match="does not write int8"):
+        LibreFluxPipeline.from_pretrained(folder).save_pretrained(folder)
+    LibreFluxPipeline.from_pretrained(folder)
+    assert (folder / "checksums.json").is_file()
+    stale = tmp_path / "dense"
+    stale.mkdir()
+    (stale / "checksums.json").write_text("{}")
+    LibreFluxPipeline.from_pretrained(tiny_model_dir).save_pretrained(stale)
+    LibreFluxPipeline.from_pretrained(stale)

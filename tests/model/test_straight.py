@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from libreflux.errors import ModelError
+from libreflux.model.load import one_line
 from libreflux.model.single_file import SingleFiles, find_comfyui
 from libreflux.model.source import open_model
 from opened import Opened, opened
@@ -125,3 +126,20 @@ def test_what_is_missing_is_named_on_either_way(
     if asked == "text":
         with pytest.raises(ModelError, match=told):
             open_model(broken).load_text(dtype=torch.float32, device=device, by_block=True)
+
+
+def test_a_part_that_cannot_be_made_leaves_torchs_default_dtype(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """diffusers sets it to the part's while it makes one, and does not put it back where that fails."""
+    model = Path(shutil.copytree(tiny_model_dir, tmp_path / "m"))
+    (model / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL", "in_channels": "x"}')
+    with pytest.raises(ModelError):
+        open_model(model).load_vae(dtype=torch.bfloat16)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_panic_of_the_tokenizers_library_is_one_line() -> None:
+    panic = type("PanicException", (BaseException,), {})
+    with pytest.raises(ModelError, match=r"model: cannot be loaded \(charsmap\); mend: "), one_line(Path("model")):
+        raise panic("charsmap")
+    with pytest.raises(KeyboardInterrupt), one_line(Path("model")):
+        raise KeyboardInterrupt

@@ -30,6 +30,11 @@ _OTHER_WEIGHTS = ("pissa", "olora", "corda", "loftq")
 _PLAIN = ("lora_alpha", "use_rslora")
 _PATIENCE = 0.25
 """Seconds that the patterns of one file may take in all: a stranger's may be made to take for ever."""
+_LONGEST = 500
+"""Characters of a pattern."""
+_MOST_ALPHA = 1e6
+"""Beyond this an alpha is no one's intention."""
+_PLAIN_NAME = regex.compile(r"[\w.]+")
 
 
 class Config(dict[str, Any]):
@@ -75,6 +80,10 @@ def config_of(path: Path, metadata: Mapping[str, str]) -> Config | None:
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         damaged = CONFIG if has_config else METADATA if METADATA in metadata else "lora_alpha"
         raise AdapterError(f"damaged {damaged} ({error})", where=path, mend="copy it again") from None
+    for name in ("use_rslora", "use_dora"):
+        if not isinstance(config.get(name, False), bool | None):
+            mend = "write true or false"
+            raise AdapterError(f"{name} cannot be {str(config[name])[:20]!r}", where=where, mend=mend)
     kind, start = config.get("peft_type", "LORA"), str(config.get("init_lora_weights", "")).lower()
     if kind != "LORA":
         raise AdapterError(f"{kind} is not read", where=where, mend="use a LoRA, or a LoKr of LyCORIS")
@@ -106,11 +115,13 @@ def alpha_of(config: Config, layer: str, rank: int, where: str) -> float | None:
         alpha = _of_layer(config, "alpha_pattern", layer, config.get("lora_alpha"))
         if alpha is None:
             return None
+        if isinstance(alpha, bool) or not abs(float(alpha)) < _MOST_ALPHA:  # NaN too
+            raise ValueError(f"alpha {str(alpha)[:20]} is told of {layer}")
         return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
     except _TooLongError as error:
         mend = "name the layers in it by their plain names"
         raise AdapterError(f"its {error} takes too long to match", where=where, mend=mend) from None
-    except (ValueError, TypeError, AttributeError, regex.error) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, regex.error) as error:
         raise AdapterError(f"damaged {CONFIG} or {METADATA} ({error})", where=where, mend="copy it again") from None
 
 
@@ -129,6 +140,10 @@ def _of_layer(config: Config, pattern: str, layer: str, otherwise: Any) -> Any:
 
 
 def _matches(config: Config, key: str, layer: str, began: float) -> bool:
+    if _PLAIN_NAME.fullmatch(key):
+        return layer == key or layer.endswith(f".{key}")
+    if len(key) > _LONGEST or "{" in key:  # made ready without a limit of time: counted repeats take all memory
+        raise TimeoutError
     left = config.left - (time.monotonic() - began)
     if left <= 0:
         raise TimeoutError

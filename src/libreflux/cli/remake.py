@@ -109,6 +109,12 @@ def _found(origin: Origin, adapters: Sequence[str], picture: Path) -> list[str]:
         weights = [float(row["weight"]) for row in origin.adapters]
     except (KeyError, TypeError, ValueError, OverflowError):
         raise DataError("damaged origin (adapters)", where=picture, mend="give the picture unchanged") from None
+    for text, weight in zip(adapters, weights, strict=True):
+        path, given = adapter_argument(text)
+        if given not in (1.0, weight):
+            what = f"weight {given:g} is not the picture's, {weight:g}"
+            mend = f"give --adapter {path}, the picture says it"
+            raise RecipeError(what, where=f"--adapter {text}", mend=mend)
     return [f"{adapter_argument(text)[0]}:{weight!r}" for text, weight in zip(adapters, weights, strict=True)]
 
 

@@ -27,7 +27,7 @@ def console(*, err: bool = False, width: int | None = None) -> SafeConsole:
 
 def text_width() -> int:
     """Characters of a line on stdout: of the terminal, of COLUMNS, or 80 where neither says."""
-    return console().width
+    return max(20, console().width)  # COLUMNS may be 0
 
 
 def fold(text: str, width: int, indent: str = "  ") -> str:

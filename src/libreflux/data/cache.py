@@ -31,7 +31,7 @@ from libreflux.data.shards import SHARD_NAME, CheckedShard, add_shard, read_shar
 from libreflux.errors import DataError
 from libreflux.files import atomic_save_safetensors, lock, sweep
 from libreflux.model.text import TextConditioning
-from libreflux.printing import get_logger
+from libreflux.printing import counted, get_logger
 
 logger = get_logger(__name__)
 
@@ -87,7 +87,7 @@ class Cache:
             if damaged and not partial:
                 where = next(iter(damaged.values()))
                 told = "a damaged row" if where.name == INDEX else "missing or cut short"
-                raise DataError(told, where=where, mend=MEND)
+                raise DataError(told, where=where, mend=self._mend)
             listed = read_shards(index, folder)
             for shard in listed:
                 seen = bytearray(len(shard.sums or b"") // 4)
@@ -98,10 +98,16 @@ class Cache:
                 rows = indexing.read_rows(index, name, listed, damaged)
                 self.damaged_rows += rows.damaged
                 if rows.damaged and not partial:
-                    raise DataError(f"{rows.damaged} damaged rows of {name}", where=folder / INDEX, mend=MEND)
+                    told = f"{counted(rows.damaged, 'damaged row')} of {name}"
+                    raise DataError(told, where=folder / INDEX, mend=self._mend)
                 shards = rows.columns["shard"]
                 rows.columns["shard"] = np.where(shards == COUNTED, COUNTED, shards + shift).astype(np.int32)
                 found.append(rows)
+
+    @property
+    def _mend(self) -> str:
+        """What makes damage good: the cache is named, since a recipe on disk may name another."""
+        return f"{MEND}, with --out {self.folder}"
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Refuses a cache made with other settings; see ``index.refuse_other_settings``."""
@@ -187,7 +193,7 @@ class Cache:
                 raise DataError("cannot be read", where=path, mend="make it readable") from None
             raise DataError("has gone since the cache was opened", where=path, mend=MEND) from None
         except (OSError, SafetensorError) as error:
-            raise DataError(f"damaged shard ({error})", where=path, mend=MEND) from None
+            raise DataError(f"damaged shard ({error})", where=path, mend=self._mend) from None
 
 
 class CacheWriter:

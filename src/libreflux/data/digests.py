@@ -25,15 +25,17 @@ from libreflux import checksums, files
 from libreflux.data.bar import Bar
 from libreflux.data.index import ELSEWHERE, refusing
 from libreflux.data.pictures import Inspected, inspect
+from libreflux.model.checksums import part_files
 from libreflux.model.locate import part_folder
 from libreflux.printing import get_logger
 
 logger = get_logger(__name__)
 
 MEMORY = "files.sqlite3"
+DAMAGED = (sqlite3.DatabaseError, UnicodeDecodeError)
+"""What sqlite raises of a broken file: what it says of a broken schema may itself be broken letters."""
 VAE_PARTS = ("vae",)
 TEXT_PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
-DECIDING = frozenset({".json", ".safetensors", ".model", ".txt"})
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, digest TEXT,"
     " width INTEGER, height INTEGER, fault TEXT) WITHOUT ROWID"
@@ -91,7 +93,7 @@ class FileMemory:
             if path.is_file():
                 try:
                     self._open.append(_Table(path))
-                except sqlite3.DatabaseError as error:
+                except DAMAGED as error:
                     if path.parent == folder and not _is_busy(error):
                         _forget(path, unlink=_code(error) != sqlite3.SQLITE_ERROR)  # that is: without its table
 
@@ -140,7 +142,7 @@ class FileMemory:
         length = len(next(iter(digests), ""))
         for table in self._open:
             for path, digest in table.digests():
-                if digest[:length] in digests:
+                if isinstance(path, str) and isinstance(digest, str) and digest[:length] in digests:
                     yield digest[:length], Path(path)
 
     def save(self) -> None:
@@ -151,7 +153,7 @@ class FileMemory:
         path = self._folder / MEMORY
         try:
             _write(path, self._new)
-        except sqlite3.DatabaseError as error:
+        except DAMAGED as error:
             if _is_busy(error):
                 with refusing(path):
                     raise
@@ -164,7 +166,7 @@ class FileMemory:
         """Gives rows that an older version wrote here their sums, where this can be written."""
         path = self._folder / MEMORY
         if path.is_file():
-            with contextlib.suppress(sqlite3.DatabaseError):
+            with contextlib.suppress(*DAMAGED):
                 _add_sums(path)
 
     def _find(self, name: str, state: _State) -> _Row | None:
@@ -192,7 +194,7 @@ class _Table:
             self._connection.execute("SELECT * FROM files LIMIT 1").fetchone()
             known = _columns(self._connection)
             self._added, self._summed = known >= set(_ADDED), _SUM in known
-        except sqlite3.DatabaseError:
+        except DAMAGED:
             self._connection.close()
             raise
 
@@ -202,7 +204,7 @@ class _Table:
         query = f"SELECT {_READ}, {added}, {_SUM if self._summed else 'NULL'} FROM files WHERE path = ?"
         try:
             found = self._connection.execute(query, (name,)).fetchone()
-        except sqlite3.DatabaseError:
+        except DAMAGED:
             _tell_damaged(str(self._path))
             return None
         if found is None:
@@ -220,7 +222,7 @@ class _Table:
         """(path, digest) of every whole row."""
         names = f"path, {_READ}, {', '.join(_ADDED)}, {_SUM}" if self._added and self._summed else "path, digest, NULL"
         place = names.split(", ").index("digest")
-        with contextlib.suppress(sqlite3.DatabaseError):
+        with contextlib.suppress(*DAMAGED):
             for row in self._connection.execute(f"SELECT {names} FROM files"):
                 if row[-1] is None or row[-1] == checksums.of_values(*row[:-1]):
                     yield row[0], row[place]
@@ -254,12 +256,12 @@ def _add_sums(path: Path) -> None:
         connection.executemany(f"UPDATE files SET {_SUM} = ? WHERE path = ?", sums)
 
 
-def _is_busy(error: sqlite3.DatabaseError) -> bool:
+def _is_busy(error: Exception) -> bool:
     """Whether it says something else than that the file is no database, or a broken one."""
     return _code(error) in (*ELSEWHERE, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PERM)
 
 
-def _code(error: sqlite3.DatabaseError) -> int:
+def _code(error: Exception) -> int:
     return int(getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)) & 0xFF
 
 
@@ -318,9 +320,8 @@ def parts_digest(places: Mapping[str, Path], memory: FileMemory) -> str:
     for part, place in places.items():
         if place.is_file():
             total.update(f"{part}\0{memory.sha256(place)}\n".encode())
-        for path in sorted(place.rglob("*")):
-            if path.is_file() and path.suffix in DECIDING and not path.name.startswith("."):
-                total.update(f"{part}/{path.relative_to(place).as_posix()}\0{memory.sha256(path)}\n".encode())
+        for path in part_files(place):
+            total.update(f"{part}/{path.relative_to(place).as_posix()}\0{memory.sha256(path)}\n".encode())
     return total.hexdigest()
 
 

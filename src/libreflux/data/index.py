@@ -20,7 +20,7 @@ from libreflux import checksums, plainjson
 from libreflux.data.shards import AFRESH, INDEX, SHARDS, Shard, read_shards
 from libreflux.decided import differing
 from libreflux.errors import DataError
-from libreflux.printing import get_logger
+from libreflux.printing import counted, get_logger
 
 logger = get_logger(__name__)
 
@@ -145,7 +145,8 @@ def rewrite_rows(index: sqlite3.Connection, folder: Path) -> None:
         index.execute(f"DELETE FROM {table}")
         add_rows(index, table, list(map(tuple, columns.tolist())))
         if rows.damaged:
-            logger.warning("%s: %d rows of %s are damaged: left out", folder / INDEX, rows.damaged, table)
+            told = counted(rows.damaged, "damaged row")
+            logger.warning("%s: %s of %s left out", folder / INDEX, told, table)
 
 
 def has_damaged_rows(folder: Path, index: sqlite3.Connection) -> bool:

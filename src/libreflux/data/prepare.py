@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from libreflux.data import index as indexing
 from libreflux.data.bar import Bar, Progress
 from libreflux.data.batches import Batches
 from libreflux.data.cache import LATENTS, PARTS, Cache, index_folders, writing
@@ -191,6 +192,7 @@ def prepare(
     }
     wanted = _Wanted(sources, views, ["", *prompts] if part[0] == 0 else [], text_cache != "none")
     if read_all:
+        _refuse_other_settings(out, settings)  # nothing of another model's cache is removed
         verify(out, own, bar)
         memory.add_sums()
     known = _known(out, settings)
@@ -282,6 +284,13 @@ def _absent(texts: Iterator[str], here: Callable[[np.ndarray], np.ndarray] | Non
         known = here(np.fromiter(map(text_key, part), np.int64, len(part)))
         found.update(text for text, one in zip(part, known.tolist(), strict=True) if not one)
     return found
+
+
+def _refuse_other_settings(out: Path, settings: dict[str, Any]) -> None:
+    for folder in index_folders(out):
+        with indexing.connect(folder) as index:
+            if known := indexing.read_settings(index, folder):
+                indexing.refuse_other_settings(out, known, settings)
 
 
 def _known(out: Path, settings: dict[str, Any]) -> Cache | None:

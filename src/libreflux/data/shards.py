@@ -51,7 +51,7 @@ def read_shards(index: sqlite3.Connection, folder: Path) -> list[Shard]:
         whole = not added or told == _shard_sum(number, name, size, sums)
         if whole and not (isinstance(name, str) and SHARD_NAME.fullmatch(name)):
             raise DataError(f"names a shard {str(name)!r}, which is no shard's name", where=folder / INDEX, mend=AFRESH)
-        found.append(Shard(number, str(name), size, sums, whole))
+        found.append(Shard(number, str(name), size, sums if whole else None, whole))
     return sorted(found, key=lambda shard: shard.name)
 
 

@@ -36,12 +36,12 @@ def planned_model(name: str) -> Iterator[tuple[str, str | None]]:
     except ModelError as error:
         if error.__cause__ is None or known_facts(name) is None or _no_such_revision(error.__cause__):
             raise
-        reason = hub_reason(error.__cause__)
+        reason, gated = hub_reason(error.__cause__), _is_gated(error.__cause__)
     else:
         yield name, None
         return
     with tempfile.TemporaryDirectory(prefix="libreflux-") as folder:
-        login = f"; to train it: {LOGIN}" if needs_login(name) or "login" in reason else ""
+        login = f"; to train it: {LOGIN}" if needs_login(name) or gated else ""
         yield str(write_configs(name, Path(folder))), f"{name}: {reason}; planned with its known sizes{login}"
 
 
@@ -63,6 +63,12 @@ def write_configs(name: str, folder: Path) -> Path:
     (folder / "model_index.json").write_text("{}", encoding="utf-8")
     write_facts(folder, facts)
     return folder
+
+
+def _is_gated(cause: BaseException) -> bool:
+    from huggingface_hub.errors import GatedRepoError
+
+    return isinstance(cause, GatedRepoError)
 
 
 def _no_such_revision(cause: BaseException) -> bool:

@@ -111,7 +111,7 @@ def _read_to(kind: Any, folder: Path, device: torch.device | str, **options: Any
     """A part with its tensors placed on the device as they are read, and what its library says of their names."""
     options |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     options["variant"] = weight_variant(folder)
-    with one_line(folder):
+    with one_line(folder), _default_dtype_kept():
         if torch.device(device).type != "cpu":
             # A tensor that no file has cannot be moved, and which one it is only the CPU's way tells.
             with contextlib.suppress(NotImplementedError):
@@ -119,6 +119,16 @@ def _read_to(kind: Any, folder: Path, device: torch.device | str, **options: Any
                 return part, found
         part, found = kind.from_pretrained(folder, **options)
         return part, found
+
+
+@contextlib.contextmanager
+def _default_dtype_kept() -> Iterator[None]:
+    """diffusers sets torch's default dtype while it makes a model, and leaves it so where that fails."""
+    before = torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _check_keys(folder: Path, found: dict[str, Any], kinds: Sequence[str]) -> None:
@@ -153,7 +163,11 @@ def one_line(where: Path) -> Iterator[None]:
         yield
     except LibrefluxError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":  # of the tokenizers' library; it is no Exception
+            raise ModelError(f"cannot be loaded ({str(error)[:80]})", where=where, mend=COPY) from error
+        if not isinstance(error, Exception):
+            raise
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or is_device_error(error):
             raise  # whoever opens the part knows what makes it smaller
         if is_out_of_memory(error):  # as a CPU says it, above all of sizes that no model has

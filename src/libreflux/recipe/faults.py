@@ -114,7 +114,7 @@ def _key_path(loc: Sequence[str | int]) -> tuple[str | int, ...]:
 
 def _nearest(path: Sequence[str | int], root: Section) -> str:
     wrong, here = _short(str(path[-1])), list(keys_of(section_at(path[:-1], root)))
-    if alias := meant_key(wrong):
+    if alias := _meant_here(wrong, path[:-1], here):
         return f"did you mean {alias!r}?"
     if close := difflib.get_close_matches(wrong, here, 1, 0.6):
         return f"did you mean {close[0]!r}?"
@@ -123,6 +123,15 @@ def _nearest(path: Sequence[str | int], root: Section) -> str:
     if close := difflib.get_close_matches(wrong, everywhere, 1, 0.75):
         return f"did you mean {everywhere[close[0]]!r}?"
     return f"the keys here are {', '.join(here)}; `libreflux recipe` says what each is"
+
+
+def _meant_here(name: str, section: Sequence[str | int], here: Sequence[str]) -> str | None:
+    """`meant_key` for a name that stands in a section: the section's own key before the root's."""
+    key = meant_key(name)
+    last = "" if key is None else key.rpartition(".")[2]
+    if section and last in here:
+        return ".".join(map(str, (*section, last)))
+    return None if section and key == last else key
 
 
 def meant_key(name: str) -> str | None:

@@ -13,7 +13,8 @@ from libreflux.errors import ModelError, RecipeError
 from libreflux.model import latents as latent_space
 from libreflux.model.device import pick_dtype
 from libreflux.model.facts import Facts, facts_of, write_facts
-from libreflux.model.locate import PARTS
+from libreflux.model.int8 import int8_layers
+from libreflux.model.locate import CHECKSUMS, PARTS
 from libreflux.model.source import ModelSource, open_model
 from libreflux.model.text import TextEncoders
 from libreflux.sample.adapting import Adapting
@@ -159,11 +160,15 @@ class FluxParts(Adapting, DiffusionPipeline):
         """diffusers' own, and the facts beside it, so that `from_pretrained` draws alike.
 
         Raises:
-            ModelError: adapters are loaded.
+            ModelError: adapters are loaded, or the transformer is int8.
         """
         self._refuse_adapted()
+        if int8_layers(self.transformer):
+            mend = "open it with quantise=False, or copy its folder; `libreflux export --int8` writes int8"
+            raise ModelError("diffusers does not write int8", where=save_directory, mend=mend)
         super().save_pretrained(save_directory, **options)
         write_facts(Path(save_directory), self.facts)
+        (Path(save_directory) / CHECKSUMS).unlink(missing_ok=True)  # of an int8 model that was here before
 
 
 def _check_parts(image_encoder: object, feature_extractor: object, *others: object) -> None:
