@@ -38,7 +38,7 @@ from libreflux.model.int8_files import write_int8
 from libreflux.model.locate import WEIGHTS
 from libreflux.model.single_file import CONFIGS
 from libreflux.model.stream import stream_safetensors
-from libreflux.sample.metadata import Origin
+from libreflux.sample.metadata import GenerationRecord
 
 PROMPTS = ("a small red fox at the left of a rocket, on yellow", "blue")
 TINY: dict[str, dict[str, Any]] = {
@@ -171,7 +171,7 @@ def draw(folder: Path, options: argparse.Namespace) -> None:
     times: list[float] = []
     start = time.perf_counter()
     chosen = open_for_drawing(str(folder), device="cpu")
-    origin = Origin(
+    origin = GenerationRecord(
         prompt=PROMPTS[0], negative=PROMPTS[1], seed=0, steps=options.steps, guidance=options.guidance,
         width=options.size, height=options.size, model=str(folder),
     )  # fmt: skip

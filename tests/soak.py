@@ -198,14 +198,14 @@ def can_mount(folder: Path) -> bool:
 
 
 def refused(soak: Soak, run: Path, steps: int, what: str) -> bool:
-    """Whether the run ended with exit code 2 and a line of what, where and the mend; False if it got through."""
+    """Whether the run ended with exit code 2 and a line of what, where and the hint; False if it got through."""
     code = ended(soak.start(run, steps))
     if code == 0:
         return False
     text = soak.said(run).read_text()
     last = text.splitlines()[-1]
     assert code == 2 and "Traceback" not in text, f"{run}: exit code {code}\n{text}"
-    assert last.startswith(f"libreflux: error: {run}") and what in last and "; mend: " in last, last
+    assert last.startswith(f"libreflux: error: {run}") and what in last and "; hint: " in last, last
     return True
 
 

@@ -91,7 +91,7 @@ def test_a_write_that_the_disk_refuses_is_one_line_and_leaves_nothing(tmp_path: 
                 write()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        assert str(refusal.value).startswith(f"{path}: File too large; mend: make room")
+        assert str(refusal.value).startswith(f"{path}: File too large; hint: make room")
     assert os.listdir(tmp_path) == []
 
 
@@ -138,7 +138,7 @@ def test_a_failed_staged_folder_disappears_and_an_existing_one_is_refused(tmp_pa
         (staging / "no such folder" / "w").write_text("x")
     assert os.listdir(tmp_path) == []
     final.mkdir()
-    with pytest.raises(RunError, match=r"model: already exists; mend:"), files.staged_dir(final):
+    with pytest.raises(RunError, match=r"model: already exists; hint:"), files.staged_dir(final):
         pass
     final.rmdir()
     with pytest.raises(RunError, match="already exists"), files.staged_dir(final) as staging:
@@ -216,7 +216,7 @@ with files.lock(Path(sys.argv[1])):
 def test_a_lock_has_one_holder_and_dies_with_it(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with background(HOLD, folder) as holder:
-        with pytest.raises(RunError, match=f"run: in use by process {holder.pid}; mend:"), files.lock(folder):
+        with pytest.raises(RunError, match=f"run: in use by process {holder.pid}; hint:"), files.lock(folder):
             pass
         holder.send_signal(signal.SIGKILL)
         holder.wait()

@@ -62,7 +62,7 @@ def test_a_place_that_cannot_be_written_is_refused(room: Path, kind: str, name: 
     before = everything(room)
     with bound_by_modes(), pytest.raises(RunError, match=told) as refused:
         KINDS[kind](room / name)
-    assert "; mend: " in str(refused.value) and everything(room) == before
+    assert "; hint: " in str(refused.value) and everything(room) == before
 
 
 @pytest.mark.parametrize(("kind", "name"), [

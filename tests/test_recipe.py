@@ -107,13 +107,13 @@ def test_a_resolved_recipe_reads_back_equal(design: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("optimiser.learning_rate=1", "optimiser: unknown key; mend: did you mean 'optimizer'?"),
-        ("optimizer.learning_rte=1", "optimizer.learning_rte: unknown key; mend: did you mean 'learning_rate'?"),
-        ("learning_rte=1", "learning_rte: unknown key; mend: did you mean 'optimizer.learning_rate'?"),
-        ("data.0.caption_dropot=1", "data.0.caption_dropot: unknown key; mend: did you mean 'caption_dropout'?"),
+        ("optimiser.learning_rate=1", "optimiser: unknown key; hint: did you mean 'optimizer'?"),
+        ("optimizer.learning_rte=1", "optimizer.learning_rte: unknown key; hint: did you mean 'learning_rate'?"),
+        ("learning_rte=1", "learning_rte: unknown key; hint: did you mean 'optimizer.learning_rate'?"),
+        ("data.0.caption_dropot=1", "data.0.caption_dropot: unknown key; hint: did you mean 'caption_dropout'?"),
         ("adapter.targets=[{layer: x}]", "adapter.targets.0.layer: unknown key"),
-        ("optimizer.learning-rate=1", "optimizer.learning-rate: unknown key; mend: did you mean 'learning_rate'?"),
-        ("zzz=1", "zzz: unknown key; mend: the keys here are schema, model,"),
+        ("optimizer.learning-rate=1", "optimizer.learning-rate: unknown key; hint: did you mean 'learning_rate'?"),
+        ("zzz=1", "zzz: unknown key; hint: the keys here are schema, model,"),
     ],
 )
 def test_a_misspelt_key_is_named_with_the_nearest(override: str, told: str) -> None:
@@ -218,7 +218,7 @@ def test_a_switch_that_is_off_refuses_nothing() -> None:
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("steps", "not an override; mend: write key=value"),
+        ("steps", "not an override; hint: write key=value"),
         ("=3", "not an override"),
         ("data.5.path=x", "'5' is no item of a list of 1"),
         ("data.path=x", "'path' is no item of a list of 1"),

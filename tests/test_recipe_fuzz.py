@@ -1,4 +1,4 @@
-"""A recipe is read, or refused in one line that names key, value and mend: whatever is written, under every key.
+"""A recipe is read, or refused in one line that names key, value and hint: whatever is written, under every key.
 
 Keys, types and ranges come from the schema of `Recipe`, so that a new key is fuzzed without a line here.
 """
@@ -120,7 +120,7 @@ def outcome(text: str, overrides: list[str]) -> Recipe | str:
         line = str(error)
         assert line.isprintable() or re.fullmatch(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029]*", line), ascii(line)
         line.encode()
-        assert re.search(r"; mend: \S", line), line
+        assert re.search(r"; hint: \S", line), line
         return line
     again = read_recipe(recipe.to_yaml(), "again.yaml")
     assert again == recipe

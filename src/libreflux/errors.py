@@ -1,4 +1,4 @@
-"""Every refusal that a user can meet: what was wrong, where, and the mend, on one line; exit code 2 (a card: 1)."""
+"""Every refusal that a user can meet: what was wrong, where, and the hint, on one line; exit code 2 (a card: 1)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class LibrefluxError(Exception):
     Args:
         what: what is wrong, a clause without a final stop.
         where: the file, key, layer or sample it was found in.
-        mend: what to do about it.
+        hint: what to do about it.
 
     Attributes:
         code: the exit code of a command that it ends.
@@ -19,14 +19,14 @@ class LibrefluxError(Exception):
 
     code = 2
 
-    def __init__(self, what: str, *, where: object | None = None, mend: str | None = None) -> None:
-        self.what, self.where, self.mend = what, where, mend
+    def __init__(self, what: str, *, where: object | None = None, hint: str | None = None) -> None:
+        self.what, self.where, self.hint = what, where, hint
         super().__init__(str(self))
 
     def __str__(self) -> str:
         line = f"{self.where}: {self.what}" if self.where is not None else self.what
-        if self.mend:
-            line += f"; mend: {self.mend}"
+        if self.hint:
+            line += f"; hint: {self.hint}"
         return printable(" ".join(line.split()))
 
 

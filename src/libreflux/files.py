@@ -178,7 +178,7 @@ def verify_manifest(folder: Path) -> None:
     Raises:
         RunError: no manifest, an unreadable one, or a file that is missing or differs, named.
     """
-    mend = "remove this folder and use an older one"
+    hint = "remove this folder and use an older one"
     path = folder / MANIFEST
     try:
         text = path.read_text(encoding="utf-8")
@@ -187,21 +187,21 @@ def verify_manifest(folder: Path) -> None:
         manifest = plainjson.parse(text)
         listed = {str(name): (int(row["size"]), str(row["sha256"])) for name, row in manifest["files"].items()}
     except FileNotFoundError:
-        raise RunError("incomplete: it has no manifest", where=folder, mend=mend) from None
+        raise RunError("incomplete: it has no manifest", where=folder, hint=hint) from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise RunError(f"unreadable manifest ({error})", where=path, mend=mend) from None
+        raise RunError(f"unreadable manifest ({error})", where=path, hint=hint) from None
     if manifest.get("schema") != 1:
-        raise RunError(f"manifest schema {manifest.get('schema')!r} is not 1", where=path, mend="update libreflux")
+        raise RunError(f"manifest schema {manifest.get('schema')!r} is not 1", where=path, hint="update libreflux")
     for name, (size, digest) in listed.items():
         file = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute():
-            raise RunError(f"names {name!r}, which is outside its folder", where=path, mend=mend)
+            raise RunError(f"names {name!r}, which is outside its folder", where=path, hint=hint)
         if not file.is_file():
-            raise RunError("listed in the manifest but missing", where=file, mend=mend)
+            raise RunError("listed in the manifest but missing", where=file, hint=hint)
         if file.stat().st_size != size:
-            raise RunError(f"damaged: {file.stat().st_size} bytes instead of {size}", where=file, mend=mend)
+            raise RunError(f"damaged: {file.stat().st_size} bytes instead of {size}", where=file, hint=hint)
         if sha256_file(file) != digest:
-            raise RunError("damaged: its SHA-256 is not the manifest's", where=file, mend=mend)
+            raise RunError("damaged: its SHA-256 is not the manifest's", where=file, hint=hint)
 
 
 @contextlib.contextmanager
@@ -235,8 +235,8 @@ def _lock_handle(folder: Path) -> int:
         except BlockingIOError:
             holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
             os.close(handle)
-            mend = "wait for it, stop it, or choose another folder"
-            raise RunError(f"in use by process {holder}", where=folder, mend=mend) from None
+            hint = "wait for it, stop it, or choose another folder"
+            raise RunError(f"in use by process {holder}", where=folder, hint=hint) from None
         except BaseException:
             os.close(handle)
             raise
@@ -271,7 +271,7 @@ def _open_to_others(*paths: Path) -> None:
 
 def _refuse_existing(final: Path) -> None:
     if os.path.lexists(final):
-        raise RunError("already exists", where=final, mend="choose another name or remove it")
+        raise RunError("already exists", where=final, hint="choose another name or remove it")
 
 
 def _sweep_abandoned(final: Path) -> None:

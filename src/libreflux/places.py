@@ -47,7 +47,7 @@ def placed(path: Path, errors: Collection[int] = PLACE_ERRORS) -> Iterator[None]
         number = _error_number(error)
         if number not in errors:
             raise
-        raise RunError(os.strerror(number), where=path, mend=_MEND) from error
+        raise RunError(os.strerror(number), where=path, hint=_MEND) from error
 
 
 def nearest(path: Path) -> Path | None:
@@ -68,7 +68,7 @@ def nearest(path: Path) -> Path | None:
 
 
 def did_you_mean(path: Path, otherwise: str = "check the path") -> str:
-    """The mend for a path that is not there: the nearest one that is, or `otherwise`."""
+    """The hint for a path that is not there: the nearest one that is, or `otherwise`."""
     near = nearest(path)
     return otherwise if near is None else f"did you mean {near}?"
 
@@ -77,7 +77,7 @@ def new_place(path: Path) -> None:
     """Raises RunError unless `path` is free and can be written: it is to be made there by one rename."""
     path = Path(path)
     if os.path.lexists(path):
-        raise RunError("already exists", where=path, mend="choose another name or remove it")
+        raise RunError("already exists", where=path, hint="choose another name or remove it")
     _try(path)
 
 
@@ -85,7 +85,7 @@ def file_place(path: Path) -> None:
     """Raises RunError unless a file can be written, or replaced, at `path`."""
     path = Path(path)
     if os.path.isdir(path):  # unlike Path.is_dir it never raises
-        raise RunError("is a folder", where=path, mend="name another file, or remove it")
+        raise RunError("is a folder", where=path, hint="name another file, or remove it")
     _try(path)
 
 
@@ -99,7 +99,7 @@ def folder_place(path: Path, *parts: str) -> None:
             what = (
                 "is a link that leads nowhere" if os.path.islink(folder) and not os.path.exists(folder) else "is a file"
             )
-            raise RunError(what, where=folder, mend="name a folder, or remove it")
+            raise RunError(what, where=folder, hint="name a folder, or remove it")
         _try(folder / "file")
 
 
@@ -113,7 +113,7 @@ def _try(path: Path) -> None:
         while not os.path.lexists(above):
             above = above.parent
         if not os.path.isdir(above):
-            raise RunError(_in_the_way(above), where=above, mend="name another place")
+            raise RunError(_in_the_way(above), where=above, hint="name another place")
         _check_lengths(path, above)
         trial = above / f".trial.tmp-{secrets.token_hex(4)}"
         os.close(os.open(trial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))

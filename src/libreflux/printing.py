@@ -41,6 +41,11 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
+def readable(number: float, digits: int = 3) -> str:
+    """A number in so many digits at least, and without the exponent that `g` gives to large ones: 1.23, 12.3, 1,234."""
+    return f"{number:,.0f}" if number >= 10 ** (digits - 1) else f"{number:.{digits}g}"
+
+
 def get_logger(name: str) -> logging.Logger:
     """The logger of a module of ours: its messages are printable, whoever handles them."""
     logger = logging.getLogger(name)

@@ -119,7 +119,7 @@ def test_a_pattern_that_takes_for_ever_is_refused(
 ) -> None:
     monkeypatch.setattr(Config, "left", 0.02)
     folder = peft_folder(tmp_path / "peft", **{of: {pattern: 4}})
-    with pytest.raises(AdapterError, match=f"its {of} takes too long to match; mend: name the layers"):
+    with pytest.raises(AdapterError, match=f"its {of} takes too long to match; hint: name the layers"):
         load_adapter(folder)
 
 
@@ -148,7 +148,7 @@ def test_a_damaged_configuration(tmp_path: Path, text: str) -> None:
 
 def test_pefts_file_alone_tells_no_scale(tmp_path: Path) -> None:
     alone = written(tmp_path / "renamed.safetensors", lora("base_model.model."))
-    with pytest.raises(AdapterError, match=r"its scale is not known; mend: keep PEFT's adapter_config.json"):
+    with pytest.raises(AdapterError, match=r"its scale is not known; hint: keep PEFT's adapter_config.json"):
         load_adapter(alone)
     alpha = {f"base_model.model.{LAYER}.alpha": torch.tensor(8.0)}
     told = written(tmp_path / "told.safetensors", lora("base_model.model.") | alpha)
@@ -261,7 +261,7 @@ NAN = torch.full((32,), torch.nan)
 def test_what_is_refused(tmp_path: Path, more: dict[str, Tensor], error: type[LibrefluxError], words: str) -> None:
     with pytest.raises(error, match=words) as told:
         load_adapter(written(tmp_path / "bad.safetensors", lora() | more))
-    assert "bad.safetensors" in str(told.value) and "; mend: " in str(told.value)
+    assert "bad.safetensors" in str(told.value) and "; hint: " in str(told.value)
 
 
 def test_a_single_nan_of_many(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_ranges_in_published_configs_take_single_digits_and_the_table_says_so(fl
         ({"apply_preset": {"unet_target_module": ["x"]}}, "unet_target_module is not supported"),
         ({"linear_dim": 8, "factor": 2}, "low-rank LoKr .* full_matrix: true"),
         ({"algo": "loha"}, "algo 'loha' is not supported"),
-        ({"algo": "lora", "linear_dim": 4}, "the recipe says lokr; mend: adapter.kind: lora"),
+        ({"algo": "lora", "linear_dim": 4}, "the recipe says lokr; hint: adapter.kind: lora"),
         ({"dora_wd": True}, "dora_wd is not supported"),
         ({"multiplier": 0.5}, "multiplier is not supported"),
         ({"init_lokr_norm": 1e-2}, "init_lokr_norm differs .* adapter.scale: 0.01"),

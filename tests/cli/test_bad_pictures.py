@@ -51,7 +51,7 @@ def test_a_run_over_bad_pictures_uses_the_good_ones(run: Callable, recipe: Path,
         done = run(*command, "max_quarantined=0.9")
     assert refusal.code == 2
     told = f"{len(reasons)} of {len(reasons) + len(usable)} pictures cannot be used"
-    assert told in refusal.err.splitlines()[-1] and "mend:" in refusal.err.splitlines()[-1]
+    assert told in refusal.err.splitlines()[-1] and "hint:" in refusal.err.splitlines()[-1]
     assert done.code == 0, done.err
     lines = (tmp_path / "run" / "cache" / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
     found = {Path(row["path"]).name: row["reason"] for row in map(json.loads, lines)}

@@ -23,7 +23,7 @@ FAILURES = {
     "illegal access": (torch.AcceleratorError(ILLEGAL, 700), 1, "an illegal memory access was encountered"),
     "cuBLAS": (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(x)`"), 1, "CUBLAS"),
     "cuDNN": (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), 1, "CUDNN_STATUS_EXECUTION_FAILED"),
-    "memory": (torch.OutOfMemoryError(NO_MEMORY), 2, "out of memory; mend: "),
+    "memory": (torch.OutOfMemoryError(NO_MEMORY), 2, "out of memory; hint: "),
     "memory of cuBLAS": (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `x`"), 2, "out of memory"),
 }
 
@@ -42,7 +42,7 @@ def failing(error: Exception) -> Callable[..., Any]:
 
 def one_line(err: str) -> str:
     [line] = [line for line in err.splitlines() if line.startswith("libreflux: error: ")]
-    assert err.endswith(f"{line}\n") and "Traceback" not in err and "mend" in line
+    assert err.endswith(f"{line}\n") and "Traceback" not in err and "hint" in line
     return line
 
 

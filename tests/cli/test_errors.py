@@ -1,4 +1,4 @@
-"""A user's mistake: one line with the mend on stderr, exit code 2, and nothing written."""
+"""A user's mistake: one line with the hint on stderr, exit code 2, and nothing written."""
 
 from __future__ import annotations
 
@@ -49,40 +49,40 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (["genrate", "x"], ["No such command", "genrate"]),
         (["generate", "x", "--stepz", "3"], ["--stepz"]),
         (["generate", "x", "--steps", "0"], ["--steps"]),
-        (["generate", "x", "--model", "no/such/model/here"], ["no such model", "mend"]),
+        (["generate", "x", "--model", "no/such/model/here"], ["no such model", "hint"]),
         (["generate", "x", "--model", "emoji-bas"], ["did you mean emoji-base?"]),
-        (["generate", "x", "--model", "MODEL", "--adapter", "no.safetensors"], ["no such adapter file", "mend"]),
+        (["generate", "x", "--model", "MODEL", "--adapter", "no.safetensors"], ["no such adapter file", "hint"]),
         (["generate", "x", "--model", "MODEL", "--adapter", "a.safetensors:much"], ["'much' is no weight"]),
         (["generate", "x", "--model", "MODEL", "--adapter", "file.txt"], ["file.txt", "safetensors"]),
         (["generate", "x", "--width", "100"], ["--width", "use 96"]),
         (["generate", "x", "--height", "0"], ["--height"]),
         (["generate", "x", "--height", "-16"], ["--height"]),
-        (["generate", "x", "--guidance", "1", "--negative", "y"], ["--negative", "no effect at guidance 1", "mend"]),
-        (["generate", "x", "--guidance", "1", "--no-cfg-until", "2"], ["--no-cfg-until", "no effect", "mend"]),
+        (["generate", "x", "--guidance", "1", "--negative", "y"], ["--negative", "no effect at guidance 1", "hint"]),
+        (["generate", "x", "--guidance", "1", "--no-cfg-until", "2"], ["--no-cfg-until", "no effect", "hint"]),
         (["generate", "x", "--steps", "-4"], ["--steps"]),
         (["generate", "x", "--sigmas", "1,nan"], ["--sigmas", "nan", "falling numbers in (0, 1]"]),
-        (["generate", "x", "--sigmas", "0.5,0.75"], ["--sigmas", "falling numbers", "mend"]),
-        (["generate", "x", "--sigmas", "0.5,0.5"], ["--sigmas", "falling numbers", "mend"]),
-        (["generate", "x", "--sigmas", "1.5,0.5"], ["--sigmas", "falling numbers", "mend"]),
+        (["generate", "x", "--sigmas", "0.5,0.75"], ["--sigmas", "falling numbers", "hint"]),
+        (["generate", "x", "--sigmas", "0.5,0.5"], ["--sigmas", "falling numbers", "hint"]),
+        (["generate", "x", "--sigmas", "1.5,0.5"], ["--sigmas", "falling numbers", "hint"]),
         (["generate", "x", "--sigmas", "1,0"], ["--sigmas", "the last one, 0, is added"]),
-        (["generate", "x", "--sigmas", "1,half"], ["--sigmas", "'1,half' is no list of numbers", "mend"]),
-        (["generate", "x", "--sigmas", ""], ["--sigmas", "is empty", "mend"]),
-        (["generate", "x", "--sigmas", "1,0.5", "--steps", "2"], ["--steps", "no effect beside --sigmas", "mend"]),
+        (["generate", "x", "--sigmas", "1,half"], ["--sigmas", "'1,half' is no list of numbers", "hint"]),
+        (["generate", "x", "--sigmas", ""], ["--sigmas", "is empty", "hint"]),
+        (["generate", "x", "--sigmas", "1,0.5", "--steps", "2"], ["--steps", "no effect beside --sigmas", "hint"]),
         (["generate", "x", "--sigmas", "1,0.5", "--no-cfg-until", "2"], ["--no-cfg-until", "no step of 2"]),
-        (["generate", "x", "--embedded-guidance", "inf"], ["--embedded-guidance", "cannot be inf", "mend"]),
+        (["generate", "x", "--embedded-guidance", "inf"], ["--embedded-guidance", "cannot be inf", "hint"]),
         (
             ["generate", "x", "--model", "MODEL", "--embedded-guidance", "3"],
-            ["--embedded-guidance", "no effect", "mend"],
+            ["--embedded-guidance", "no effect", "hint"],
         ),
         (["generate", "x", "--max-tokens", "0"], ["--max-tokens"]),
         (["generate", "x", "--model", "MODEL", "--max-tokens", "513"], ["--max-tokens: cannot be 513", "1 to 512"]),
-        (["generate", "x", "y", "--prompt-2", "z"], ["--prompt-2: 1 for 2 prompts", "mend"]),
+        (["generate", "x", "y", "--prompt-2", "z"], ["--prompt-2: 1 for 2 prompts", "hint"]),
         (["generate", "x", "--guidance", "1", "--negative-2", "y"], ["--negative-2", "no effect at guidance 1"]),
         (["generate", "--remake", "file.txt", "--prompt-2", "z"], ["--prompt-2", "no effect beside --remake"]),
         (["generate", "x", "--guidance", "nan"], ["--guidance"]),
-        (["generate", "x", "--guidance", "inf"], ["--guidance", "cannot be inf", "mend"]),
-        (["generate", "x", "--guidance-start", "1.5"], ["--guidance-start", "fraction of the steps", "mend"]),
-        (["generate", "x", "--guidance-stop", "nan"], ["--guidance-stop", "cannot be nan", "mend"]),
+        (["generate", "x", "--guidance", "inf"], ["--guidance", "cannot be inf", "hint"]),
+        (["generate", "x", "--guidance-start", "1.5"], ["--guidance-start", "fraction of the steps", "hint"]),
+        (["generate", "x", "--guidance-stop", "nan"], ["--guidance-stop", "cannot be nan", "hint"]),
         (
             ["generate", "x", "--guidance-start", ".5", "--guidance-stop", ".5"],
             ["--guidance-start", "not below the stop"],
@@ -90,20 +90,20 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (["generate", "x", "--guidance-start", ".6", "--guidance-stop", ".7", "--steps", "4"], ["no step of 4"]),
         (["generate", "x", "--guidance-start", ".5", "--no-cfg-until", "1"], ["--no-cfg-until", "--guidance-start"]),
         (["generate", "x", "--guidance", "0.5", "--guidance-rescale", "0.5"], ["--guidance-rescale", "no effect"]),
-        (["generate", "x", "--guidance-rescale", "2"], ["--guidance-rescale", "cannot be 2", "mend"]),
+        (["generate", "x", "--guidance-rescale", "2"], ["--guidance-rescale", "cannot be 2", "hint"]),
         (["generate", "x", "--guidance", "1", "--batch-cfg", "on"], ["--batch-cfg", "no effect at guidance 1"]),
         (["generate", "x", "--batch-cfg", "maybe"], ["--batch-cfg", "maybe"]),
-        (["generate", "x", "--model", "MODEL", "--offload", "model"], ["--offload", "of no use on cpu", "mend"]),
-        (["grid", "x", "--model", "MODEL", "--offload", "sequential"], ["--offload", "of no use on cpu", "mend"]),
-        (["generate", "x", "--quantize", "int8", "--offload", "sequential"], ["--offload sequential", "int8", "mend"]),
+        (["generate", "x", "--model", "MODEL", "--offload", "model"], ["--offload", "of no use on cpu", "hint"]),
+        (["grid", "x", "--model", "MODEL", "--offload", "sequential"], ["--offload", "of no use on cpu", "hint"]),
+        (["generate", "x", "--quantize", "int8", "--offload", "sequential"], ["--offload sequential", "int8", "hint"]),
         (["generate", "x", "--quantize", "int4"], ["--quantize", "'int4'"]),
         (["generate", "--remake", "file.txt", "--quantize", "int8"], ["--quantize", "no effect beside --remake"]),
         (["generate", "x", "--offload", "gpu"], ["--offload", "'gpu'"]),
-        (["generate", "x", "--remake", "file.txt"], ["PROMPT", "no effect beside --remake", "mend"]),
+        (["generate", "x", "--remake", "file.txt"], ["PROMPT", "no effect beside --remake", "hint"]),
         (["generate", "--remake", "file.txt", "--seed", "0"], ["--seed", "no effect beside --remake"]),
-        (["generate", "--remake", "file.txt"], ["file.txt", "not a readable picture", "mend"]),
-        (["generate", "--remake", "no.png"], ["no.png", "mend"]),
-        (["generate", "x", "--out", "a.jpg"], ["a.jpg", "mend"]),
+        (["generate", "--remake", "file.txt"], ["file.txt", "not a readable picture", "hint"]),
+        (["generate", "--remake", "no.png"], ["no.png", "hint"]),
+        (["generate", "x", "--out", "a.jpg"], ["a.jpg", "hint"]),
         (["generate", "x", "y", "--out", "a.png"], ["2 pictures do not fit one file"]),
         (["merge", "MODEL", "no.safetensors", "--out", "m"], ["no such adapter file"]),
         (["merge", "MODEL", "no.safetensors", "--out", "full"], ["already exists", "full"]),
@@ -119,16 +119,16 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (["train", "RECIPE", "out=o", "model=no/such/model/here"], ["no such model"]),
         (["train", "RECIPE", "out=o", "adapter.targets.0.layers=transformer_block.**"], ["matches no linear layer"]),
         (["train", "RECIPE", "out=o", "data.0.path=nowhere"], ["nowhere", "no such folder"]),
-        (["train", "RECIPE", "out=o", "text_padding=bias"], ["text_padding", "not supported yet", "mend"]),
-        (["train", "RECIPE", "out=o", "steps=0"], ["steps", "not 0", "mend"]),
-        (["train", "RECIPE", "out=o", "device=tpu"], ["device", "mend"]),
-        (["train", "RECIPE", "out=o", "device=cuda:7"], ["this machine has no cuda:7", "mend"]),
-        (["train", "RECIPE", "out=file.txt"], ["file.txt", "mend"]),
-        (["prepare", "PICTURES", "--out", "file.txt", "--model", "MODEL"], ["file.txt", "mend"]),
-        (["generate", "x", "--model", "MODEL", "--device", "abacus"], ["device", "mend"]),
-        (["generate", "x", "--model", "MODEL", "--out", "file.txt/a.png"], ["file.txt", "is a file", "mend"]),
-        (["demo", "--out", "file.txt"], ["file.txt", "is a file", "mend"]),
-        (["demo-data", "."], ["mend"]),
+        (["train", "RECIPE", "out=o", "text_padding=bias"], ["text_padding", "not supported yet", "hint"]),
+        (["train", "RECIPE", "out=o", "steps=0"], ["steps", "not 0", "hint"]),
+        (["train", "RECIPE", "out=o", "device=tpu"], ["device", "hint"]),
+        (["train", "RECIPE", "out=o", "device=cuda:7"], ["this machine has no cuda:7", "hint"]),
+        (["train", "RECIPE", "out=file.txt"], ["file.txt", "hint"]),
+        (["prepare", "PICTURES", "--out", "file.txt", "--model", "MODEL"], ["file.txt", "hint"]),
+        (["generate", "x", "--model", "MODEL", "--device", "abacus"], ["device", "hint"]),
+        (["generate", "x", "--model", "MODEL", "--out", "file.txt/a.png"], ["file.txt", "is a file", "hint"]),
+        (["demo", "--out", "file.txt"], ["file.txt", "is a file", "hint"]),
+        (["demo-data", "."], ["hint"]),
         (["train", "RECIPE", "out=o", "base=int4"], ["base", "int8"]),
     ],
     ids=lambda value: " ".join(value[:2])[:40] + str(len(value)) if isinstance(value, list) else None,
@@ -156,7 +156,7 @@ def test_broken_data_is_named_and_nothing_is_left(
     result = run("train", recipe, "out=o", f"data.0.path={data}")
     last = result.err.splitlines()[-1]  # after the progress of preparing
     assert result.code == 2
-    assert last.startswith("libreflux: error: ") and victim.name in last and "mend" in last
+    assert last.startswith("libreflux: error: ") and victim.name in last and "hint" in last
     assert "transformer_blocks" not in result.err
 
 
@@ -176,7 +176,7 @@ def test_a_read_only_run_folder_is_one_line_and_stays_as_it_was(
         path.chmod(0o755 if path.is_dir() else 0o644)
     line = result.err.splitlines()[-1]
     assert result.code == 2
-    assert line.startswith(f"libreflux: error: {out}") and "Permission denied; mend: " in line
+    assert line.startswith(f"libreflux: error: {out}") and "Permission denied; hint: " in line
     assert {path: path.read_bytes() for path in (out / "checkpoints").rglob("*") if path.is_file()} == before
     assert run("train", recipe, f"out={out}", "steps=4").code == 0
 

@@ -155,8 +155,8 @@ def test_no_adapter_is_taken_for_a_model(run: Callable, tmp_path: Path, suffix: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["emoji-libre", "--for", "kohya"], "no program 'kohya' for a model; mend: use diffusers, bfl"),
-        (["RUN", "--for", "bfl"], "no program 'bfl' for an adapter; mend: use comfyui"),
+        (["emoji-libre", "--for", "kohya"], "no program 'kohya' for a model; hint: use diffusers, bfl"),
+        (["RUN", "--for", "bfl"], "no program 'bfl' for an adapter; hint: use comfyui"),
         (["RUN", "--int8"], "--int8: has no effect on an adapter"),
         (["emoji-libre", "--int8", "--rank", "4"], "--rank: has no effect on a model"),
         (["emoji-libre", "--int8", "--base", "emoji-base"], "--base: has no effect without a single file"),

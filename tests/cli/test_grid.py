@@ -14,7 +14,7 @@ from PIL import Image
 
 from libreflux.cli.grid import Column, _Cells, numbers
 from libreflux.errors import RecipeError
-from libreflux.sample.metadata import Origin, read_origin, save_png
+from libreflux.sample.metadata import GenerationRecord, read_record, save_png
 from tiny import DECIDING, UNDECIDING, change_json
 
 
@@ -30,7 +30,7 @@ def test_cells_are_what_generate_draws_and_are_drawn_once(
     assert len(cells) == 16
 
     one = next(
-        file for file in cells if (o := read_origin(file)).prompt == evil and (o.steps, o.guidance, o.seed) == (2, 3, 1)
+        file for file in cells if (o := read_record(file)).prompt == evil and (o.steps, o.guidance, o.seed) == (2, 3, 1)
     )
     alone = tmp_path / "alone.png"
     command_alone = [
@@ -62,17 +62,19 @@ def test_cells_are_what_generate_draws_and_are_drawn_once(
     assert page.count('type="radio"') == 6 and page.count("<figure") == 24
     assert "CFG scale: 4" in page
     with Image.open(out / "grid.png") as sheet:
-        side = read_origin(one).width
+        side = read_record(one).width
         assert sheet.width > 6 * side and sheet.height > 4 * side
 
 
-def blank(cells: _Cells, column: Column, prompt: str, seed: int, told: Any) -> tuple[Path, Origin]:
+def blank(cells: _Cells, column: Column, prompt: str, seed: int, told: Any) -> tuple[Path, GenerationRecord]:
     """In a drawing's place, where only whether it is drawn is asked."""
     steps, scale = (getattr(cells._identity(column.model), name)(column) for name in ("steps", "guidance"))
-    origin = Origin(prompt=prompt, seed=seed, steps=steps, guidance=scale, width=16, height=16, model=column.model)
-    save_png(Image.new("RGB", (16, 16)), path := cells._path(column, prompt, seed), origin)
+    record = GenerationRecord(
+        prompt=prompt, seed=seed, steps=steps, guidance=scale, width=16, height=16, model=column.model
+    )
+    save_png(Image.new("RGB", (16, 16)), path := cells._path(column, prompt, seed), record)
     cells.made += 1
-    return path, origin
+    return path, record
 
 
 def test_a_cell_is_drawn_anew_when_anything_that_decides_it_changes(
@@ -118,7 +120,7 @@ def test_own_steps_and_guidance_are_the_models_own_of_today(
         change_json(model / "libreflux.json", **facts)
         done = run("grid", "a cat", "--model", model, "--out", tmp_path / "grid")
         assert "1 of 1 cell drawn now" in done.out
-    assert {(o.steps, o.guidance) for o in map(read_origin, (tmp_path / "grid" / "cells").iterdir())} == {
+    assert {(o.steps, o.guidance) for o in map(read_record, (tmp_path / "grid" / "cells").iterdir())} == {
         (1, 3.0), (2, 3.0), (2, 2.0),
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""A damaged or hostile model or adapter: `generate` says what, where and the mend on one line, and writes nothing."""
+"""A damaged or hostile model or adapter: `generate` says what, where and the hint on one line, and writes nothing."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ DAMAGED: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
 def refused(outcome: tuple[int, str, str], parts: tuple[str, ...]) -> None:
     code, out, err = outcome
     assert (code, out, err.count("\n")) == (2, "", 1), err
-    assert err.startswith("libreflux: error: ") and "; mend: " in err
+    assert err.startswith("libreflux: error: ") and "; hint: " in err
     for part in parts:
         assert part in err
 
@@ -301,7 +301,7 @@ def lora_for_other_layers(file: Path) -> None:
 
 
 ADAPTERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "of wider layers": (lora_for_wider_layers, ("to_q", "mend")),
+    "of wider layers": (lora_for_wider_layers, ("to_q", "hint")),
     "of other layers": (lora_for_other_layers, ("tensors that fit no linear layer of this model",)),
     "truncated": (
         lambda file: (lora_for_wider_layers(file), replaced(file, file.read_bytes()[:-20])),

@@ -21,7 +21,7 @@ from libreflux.model.source import open_model
 from libreflux.probing import run as probe_run
 from libreflux.probing.context import Bench
 from libreflux.probing.results import read_result
-from libreflux.sample.metadata import read_origin
+from libreflux.sample.metadata import read_record
 from libreflux.training import checkpoint
 
 ARCHIVES = sorted((Path(__file__).parents[1] / "kept").glob("*.tar.xz"))
@@ -78,19 +78,19 @@ def test_a_probe_is_whole_and_its_drawings_are_known(
 
 
 def test_a_grid_is_not_drawn_again(run: Callable[..., Any], kept: Path) -> None:
-    origins = [read_origin(path) for path in sorted((kept / "grid" / "cells").iterdir())]
+    records = [read_record(path) for path in sorted((kept / "grid" / "cells").iterdir())]
     for _ in range(2):
         done = run(*COMMANDS["grid"])
         assert done.code == 0 and "0 of 2 cells drawn now" in done.out, done.err
-    now = [read_origin(path) for path in (kept / "grid" / "cells").iterdir()]
-    assert sorted(now, key=lambda one: one.steps) == sorted(origins, key=lambda one: one.steps)
+    now = [read_record(path) for path in (kept / "grid" / "cells").iterdir()]
+    assert sorted(now, key=lambda one: one.steps) == sorted(records, key=lambda one: one.steps)
 
 
 def test_an_adapter_draws(run: Callable[..., Any], kept: Path) -> None:
     words = ["--adapter", "run/adapter.safetensors", "--steps", 1, "--width", 32, "--height", 32, "--out", "one.png"]
     done = run("generate", "a red apple", *words)
     assert done.code == 0, done.err
-    assert [row["file"] for row in read_origin(kept / "one.png").adapters] == ["adapter.safetensors"]
+    assert [row["file"] for row in read_record(kept / "one.png").adapters] == ["adapter.safetensors"]
     with Image.open(kept / "one.png") as picture:
         assert picture.size == (32, 32)
 

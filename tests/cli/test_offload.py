@@ -21,10 +21,10 @@ from libreflux.cli.drawing import open_for_drawing, texts_of
 from libreflux.cli.options import Offload
 from libreflux.errors import RecipeError
 from libreflux.model.source import ModelSource, open_model
-from libreflux.sample.metadata import Origin
+from libreflux.sample.metadata import GenerationRecord
 from tiny import tiny_transformer
 
-ORIGIN = Origin(
+ORIGIN = GenerationRecord(
     prompt="a red apple", negative="a fox", seed=1, steps=2, guidance=3.0, width=32, height=32, model="tiny"
 )
 CPU = torch.device("cpu")

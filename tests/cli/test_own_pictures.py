@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from libreflux.emoji import compose
-from libreflux.sample.metadata import read_origin
+from libreflux.sample.metadata import read_record
 
 README = Path(__file__).parent.parent.parent / "README.md"
 FLUX = "black-forest-labs/FLUX.1-schnell"
@@ -50,10 +50,10 @@ def _draw(run: Callable, adapter: object, out: Path) -> bytes:
 
 
 def test_the_readmes_commands_draw_with_what_was_trained(place: Path) -> None:
-    [adapter] = read_origin(place / "fox.png").adapters
+    [adapter] = read_record(place / "fox.png").adapters
     assert adapter["file"] == "adapter.safetensors" and adapter["weight"] == 1.0
     merged = next((place / "out").glob("*.png"))
-    assert read_origin(merged).hashes != read_origin(place / "fox.png").hashes
+    assert read_record(merged).hashes != read_record(place / "fox.png").hashes
 
 
 def test_a_run_folder_is_its_result_or_its_newest_whole_checkpoint(
@@ -84,4 +84,4 @@ def test_folders_without_an_adapter_are_refused(run: Callable, place: Path) -> N
     for command in (["generate", "a fox", "--adapter", "photos:0.5"], ["merge", "emoji-base", "photos", "--out", "m"]):
         refused = run(*command)
         assert refused.code == 2 and refused.err.count("\n") == 1
-        assert "photos: no adapter.safetensors and no checkpoint in this folder; mend: name a run folder" in refused.err
+        assert "photos: no adapter.safetensors and no checkpoint in this folder; hint: name a run folder" in refused.err

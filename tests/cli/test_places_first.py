@@ -102,7 +102,7 @@ def test_a_place_that_cannot_be_written_is_refused_first(
         result = run(*words)
     lines = result.err.splitlines()
     assert (result.code, result.out, len(lines)) == (2, "", 1), result.err
-    assert lines[0].startswith("libreflux: error: ") and "; mend: " in lines[0] and told in lines[0]
+    assert lines[0].startswith("libreflux: error: ") and "; hint: " in lines[0] and told in lines[0]
     assert GONE not in lines[0], "the work came first"
     assert told_of(place) == before
 

@@ -27,7 +27,7 @@ def test_parts_are_counted_from_one_or_taken_from_torchrun(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("text", ["", "3", "0/3", "4/3", "1/0", "-1/3", "a/b", "1/3/5"])
 def test_what_is_no_part_is_refused(text: str) -> None:
-    with pytest.raises(RecipeError, match="is no part; mend: write 1/4 to 4/4"):
+    with pytest.raises(RecipeError, match="is no part; hint: write 1/4 to 4/4"):
         parse_part(text)
 
 
@@ -40,7 +40,7 @@ def test_the_text_encoders_compute_in_what_is_asked_for(
     assert Cache(out).settings["text_precision"] == "bfloat16"
     assert run(*command).code == 0
     other = run(*command, "--text-precision", "fp32")
-    assert other.code != 0 and "text_precision bfloat16, now float32; mend: use another cache" in other.err
+    assert other.code != 0 and "text_precision bfloat16, now float32; hint: use another cache" in other.err
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {tiny_model_dir}\nresolution: [32]\nsteps: 1\ndata: [{{path: {pictures}}}]\n")
     told = run("prepare", recipe, "--out", tmp_path / "other", "--text-precision", "bf16")
@@ -57,7 +57,7 @@ def test_a_device_without_memory_is_one_line(
     monkeypatch.setattr(where, "encode" if where is AutoencoderKL else "forward", too_much)
     done = run("prepare", pictures, "--model", tiny_model_dir, "--resolution", 32, "--out", tmp_path / "cache")
     [line] = [line for line in done.err.splitlines() if "out of memory" in line]
-    assert done.code != 0 and "encoding" in line and "mend:" in line
+    assert done.code != 0 and "encoding" in line and "hint:" in line
     assert "Traceback" not in done.err and "long advice" not in done.err
 
 

@@ -14,8 +14,7 @@ from libreflux.adapter.targets import brief, lokr_row, table
 from libreflux.cli import progress as module
 from libreflux.cli.average import told_sources
 from libreflux.cli.progress import fitted, progress, rate
-from libreflux.data.bar import readable
-from libreflux.printing import counted
+from libreflux.printing import counted, readable
 
 NOTE = "loss 0.1234, gradient 0.512, 3.1 pictures/s, 19.7 GB"
 LONG = {

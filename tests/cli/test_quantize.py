@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from libreflux.model.facts import KNOWN, write_facts
-from libreflux.sample.metadata import Origin, read_origin
+from libreflux.sample.metadata import GenerationRecord, read_record
 from tiny import tiny_transformer
 
 COMMON = ["a fox", "--guidance", 3, "--steps", 2, "--seed", 4]
@@ -37,8 +37,8 @@ def test_draws_what_the_exported_model_draws(run: Callable, tiny_model_dir: Path
     for name, model in (("stored", tmp_path / "int8"), ("dense", tiny_model_dir)):
         assert run("generate", *COMMON, "--model", model, "--out", tmp_path / f"{name}.png").code == 0
     assert pixels(drawn) == pixels(tmp_path / "stored.png") != pixels(tmp_path / "dense.png")
-    told = {name: read_origin(tmp_path / f"{name}.png") for name in ("stored", "dense")} | {"drawn": read_origin(drawn)}
-    assert {name: (origin.quantize, origin.dtype) for name, origin in told.items()} == {
+    told = {name: read_record(tmp_path / f"{name}.png") for name in ("stored", "dense")} | {"drawn": read_record(drawn)}
+    assert {name: (record.quantize, record.dtype) for name, record in told.items()} == {
         "drawn": ("int8", "int8, float32"), "stored": (None, "int8, float32"), "dense": (None, "float32")
     }  # fmt: skip
     assert told["drawn"].hashes == told["dense"].hashes  # of what is stored
@@ -76,8 +76,8 @@ def test_the_published_layout_in_shards_and_bf16(run: Callable, tiny_model_dir: 
         out = tmp_path / f"{len(found)}.png"
         done = run("generate", "a fox", "--steps", 2, "--seed", 4, "--model", model, *more, "--out", out)
         assert done.code == 0, done.err
-        assert read_origin(out).guidance == facts.guidance
-        found.append((read_origin(out).dtype, pixels(out)))
+        assert read_record(out).guidance == facts.guidance
+        found.append((read_record(out).dtype, pixels(out)))
     assert found[0] == found[1] and found[2] == found[3] and found[0][1] != found[2][1]
     assert (found[0][0], found[2][0]) == ("bfloat16", "int8, bfloat16")
 
@@ -119,9 +119,9 @@ def test_grid_cells_of_both_kinds_live_side_by_side(
     for more in ([], ["--quantize", "int8"]):
         assert "1 of 1 cell drawn now" in run(*command, *more).out
     assert "0 of 1 cell" in run(*command, "--quantize", "int8").out
-    cells: dict[str | None, tuple[Path, Origin]] = {
-        origin.quantize: (path, origin) for path in (tmp_path / "cells").iterdir() for origin in [read_origin(path)]
+    cells: dict[str | None, tuple[Path, GenerationRecord]] = {
+        record.quantize: (path, record) for path in (tmp_path / "cells").iterdir() for record in [read_record(path)]
     }
-    path, origin = cells["int8"]
+    path, record = cells["int8"]
     assert pixels(path) == pixels(drawn) != pixels(cells[None][0])
-    assert dataclasses.asdict(origin) == dataclasses.asdict(read_origin(drawn))
+    assert dataclasses.asdict(record) == dataclasses.asdict(read_record(drawn))

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from libreflux.sample.metadata import read_origin, save_png
+from libreflux.sample.metadata import read_record, save_png
 from libreflux.sample.pipeline import LibreFluxPipeline
 from tiny import tiny_transformer
 
@@ -33,11 +33,11 @@ def drawn(run: Callable, tiny_model_dir: Path, tmp_path_factory: pytest.TempPath
 
 
 def test_every_option_reaches_the_picture_and_its_record(drawn: Path) -> None:
-    origin = read_origin(drawn)
-    assert (origin.guidance_start, origin.guidance_stop, origin.guidance_rescale) == (0.25, 0.75, 0.7)
-    assert (origin.steps, origin.sigmas, origin.max_tokens) == (4, [1, 0.8, 0.5, 0.3], 4)
-    assert (origin.prompt_2, origin.negative, origin.negative_2) == ("a tree, tall", "a rocket", "")
-    assert (origin.batch_cfg, origin.tile, origin.width, origin.height) == (True, True, 48, 32)
+    record = read_record(drawn)
+    assert (record.guidance_start, record.guidance_stop, record.guidance_rescale) == (0.25, 0.75, 0.7)
+    assert (record.steps, record.sigmas, record.max_tokens) == (4, [1, 0.8, 0.5, 0.3], 4)
+    assert (record.prompt_2, record.negative, record.negative_2) == ("a tree, tall", "a rocket", "")
+    assert (record.batch_cfg, record.tile, record.width, record.height) == (True, True, 48, 32)
     assert (
         "CFG start: 0.25, CFG stop: 0.75, CFG rescale: 0.7, CFG in one pass: True"
         in Image.open(drawn).text["parameters"]
@@ -85,7 +85,7 @@ def test_each_prompt_has_its_own_second_one(run: Callable, tiny_model_dir: Path,
     common = ["--model", tiny_model_dir, "--steps", 1, "--out", tmp_path]
     both = run("generate", "a", "b", "--prompt-2", "a fox", "--prompt-2", "an owl", "--count", 2, *common)
     assert both.code == 0, both.err
-    told = [read_origin(path) for path in sorted(tmp_path.iterdir())]
+    told = [read_record(path) for path in sorted(tmp_path.iterdir())]
     assert [(one.prompt, one.prompt_2, one.seed) for one in told] == [
         ("a", "a fox", 0), ("a", "a fox", 1), ("b", "an owl", 0), ("b", "an owl", 1)
     ]  # fmt: skip
@@ -100,7 +100,7 @@ def test_the_embedded_guidance_of_a_distilled_model(run: Callable, tiny_model_di
     for given in ([], ["--embedded-guidance", 3.5], ["--embedded-guidance", 1.5]):
         out = tmp_path / f"{len(found)}.png"
         assert run("generate", "a fox", "--model", model, "--steps", 1, *given, "--out", out).code == 0
-        found[out] = read_origin(out).embedded_guidance
+        found[out] = read_record(out).embedded_guidance
     first, same, other = (path.read_bytes() for path in found)
     assert list(found.values()) == [3.5, 3.5, 1.5] and first == same != other
     assert run("generate", "--remake", out, "--out", tmp_path / "again.png").code == 0
@@ -114,7 +114,7 @@ def test_without_metadata_nothing_is_said(run: Callable, tiny_model_dir: Path, d
     with Image.open(out) as image, Image.open(drawn) as original:
         assert image.text == {} and image.info.keys() <= {"dpi"} and image.tobytes() == original.tobytes()
     refused = run("generate", "--remake", out)
-    assert refused.code == 2 and "says nothing of how it was made; mend: " in refused.err
+    assert refused.code == 2 and "says nothing of how it was made; hint: " in refused.err
 
 
 def test_other_weights_are_told(run: Callable, tiny_model_dir: Path, drawn: Path, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_adapters_are_asked_for_and_keep_their_weight(
     args = ["generate", "a fox", "--model", tiny_model_dir, "--adapter", f"{trained}:0.5", "--out", first]
     assert run(*args).code == 0
     missing = run("generate", "--remake", first, "--out", tmp_path / "b.png")
-    assert missing.code == 2 and f"drawn with 1 adapter, not 0; mend: give --adapter {trained}, from" in missing.err
+    assert missing.code == 2 and f"drawn with 1 adapter, not 0; hint: give --adapter {trained}, from" in missing.err
     other = run("generate", "--remake", first, "--adapter", f"{trained}:0.4", "--out", tmp_path / "b.png")
     assert other.code == 2 and "weight 0.4 is not the picture's, 0.5" in other.err
     again = run("generate", "--remake", first, "--adapter", trained, "--out", tmp_path / "b.png")
@@ -163,7 +163,7 @@ def test_an_adapters_path_is_kept_as_it_was_typed(
         shutil.copy(trained, folder / "a.safetensors")
     words = ["--model", tiny_model_dir, "--adapter", given.replace("HOME", str(home)), "--steps", 1, "--out", "a.png"]
     assert run("generate", "a fox", *words).code == 0
-    [row] = read_origin(home / "a.png").adapters
+    [row] = read_record(home / "a.png").adapters
     assert set(row) == {"file", "sha256", "weight", "path"} and row["path"] == kept
     assert str(home).encode() not in (home / "a.png").read_bytes()
     named = "'runs/my run/a.safetensors'" if " " in kept else kept
@@ -176,9 +176,9 @@ def test_a_picture_from_before_paths_were_kept_names_the_adapters_file(
     first, older = tmp_path / "a.png", tmp_path / "b.png"
     words = ["--model", tiny_model_dir, "--steps", 1, "--adapter", trained]
     assert run("generate", "a fox", *words, "--out", first).code == 0
-    origin = read_origin(first)
-    rows = [{key: value for key, value in row.items() if key != "path"} for row in origin.adapters]
-    save_png(Image.open(first), older, dataclasses.replace(origin, adapters=rows))
+    record = read_record(first)
+    rows = [{key: value for key, value in row.items() if key != "path"} for row in record.adapters]
+    save_png(Image.open(first), older, dataclasses.replace(record, adapters=rows))
     assert f"give --adapter {trained.name}, from" in run("generate", "--remake", older).err
     again = run("generate", "--remake", older, "--adapter", trained, "--out", tmp_path / "c.png")
     assert again.code == 0 and "bit for bit" in again.err and " was " not in again.err
@@ -187,7 +187,7 @@ def test_a_picture_from_before_paths_were_kept_names_the_adapters_file(
 def test_a_picture_is_not_replaced_by_its_copy(run: Callable, drawn: Path) -> None:
     before = drawn.read_bytes()
     refused = run("generate", "--remake", drawn, "--out", drawn)
-    assert refused.code == 2 and "would replace the picture itself; mend: " in refused.err
+    assert refused.code == 2 and "would replace the picture itself; hint: " in refused.err
     assert drawn.read_bytes() == before
 
 
@@ -218,5 +218,5 @@ def test_a_damaged_record_is_one_line(
         image.save(tmp_path / "x.png", pnginfo=info)
     refused = run("generate", "--remake", tmp_path / "x.png", "--out", tmp_path / "y.png")
     lines = [line for line in refused.err.splitlines() if not line.startswith("drawing")]
-    assert refused.code == 2 and len(lines) == 1 and told in lines[0] and "; mend: " in lines[0], refused.err
+    assert refused.code == 2 and len(lines) == 1 and told in lines[0] and "; hint: " in lines[0], refused.err
     assert "pydantic" not in refused.err and not (tmp_path / "y.png").exists()

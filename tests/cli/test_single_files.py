@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from libreflux.model.source import open_model
-from libreflux.sample.metadata import read_origin
+from libreflux.sample.metadata import read_record
 from opened import opened
 
 
@@ -52,7 +52,7 @@ def test_every_way_to_the_same_model_draws_the_same_picture(
 def test_a_picture_of_a_single_file_is_remade_and_compared(run: Callable, comfyui: Path, tmp_path: Path) -> None:
     [single] = comfyui.rglob("flux1-*")
     assert run("generate", "a fox", "--comfyui", comfyui, "--out", tmp_path / "a.png").code == 0
-    assert read_origin(tmp_path / "a.png").model == str(single)
+    assert read_record(tmp_path / "a.png").model == str(single)
     done = run("generate", "--remake", tmp_path / "a.png", "--comfyui", comfyui, "--out", tmp_path / "b.png")
     assert done.code == 0 and "bit for bit" in done.err, done.err
     done = run("generate", "--remake", tmp_path / "a.png", "--out", tmp_path / "c.png")
@@ -82,7 +82,7 @@ def test_merge_and_int8_make_folders_of_single_files(
         (["--model", "emoji-libre", "--base", "emoji-base"], "--base: has no effect without a single file"),
         (["--model", "emoji-libre", "--comfyui", "DIR"], "--comfyui: has no effect beside emoji-libre"),
         (["--model", "gone.safetensors"], "gone.safetensors: no such file"),
-        (["--model", "FILE"], "no vae in this file; mend: name with --base"),
+        (["--model", "FILE"], "no vae in this file; hint: name with --base"),
         (["--model", "FILE", "--base", "no-such"], "no such model: no-such"),
         (["--comfyui", "gone"], "gone: no such folder"),
         (["--comfyui", "EMPTY"], "0 files are called flux1-"),

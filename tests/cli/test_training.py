@@ -58,7 +58,7 @@ def test_without_tensorboard_it_is_refused_before_anything_is_done(
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     refused = run("train", recipe, f"out={tmp_path / 'run'}", "tensorboard=true")
     assert refused.code == 2 and refused.err.count("\n") == 1
-    assert "TensorBoard is not installed; mend: pip install 'libreflux[tensorboard]'" in refused.err
+    assert "TensorBoard is not installed; hint: pip install 'libreflux[tensorboard]'" in refused.err
     assert not (tmp_path / "run").exists()
 
 
@@ -80,7 +80,7 @@ def test_a_run_that_only_skips_exits_with_2_and_one_line(run: Callable, recipe: 
     [poisoned, *_] = poison_latents(tmp_path / "run" / "cache")
     stopped = run(*common, "steps=9", "max_skipped=2")
     [line] = [line for line in stopped.err.splitlines() if line.startswith("libreflux: error: ")]
-    assert stopped.code == 2 and "2 steps in a row up to step 3" in line and "mend" in line
+    assert stopped.code == 2 and "2 steps in a row up to step 3" in line and "hint" in line
     assert "1 skipped" in stopped.err or poisoned in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 

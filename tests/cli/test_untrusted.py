@@ -21,7 +21,7 @@ from libreflux.errors import DataError, ModelError
 from libreflux.model.facts import Facts
 from libreflux.probing.results import Result, read_result
 from libreflux.sample.export_script import diffusers_script
-from libreflux.sample.metadata import Origin, png_bytes
+from libreflux.sample.metadata import GenerationRecord, png_bytes
 
 HUB_ID = "nobody/nothing"
 ESCAPES = "\x1b]0;mine\x07\x1b[2J"
@@ -60,11 +60,11 @@ PICTURES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a text that unpacks to megabytes": (lambda path: png(path, "a" * 2_000_000, zipped=True), "not a readable pict"),
     "a decompression bomb": (huge_png, "not a readable picture"),
     "PostScript, for which Pillow starts a program": (postscript, "not a readable picture"),
-    "deep JSON": (lambda path: png(path, "[" * 100_000), "damaged origin (nested too deeply)"),
-    "half a surrogate pair": (lambda path: png(path, record(prompt="\ud83d")), "damaged origin (half a character"),
-    "a list": (lambda path: png(path, "[1]"), "damaged origin"),
+    "deep JSON": (lambda path: png(path, "[" * 100_000), "damaged record (nested too deeply)"),
+    "half a surrogate pair": (lambda path: png(path, record(prompt="\ud83d")), "damaged record (half a character"),
+    "a list": (lambda path: png(path, "[1]"), "damaged record"),
     "sizes of a million": (
-        lambda path: png(path, record(width=10**6, height=10**6)), "damaged origin (width cannot be 1000000"
+        lambda path: png(path, record(width=10**6, height=10**6)), "damaged record (width cannot be 1000000"
     ),
     "more pixels than any picture": (
         lambda path: png(path, record(width=16384, height=16384)), "16384 x 16384 pixels are more than 67 million"
@@ -88,7 +88,7 @@ PICTURES: dict[str, tuple[Callable[[Path], object], str]] = {
 def one_line(outcome: tuple[int, str, str], *parts: str) -> None:
     code, out, err = outcome
     assert (code, out, err.count("\n")) == (2, "", 1), err
-    assert err.startswith("libreflux: error: ") and "; mend: " in err and "\x1b" not in err
+    assert err.startswith("libreflux: error: ") and "; hint: " in err and "\x1b" not in err
     for part in parts:
         assert part in err
 
@@ -102,11 +102,11 @@ def test_a_picture_to_be_remade(libreflux: Callable, tmp_path: Path, case: str) 
 
 
 def test_a_picture_that_differs_obeys_nobody(libreflux: Callable, tiny_model_dir: Path, tmp_path: Path) -> None:
-    origin = Origin(
+    record = GenerationRecord(
         prompt="a fox", seed=1, steps=1, guidance=1.0, width=32, height=32, model=str(tiny_model_dir),
         device=ESCAPES, versions={ESCAPES: "1"}, hashes={"transformer": ESCAPES},
     )  # fmt: skip
-    (tmp_path / "x.png").write_bytes(png_bytes(Image.new("RGB", (32, 32)), origin))
+    (tmp_path / "x.png").write_bytes(png_bytes(Image.new("RGB", (32, 32)), record))
     code, out, err = libreflux(tmp_path, "generate", "--remake", "x.png", "--out", "y.png")
     assert code == 0 and out == "y.png\n"
     assert "\x1b" not in err and err.count(SHOWN) == 3 and "of its pixels differ" in err

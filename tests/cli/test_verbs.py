@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import libreflux
 from libreflux.model.quantise import quantise_folder
-from libreflux.sample.metadata import read_origin
+from libreflux.sample.metadata import read_record
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -38,11 +38,11 @@ def test_the_same_command_draws_the_same_bytes_and_the_png_says_how(
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert run(*args[:4], "--seed", 2, "--out", tmp_path / "c.png").code == 0
     assert (pixels(tmp_path / "a.png") != pixels(tmp_path / "c.png")).any()
-    origin = read_origin(tmp_path / "a.png")
-    assert (origin.prompt, origin.negative, origin.seed) == ("a red apple on blue", "fox", 1)
-    assert (origin.steps, origin.guidance) == (4, 3.0)  # the model's facts
-    assert (origin.width, origin.height) == Image.open(tmp_path / "a.png").size
-    assert len(origin.hashes["transformer"]) == 64
+    record = read_record(tmp_path / "a.png")
+    assert (record.prompt, record.negative, record.seed) == ("a red apple on blue", "fox", 1)
+    assert (record.steps, record.guidance) == (4, 3.0)  # the model's facts
+    assert (record.width, record.height) == Image.open(tmp_path / "a.png").size
+    assert len(record.hashes["transformer"]) == 64
 
 
 def test_a_negative_prompt_is_refused_where_the_models_own_guidance_is_none(
@@ -53,7 +53,7 @@ def test_a_negative_prompt_is_refused_where_the_models_own_guidance_is_none(
     (model / "libreflux.json").write_text(json.dumps(facts | {"guidance": 1.0}))
     common = ["generate", "x", "--model", model, "--negative", "fox", "--out", tmp_path / "x.png"]
     refused = run(*common)
-    assert refused.code == 2 and "--negative: has no effect at guidance 1; mend: " in refused.err
+    assert refused.code == 2 and "--negative: has no effect at guidance 1; hint: " in refused.err
     assert not (tmp_path / "x.png").exists()
     assert run(*common, "--guidance", 2).code == 0
 
@@ -63,7 +63,7 @@ def test_a_pause_of_guidance_that_never_ends_is_refused(run: Callable, tiny_mode
     for steps, given in ((["--steps", 2], 2), ([], 4), (["--steps", 1], 1)):  # 4 are the model's own
         refused = run(*common, *steps, "--no-cfg-until", given)
         assert refused.code == 2 and refused.err.count("\n") == 1
-        assert f"--no-cfg-until: leaves no step of {given} guided; mend: " in refused.err
+        assert f"--no-cfg-until: leaves no step of {given} guided; hint: " in refused.err
     assert not (tmp_path / "x.png").exists()
     assert run(*common, "--steps", 2, "--no-cfg-until", 1).code == 0
 
@@ -138,7 +138,7 @@ def test_the_verdict_is_of_the_device_or_of_the_card_that_it_wants(
 
     lines = verdict(load_recipe(recipe), of(total, on_cpu), None if card is None else of(card, False))
     assert told in lines[0]
-    assert ("mend: try, in this order, gradient_checkpointing: true" in lines[0]) == lines[0].startswith("does not fit")
+    assert ("hint: try, in this order, gradient_checkpointing: true" in lines[0]) == lines[0].startswith("does not fit")
     assert ("one of 24 GB holds it" in lines[0]) == (card == 20 or total == 20)
     assert [line.startswith("without one: does not fit") for line in lines[1:]] == ([] if card is None else [True])
 
@@ -170,7 +170,7 @@ def test_the_verdict_on_a_card(recipe: Path, monkeypatch: pytest.MonkeyPatch, de
     found = Estimate(on_cpu=False, weights=20 * 2**30, **rest)
     (line,) = verdict(load_recipe(recipe, [f"device={device}"]), found)
     assert line.startswith(told) and ("this card's" in line) == (device in ("auto", "cuda", "cuda:1"))
-    assert ("mend: try, in this order" in line) == line.startswith("does not fit")
+    assert ("hint: try, in this order" in line) == line.startswith("does not fit")
 
 
 def test_dry_run_tells_the_time_left_from_the_runs_own_rate_and_a_disk_that_is_too_small(
@@ -232,7 +232,7 @@ def test_an_adapter_that_its_run_prunes_after_it_was_read_is_used_as_it_was_read
         rows = json.loads((tmp_path / "model" / "libreflux.json").read_text())["lineage"]["adapters"]
     else:
         done = run("generate", "x", "--model", tiny_model_dir, "--adapter", adapter, "--out", tmp_path / "x.png")
-        rows = read_origin(tmp_path / "x.png").adapters
+        rows = read_record(tmp_path / "x.png").adapters
     assert done.code == 0 and not adapter.exists()
     assert [row["sha256"] for row in rows] == [sha256_file(trained)]
 
@@ -327,7 +327,7 @@ def test_prepare_for_samples_is_no_cache_of_means(
 ) -> None:
     args = ["prepare", pictures, "--out", tmp_path / "cache", "--model", tiny_model_dir, "--resolution", 32]
     assert run(*args, "--latents", "sample").code == 0
-    assert (refused := run(*args)).code == 2 and "latents float32 mean and std, now float32; mend: " in refused.err
+    assert (refused := run(*args)).code == 2 and "latents float32 mean and std, now float32; hint: " in refused.err
     unknown = run(*args, "--latents", "mode")
     assert unknown.code == 2 and "latents" in unknown.err and unknown.err.count("\n") == 1
 

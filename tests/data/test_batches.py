@@ -59,7 +59,7 @@ def test_a_batch_is_a_function_of_its_unit_alone(prepared: Prepared) -> None:
 
 def test_batches_refuse_what_was_not_prepared(prepared: Prepared) -> None:
     cache, [(source, samples)] = prepared
-    with pytest.raises(DataError, match=r"\.png: not in the cache; mend: run `libreflux prepare`"):
+    with pytest.raises(DataError, match=r"\.png: not in the cache; hint: run `libreflux prepare`"):
         Batches(cache, [(source, samples)], views=[View("square", 64)], seed=0)
     stranger = Sample(samples[0].id, samples[0].path, ("never said",), ("",))
     with pytest.raises(DataError, match="a caption of it is not in the cache"):
@@ -69,7 +69,7 @@ def test_batches_refuse_what_was_not_prepared(prepared: Prepared) -> None:
 def test_weights_that_show_next_to_nothing_are_refused(prepared: Prepared) -> None:
     cache, [(source, samples)] = prepared
     rare = source.model_copy(update={"weight": 1e-7})
-    with pytest.raises(DataError, match=r"data\.weight: an epoch shows 7e-07 pictures on average; mend: raise"):
+    with pytest.raises(DataError, match=r"data\.weight: an epoch shows 7e-07 pictures on average; hint: raise"):
         Batches(cache, [(rare, samples)], views=[SQUARE], seed=0)
     beside = Batches(cache, [(rare, samples), (source, samples)], views=[SQUARE], seed=0)
     assert {

@@ -96,7 +96,7 @@ def test_a_flipped_bit_of_any_shard_is_named_when_it_is_read(tmp_path: Path, pre
     found = sorted((out / "shards").glob("*.safetensors"))
     assert {shard.name.partition("-")[0] for shard in found} == {"latents", "texts"} and len(found) > 4
     for shard in found:
-        whole, told = shard.read_bytes(), rf"{shard.name}: damaged shard .*; mend: run `libreflux prepare` again"
+        whole, told = shard.read_bytes(), rf"{shard.name}: damaged shard .*; hint: run `libreflux prepare` again"
         for place in flips(shard, 10):
             flip(shard, *place)
             with pytest.raises(DataError, match=told):
@@ -119,7 +119,7 @@ def test_a_flipped_bit_of_the_index_changes_nothing_that_is_read(tmp_path: Path,
         except DataError as error:
             line = str(error)
             refused += 1
-        assert not line or (line.startswith(str(out)) and "; mend: " in line), line
+        assert not line or (line.startswith(str(out)) and "; hint: " in line), line
         file.write_bytes(whole)
     assert refused > 50
 
@@ -181,7 +181,7 @@ def test_a_damaged_row_is_made_anew_by_a_run_too(
     for change in ("shard = 7000", "key = 5", "width = 'wide'"):
         with closing(sqlite3.connect(out / "index.sqlite3")) as index, index:
             assert index.execute(f"UPDATE latents SET {change} WHERE key = ?", (key,)).rowcount == 1
-        with pytest.raises(DataError, match=r"index\.sqlite3: 1 damaged row of latents; mend: run `libreflux prep"):
+        with pytest.raises(DataError, match=r"index\.sqlite3: 1 damaged row of latents; hint: run `libreflux prep"):
             Cache(out)
         encoded.clear()
         cache, _ = again(out)
@@ -260,7 +260,7 @@ def test_a_strange_shard_name_is_refused(
     with closing(sqlite3.connect(out / "index.sqlite3")) as index, index:
         index.execute("UPDATE shards SET name = ? WHERE number = 1", (name,))
     for use in (lambda: Cache(out), lambda: Cache(out, partial=True), lambda: again(out, read_all=True)):
-        with pytest.raises(DataError, match=r"index\.sqlite3: names a shard '.*', which is no shard's name; mend"):
+        with pytest.raises(DataError, match=r"index\.sqlite3: names a shard '.*', which is no shard's name; hint"):
             use()
 
 
@@ -279,7 +279,7 @@ def test_tables_cut_short_or_overwritten_are_one_line(
         for name in ("index.sqlite3", "files.sqlite3"):
             data = (out / name).read_bytes()
             (out / name).write_bytes(change(data, int(share * len(data))))
-        with pytest.raises(DataError, match=r"index\.sqlite3: damaged index \(.*; mend: remove this cache folder"):
+        with pytest.raises(DataError, match=r"index\.sqlite3: damaged index \(.*; hint: remove this cache folder"):
             again(out)
         shutil.copyfile(prepared[0].folder / "index.sqlite3", out / "index.sqlite3")
         _, [(_, found)] = again(out)

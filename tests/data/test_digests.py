@@ -14,8 +14,8 @@ from PIL import Image
 
 from libreflux import files
 from libreflux.data import digests
-from libreflux.data.bar import Bar
 from libreflux.data.digests import MEMORY, FileMemory
+from libreflux.data.progress import ProgressCount
 
 
 def pictures(folder: Path) -> list[Path]:
@@ -32,7 +32,7 @@ def test_files_are_read_once_and_again_when_they_change(tmp_path: Path, monkeypa
     monkeypatch.setattr(digests, "_AT_ONCE", 2)
     told: list[tuple[int, int, str]] = []
     memory = FileMemory(tmp_path / "cache?#")
-    first = list(memory.inspect(paths, Bar(lambda *now: told.append(now))))
+    first = list(memory.inspect(paths, ProgressCount(lambda *now: told.append(now))))
     memory.save()
     assert [found.digest for found in first] == [files.sha256_file(path) for path in paths]
     assert [(found.width, bool(found.fault)) for found in first] == [
@@ -44,7 +44,7 @@ def test_files_are_read_once_and_again_when_they_change(tmp_path: Path, monkeypa
     real = digests.inspect
     monkeypatch.setattr(digests, "inspect", lambda path: (read.append(path), real(path))[1])
     told.clear()
-    bar = Bar(lambda *now: told.append(now))
+    bar = ProgressCount(lambda *now: told.append(now))
     assert list(FileMemory(tmp_path / "cache?#").inspect(paths, bar)) == first
     assert (read, told) == ([], [])
     assert list(FileMemory(tmp_path / "new", [tmp_path / "cache?#"]).inspect(paths, bar)) == first
@@ -93,7 +93,7 @@ def swapped(old: Path, new: Path) -> None:
 def seen(folder: Path, *paths: Path) -> list[str]:
     """Digests of pictures as a memory of this folder has them, saved."""
     memory = FileMemory(folder)
-    found = [one.digest for one in memory.inspect(paths, Bar())]
+    found = [one.digest for one in memory.inspect(paths, ProgressCount())]
     memory.save()
     return found
 
@@ -190,11 +190,11 @@ def test_what_is_damaged_inside_a_memory_is_read_again_and_written(tmp_path: Pat
     paths = pictures(tmp_path / "pictures")
     cache = tmp_path / "cache"
     memory = FileMemory(cache)
-    first = list(memory.inspect(paths, Bar()))
+    first = list(memory.inspect(paths, ProgressCount()))
     memory.save()
     memory = FileMemory(cache)
     data = (cache / MEMORY).read_bytes()
     (cache / MEMORY).write_bytes(data[:4096] + b"\xff" * (len(data) - 4096))
     for again in (memory, FileMemory(cache), FileMemory(cache)):
-        assert list(again.inspect(paths, Bar())) == first
+        assert list(again.inspect(paths, ProgressCount())) == first
         again.save()

@@ -209,7 +209,7 @@ def test_unusable_pictures_are_left_out_listed_and_come_back_repaired(
         brightness(40 * number, data / f"{number}.png")
     whole = (data / "1.png").read_bytes()
     (data / "1.png").write_bytes(whole[:60])
-    with pytest.raises(DataError, match=r"1\.png: unreadable picture \(.*\); mend: repair it, remove it, or raise max"):
+    with pytest.raises(DataError, match=r"1\.png: unreadable picture \(.*\); hint: repair it, remove it, or raise max"):
         run(tiny_model_dir, data, out)
     assert not out.exists()
     with caplog.at_level(logging.WARNING):
@@ -230,7 +230,7 @@ def test_more_unusable_pictures_than_allowed_stop_the_run_in_one_line(tmp_path: 
     with pytest.raises(DataError) as caught:
         report_quarantine(tmp_path / "over", bad, 146, 0.02)
     told = str(caught.value)
-    assert told.startswith("0.png: 3 of 149 pictures cannot be used, the first: unreadable picture (cut); mend: ")
+    assert told.startswith("0.png: 3 of 149 pictures cannot be used, the first: unreadable picture (cut); hint: ")
     assert str(tmp_path / "over" / "quarantine.jsonl") in told
     assert len((tmp_path / "over" / "quarantine.jsonl").read_text().splitlines()) == 3
     with pytest.raises(DataError):

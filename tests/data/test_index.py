@@ -54,12 +54,12 @@ def add_rows(folder: Path, count: int, pages: int) -> None:
 def test_a_full_disk_and_a_read_only_one_are_not_called_damage(tmp_path: Path) -> None:
     with index.connect(tmp_path) as opened:
         index.begin(opened, tmp_path, SETTINGS)
-    with pytest.raises(DataError, match=r"index\.sqlite3: database or disk is full; mend: make room"):
+    with pytest.raises(DataError, match=r"index\.sqlite3: database or disk is full; hint: make room"):
         add_rows(tmp_path, 10_000, pages=8)
     (tmp_path / index.INDEX).chmod(0o444)
     with (
         bound_by_modes(),
-        pytest.raises(DataError, match=r"attempt to write a readonly database; mend: make"),
+        pytest.raises(DataError, match=r"attempt to write a readonly database; hint: make"),
     ):
         add_rows(tmp_path, 1, pages=1000)
     (tmp_path / index.INDEX).chmod(0o644)

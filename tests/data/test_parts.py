@@ -55,7 +55,7 @@ def test_parts_are_read_as_one_cache_equal_to_an_undivided_one(
         assert torch.equal(a.latents, b.latents)
         assert all(torch.equal(x, y) for x, y in zip(a.text.tokens, b.text.tokens, strict=True))
     shutil.rmtree(out / "parts" / "0001-of-0003")
-    with pytest.raises(DataError, match="not in the cache; mend: run"):
+    with pytest.raises(DataError, match="not in the cache; hint: run"):
         Batches(Cache(out), again, views=[SQUARE], seed=0)
 
 
@@ -70,7 +70,7 @@ def test_a_disk_too_small_is_told_before_anything_is_written(
         assert 0.7 < estimate / stored < 1.5
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=30_000))
     with pytest.raises(
-        DataError, match=r"needs 0\.0\d+ MB \(latents .*, text .*\) and 67\.1 MB to spare; 0\.03 MB free; mend: free"
+        DataError, match=r"needs 0\.0\d+ MB \(latents .*, text .*\) and 67\.1 MB to spare; 0\.03 MB free; hint: free"
     ):
         run(tiny_model_dir, pictures, tmp_path / "out" / "cache")
     assert not (tmp_path / "out").exists()
@@ -112,7 +112,7 @@ def test_a_cache_of_the_first_version_is_refused_by_its_number(
     index.commit()
     index.close()
     for use in (lambda: Cache(tmp_path), lambda: run(tiny_model_dir, pictures, tmp_path)):
-        with pytest.raises(DataError, match="a cache of schema 1; this version reads 2; mend: remove this cache"):
+        with pytest.raises(DataError, match="a cache of schema 1; this version reads 2; hint: remove this cache"):
             use()
 
 
@@ -130,7 +130,7 @@ def lose(three_parts: Path, out: Path) -> Path:
     shutil.copytree(three_parts, out)
     lost = min((out / "parts" / "0001-of-0003").rglob("latents-*.safetensors"))
     lost.unlink()
-    with pytest.raises(DataError, match="missing or cut short; mend: run `libreflux prepare` again"):
+    with pytest.raises(DataError, match="missing or cut short; hint: run `libreflux prepare` again"):
         Cache(out)
     return lost
 

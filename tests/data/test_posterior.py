@@ -115,7 +115,7 @@ def test_held_out_pictures_keep_to_the_mean(tree: dict[str, Any], prepared: tupl
 
 def test_a_cache_of_means_and_one_to_sample_from_do_not_mix(tree: dict[str, Any], tmp_path: Path) -> None:
     prepare_recipe(Recipe.model_validate(tree))
-    with pytest.raises(DataError, match="made with latents float32 mean and std, now float32; mend: use another cache"):
+    with pytest.raises(DataError, match="made with latents float32 mean and std, now float32; hint: use another cache"):
         prepare_recipe(Recipe.model_validate({**tree, "latents": "mean"}))
     means = {**tree, "latents": "mean", "cache": str(tmp_path / "cache")}
     batches, _ = prepare_recipe(Recipe.model_validate(means))

@@ -171,7 +171,7 @@ def test_a_lost_or_cut_shard_is_made_again(tmp_path: Path, prepared: Prepared, t
     cut.write_bytes(cut.read_bytes()[:-1])
     (out / "shards" / "latents-00000099.safetensors").write_bytes(b"x")  # left by a kill
     (out / "shards" / "somebodys.tar").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"latents-00000001\.safetensors: missing or cut short; mend: run"):
+    with pytest.raises(DataError, match=r"latents-00000001\.safetensors: missing or cut short; hint: run"):
         Cache(out)
     again, _ = run(tiny_model_dir, Path(source.path), out, crops=2)
     for sample in samples:
@@ -197,11 +197,11 @@ def test_damage_inside_a_shard_is_one_line(tmp_path: Path, prepared: Prepared) -
     opened, shards = Cache(out), list((out / "shards").glob("latents-*"))
     for shard in shards:
         shard.chmod(0)
-    with bound_by_modes(), pytest.raises(DataError, match=r"safetensors: cannot be read; mend: make it readable"):
+    with bound_by_modes(), pytest.raises(DataError, match=r"safetensors: cannot be read; hint: make it readable"):
         opened.latents(samples[0].id, SQUARE.name(0, "white"))
     for shard in shards:
         shard.unlink()
-    with pytest.raises(DataError, match=r"has gone since the cache was opened; mend: run `libreflux prepare` again"):
+    with pytest.raises(DataError, match=r"has gone since the cache was opened; hint: run `libreflux prepare` again"):
         opened.latents(samples[0].id, SQUARE.name(0, "white"))
     (out / "index.sqlite3").write_bytes(b"not a database, not at all, by no means" * 10)
     with pytest.raises(DataError, match=r"index\.sqlite3: damaged index"):
@@ -246,7 +246,7 @@ def test_a_cache_of_other_settings_is_refused(
         changed = {}
     line = refusal(model, pictures, cache.folder, crops=2, **changed)
     assert told in line
-    assert "mend: use another cache folder" in line
+    assert "hint: use another cache folder" in line
     assert states(cache.folder) == before
 
 
@@ -272,7 +272,7 @@ def test_what_is_refused_leaves_nothing_behind(
         told = "006.png: unreadable picture"
     elif wrong == "bare":
         Image.new("RGB", (32, 32)).save(data / "007.png")
-        told = "007.png: this picture has no caption; mend:"
+        told = "007.png: this picture has no caption; hint:"
     elif wrong == "weights":
         source = DataSource(path=str(data), captions={"tags": 1})
         with pytest.raises(DataError, match="no caption is named 'tags'"):
@@ -306,7 +306,7 @@ def test_enlarged_pictures_are_counted(
 
 
 def test_a_cache_that_is_not_there_is_refused(tmp_path: Path, prepared: Prepared) -> None:
-    with pytest.raises(DataError, match="no cache in this folder; mend: run `libreflux prepare`"):
+    with pytest.raises(DataError, match="no cache in this folder; hint: run `libreflux prepare`"):
         Cache(tmp_path)
     sqlite3.connect(tmp_path / "index.sqlite3").close()
     (tmp_path / "index.sqlite3").touch()

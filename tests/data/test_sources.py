@@ -115,17 +115,17 @@ def test_order_and_ids_follow_content_not_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ('{"file_name": "gone.png", "text": "x"}', "line 2: listed file 'gone.png' is missing; mend:"),
+        ('{"file_name": "gone.png", "text": "x"}', "line 2: listed file 'gone.png' is missing; hint:"),
         ('{"file_name": "notes.md", "text": "x"}', "line 2: listed file 'notes.md' is no picture of a format"),
         ('{"file_name": ".hidden/b.png", "text": "x"}', ".hidden/b.png: listed in metadata.jsonl but not read"),
-        ('{"text": "x"}', "line 2: no file_name in this line; mend:"),
+        ('{"text": "x"}', "line 2: no file_name in this line; hint:"),
         ("[1]", "line 2: no file_name in this line"),
         ('{"file_name": "a.png"', "line 2: not valid JSON"),
         ('{"file_name": "a.png", "text": "a fox \\ud83d"}', "line 2: not valid JSON (half a character in 'a fox "),
         ('{"file_name": "a.png", "text": {"\\ude00": "a"}}', "line 2: not valid JSON (half a character"),
         ('{"file_name": "\\ud83d.png", "text": "a"}', "line 2: not valid JSON (half a character"),
         ("[" * 100_000, "line 2: not valid JSON (nested too deeply"),
-        ('{"file_name": "a.png", "label": 3}', "line 2: no caption in this line; mend: add one of text, texts, prompt"),
+        ('{"file_name": "a.png", "label": 3}', "line 2: no caption in this line; hint: add one of text, texts, prompt"),
         ('{"file_name": "a.png", "text": ""}', "line 2: text: '' is no caption"),
         ('{"file_name": "a.png", "text": null}', "line 2: text: None is no caption"),
         ('{"file_name": "a.png", "captions": {"long": [3]}}', "line 2: captions.long: 3 is no caption"),
@@ -142,14 +142,14 @@ def test_a_bad_line_is_named_by_number(tmp_path: Path, row: str, told: str) -> N
 def test_a_picture_without_a_caption_is_named_with_the_mend(tmp_path: Path) -> None:
     picture(tmp_path / "a.png").with_suffix(".txt").write_text("fine\n")
     bare = picture(tmp_path / "b.png", 1)
-    assert refusal(tmp_path).startswith(f"{bare}: this picture has no caption; mend: write a .txt of the same name")
+    assert refusal(tmp_path).startswith(f"{bare}: this picture has no caption; hint: write a .txt of the same name")
     bare.with_suffix(".txt").write_text(" \n")
     assert "b.txt: this caption file is empty" in refusal(tmp_path)
     bare.with_suffix(".txt").write_bytes(b"caf\xe9\n")
     assert "b.txt: cannot be read as UTF-8" in refusal(tmp_path)
     bare.with_suffix(".txt").chmod(0)
     with bound_by_modes():
-        assert "b.txt: cannot be read (Permission denied); mend: make it readable" in refusal(tmp_path)
+        assert "b.txt: cannot be read (Permission denied); hint: make it readable" in refusal(tmp_path)
 
 
 def test_what_is_not_read_is_refused_not_skipped(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_what_is_not_read_is_refused_not_skipped(tmp_path: Path) -> None:
     assert "no picture in this folder" in refusal(tmp_path)
     picture(tmp_path / "a.png").with_suffix(".txt").write_text("fine\n")
     (tmp_path / "b.heic").write_bytes(b"x")
-    assert "b.heic: .heic pictures are not supported yet; mend: convert it" in refusal(tmp_path)
+    assert "b.heic: .heic pictures are not supported yet; hint: convert it" in refusal(tmp_path)
     (tmp_path / "b.heic").unlink()
     (tmp_path / "metadata.csv").write_text("file_name,text\n")
     assert "metadata.csv: not supported yet" in refusal(tmp_path)
@@ -234,7 +234,7 @@ def test_caption_weights_by_name_and_by_line() -> None:
 
 def test_caption_weights_that_cannot_be_used_are_refused() -> None:
     named = DataSource(path="photos", captions={"short": 0.3, "logn": 0.7})
-    with pytest.raises(DataError, match=r"photos: no caption is named 'logn'; mend: the names here: long, short"):
+    with pytest.raises(DataError, match=r"photos: no caption is named 'logn'; hint: the names here: long, short"):
         check_weights(named, [sample(("a", "short"), ("b", "long"))])
     with pytest.raises(DataError, match="3 caption weights, but at most 2 captions"):
         check_weights(DataSource(path=".", captions=[1, 1, 1]), [sample(("a", ""), ("b", ""))])
@@ -344,7 +344,7 @@ def test_pictures_of_other_formats_are_refused_unless_one_that_is_read_lies_besi
 ) -> None:
     picture(tmp_path / "a.jpg").with_suffix(".txt").write_text("a cat")
     (tmp_path / f"b{suffix}").write_bytes(b"x")
-    assert f"b{suffix}: {suffix.lower()} pictures are not supported yet; mend: convert it to PNG" in refusal(tmp_path)
+    assert f"b{suffix}: {suffix.lower()} pictures are not supported yet; hint: convert it to PNG" in refusal(tmp_path)
     (tmp_path / f"b{suffix}").rename(tmp_path / f"a{suffix}")  # as cameras write them
     assert len(read_folder(tmp_path)) == 1
     assert f"same names: 1 {suffix.lower()} file, the first: a{suffix}" in caplog.text
@@ -354,7 +354,7 @@ def test_pictures_of_other_formats_are_refused_unless_one_that_is_read_lies_besi
 def test_what_may_be_a_caption_is_named(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     picture(tmp_path / "10_cat" / "a.png")
     (tmp_path / "10_cat" / name).write_text("a grey cat")
-    told = f"this picture has no caption; mend: {tmp_path}/10_cat/{name} is not read: write a .txt"
+    told = f"this picture has no caption; hint: {tmp_path}/10_cat/{name} is not read: write a .txt"
     assert told in refusal(tmp_path)
     assert len(read_folder(tmp_path, folder_captions=True)) == 1
     assert "beside pictures" in caplog.text and f"10_cat/{name}" in caplog.text
@@ -399,12 +399,12 @@ def test_samples_that_were_captioned_to_be_trained_on_are_read(tmp_path: Path) -
 
 def test_what_is_there_under_another_name_is_said(tmp_path: Path) -> None:
     picture(tmp_path / "Photos" / "Caf\u00e9.JPG").with_suffix(".txt").write_text("a cat")
-    assert f"no such folder; mend: write {tmp_path}/Photos if that is meant" in refusal(tmp_path / "photos")
+    assert f"no such folder; hint: write {tmp_path}/Photos if that is meant" in refusal(tmp_path / "photos")
     for wanted in ("caf\u00e9.jpg", "Cafe\u0301.JPG", "Caf\u00e9.png"):
         listed(tmp_path / "Photos", {"file_name": wanted, "text": "x"})
-        assert "is missing; mend: write Caf\u00e9.JPG if that is meant" in refusal(tmp_path / "Photos")
+        assert "is missing; hint: write Caf\u00e9.JPG if that is meant" in refusal(tmp_path / "Photos")
     (tmp_path / "set.zip").write_bytes(b"PK")
-    assert "this is a file, and data.path names a folder; mend: unpack it" in refusal(tmp_path / "set.zip")
+    assert "this is a file, and data.path names a folder; hint: unpack it" in refusal(tmp_path / "set.zip")
 
 
 def test_where_captions_stand_is_counted(tmp_path: Path) -> None:

@@ -76,13 +76,13 @@ def test_what_min_size_leaves_out_is_no_fault(tmp_path: Path, caplog: pytest.Log
     report_quarantine(tmp_path, small, usable=1, share=0.0)
     assert not caplog.records
     assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 9
-    with pytest.raises(DataError, match="too small; mend: lower min_size"):
+    with pytest.raises(DataError, match="too small; hint: lower min_size"):
         report_quarantine(tmp_path, small, usable=0, share=0.0)
     torn = Quarantined("2", Path("torn.png"), "unreadable picture")
     with pytest.raises(DataError, match=r"torn\.png: unreadable picture"):
         report_quarantine(tmp_path, [*small, torn], usable=1, share=0.4)
     secret = Quarantined("3", Path("secret.png"), "cannot be read (Permission denied)")
-    with pytest.raises(DataError, match=r"secret\.png: cannot be read .*; mend: make it readable, remove it, or raise"):
+    with pytest.raises(DataError, match=r"secret\.png: cannot be read .*; hint: make it readable, remove it, or raise"):
         report_quarantine(tmp_path, [secret], usable=1, share=0.4)
     report_quarantine(tmp_path, [*small, torn], usable=1, share=0.5)
     assert "1 of 2 pictures cannot be used" in caplog.text

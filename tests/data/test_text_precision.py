@@ -133,8 +133,8 @@ def test_bf16_text_is_the_encoders_in_bf16(
 @pytest.mark.parametrize(
     ("first", "device", "other", "told"),
     [
-        ("fp32", "cuda", "bf16", "made with text_precision float32, now bfloat16; mend"),
-        ("bf16", "cpu", "fp32", "made with text_precision bfloat16, now float32; mend"),
+        ("fp32", "cuda", "bf16", "made with text_precision float32, now bfloat16; hint"),
+        ("bf16", "cpu", "fp32", "made with text_precision bfloat16, now float32; hint"),
     ],
 )
 def test_auto_goes_on_as_the_cache_was_begun_and_another_name_is_refused(
@@ -232,13 +232,13 @@ def broken(*_: Any, **__: Any) -> None:
     ("where", "precision", "device", "line"),
     [
         (AutoencoderKL, "auto", "cuda", "encoding a crop of 32 x 32 pixels, .*png: out of memory; "
-         "mend: a smaller resolution, or prepare with device: cpu$"),
+         "hint: a smaller resolution, or prepare with device: cpu$"),
         (AutoencoderKL, "auto", "cpu", "encoding a crop of 32 x 32 pixels, .*png: out of memory; "
-         "mend: a smaller resolution$"),
+         "hint: a smaller resolution$"),
         (T5EncoderModel, "fp32", "cuda", "encoding 16 captions of up to [0-9]+ characters: out of memory; "
-         "mend: prepare with shorter captions, or prepare with device: cpu$"),
+         "hint: prepare with shorter captions, or prepare with device: cpu$"),
         (T5EncoderModel, "auto", "cuda", "encoding 16 captions .*: out of memory; "
-         "mend: prepare with text_precision: fp32 .T5 goes block by block. in another cache, or .* device: cpu$"),
+         "hint: prepare with text_precision: fp32 .T5 goes block by block. in another cache, or .* device: cpu$"),
     ],
 )  # fmt: skip
 def test_what_a_device_raises_is_one_line(
@@ -259,7 +259,7 @@ def test_opening_without_memory_is_one_line(
     tmp_path: Path, tiny_model_dir: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(T5EncoderModel, "from_pretrained", out_of_memory)
-    with pytest.raises(RunError, match=r"^opening the text encoders: out of memory; mend: prepare with text_precision"):
+    with pytest.raises(RunError, match=r"^opening the text encoders: out of memory; hint: prepare with text_precision"):
         run(tiny_model_dir, pictures, tmp_path / "c")
 
 

@@ -11,4 +11,4 @@ from gpu.alone import alone
 def test_a_failed_kernel_is_one_line() -> None:
     line = alone("passes.failed_assertion")
     assert line.startswith("reading an embedding: the device failed (") and "assert" in line
-    assert "; mend: start again; CUDA_LAUNCH_BLOCKING=1" in line and "\n" not in line
+    assert "; hint: start again; CUDA_LAUNCH_BLOCKING=1" in line and "\n" not in line

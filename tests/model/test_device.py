@@ -1,4 +1,4 @@
-"""Each process has its own card; a GPU that torch cannot use is named, with the mend that fits."""
+"""Each process has its own card; a GPU that torch cannot use is named, with the hint that fits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def machine(root: Path, *files: str) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("files", "built_for", "named", "mend"), [
+@pytest.mark.parametrize(("files", "built_for", "named", "hint"), [
     (["proc/driver/nvidia/version", "dev/nvidia0"], NO_GPU_BUILD, "NVIDIA GPU: it is built without CUDA", "for CUDA"),
     (["dev/nvidia0"], NO_GPU_BUILD, "NVIDIA GPU: it is built without CUDA", "install torch for CUDA"),
     (["usr/lib/wsl/lib/libcuda.so.1"], NO_GPU_BUILD, "NVIDIA GPU: it is built without CUDA", "for CUDA"),
@@ -35,10 +35,10 @@ def machine(root: Path, *files: str) -> Path:
     (["dev/kfd"], FOR_ROCM, "an AMD GPU", "group render"),
 ])  # fmt: skip
 def test_signs_of_a_gpu(
-    tmp_path: Path, files: list[str], built_for: tuple[str | None, str | None], named: str, mend: str
+    tmp_path: Path, files: list[str], built_for: tuple[str | None, str | None], named: str, hint: str
 ) -> None:
     found = idle_gpu(machine(tmp_path, *files), path=str(tmp_path), built_for=built_for)
-    assert found is not None and named in found[0] and mend in found[1]
+    assert found is not None and named in found[0] and hint in found[1]
 
 
 def test_nvidia_smi_is_a_sign_and_nothing_is_none(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_auto_says_so_once_and_goes_on(cardless: None, caplog: pytest.LogCapture
     assert [pick_device(), pick_device("auto"), pick_device("cpu")] == [torch.device("cpu")] * 3
     (record,) = caplog.records
     assert "torch cannot use an NVIDIA GPU: it is built without CUDA" in record.getMessage()
-    assert "; mend: install torch for CUDA" in record.getMessage() and "\n" not in record.getMessage()
+    assert "; hint: install torch for CUDA" in record.getMessage() and "\n" not in record.getMessage()
 
 
 def test_who_hides_the_card_is_not_told(
@@ -76,12 +76,12 @@ def test_who_hides_the_card_is_not_told(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert pick_device() == torch.device("cpu") and not caplog.records
-    with pytest.raises(RunError, match="this machine has no cuda; mend: use auto or cpu"):
+    with pytest.raises(RunError, match="this machine has no cuda; hint: use auto or cpu"):
         pick_device("cuda")
 
 
 def test_who_asks_for_the_card_is_told_why_not(cardless: None) -> None:
-    with pytest.raises(RunError, match=r"torch cannot use an NVIDIA GPU: .*; mend: install torch for CUDA"):
+    with pytest.raises(RunError, match=r"torch cannot use an NVIDIA GPU: .*; hint: install torch for CUDA"):
         pick_device("cuda")
 
 
@@ -124,7 +124,7 @@ def test_without_torchrun_a_card_is_what_it_is_called(cards: Callable[..., list[
 def test_one_card_for_several_processes_is_refused(cards: Callable[..., list[torch.device]]) -> None:
     for rank in range(2):
         cards(2, rank, 2)
-        with pytest.raises(RunError, match=r"^device: cuda:1 for 2 processes on this machine; mend: set device: cuda$"):
+        with pytest.raises(RunError, match=r"^device: cuda:1 for 2 processes on this machine; hint: set device: cuda$"):
             pick_device("cuda:1")
 
 
@@ -132,7 +132,7 @@ def test_more_processes_than_cards_are_refused_by_all(cards: Callable[..., list[
     for rank, name in ((0, "auto"), (3, "cuda")):
         cards(2, rank, 4)
         with pytest.raises(
-            RunError, match=r"4 processes, but 2 cards on this machine; mend: .*--nproc_per_node=2(, or|$)"
+            RunError, match=r"4 processes, but 2 cards on this machine; hint: .*--nproc_per_node=2(, or|$)"
         ):
             pick_device(name)
     cards(1, 1)  # a launcher that does not say how many
@@ -142,5 +142,5 @@ def test_more_processes_than_cards_are_refused_by_all(cards: Callable[..., list[
 
 def test_a_torn_environment_is_refused(cards: Callable[..., list[torch.device]]) -> None:
     cards(1, "first")
-    with pytest.raises(RunError, match="LOCAL_RANK and LOCAL_WORLD_SIZE are not numbers; mend: start it by torchrun"):
+    with pytest.raises(RunError, match="LOCAL_RANK and LOCAL_WORLD_SIZE are not numbers; hint: start it by torchrun"):
         pick_device()

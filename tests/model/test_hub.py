@@ -136,7 +136,7 @@ def test_what_a_file_names_is_used_where_it_is_and_never_fetched(hub: Hub, tmp_p
     told = "told_model(sys.argv[1], 'a.png')"
     hub.requests.clear()
     said = opened(hub, tmp_path, "org/tiny", call=told)
-    assert said.startswith("ModelError: a.png: its model org/tiny is not at hand (not downloaded before); mend: ")
+    assert said.startswith("ModelError: a.png: its model org/tiny is not at hand (not downloaded before); hint: ")
     assert "--model" in said and "\n" not in said
     for name in ("org/tiny@../../../x", "../org/tiny"):
         assert "not at hand (no such model" in opened(hub, tmp_path, name, call=told)
@@ -162,7 +162,7 @@ def test_what_a_file_names_is_used_where_it_is_and_never_fetched(hub: Hub, tmp_p
 def test_what_the_hub_refuses_is_one_line(hub: Hub, tmp_path: Path, name: str, reason: str) -> None:
     said = opened(hub, tmp_path, name)
     assert said.startswith(f"ModelError: {name}: no folder of this name, and it cannot be had from the hub (")
-    assert reason in said and "; mend: mend the path, or check the id" in said and "\n" not in said
+    assert reason in said and "; hint: correct the path, or check the id" in said and "\n" not in said
     assert ("hf auth login" in said) == (name in ("org/gated", "org/login", "org/private"))
 
 
@@ -172,7 +172,7 @@ def test_a_gated_model_shows_its_list_of_files_and_no_file(
     monkeypatch.setattr(hub, "gated", True)
     said = opened(hub, tmp_path, "org/tiny")
     assert said.startswith("ModelError: org/tiny: no folder of this name") and "\n" not in said
-    assert "(its owner asks for a login and consent); mend: " in said and "log in with `hf auth login`" in said
+    assert "(its owner asks for a login and consent); hint: " in said and "log in with `hf auth login`" in said
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(hub: Hub, tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(hub: Hub, tmp_path: Path) -> N
     assert "not downloaded before, and the hub cannot be reached" in said and "login" not in said
     assert "`hf auth login`" in opened(hub, tmp_path, "black-forest-labs/FLUX.1-dev", port)
     near = opened(hub, tmp_path, "black-forest-labs/FLUX.1-schnel", port)
-    assert "mend: did you mean black-forest-labs/FLUX.1-schnell?" in near
+    assert "hint: did you mean black-forest-labs/FLUX.1-schnell?" in near
 
 
 def test_a_name_without_a_slash_asks_nobody(hub: Hub, tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ def test_merging_into_int8_is_refused_and_changes_nothing() -> None:
     adapter = attach(transformer, resolve(linear_shapes(transformer), [Target(layers="**.attn.to_q", factor=4)]))
     adapter.detach()
     before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
-    with pytest.raises(AdapterError, match=r"to_q: Int8Linear is quantised; mend: use the model's bf16 weights"):
+    with pytest.raises(AdapterError, match=r"to_q: Int8Linear is quantised; hint: use the model's bf16 weights"):
         merge(transformer, adapter)
     assert all(tensor.equal(before[name]) for name, tensor in transformer.state_dict().items())
 
@@ -370,7 +370,7 @@ def test_shards_in_and_shards_out(
     assert len(shards) > 2 and all(sum(t.nbytes for t in load_file(shard).values()) <= 40_000 for shard in shards)
     assert_same(*(open_model(folder).load_transformer().state_dict() for folder in (out, int8_dir)))
     shards[1].unlink()
-    with pytest.raises(ModelError, match=rf"{shards[1].name}: cannot be loaded .*; mend: the file is missing"):
+    with pytest.raises(ModelError, match=rf"{shards[1].name}: cannot be loaded .*; hint: the file is missing"):
         open_model(out).load_transformer()
 
 
@@ -415,7 +415,7 @@ def test_damage_is_named_and_leaves_no_folder(damage: list[Path], tmp_path: Path
     config = damage[1] / "transformer" / "config.json"
     later = {"quant_method": "libreflux_int8", "schema": 2}
     config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": later}))
-    with pytest.raises(ModelError, match="int8 schema 2 is not 1; mend: update libreflux"):
+    with pytest.raises(ModelError, match="int8 schema 2 is not 1; hint: update libreflux"):
         open_model(damage[1])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "int8"]
 

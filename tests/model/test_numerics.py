@@ -138,9 +138,9 @@ def test_deterministic_too_late_or_impossible_is_one_line(monkeypatch: pytest.Mo
     monkeypatch.delenv(numerics.WORKSPACE, raising=False)
     with monkeypatch.context() as used:
         used.setattr(torch.cuda, "is_initialized", lambda: True)
-        with pytest.raises(RunError, match=r"before.*mend: set CUBLAS_WORKSPACE_CONFIG=:4096:8"):
+        with pytest.raises(RunError, match=r"before.*hint: set CUBLAS_WORKSPACE_CONFIG=:4096:8"):
             numerics.deterministic("cuda").__enter__()
-    refused = pytest.raises(RunError, match=r"^deterministic: put_ does not have .*; mend: set deterministic: false")
+    refused = pytest.raises(RunError, match=r"^deterministic: put_ does not have .*; hint: set deterministic: false")
     with refused, numerics.deterministic("cuda"):
         torch.zeros(4).put_(torch.tensor([1]), torch.ones(1))  # torch knows no other on any device
     with pytest.raises(RuntimeError, match="another"), numerics.deterministic("cuda"):

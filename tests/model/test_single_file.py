@@ -201,11 +201,11 @@ def test_files_that_do_not_fit_are_named(files: Path, tmp_path: Path, case: str,
     save_file(broken(files, case), path, metadata)
     with pytest.raises(ModelError, match=words) as told:
         open_model(SingleFiles(transformer=path)).load_transformer()
-    assert "wrong.safetensors" in str(told.value) and "mend" in str(told.value)
+    assert "wrong.safetensors" in str(told.value) and "hint" in str(told.value)
 
 
 def test_what_no_file_has_is_asked_for(files: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no text_encoder in this file; mend: name with --base"):
+    with pytest.raises(ModelError, match=r"no text_encoder in this file; hint: name with --base"):
         open_model(SingleFiles(transformer=next(files.glob("flux1-*")))).load_text()
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(next(files.glob("flux1-*")).read_bytes()[:5000])

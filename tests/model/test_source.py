@@ -107,8 +107,8 @@ def test_weights_hash_tells_weights_apart(copy_dir: Path, tiny_model_dir: Path) 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("emoji-bass", "no such model: emoji-bass; mend: did you mean emoji-base"),
-        ("nothing", "no such model: nothing; mend: use emoji-base, an existing folder, or a hub id"),
+        ("emoji-bass", "no such model: emoji-bass; hint: did you mean emoji-base"),
+        ("nothing", "no such model: nothing; hint: use emoji-base, an existing folder, or a hub id"),
         ("./runs/nothing", "no such model"),
         ("/runs/nothing", "no such model"),
         ("a/b/c", "no such model"),
@@ -122,7 +122,7 @@ def test_wrong_names_give_one_line(name: str, message: str, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match=message) as caught:
         locate(name)
-    assert "mend: " in str(caught.value) and "\n" not in str(caught.value)
+    assert "hint: " in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_typo_below_an_existing_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def test_what_is_no_model_folder(tmp_path: Path, copy_dir: Path) -> None:
     with pytest.raises(ModelError, match=r"no model_index\.json"):
         locate(tmp_path)
     (tmp_path / "x.safetensors").touch()
-    with pytest.raises(ModelError, match="is a single file; mend: `libreflux export"):
+    with pytest.raises(ModelError, match="is a single file; hint: `libreflux export"):
         locate(tmp_path / "x.safetensors")
     shutil.rmtree(copy_dir / "vae")
     with pytest.raises(ModelError, match="has no vae folder"):
@@ -147,7 +147,7 @@ def test_damage_is_named(copy_dir: Path) -> None:
     weights = copy_dir / "transformer" / "diffusion_pytorch_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:5000])
-    with pytest.raises(ModelError, match=r"copy/transformer/.*safetensors: cannot be loaded .*; mend: "):
+    with pytest.raises(ModelError, match=r"copy/transformer/.*safetensors: cannot be loaded .*; hint: "):
         opened(copy_dir)
 
     weights.write_bytes(whole)
@@ -180,7 +180,7 @@ def test_another_kind_of_transformer_is_refused(copy_dir: Path) -> None:
     path = copy_dir / "transformer" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "SD3Transformer2DModel"}))
     with pytest.raises(
-        ModelError, match=r"its transformer is a SD3Transformer2DModel; mend: use a model of the FLUX\.1"
+        ModelError, match=r"its transformer is a SD3Transformer2DModel; hint: use a model of the FLUX\.1"
     ):
         open_model(copy_dir)
 
@@ -201,7 +201,7 @@ def test_facts_round_trip(tmp_path: Path) -> None:
         ({"text_padding": "dorp"}, "text_padding cannot be 'dorp'"),
         ({"guidance": -1}, "guidance cannot be -1"),
         ({"shift": 0}, "shift cannot be 0"),
-        ({"schema": 2}, "schema 2 is not 1; mend: update libreflux"),
+        ({"schema": 2}, "schema 2 is not 1; hint: update libreflux"),
     ],
 )
 def test_wrong_facts_are_named(copy_dir: Path, change: dict, message: str) -> None:
@@ -304,4 +304,4 @@ def test_a_broken_file_is_one_line_with_its_place(
     file.write_bytes(broken(file.read_bytes()))
     with pytest.raises(ModelError, match=rf"{part}/{file.name}: cannot be loaded") as told:
         opened(copy_dir)
-    assert "\n" not in str(told.value) and "mend: " in str(told.value)
+    assert "\n" not in str(told.value) and "hint: " in str(told.value)

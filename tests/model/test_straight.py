@@ -139,7 +139,7 @@ def test_a_part_that_cannot_be_made_leaves_torchs_default_dtype(tiny_model_dir: 
 
 def test_a_panic_of_the_tokenizers_library_is_one_line() -> None:
     panic = type("PanicException", (BaseException,), {})
-    with pytest.raises(ModelError, match=r"model: cannot be loaded \(charsmap\); mend: "), one_line(Path("model")):
+    with pytest.raises(ModelError, match=r"model: cannot be loaded \(charsmap\); hint: "), one_line(Path("model")):
         raise panic("charsmap")
     with pytest.raises(KeyboardInterrupt), one_line(Path("model")):
         raise KeyboardInterrupt

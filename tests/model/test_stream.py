@@ -76,7 +76,7 @@ def test_a_disk_that_refuses_is_one_line_and_leaves_nothing(tmp_path: Path) -> N
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
     try:
-        with pytest.raises(RunError, match=r"/x: File too large; mend: make room"):
+        with pytest.raises(RunError, match=r"/x: File too large; hint: make room"):
             save_live(tmp_path / "x", {"w": torch.zeros(1 << 20)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -132,7 +132,7 @@ def test_results_that_were_not_measured_alike_are_refused(changed: dict[str, Any
         with pytest.raises(DataError, match="seen"):
             freedom(model("f", 0.1, {"seen": ["dog"]}), other)
         return
-    with pytest.raises(DataError, match=f"^f and other: were measured with another {key} .*mend"):
+    with pytest.raises(DataError, match=f"^f and other: were measured with another {key} .*hint"):
         freedom(model("f", 0.1), other)
     with pytest.raises(DataError, match=key):
         freedom(model("f", 0.1), model("d", 0.4), other)

@@ -39,7 +39,7 @@ def test_a_result_is_read_back_as_it_was_and_what_is_not_finite_is_null(tmp_path
     assert again.find("slope", sigma=0.5, text="empty") is again.measures[0] and again.find("slope") is None
     for text in ("{}", "[1]", '{"schema": 2}', "no json"):
         path.write_text(text)
-        with pytest.raises(DataError, match="mend"):
+        with pytest.raises(DataError, match="hint"):
             read_result(tmp_path)
 
 

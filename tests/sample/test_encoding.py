@@ -24,7 +24,7 @@ def test_ahead_is_as_in_a_call(model: Opened, pipe: LibreFluxPipeline) -> None:
     for text in texts:
         alone = pipe.encode_prompt(text.prompt, text.prompt_2, text.max_tokens)
         assert torch.equal(found[text].tokens[0], alone.tokens[0]) and torch.equal(found[text].pooled, alone.pooled)
-    with pytest.raises(RecipeError, match="max_sequence_length: cannot be 513; mend: use 1 to 512"):
+    with pytest.raises(RecipeError, match="max_sequence_length: cannot be 513; hint: use 1 to 512"):
         encode_ahead(model.text, model.facts, [Text("a fox", max_tokens=513)])
 
 

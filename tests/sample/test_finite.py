@@ -78,7 +78,7 @@ def test_a_part_with_one_number_that_is_none(tiny_model_dir: Path, tmp_path: Pat
     name, words = PARTS[part]
     with pytest.raises(NotFiniteError, match=words) as told:
         draw(tiny_model_dir, lambda pipe: poisoned(pipe, part, name, value))
-    assert "; mend: " in str(told.value)
+    assert "; hint: " in str(told.value)
     broken = one_nan(tiny_model_dir, part, name, tmp_path / "broken", value)
     for quantise in (None, True) if part == "transformer" else (None,):
         with pytest.raises(NotFiniteError, match=rf"broken/{part}.*{name} is not finite"):

@@ -215,7 +215,7 @@ def test_what_cannot_be_loaded_is_refused_and_changes_nothing(folder: Path, tmp_
         pipe.load_lora_weights(good, weight="much")  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="path: is no path but a dict"):
         pipe.load_lora_weights({"a": torch.zeros(1)})  # type: ignore[arg-type]
-    with pytest.raises(RecipeError, match="no adapter is called 'x'; mend: loaded: none"):
+    with pytest.raises(RecipeError, match="no adapter is called 'x'; hint: loaded: none"):
         pipe.set_adapters("x")
     assert torch.equal(latents(pipe), before) and pipe.facts == KEEP
     pipe.load_lora_weights(good, "one")
@@ -226,7 +226,7 @@ def test_what_cannot_be_loaded_is_refused_and_changes_nothing(folder: Path, tmp_
         pipe.load_lora_weights(other)
     with pytest.raises(RecipeError, match="2 weights for 1 adapter"):
         pipe.set_adapters(["one"], [1.0, 2.0])
-    with pytest.raises(ModelError, match=r"cannot be saved with them; mend: unload_lora_weights\(\) first"):
+    with pytest.raises(ModelError, match=r"cannot be saved with them; hint: unload_lora_weights\(\) first"):
         pipe.save_pretrained(tmp_path / "saved")
     assert torch.equal(latents(pipe), loaded) and not (tmp_path / "saved").exists()
 
@@ -235,7 +235,7 @@ def test_an_offloaded_transformer_takes_no_adapter(folder: Path, tmp_path: Path)
     """As after enable_sequential_cpu_offload(): its weights are on "meta" between two steps."""
     pipe = LibreFluxPipeline.from_pretrained(folder)
     pipe.transformer.to("meta")
-    with pytest.raises(ModelError, match="offloaded layer by layer; mend: load adapters before"):
+    with pytest.raises(ModelError, match="offloaded layer by layer; hint: load adapters before"):
         pipe.load_lora_weights(adapter(tmp_path / "a.safetensors"))
 
 

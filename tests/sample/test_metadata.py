@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from libreflux.errors import DataError
-from libreflux.sample.metadata import Origin, differences, png_bytes, read_origin, save_png, versions
+from libreflux.sample.metadata import GenerationRecord, differences, png_bytes, read_record, save_png, versions
 
-ORIGIN = Origin(
+ORIGIN = GenerationRecord(
     prompt="a red apple, ünïcödé 🍎\nsecond line",
     negative="blurry: yes",
     seed=2**40 + 1,
@@ -32,7 +32,7 @@ IMAGE = Image.linear_gradient("L").convert("RGB").resize((32, 16))
 
 def test_round_trip(tmp_path: Path) -> None:
     save_png(IMAGE, tmp_path / "deep" / "a.png", ORIGIN)
-    assert read_origin(tmp_path / "deep" / "a.png") == ORIGIN
+    assert read_record(tmp_path / "deep" / "a.png") == ORIGIN
     with Image.open(tmp_path / "deep" / "a.png") as image:
         assert image.tobytes() == IMAGE.tobytes()
         assert json.loads(image.text["libreflux"])["schema"] == 1
@@ -87,8 +87,8 @@ SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 def test_every_free_text_is_read_back_as_one_value(text: str) -> None:
     """Names of models and adapters, and the second prompts: with commas, colons, quotes and lines in them."""
     adapters = [{"file": f"{text}.safetensors", "weight": 0.5}]
-    origin = dataclasses.replace(ORIGIN, model=text, adapters=adapters, prompt_2=text, negative_2=text, max_tokens=8)
-    last = origin.parameters().splitlines()[-1]
+    record = dataclasses.replace(ORIGIN, model=text, adapters=adapters, prompt_2=text, negative_2=text, max_tokens=8)
+    last = record.parameters().splitlines()[-1]
     found = {name: json.loads(value) if value[:1] == '"' else value for name, value in SETTING.findall(last)}
     assert {name: found[name] for name in ("Model", "Prompt 2", "Negative prompt 2", "Adapters")} == {
         "Model": text, "Prompt 2": text, "Negative prompt 2": text, "Adapters": f"{text}.safetensors:0.5",
@@ -117,7 +117,7 @@ def test_differences_are_named() -> None:
 
 def test_equal_inputs_give_equal_bytes() -> None:
     assert png_bytes(IMAGE, ORIGIN) == png_bytes(IMAGE.copy(), ORIGIN)
-    assert png_bytes(IMAGE, ORIGIN) != png_bytes(IMAGE, Origin(**{**vars(ORIGIN), "seed": 1}))
+    assert png_bytes(IMAGE, ORIGIN) != png_bytes(IMAGE, GenerationRecord(**{**vars(ORIGIN), "seed": 1}))
     assert {"libreflux", "torch", "diffusers"} <= versions().keys()
 
 
@@ -125,24 +125,24 @@ def test_pictures_of_others_are_refused(tmp_path: Path) -> None:
     plain, text, newer, damaged = (tmp_path / name for name in ("plain.png", "text.png", "newer.png", "damaged.png"))
     IMAGE.save(plain)
     with pytest.raises(DataError, match="says nothing of how it was made"):
-        read_origin(plain)
+        read_record(plain)
     text.write_text("hello")
     with pytest.raises(DataError, match="not a readable picture"):
-        read_origin(text)
-    with pytest.raises(DataError, match="no such picture; mend: check the path"):
-        read_origin(tmp_path / "missing.png")
-    save_png(IMAGE, newer, Origin(**{**vars(ORIGIN), "schema": 2}))
-    with pytest.raises(DataError, match="schema 2 is not 1; mend: update"):
-        read_origin(newer)
+        read_record(text)
+    with pytest.raises(DataError, match="no such picture; hint: check the path"):
+        read_record(tmp_path / "missing.png")
+    save_png(IMAGE, newer, GenerationRecord(**{**vars(ORIGIN), "schema": 2}))
+    with pytest.raises(DataError, match="schema 2 is not 1; hint: update"):
+        read_record(newer)
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     info.add_text("libreflux", '{"schema": 1, "colour": 3}')
     IMAGE.save(damaged, pnginfo=info)
-    with pytest.raises(DataError, match="damaged origin"):
-        read_origin(damaged)
+    with pytest.raises(DataError, match="damaged record"):
+        read_record(damaged)
     wrong = PngInfo()
     wrong.add_text("libreflux", json.dumps({**vars(ORIGIN), "steps": "many"}))
     IMAGE.save(damaged, pnginfo=wrong)
-    with pytest.raises(DataError, match=r"damaged origin .*steps"):
-        read_origin(damaged)
+    with pytest.raises(DataError, match=r"damaged record .*steps"):
+        read_record(damaged)

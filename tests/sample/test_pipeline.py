@@ -168,7 +168,7 @@ def test_ready_conditioning_needs_no_encoders(pipe: LibreFluxPipeline, model: Op
     bare.set_progress_bar_config(disable=True)
     out = bare(prompt_conditioning=text, negative_conditioning=empty, seeds=1, output_type="latent")
     assert torch.equal(out.images, expected)
-    with pytest.raises(ModelError, match="no text encoders; mend: pass prompt_conditioning"):
+    with pytest.raises(ModelError, match="no text encoders; hint: pass prompt_conditioning"):
         bare(SHORT)
 
 
@@ -237,21 +237,21 @@ def test_from_pretrained_and_a_bf16_model(tiny_model_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"height": 40}, "height: cannot be 40; mend: use a multiple of 16"),
+        ({"height": 40}, "height: cannot be 40; hint: use a multiple of 16"),
         ({"width": 0}, "width: cannot be 0"),
         ({"num_inference_steps": 0}, "num_inference_steps: cannot be 0"),
         ({"guidance_scale": -1.0}, "guidance_scale: cannot be -1.0"),
         ({"guidance_scale": float("nan")}, "guidance_scale: cannot be nan"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt: cannot be 0"),
         ({"no_cfg_until": -1}, "no_cfg_until: cannot be -1"),
-        ({"no_cfg_until": 4}, "no_cfg_until: leaves no step of 4 guided; mend: use fewer, or guidance 1"),
+        ({"no_cfg_until": 4}, "no_cfg_until: leaves no step of 4 guided; hint: use fewer, or guidance 1"),
         ({"no_cfg_until": 99, "guidance_stop": 0.5}, "no_cfg_until: leaves no step of 4 guided"),
         ({"no_cfg_until": 2, "guidance_stop": 0.5}, "no step of 4 is guided from 0.5 to 0.5"),
         ({"no_cfg_until": 2, "sigmas": [1.0, 0.5]}, "no_cfg_until: leaves no step of 2 guided"),
         ({"output_type": "gif"}, "output_type: cannot be 'gif'"),
         ({"num_inference_steps": -3}, "num_inference_steps: cannot be -3"),
         ({"embedded_guidance": float("inf")}, "embedded_guidance: cannot be inf"),
-        ({"guidance_start": 1.5}, "guidance_start: cannot be 1.5; mend: use a fraction"),
+        ({"guidance_start": 1.5}, "guidance_start: cannot be 1.5; hint: use a fraction"),
         ({"guidance_stop": float("nan")}, "guidance_stop: cannot be nan"),
         ({"guidance_start": 0.5, "guidance_stop": 0.5}, "guidance_start: 0.5 is not below the stop, 0.5"),
         ({"guidance_start": 0.3, "guidance_stop": 0.4}, "no step of 4 is guided from 0.3 to 0.4"),
@@ -259,16 +259,16 @@ def test_from_pretrained_and_a_bf16_model(tiny_model_dir: Path) -> None:
         ({"guidance_rescale": -0.1}, "guidance_rescale: cannot be -0.1"),
         ({"batch_cfg": "yes"}, "batch_cfg: cannot be 'yes'"),
         ({"sigmas": []}, "sigmas: cannot be"),
-        ({"sigmas": [1.0, 0.5, 0.5]}, "sigmas: cannot be .* mend: use falling numbers"),
+        ({"sigmas": [1.0, 0.5, 0.5]}, "sigmas: cannot be .* hint: use falling numbers"),
         ({"sigmas": [1.0, 0.5, 0.0]}, "sigmas: cannot be"),
         ({"sigmas": [float("nan"), 0.5]}, "sigmas: cannot be"),
         ({"sigmas": [1.0, 0.5], "num_inference_steps": 3}, "2 sigmas for 3 steps"),
-        ({"latents": torch.zeros(1, 16, 4, 6)}, r"latents: have shape \(1, 16, 4, 6\); mend: use \(1, 16, 4, 4\)"),
+        ({"latents": torch.zeros(1, 16, 4, 6)}, r"latents: have shape \(1, 16, 4, 6\); hint: use \(1, 16, 4, 4\)"),
         ({"latents": torch.zeros(2, 4, 64)}, r"latents: have shape \(2, 4, 64\)"),
         ({"latents": torch.full((1, 4, 64), torch.nan)}, "latents: are not all finite"),
         ({"latents": torch.zeros(1, 4, 64), "seeds": 1}, "both latents and a source of noise"),
         ({"seeds": 1, "generator": torch.Generator()}, "both seeds and a generator"),
-        ({"max_sequence_length": 0}, "max_sequence_length: cannot be 0; mend: use 1 to 512"),
+        ({"max_sequence_length": 0}, "max_sequence_length: cannot be 0; hint: use 1 to 512"),
         ({"max_sequence_length": 513}, "max_sequence_length: cannot be 513"),
         ({"prompt_2": ["a", "b"]}, "2 second prompts for 1 prompt"),
         ({"callback_on_step_end_tensor_inputs": ["x"]}, "no tensor is called 'x'"),

@@ -184,7 +184,7 @@ def test_a_changed_recipe_is_refused_by_key_with_both_values(tmp_path: Path) -> 
     line = str(refusal.value)
     assert "optimizer.learning_rate (0.0001 -> 0.0002)" in line
     assert "data.0.path ('photos' -> 'scans')" in line
-    assert "betas" not in line and "mend:" in line
+    assert "betas" not in line and "hint:" in line
 
 
 def test_a_source_that_is_added_is_a_change(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_a_stored_recipe_that_todays_rules_refuse_is_told_with_its_key(tmp_path:
     (tmp_path / checkpoint.ADAPTER).touch()
     stored = json.loads((tmp_path / checkpoint.RECIPE).read_text())
     (tmp_path / checkpoint.RECIPE).write_text(json.dumps(stored | {"idle": 1}))
-    with pytest.raises(RunError, match=r"recipe\.json: idle: written .*unknown key; mend: correct that key"):
+    with pytest.raises(RunError, match=r"recipe\.json: idle: written .*unknown key; hint: correct that key"):
         checkpoint.changes(tmp_path, recipe)
     (tmp_path / checkpoint.RECIPE).write_text(json.dumps(stored))
     assert checkpoint.changes(tmp_path, recipe) == {}

@@ -242,7 +242,7 @@ def test_averages_of_a_run_resume_to_the_bit_and_serve_in_hindsight(
     ema.snapshot_path(tmp_path / "stopped", 6).mkdir()  # of a life that was lost
     (tmp_path / "stopped" / "averages" / "step-9").mkdir()  # no name of ours
     fit(stopped)
-    with pytest.raises(RunError, match=r"0\.1/lycoris.*mend: ask only for widths that were tracked"):
+    with pytest.raises(RunError, match=r"0\.1/lycoris.*hint: ask only for widths that were tracked"):
         fit(stopped.model_copy(update={"steps": 7, "ema": (0.08, 0.1)}))
     fit(stopped.model_copy(update={"steps": 7, "ema": (0.08,)}))
     last = load_file(tmp_path / "stopped" / "checkpoints" / "step-00000007" / "ema.safetensors")
@@ -273,7 +273,7 @@ def test_averages_of_a_run_resume_to_the_bit_and_serve_in_hindsight(
         whole = path.read_bytes()
         for damaged in (whole[:-1], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]):
             path.write_bytes(damaged)
-            with pytest.raises(RunError, match=r"averages/step-00000002/.*; mend: remove this folder"):
+            with pytest.raises(RunError, match=r"averages/step-00000002/.*; hint: remove this folder"):
                 hindsight.average(tmp_path / "whole", 0.2)
         path.write_bytes(whole)
     hindsight.average(tmp_path / "whole", 0.2)
@@ -307,7 +307,7 @@ def test_a_stop_between_two_updates_changes_no_bit_and_is_known_in_hindsight(
     assert made.steps == [4, 4] and json.loads(made.metadata["average"])["step"] == 4
     for key, tensor in made.tensors.items():
         torch.testing.assert_close(tensor, before[key if key.endswith("alpha") else f"0.1/{key}"], rtol=1e-5, atol=1e-7)
-    with pytest.raises(RunError, match="no averages at step 6; mend: the nearest are at 4"):
+    with pytest.raises(RunError, match="no averages at step 6; hint: the nearest are at 4"):
         hindsight.average(tmp_path / "stopped", 0.1, step=6)
     fit(stopped)
     for name in ("checkpoints/step-00000008/ema.safetensors", "averages/step-00000004/ema.safetensors"):
@@ -333,7 +333,7 @@ def test_averages_that_do_not_fit_are_refused() -> None:
 
 def test_a_run_without_averages_says_so(tmp_path: Path) -> None:
     write_run(tmp_path, [0.1])
-    with pytest.raises(RunError, match=r"keeps no averages; mend: train with ema"):
+    with pytest.raises(RunError, match=r"keeps no averages; hint: train with ema"):
         hindsight.average(tmp_path, 0.1)
     with pytest.raises(RunError, match="no such run folder"):
         hindsight.lerp(tmp_path / "none", 0.1)

@@ -110,9 +110,9 @@ def test_a_half_written_file_or_a_full_disk_costs_no_saved_step(
 
 
 def _one_line(result: Outcome, run: Path) -> None:
-    """Exit code 2; what is wrong, where, and the mend."""
+    """Exit code 2; what is wrong, where, and the hint."""
     assert result["code"] == 2, (result["point"], result["said"])
     [line] = result["said"]
     assert line.startswith(f"libreflux: error: {run}"), line
-    assert ": No space left on device; mend: " in line
+    assert ": No space left on device; hint: " in line
     assert ".staging-" not in line and ".tmp-" not in line

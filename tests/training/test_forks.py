@@ -50,7 +50,7 @@ def test_a_changed_recipe_goes_on_only_with_fork_and_is_remembered(recipe_tree: 
     source = recipe_tree(out)["data"][0]
     optimizer = {"kind": "adamw", "learning_rate": 5e-4}
     tree = recipe_tree(out, steps=4, batch=1, base="bf16", optimizer=optimizer, data=[{**source, "prefix": "b "}])
-    with pytest.raises(RunError, match=r"data\.0\.prefix .*batch \(2 -> 1\).*0\.0005\); mend: .*--fork"):
+    with pytest.raises(RunError, match=r"data\.0\.prefix .*batch \(2 -> 1\).*0\.0005\); hint: .*--fork"):
         run(tree)
     assert (out / checkpoint.RECIPE).read_bytes() == before
     steps = run(tree, fork=True)
@@ -120,7 +120,7 @@ def test_what_the_checkpoints_tensors_settle_cannot_fork(
     recipe_tree: Tree, tmp_path: Path, change: dict[str, Any], named: str
 ) -> None:
     run(recipe_tree(tmp_path / "run", steps=1))
-    with pytest.raises(RunError, match=rf"{named}.*mend: restore .*or choose another `out`") as refusal:
+    with pytest.raises(RunError, match=rf"{named}.*hint: restore .*or choose another `out`") as refusal:
         run(recipe_tree(tmp_path / "run", steps=2, batch=1, **change), fork=True)
     assert "--fork" not in str(refusal.value)
 
@@ -174,7 +174,7 @@ def test_a_picture_that_was_trained_on_before_a_fork_cannot_be_held_out_after_it
     tree = recipe_tree(tmp_path / "run", steps=2, data=[{"path": dropped}, {"path": kept}])
     run(tree)
     fewer = {**tree, "steps": 3, "data": [{"path": kept}]}
-    refused = r"was trained on before the fork at step 2, as .*/d/d-\d\.png; mend: hold out other pictures"
+    refused = r"was trained on before the fork at step 2, as .*/d/d-\d\.png; hint: hold out other pictures"
     for apart in (dropped, copies):
         with pytest.raises(RunError, match=rf"^{apart}/.*\.png: {refused}"):
             run({**fewer, "held_out": {"path": apart}}, fork=True)

@@ -389,7 +389,7 @@ def test_a_world_without_a_launcher_is_refused(
 
 
 def test_eight_bit_moments_are_refused_at_once_without_cuda(recipe_tree: Tree, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"adamw_8bit: 8-bit moments need a CUDA device; mend: use adamw_bf16"):
+    with pytest.raises(RunError, match=r"adamw_8bit: 8-bit moments need a CUDA device; hint: use adamw_bf16"):
         _fit(recipe_tree(tmp_path / "run", optimizer={"kind": "adamw_8bit"}))
     assert not (tmp_path / "cache").exists()
 

@@ -67,16 +67,16 @@ def test_a_step_without_memory_ends_the_run_in_one_line_and_it_resumes(recipe_tr
     with pytest.raises(RunError) as refusal:
         fit(recipe, OutOfMemoryIn(2))
     line = str(refusal.value)
-    assert line.startswith("step 2, batch 2, resolution 32, device auto: out of memory; mend: ")
-    mends = [
+    assert line.startswith("step 2, batch 2, resolution 32, device auto: out of memory; hint: ")
+    hints = [
         "gradient_checkpointing: true",
         "base: int8",
         "batch: 1 with accumulate: 2",
         "resolution",
         "another `out`, optimizer.kind: adamw_bf16",
     ]
-    line = line.partition("mend: ")[2]
-    assert sorted(mends, key=line.index) == mends
+    line = line.partition("hint: ")[2]
+    assert sorted(hints, key=line.index) == hints
     assert fit(recipe).read_bytes() == whole.read_bytes()
 
 
@@ -108,15 +108,15 @@ def test_preparing_without_memory_has_its_own_mend(
 ) -> None:
     monkeypatch.setattr(AutoencoderKL, "encode", too_much)
     with pytest.raises(
-        RunError, match=r"^encoding a crop of 32 x 32 pixels, .*: out of memory; mend: a smaller"
+        RunError, match=r"^encoding a crop of 32 x 32 pixels, .*: out of memory; hint: a smaller"
     ) as refusal:
         fit(Recipe.model_validate(recipe_tree(tmp_path / "run")))
     assert "gradient_checkpointing" not in str(refusal.value)
 
 
-def named_keys(mend: str) -> dict[str, str]:
-    """Every `key: value` that a mend names."""
-    found = re.findall(r"([a-z]\w*(?:\.\w+)*): (\w+)", mend)
+def named_keys(hint: str) -> dict[str, str]:
+    """Every `key: value` that a hint names."""
+    found = re.findall(r"([a-z]\w*(?:\.\w+)*): (\w+)", hint)
     assert found
     return dict(found)
 
@@ -137,8 +137,8 @@ def test_every_key_that_a_mend_names_is_a_key_of_the_recipe(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: card)
     tree = recipe_tree(tmp_path, **changes, held_out={"share": 0.4})
     recipe = Recipe.model_validate(tree)
-    for mend in (memory.training, memory.preparing, memory.measuring, memory.drawing):
-        line = mend(recipe)
+    for hint in (memory.training, memory.preparing, memory.measuring, memory.drawing):
+        line = hint(recipe)
         keys = named_keys(line)
         set_to = read_recipe(json.dumps(tree), "test", [f"{key}={value}" for key, value in keys.items()])
         for key in keys:  # none is what the recipe says already

@@ -89,7 +89,7 @@ def test_too_many_in_a_row_end_the_run_and_push_out_no_good_checkpoint(recipe_tr
     healthy = shard.read_bytes()
     poison_latents(tmp_path / "cache")
     longer = Recipe.model_validate(recipe_tree(run, steps=7, save=save, max_skipped=3))
-    with pytest.raises(RunError, match=r"3 steps in a row up to step 5 .* not finite.*; mend: .*learning_rate"):
+    with pytest.raises(RunError, match=r"3 steps in a row up to step 5 .* not finite.*; hint: .*learning_rate"):
         fit(longer)
     kept = checkpoint.listed(run)
     assert [one.step for one in kept] == [2, 3, 4]

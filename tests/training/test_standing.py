@@ -201,10 +201,10 @@ def of_no_run(run: Path) -> None:
         (with_averages_alone, "averages/ knows step 4, .*move averages/ away"),
         (with_sheets_alone, "samples/ knows step 4, .*move samples/ away"),
         (without_recipe, r"there are checkpoints but no recipe\.json"),
-        (of_another_base, "this run has not made this file; mend: move it away"),
-        (of_other_layers, "this run has not made this file; mend: move it away"),
-        (of_another_seed, "this run has not made this file; mend: move it away"),
-        (of_no_run, "this run has not made this file; mend: move it away"),
+        (of_another_base, "this run has not made this file; hint: move it away"),
+        (of_other_layers, "this run has not made this file; hint: move it away"),
+        (of_another_seed, "this run has not made this file; hint: move it away"),
+        (of_no_run, "this run has not made this file; hint: move it away"),
     ],
 )
 def test_nothing_is_written_over(again: dict[str, Any], loses: Callable[[Path], None], told: str, steps: int) -> None:
@@ -277,7 +277,7 @@ def test_a_finished_run_says_that_its_data_have_changed(own_data: dict[str, Any]
         run({**own_data, "text_precision": "bf16"})
     (tmp_path / "b" / "4.png").rename(tmp_path / "4.png")
     (tmp_path / "b" / "4.txt").rename(tmp_path / "4.txt")
-    with pytest.raises(RunError, match="mend: raise steps and go on with --fork, put them back"):
+    with pytest.raises(RunError, match="hint: raise steps and go on with --fork, put them back"):
         run(own_data)
     assert (tmp_path / "run" / checkpoint.ADAPTER).read_bytes() == result
     assert run({**own_data, "steps": 2}, fork=True) == [("start", 1)]

@@ -113,7 +113,7 @@ def test_a_killed_process_ends_the_others_in_one_line() -> None:
         kind, line = told[rank]
         assert kind == "refused", line
         assert line.startswith(f"process {rank} of 3: another process was lost while waiting for word from the others")
-        assert "mend: look at the log of the process that died; the same torchrun command goes on" in line
+        assert "hint: look at the log of the process that died; the same torchrun command goes on" in line
         assert "\n" not in line and "/pytorch/" not in line and len(line) < 300
 
 

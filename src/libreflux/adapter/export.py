@@ -102,7 +102,7 @@ def export_adapter(
     rows = _rows(deltas) if style.bfl else [Row(layer, (layer,)) for layer in deltas]
     unknown = set(deltas) - {part for row in rows for part in row.parts}
     if unknown:
-        raise AdapterError(f"{min(unknown)} is no layer of FLUX", where=file.where, mend="export it for lycoris")
+        raise AdapterError(f"{min(unknown)} is no layer of FLUX", where=file.where, hint="export it for lycoris")
     _check_rank(file.where, deltas, program, rank)
     written: dict[str, Tensor] = {}
     unread, ranks = [], set()
@@ -141,10 +141,10 @@ def _check_rank(where: str, deltas: Mapping[str, LoKr | LoRA], program: str, ran
     """Raises AdapterError for a LoKr that the program does not read, and for a rank that nothing needs."""
     lokr = [layer for layer, delta in deltas.items() if isinstance(delta, LoKr)]
     if lokr and rank is None and not PROGRAMS[program].lokr:
-        mend = "add --rank 64 for the nearest LoRA, or merge the adapter into a model"
-        raise AdapterError(f"{program} reads no LoKr", where=f"{where}, {lokr[0]}", mend=mend)
+        hint = "add --rank 64 for the nearest LoRA, or merge the adapter into a model"
+        raise AdapterError(f"{program} reads no LoKr", where=f"{where}, {lokr[0]}", hint=hint)
     if rank is not None and not lokr:
-        raise AdapterError("has no LoKr that a rank could make a LoRA of", where=where, mend="leave out --rank")
+        raise AdapterError("has no LoKr that a rank could make a LoRA of", where=where, hint="leave out --rank")
 
 
 def _metadata(told: Mapping[str, str], layers: Iterable[str]) -> dict[str, str]:

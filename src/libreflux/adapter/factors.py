@@ -17,7 +17,7 @@ def factorization(dim: int, factor: int) -> tuple[int, int]:
         AdapterError: factor is 0 or below -1.
     """
     if factor < -1 or factor == 0:
-        raise AdapterError(f"factor {factor} is not a size", mend="use a factor >= 1, or -1 for the most square split")
+        raise AdapterError(f"factor {factor} is not a size", hint="use a factor >= 1, or -1 for the most square split")
     if factor > 0 and dim % factor == 0:
         m, n = sorted((factor, dim // factor))
         return m, n

@@ -29,12 +29,12 @@ def adapted_facts(facts: Facts, files: Sequence[tuple[AdapterFile, float]]) -> F
     if len(said) > 1:
         (one, first), (other, second), *_ = said.items()
         raise AdapterError(
-            f"trained with text padding {other}, but {first} with {one}", where=second, mend="use one of the two"
+            f"trained with text padding {other}, but {first} with {one}", where=second, hint="use one of the two"
         )
     for file, _ in files:
         try:
             given = {name: kind(file.metadata[key]) for name, (key, kind) in ADAPTED.items() if key in file.metadata}
         except ValueError as error:
-            raise AdapterError(f"damaged metadata ({error})", where=file.where, mend="copy it again") from None
+            raise AdapterError(f"damaged metadata ({error})", where=file.where, hint="copy it again") from None
         facts = Facts.from_dict(dataclasses.asdict(facts) | given, file.where)
     return facts

@@ -78,7 +78,7 @@ class Adapter:
         if missing or leftover:
             raise AdapterError(
                 f"missing {_some(missing)}; leftover {_some(leftover)}",
-                mend="load it with the recipe it was trained by",
+                hint="load it with the recipe it was trained by",
             )
         for key, tensor in tensors.items():
             if (tensor.shape, tensor.dtype) != (own[key].shape, own[key].dtype):
@@ -163,7 +163,7 @@ class AdapterFile:
             raise AdapterError(
                 f"tensors that fit no linear layer of this model: {_some(leftover)}",
                 where=self.where,
-                mend="attach it to the kind of model it was trained on",
+                hint="attach it to the kind of model it was trained on",
             )
         return layers
 
@@ -173,7 +173,7 @@ class AdapterFile:
             told = plainjson.parse(self.metadata.get("key_map", "{}"))
             return {str(prefix): str(name) for prefix, name in told.items()}
         except (ValueError, AttributeError):
-            raise AdapterError("unreadable key_map in its metadata", where=self.where, mend="copy it again") from None
+            raise AdapterError("unreadable key_map in its metadata", where=self.where, hint="copy it again") from None
 
 
 def _spellings(layer_names: Iterable[str]) -> dict[str, list[str]]:
@@ -225,7 +225,7 @@ def attach(
     for row in resolved:
         base = found.get(row.name)
         if base is None or features(base) != (row.in_features, row.out_features):
-            raise AdapterError("was resolved for another model", where=row.name, mend="resolve the targets again")
+            raise AdapterError("was resolved for another model", where=row.name, hint="resolve the targets again")
         size: tuple[int, int] = (row.in_features, row.out_features)
         if row.rank is not None:
             lora = LoRA(*size, row.rank, alpha=row.alpha, dtype=dtype, device=_device(base))
@@ -235,7 +235,7 @@ def attach(
             layers[row.name] = AdaptedLinear(base, LoKr(*size, row.factor, dtype=dtype, device=_device(base)))
             init_lokr(layers[row.name], init, seed, row.name, scale)
         else:
-            raise AdapterError("comes from a file", where=row.name, mend="attach the file")
+            raise AdapterError("comes from a file", where=row.name, hint="attach the file")
     return _install(transformer, layers)
 
 
@@ -279,7 +279,7 @@ def load_adapter(path: Path | str) -> AdapterFile:
     path = Path(path)
     path = (path.is_dir() and peft.file_in(path)) or path
     if not path.is_file():
-        raise AdapterError("no such adapter file", where=path, mend=did_you_mean(path, "give a .safetensors file"))
+        raise AdapterError("no such adapter file", where=path, hint=did_you_mean(path, "give a .safetensors file"))
     try:
         before = path.stat()
         with safetensors.safe_open(path, framework="pt") as file:
@@ -289,16 +289,16 @@ def load_adapter(path: Path | str) -> AdapterFile:
         if (before.st_ino, before.st_mtime_ns) != (after.st_ino, after.st_mtime_ns):
             raise FileNotFoundError
     except FileNotFoundError:  # a checkpoint of a run in progress
-        raise AdapterError("was replaced or removed while it was read", where=path, mend="run this again") from None
+        raise AdapterError("was replaced or removed while it was read", where=path, hint="run this again") from None
     except safetensors.SafetensorError as error:
-        raise AdapterError(f"not a whole safetensors file ({error})", where=path, mend="copy it again") from error
+        raise AdapterError(f"not a whole safetensors file ({error})", where=path, hint="copy it again") from error
     if metadata.get("schema", SCHEMA) != SCHEMA:
         raise AdapterError(
-            f"schema {metadata['schema']} is newer than this version", where=path, mend="update libreflux"
+            f"schema {metadata['schema']} is newer than this version", where=path, hint="update libreflux"
         )
     tensors = prepared(tensors, str(path))
     if not tensors:
-        raise AdapterError("no tensors for a transformer in it", where=path, mend="give an adapter of FLUX.1")
+        raise AdapterError("no tensors for a transformer in it", where=path, hint="give an adapter of FLUX.1")
     if any(not key.startswith(PREFIX) for key in tensors) or _names_bfl(tensors):
         tensors, key_map = read_names(tensors, peft.config_of(path, metadata), str(path))
         metadata["key_map"] = json.dumps(key_map, sort_keys=True)

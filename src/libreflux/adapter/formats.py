@@ -69,14 +69,14 @@ def read_names(
         if suffix is None or prefix not in known:
             strange.append(name)
         elif suffix in grouped.get(prefix, {}):
-            mend = "save one adapter in one file"
-            raise AdapterError(f"two tensors are {suffix} of {prefix}", where=where, mend=mend)
+            hint = "save one adapter in one file"
+            raise AdapterError(f"two tensors are {suffix} of {prefix}", where=where, hint=hint)
         else:
             grouped.setdefault(prefix, {})[suffix] = tensor
     if strange:
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
-        mend = "use a LoRA or LoKr of a FLUX.1 transformer: LyCORIS', diffusers', PEFT's or kohya's"
-        raise AdapterError(f"tensors that fit no layer of FLUX: {min(strange)}{more}", where=where, mend=mend)
+        hint = "use a LoRA or LoKr of a FLUX.1 transformer: LyCORIS', diffusers', PEFT's or kohya's"
+        raise AdapterError(f"tensors that fit no layer of FLUX: {min(strange)}{more}", where=where, hint=hint)
     found: dict[str, Tensor] = {}
     key_map: dict[str, str] = {}
     for prefix, own in grouped.items():
@@ -85,7 +85,7 @@ def read_names(
             own |= _told_alpha(config, prefix, row, own, where)
         for layer, parts in split_layer(row, own, f"{where}, {prefix}").items():
             if lycoris_name(layer) in key_map:
-                raise AdapterError(f"two spellings of {layer}", where=where, mend="use one file per adapter")
+                raise AdapterError(f"two spellings of {layer}", where=where, hint="use one file per adapter")
             key_map[lycoris_name(layer)] = layer
             found |= {f"{lycoris_name(layer)}.{suffix}": tensor for suffix, tensor in parts.items()}
     return found, key_map
@@ -131,8 +131,8 @@ def _told_alpha(
     """alpha of a layer that has no tensor of that name; none where diffusers' rule holds: a scale of 1."""
     if config is None:
         if prefix.startswith(peft.PREFIX):
-            mend = f"keep PEFT's {peft.CONFIG} beside it, as {peft.FILES[0]}"
-            raise AdapterError("PEFT's file without its configuration: its scale is not known", where=where, mend=mend)
+            hint = f"keep PEFT's {peft.CONFIG} beside it, as {peft.FILES[0]}"
+            raise AdapterError("PEFT's file without its configuration: its scale is not known", where=where, hint=hint)
         return {}
     if "lora_down.weight" not in own:
         return {}
@@ -147,8 +147,8 @@ def _heights(row: Row, in_features: int, out_features: int, where: str) -> list[
         return [out_features]
     last = out_features - (count - 1) * in_features
     if last <= 0 or (count == 3 and last != in_features):
-        mend = "use an adapter of a FLUX.1 transformer"
-        raise AdapterError(f"{out_features} rows are not those of {', '.join(row.parts)}", where=where, mend=mend)
+        hint = "use an adapter of a FLUX.1 transformer"
+        raise AdapterError(f"{out_features} rows are not those of {', '.join(row.parts)}", where=where, hint=hint)
     return [in_features] * (count - 1) + [last]
 
 
@@ -157,7 +157,7 @@ def _split_lora(row: Row, tensors: Mapping[str, Tensor], where: str) -> dict[str
     others = {suffix: tensor for suffix, tensor in tensors.items() if suffix not in (*LORA_SUFFIXES, "alpha")}
     if down.ndim != 2 or up.ndim != 2 or others:
         what = f"{', '.join(others)} not supported yet" if others else "a LoRA that is not two matrices"
-        raise AdapterError(what, where=where, mend="use plain LoKr or LoRA files")
+        raise AdapterError(what, where=where, hint="use plain LoKr or LoRA files")
     pieces = row.split(up, _heights(row, down.shape[1], up.shape[0], where))
     used = [piece.ne(0).any(dim=0) for piece in pieces]
     # Adapters that were trained apart and then fused lie on the diagonal: each part uses ranks of its own.
@@ -222,5 +222,5 @@ def _shape_of(tensors: Mapping[str, Tensor], side: str, where: str) -> Sequence[
         return tensors[side].shape
     a, b = tensors.get(f"{side}_a"), tensors.get(f"{side}_b")
     if a is None or b is None or a.ndim != 2 or b.ndim != 2:
-        raise AdapterError(f"needs {side}; has {', '.join(sorted(tensors))}", where=where, mend="use plain LoKr files")
+        raise AdapterError(f"needs {side}; has {', '.join(sorted(tensors))}", where=where, hint="use plain LoKr files")
     return a.shape[0], b.shape[1]

@@ -79,7 +79,7 @@ def init_lokr(layer: AdaptedLinear, kind: Kind, seed: int, name: str, scale: flo
             delta.lokr_w2.zero_()
         elif kind == "perturbed":
             if not scale > 0:
-                raise AdapterError(f"init scale {scale} must be positive", where=name, mend="use init: ones for none")
+                raise AdapterError(f"init scale {scale} must be positive", where=name, hint="use init: ones for none")
             delta.lokr_w1.fill_(1.0)
             weight = _base_weight(layer, name)
             if weight.device.type in _CARDS:
@@ -87,7 +87,7 @@ def init_lokr(layer: AdaptedLinear, kind: Kind, seed: int, name: str, scale: flo
             delta.lokr_w2.copy_(perturbed_w2(weight, (c, d), scale, generator))
         else:
             known = ", ".join(get_args(Kind))
-            raise AdapterError(f"init {kind!r} is unknown", where=name, mend=f"use one of {known}")
+            raise AdapterError(f"init {kind!r} is unknown", where=name, hint=f"use one of {known}")
 
 
 def _base_weight(layer: AdaptedLinear, name: str) -> Tensor:
@@ -132,8 +132,8 @@ def check_start(layers: Mapping[str, AdaptedLinear], kind: Kind | None, scale: f
     if kind == "perturbed":
         for name, (delta, weight) in norms.items():
             if weight and abs(delta / weight / scale - 1) > 0.05:
-                mend = "give this layer a smaller factor, or use init: ones"
+                hint = "give this layer a smaller factor, or use init: ones"
                 what = f"starts with ||delta|| / ||W|| = {delta / weight:.3g}, not within 5 % of scale {scale:g}"
-                raise AdapterError(what, where=name, mend=mend)
+                raise AdapterError(what, where=name, hint=hint)
     delta, weight = (math.hypot(*(pair[side] for pair in norms.values())) for side in (0, 1))
     return delta / weight if weight else 0.0

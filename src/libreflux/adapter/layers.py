@@ -156,7 +156,7 @@ def features(module: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of anything shaped like a linear."""
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if not (isinstance(sizes[0], int) and isinstance(sizes[1], int)):
-        raise AdapterError(f"{type(module).__name__} is not a linear layer", mend="adapt layers that have in_features")
+        raise AdapterError(f"{type(module).__name__} is not a linear layer", hint="adapt layers that have in_features")
     return sizes[0], sizes[1]
 
 
@@ -186,12 +186,12 @@ def dense_weight(linear: nn.Module, name: str) -> Tensor:
         AdapterError: the layer is adapted (its weight alone is not what it computes) or quantised.
     """
     if isinstance(linear, AdaptedLinear):
-        raise AdapterError("an adapter is attached to this layer", where=name, mend="detach it first")
+        raise AdapterError("an adapter is attached to this layer", where=name, hint="detach it first")
     weight = getattr(linear, "weight", None)
     if not isinstance(linear, nn.Linear) or weight is None or not weight.is_floating_point():
-        raise AdapterError(f"{type(linear).__name__} is quantised", where=name, mend="use the model's bf16 weights")
+        raise AdapterError(f"{type(linear).__name__} is quantised", where=name, hint="use the model's bf16 weights")
     if type(weight.data) is not Tensor or weight.dtype.itemsize < 2:
-        raise AdapterError(f"weight is stored as {weight.dtype}", where=name, mend="open the model in bf16 or fp32")
+        raise AdapterError(f"weight is stored as {weight.dtype}", where=name, hint="open the model in bf16 or fp32")
     return weight.detach()
 
 
@@ -249,10 +249,10 @@ def delta_from_tensors(
     """
     refused = [suffix for suffix in NOT_SUPPORTED if suffix in tensors]
     if refused:
-        raise AdapterError(f"{', '.join(refused)} not supported yet", where=where, mend="use plain LoKr or LoRA files")
+        raise AdapterError(f"{', '.join(refused)} not supported yet", where=where, hint="use plain LoKr or LoRA files")
     leftover = sorted(set(tensors) - {*LOKR_SUFFIXES, *LORA_SUFFIXES, "alpha"})
     if leftover:
-        raise AdapterError(f"unknown tensors {', '.join(leftover)}", where=where, mend="use plain LoKr or LoRA files")
+        raise AdapterError(f"unknown tensors {', '.join(leftover)}", where=where, hint="use plain LoKr or LoRA files")
     is_lora = any(suffix in tensors for suffix in LORA_SUFFIXES)
     if is_lora and any(suffix in tensors for suffix in LOKR_SUFFIXES):
         raise AdapterError("LoKr and LoRA tensors for the same layer", where=where)
@@ -299,7 +299,7 @@ def _misfit(where: str, found: str, in_features: int, out_features: int) -> Adap
     return AdapterError(
         f"{found} does not fit a linear of {out_features} x {in_features}",
         where=where,
-        mend="attach the adapter to the kind of model it was trained on",
+        hint="attach the adapter to the kind of model it was trained on",
     )
 
 

@@ -72,10 +72,10 @@ def read_config(path: Path | str) -> dict[str, Any]:
             where = f"{path}, {table}, {key!r}"
             for idle, heeded in (("linear_dim", "dim"), ("linear_alpha", "alpha")):
                 if idle in entry:
-                    raise AdapterError(f"LyCORIS ignores {idle} in an entry", where=where, mend=f"write {heeded}")
+                    raise AdapterError(f"LyCORIS ignores {idle} in an entry", where=where, hint=f"write {heeded}")
             _check(entry, ENTRY_KEYS, where)
     if config.get("multiplier", 1) != 1:
-        raise AdapterError("multiplier is not supported", where=path, mend="set it to 1; weigh the adapter when used")
+        raise AdapterError("multiplier is not supported", where=path, hint="set it to 1; weigh the adapter when used")
     return config
 
 
@@ -84,8 +84,8 @@ def _check(section: Any, known: set[str], where: str) -> None:
         raise AdapterError("is not an object of keys and values", where=where)
     for key, value in section.items():
         if key not in known | IDLE and value not in (False, 0, None):
-            mend = f"remove it; read are {', '.join(sorted(known))}"
-            raise AdapterError(f"{key} is not supported", where=where, mend=mend)
+            hint = f"remove it; read are {', '.join(sorted(known))}"
+            raise AdapterError(f"{key} is not supported", where=where, hint=hint)
 
 
 def assign(config: Mapping[str, Any], transformer: nn.Module, where: str) -> tuple[list[Resolved], list[Match]]:
@@ -114,10 +114,10 @@ def assign(config: Mapping[str, Any], transformer: nn.Module, where: str) -> tup
     silent = [match.key for match in matches if match.key not in walk.touched | walk.unwritten]
     if silent:
         classes = sorted({type(module).__name__ for module in transformer.modules() if list(module.children())})
-        mend = f"remove them or mend them; this model has the classes {', '.join(classes)}"
-        raise AdapterError(f"match no linear of this model: {', '.join(map(repr, silent))}", where=where, mend=mend)
+        hint = f"remove them or hint them; this model has the classes {', '.join(classes)}"
+        raise AdapterError(f"match no linear of this model: {', '.join(map(repr, silent))}", where=where, hint=hint)
     if not rows:
-        raise AdapterError("matches no linear layer of this model", where=where, mend="name a target_module")
+        raise AdapterError("matches no linear layer of this model", where=where, hint="name a target_module")
     return rows, matches
 
 
@@ -196,9 +196,9 @@ class _Walk:
         try:
             return re.compile(pattern)
         except re.error as error:
-            mend = r"write the numbers out, as in transformer_blocks\.(8|9|1[0-5])\."
+            hint = r"write the numbers out, as in transformer_blocks\.(8|9|1[0-5])\."
             where = f"{self.where}, {pattern!r}"
-            raise AdapterError(f"is no regular expression ({error})", where=where, mend=mend) from None
+            raise AdapterError(f"is no regular expression ({error})", where=where, hint=hint) from None
 
 
 def _row(
@@ -217,12 +217,12 @@ def _row(
         alpha = float(entry.get("alpha") or root.get("linear_alpha", 1))
         return lora_row(name, linear.in_features, linear.out_features, dim, alpha, key)
     if kind is None:
-        mend = f"use one of {', '.join(ALGOS)}"
-        raise AdapterError(f"algo {algo or root.get('algo')!r} is not supported", where=where, mend=mend)
+        hint = f"use one of {', '.join(ALGOS)}"
+        raise AdapterError(f"algo {algo or root.get('algo')!r} is not supported", where=where, hint=hint)
     factor = int(entry.get("factor", root.get("factor", -1)))
     full = entry.get("full_matrix", root.get("full_matrix", False))
     _, shape = lokr_shapes(linear.in_features, linear.out_features, factor)
     if not full and dim < max(shape) / 2:
-        mend = "set full_matrix: true, or a linear_dim of 10000"
-        raise AdapterError(f"a low-rank LoKr (dim {dim}) on {name} is not trained here", where=where, mend=mend)
+        hint = "set full_matrix: true, or a linear_dim of 10000"
+        raise AdapterError(f"a low-rank LoKr (dim {dim}) on {name} is not trained here", where=where, hint=hint)
     return lokr_row(name, linear.in_features, linear.out_features, factor, key)

@@ -45,7 +45,7 @@ def merge_many(transformer: nn.Module, adapters: Sequence[tuple[Source, float]])
         for name, own in file.by_layer(found).items():
             parts.setdefault(name, []).append((own, float(weight), f"{file.where}, {name}"))
     if not parts:
-        raise AdapterError("no adapter to merge", mend="name at least one adapter file")
+        raise AdapterError("no adapter to merge", hint="name at least one adapter file")
     for name, rows in parts.items():  # every refusal before the first change
         dense_weight(found[name], name)
         for tensors, weight, where in rows:
@@ -60,8 +60,8 @@ def merge_many(transformer: nn.Module, adapters: Sequence[tuple[Source, float]])
         rounded = total.to(weight_matrix.dtype)
         if not is_finite(rounded):
             files = ", ".join(dict.fromkeys(where.rpartition(", ")[0] for _, _, where in parts[name]))
-            mend = "use smaller weights of the adapters, or a model whose own weights are finite"
-            raise NotFiniteError("the sum is not finite", where=f"{files}, {name}", mend=mend)
+            hint = "use smaller weights of the adapters, or a model whose own weights are finite"
+            raise NotFiniteError("the sum is not finite", where=f"{files}, {name}", hint=hint)
         weight_matrix.copy_(rounded)
     return changed
 

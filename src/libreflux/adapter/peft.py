@@ -79,18 +79,18 @@ def config_of(path: Path, metadata: Mapping[str, str]) -> Config | None:
         config = Config({str(key).removeprefix("transformer."): value for key, value in told.items()})
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         damaged = CONFIG if has_config else METADATA if METADATA in metadata else "lora_alpha"
-        raise AdapterError(f"damaged {damaged} ({error})", where=path, mend="copy it again") from None
+        raise AdapterError(f"damaged {damaged} ({error})", where=path, hint="copy it again") from None
     for name in ("use_rslora", "use_dora"):
         if not isinstance(config.get(name, False), bool | None):
-            mend = "write true or false"
-            raise AdapterError(f"{name} cannot be {str(config[name])[:20]!r}", where=where, mend=mend)
+            hint = "write true or false"
+            raise AdapterError(f"{name} cannot be {str(config[name])[:20]!r}", where=where, hint=hint)
     kind, start = config.get("peft_type", "LORA"), str(config.get("init_lora_weights", "")).lower()
     if kind != "LORA":
-        raise AdapterError(f"{kind} is not read", where=where, mend="use a LoRA, or a LoKr of LyCORIS")
+        raise AdapterError(f"{kind} is not read", where=where, hint="use a LoRA, or a LoKr of LyCORIS")
     if start.startswith(_OTHER_WEIGHTS):
-        mend = "convert it to a plain LoRA with PEFT"
+        hint = "convert it to a plain LoRA with PEFT"
         raise AdapterError(
-            f"init_lora_weights is {start}: it changes the model's own weights too", where=where, mend=mend
+            f"init_lora_weights is {start}: it changes the model's own weights too", where=where, hint=hint
         )
     return config
 
@@ -110,8 +110,8 @@ def alpha_of(config: Config, layer: str, rank: int, where: str) -> float | None:
     try:
         told = _of_layer(config, "rank_pattern", layer, config.get("r"))
         if told is not None and int(told) != rank:
-            mend = "use the configuration that it was saved with"
-            raise AdapterError(f"rank {told} is told of {layer}, its tensors have {rank}", where=where, mend=mend)
+            hint = "use the configuration that it was saved with"
+            raise AdapterError(f"rank {told} is told of {layer}, its tensors have {rank}", where=where, hint=hint)
         alpha = _of_layer(config, "alpha_pattern", layer, config.get("lora_alpha"))
         if alpha is None:
             return None
@@ -119,10 +119,10 @@ def alpha_of(config: Config, layer: str, rank: int, where: str) -> float | None:
             raise ValueError(f"alpha {str(alpha)[:20]} is told of {layer}")
         return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
     except _TooLongError as error:
-        mend = "name the layers in it by their plain names"
-        raise AdapterError(f"its {error} takes too long to match", where=where, mend=mend) from None
+        hint = "name the layers in it by their plain names"
+        raise AdapterError(f"its {error} takes too long to match", where=where, hint=hint) from None
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, regex.error) as error:
-        raise AdapterError(f"damaged {CONFIG} or {METADATA} ({error})", where=where, mend="copy it again") from None
+        raise AdapterError(f"damaged {CONFIG} or {METADATA} ({error})", where=where, hint="copy it again") from None
 
 
 def _of_layer(config: Config, pattern: str, layer: str, otherwise: Any) -> Any:

@@ -70,7 +70,7 @@ def plan(spec: AdapterSpec, transformer: nn.Module) -> Plan:
         if kind != spec.kind:
             where = spec.init_from or spec.lycoris_config
             raise AdapterError(
-                f"gives {row.name} a {kind}, the recipe says {spec.kind}", where=where, mend=f"adapter.kind: {kind}"
+                f"gives {row.name} a {kind}, the recipe says {spec.kind}", where=where, hint=f"adapter.kind: {kind}"
             )
     return Plan(rows, matches)
 
@@ -99,8 +99,8 @@ def start_norm(spec: AdapterSpec, adapter: Adapter) -> float:
 
 def _check_norm(spec: AdapterSpec, norm: float | None) -> None:
     if norm is not None and (spec.init != "perturbed" or spec.scale != norm):
-        mend = f"set adapter.init: perturbed and adapter.scale: {norm:g} in the recipe, or remove it"
-        raise AdapterError("init_lokr_norm differs from the recipe's start", where=spec.lycoris_config, mend=mend)
+        hint = f"set adapter.init: perturbed and adapter.scale: {norm:g} in the recipe, or remove it"
+        raise AdapterError("init_lokr_norm differs from the recipe's start", where=spec.lycoris_config, hint=hint)
 
 
 def _file_rows(path: str, transformer: nn.Module) -> list[Resolved]:

@@ -37,7 +37,7 @@ def check_strength(delta: LoKr | LoRA, weight: float, where: str) -> None:
     change = abs(weight) * delta_norm(delta)
     if not change <= _LARGEST:
         what = f"at weight {weight:g} it changes the layer by {change:.2g} (Frobenius norm), which overflows"
-        raise AdapterError(what, where=where, mend="use a weight near 1, or an adapter that is not damaged")
+        raise AdapterError(what, where=where, hint="use a weight near 1, or an adapter that is not damaged")
 
 
 def prepared(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -64,12 +64,12 @@ def prepared(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         if name.startswith(_TEXT) or (name.endswith(_WHOLE) and not tensor.float().count_nonzero()):
             continue
         if name.endswith(_WHOLE):
-            mend = "merge it into a model with the program that wrote it"
-            raise AdapterError(f"{name} is a whole difference, which is not read", where=where, mend=mend)
+            hint = "merge it into a model with the program that wrote it"
+            raise AdapterError(f"{name} is a whole difference, which is not read", where=where, hint=hint)
         if not tensor.is_floating_point() and not name.endswith(".alpha"):
             told = str(tensor.dtype).removeprefix("torch.")
-            raise AdapterError(f"{name} is stored as {told}", where=where, mend="use the bf16, fp16 or fp8 file")
+            raise AdapterError(f"{name} is stored as {told}", where=where, hint="use the bf16, fp16 or fp8 file")
         found[name] = tensor.to(torch.bfloat16) if tensor.dtype in _FP8 else tensor
     if bad := not_finite(found):
-        raise NotFiniteError(f"{bad} is not finite", where=where, mend=DAMAGED)
+        raise NotFiniteError(f"{bad} is not finite", where=where, hint=DAMAGED)
     return found

@@ -91,7 +91,7 @@ def _numbers(body: str, pattern: str) -> list[int]:
             raise AdapterError(
                 f"{{{body}}} is not a list of whole numbers or rising ranges",
                 where=f"pattern {pattern!r}",
-                mend="write {0-7} or {1,3,8-11}",
+                hint="write {0-7} or {1,3,8-11}",
             )
         numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
     return numbers
@@ -109,7 +109,7 @@ def compile_pattern(pattern: str) -> tuple[re.Pattern[str], list[list[int]]]:
         raise AdapterError(
             f"cannot read {odd[0]!r} in it" if odd else "it has an empty part",
             where=f"pattern {pattern!r}",
-            mend="use names, *, ** and integer ranges such as {0-7}",
+            hint="use names, *, ** and integer ranges such as {0-7}",
         )
     # Two ** in a row say no more than one.
     parts = [part for index, part in enumerate(parts) if [part, *parts[index - 1 : index]] != ["**", "**"]]
@@ -125,7 +125,7 @@ def compile_pattern(pattern: str) -> tuple[re.Pattern[str], list[list[int]]]:
                 glue = ""
             continue
         if "**" in part:
-            raise AdapterError("** stands only for whole parts", where=f"pattern {pattern!r}", mend="write a.**.b")
+            raise AdapterError("** stands only for whole parts", where=f"pattern {pattern!r}", hint="write a.**.b")
         piece, end = "", 0
         for brace in _BRACES.finditer(part):
             numbers = _numbers(brace[1], pattern)
@@ -164,7 +164,7 @@ def resolve(names_of_linears: Sequence[tuple[str, int, int]], targets: Sequence[
             hidden by earlier ones.
     """
     if not targets:
-        raise AdapterError("no targets: nothing would be trained", mend='add {layers: "**", factor: 8} to the targets')
+        raise AdapterError("no targets: nothing would be trained", hint='add {layers: "**", factor: 8} to the targets')
     names = [name for name, _, _ in names_of_linears]
     owner: dict[str, Target] = {}
     for target in targets:
@@ -172,16 +172,16 @@ def resolve(names_of_linears: Sequence[tuple[str, int, int]], targets: Sequence[
         regex, braces = compile_pattern(target.layers)
         matches = {name: match for name in names if (match := regex.fullmatch(name))}
         if not matches:
-            raise AdapterError("matches no linear layer of this model", where=where, mend=_near(target.layers, names))
+            raise AdapterError("matches no linear layer of this model", where=where, hint=_near(target.layers, names))
         for group, numbers in enumerate(braces, start=1):
             unused = sorted(set(numbers) - {int(match[group]) for match in matches.values()})
             if unused:
-                mend = f"list only numbers the model has; {_near(target.layers, names)}"
-                raise AdapterError(f"no layer has a number of {_ranges(unused)}", where=where, mend=mend)
+                hint = f"list only numbers the model has; {_near(target.layers, names)}"
+                raise AdapterError(f"no layer has a number of {_ranges(unused)}", where=where, hint=hint)
         fresh = [name for name in matches if name not in owner]
         if not fresh:
             hiding = list(dict.fromkeys(owner[name].layers for name in matches))
-            raise AdapterError(f"all it matches is taken by earlier {hiding}", where=where, mend="put it before them")
+            raise AdapterError(f"all it matches is taken by earlier {hiding}", where=where, hint="put it before them")
         owner |= dict.fromkeys(fresh, target)
     rows = []
     for name, in_features, out_features in names_of_linears:

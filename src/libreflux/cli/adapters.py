@@ -36,7 +36,7 @@ def adapter_argument(text: str) -> tuple[str, float]:
     except ValueError:
         value = math.nan
     if not path or not math.isfinite(value):
-        raise AdapterError(f"{weight!r} is no weight", where=text, mend="write FILE.safetensors:0.8")
+        raise AdapterError(f"{weight!r} is no weight", where=text, hint="write FILE.safetensors:0.8")
     return path, value
 
 
@@ -73,7 +73,7 @@ def adapter_file(path: Path) -> Path:
         what = (
             "all its checkpoints are damaged" if saved else f"no {checkpoint.ADAPTER} and no checkpoint in this folder"
         )
-        raise AdapterError(what, where=path, mend="name a run folder of `libreflux train`, or an adapter file")
+        raise AdapterError(what, where=path, hint="name a run folder of `libreflux train`, or an adapter file")
     if newest is None or (result.is_file() and newest.step <= _trained_steps(result)):
         return result
     logger.warning("%s is not finished: its adapter after step %d is taken (%s)", path, newest.step, newest.adapter)

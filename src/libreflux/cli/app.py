@@ -89,7 +89,7 @@ def _of_a_device(error: Exception) -> LibrefluxError | None:
 
 
 def _recipe_key(error: Exception) -> str:
-    """The mend for a key of a recipe that is written as an option, `train r.yaml --lr 1e-4`."""
+    """The hint for a key of a recipe that is written as an option, `train r.yaml --lr 1e-4`."""
     option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
     if option is None or context is None or context.info_name != "train" or not hasattr(error, "possibilities"):
         return ""
@@ -105,8 +105,8 @@ def _check_arguments() -> None:
     """Raises RecipeError for an argument that is not UTF-8: prompts and names go into files that are."""
     for word in sys.argv[1:]:
         if any("\ud800" <= letter <= "\udfff" for letter in word):
-            mend = "write it as UTF-8 (a file: rename it; a terminal: use a UTF-8 locale)"
-            raise RecipeError("is not UTF-8", where=word, mend=mend)
+            hint = "write it as UTF-8 (a file: rename it; a terminal: use a UTF-8 locale)"
+            raise RecipeError("is not UTF-8", where=word, hint=hint)
 
 
 def main() -> NoReturn:
@@ -125,7 +125,7 @@ def main() -> NoReturn:
         if error.errno not in PLACE_ERRORS or (error.filename is None and not full):
             raise
         where = f"{error.filename}: " if error.filename else ""
-        _refuse(f"{where}{error.strerror}; mend: name another place, or make room or rights there")
+        _refuse(f"{where}{error.strerror}; hint: name another place, or make room or rights there")
     except (MemoryError, RuntimeError) as error:
         line = _of_a_device(error)
         if line is None or os.environ.get("LIBREFLUX_TRACEBACK"):

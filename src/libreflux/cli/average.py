@@ -34,11 +34,11 @@ def average(
 ) -> None:
     """Average what a run has kept: any width in hindsight, or LERP over its checkpoints."""
     if (width is None) == (lerp is None):
-        raise RunError("one of --width and --lerp is needed", mend="--width 0.1 is a good start")
+        raise RunError("one of --width and --lerp is needed", hint="--width 0.1 is a good start")
     if step is not None and width is None:
-        raise RunError("--step belongs to --width", mend="remove it")
+        raise RunError("--step belongs to --width", hint="remove it")
     if out.suffix != ".safetensors":
-        raise RunError("the name of an adapter file ends in .safetensors", where=out, mend="add it")
+        raise RunError("the name of an adapter file ends in .safetensors", where=out, hint="add it")
     new_place(out)
 
     from libreflux import files

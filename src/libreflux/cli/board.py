@@ -18,8 +18,8 @@ SHEET = "samples"
 def require_tensorboard() -> None:
     """Raises RunError where TensorBoard is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
-        mend = "pip install 'libreflux[tensorboard]', or tensorboard: false"
-        raise RunError("TensorBoard is not installed", where="tensorboard: true", mend=mend)
+        hint = "pip install 'libreflux[tensorboard]', or tensorboard: false"
+        raise RunError("TensorBoard is not installed", where="tensorboard: true", hint=hint)
 
 
 class Board:

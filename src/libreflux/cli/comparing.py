@@ -85,7 +85,7 @@ def _given(name: str) -> Result | None:
     for picture in found.pictures:
         assert found.folder is not None
         if not (file := found.folder / picture.file).is_file():
-            raise DataError("a picture of this result is missing", where=file, mend="copy the whole folder")
+            raise DataError("a picture of this result is missing", where=file, hint="copy the whole folder")
     return found
 
 

@@ -72,7 +72,7 @@ def demo(
     folder_place(out, "run", "probe")
     data, run, measured, recipe_file = out / "pictures", out / "run", out / "probe", out / "recipe.yaml"
     if recipe_file.exists() and not recipe_file.read_text("utf-8", "replace").startswith(RECIPE.partition("\n")[0]):
-        raise RunError("is not a demo's recipe", where=recipe_file, mend="name another folder with --out")
+        raise RunError("is not a demo's recipe", where=recipe_file, hint="name another folder with --out")
     places = {"data": scalar(str(data)), "out": scalar(str(run))}
     text = RECIPE.format(model=MODEL, steps=steps, warmup=min(20, steps // 10), **places)
     recipe = read_recipe(text, str(recipe_file))
@@ -140,7 +140,7 @@ def _write_pictures(data: Path, count: int) -> None:
     if data.is_dir() and len(list(data.glob("[!.]*.png"))) == count:
         return
     if data.exists():
-        raise RunError("holds other pictures", where=data, mend="remove it, or name another folder with --out")
+        raise RunError("holds other pictures", where=data, hint="remove it, or name another folder with --out")
     from libreflux.cli.demo_data import demo_data
 
     data.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ def demo_data(
 ) -> None:
     """Write composed emoji pictures with captions: PNG, side-car .txt and metadata.jsonl."""
     if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
-        raise DataError("already exists", where=out, mend="choose another name or remove it")
+        raise DataError("already exists", where=out, hint="choose another name or remove it")
     if out.is_dir():
         folder_place(out.absolute().parent)  # the finished folder takes its place by a rename
     else:
@@ -32,13 +32,13 @@ def demo_data(
     from libreflux.files import staged_dir
 
     if look not in compose.LOOKS:
-        raise RecipeError(f"no look {look!r}", where="--look", mend=f"use one of {', '.join(compose.LOOKS)}")
+        raise RecipeError(f"no look {look!r}", where="--look", hint=f"use one of {', '.join(compose.LOOKS)}")
     out = out.absolute()
     if out.is_dir():
         try:
             out.rmdir()  # empty: the finished folder takes its place by a rename
         except OSError as error:
-            raise DataError(f"cannot be replaced ({error.strerror})", where=out, mend="name a new folder") from None
+            raise DataError(f"cannot be replaced ({error.strerror})", where=out, hint="name a new folder") from None
     with staged_dir(out) as staging, progress("composing", "picture") as report:
         compose.write_folder(staging, count, seed, pairs=pairs, look=look, progress=report)
     say(f"{counted(count, 'picture')} with captions in {out}")

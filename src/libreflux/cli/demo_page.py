@@ -51,7 +51,7 @@ def write(
 This computer then showed it {pictures} captioned pictures, {len(losses)} batches of them in {took}, and trained an
 adapter on the plain flow-matching objective: that is “{LABELS[1]}”. The training saw neither the original nor
 anything that the original drew.</p>
-<p><b>Read it with care.</b> Loss and slope are the cheapest measures to mend: the distilled model drawn at guidance
+<p><b>Read it with care.</b> Loss and slope are the cheapest measures to correct: the distilled model drawn at guidance
 1/3, without any training, closes about three quarters of both gaps (<code>benchmarks/no_training.py</code>); in drawn
 pictures that does not help. The held-out pictures are scenes that the original was trained on, moved by one or two
 pixels.</p><p class="look">{looks}</p>"""

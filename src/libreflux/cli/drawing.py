@@ -31,7 +31,7 @@ from libreflux.model.source import ModelSource, open_model, weights_hash
 from libreflux.model.text import TextConditioning, TextEncoders, check_padding
 from libreflux.printing import counted
 from libreflux.sample.encoding import Text, encode_ahead, encode_in_turn
-from libreflux.sample.metadata import Origin, versions
+from libreflux.sample.metadata import GenerationRecord, versions
 from libreflux.sample.pipeline import LibreFluxPipeline
 
 SMALLER = "a smaller --width and --height, --quantize int8, --offload model or sequential (on CUDA), or --device cpu"
@@ -48,7 +48,7 @@ class Opened:
         texts: all that may be drawn, encoded.
         facts: the model's, under its adapters.
         device: what computes.
-        dtype: of the transformer's weights, see `Origin`.
+        dtype: of the transformer's weights, see `GenerationRecord`.
         hashes: "transformer" to its SHA-256.
         adapters: file name, SHA-256, weight and path as it was named of each adapter, in order.
     """
@@ -61,33 +61,33 @@ class Opened:
     hashes: dict[str, str]
     adapters: list[dict[str, Any]] = field(default_factory=list)
 
-    def stamped(self, origin: Origin) -> Origin:
+    def stamped(self, record: GenerationRecord) -> GenerationRecord:
         """The same picture, made with this model on this machine."""
         return dataclasses.replace(
-            origin, dtype=self.dtype, device=_device_name(self.device), hashes=self.hashes,
+            record, dtype=self.dtype, device=_device_name(self.device), hashes=self.hashes,
             adapters=self.adapters, versions=versions(),
         )  # fmt: skip
 
-    def draw(self, origin: Origin, on_step: Callable[[Step], None] | None = None) -> Image.Image:
-        """The picture that an origin tells of; alone, since its last bits depend on who shares its batch."""
-        positive, *negative = (self.texts[text] for text in texts_of(origin))
-        with explained(f"drawing {origin.width} x {origin.height} pixels on {self.device}", SMALLER):
+    def draw(self, record: GenerationRecord, on_step: Callable[[Step], None] | None = None) -> Image.Image:
+        """The picture that an record tells of; alone, since its last bits depend on who shares its batch."""
+        positive, *negative = (self.texts[text] for text in texts_of(record))
+        with explained(f"drawing {record.width} x {record.height} pixels on {self.device}", SMALLER):
             (image,) = self.pipe(
                 prompt_conditioning=positive,
                 negative_conditioning=negative[0] if negative else None,
-                height=origin.height,
-                width=origin.width,
-                num_inference_steps=origin.steps,
-                sigmas=origin.sigmas,
-                guidance_scale=origin.guidance,
-                no_cfg_until=origin.no_cfg_until,
-                guidance_start=origin.guidance_start,
-                guidance_stop=origin.guidance_stop,
-                guidance_rescale=origin.guidance_rescale,
-                batch_cfg=origin.batch_cfg,
-                embedded_guidance=origin.embedded_guidance,
-                tile=origin.tile,
-                seeds=[origin.seed],
+                height=record.height,
+                width=record.width,
+                num_inference_steps=record.steps,
+                sigmas=record.sigmas,
+                guidance_scale=record.guidance,
+                no_cfg_until=record.no_cfg_until,
+                guidance_start=record.guidance_start,
+                guidance_stop=record.guidance_stop,
+                guidance_rescale=record.guidance_rescale,
+                batch_cfg=record.batch_cfg,
+                embedded_guidance=record.embedded_guidance,
+                tile=record.tile,
+                seeds=[record.seed],
                 callback_on_step=on_step,
             ).images
         assert isinstance(image, Image.Image)
@@ -125,11 +125,11 @@ class Chosen:
         """Pixels per side of a picture by default."""
         return LibreFluxPipeline.size_of(self.vae)
 
-    def load(self, origins: Iterable[Origin], sha256: Callable[[Path], str] = sha256_file) -> Opened:
+    def load(self, records: Iterable[GenerationRecord], sha256: Callable[[Path], str] = sha256_file) -> Opened:
         """Ready to draw these pictures, and whatever else has their texts; `sha256` see `weights_hash`."""
         release(self.device)  # what was drawn with before
         with explained(f"encoding the prompts on {self.device}", "--offload sequential (on CUDA), or --device cpu"):
-            texts, encoders = self._encoded([text for origin in origins for text in texts_of(origin)])
+            texts, encoders = self._encoded([text for record in records for text in texts_of(record)])
         with explained(f"reading the model onto {self.device}", SMALLER):
             return self._opened(texts, encoders, sha256)
 
@@ -207,7 +207,7 @@ def device_for(name: str, offload: Offload, quantize: str | None = None) -> torc
         _refuse_int8(offload)
     if offload in WAITING and place.type != "cuda":
         raise RecipeError(
-            f"{offload} is of no use on {place.type}", where="--offload", mend="leave it out, or use a CUDA device"
+            f"{offload} is of no use on {place.type}", where="--offload", hint="leave it out, or use a CUDA device"
         )
     make_current(place)
     return place
@@ -216,14 +216,14 @@ def device_for(name: str, offload: Offload, quantize: str | None = None) -> torc
 def _refuse_int8(offload: Offload) -> None:
     if offload is Offload.sequential:  # accelerate's hooks move parameters, and int8 weights are buffers
         what = "does nothing for int8 weights, which all stay on the device"
-        raise RecipeError(what, where="--offload sequential", mend="use --offload model")
+        raise RecipeError(what, where="--offload sequential", hint="use --offload model")
 
 
-def texts_of(origin: Origin) -> list[Text]:
+def texts_of(record: GenerationRecord) -> list[Text]:
     """What must be encoded for a picture: its prompt, and where it is guided its negative prompt."""
-    positive = Text(origin.prompt, origin.prompt_2, origin.max_tokens)
-    negative = Text(origin.negative, origin.negative_2, origin.max_tokens)
-    return [positive, negative] if origin.guidance > 1 else [positive]
+    positive = Text(record.prompt, record.prompt_2, record.max_tokens)
+    negative = Text(record.negative, record.negative_2, record.max_tokens)
+    return [positive, negative] if record.guidance > 1 else [positive]
 
 
 def _device_name(device: torch.device) -> str:

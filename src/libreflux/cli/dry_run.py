@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from libreflux import plainjson
-from libreflux.data.bar import readable
 from libreflux.errors import DataError
-from libreflux.printing import counted
+from libreflux.printing import counted, readable
 
 if TYPE_CHECKING:
     from libreflux.data.forecast import Forecast
@@ -118,8 +117,8 @@ def _here(recipe: Recipe, found: Estimate, *, mended: bool) -> str:
         return f"fits: {told}"
     if found.total <= size:
         return f"may fit: {told}; {_gib(found.total)} without the allocator's reserve"
-    mend = f"; mend: try, in this order, {'; '.join(smaller_steps(recipe))}" if mended else ""
-    return f"does not fit: {told}{mend}"
+    hint = f"; hint: try, in this order, {'; '.join(smaller_steps(recipe))}" if mended else ""
+    return f"does not fit: {told}{hint}"
 
 
 def _own_card(device: str) -> int | None:
@@ -170,7 +169,7 @@ def disk_table(recipe: Recipe, found: Estimate, data: Forecast | DataError) -> s
         free = shutil.disk_usage(folder).free
         lines.append(f"{f'free in {folder}':<40}{_told(free):>12}")
         if more[folder.stat().st_dev] > free:
-            lines.append(f"too little is free in {folder}; mend: lower save.keep, or set out or cache elsewhere")
+            lines.append(f"too little is free in {folder}; hint: lower save.keep, or set out or cache elsewhere")
     if isinstance(data, DataError):
         lines.append(f"the cache comes on top: {data}")
     return "\n".join(lines)

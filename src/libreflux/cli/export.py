@@ -54,27 +54,27 @@ def export(
 ) -> None:  # fmt: skip
     """Write a model in int8 (half the size), or a model or an adapter as other programs read it."""
     if int8 == (program is not None):
-        raise RecipeError("one of them is needed", where="--int8, --for", mend="write --int8 or --for diffusers")
+        raise RecipeError("one of them is needed", where="--int8, --for", hint="write --int8 or --for diffusers")
     adapter = what is not None and comfyui is None and _is_adapter(what)
     programs = ADAPTER_PROGRAMS if adapter else MODEL_PROGRAMS
     if program is not None and program not in programs:
         kind = "an adapter" if adapter else "a model"
-        mend = f"use {', '.join(programs)}"
-        raise RecipeError(f"no program {program!r} for {kind}", where="--for", mend=mend)
+        hint = f"use {', '.join(programs)}"
+        raise RecipeError(f"no program {program!r} for {kind}", where="--for", hint=hint)
     if int8 and adapter:
-        raise RecipeError("has no effect on an adapter", where="--int8", mend="use --for")
+        raise RecipeError("has no effect on an adapter", where="--int8", hint="use --for")
     if rank is not None and not adapter:
-        raise RecipeError("has no effect on a model", where="--rank", mend="remove it")
+        raise RecipeError("has no effect on a model", where="--rank", hint="remove it")
     new_place(out)
     if adapter:
         assert what is not None and program is not None
         if base is not None:
-            raise RecipeError("has no effect on an adapter", where="--base", mend="remove it")
+            raise RecipeError("has no effect on an adapter", where="--base", hint="remove it")
         _export_adapter(what, program, out, rank)
     else:
         model = chosen_model(what, base, comfyui)
         if model is None:
-            raise RecipeError("nothing to export", where="MODEL", mend="name a model or an adapter")
+            raise RecipeError("nothing to export", where="MODEL", hint="name a model or an adapter")
         _export_model(model, program, out)
     written = [file for file in out.rglob("*") if file.is_file()] if out.is_dir() else [out]
     say(f"{out}, {sum(file.stat().st_size for file in written) / 1e6:,.1f} MB")
@@ -100,7 +100,7 @@ def _is_adapter(text: str) -> bool:
 
 def _export_adapter(text: str, program: str, out: Path, rank: int | None) -> None:
     if out.suffix != ".safetensors":
-        raise RecipeError("is no .safetensors file", where=out, mend="name one with --out")
+        raise RecipeError("is no .safetensors file", where=out, hint="name one with --out")
 
     from libreflux.adapter.export import export_adapter
     from libreflux.adapter.files import load_adapter

@@ -20,7 +20,7 @@ from libreflux.printing import counted, say
 if TYPE_CHECKING:
     from libreflux.cli.drawing import Opened
     from libreflux.model.facts import Facts
-    from libreflux.sample.metadata import Origin
+    from libreflux.sample.metadata import GenerationRecord
 
 REMAKE_TAKES = ("remake", "model", "base", "comfyui", "adapter", "device", "offload", "no_metadata", "out")
 
@@ -113,14 +113,14 @@ def generate(
         )  # fmt: skip
         return
     if not prompts:
-        mend = "quote what to draw, or give --remake PIC.png; see libreflux generate --help"
-        raise RecipeError("nothing to draw", where="PROMPT", mend=mend)
+        hint = "quote what to draw, or give --remake PIC.png; see libreflux generate --help"
+        raise RecipeError("nothing to draw", where="PROMPT", hint=hint)
     for name, size in (("--width", width), ("--height", height)):
         if size is not None and size % 16:
-            raise RecipeError(f"{size} is not a multiple of 16", where=name, mend=f"use {round(size / 16) * 16}")
+            raise RecipeError(f"{size} is not a multiple of 16", where=name, hint=f"use {round(size / 16) * 16}")
     if prompt_2 and len(prompt_2) != len(prompts):
         what = f"{len(prompt_2)} for {counted(len(prompts), 'prompt')}"
-        raise RecipeError(what, where="--prompt-2", mend="give one for each PROMPT")
+        raise RecipeError(what, where="--prompt-2", hint="give one for each PROMPT")
     wanted = [(prompt, seed + index) for prompt in prompts for index in range(count)]
     targets = picture_targets(out, prompts, wanted)
     effects = {
@@ -139,7 +139,7 @@ def generate(
     from libreflux.cli.adapters import default_model
     from libreflux.cli.drawing import open_for_drawing
     from libreflux.sample.encoding import check_max_tokens
-    from libreflux.sample.metadata import Origin
+    from libreflux.sample.metadata import GenerationRecord
 
     source = chosen_model(model, base, comfyui) or default_model(adapter or ())
     chosen = open_for_drawing(source, adapter or (), device, offload, "int8" if quantize else None)
@@ -152,39 +152,39 @@ def generate(
         guidance = 1.0 if facts.guidance_embeds else facts.guidance
         _refuse_unused(guidance, effects)
     _refuse_unguided(steps, no_cfg_until, guidance_start, guidance_stop)
-    common = Origin(
+    common = GenerationRecord(
         prompt="", seed=0, negative=negative, steps=steps, guidance=guidance, width=width or size,
         height=height or size, model=str(source), no_cfg_until=no_cfg_until, guidance_start=guidance_start,
         guidance_stop=guidance_stop, guidance_rescale=guidance_rescale, batch_cfg=batch_cfg.as_value, tile=tile,
         embedded_guidance=embedded_guidance, quantize=chosen.quantize,
         negative_2=negative_2, max_tokens=max_tokens, sigmas=ladder,
     )  # fmt: skip
-    origins = [
+    records = [
         dataclasses.replace(common, prompt=prompt, prompt_2=prompt_2[index // count] if prompt_2 else None, seed=own)
         for index, (prompt, own) in enumerate(wanted)
     ]
-    opened = chosen.load(origins)
-    stamped = [opened.stamped(origin) for origin in origins]
+    opened = chosen.load(records)
+    stamped = [opened.stamped(record) for record in records]
     _draw_all(opened, list(zip(stamped, targets, strict=True)), with_metadata=not no_metadata)
 
 
-def _draw_all(opened: Opened, wanted: list[tuple[Origin, Path]], *, with_metadata: bool) -> None:
+def _draw_all(opened: Opened, wanted: list[tuple[GenerationRecord, Path]], *, with_metadata: bool) -> None:
     from libreflux.cli.progress import progress
     from libreflux.flow.solve import Step
     from libreflux.sample.metadata import save_png
 
-    total = sum(origin.steps for origin, _ in wanted)
+    total = sum(record.steps for record, _ in wanted)
     done = 0
     with progress("drawing", "step") as report:
-        for index, (origin, target) in enumerate(wanted):
+        for index, (record, target) in enumerate(wanted):
             note = f"picture {index + 1}" if len(wanted) > 1 else ""
 
             def on_step(step: Step, done: int = done, note: str = note) -> None:
                 report(done + step.index + 1, total, note)
 
-            save_png(opened.draw(origin, on_step), target, origin if with_metadata else None)
+            save_png(opened.draw(record, on_step), target, record if with_metadata else None)
             say(target)
-            done += origin.steps
+            done += record.steps
 
 
 def check_picture(width: int | None, height: int | None, steps: int | None) -> None:
@@ -207,7 +207,7 @@ def _check_guidance(
     names = {name: f"--{name.replace('_', '-')}" for name in given} | {"guidance_scale": "--guidance"}
     check_values(given, names)
     if no_cfg_until and start:
-        raise RecipeError("does what --guidance-start does", where="--no-cfg-until", mend="give one of them")
+        raise RecipeError("does what --guidance-start does", where="--no-cfg-until", hint="give one of them")
 
 
 def _ladder(text: str, steps: int | None) -> list[float]:
@@ -215,11 +215,11 @@ def _ladder(text: str, steps: int | None) -> list[float]:
     from libreflux.sample.checks import check_values
 
     if steps is not None:
-        raise RecipeError("has no effect beside --sigmas", where="--steps", mend="give one of them")
+        raise RecipeError("has no effect beside --sigmas", where="--steps", hint="give one of them")
     try:
         sigmas = [float(part) for part in text.split(",")]
     except ValueError:
-        raise RecipeError(f"{text!r} is no list of numbers", where="--sigmas", mend="write 1,0.75,0.5,0.25") from None
+        raise RecipeError(f"{text!r} is no list of numbers", where="--sigmas", hint="write 1,0.75,0.5,0.25") from None
     check_values({"sigmas": sigmas}, {"sigmas": "--sigmas"})
     return sigmas
 
@@ -228,7 +228,7 @@ def _embedded(facts: Facts, given: float | None) -> float | None:
     """The embedded guidance: as given, the model's own, or None for a model that has none."""
     if given is not None and not facts.guidance_embeds:
         what = "has no effect on a model without guidance embedding"
-        raise RecipeError(what, where="--embedded-guidance", mend="use --guidance")
+        raise RecipeError(what, where="--embedded-guidance", hint="use --guidance")
     return facts.guidance if facts.guidance_embeds and given is None else given
 
 
@@ -239,7 +239,7 @@ def _refuse_beside_remake(context: typer.Context) -> None:
         given = source is not None and source.name != "DEFAULT" and context.params[name] not in (None, [], ())
         if given and name not in REMAKE_TAKES:
             what = "PROMPT" if name == "prompts" else f"--{name.replace('_', '-')}"
-            raise RecipeError("has no effect beside --remake", where=what, mend="remove it: the picture says it")
+            raise RecipeError("has no effect beside --remake", where=what, hint="remove it: the picture says it")
 
 
 def _refuse_unused(guidance: float | None, effects: Mapping[str, object]) -> None:
@@ -247,7 +247,7 @@ def _refuse_unused(guidance: float | None, effects: Mapping[str, object]) -> Non
     for name, given in effects.items():
         if given and guidance is not None and guidance <= 1:
             raise RecipeError(
-                f"has no effect at guidance {guidance:g}", where=name, mend="add --guidance 3, or remove it"
+                f"has no effect at guidance {guidance:g}", where=name, hint="add --guidance 3, or remove it"
             )
 
 
@@ -256,8 +256,8 @@ def _refuse_unguided(steps: int, no_cfg_until: int, start: float, stop: float) -
     from libreflux.sample.settings import guided_steps
 
     if no_cfg_until >= steps:
-        mend = f"use at most {steps - 1}, or --guidance 1 instead" if steps > 1 else "remove it, or use more --steps"
-        raise RecipeError(f"leaves no step of {steps} guided", where="--no-cfg-until", mend=mend)
+        hint = f"use at most {steps - 1}, or --guidance 1 instead" if steps > 1 else "remove it, or use more --steps"
+        raise RecipeError(f"leaves no step of {steps} guided", where="--no-cfg-until", hint=hint)
     guided_steps(steps, no_cfg_until, start, stop)
 
 
@@ -272,22 +272,22 @@ def picture_targets(out: Path, prompts: list[str], wanted: list[tuple[str, int]]
     file_place(targets[0])
     for target in targets[1:]:
         if target.is_dir():
-            raise RunError("is a folder", where=target, mend="name another place with --out")
+            raise RunError("is a folder", where=target, hint="name another place with --out")
     return targets
 
 
 def _named_targets(out: Path, prompts: list[str], wanted: list[tuple[str, int]]) -> list[Path]:
     above = next((folder for folder in out.absolute().parents if os.path.lexists(folder)), Path("/"))
     if not above.is_dir():
-        raise RecipeError("is a file, not a folder", where=above, mend="name another place with --out")
+        raise RecipeError("is a file, not a folder", where=above, hint="name another place with --out")
     if out.suffix and not out.is_dir():
         if out.suffix.lower() != ".png":
-            raise RecipeError(f"{out.suffix} is not written", where=out, mend="name a .png file or a folder")
+            raise RecipeError(f"{out.suffix} is not written", where=out, hint="name a .png file or a folder")
         if len(wanted) > 1:
-            raise RecipeError(f"{len(wanted)} pictures do not fit one file", where=out, mend="name a folder")
+            raise RecipeError(f"{len(wanted)} pictures do not fit one file", where=out, hint="name a folder")
         return [out]
     if out.exists() and not out.is_dir():
-        raise RecipeError("is a file, not a folder", where=out, mend="name a .png file or a folder")
+        raise RecipeError("is a file, not a folder", where=out, hint="name a .png file or a folder")
     count = len(wanted) // len(prompts)
     return [
         out / f"{index // count + 1:03d}-{_slug(prompt)}-seed{seed}.png" for index, (prompt, seed) in enumerate(wanted)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from libreflux.flow.solve import Step
     from libreflux.model.facts import Facts
     from libreflux.model.single_file import SingleFiles
-    from libreflux.sample.metadata import Origin
+    from libreflux.sample.metadata import GenerationRecord
 
 MOST = 10_000
 
@@ -73,7 +73,7 @@ def grid(
     """Compare models, guidance scales and steps on the same noise. Cells that exist are not drawn again."""
     for name, size in (("--width", width), ("--height", height)):
         if size is not None and size % 16:
-            raise RecipeError(f"{size} is not a multiple of 16", where=name, mend=f"use {round(size / 16) * 16}")
+            raise RecipeError(f"{size} is not a multiple of 16", where=name, hint=f"use {round(size / 16) * 16}")
     folder_place(out, "cells")
     for name in ("grid.png", "index.html"):
         file_place(out / name)
@@ -192,20 +192,20 @@ class _Cells:
     def _kept(self, column: Column, prompt: str, seed: int) -> Cell | None:
         """The cell, if it is there and whole; of a model that was called something else then, under today's name."""
         from libreflux.decided import adopt
-        from libreflux.sample.metadata import read_origin
+        from libreflux.sample.metadata import read_record
 
         path, older, model = self._path(column, prompt, seed), self._older(column, prompt, seed), column.model
         with contextlib.suppress(LibrefluxError, OSError):
-            if not path.exists() and self._fits(read_origin(older), column):
+            if not path.exists() and self._fits(read_record(older), column):
                 adopt(path, older)
-            return path, dataclasses.replace(read_origin(path), model=model)
+            return path, dataclasses.replace(read_record(path), model=model)
         return None
 
-    def _fits(self, origin: Origin, column: Column) -> bool:
+    def _fits(self, record: GenerationRecord, column: Column) -> bool:
         """Whether nothing that a cell of an older version says of itself is otherwise today."""
         is_of = self._identity(column.model)
         now = (is_of.steps(column), is_of.guidance(column), is_of.embedded)
-        return (origin.steps, origin.guidance, origin.embedded_guidance) == now
+        return (record.steps, record.guidance, record.embedded_guidance) == now
 
     def _path(self, column: Column, prompt: str, seed: int) -> Path:
         from libreflux.sample.model_key import FORMULA
@@ -246,10 +246,10 @@ class _Cells:
 
         path = self._path(column, prompt, seed)
         chosen, opened = self._open(column.model)
-        origin = opened.stamped(self._wanted(chosen, column, prompt, seed))
-        save_png(opened.draw(origin, told), path, origin)
+        record = opened.stamped(self._wanted(chosen, column, prompt, seed))
+        save_png(opened.draw(record, told), path, record)
         self.made += 1
-        return path, origin
+        return path, record
 
     def _open(self, model: str) -> tuple[Chosen, Opened]:
         """The model, ready for every cell of its columns: their texts are encoded together, before it is loaded."""
@@ -263,14 +263,14 @@ class _Cells:
             self._opened = model, chosen, chosen.load(wanted, self._memory.sha256)
         return self._opened[1:]
 
-    def _wanted(self, chosen: Chosen, column: Column, prompt: str, seed: int) -> Origin:
-        from libreflux.sample.metadata import Origin
+    def _wanted(self, chosen: Chosen, column: Column, prompt: str, seed: int) -> GenerationRecord:
+        from libreflux.sample.metadata import GenerationRecord
 
         width, height = (int(self.common[name] or chosen.size) for name in ("width", "height"))
         check_picture(width, height, column.steps)
         is_of = self._identity(column.model)
         scale = is_of.guidance(column)
-        return Origin(
+        return GenerationRecord(
             prompt=prompt, seed=seed, negative=str(self.common["negative"]) if scale > 1 else "",
             steps=is_of.steps(column), guidance=scale, width=width, height=height, model=column.model,
             embedded_guidance=is_of.embedded, quantize=chosen.quantize,
@@ -292,12 +292,12 @@ def numbers(where: str, text: str, *, whole: bool = False, least: float = 0.0) -
             if len(rest) > 2 or step <= 0 or not 1 <= count <= MOST:
                 raise ValueError
         except (ValueError, OverflowError, ZeroDivisionError):
-            mend = "write 1,3.5 or 1:6:1"
-            raise RecipeError(f"{part!r} is no number or range", where=where, mend=mend) from None
+            hint = "write 1,3.5 or 1:6:1"
+            raise RecipeError(f"{part!r} is no number or range", where=where, hint=hint) from None
         found += [round(first + index * step, 9) for index in range(count)]
     for value in found:
         if not (math.isfinite(value) and least <= value and (not whole or value.is_integer())):
             raise RecipeError(
-                f"cannot be {value:g}", where=where, mend=f"use {'whole ' if whole else ''}numbers from {least:g}"
+                f"cannot be {value:g}", where=where, hint=f"use {'whole ' if whole else ''}numbers from {least:g}"
             )
     return list(dict.fromkeys(found))

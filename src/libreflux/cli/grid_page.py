@@ -14,9 +14,9 @@ from libreflux.files import atomic_write_bytes, atomic_write_text
 from libreflux.printing import counted
 from libreflux.probing.report import html
 from libreflux.sample.grid import sheet
-from libreflux.sample.metadata import Origin
+from libreflux.sample.metadata import GenerationRecord
 
-Cell = tuple[Path, Origin]
+Cell = tuple[Path, GenerationRecord]
 EMBEDDED_SIDE = 512
 
 
@@ -31,7 +31,7 @@ def write(out: Path, table: Sequence[Sequence[Cell]], rows: Sequence[str], sever
     Returns:
         The page.
     """
-    heads = [_head(origin, several_models) for _, origin in table[0]]
+    heads = [_head(record, several_models) for _, record in table[0]]
     pictures = [[Image.open(path, formats=["PNG"]).convert("RGB") for path, _ in row] for row in table]
     held = io.BytesIO()
     sheet(pictures, rows, heads).save(held, "PNG", optimize=True)
@@ -40,9 +40,9 @@ def write(out: Path, table: Sequence[Sequence[Cell]], rows: Sequence[str], sever
     return out / "index.html"
 
 
-def _head(origin: Origin, several_models: bool) -> str:
-    told = f"guidance {origin.guidance:g}, {counted(origin.steps, 'step')}"
-    return f"{Path(origin.model).name}, {told}" if several_models else told
+def _head(record: GenerationRecord, several_models: bool) -> str:
+    told = f"guidance {record.guidance:g}, {counted(record.steps, 'step')}"
+    return f"{Path(record.model).name}, {told}" if several_models else told
 
 
 def _body(
@@ -62,15 +62,15 @@ def _body(
     for label, cells, images in zip(rows, table, pictures, strict=True):
         shown = "".join(
             f'<figure class="c{i}">{html.image(html.jpeg(image, EMBEDDED_SIDE, 90), label, "jpeg")}'
-            f"<figcaption><small>{escape(origin.parameters())}</small></figcaption></figure>"
-            for i, ((_, origin), image) in enumerate(zip(cells, images, strict=True))
+            f"<figcaption><small>{escape(record.parameters())}</small></figcaption></figure>"
+            for i, ((_, record), image) in enumerate(zip(cells, images, strict=True))
         )
         blocks.append(f"<div><h3>{escape(label)}</h3>{shown}</div>")
     lines = []
     for label, cells, images in zip(rows, table, pictures, strict=True):
         row = "".join(
-            f'<td title="{escape(origin.parameters())}">{html.image(html.jpeg(image, 128, 80), label, "jpeg")}</td>'
-            for (_, origin), image in zip(cells, images, strict=True)
+            f'<td title="{escape(record.parameters())}">{html.image(html.jpeg(image, 128, 80), label, "jpeg")}</td>'
+            for (_, record), image in zip(cells, images, strict=True)
         )
         lines.append(f"<tr><th>{escape(label)}</th>{row}</tr>")
     heading = "".join(f"<th>{escape(head)}</th>" for head in heads)

@@ -34,15 +34,17 @@ def chosen_model(model: str | None, base: str | None, comfyui: Path | None) -> s
     """
     for name, given in (("--model", model), ("--base", base)):
         if given == "":
-            raise RecipeError("is empty", where=name, mend="name a model, or leave it out")
+            raise RecipeError("is empty", where=name, hint="name a model, or leave it out")
     is_file = model is not None and model.lower().endswith(".safetensors")
     if is_file and not Path(str(model)).expanduser().is_file():
-        raise ModelError("no such file", where=model, mend=did_you_mean(Path(str(model)).expanduser(), "mend the path"))
+        raise ModelError(
+            "no such file", where=model, hint=did_you_mean(Path(str(model)).expanduser(), "correct the path")
+        )
     if base is not None and not is_file and comfyui is None:
-        mend = "remove it, or name a .safetensors file with --model"
-        raise RecipeError("has no effect without a single file", where="--base", mend=mend)
+        hint = "remove it, or name a .safetensors file with --model"
+        raise RecipeError("has no effect without a single file", where="--base", hint=hint)
     if comfyui is not None and model is not None and not is_file:
-        raise RecipeError(f"has no effect beside {model}", where="--comfyui", mend="remove one of the two")
+        raise RecipeError(f"has no effect beside {model}", where="--comfyui", hint="remove one of the two")
     if not is_file and comfyui is None:
         return model
 

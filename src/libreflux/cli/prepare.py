@@ -63,11 +63,11 @@ def prepare(
         for name in context.params.keys() - {"data", "out", "shard"}:
             said = context.get_parameter_source(name)
             if said is not None and said.name == "COMMANDLINE":
-                raise RecipeError("the recipe says this", where=f"--{name.replace('_', '-')}", mend="write it there")
+                raise RecipeError("the recipe says this", where=f"--{name.replace('_', '-')}", hint="write it there")
         recipe = load_recipe(data[0], [f"cache={_quoted(out)}"] if out else [])
     else:
         if out is None:
-            raise RecipeError("no cache folder is named", where="--out", mend="say --out FOLDER")
+            raise RecipeError("no cache folder is named", where="--out", hint="say --out FOLDER")
         values: dict[str, object] = {"model": model, "text_padding": text_padding}
         values |= {"resolution": resolution or [128], "crop": crop or ["square"]}
         values |= {"text_cache": text_cache, "text_precision": text_precision, "latents": latents}
@@ -91,7 +91,7 @@ def parse_part(text: str | None) -> tuple[int, int]:
         return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise RecipeError(f"{text!r} is no part", where="--shard", mend="write 1/4 to 4/4 for four parts")
+        raise RecipeError(f"{text!r} is no part", where="--shard", hint="write 1/4 to 4/4 for four parts")
     return int(match[1]) - 1, int(match[2])
 
 

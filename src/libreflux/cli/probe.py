@@ -74,16 +74,16 @@ def probe(
     Interrupted, the same command goes on after the last finished measure.
     """
     if reference is not None and against is None:
-        raise RecipeError("needs --against", where="--reference", mend="name the distilled model with --against")
+        raise RecipeError("needs --against", where="--reference", hint="name the distilled model with --against")
     if features is not None and judge is not None:
-        raise RecipeError("takes the place of --judge", where="--features", mend="give one of them")
+        raise RecipeError("takes the place of --judge", where="--features", hint="give one of them")
     if whole and json:
-        raise RecipeError("has no effect beside --json", where="--all", mend="remove it: JSON holds every measure")
+        raise RecipeError("has no effect beside --json", where="--all", hint="remove it: JSON holds every measure")
     if resolution is not None and resolution % 16:
-        mend = f"use {max(16, round(resolution / 16) * 16)}"
-        raise RecipeError(f"{resolution} is not a multiple of 16", where="--resolution", mend=mend)
+        hint = f"use {max(16, round(resolution / 16) * 16)}"
+        raise RecipeError(f"{resolution} is not a multiple of 16", where="--resolution", hint=hint)
     if dtype not in ("stored", "fp32", "bf16"):
-        raise RecipeError(f"{dtype!r} is no precision", where="--dtype", mend="use stored, fp32 or bf16")
+        raise RecipeError(f"{dtype!r} is no precision", where="--dtype", hint="use stored, fp32 or bf16")
     scales = _numbers("--guidance", guidance, least=0.0)
     counts = _numbers("--steps", steps, least=1.0, whole=True)
     chosen = {
@@ -145,13 +145,13 @@ def _numbers(where: str, text: str | None, *, least: float, whole: bool = False)
     """
     if text is None:
         return None
-    mend = f"write {'4,28,50' if whole else '1,2,4'}"
+    hint = f"write {'4,28,50' if whole else '1,2,4'}"
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise RecipeError(f"{text!r} is no list of numbers", where=where, mend=mend) from None
+        raise RecipeError(f"{text!r} is no list of numbers", where=where, hint=hint) from None
     if not all(least <= value < 1e4 and (not whole or value.is_integer()) for value in values):
-        raise RecipeError(f"{text!r} has a value out of range", where=where, mend=mend)
+        raise RecipeError(f"{text!r} has a value out of range", where=where, hint=hint)
     if len(set(values)) < len(values):
-        raise RecipeError(f"{text!r} has a value twice", where=where, mend=mend)
+        raise RecipeError(f"{text!r} has a value twice", where=where, hint=hint)
     return values

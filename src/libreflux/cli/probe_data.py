@@ -84,7 +84,7 @@ class ProbeData:
             cache, sources = _prepare(model, facts, folder, needed, out, settings, device, report)
             held_out = _held_out(cache, sources, settings)
         if len(held_out) < 2 or len(prompts) < 2:
-            raise DataError("fewer than two pictures or captions", where=folder, mend="give more of them")
+            raise DataError("fewer than two pictures or captions", where=folder, hint="give more of them")
         origin = (folder.name if data else "emoji", digest([held_out.sample_ids, captions, texts]))
         counted = dataclasses.replace(settings, data=origin, pictures=len(held_out), prompts=len(prompts))
         return ProbeData(counted, held_out, cache, prompts, captions, known)
@@ -92,8 +92,8 @@ class ProbeData:
 
 def _family_data(family: bool, settings: Settings, out: Path) -> tuple[Path, list[str], tuple[str, ...]]:
     if not family:
-        mend = "name a folder of captioned pictures that it was not trained on"
-        raise ModelError("is not of the emoji family, whose pictures we have", where="--data", mend=mend)
+        hint = "name a folder of captioned pictures that it was not trained on"
+        raise ModelError("is not of the emoji family, whose pictures we have", where="--data", hint=hint)
     from libreflux.emoji import held_out
 
     folder = held_out.write_held_out(out / "data" / f"emoji-{settings.pictures}", settings.pictures)

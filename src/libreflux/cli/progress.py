@@ -17,8 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from libreflux.cli import terminal
-from libreflux.data.bar import readable
-from libreflux.printing import printable
+from libreflux.printing import printable, readable
 
 PLAIN_EVERY = 15.0
 """Seconds between two plain lines."""

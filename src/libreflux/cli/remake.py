@@ -24,7 +24,7 @@ from libreflux.places import file_place
 from libreflux.printing import counted, say
 from libreflux.sample.checks import check_values
 from libreflux.sample.encoding import check_max_tokens
-from libreflux.sample.metadata import Origin, differences, open_png, read_origin, save_png
+from libreflux.sample.metadata import GenerationRecord, differences, open_png, read_record, save_png
 
 
 def draw_again(
@@ -55,24 +55,24 @@ def draw_again(
         DataError: a picture that does not say how it was made.
         RecipeError: adapters that are not as many as it had, or an `out` that would replace it.
     """
-    origin = read_origin(picture)
-    _check(origin, picture)
-    (target,) = picture_targets(out, [origin.prompt], [(origin.prompt, origin.seed)])
+    record = read_record(picture)
+    _check(record, picture)
+    (target,) = picture_targets(out, [record.prompt], [(record.prompt, record.seed)])
     if target != out:
         target = out / f"{picture.stem}-again.png"
     if os.path.exists(target) and os.path.samefile(target, picture):
-        raise RecipeError("would replace the picture itself", where=target, mend="name another place with --out")
+        raise RecipeError("would replace the picture itself", where=target, hint="name another place with --out")
     file_place(target)
     if model is None and comfyui is None:
-        is_file = origin.model.lower().endswith(".safetensors")
-        model = origin.model if is_file else told_model(origin.model, picture)
+        is_file = record.model.lower().endswith(".safetensors")
+        model = record.model if is_file else told_model(record.model, picture)
     source = chosen_model(model, base, comfyui)
     assert source is not None
-    chosen = open_for_drawing(source, _found(origin, adapters, picture), device, offload, origin.quantize)
-    check_max_tokens(chosen.facts, origin.max_tokens, f"{picture}: max_tokens")
-    opened = chosen.load([origin])
-    now = dataclasses.replace(opened.stamped(origin), model=str(source))
-    changed = differences(origin, now)
+    chosen = open_for_drawing(source, _found(record, adapters, picture), device, offload, record.quantize)
+    check_max_tokens(chosen.facts, record.max_tokens, f"{picture}: max_tokens")
+    opened = chosen.load([record])
+    now = dataclasses.replace(opened.stamped(record), model=str(source))
+    changed = differences(record, now)
     for line in changed:
         say(f"{picture}: {line}", err=True)
     with progress("drawing", "step") as report:
@@ -82,39 +82,39 @@ def draw_again(
     say(_compared(picture, image, changed), err=True)
 
 
-def _check(origin: Origin, picture: Path) -> None:
+def _check(record: GenerationRecord, picture: Path) -> None:
     """Raises DataError for numbers that nothing can be drawn with."""
     try:
         check_values({
-            "num_inference_steps": origin.steps, "sigmas": origin.sigmas, "guidance_scale": origin.guidance,
-            "width": origin.width, "height": origin.height, "no_cfg_until": origin.no_cfg_until,
-            "guidance_start": origin.guidance_start, "guidance_stop": origin.guidance_stop,
-            "guidance_rescale": origin.guidance_rescale, "embedded_guidance": origin.embedded_guidance,
+            "num_inference_steps": record.steps, "sigmas": record.sigmas, "guidance_scale": record.guidance,
+            "width": record.width, "height": record.height, "no_cfg_until": record.no_cfg_until,
+            "guidance_start": record.guidance_start, "guidance_stop": record.guidance_stop,
+            "guidance_rescale": record.guidance_rescale, "embedded_guidance": record.embedded_guidance,
         })  # fmt: skip
     except RecipeError as error:
-        what = f"damaged origin ({error.where} {error.what})"
-        raise DataError(what, where=picture, mend="give the picture unchanged") from None
+        what = f"damaged record ({error.where} {error.what})"
+        raise DataError(what, where=picture, hint="give the picture unchanged") from None
 
 
-def _found(origin: Origin, adapters: Sequence[str], picture: Path) -> list[str]:
+def _found(record: GenerationRecord, adapters: Sequence[str], picture: Path) -> list[str]:
     """Adapter arguments with the picture's own weights."""
-    if len(adapters) != len(origin.adapters):
-        names = " ".join(f"--adapter {_named(row)}" for row in origin.adapters) or "no --adapter"
+    if len(adapters) != len(record.adapters):
+        names = " ".join(f"--adapter {_named(row)}" for row in record.adapters) or "no --adapter"
         raise RecipeError(
-            f"drawn with {counted(len(origin.adapters), 'adapter')}, not {len(adapters)}",
+            f"drawn with {counted(len(record.adapters), 'adapter')}, not {len(adapters)}",
             where=picture,
-            mend=f"give {names}, from where the files are now",
+            hint=f"give {names}, from where the files are now",
         )
     try:
-        weights = [float(row["weight"]) for row in origin.adapters]
+        weights = [float(row["weight"]) for row in record.adapters]
     except (KeyError, TypeError, ValueError, OverflowError):
-        raise DataError("damaged origin (adapters)", where=picture, mend="give the picture unchanged") from None
+        raise DataError("damaged record (adapters)", where=picture, hint="give the picture unchanged") from None
     for text, weight in zip(adapters, weights, strict=True):
         path, given = adapter_argument(text)
         if given not in (1.0, weight):
             what = f"weight {given:g} is not the picture's, {weight:g}"
-            mend = f"give --adapter {path}, the picture says it"
-            raise RecipeError(what, where=f"--adapter {text}", mend=mend)
+            hint = f"give --adapter {path}, the picture says it"
+            raise RecipeError(what, where=f"--adapter {text}", hint=hint)
     return [f"{adapter_argument(text)[0]}:{weight!r}" for text, weight in zip(adapters, weights, strict=True)]
 
 

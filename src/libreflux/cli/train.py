@@ -40,7 +40,7 @@ def train(
     from libreflux.recipe import load_recipe
 
     if whole and not dry_run:
-        raise RecipeError("has no effect without --dry-run", where="--all", mend="use --layers, or add --dry-run")
+        raise RecipeError("has no effect without --dry-run", where="--all", hint="use --layers, or add --dry-run")
     resolved = load_recipe(recipe, overrides or [])
     if dry_run:
         from libreflux.cli.dry_run import report

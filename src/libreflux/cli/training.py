@@ -18,7 +18,6 @@ from PIL import Image
 from libreflux.adapter.targets import brief, table
 from libreflux.cli.board import Board, require_tensorboard
 from libreflux.cli.progress import Report, announced, line_width, progress
-from libreflux.data.bar import readable
 from libreflux.data.cache import Cache
 from libreflux.data.held_out import HeldOut
 from libreflux.data.summary import SourceSummary
@@ -26,7 +25,7 @@ from libreflux.model.device import release
 from libreflux.model.facts import Facts
 from libreflux.model.finite import NotFiniteError
 from libreflux.model.source import open_model
-from libreflux.printing import counted, say
+from libreflux.printing import counted, readable, say
 from libreflux.probing.held_out import measure_held_out
 from libreflux.recipe import Recipe
 from libreflux.sample.grid import sheet

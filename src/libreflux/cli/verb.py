@@ -66,8 +66,8 @@ class Verb(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for where, name, value in self._given(args):
             if not value and name not in TEXTS:
-                mend = "give it a value, or leave it out; is a variable not set?"
-                raise RecipeError("is empty", where=where, mend=mend)
+                hint = "give it a value, or leave it out; is a variable not set?"
+                raise RecipeError("is empty", where=where, hint=hint)
         return super().parse_args(ctx, args)
 
     def _given(self, args: Sequence[str]) -> Iterator[tuple[str, str, str]]:

@@ -201,15 +201,15 @@ class Batches:
         if counts.min() < 0:
             missing = int(counts.argmin()) - 1  # -1 is the empty prompt
             number = max(0, int(np.searchsorted(self._choice.first, missing, side="right")) - 1)
-            raise DataError("a caption of it is not in the cache", where=self._pictures[number].path, mend=MEND)
+            raise DataError("a caption of it is not in the cache", where=self._pictures[number].path, hint=MEND)
         return counts[1:]
 
     def _rates(self) -> tuple[np.ndarray, np.ndarray]:
         of_source = np.array([source.repeats * source.weight for source in self._sources])
         rates = of_source[self._source_of] * np.array([sample.repeats for sample in self._pictures])
         if len(rates) and rates.sum() < RAREST:
-            mend = "raise the weights together: beside one another only their ratios count"
-            raise DataError(f"an epoch shows {rates.sum():.3g} pictures on average", where="data.weight", mend=mend)
+            hint = "raise the weights together: beside one another only their ratios count"
+            raise DataError(f"an epoch shows {rates.sum():.3g} pictures on average", where="data.weight", hint=hint)
         phases = np.empty(len(self._pictures))
         for source in range(len(self._sources)):
             mine = self._source_of == source
@@ -237,6 +237,6 @@ class Batches:
             bad = (sizes[:, 0] < 0) | ((codes != found) & (index > 0))
             if bad.any():
                 where = self._pictures[numbers[bad.argmax()]].path
-                raise DataError("not in the cache", where=where, mend=MEND)
+                raise DataError("not in the cache", where=where, hint=MEND)
             found = codes
         return found

@@ -66,9 +66,9 @@ class Cache:
         for number, part in enumerate(folders):
             self._read_part(part, number * _PART_STRIDE, partial, tables)
         if not folders:
-            raise DataError("no cache in this folder", where=self.folder, mend=MEND)
+            raise DataError("no cache in this folder", where=self.folder, hint=MEND)
         if not self.settings and not partial:
-            raise DataError("this cache was never begun", where=self.folder, mend=MEND)
+            raise DataError("this cache was never begun", where=self.folder, hint=MEND)
         empty = np.zeros(0, np.int64)
         none = {"shard": empty, "height": empty, "width": empty, "tokens": empty}
         self._latents, self._texts = (
@@ -87,7 +87,7 @@ class Cache:
             if damaged and not partial:
                 where = next(iter(damaged.values()))
                 told = "a damaged row" if where.name == INDEX else "missing or cut short"
-                raise DataError(told, where=where, mend=self._mend)
+                raise DataError(told, where=where, hint=self._mend)
             listed = read_shards(index, folder)
             for shard in listed:
                 seen = bytearray(len(shard.sums or b"") // 4)
@@ -99,7 +99,7 @@ class Cache:
                 self.damaged_rows += rows.damaged
                 if rows.damaged and not partial:
                     told = f"{counted(rows.damaged, 'damaged row')} of {name}"
-                    raise DataError(told, where=folder / INDEX, mend=self._mend)
+                    raise DataError(told, where=folder / INDEX, hint=self._mend)
                 shards = rows.columns["shard"]
                 rows.columns["shard"] = np.where(shards == COUNTED, COUNTED, shards + shift).astype(np.int32)
                 found.append(rows)
@@ -148,14 +148,14 @@ class Cache:
             DataError: not in this cache, or a cache of means alone.
         """
         if self.settings.get("latents") != LATENTS["sample"]:
-            mend = "prepare another cache with latents: sample"
-            raise DataError("this cache holds the mean of its latents alone", where=self.folder, mend=mend)
+            hint = "prepare another cache with latents: sample"
+            raise DataError("this cache holds the mean of its latents alone", where=self.folder, hint=hint)
         return self._of_crop(picture, crop, std_name)
 
     def _of_crop(self, picture: str, crop: str, name: Callable[[str, str], str]) -> Tensor:
         [row] = self._latents.find([latents_key(picture, crop)])
         if row < 0:
-            raise DataError(f"crop {crop} of picture {picture} is not here", where=self.folder, mend=MEND)
+            raise DataError(f"crop {crop} of picture {picture} is not here", where=self.folder, hint=MEND)
         return self._tensor(int(self._latents.columns["shard"][row]), name(picture, crop))
 
     def text(self, captions: Sequence[str]) -> TextConditioning:
@@ -168,7 +168,7 @@ class Cache:
         for caption, row in zip(captions, self._texts.find([text_key(caption) for caption in captions]), strict=True):
             shard = COUNTED if row < 0 else int(self._texts.columns["shard"][row])
             if shard == COUNTED:
-                raise DataError(f"caption {caption!r} is not here", where=self.folder, mend=MEND)
+                raise DataError(f"caption {caption!r} is not here", where=self.folder, hint=MEND)
             tokens.append(self._tokens(shard, caption))
             pooled.append(self._tensor(shard, text_name("pooled", caption)))
         return TextConditioning(tokens=tokens, pooled=torch.stack(pooled))
@@ -190,10 +190,10 @@ class Cache:
             return self._open[shard].read(name)
         except (FileNotFoundError, PermissionError):  # safetensors says the first of a file without rights too
             if path.exists():
-                raise DataError("cannot be read", where=path, mend="make it readable") from None
-            raise DataError("has gone since the cache was opened", where=path, mend=MEND) from None
+                raise DataError("cannot be read", where=path, hint="make it readable") from None
+            raise DataError("has gone since the cache was opened", where=path, hint=MEND) from None
         except (OSError, SafetensorError) as error:
-            raise DataError(f"damaged shard ({error})", where=path, mend=self._mend) from None
+            raise DataError(f"damaged shard ({error})", where=path, hint=self._mend) from None
 
 
 class CacheWriter:

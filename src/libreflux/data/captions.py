@@ -74,7 +74,7 @@ def caption_weights(source: DataSource, sample: Sample) -> list[float]:
         raise DataError(
             f"no caption that data.captions gives a weight; it has {has}",
             where=sample.path,
-            mend="add one or the weight",
+            hint="add one or the weight",
         )
     return weights
 
@@ -91,14 +91,14 @@ def check_weights(source: DataSource, samples: Sequence[Sample]) -> None:
         for name in source.captions:
             if name not in kinds:
                 known = ", ".join(sorted(kind for kind in kinds if kind)) or "none"
-                raise DataError(f"no caption is named {name!r}", where=source.path, mend=f"the names here: {known}")
+                raise DataError(f"no caption is named {name!r}", where=source.path, hint=f"the names here: {known}")
     elif source.captions is not None:
         most = max(len(sample.captions) for sample in samples)
         if len(source.captions) > most:
             raise DataError(
                 f"{counted(len(source.captions), 'caption weight')}, but at most {counted(most, 'caption')}",
                 where=source.path,
-                mend="give fewer",
+                hint="give fewer",
             )
     for sample in samples:
         caption_weights(source, sample)

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from libreflux import checksums, files
-from libreflux.data.bar import Bar
 from libreflux.data.index import ELSEWHERE, refusing
 from libreflux.data.pictures import Inspected, inspect
+from libreflux.data.progress import ProgressCount
 from libreflux.model.checksums import part_files
 from libreflux.model.locate import part_folder
 from libreflux.printing import get_logger
@@ -107,7 +107,7 @@ class FileMemory:
             self._new[name] = row = row or _Row(state, digest)
         return row.digest
 
-    def inspect(self, paths: Sequence[Path], bar: Bar) -> Iterator[Inspected]:
+    def inspect(self, paths: Sequence[Path], bar: ProgressCount) -> Iterator[Inspected]:
         """What each picture file is, in order; new ones are read by as many threads as there are cores."""
         left, told = len(paths), False
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:

@@ -19,11 +19,11 @@ from diffusers import AutoencoderKL
 from einops import rearrange
 from transformers import PreTrainedTokenizerBase
 
-from libreflux.data.bar import Bar, readable
 from libreflux.data.cache import CacheWriter
 from libreflux.data.crops import View, cut
 from libreflux.data.pictures import load_rgb
 from libreflux.data.precision import by_block
+from libreflux.data.progress import ProgressCount
 from libreflux.data.sources import Sample
 from libreflux.model import latents
 from libreflux.model import text as text_tokens
@@ -31,7 +31,7 @@ from libreflux.model.device import release
 from libreflux.model.faults import explained
 from libreflux.model.source import open_model, open_t5_tokenizer
 from libreflux.model.text import TextEncoders
-from libreflux.printing import counted
+from libreflux.printing import counted, readable
 
 SHARD_ITEMS = 64  # what a kill can lose
 _COUNTED_AT_ONCE = 2**12
@@ -119,7 +119,7 @@ class Crop:
         return self.view.size(*self.sample.size)
 
 
-def encode_crops(crops: Sequence[Crop], encoders: Encoders, writer: CacheWriter, bar: Bar) -> None:
+def encode_crops(crops: Sequence[Crop], encoders: Encoders, writer: CacheWriter, bar: ProgressCount) -> None:
     """Stores the latents of crops, those of one picture in a row; pictures are decoded ahead of the VAE, which goes."""
     if not crops:
         return
@@ -129,7 +129,9 @@ def encode_crops(crops: Sequence[Crop], encoders: Encoders, writer: CacheWriter,
     release(encoders.device)
 
 
-def _encode_crops(crops: Sequence[Crop], vae: AutoencoderKL, encoders: Encoders, writer: CacheWriter, bar: Bar) -> None:
+def _encode_crops(
+    crops: Sequence[Crop], vae: AutoencoderKL, encoders: Encoders, writer: CacheWriter, bar: ProgressCount
+) -> None:
     begun = time.monotonic()
     pixels = _cut_ahead(crops)
     done = 0
@@ -154,7 +156,7 @@ def _encode_crops(crops: Sequence[Crop], vae: AutoencoderKL, encoders: Encoders,
 
 
 def encode_texts(
-    texts: Sequence[str], padding: str, max_tokens: int, encoders: Encoders, writer: CacheWriter, bar: Bar
+    texts: Sequence[str], padding: str, max_tokens: int, encoders: Encoders, writer: CacheWriter, bar: ProgressCount
 ) -> None:
     """Stores the conditioning of distinct texts, the shortest first; their encoders go afterwards.
 
@@ -182,7 +184,9 @@ def encode_texts(
     release(encoders.device)
 
 
-def count_tokens(texts: Sequence[str], max_tokens: int, encoders: Encoders, writer: CacheWriter, bar: Bar) -> None:
+def count_tokens(
+    texts: Sequence[str], max_tokens: int, encoders: Encoders, writer: CacheWriter, bar: ProgressCount
+) -> None:
     """Notes how long distinct texts are, which the order of training goes by, and stores nothing else of them."""
     if not texts:
         return

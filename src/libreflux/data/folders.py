@@ -87,8 +87,8 @@ def walk(folder: Path) -> Folder:
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         for name in folders:
             if (here / name).is_symlink():
-                mend = "name the folder that it leads to as a source of its own, or remove the link"
-                raise DataError("links to folders are not followed", where=here / name, mend=mend)
+                hint = "name the folder that it leads to as a source of its own, or remove the link"
+                raise DataError("links to folders are not followed", where=here / name, hint=hint)
         _sort(here, sorted(name for name in names if not name.startswith(".")), found)
     return found
 
@@ -105,7 +105,7 @@ def _sort(here: Path, names: Sequence[str], found: Folder) -> None:
     for name in names:
         stem, suffix = _split(name)
         if not name.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in name):
-            raise DataError("this file's name is no UTF-8", where=ascii(str(here / name)), mend="rename it")
+            raise DataError("this file's name is no UTF-8", where=ascii(str(here / name)), hint="rename it")
         if suffix in FORMATS:
             pictures.setdefault(stem, []).append(here / name)
         elif suffix in CAPTIONS:
@@ -131,16 +131,16 @@ def _split(name: str) -> tuple[str, str]:
 
 def _refuse(path: Path, suffix: str, has_twin: bool) -> None:
     if suffix in OTHER_PICTURES and not has_twin:
-        mend = "convert it to PNG or remove it"
-        raise DataError(f"{suffix} pictures are not supported yet", where=path, mend=mend)
+        hint = "convert it to PNG or remove it"
+        raise DataError(f"{suffix} pictures are not supported yet", where=path, hint=hint)
     if path.name in OTHER_LISTS:
-        mend = f"write the captions into {METADATA} and remove it"
-        raise DataError("not supported yet", where=path, mend=mend)
+        hint = f"write the captions into {METADATA} and remove it"
+        raise DataError("not supported yet", where=path, hint=hint)
 
 
 def _unreadable(error: OSError) -> None:
-    mend = "make it readable, or move it elsewhere"
-    raise DataError(f"cannot be read ({error.strerror})", where=error.filename, mend=mend) from None
+    hint = "make it readable, or move it elsewhere"
+    raise DataError(f"cannot be read ({error.strerror})", where=error.filename, hint=hint) from None
 
 
 def alike(path: Path) -> list[Path]:

@@ -40,12 +40,12 @@ def split(sources: Sources, share: float) -> tuple[Sources, Sources]:
         trained.append((source, [sample for sample, held in zip(samples, below, strict=True) if not held]))
         held_out.append((source, [sample for sample, held in zip(samples, below, strict=True) if held]))
         if samples and below.all():
-            mend = "lower held_out.share, or put more pictures there"
-            raise DataError(f"held_out.share {share:g} leaves none of its pictures", where=source.path, mend=mend)
+            hint = "lower held_out.share, or put more pictures there"
+            raise DataError(f"held_out.share {share:g} leaves none of its pictures", where=source.path, hint=hint)
     if share > 0 and not any(samples for _, samples in held_out):
         count = sum(len(samples) for _, samples in sources)
-        mend = "raise it, name another folder in held_out.path, or set held_out.share to 0"
-        raise DataError(f"{share:g} of {count} pictures holds out none", where="held_out.share", mend=mend)
+        hint = "raise it, name another folder in held_out.path, or set held_out.share to 0"
+        raise DataError(f"{share:g} of {count} pictures holds out none", where="held_out.share", hint=hint)
     return trained, held_out
 
 
@@ -56,7 +56,7 @@ def refuse_trained(held_out: Sources, trained: Sources) -> None:
         for sample in samples:
             if twin := apart.get(sample.id):
                 told = f"the same picture as {sample.path}, which is trained on"
-                raise DataError(told, where=twin.path, mend="remove one of them")
+                raise DataError(told, where=twin.path, hint="remove one of them")
 
 
 class HeldOut:

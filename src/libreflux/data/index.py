@@ -204,7 +204,7 @@ def connect(folder: Path) -> Iterator[sqlite3.Connection]:
         DataError: see :func:`refusing`; or an empty index of shards.
     """
     if _size(folder / INDEX) == 0 and any((folder / SHARDS).glob("*.safetensors")):  # a kill leaves none of them
-        raise DataError("damaged index (it is empty)", where=folder / INDEX, mend=AFRESH)
+        raise DataError("damaged index (it is empty)", where=folder / INDEX, hint=AFRESH)
     with (
         refusing(folder / INDEX),
         contextlib.closing(sqlite3.connect(folder / INDEX, isolation_level=None, timeout=60)) as index,
@@ -223,14 +223,14 @@ def refusing(path: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:  # of sqlite's own words about a damaged file
-        raise DataError(f"damaged index ({error.reason})", where=path, mend=AFRESH) from None
+        raise DataError(f"damaged index ({error.reason})", where=path, hint=AFRESH) from None
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # what follows the low byte only refines it
         if code in ELSEWHERE:
-            raise DataError(str(error), where=path, mend="make room or rights there, or name another place") from None
+            raise DataError(str(error), where=path, hint="make room or rights there, or name another place") from None
         if code == sqlite3.SQLITE_BUSY:
-            raise DataError("in use by another process", where=path, mend="wait for it or stop it") from None
-        raise DataError(f"damaged index ({error})", where=path, mend=AFRESH) from None
+            raise DataError("in use by another process", where=path, hint="wait for it or stop it") from None
+        raise DataError(f"damaged index ({error})", where=path, hint=AFRESH) from None
 
 
 @contextlib.contextmanager
@@ -282,15 +282,15 @@ def read_settings(index: sqlite3.Connection, folder: Path) -> dict[str, Any]:
     """
     if not index.execute("SELECT 1 FROM sqlite_master WHERE name = 'settings'").fetchone():
         if index.execute("SELECT 1 FROM sqlite_master").fetchone():
-            raise DataError("damaged index (it has no settings)", where=folder / INDEX, mend=AFRESH)
+            raise DataError("damaged index (it has no settings)", where=folder / INDEX, hint=AFRESH)
         return {}
     try:
         found = {str(name): plainjson.parse(value) for name, value in index.execute("SELECT name, value FROM settings")}
     except (ValueError, TypeError, RecursionError) as error:
-        raise DataError(f"damaged index (settings: {error})", where=folder / INDEX, mend=AFRESH) from None
+        raise DataError(f"damaged index (settings: {error})", where=folder / INDEX, hint=AFRESH) from None
     schema = found.pop("schema", SCHEMA)
     if schema != SCHEMA:
-        raise DataError(f"a cache of schema {schema}; this version reads {SCHEMA}", where=folder, mend=AFRESH)
+        raise DataError(f"a cache of schema {schema}; this version reads {SCHEMA}", where=folder, hint=AFRESH)
     return found
 
 
@@ -309,8 +309,8 @@ def refuse_other_settings(folder: Path, known: Mapping[str, Any], wanted: Mappin
         known, wanted = _THEN | dict(known), _THEN | dict(wanted)
         pairs = {name: (known.get(name), wanted.get(name)) for name in names}
         told = ", ".join(f"{name} {_brief(was, now)}, now {_brief(now, was)}" for name, (was, now) in pairs.items())
-        mend = "use another cache folder, or remove this one to prepare it afresh"
-        raise DataError(f"this cache was made with {told}", where=folder, mend=mend)
+        hint = "use another cache folder, or remove this one to prepare it afresh"
+        raise DataError(f"this cache was made with {told}", where=folder, hint=hint)
 
 
 def damaged_shards(folder: Path, index: sqlite3.Connection) -> dict[int, Path]:

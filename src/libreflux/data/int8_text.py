@@ -33,7 +33,7 @@ def quantise(tokens: Tensor) -> tuple[Tensor, Tensor]:
     # Rounded up: under a scale rounded down the largest value would not fit.
     scales = up_to_bf16(groups.abs().amax(dim=-1) / 127).clamp_min(torch.finfo(torch.bfloat16).tiny)
     if not scales.isfinite().all():
-        raise ModelError("the text encoder gave numbers that are not finite", mend="prepare with text_precision: fp32")
+        raise ModelError("the text encoder gave numbers that are not finite", hint="prepare with text_precision: fp32")
     values = (groups / scales[..., None]).round().to(torch.int8)
     return rearrange(values, "s n g -> s (n g)")[:, : tokens.shape[1]].contiguous(), scales.to(torch.bfloat16)
 

@@ -136,7 +136,7 @@ def _decoded(path: Path, reduce: int = 1) -> _Decoded:
         reason = "neither PNG, JPEG, WebP, GIF, BMP nor TIFF"
     except Exception as error:  # Pillow's plug-ins meet bytes that they do not expect: the file is at fault
         reason = " ".join(str(error).replace(str(path), path.name).split()) or type(error).__name__
-    raise DataError(f"unreadable picture ({reason})", where=path, mend="repair it or remove it")
+    raise DataError(f"unreadable picture ({reason})", where=path, hint="repair it or remove it")
 
 
 def _refuse_unknown_range(file: Image.Image) -> None:

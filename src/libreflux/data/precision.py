@@ -34,7 +34,7 @@ def resolve(wanted: TextPrecision, device: str, folders: list[Path]) -> str:
         with connect(folder) as index:
             if settings := read_settings(index, folder):
                 if (known := text_precision_of(settings)) not in DTYPES:
-                    raise DataError(f"damaged index: text_precision {known!r}", where=folder / INDEX, mend=AFRESH)
+                    raise DataError(f"damaged index: text_precision {known!r}", where=folder / INDEX, hint=AFRESH)
                 return known
     return "float32" if torch.device(device).type == "cpu" else "bfloat16"
 

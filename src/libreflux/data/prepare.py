@@ -17,17 +17,17 @@ import numpy as np
 import torch
 
 from libreflux.data import index as indexing
-from libreflux.data.bar import Bar, Progress
 from libreflux.data.batches import Batches
 from libreflux.data.cache import LATENTS, PARTS, Cache, index_folders, writing
 from libreflux.data.captions import check_weights
 from libreflux.data.crops import View, views
 from libreflux.data.digests import FileMemory, encoder_digests
-from libreflux.data.disk import check_disk
 from libreflux.data.encode import Crop, Encoders, count_tokens, encode_crops, encode_texts
+from libreflux.data.forecast import check_disk
 from libreflux.data.held_out import HeldOut, refuse_trained, split
 from libreflux.data.index import INDEX, latents_key, text_key
 from libreflux.data.precision import DTYPES, TextPrecision, as_settings, dtype_of, resolve
+from libreflux.data.progress import Progress, ProgressCount
 from libreflux.data.quarantine import report_quarantine
 from libreflux.data.repair import forget_damaged, verify
 from libreflux.data.sources import Part, Quarantined, Sample, read
@@ -74,7 +74,7 @@ def prepare_recipe(
     else:
         trained, held_out = sources[:-1], sources[-1:]
         if not any(samples for _, samples in held_out):
-            raise DataError("no picture in it can be used", where=wanted.path, mend="see quarantine.jsonl in the cache")
+            raise DataError("no picture in it can be used", where=wanted.path, hint="see quarantine.jsonl in the cache")
         refuse_trained(held_out, trained)
     sample = recipe.latents == "sample"  # in training alone: measurements keep to the mean
     batches = Batches(cache, trained, views=shown, seed=recipe.seed, encode=encode, sample=sample)
@@ -168,7 +168,7 @@ def prepare(
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
-        raise DataError("is a file", where=out, mend="name a folder for the cache")
+        raise DataError("is a file", where=out, hint="name a folder for the cache")
     check_trained_padding(text_padding)
     own = out if part == WHOLE else out / PARTS / f"{part[0]:04d}-of-{part[1]:04d}"
     if not (own / INDEX).is_file():  # a whole cache may be on a disk that is only read
@@ -177,7 +177,7 @@ def prepare(
     if max_tokens is None:
         max_tokens = trained_facts(open_model(model).facts, text_padding=text_padding).max_tokens
     memory = FileMemory(own, [each for each in index_folders(out) if each != own])
-    bar = Bar(progress)
+    bar = ProgressCount(progress)
     sources, quarantined = _read(data, memory, part, bar, views, told)
     report_quarantine(own, quarantined, sum(len(samples) for _, samples in sources), max_quarantined)
     precision = resolve(text_precision, device, index_folders(out))
@@ -303,7 +303,12 @@ def _known(out: Path, settings: dict[str, Any]) -> Cache | None:
 
 
 def _read(
-    data: Sequence[DataSource], memory: FileMemory, part: Part, bar: Bar, views: Sequence[View], told: Told | None
+    data: Sequence[DataSource],
+    memory: FileMemory,
+    part: Part,
+    bar: ProgressCount,
+    views: Sequence[View],
+    told: Told | None,
 ) -> tuple[Sources, list[Quarantined]]:
     sources, quarantined = [], []
     for source in data:

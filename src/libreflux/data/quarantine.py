@@ -36,14 +36,14 @@ def report_quarantine(folder: Path, found: Sequence[Quarantined], usable: int, s
         _write(path, found)
     if too_many and len(bad) == 1:
         repair = "make it readable" if bad[0].reason.startswith("cannot be read") else "repair it"
-        mend = f"{repair}, remove it, or raise max_quarantined"
-        raise DataError(bad[0].reason, where=bad[0].path, mend=mend)
+        hint = f"{repair}, remove it, or raise max_quarantined"
+        raise DataError(bad[0].reason, where=bad[0].path, hint=hint)
     if too_many:
         told = f"{len(bad)} of {len(bad) + usable} pictures cannot be used, the first: {bad[0].reason}"
-        mend = f"repair or remove those listed in {path}, or raise max_quarantined (now {share:g})"
-        raise DataError(told, where=bad[0].path, mend=mend)
+        hint = f"repair or remove those listed in {path}, or raise max_quarantined (now {share:g})"
+        raise DataError(told, where=bad[0].path, hint=hint)
     if found and not usable:
-        raise DataError(f"every picture is {found[0].reason}", where=found[0].path, mend="lower min_size")
+        raise DataError(f"every picture is {found[0].reason}", where=found[0].path, hint="lower min_size")
     if bad:
         total = len(bad) + usable
         logger.warning("%d of %d pictures cannot be used and are left out, see %s", len(bad), total, path)

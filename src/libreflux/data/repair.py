@@ -15,9 +15,9 @@ from pathlib import Path
 
 from libreflux import checksums
 from libreflux.data import index as indexing
-from libreflux.data.bar import Bar
 from libreflux.data.cache import index_folders
 from libreflux.data.index import SHARDS
+from libreflux.data.progress import ProgressCount
 from libreflux.data.shards import Shard, read_shards, set_sums, shard_sums
 from libreflux.errors import DataError, LibrefluxError, RunError
 from libreflux.files import lock
@@ -69,7 +69,7 @@ def _damaged(part: Path, rows: bool) -> bool:
         return bool(indexing.damaged_shards(part, index)) or (rows and indexing.has_damaged_rows(part, index))
 
 
-def verify(folder: Path, own: Path, bar: Bar) -> None:
+def verify(folder: Path, own: Path, bar: ProgressCount) -> None:
     """Reads all shards of a cache: damaged ones are forgotten, and what was written without checksums gets them.
 
     A cache that cannot be written stays without them.
@@ -104,7 +104,7 @@ class _Found:
     rows: bool = False
 
 
-def _look(part: Path, bar: Bar) -> _Found:
+def _look(part: Path, bar: ProgressCount) -> _Found:
     found = _Found()
     with indexing.connect(part) as index, indexing.snapshot(index):
         if not indexing.read_settings(index, part):
@@ -130,7 +130,7 @@ def _reader(part: Path) -> Callable[[Shard], bytes]:
             return shard_sums(path)
         except OSError as error:
             told = f"cannot be read ({error.strerror})"
-            raise DataError(told, where=path, mend="make it readable, or remove it and prepare again") from None
+            raise DataError(told, where=path, hint="make it readable, or remove it and prepare again") from None
 
     return read
 

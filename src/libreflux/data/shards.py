@@ -45,12 +45,12 @@ def read_shards(index: sqlite3.Connection, folder: Path) -> list[Shard]:
     found = []
     for row in index.execute("SELECT * FROM shards").fetchall():
         if type(row[0]) is not int or len(row) not in (3, 5):
-            raise DataError("damaged index (its table of shards)", where=folder / INDEX, mend=AFRESH)
+            raise DataError("damaged index (its table of shards)", where=folder / INDEX, hint=AFRESH)
         number, name, size, sums, told = row if len(row) == 5 else (*row, None, None)
         added = (sums, told) != (None, None)
         whole = not added or told == _shard_sum(number, name, size, sums)
         if whole and not (isinstance(name, str) and SHARD_NAME.fullmatch(name)):
-            raise DataError(f"names a shard {str(name)!r}, which is no shard's name", where=folder / INDEX, mend=AFRESH)
+            raise DataError(f"names a shard {str(name)!r}, which is no shard's name", where=folder / INDEX, hint=AFRESH)
         found.append(Shard(number, str(name), size, sums if whole else None, whole))
     return sorted(found, key=lambda shard: shard.name)
 

@@ -119,11 +119,11 @@ def read(source: DataSource, inspected: Inspect = inspect_all, part: Part = (0, 
     _require_folder(folder)
     found = walk(folder)
     if not found.pictures:
-        raise DataError("no picture in this folder", where=folder, mend="check the path")
+        raise DataError("no picture in this folder", where=folder, hint="check the path")
     listed = _read_metadata(found.lists)
     for stray in sorted(listed.keys() - set(found.pictures)):
-        mend = "list files of this folder that are not hidden"
-        raise DataError(f"listed in {METADATA} but not read from {folder}", where=stray, mend=mend)
+        hint = "list files of this folder that are not hidden"
+        raise DataError(f"listed in {METADATA} but not read from {folder}", where=stray, hint=hint)
     pictures = [picture for picture in found.pictures if _in_part(picture.relative_to(folder), part)]
     once: dict[tuple[Any, ...], Any] = {}  # few pictures have kinds or sizes of their own
     standing: list[tuple[tuple[str, int], ...]] = []
@@ -177,13 +177,13 @@ def _require_folder(folder: Path) -> None:
             return
         there = folder.exists()
     except PermissionError as error:
-        raise DataError(f"cannot be read ({error.strerror})", where=folder, mend="make it readable") from None
+        raise DataError(f"cannot be read ({error.strerror})", where=folder, hint="make it readable") from None
     if there:
-        mend = "unpack it, or name the folder that it lies in"
-        raise DataError("this is a file, and data.path names a folder", where=folder, mend=mend)
+        hint = "unpack it, or name the folder that it lies in"
+        raise DataError("this is a file, and data.path names a folder", where=folder, hint=hint)
     near = alike(folder)
-    mend = f"write {near[0]} if that is meant" if near else did_you_mean(folder)
-    raise DataError("no such folder", where=folder, mend=mend)
+    hint = f"write {near[0]} if that is meant" if near else did_you_mean(folder)
+    raise DataError("no such folder", where=folder, hint=hint)
 
 
 def _tell_unread(folder: Path, found: Folder) -> None:
@@ -255,15 +255,15 @@ def _captions(
         origins["folder name"] = origins.get("folder name", 0) + 1
     if not found:
         meant = [path for path in (*alike(usual), *alike(picture)) if path.suffix.lower() not in FORMATS]
-        mend = f"{meant[0]} is not read: {MEND_CAPTION}" if meant else MEND_CAPTION
-        raise DataError("this picture has no caption", where=picture, mend=mend)
+        hint = f"{meant[0]} is not read: {MEND_CAPTION}" if meant else MEND_CAPTION
+        raise DataError("this picture has no caption", where=picture, hint=hint)
     return {source.prefix + caption: kind for caption, kind in found.items()}
 
 
 def _read_sidecar(path: Path) -> list[str]:
     captions = [line.strip() for line in _read_text(path).split("\n") if line.strip()]
     if not captions:
-        raise DataError("this caption file is empty", where=path, mend="write one caption per line")
+        raise DataError("this caption file is empty", where=path, hint="write one caption per line")
     return captions
 
 
@@ -291,14 +291,14 @@ def _read_row(folder: Path, line: str, where: str) -> tuple[Path, list[_Listed]]
     try:
         row = plainjson.parse(line)
     except ValueError as error:
-        raise DataError(f"not valid JSON ({error})", where=where, mend="write one JSON object per line") from None
+        raise DataError(f"not valid JSON ({error})", where=where, hint="write one JSON object per line") from None
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-        raise DataError("no file_name in this line", where=where, mend='write {"file_name": "a.png", "text": "…"}')
+        raise DataError("no file_name in this line", where=where, hint='write {"file_name": "a.png", "text": "…"}')
     picture = Path(os.path.normpath(folder / row["file_name"]))
     if not picture.is_file():
         meant = [path for path in alike(picture) if path.suffix.lower() in FORMATS]
-        mend = f"write {meant[0].name} if that is meant" if meant else "put it back or remove the line"
-        raise DataError(f"listed file {row['file_name']!r} is missing", where=where, mend=mend)
+        hint = f"write {meant[0].name} if that is meant" if meant else "put it back or remove the line"
+        raise DataError(f"listed file {row['file_name']!r} is missing", where=where, hint=hint)
     if picture.suffix.lower() not in FORMATS:
         raise DataError(f"listed file {row['file_name']!r} is no picture of a format that is read", where=where)
     captions = [
@@ -308,7 +308,7 @@ def _read_row(folder: Path, line: str, where: str) -> tuple[Path, list[_Listed]]
         for caption, kind in _spread(row[column], f"{where}: {column}")
     ]
     if not captions:
-        raise DataError("no caption in this line", where=where, mend=f"add one of {', '.join(COLUMNS)}")
+        raise DataError("no caption in this line", where=where, hint=f"add one of {', '.join(COLUMNS)}")
     return picture, captions
 
 
@@ -322,8 +322,8 @@ def _spread(value: object, where: str) -> list[tuple[str, str]]:
     found = []
     for text, kind in pairs:
         if not isinstance(text, str) or not text.strip():
-            mend = "write a text, a list of texts, or texts by name"
-            raise DataError(f"{text!r} is no caption", where=where, mend=mend)
+            hint = "write a text, a list of texts, or texts by name"
+            raise DataError(f"{text!r} is no caption", where=where, hint=hint)
         found.append((" ".join(text.split()), kind))
     return found
 
@@ -333,7 +333,7 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(
-            f"cannot be read ({error.strerror})", where=path, mend="make it readable, or remove it"
+            f"cannot be read ({error.strerror})", where=path, hint="make it readable, or remove it"
         ) from None
     except UnicodeDecodeError as error:
-        raise DataError(f"cannot be read as UTF-8 ({error})", where=path, mend="save it as UTF-8") from None
+        raise DataError(f"cannot be read as UTF-8 ({error})", where=path, hint="save it as UTF-8") from None

@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from libreflux.data.bar import readable
 from libreflux.data.crops import View, crop_window
 from libreflux.data.folders import Unread
 from libreflux.data.sources import Sample, SourceRead
-from libreflux.printing import counted, printable
+from libreflux.printing import counted, printable, readable
 from libreflux.recipe import DataSource
 
 WORTH_TELLING = 0.02  # share of the pixels that crops leave out

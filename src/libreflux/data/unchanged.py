@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-from libreflux.data.bar import Bar
 from libreflux.data.batches import fingerprint
 from libreflux.data.cache import Cache, index_folders
 from libreflux.data.crops import views
@@ -12,6 +11,7 @@ from libreflux.data.digests import FileMemory, encoder_digests
 from libreflux.data.held_out import split
 from libreflux.data.index import TEXT_PRECISION
 from libreflux.data.precision import as_settings, resolve
+from libreflux.data.progress import ProgressCount
 from libreflux.data.sources import read_source
 from libreflux.model.source import locate
 from libreflux.recipe import Recipe
@@ -31,7 +31,7 @@ def data_hash_now(recipe: Recipe) -> str | None:
     if not folders:
         return None
     memory = FileMemory(recipe.cache_dir, [each for each in folders if each != recipe.cache_dir])
-    inspect = functools.partial(memory.inspect, bar=Bar())
+    inspect = functools.partial(memory.inspect, bar=ProgressCount())
     sources = [(source, read_source(source, inspect)[0]) for source in recipe.data]
     if recipe.held_out.path is None:
         sources, _ = split(sources, recipe.held_out.share)

@@ -56,7 +56,7 @@ def check_gradients(
                 raise RunError(
                     f"the gradient of attention's {name} {told} here ({versions()}; {where})",
                     where=f"device {device}",
-                    mend="use another version of torch; device: cpu trains right",
+                    hint="use another version of torch; device: cpu trains right",
                 )
             worst = max(worst, error)
     return worst

@@ -127,9 +127,9 @@ def verified(model: Path, files: Sequence[Path], whole: str | None = None) -> It
             pool.shutdown(cancel_futures=True)
     for name, path in names.items():
         if name not in table and path.suffix == ".safetensors":
-            raise ModelError(f"is not in {CHECKSUMS}", where=path, mend=f"remove the file, or {CHECKSUMS}")
+            raise ModelError(f"is not in {CHECKSUMS}", where=path, hint=f"remove the file, or {CHECKSUMS}")
     if gone := [name for name in table if whole and name.startswith(f"{whole}/") and name not in names]:
-        raise ModelError(f"missing: it is in {CHECKSUMS}", where=model / gone[0], mend="copy or download it again")
+        raise ModelError(f"missing: it is in {CHECKSUMS}", where=model / gone[0], hint="copy or download it again")
 
 
 def _compare(
@@ -144,7 +144,7 @@ def _compare(
             raise
         if found != table[name]:
             told = f"damaged{_near(path, found, table[name])}: not as in {CHECKSUMS}"
-            raise ModelError(told, where=path, mend=_COPY) from cause
+            raise ModelError(told, where=path, hint=_COPY) from cause
         _whole.add(key)
 
 
@@ -171,12 +171,12 @@ def _read_table(model: Path) -> dict[str, str] | None:
         if not isinstance(told, str) or told != f"{checksums.of_json(value):08x}":
             raise ValueError("its own sum differs")
         if (value["schema"], value["chunk"]) != (SCHEMA, CHUNK):
-            raise ModelError("checksums of a later version", where=path, mend="update libreflux")
+            raise ModelError("checksums of a later version", where=path, hint="update libreflux")
         return {str(name): str(sums) for name, sums in value["files"].items()}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"damaged checksums ({error})", where=path, mend=_BAD_TABLE) from None
+        raise ModelError(f"damaged checksums ({error})", where=path, hint=_BAD_TABLE) from None
 
 
 def _root_files(model: Path) -> list[Path]:

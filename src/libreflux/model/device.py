@@ -42,7 +42,7 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise RunError(f"{name!r} is no device", where="device", mend="use auto, cpu, cuda, cuda:N or mps") from None
+        raise RunError(f"{name!r} is no device", where="device", hint="use auto, cpu, cuda, cuda:N or mps") from None
     count = {
         "cpu": 1,
         "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
@@ -51,7 +51,7 @@ def pick_device(name: str = "auto") -> torch.device:
     if (device.index or 0) >= count:
         idle = _wanted_idle_gpu() if device.type == "cuda" and not count else None
         what = f"this machine has no {name}" if idle is None else f"torch cannot use {idle[0]}"
-        raise RunError(what, where="device", mend="use auto or cpu" if idle is None else idle[1])
+        raise RunError(what, where="device", hint="use auto or cpu" if idle is None else idle[1])
     return _own_card(name) if device.type == "cuda" else device
 
 
@@ -64,16 +64,16 @@ def _own_card(name: str) -> torch.device:
         rank, processes = int(own), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     except ValueError:
         what = "LOCAL_RANK and LOCAL_WORLD_SIZE are not numbers"
-        raise RunError(what, where="environment", mend="start it by torchrun") from None
+        raise RunError(what, where="environment", hint="start it by torchrun") from None
     processes, cards = max(processes, rank + 1), torch.cuda.device_count()
     if device.index is not None and processes > 1:
-        raise RunError(f"{name} for {processes} processes on this machine", where="device", mend="set device: cuda")
+        raise RunError(f"{name} for {processes} processes on this machine", where="device", hint="set device: cuda")
     if processes > cards:
         what = f"{counted(processes, 'process', 'processes')}, but {counted(cards, 'card')} on this machine"
-        mend = f"start them with --nproc_per_node={cards}"
+        hint = f"start them with --nproc_per_node={cards}"
         if "CUDA_VISIBLE_DEVICES" in os.environ:
-            mend += ", or let every process see all cards: unset CUDA_VISIBLE_DEVICES"
-        raise RunError(what, where="device", mend=mend)
+            hint += ", or let every process see all cards: unset CUDA_VISIBLE_DEVICES"
+        raise RunError(what, where="device", hint=hint)
     return device if device.index is not None else torch.device("cuda", rank)
 
 
@@ -98,7 +98,7 @@ def pick_dtype(name: torch.dtype | str | None, where: str = "dtype") -> torch.dt
     found = _DTYPES.get(name.removeprefix("torch.")) if isinstance(name, str) else name
     if name is None or (isinstance(found, torch.dtype) and found in _DTYPES.values()):
         return found
-    raise RecipeError(f"cannot be {name!r}", where=where, mend=f"use one of {', '.join(_DTYPES)}, or None for stored")
+    raise RecipeError(f"cannot be {name!r}", where=where, hint=f"use one of {', '.join(_DTYPES)}, or None for stored")
 
 
 def release(device: torch.device | str) -> None:
@@ -114,7 +114,7 @@ def release(device: torch.device | str) -> None:
 def idle_gpu(
     root: Path = Path("/"), path: str | None = None, built_for: tuple[str | None, str | None] | None = None
 ) -> tuple[str, str] | None:
-    """A GPU of this machine that torch, which has none, could use, and the mend; None where nothing is known of one.
+    """A GPU of this machine that torch, which has none, could use, and the hint; None where nothing is known of one.
 
     Args:
         root: where `proc`, `dev`, `sys` and `usr` are.
@@ -163,4 +163,4 @@ def _wanted_idle_gpu() -> tuple[str, str] | None:
 @functools.cache
 def _warn_of_idle_gpu() -> None:
     if idle := _wanted_idle_gpu():
-        logger.warning("torch cannot use %s, so the CPU computes; mend: %s", *idle)
+        logger.warning("torch cannot use %s, so the CPU computes; hint: %s", *idle)

@@ -70,19 +70,19 @@ class Facts:
     @staticmethod
     def from_dict(values: Any, where: object) -> Facts:
         """Checks and builds; raises ModelError naming the key."""
-        mend = f"write it as libreflux does: {', '.join(_TYPES)}"
+        hint = f"write it as libreflux does: {', '.join(_TYPES)}"
         if not isinstance(values, dict):
-            raise ModelError("is not a JSON object", where=where, mend=mend)
+            raise ModelError("is not a JSON object", where=where, hint=hint)
         if values.get("schema") != 1:
-            raise ModelError(f"schema {values.get('schema')!r} is not 1", where=where, mend="update libreflux")
+            raise ModelError(f"schema {values.get('schema')!r} is not 1", where=where, hint="update libreflux")
         if unknown := sorted(set(values) - set(_TYPES)):
-            raise ModelError(f"unknown key {unknown[0]!r}", where=where, mend=mend)
+            raise ModelError(f"unknown key {unknown[0]!r}", where=where, hint=hint)
         if missing := [name for name in _TYPES if name not in values and name not in _OPTIONAL]:
-            raise ModelError(f"key {missing[0]!r} is missing", where=where, mend=mend)
+            raise ModelError(f"key {missing[0]!r} is missing", where=where, hint=hint)
         for name, wanted in _TYPES.items():
             value = values.get(name)
             if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-                raise ModelError(f"{name} has the wrong type: {value!r}", where=where, mend=mend)
+                raise ModelError(f"{name} has the wrong type: {value!r}", where=where, hint=hint)
         facts = Facts(**values)
         facts._check_ranges(where)
         return facts
@@ -99,7 +99,7 @@ class Facts:
         for name, good in checks.items():
             if not good:
                 raise ModelError(
-                    f"{name} cannot be {getattr(self, name)!r}", where=where, mend="see docs or mend the file"
+                    f"{name} cannot be {getattr(self, name)!r}", where=where, hint="see docs or hint the file"
                 )
 
 
@@ -191,10 +191,10 @@ def read_facts(folder: Path) -> Facts:
         values = plainjson.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(
-            "no such file", where=path, mend="open the model with open_model, which finds its facts"
+            "no such file", where=path, hint="open the model with open_model, which finds its facts"
         ) from None
     except (OSError, ValueError) as error:
-        raise ModelError(f"unreadable ({error})", where=path, mend="restore the file") from None
+        raise ModelError(f"unreadable ({error})", where=path, hint="restore the file") from None
     return Facts.from_dict(values, path)
 
 
@@ -257,6 +257,6 @@ def facts_of(transformer: Any) -> Facts:
     name = f"{stored[1]}/{stored[2]}" if stored else str(place.parent if place.name == "transformer" else place)
     facts = find_facts(name, folder, guidance_embeds=guided)
     if facts.guidance_embeds != guided:
-        mend = "correct the file, or pass facts"
-        raise ModelError("guidance_embeds in libreflux.json is not the transformer's", where=folder, mend=mend)
+        hint = "correct the file, or pass facts"
+        raise ModelError("guidance_embeds in libreflux.json is not the transformer's", where=folder, hint=hint)
     return facts

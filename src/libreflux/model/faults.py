@@ -48,30 +48,30 @@ def is_device_error(error: BaseException) -> bool:
     return isinstance(error, torch.AcceleratorError) or any(said in str(error) for said in _BROKEN)
 
 
-def told(error: BaseException, doing: str, mend: str, again: str = "run the command again") -> LibrefluxError | None:
+def told(error: BaseException, doing: str, hint: str, again: str = "run the command again") -> LibrefluxError | None:
     """The one line for an exception of a device; None for any other.
 
     Args:
         error: what was raised.
         doing: what was being done, with its sizes.
-        mend: what makes it smaller, for memory that ran out.
+        hint: what makes it smaller, for memory that ran out.
         again: how to go on after a card failed.
     """
     if is_out_of_memory(error):
-        return RunError("out of memory", where=doing, mend=mend)
+        return RunError("out of memory", where=doing, hint=hint)
     if is_device_error(error):
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         hint = f"{again}; CUDA_LAUNCH_BLOCKING=1 names the operation, LIBREFLUX_TRACEBACK=1 shows where"
-        return DeviceError(f"the device failed ({said})", where=doing, mend=hint)
+        return DeviceError(f"the device failed ({said})", where=doing, hint=hint)
     return None
 
 
 @contextmanager
-def explained(doing: str, mend: str, again: str = "run the command again") -> Iterator[None]:
+def explained(doing: str, hint: str, again: str = "run the command again") -> Iterator[None]:
     """Turns what a device raises in the block into one line; the innermost such block has the word.
 
     Args:
-        doing, mend, again: see `told`.
+        doing, hint, again: see `told`.
 
     Raises:
         RunError: the block ran out of memory.
@@ -80,7 +80,7 @@ def explained(doing: str, mend: str, again: str = "run the command again") -> It
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        line = told(error, doing, mend, again)
+        line = told(error, doing, hint, again)
         if line is None:
             raise
         raise line from error

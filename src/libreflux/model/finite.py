@@ -32,7 +32,7 @@ def not_finite(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> 
 def check_weights(tensors: Mapping[str, Tensor], where: object) -> None:
     """Raises NotFiniteError for a weight that is NaN or infinite: whoever reads the new file would not know why."""
     if name := not_finite(tensors):
-        raise NotFiniteError(f"{name} is not finite", where=where, mend=DAMAGED)
+        raise NotFiniteError(f"{name} is not finite", where=where, hint=DAMAGED)
 
 
 def each_finite(tensors: Iterable[tuple[str, Tensor]], where: object) -> Iterator[tuple[str, Tensor]]:

@@ -71,8 +71,8 @@ def marks(
                 found[name.removesuffix(MARK)] = dict(plainjson.parse(bytes(raw.view(torch.uint8).tolist()).decode()))
         return found
     except (ValueError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
-        mend = "the file is damaged: copy or download it again"
-        raise ModelError(f"cannot read how it is quantised ({error})", where=where, mend=mend) from None
+        hint = "the file is damaged: copy or download it again"
+        raise ModelError(f"cannot read how it is quantised ({error})", where=where, hint=hint) from None
 
 
 def check_formats(
@@ -168,4 +168,4 @@ def _check_scale(name: str, stored: Range, scale: Range, where: object) -> None:
 
 
 def _refused(told: str, where: object, name: str) -> ModelError:
-    return ModelError(f"is quantised by {told}, which is not read ({name})", where=where, mend=_MEND)
+    return ModelError(f"is quantised by {told}, which is not read ({name})", where=where, hint=_MEND)

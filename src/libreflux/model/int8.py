@@ -60,7 +60,7 @@ def quantise_weight(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tenso
         of_scale.copy_(up_to_bf16(largest / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny))
         of_q.copy_((wide / of_scale[:, None]).round_())
     if not finite & scale.isfinite().all():  # asked once: a card is waited for each time
-        raise ModelError("has weights that are not finite", where=name, mend="the file is damaged: download it again")
+        raise ModelError("has weights that are not finite", where=name, hint="the file is damaged: download it again")
     return q, scale
 
 

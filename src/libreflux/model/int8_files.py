@@ -42,9 +42,9 @@ def stored_as(config: Mapping[str, Any], where: object) -> str | None:
     if not mark:
         return None
     if not isinstance(mark, dict):
-        raise ModelError(f"quantization_config cannot be {mark!r}", where=where, mend="remove it from config.json")
+        raise ModelError(f"quantization_config cannot be {mark!r}", where=where, hint="remove it from config.json")
     if mark.get("quant_method") == METHOD and mark.get("schema") != _MARK["schema"]:
-        raise ModelError(f"int8 schema {mark.get('schema')!r} is not 1", where=where, mend="update libreflux")
+        raise ModelError(f"int8 schema {mark.get('schema')!r} is not 1", where=where, hint="update libreflux")
     return str(mark.get("quant_method"))
 
 
@@ -82,7 +82,7 @@ def _stream(folder: Path, empty: FluxTransformer2DModel, device: torch.device | 
     layers, wanted = set(int8_layers(empty)), empty.state_dict()
     stored = stored_as(empty.load_config(folder), folder)
     if stored not in (None, METHOD):
-        raise ModelError(f"is quantised by {stored}", where=folder, mend="start from its bf16 weights")
+        raise ModelError(f"is quantised by {stored}", where=folder, hint="start from its bf16 weights")
     files = _weight_map(folder)
     on_disk = wanted.keys() if stored else wanted.keys() - {f"{layer}.scale" for layer in layers}
     _refuse("missing keys", on_disk - files.keys(), folder)
@@ -229,10 +229,10 @@ def _read(file: Path, name: str) -> Tensor:
 def _check(name: str, tensor: Tensor, wanted: Tensor, folder: Path) -> None:
     if tensor.shape != wanted.shape or tensor.is_floating_point() != wanted.is_floating_point():
         found = f"{tuple(tensor.shape)} {tensor.dtype} instead of {tuple(wanted.shape)} {wanted.dtype}"
-        raise ModelError(f"{name} is {found}", where=folder, mend=_DIFFER)
+        raise ModelError(f"{name} is {found}", where=folder, hint=_DIFFER)
 
 
 def _refuse(what: str, names: Iterable[str], folder: Path) -> None:
     if found := sorted(names):
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        raise ModelError(f"{what}: {found[0]}{more}", where=folder, mend=_DIFFER)
+        raise ModelError(f"{what}: {found[0]}{more}", where=folder, hint=_DIFFER)

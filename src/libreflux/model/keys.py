@@ -183,7 +183,7 @@ def config_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, object]:
 
     def shape(name: str, dimensions: int = 2) -> Sequence[int]:
         if len(shapes.get(name, ())) != dimensions:
-            raise ModelError(f"{name} is missing", mend="use a FLUX.1 transformer, with BFL's names or diffusers'")
+            raise ModelError(f"{name} is missing", hint="use a FLUX.1 transformer, with BFL's names or diffusers'")
         return shapes[name]
 
     [head] = shape("transformer_blocks.0.attn.norm_q.weight", 1)
@@ -240,4 +240,4 @@ def renamed(
 def _refuse(what: str, names: set[str]) -> None:
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        raise ModelError(f"{what}: {min(names)}{more}", mend="the file is of another kind of model")
+        raise ModelError(f"{what}: {min(names)}{more}", hint="the file is of another kind of model")

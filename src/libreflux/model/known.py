@@ -53,7 +53,7 @@ def write_configs(name: str, folder: Path) -> Path:
     """
     facts = known_facts(name)
     if facts is None:
-        raise ModelError("not a known model", where=name, mend="name a hub id of `libreflux models`")
+        raise ModelError("not a known model", where=name, hint="name a hub id of `libreflux models`")
     for part in PARTS:
         config = plainjson.parse((CONFIGS / f"{part}.json").read_text(encoding="utf-8"))
         if part == "transformer":

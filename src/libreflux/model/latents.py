@@ -76,8 +76,8 @@ def own_side(config: Mapping[str, Any], where: object = None) -> int:
     """
     side = config.get("sample_size", 1024)
     if not isinstance(side, int) or not 1 <= side <= MOST_SIDE:
-        mend = f"write 1 to {MOST_SIDE} in the VAE's config.json"
-        raise ModelError(f"sample_size cannot be {side!r}", where=where, mend=mend)
+        hint = f"write 1 to {MOST_SIDE} in the VAE's config.json"
+        raise ModelError(f"sample_size cannot be {side!r}", where=where, hint=hint)
     return max(16, side // 16 * 16)
 
 
@@ -94,7 +94,7 @@ def pack(latents: Tensor) -> Tensor:
     """
     if latents.shape[-2] % 2 or latents.shape[-1] % 2:
         raise ModelError(
-            f"latents of {latents.shape[-2]}x{latents.shape[-1]} have an odd side", mend="use sizes in multiples of 16"
+            f"latents of {latents.shape[-2]}x{latents.shape[-1]} have an odd side", hint="use sizes in multiples of 16"
         )
     return rearrange(latents, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)
 

@@ -67,7 +67,7 @@ def load_text(
         known, read = len(tokenizer), encoder.config.vocab_size
         if known > read:
             raise ModelError(
-                f"knows {counted(known, 'token')}, its encoder {read}", where=folder, mend="use the encoder's own"
+                f"knows {counted(known, 'token')}, its encoder {read}", where=folder, hint="use the encoder's own"
             )
     return TextEncoders(clip_tokenizer, encoders[0], t5_tokenizer, encoders[1], by_block=by_block)
 
@@ -137,7 +137,7 @@ def _check_keys(folder: Path, found: dict[str, Any], kinds: Sequence[str]) -> No
             names = [str(key) for key in found[kind]]
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ModelError(
-                f"{kind.replace('_', ' ')}: {min(names)}{more}", where=folder, mend="the weights and config.json differ"
+                f"{kind.replace('_', ' ')}: {min(names)}{more}", where=folder, hint="the weights and config.json differ"
             )
 
 
@@ -165,19 +165,19 @@ def one_line(where: Path) -> Iterator[None]:
         raise
     except BaseException as error:
         if type(error).__name__ == "PanicException":  # of the tokenizers' library; it is no Exception
-            raise ModelError(f"cannot be loaded ({str(error)[:80]})", where=where, mend=COPY) from error
+            raise ModelError(f"cannot be loaded ({str(error)[:80]})", where=where, hint=COPY) from error
         if not isinstance(error, Exception):
             raise
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or is_device_error(error):
             raise  # whoever opens the part knows what makes it smaller
         if is_out_of_memory(error):  # as a CPU says it, above all of sizes that no model has
-            mend = "use a smaller model, or more memory; is its config.json as published?"
-            raise RunError("out of memory", where=where, mend=mend) from error
+            hint = "use a smaller model, or more memory; is its config.json as published?"
+            raise RunError("out of memory", where=where, hint=hint) from error
         lines = str(error).strip().splitlines()
         reason = f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
         if "ignore_mismatched_sizes" in reason:  # transformers refers to a report of several lines, see _quiet
             reason = "its tensors have other sizes than config.json says"
-        raise ModelError(f"cannot be loaded ({reason})", where=where, mend=COPY) from error
+        raise ModelError(f"cannot be loaded ({reason})", where=where, hint=COPY) from error
 
 
 @contextlib.contextmanager

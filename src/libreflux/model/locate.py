@@ -56,23 +56,23 @@ def locate(name: str | Path, *, weights: bool | Collection[str] = True, fetch: b
     """
     text = str(name)
     if not text:  # as a path it would be the folder that one stands in
-        raise ModelError("no model is named", mend=_suggestion(text, None))
+        raise ModelError("no model is named", hint=_suggestion(text, None))
     path = Path(text).expanduser()
     if text in EMOJI and not path.exists():
         path = WEIGHTS / text
         if not path.is_dir():
             here = sorted(child.name for child in WEIGHTS.glob("*") if child.is_dir())
             raise ModelError(
-                f"this installation does not contain {text}", mend=f"use {' or '.join(here) or 'another model'}"
+                f"this installation does not contain {text}", hint=f"use {' or '.join(here) or 'another model'}"
             )
     if path.is_dir():
         return _checked(path)
     if path.exists():
-        told, mend = _REFUSED.get(path.suffix.lower(), ("is neither a folder nor a .safetensors file", _FOLDER))
-        raise ModelError(told, where=path, mend=mend)
+        told, hint = _REFUSED.get(path.suffix.lower(), ("is neither a folder nor a .safetensors file", _FOLDER))
+        raise ModelError(told, where=path, hint=hint)
     steps_out = ".." in re.split("[/@]", text)  # the hub's client would take it for a folder of its cache
     if not _HUB_ID.fullmatch(text) or steps_out or Path(text).parts[0] == "." or Path(text).parent.is_dir():
-        raise ModelError(f"no such model: {text}", mend=_suggestion(text, path))
+        raise ModelError(f"no such model: {text}", hint=_suggestion(text, path))
     return _checked(_download(text, PARTS if weights is True else weights or (), fetch=fetch))
 
 
@@ -98,8 +98,8 @@ def told_model(name: str, told_by: object) -> str:
     try:
         locate(name, fetch=False)
     except ModelError as error:
-        mend = "name the model yourself with --model; nothing is downloaded because a file says so"
-        raise ModelError(f"its model {name} is not at hand ({error.what})", where=told_by, mend=mend) from None
+        hint = "name the model yourself with --model; nothing is downloaded because a file says so"
+        raise ModelError(f"its model {name} is not at hand ({error.what})", where=told_by, hint=hint) from None
     return name
 
 
@@ -119,19 +119,19 @@ def part_folder(folder: Path, part: str) -> Path:
 def _checked(folder: Path) -> Path:
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ModelError("not a model: it has no model_index.json", where=folder, mend="give a diffusers FLUX folder")
+        raise ModelError("not a model: it has no model_index.json", where=folder, hint="give a diffusers FLUX folder")
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         where = part_folder(folder, part)
         if not where.is_dir():
             if part.startswith("text"):
                 continue  # ready-made conditioning needs none
-            raise ModelError(f"incomplete: it has no {part} folder", where=folder, mend="give a diffusers FLUX folder")
+            raise ModelError(f"incomplete: it has no {part} folder", where=folder, hint="give a diffusers FLUX folder")
         names = [file for file in where.iterdir() if not file.name.startswith("._")]  # those are macOS' own
         found = {file.suffix for file in names if file.suffix in _REFUSED}
         if found and ".safetensors" not in found:
             _refuse_format(where)
-            told, mend = _REFUSED[min(found)]
-            raise ModelError(f"has no safetensors: what it has {told}", where=where, mend=mend)
+            told, hint = _REFUSED[min(found)]
+            raise ModelError(f"has no safetensors: what it has {told}", where=where, hint=hint)
     return folder
 
 
@@ -156,7 +156,7 @@ def _refuse_format(part: Path) -> None:
     with contextlib.suppress(OSError, ValueError, AttributeError):
         config = plainjson.parse((part / "config.json").read_text(encoding="utf-8"))
         if told := foreign_format(config):
-            raise ModelError(f"is quantised by {told}, which is not read", where=part, mend=FOREIGN_MEND)
+            raise ModelError(f"is quantised by {told}, which is not read", where=part, hint=FOREIGN_MEND)
 
 
 def _suggestion(text: str, path: Path | None) -> str:
@@ -184,14 +184,14 @@ def _download(text: str, weights: Collection[str], *, fetch: bool) -> Path:
         if _complete(here, weights):
             return here
     if not fetch:
-        raise ModelError("not downloaded before", where=text, mend="name it yourself to download it")
+        raise ModelError("not downloaded before", where=text, hint="name it yourself to download it")
     try:
         return Path(huggingface_hub.snapshot_download(**wanted))
     except Exception as error:  # the client's own, its HTTP library's, the disk's: no common ancestor
         raise ModelError(
             f"no folder of this name, and it cannot be had from the hub ({hub_reason(error)})",
             where=text,
-            mend=_mend(hub_id, error),
+            hint=_mend(hub_id, error),
         ) from error
 
 
@@ -203,12 +203,12 @@ def _mend(hub_id: str, error: Exception) -> str:
         return f"did you mean {there}?"
     near = difflib.get_close_matches(hub_id, KNOWN, n=1, cutoff=0.8)
     if near and known_facts(hub_id) is None:
-        return f"did you mean {near[0]}? or mend the path, or check the id and the network"
+        return f"did you mean {near[0]}? or correct the path, or check the id and the network"
     if needs_login(hub_id) or isinstance(error, errors.GatedRepoError):
-        return f"mend the path, or check the id and the network; for this model {LOGIN}"
+        return f"correct the path, or check the id and the network; for this model {LOGIN}"
     refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
     login = "; a private or gated model wants `hf auth login`" if refused else ""
-    return f"mend the path, or check the id and the network{login}"
+    return f"correct the path, or check the id and the network{login}"
 
 
 def hub_reason(error: BaseException) -> str:

@@ -134,8 +134,8 @@ def deterministic(device: torch.device | str) -> Iterator[None]:
         return
     if os.environ.get(WORKSPACE) not in _WORKSPACES:
         if torch.cuda.is_initialized():  # cuBLAS reads it once
-            mend = f"set {WORKSPACE}={_WORKSPACES[0]} in the environment before the process begins"
-            raise RunError("CUDA was used in this process before", where="deterministic", mend=mend)
+            hint = f"set {WORKSPACE}={_WORKSPACES[0]} in the environment before the process begins"
+            raise RunError("CUDA was used in this process before", where="deterministic", hint=hint)
         os.environ[WORKSPACE] = _WORKSPACES[0]
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
@@ -154,4 +154,4 @@ def _refused_kernels() -> Iterator[None]:
         if "deterministic implementation" not in str(error):
             raise
         said = str(error).split(". ")[0]
-        raise RunError(said, where="deterministic", mend="set deterministic: false, or use device: cpu") from error
+        raise RunError(said, where="deterministic", hint="set deterministic: false, or use device: cpu") from error

@@ -59,11 +59,11 @@ def shard_files(index: Path, *, neighbours: bool = False) -> dict[str, Path]:
     """
     table = json_object(index).get("weight_map")
     if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
-        raise ModelError("has no weight_map from tensors to files", where=index, mend=COPY)
+        raise ModelError("has no weight_map from tensors to files", where=index, hint=COPY)
     for name in table.values():
         if not _PLAIN.fullmatch(name) and not (neighbours and _NEIGHBOUR.fullmatch(name)):
             told = f"names {name!r}, which is no safetensors file in its folder"
-            raise ModelError(told, where=index, mend="use the files as the model's makers published them")
+            raise ModelError(told, where=index, hint="use the files as the model's makers published them")
     return {name: index.parent / table[name] for name in sorted(table, key=lambda name: (table[name], name))}
 
 
@@ -80,12 +80,12 @@ def check_part(folder: Path, *, neighbours: bool = False) -> None:
     _check_is_there(folder)
     config = json_object(folder / "config.json")
     if told := foreign_format(config):
-        raise ModelError(f"is quantised by {told}, which is not read", where=folder, mend=FOREIGN_MEND)
+        raise ModelError(f"is quantised by {told}, which is not read", where=folder, hint=FOREIGN_MEND)
     if (folder / "adapter_config.json").exists():  # transformers would open the model that it names, wherever it is
-        raise ModelError("is an adapter, not a model", where=folder, mend="remove its adapter_config.json")
+        raise ModelError("is an adapter, not a model", where=folder, hint="remove its adapter_config.json")
     for key, value in _attention(config):
         if "/" in value:
-            raise ModelError(f"names code of the hub, {value}", where=folder / "config.json", mend=f"remove {key}")
+            raise ModelError(f"names code of the hub, {value}", where=folder / "config.json", hint=f"remove {key}")
     if variant := weight_variant(folder):
         _tell_variant(str(folder), variant)
     files = set(visible(folder, "*.safetensors"))
@@ -106,7 +106,7 @@ def check_layers(config: Mapping[str, Any], where: object, stored: int | None = 
     for key, value in config.items():
         if "layers" in key and isinstance(value, int) and value > (stored or MOST_LAYERS):
             told = f"{key} is {value}, but it has {counted(stored, 'tensor')}" if stored else f"{key} cannot be {value}"
-            raise ModelError(told, where=where, mend="the weights and config.json differ")
+            raise ModelError(told, where=where, hint="the weights and config.json differ")
 
 
 def _attention(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -157,7 +157,7 @@ def check_tokenizer(folder: Path, vocabularies: tuple[str, ...]) -> None:
     """Raises ModelError unless one of the files is there; transformers would go on with an empty vocabulary."""
     _check_is_there(folder)
     if not any((folder / name).is_file() for name in vocabularies):
-        raise ModelError(f"has no {' and no '.join(vocabularies)}", where=folder, mend=COPY)
+        raise ModelError(f"has no {' and no '.join(vocabularies)}", where=folder, hint=COPY)
 
 
 def check_fit(where: Path, transformer: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> None:
@@ -180,7 +180,7 @@ def check_fit(where: Path, transformer: Mapping[str, Any], parts: Mapping[str, M
         pairs["widths of transformer and CLIP"] = (config["pooled_projection_dim"], clip.get("hidden_size", 512))
     for what, (one, other) in pairs.items():
         if one != other:
-            raise ModelError(f"{what} differ: {one} and {other}", where=where, mend="use the parts of one model")
+            raise ModelError(f"{what} differ: {one} and {other}", where=where, hint="use the parts of one model")
 
 
 _FLUX_DEFAULTS: dict[str, Any] = {
@@ -207,9 +207,9 @@ def reading(file: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, AttributeError, RecursionError, SafetensorError) as error:
-        raise ModelError(f"cannot be loaded ({type(error).__name__}: {error})", where=file, mend=COPY) from error
+        raise ModelError(f"cannot be loaded ({type(error).__name__}: {error})", where=file, hint=COPY) from error
 
 
 def _check_is_there(folder: Path) -> None:
     if not folder.is_dir():
-        raise ModelError("no such folder", where=folder, mend="the model is not whole: copy or download it again")
+        raise ModelError("no such folder", where=folder, hint="the model is not whole: copy or download it again")

@@ -37,7 +37,7 @@ def quantise_folder(name: str | Path | SingleFiles, out: Path) -> Path:
     folder = locate(name)  # with its weights
     source = folder / "transformer"
     if stored_as(model.config, source) == METHOD:
-        raise ModelError("is stored in int8", where=source, mend="use it as it is")
+        raise ModelError("is stored in int8", where=source, hint="use it as it is")
     check_part(source)
     with one_line(source):
         empty = empty_int8(source)

@@ -89,7 +89,7 @@ def find_comfyui(folder: Path, *, transformer: Path | None = None, base: str | N
     """
     if not folder.is_dir():
         raise ModelError(
-            "no such folder", where=folder, mend=did_you_mean(folder, "name ComfyUI's folder, or its models")
+            "no such folder", where=folder, hint=did_you_mean(folder, "name ComfyUI's folder, or its models")
         )
     found: dict[str, Path] = {}
     for part, pattern in _COMFYUI.items():
@@ -98,8 +98,8 @@ def find_comfyui(folder: Path, *, transformer: Path | None = None, base: str | N
             files = [file for file in files if not file.name[2].isalpha()]
         if part == "transformer" and transformer is None and len(files) != 1:
             named = ", ".join(file.name for file in files[:3]) or "none"
-            mend = "name the transformer with --model FILE"
-            raise ModelError(f"{len(files)} files are called flux1-*.safetensors ({named})", where=folder, mend=mend)
+            hint = "name the transformer with --model FILE"
+            raise ModelError(f"{len(files)} files are called flux1-*.safetensors ({named})", where=folder, hint=hint)
         if files:
             found[part] = max(files, key=lambda file: file.stat().st_size)
         if len(files) > 1 and part != "transformer":
@@ -127,11 +127,11 @@ def transformer_config(file: TensorFile, base: Mapping[str, Any] | None = None) 
     try:
         config = config_of(_shapes(file))
     except ModelError as error:
-        raise ModelError(f"not a FLUX.1 transformer: {error.what}", where=file.path, mend=error.mend) from None
+        raise ModelError(f"not a FLUX.1 transformer: {error.what}", where=file.path, hint=error.hint) from None
     rope = (base or {}).get("axes_dims_rope")
     if "axes_dims_rope" not in config and (rope is None or sum(rope) != config["attention_head_dim"]):
-        mend = "name with --base the model that it was made from"
-        raise ModelError("no size in it tells how positions are encoded", where=file.path, mend=mend)
+        hint = "name with --base the model that it was made from"
+        raise ModelError("no size in it tells how positions are encoded", where=file.path, hint=hint)
     return {"axes_dims_rope": rope} | config
 
 
@@ -273,7 +273,7 @@ def _tensors(file: TensorFile, rows: Sequence[Row], wanted: Mapping[str, Tensor]
     try:
         yield from renamed(rows or same, wanted, file.read, list(file.shapes))
     except ModelError as error:
-        raise ModelError(error.what, where=file.path, mend=error.mend or _KIND) from None
+        raise ModelError(error.what, where=file.path, hint=error.hint or _KIND) from None
 
 
 @contextlib.contextmanager
@@ -283,4 +283,4 @@ def _built(where: Path) -> Iterator[None]:
         yield
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
         first = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise ModelError(f"its configuration builds no model ({first})", where=where, mend=_KIND) from error
+        raise ModelError(f"its configuration builds no model ({first})", where=where, hint=_KIND) from error

@@ -84,8 +84,8 @@ def save_transformer(transformer: FluxTransformer2DModel, facts: Facts, path: Pa
         ModelError: it is int8.
     """
     if int8_layers(transformer):
-        mend = "load it with quantise=False"
-        raise ModelError("has no transformer in floating point", where=name_of(transformer), mend=mend)
+        hint = "load it with quantise=False"
+        raise ModelError("has no transformer in floating point", where=name_of(transformer), hint=hint)
     state = transformer.state_dict()
     double, single = (count_blocks(state, kind) for kind in OWN_BLOCKS)
     rows = transformer_rows(double, single, guidance=bool(transformer.config.guidance_embeds))

@@ -144,7 +144,7 @@ class ModelSource:
             NotFiniteError: a weight is NaN or infinite.
         """
         if quantise not in (None, True, False):
-            raise RecipeError(f"cannot be {quantise!r}", where="quantise", mend="use True for int8, False or None")
+            raise RecipeError(f"cannot be {quantise!r}", where="quantise", hint="use True for int8, False or None")
         chosen, place = pick_dtype(dtype), _device(device)
         check_fit(self.path, self.config, self._configs())
         with quiet():
@@ -233,7 +233,7 @@ class FolderSource(ModelSource):
             return FlowMatchEulerDiscreteScheduler()
         steps = json_object(folder / "scheduler_config.json").get("num_train_timesteps", 1000)
         if not isinstance(steps, int) or not 1 <= steps <= 1_000_000:  # a table of as many is made
-            raise ModelError(f"num_train_timesteps cannot be {steps!r}", where=folder, mend="write 1000")
+            raise ModelError(f"num_train_timesteps cannot be {steps!r}", where=folder, hint="write 1000")
         with quiet(), verified_part(folder), one_line(folder):
             return FlowMatchEulerDiscreteScheduler.from_pretrained(folder, local_files_only=True)
 
@@ -322,8 +322,8 @@ class FilesSource(ModelSource):
 
     def _rest(self, part: str) -> ModelSource:
         if self._base is None:
-            mend = "name with --base a model that has it, or with --comfyui a folder of such files"
-            raise ModelError(f"no {part} in this file", where=self._files.transformer, mend=mend)
+            hint = "name with --base a model that has it, or with --comfyui a folder of such files"
+            raise ModelError(f"no {part} in this file", where=self._files.transformer, hint=hint)
         return self._base
 
     def places(self, *parts: str) -> dict[str, Path | TensorFile]:
@@ -377,11 +377,11 @@ def open_model(name: str | Path | SingleFiles) -> ModelSource:
     check_layers(config, where)
     kind, guided = config.get("_class_name"), bool(config.get("guidance_embeds", False))
     if kind not in ("FluxTransformer2DModel", _MASKED):
-        raise ModelError(f"its transformer is a {kind}", where=path, mend="use a model of the FLUX.1 family")
+        raise ModelError(f"its transformer is a {kind}", where=path, hint="use a model of the FLUX.1 family")
     facts = find_facts(str(name), path, guidance_embeds=guided, masked=kind == _MASKED)
     if facts.guidance_embeds != guided:
         what = "guidance_embeds in libreflux.json is not the transformer's"
-        raise ModelError(what, where=path, mend="correct the file")
+        raise ModelError(what, where=path, hint="correct the file")
     stored_as(config, where)
     return FolderSource(str(name), path, facts, config)
 
@@ -409,8 +409,8 @@ def _file_facts(file: TensorFile, base: ModelSource | None, guidance_embeds: boo
         try:
             return Facts.from_dict(plainjson.parse(own), file.path)
         except ValueError as error:
-            mend = "copy the file again"
-            raise ModelError(f"damaged facts in its metadata ({error})", where=file.path, mend=mend) from None
+            hint = "copy the file again"
+            raise ModelError(f"damaged facts in its metadata ({error})", where=file.path, hint=hint) from None
     if base is not None and base.facts.guidance_embeds == guidance_embeds:
         return dataclasses.replace(base.facts, lineage={}, parts_from=None)
     return find_facts(str(file.path), file.path, guidance_embeds=guidance_embeds)
@@ -466,7 +466,7 @@ def save_model(
             elif source is not None and (stored := part_folder(source._with_weights(part), part)).is_dir():
                 copy_part(stored, staging / part)
             else:
-                raise ModelError(f"has no {part} to save", where=name, mend="pass all its parts")
+                raise ModelError(f"has no {part} to save", where=name, hint="pass all its parts")
         index = {**_INDEX, "_diffusers_version": diffusers.__version__}
         atomic_write_json(staging / "model_index.json", index)
         write_facts(staging, dataclasses.replace(facts, parts_from=None))

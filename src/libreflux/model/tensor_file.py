@@ -93,8 +93,8 @@ class TensorFile:
         try:
             yield
         except (OSError, SafetensorError) as error:
-            mend = "the file is missing or damaged: copy or download it again"
-            raise ModelError(f"cannot be read ({error})", where=self.path, mend=mend) from error
+            hint = "the file is missing or damaged: copy or download it again"
+            raise ModelError(f"cannot be read ({error})", where=self.path, hint=hint) from error
 
 
 def _wrapper(names: Collection[str]) -> str:

@@ -173,7 +173,7 @@ class TextEncoders:
         return int(min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings))
 
     def _t5_ids(self, prompt: str, max_tokens: int) -> list[int]:
-        # verbose=False: the tokenizer's own remark on length would come before ours, without its mend.
+        # verbose=False: the tokenizer's own remark on length would come before ours, without its hint.
         ids = self.tokenizer_2(prompt, verbose=False).input_ids
         if len(ids) <= max_tokens:
             return ids
@@ -268,7 +268,7 @@ def _input_device(encoder: torch.nn.Module) -> torch.device:
 def check_padding(padding: str) -> None:
     """Raises ModelError unless this text padding can be encoded."""
     if padding not in KNOWN_PADDING:
-        raise ModelError(f"unknown text padding {padding!r}", mend=f"use one of {', '.join(KNOWN_PADDING)}")
+        raise ModelError(f"unknown text padding {padding!r}", hint=f"use one of {', '.join(KNOWN_PADDING)}")
 
 
 def check_trained_padding(padding: str) -> None:
@@ -277,7 +277,7 @@ def check_trained_padding(padding: str) -> None:
     if padding not in TRAINED_PADDING:
         raise ModelError(
             f"text padding {padding!r} is not supported yet in training and probes",
-            mend=f"set text_padding to {' or '.join(TRAINED_PADDING)}, in the recipe or in libreflux.json",
+            hint=f"set text_padding to {' or '.join(TRAINED_PADDING)}, in the recipe or in libreflux.json",
         )
 
 

@@ -123,7 +123,7 @@ def _weights_dtype(transformer: nn.Module) -> torch.dtype:
     for name, parameter in transformer.named_parameters():
         if name.endswith("norm_q.weight"):
             return parameter.dtype
-    raise ModelError(f"{type(transformer).__name__} has no attention norms", mend="use a FluxTransformer2DModel")
+    raise ModelError(f"{type(transformer).__name__} has no attention norms", hint="use a FluxTransformer2DModel")
 
 
 def _check(
@@ -131,14 +131,14 @@ def _check(
 ) -> None:
     batch = packed.shape[0]
     if text.favoured is not None and len(set(text.lengths)) > 1:
-        raise ModelError("text of padding bias has several lengths", mend="encode all of it with one max_tokens")
+        raise ModelError("text of padding bias has several lengths", hint="encode all of it with one max_tokens")
     if sigma.shape != (batch,) or len(text) != batch:
         raise ModelError(f"{batch} samples, sigma of shape {tuple(sigma.shape)}, {len(text)} prompts do not agree")
     wanted = (transformer.config.joint_attention_dim, transformer.config.pooled_projection_dim)
     if text.tokens and (widths := (text.tokens[0].shape[-1], text.pooled.shape[-1])) != wanted:
         told = f"text {widths[0]} and {widths[1]} wide, and the transformer reads {wanted[0]} and {wanted[1]}"
-        raise ModelError(told, mend="use the text encoders of the transformer's own model")
+        raise ModelError(told, hint="use the text encoders of the transformer's own model")
     if transformer.config.guidance_embeds and guidance is None:
-        raise ModelError("this model needs an embedded guidance", mend="pass guidance, e.g. 3.5")
+        raise ModelError("this model needs an embedded guidance", hint="pass guidance, e.g. 3.5")
     if guidance is not None and not transformer.config.guidance_embeds:
-        raise ModelError("this model has no guidance embedding", mend="use guidance_scale (classifier-free guidance)")
+        raise ModelError("this model has no guidance embedding", hint="use guidance_scale (classifier-free guidance)")

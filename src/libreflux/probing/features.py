@@ -59,13 +59,13 @@ def load_features(folder: Path) -> Features:
     """
     if not folder.is_dir():
         raise ModelError(
-            "no such folder", where=folder, mend=did_you_mean(folder, "name a local folder of CLIP, DINO or the like")
+            "no such folder", where=folder, hint=did_you_mean(folder, "name a local folder of CLIP, DINO or the like")
         )
     check_part(folder)
     for name in ("config.json", "preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file() and "auto_map" in json_object(folder / name):
             what = "names Python code of its own (auto_map), which is not run"
-            raise ModelError(what, where=folder / name, mend="use a model that transformers has itself")
+            raise ModelError(what, where=folder / name, hint="use a model that transformers has itself")
     ours: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         with quiet():
@@ -77,9 +77,9 @@ def load_features(folder: Path) -> Features:
             raise ValueError(f"inputs of {side} pixels")
         made = Features(model, list(processor.image_mean), list(processor.image_std), int(side))
     except Exception as error:  # transformers' own, safetensors', the disk's: no common ancestor
-        mend = "name a folder with config.json, preprocessor_config.json and safetensors"
+        hint = "name a folder with config.json, preprocessor_config.json and safetensors"
         told = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"no vision model ({told[0][:200]})", where=folder, mend=mend) from error
+        raise ModelError(f"no vision model ({told[0][:200]})", where=folder, hint=hint) from error
     return made.eval().requires_grad_(False)
 
 

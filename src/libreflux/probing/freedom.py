@@ -105,8 +105,8 @@ def check_comparable(results: Sequence[Result]) -> None:
             if a != b and key not in BY_MODEL and not unknown:
                 told = "" if key == "seen" else f" ({_short(a)} and {_short(b)})"
                 names = f"{first.model['name']} and {other.model['name']}"
-                mend = f"probe both again with the same {key}"
-                raise DataError(f"were measured with another {key}{told}", where=names, mend=mend)
+                hint = f"probe both again with the same {key}"
+                raise DataError(f"were measured with another {key}{told}", where=names, hint=hint)
 
 
 def closed(freed: np.ndarray, distilled: np.ndarray, reference: np.ndarray) -> tuple[float, float, float, bool] | None:
@@ -170,7 +170,7 @@ class _Triple:
         else:
             sides.append(np.full_like(sides[0], target))
         if len({len(side) for side in sides}) > 1:
-            raise DataError("replicates are not paired", where=freed.name, mend="probe the models again, all alike")
+            raise DataError("replicates are not paired", where=freed.name, hint="probe the models again, all alike")
         return _Triple(freed.name, dict(place[1]), freed.subset, freed.unit, *sides)
 
 

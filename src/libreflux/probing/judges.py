@@ -94,16 +94,16 @@ def load_judge(path: Path) -> Judge:
             meta = saved.metadata() or {}
             tensors = {name: saved.get_tensor(name).float() for name in saved.keys()}  # noqa: SIM118
         if meta["schema"] != SCHEMA:
-            raise ModelError(f"judge schema {meta['schema']} is not {SCHEMA}", where=path, mend="update libreflux")
+            raise ModelError(f"judge schema {meta['schema']} is not {SCHEMA}", where=path, hint="update libreflux")
         judge = Judge(plainjson.parse(meta["subjects"]), plainjson.parse(meta["colours"]))
         judge.load_state_dict(tensors)
     except FileNotFoundError:
-        raise ModelError("no such judge", where=path, mend=did_you_mean(path)) from None
+        raise ModelError("no such judge", where=path, hint=did_you_mean(path)) from None
     except ModelError:
         raise
     except Exception as error:
-        mend = "give a file that libreflux wrote for this purpose"
-        raise ModelError(f"not a judge ({error})".splitlines()[0], where=path, mend=mend) from None
+        hint = "give a file that libreflux wrote for this purpose"
+        raise ModelError(f"not a judge ({error})".splitlines()[0], where=path, hint=hint) from None
     return judge.eval().requires_grad_(False)
 
 

@@ -146,11 +146,11 @@ def read_result(folder: Path) -> Result:
         DataError: no such file, or not a probe's result.
     """
     path = folder / FILE if folder.is_dir() else folder
-    mend = "give a folder that `libreflux probe` wrote"
+    hint = "give a folder that `libreflux probe` wrote"
     try:
         rows = plainjson.parse(path.read_text(encoding="utf-8"))
         if rows["schema"] != SCHEMA:
-            raise DataError(f"schema {rows['schema']!r} is not {SCHEMA}", where=path, mend="update libreflux")
+            raise DataError(f"schema {rows['schema']!r} is not {SCHEMA}", where=path, hint="update libreflux")
         return Result(
             **{name: rows[name] for name in ("model", "settings", "versions", "seconds")},
             measures=[Measure.from_json(row) for row in rows["measures"]],
@@ -158,9 +158,9 @@ def read_result(folder: Path) -> Result:
             folder=path.parent,
         )
     except FileNotFoundError:
-        raise DataError("no such file", where=path, mend=mend) from None
+        raise DataError("no such file", where=path, hint=hint) from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise DataError(f"no result of a probe ({type(error).__name__}: {error})", where=path, mend=mend) from None
+        raise DataError(f"no result of a probe ({type(error).__name__}: {error})", where=path, hint=hint) from None
 
 
 def _plain(value: float) -> float | None:

@@ -56,7 +56,7 @@ def read_seen(path: Path) -> tuple[str, ...]:
     try:
         names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot be read ({error})", where=path, mend="write one subject a line, in UTF-8") from None
+        raise DataError(f"cannot be read ({error})", where=path, hint="write one subject a line, in UTF-8") from None
     if not names:
-        raise DataError("names no subject", where=path, mend="write one subject a line")
+        raise DataError("names no subject", where=path, hint="write one subject a line")
     return names

@@ -288,9 +288,9 @@ def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Reci
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError("no such recipe", where=path, mend=did_you_mean(Path(path))) from None
+        raise RecipeError("no such recipe", where=path, hint=did_you_mean(Path(path))) from None
     except (OSError, ValueError) as error:
-        raise RecipeError(f"cannot be read ({error})", where=path, mend="give a YAML file in UTF-8") from None
+        raise RecipeError(f"cannot be read ({error})", where=path, hint="give a YAML file in UTF-8") from None
     return read_recipe(text, str(path), overrides)
 
 
@@ -299,10 +299,10 @@ def read_recipe(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         tree: Any = yaml_text.parse(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"not valid YAML: {yaml_text.said(error)}", where=where, mend="correct that line") from None
+        raise RecipeError(f"not valid YAML: {yaml_text.said(error)}", where=where, hint="correct that line") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
-        raise RecipeError("a recipe is a mapping of keys to values", where=where, mend="start lines with `key: value`")
+        raise RecipeError("a recipe is a mapping of keys to values", where=where, hint="start lines with `key: value`")
     for override in overrides:
         yaml_text.override(tree, override)
     try:

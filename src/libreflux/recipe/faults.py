@@ -1,4 +1,4 @@
-"""What pydantic says of a bad recipe, as one line that names the key and the mend."""
+"""What pydantic says of a bad recipe, as one line that names the key and the hint."""
 
 from __future__ import annotations
 
@@ -62,17 +62,17 @@ def explain(error: ValidationError, where: str, root: Section) -> RecipeError:
     path, fault = min(inner.items(), key=lambda item: item[1]["type"] != "extra_forbidden")
     key = ".".join(_short(str(part)) for part in path)
     if fault["type"] == "extra_forbidden":
-        what, mend = "unknown key", _nearest(path, root)
+        what, hint = "unknown key", _nearest(path, root)
     elif fault["type"] == "missing" and isinstance(path[-1], str):
         what = "this key is needed"
-        mend = f"add it: {keys_of(section_at(path[:-1], root))[path[-1]].description}"
+        hint = f"add it: {keys_of(section_at(path[:-1], root))[path[-1]].description}"
     else:
         what = _told(fault)
         name, field = _field(path, root) or ("", None)
-        mend = f"{name} is {field.description}" if field else "change one of the keys that this names"
+        hint = f"{name} is {field.description}" if field else "change one of the keys that this names"
     if len(inner) > 1:
         what += f" (and {len(inner) - 1} more)"
-    return RecipeError(what, where=f"{where}: {key}" if key else where, mend=mend)
+    return RecipeError(what, where=f"{where}: {key}" if key else where, hint=hint)
 
 
 def _told(fault: Any) -> str:

@@ -64,8 +64,8 @@ def recipe_keys(section: str | None = None, *, deep: bool = False) -> list[Key]:
     if ".".join(path) not in known:
         near = difflib.get_close_matches(".".join(path), known, n=1)
         meant = meant_key(path[-1]) or (near[0] if near else None)
-        mend = f"did you mean {meant!r}?" if meant else "`libreflux recipe` lists them all"
-        raise RecipeError("no such key", where=section, mend=mend)
+        hint = f"did you mean {meant!r}?" if meant else "`libreflux recipe` lists them all"
+        raise RecipeError("no such key", where=section, hint=hint)
     field = keys_of(section_at(path[:-1], Recipe))[path[-1]]
     above = "".join(f"{part}." for part in _numbered(path[:-1]))
     own = _key(above + path[-1], field)

@@ -57,16 +57,16 @@ def override(tree: dict[str, Any], text: str) -> None:
     """
     key, equals, written = text.partition("=")
     if not equals or not key.strip():
-        raise RecipeError("not an override", where=text, mend="write key=value, e.g. optimizer.learning_rate=1e-4")
+        raise RecipeError("not an override", where=text, hint="write key=value, e.g. optimizer.learning_rate=1e-4")
     if not written.strip():  # to YAML null, which many keys take for "not given"
-        mend = "give it a value, null for none; is a variable not set?"
-        raise RecipeError("is empty", where=text, mend=mend)
+        hint = "give it a value, null for none; is a variable not set?"
+        raise RecipeError("is empty", where=text, hint=hint)
     if " #" in written and written.lstrip()[:1] not in ("'", '"', "[", "{"):
-        raise RecipeError("` #` begins a comment in YAML", where=text, mend="quote the value")
+        raise RecipeError("` #` begins a comment in YAML", where=text, hint="quote the value")
     try:
         value = parse(written)
     except yaml.YAMLError as error:
-        raise RecipeError(f"not valid YAML: {said(error)}", where=text, mend="quote the value") from None
+        raise RecipeError(f"not valid YAML: {said(error)}", where=text, hint="quote the value") from None
     parts = key.strip().split(".")
     node: Any = tree
     for part, following in itertools.pairwise(parts):
@@ -86,7 +86,7 @@ def _below(node: Any, part: str, empty: Any, text: str) -> Any:
     known = node[place] if isinstance(node, list) else node.get(place)
     node[place] = below = empty if known is None else copy.copy(known)
     if not isinstance(below, dict | list):
-        raise RecipeError(f"{part} is a value, it has no keys", where=text, mend="shorten the key")
+        raise RecipeError(f"{part} is a value, it has no keys", where=text, hint="shorten the key")
     return below
 
 
@@ -97,7 +97,7 @@ def _is_number(part: str) -> bool:
 def _index(items: list[Any], part: str, text: str) -> int:
     if not _is_number(part) or int(part) > len(items):
         raise RecipeError(
-            f"{part!r} is no item of a list of {len(items)}", where=text, mend="number items from 0; the next appends"
+            f"{part!r} is no item of a list of {len(items)}", where=text, hint="number items from 0; the next appends"
         )
     return int(part)
 

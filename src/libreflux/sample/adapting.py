@@ -78,12 +78,12 @@ class Adapting:
         loaded = self._loaded()
         name = f"default_{len(loaded)}" if adapter_name is None else adapter_name
         if name in loaded:
-            raise RecipeError(f"an adapter is called {name!r} already", where="adapter_name", mend="use another name")
+            raise RecipeError(f"an adapter is called {name!r} already", where="adapter_name", hint="use another name")
         if any(parameter.is_meta for parameter in self.transformer.parameters()):
-            mend = "load adapters before enable_sequential_cpu_offload()"
-            raise ModelError("the transformer's weights are offloaded layer by layer", mend=mend)
+            hint = "load adapters before enable_sequential_cpu_offload()"
+            raise ModelError("the transformer's weights are offloaded layer by layer", hint=hint)
         if not isinstance(path, str | Path):  # diffusers takes tensors too
-            raise RecipeError(f"is no path but a {type(path).__name__}", where="path", mend="name an adapter file")
+            raise RecipeError(f"is no path but a {type(path).__name__}", where="path", hint="name an adapter file")
         strength = _weight(weight)
         file = load_adapter(Path(path) / weight_name if weight_name else path)
         adapted_facts(self._own, [(one.file, one.weight) for one in loaded.values()] + [(file, strength)])  # or refuses
@@ -100,11 +100,11 @@ class Adapting:
         loaded = self._loaded()
         if unknown := [name for name in names if name not in loaded]:
             here = ", ".join(loaded) or "none"
-            raise RecipeError(f"no adapter is called {unknown[0]!r}", where="adapter_names", mend=f"loaded: {here}")
+            raise RecipeError(f"no adapter is called {unknown[0]!r}", where="adapter_names", hint=f"loaded: {here}")
         if len(given) != len(names):
             raise RecipeError(
                 f"{counted(len(given), 'weight')} for {counted(len(names), 'adapter')}",
-                mend="give one for all, or one each",
+                hint="give one for all, or one each",
             )
         weights: Mapping[str, float] = {name: _weight(one) for name, one in zip(names, given, strict=True)}
         for name, one in loaded.items():
@@ -133,8 +133,8 @@ class Adapting:
     def _refuse_adapted(self) -> None:
         """Raises ModelError where a file of the transformer would hold layers that no one else has."""
         if any(isinstance(module, AdaptedLinear) for module in self.transformer.modules()):
-            mend = "unload_lora_weights() first, or make a model of both with `libreflux merge`"
-            raise ModelError("adapters are on the transformer, which cannot be saved with them", mend=mend)
+            hint = "unload_lora_weights() first, or make a model of both with `libreflux merge`"
+            raise ModelError("adapters are on the transformer, which cannot be saved with them", hint=hint)
 
 
 def _weight(value: float) -> float:
@@ -143,5 +143,5 @@ def _weight(value: float) -> float:
     except (TypeError, ValueError):
         strength = float("nan")
     if isinstance(value, bool | str) or not abs(strength) < float("inf"):
-        raise RecipeError(f"{value!r} is no weight", where="weight", mend="use a number such as 0.8")
+        raise RecipeError(f"{value!r} is no weight", where="weight", hint="use a number such as 0.8")
     return strength

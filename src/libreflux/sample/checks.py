@@ -25,17 +25,17 @@ def check_values(given: Mapping[str, Any], names: Mapping[str, str] | None = Non
         names: what the user calls them, if otherwise.
     """
     for name, value in given.items():
-        good, mend = _CHECKS[name]
+        good, hint = _CHECKS[name]
         if value is not None and not good(value):
-            raise RecipeError(f"cannot be {value!r}", where=(names or {}).get(name, name), mend=mend)
+            raise RecipeError(f"cannot be {value!r}", where=(names or {}).get(name, name), hint=hint)
     width, height = (given.get(name) for name in ("width", "height"))
     if width and height and width * height > MOST_PIXELS:
         what = f"{width} x {height} pixels are more than {MOST_PIXELS / 1e6:.0f} million"
-        raise RecipeError(what, where=(names or {}).get("width", "width"), mend="draw a smaller picture")
+        raise RecipeError(what, where=(names or {}).get("width", "width"), hint="draw a smaller picture")
     start, stop = given.get("guidance_start", 0.0), given.get("guidance_stop", 1.0)
     if start >= stop:
         name = (names or {}).get("guidance_start", "guidance_start")
-        raise RecipeError(f"{start:g} is not below the stop, {stop:g}", where=name, mend="start before the stop")
+        raise RecipeError(f"{start:g} is not below the stop, {stop:g}", where=name, hint="start before the stop")
 
 
 def _is_number(value: Any) -> bool:

@@ -57,7 +57,7 @@ def encode_prompts(
     check_max_tokens(facts, max_tokens)
     if prompts_2 is not None and len(prompts_2) != len(prompts):
         raise RecipeError(
-            f"{counted(len(prompts_2), 'second prompt')} for {counted(len(prompts), 'prompt')}", mend="give one each"
+            f"{counted(len(prompts_2), 'second prompt')} for {counted(len(prompts), 'prompt')}", hint="give one each"
         )
     _check_text(*prompts, *(prompts_2 or ()))
     _tell_unseen(encoders, prompts, apart=prompts_2 is not None)
@@ -68,7 +68,7 @@ def encode_prompts(
 def _check_text(*texts: str) -> None:
     for text in texts:
         if not plainjson.is_text(text):
-            raise RecipeError(f"half a character in {text[:40]!r}", where="prompt", mend="write it as UTF-8")
+            raise RecipeError(f"half a character in {text[:40]!r}", where="prompt", hint="write it as UTF-8")
 
 
 def _tell_unseen(encoders: TextEncoders, prompts: Sequence[str], *, apart: bool) -> None:
@@ -144,7 +144,7 @@ def _visiting(encoder: nn.Module, device: torch.device) -> Iterator[None]:
 def check_max_tokens(facts: Facts, max_tokens: int | None, name: str = "max_sequence_length") -> None:
     """Raises RecipeError for a limit out of the model's range; `name` is what the user calls it."""
     if max_tokens is not None and not 1 <= max_tokens <= facts.max_tokens:
-        raise RecipeError(f"cannot be {max_tokens}", where=name, mend=f"use 1 to {facts.max_tokens}")
+        raise RecipeError(f"cannot be {max_tokens}", where=name, hint=f"use 1 to {facts.max_tokens}")
 
 
 def listed(prompts: str | Sequence[str]) -> list[str]:
@@ -164,7 +164,7 @@ def matched(negative: TextConditioning, count: int) -> TextConditioning:
         return negative.repeat(count)
     raise RecipeError(
         f"{counted(len(negative), 'negative prompt')} for {counted(count, 'prompt')}",
-        mend="give one for all, or one each",
+        hint="give one for all, or one each",
     )
 
 

@@ -36,8 +36,8 @@ def check_pixels(pixels: Tensor, vae: nn.Module) -> None:
     if is_finite(pixels):
         return
     if name := not_finite(vae.state_dict()):
-        raise NotFiniteError(f"{name} is not finite", where=name_of(vae) or "the VAE", mend=DAMAGED)
-    raise OverflowingPixels("the picture overflows when it is decoded", mend="decode smaller latents, in fp32")
+        raise NotFiniteError(f"{name} is not finite", where=name_of(vae) or "the VAE", hint=DAMAGED)
+    raise OverflowingPixels("the picture overflows when it is decoded", hint="decode smaller latents, in fp32")
 
 
 @contextlib.contextmanager
@@ -53,11 +53,11 @@ def _told(guided: GuidedVelocity) -> NotFiniteError:
     transformer = guided.transformer
     if name := not_finite(transformer.state_dict()):
         origin = _origin(transformer, name) or name_of(transformer) or "the transformer"
-        return NotFiniteError(f"{name} is not finite", where=origin, mend=DAMAGED)
+        return NotFiniteError(f"{name} is not finite", where=origin, hint=DAMAGED)
     for text in (guided.positive, guided.negative):
         if text is not None and not all(map(is_finite, [*text.tokens, text.pooled])):
-            mend = "the text encoders' files are damaged, or need bf16 or fp32"
-            return NotFiniteError("the encoded text is not finite", where="the text encoders", mend=mend)
+            hint = "the text encoders' files are damaged, or need bf16 or fp32"
+            return NotFiniteError("the encoded text is not finite", where="the text encoders", hint=hint)
     adapted = [one for one in transformer.modules() if isinstance(one, AdaptedLinear)]
     strongest = max(adapted, key=lambda one: abs(one.strength), default=None)
     weight = 0.0 if strongest is None else abs(strongest.strength)
@@ -65,13 +65,13 @@ def _told(guided: GuidedVelocity) -> NotFiniteError:
     guidance = max(guided.scale, guided.embedded_guidance or 0.0)
     if strongest is not None and weight > max(_LARGE, guidance):
         where = f"{strongest.origin or 'an adapter'} at weight {strongest.strength:g}"
-        return NotFiniteError(overflow, where=where, mend="use a weight near 1")
+        return NotFiniteError(overflow, where=where, hint="use a weight near 1")
     if guidance > _LARGE:
-        return NotFiniteError(overflow, where=f"guidance {guidance:g}", mend="use a guidance near 3")
+        return NotFiniteError(overflow, where=f"guidance {guidance:g}", hint="use a guidance near 3")
     if transformer.dtype == torch.float16:
-        return NotFiniteError(overflow, where=name_of(transformer), mend="FLUX leaves the range of fp16: use bf16")
-    mend = "lower the guidance and the adapters' weights; without them, the model's file is damaged"
-    return NotFiniteError(overflow, where=name_of(transformer), mend=mend)
+        return NotFiniteError(overflow, where=name_of(transformer), hint="FLUX leaves the range of fp16: use bf16")
+    hint = "lower the guidance and the adapters' weights; without them, the model's file is damaged"
+    return NotFiniteError(overflow, where=name_of(transformer), hint=hint)
 
 
 def _origin(transformer: nn.Module, name: str) -> str:

@@ -22,7 +22,7 @@ CHUNK = "libreflux"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
+class GenerationRecord:
     """How one picture was made.
 
     Attributes:
@@ -134,13 +134,13 @@ def _quoted(value: object) -> str:
     return text if plain else json.dumps(text, ensure_ascii=False)
 
 
-def differences(was: Origin, now: Origin) -> list[str]:
+def differences(was: GenerationRecord, now: GenerationRecord) -> list[str]:
     """What may give the same prompt and numbers other pixels, one line each: weights, adapters, versions, device."""
     rows = [(f"the {name}'s hash", was.hashes.get(name), now.hashes.get(name)) for name in was.hashes | now.hashes]
     for index in range(max(len(was.adapters), len(now.adapters))):
         one, other = (
             f"{row.get('file')}:{row.get('weight')} {str(row.get('sha256'))[:10]}" if row else None
-            for row in (dict(enumerate(origin.adapters)).get(index) for origin in (was, now))
+            for row in (dict(enumerate(record.adapters)).get(index) for record in (was, now))
         )
         rows.append((f"adapter {index + 1}", one, other))
     rows += [(name, was.versions.get(name), now.versions.get(name)) for name in was.versions | now.versions]
@@ -164,21 +164,21 @@ def versions() -> dict[str, str]:
     }
 
 
-def png_bytes(image: Image.Image, origin: Origin | None = None) -> bytes:
-    """The picture as PNG with its origin inside; equal pictures and origins give equal bytes (no time stamp)."""
+def png_bytes(image: Image.Image, record: GenerationRecord | None = None) -> bytes:
+    """The picture as PNG with its record inside; equal pictures and records give equal bytes (no time stamp)."""
     info = PngImagePlugin.PngInfo()
-    if origin is not None:
+    if record is not None:
         # As UTF-8 iTXt when the text is not Latin-1, which Pillow decides by itself.
-        info.add_text("parameters", origin.parameters())
-        info.add_text(CHUNK, json.dumps(dataclasses.asdict(origin), sort_keys=True))
+        info.add_text("parameters", record.parameters())
+        info.add_text(CHUNK, json.dumps(dataclasses.asdict(record), sort_keys=True))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", pnginfo=info, compress_level=6)
     return buffer.getvalue()
 
 
-def save_png(image: Image.Image, path: Path, origin: Origin | None = None) -> None:
+def save_png(image: Image.Image, path: Path, record: GenerationRecord | None = None) -> None:
     """Writes `png_bytes` to `path` atomically, replacing what is there."""
-    atomic_write_bytes(Path(path), png_bytes(image, origin))
+    atomic_write_bytes(Path(path), png_bytes(image, record))
 
 
 def open_png(path: Path) -> Image.Image:
@@ -194,13 +194,13 @@ def open_png(path: Path) -> Image.Image:
                 image.load()  # text chunks may follow the pixels
                 return image
     except FileNotFoundError:
-        raise DataError("no such picture", where=path, mend=did_you_mean(path)) from None
+        raise DataError("no such picture", where=path, hint=did_you_mean(path)) from None
     except Exception as error:  # Pillow meets bytes that it does not expect: the file is at fault
         told = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(f"not a readable picture ({told})", where=path, mend="give a PNG made by libreflux") from None
+        raise DataError(f"not a readable picture ({told})", where=path, hint="give a PNG made by libreflux") from None
 
 
-def read_origin(path: Path) -> Origin:
+def read_record(path: Path) -> GenerationRecord:
     """How this picture was made.
 
     Raises:
@@ -208,17 +208,17 @@ def read_origin(path: Path) -> Origin:
     """
     text = open_png(path).info.get(CHUNK)
     if not isinstance(text, str):
-        raise DataError("says nothing of how it was made", where=path, mend="give a PNG made by libreflux, unchanged")
+        raise DataError("says nothing of how it was made", where=path, hint="give a PNG made by libreflux, unchanged")
     try:
         values: Any = plainjson.parse(text)
         if values.get("schema") != 1:
-            raise DataError(f"schema {values.get('schema')!r} is not 1", where=path, mend="update libreflux")
-        Origin(**values)  # unknown keys
-        return TypeAdapter(Origin).validate_python(values)
+            raise DataError(f"schema {values.get('schema')!r} is not 1", where=path, hint="update libreflux")
+        GenerationRecord(**values)  # unknown keys
+        return TypeAdapter(GenerationRecord).validate_python(values)
     except (ValueError, TypeError, AttributeError) as error:
         why = (
             "; ".join(f"{(*row['loc'], 'it')[0]}: {row['msg']}" for row in error.errors())
             if isinstance(error, ValidationError)
             else error
         )
-        raise DataError(f"damaged origin ({why})", where=path, mend="give a PNG made by libreflux, unchanged") from None
+        raise DataError(f"damaged record ({why})", where=path, hint="give a PNG made by libreflux, unchanged") from None

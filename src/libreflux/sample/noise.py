@@ -31,7 +31,7 @@ def choose_seeds(seeds: int | Sequence[int] | None, generator: Generators, count
         RecipeError: a list of another length, or both seeds and a generator.
     """
     if seeds is not None and generator is not None:
-        raise RecipeError("both seeds and a generator were given", mend="pass one of them")
+        raise RecipeError("both seeds and a generator were given", hint="pass one of them")
     if seeds is not None and not isinstance(seeds, Iterable):
         first = _seed(seeds)
         return [first + i for i in range(count)]
@@ -39,14 +39,14 @@ def choose_seeds(seeds: int | Sequence[int] | None, generator: Generators, count
         if len(seeds) != count:
             raise RecipeError(
                 f"{counted(len(seeds), 'seed')} for {counted(count, 'picture')}",
-                mend="give one per picture, or a single number",
+                hint="give one per picture, or a single number",
             )
         return [_seed(seed) for seed in seeds]
     if isinstance(generator, Sequence):
         if len(generator) != count:
             raise RecipeError(
                 f"{counted(len(generator), 'generator')} for {counted(count, 'picture')}",
-                mend="give one per picture, or one",
+                hint="give one per picture, or one",
             )
         sources: list[torch.Generator | None] = list(generator)
     else:
@@ -61,7 +61,7 @@ def _seed(value: Any) -> int:
             return operator.index(value)
     except TypeError:
         pass
-    raise RecipeError(f"cannot be {value!r}", where="seeds", mend="use a whole number, or one for each picture")
+    raise RecipeError(f"cannot be {value!r}", where="seeds", hint="use a whole number, or one for each picture")
 
 
 def packed_latents(latents: Tensor, count: int, channels: int, rows: int, columns: int) -> Tensor:
@@ -73,10 +73,10 @@ def packed_latents(latents: Tensor, count: int, channels: int, rows: int, column
     as_tokens, as_picture = (count, rows * columns // 4, 4 * channels), (count, channels, rows, columns)
     if tuple(latents.shape) not in (as_tokens, as_picture):
         raise RecipeError(
-            f"have shape {tuple(latents.shape)}", where="latents", mend=f"use {as_picture}, or packed {as_tokens}"
+            f"have shape {tuple(latents.shape)}", where="latents", hint=f"use {as_picture}, or packed {as_tokens}"
         )
     if not bool(latents.isfinite().all()):
-        raise RecipeError("are not all finite", where="latents", mend="start from standard normal noise")
+        raise RecipeError("are not all finite", where="latents", hint="start from standard normal noise")
     return pack(latents.float()) if latents.ndim == 4 else latents.float()
 
 
@@ -97,5 +97,5 @@ def start(
         chosen = choose_seeds(seeds, generator, shape[0])
         return pack(noise(chosen, *shape[1:])), chosen
     if seeds is not None or generator is not None:
-        raise RecipeError("both latents and a source of noise were given", mend="pass latents alone, or none")
+        raise RecipeError("both latents and a source of noise were given", hint="pass latents alone, or none")
     return packed_latents(latents, *shape), []

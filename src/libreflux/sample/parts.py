@@ -142,7 +142,7 @@ class FluxParts(Adapting, DiffusionPipeline):
         dtype = _one_dtype(given.pop("dtype", None), given.pop("torch_dtype", None))
         parts = {name: one for name, one in pipeline.components.items() if name in _PARTS} | given
         if not isinstance(parts.get("transformer"), FluxTransformer2DModel):
-            raise ModelError("has no FLUX transformer", where=type(pipeline).__name__, mend="use a FluxPipeline")
+            raise ModelError("has no FLUX transformer", where=type(pipeline).__name__, hint="use a FluxPipeline")
         made = cls(**parts)
         return made if dtype is None else made.to(dtype=dtype)
 
@@ -164,8 +164,8 @@ class FluxParts(Adapting, DiffusionPipeline):
         """
         self._refuse_adapted()
         if int8_layers(self.transformer):
-            mend = "open it with quantise=False, or copy its folder; `libreflux export --int8` writes int8"
-            raise ModelError("diffusers does not write int8", where=save_directory, mend=mend)
+            hint = "open it with quantise=False, or copy its folder; `libreflux export --int8` writes int8"
+            raise ModelError("diffusers does not write int8", where=save_directory, hint=hint)
         super().save_pretrained(save_directory, **options)
         write_facts(Path(save_directory), self.facts)
         (Path(save_directory) / CHECKSUMS).unlink(missing_ok=True)  # of an int8 model that was here before
@@ -174,14 +174,14 @@ class FluxParts(Adapting, DiffusionPipeline):
 def _check_parts(image_encoder: object, feature_extractor: object, *others: object) -> None:
     if any(isinstance(one, tuple | list) for one in (image_encoder, feature_extractor, *others)):
         # DiffusionPipeline.from_pipe(pipe, custom_pipeline=...) of diffusers 0.42 passes what its index says of parts
-        raise ModelError("diffusers passed a part's name in its place", mend="use LibreFluxPipeline.from_pipe(pipe)")
+        raise ModelError("diffusers passed a part's name in its place", hint="use LibreFluxPipeline.from_pipe(pipe)")
     if image_encoder is not None or feature_extractor is not None:
-        raise ModelError("image prompts are not drawn with", where="image_encoder", mend="pass None")
+        raise ModelError("image prompts are not drawn with", where="image_encoder", hint="pass None")
 
 
 def _one_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None) -> torch.dtype | None:
     """What both of diffusers' arguments say; raises RecipeError where they differ, or name no dtype."""
     new, old = pick_dtype(dtype), pick_dtype(torch_dtype, "torch_dtype")
     if None not in (new, old) and new != old:
-        raise RecipeError(f"is {new}, torch_dtype {old}", where="dtype", mend="give one of them")
+        raise RecipeError(f"is {new}, torch_dtype {old}", where="dtype", hint="give one of them")
     return new if old is None else old

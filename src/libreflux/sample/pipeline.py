@@ -112,7 +112,7 @@ class LibreFluxPipeline(FluxParts):
         """
         if self.text_encoder is None or self.text_encoder_2 is None:
             raise ModelError(
-                "this pipeline has no text encoders", mend="pass prompt_conditioning and negative_conditioning"
+                "this pipeline has no text encoders", hint="pass prompt_conditioning and negative_conditioning"
             )
         encoders = TextEncoders(self.tokenizer, self.text_encoder, self.tokenizer_2, self.text_encoder_2)
         second = None if prompts_2 is None else listed(prompts_2)
@@ -254,7 +254,7 @@ class LibreFluxPipeline(FluxParts):
         bound = inspect.signature(type(self).__call__).bind(self, *args, **options).arguments
         for name in ("callback_on_step", "output_type", "return_dict"):
             if name in bound:
-                raise RecipeError("has no effect on steps()", where=name, mend="leave it out")
+                raise RecipeError("has no effect on steps()", where=name, hint="leave it out")
         del bound["self"]
         request = DrawRequest(**bound)
         drawing = self._prepare(request)

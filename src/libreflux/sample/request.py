@@ -96,10 +96,10 @@ class Texts:
     def __post_init__(self) -> None:
         if self.ready is None:
             if self.prompts is None or (not isinstance(self.prompts, str) and not self.prompts):
-                raise RecipeError(f"no {self.name}", mend=f"pass {self.name} or its conditioning")
+                raise RecipeError(f"no {self.name}", hint=f"pass {self.name} or its conditioning")
             return
         if self.prompts or self.prompts_2:
-            raise RecipeError(f"both {self.name} and its conditioning were given", mend="pass one of them")
+            raise RecipeError(f"both {self.name} and its conditioning were given", hint="pass one of them")
         if self.max_tokens is not None:
             what = "has no effect on ready-made conditioning"
-            raise RecipeError(what, where="max_sequence_length", mend="encode with it")
+            raise RecipeError(what, where="max_sequence_length", hint="encode with it")

@@ -53,7 +53,7 @@ def resolve(facts: Facts, image_tokens: int, request: DrawRequest) -> Settings:
         steps = len(request.sigmas)
         if request.num_inference_steps not in (None, steps):
             what = f"{counted(steps, 'sigma')} for {counted(request.num_inference_steps, 'step')}"
-            raise RecipeError(what, mend="leave num_inference_steps out")
+            raise RecipeError(what, hint="leave num_inference_steps out")
         own = shift_sigmas(torch.tensor(list(request.sigmas), dtype=torch.float64), shift)
         sigmas = torch.cat([own, torch.zeros(1, dtype=torch.float64)]).float()
     scale = facts.cfg_scale if request.guidance_scale is None else float(request.guidance_scale)
@@ -71,15 +71,15 @@ def guided_steps(steps: int, no_cfg_until: int = 0, start: float = 0.0, stop: fl
         RecipeError: both forms of the start were given, or no step is left to guide: that would be a guidance of 1.
     """
     if no_cfg_until and start:
-        raise RecipeError("both no_cfg_until and guidance_start were given", mend="pass one of them")
+        raise RecipeError("both no_cfg_until and guidance_start were given", hint="pass one of them")
     first = max(no_cfg_until, math.ceil(start * steps - 1e-9))  # 1e-9: 0.1 * 30 is a little more than 3
     found = range(first, math.ceil(stop * steps - 1e-9))
     if not found and no_cfg_until >= steps:
         what = f"leaves no step of {steps} guided"
-        raise RecipeError(what, where="no_cfg_until", mend="use fewer, or guidance 1 instead")
+        raise RecipeError(what, where="no_cfg_until", hint="use fewer, or guidance 1 instead")
     if not found:
         raise RecipeError(
             f"no step of {steps} is guided from {max(start, no_cfg_until / steps):g} to {stop:g}",
-            mend="widen the interval, or use guidance 1",
+            hint="widen the interval, or use guidance 1",
         )
     return found

@@ -21,7 +21,7 @@ StepEndCallback = Callable[..., dict[str, Any] | None]
 def check_tensors(names: Iterable[str], where: str) -> None:
     """Raises RecipeError for a name that is not in `TENSORS`."""
     if unknown := sorted(set(names) - set(TENSORS)):
-        raise RecipeError(f"no tensor is called {unknown[0]!r}", where=where, mend=f"use {', '.join(TENSORS)}")
+        raise RecipeError(f"no tensor is called {unknown[0]!r}", where=where, hint=f"use {', '.join(TENSORS)}")
 
 
 def on_step_end(

@@ -87,7 +87,7 @@ class Checkpoint:
             raise RunError(
                 f"checkpoint schema {state.get('schema')!r} is not {SCHEMA}",
                 where=self.path,
-                mend="resume with the libreflux version that wrote it",
+                hint="resume with the libreflux version that wrote it",
             )
         return state
 
@@ -216,8 +216,8 @@ def changes(run: Path, recipe: Recipe, world: int = 1) -> dict[str, list[Any]]:
     if not listed(run) and not (run / ADAPTER).exists():
         return {}
     if not (run / RECIPE).exists():
-        mend = "choose another `out`, or put the file back"
-        raise RunError(f"there are checkpoints but no {RECIPE}", where=run, mend=mend)
+        hint = "choose another `out`, or put the file back"
+        raise RunError(f"there are checkpoints but no {RECIPE}", where=run, hint=hint)
     was, its_world, _ = run_recipe.read(run / RECIPE)
     before, after = was.decisive(its_world), recipe.decisive(world)
     found = {key: [_at(before, key), _at(after, key)] for key in differences(before, after)}
@@ -230,21 +230,21 @@ def changes(run: Path, recipe: Recipe, world: int = 1) -> dict[str, list[Any]]:
 
 
 def check_recipe(
-    run: Path, recipe: Recipe, world: int = 1, mend: str = "restore these keys to resume, or choose another `out`"
+    run: Path, recipe: Recipe, world: int = 1, hint: str = "restore these keys to resume, or choose another `out`"
 ) -> None:
     """Checks that this recipe continues the run that is there, if one has saved anything yet; see `changes`.
 
     Raises:
         RunError: a decisive key has changed; the line names it with its old and new value.
     """
-    require_same(changes(run, recipe, world), run, mend)
+    require_same(changes(run, recipe, world), run, hint)
 
 
-def require_same(changed: Mapping[str, Sequence[Any]], run: Path, mend: str) -> None:
+def require_same(changed: Mapping[str, Sequence[Any]], run: Path, hint: str) -> None:
     """Raises RunError, which names each key with its old and new value, if `changes` found some."""
     if changed:
         told = run_recipe.told_changes(changed)
-        raise RunError(f"the recipe has changed since this run began: {told}", where=run, mend=mend)
+        raise RunError(f"the recipe has changed since this run began: {told}", where=run, hint=hint)
 
 
 def claim(run: Path, recipe: Recipe, world: int = 1, forks: Sequence[Mapping[str, Any]] = ()) -> None:

@@ -162,8 +162,8 @@ class Averages:
         odd += [key for key in own if key in tensors and tensors[key].shape != own[key].shape]
         odd += [key for key in own if key in tensors and tensors[key].dtype != torch.float32]
         if odd:
-            mend = "ask only for widths that were tracked from the start, with the adapter they were saved with"
-            raise RunError(f"averages do not fit: {', '.join(odd[:3])}", mend=mend)
+            hint = "ask only for widths that were tracked from the start, with the adapter they were saved with"
+            raise RunError(f"averages do not fit: {', '.join(odd[:3])}", hint=hint)
         for key, average in own.items():
             average.copy_(tensors[key])
         self.step = step

@@ -46,12 +46,12 @@ def allow(run: Path, recipe: Recipe, world: int, *, fork: bool) -> bool:
     changed = checkpoint.changes(run, recipe, world)
     settled = [key for key in changed if key.split(".")[0] == "adapter" or key == "optimizer.kind"]
     if settled:
-        mend = f"restore {', '.join(settled)}, or choose another `out`; adapter.init_from starts from an adapter file"
-        checkpoint.require_same(changed, run, mend)
+        hint = f"restore {', '.join(settled)}, or choose another `out`; adapter.init_from starts from an adapter file"
+        checkpoint.require_same(changed, run, hint)
     before, after = changed.get("held_out.share", (0, 0))
     if (after or 0) > (before or 0):  # the shares are nested: what a smaller one adds to training is new to it, no harm
-        mend = "restore held_out.share, or choose another `out`: the pictures it adds have been trained on"
-        checkpoint.require_same({"held_out.share": [before, after]}, run, mend)
+        hint = "restore held_out.share, or choose another `out`: the pictures it adds have been trained on"
+        checkpoint.require_same({"held_out.share": [before, after]}, run, hint)
     if not fork:
         checkpoint.require_same(changed, run, MEND)
     return bool(changed)
@@ -81,7 +81,7 @@ def refuse_trained(recipe: Recipe, forks: Sequence[Fork], held_out: HeldOut | No
         for step, folder, share in folders:
             if place[name] >= share and Path(os.path.realpath(file)).is_relative_to(folder):
                 told = f"was trained on before the fork at step {step}, as {file}"
-                raise RunError(told, where=ids[name], mend="hold out other pictures, or choose another `out`")
+                raise RunError(told, where=ids[name], hint="hold out other pictures, or choose another `out`")
 
 
 def _once_trained(recipe: Recipe, forks: Sequence[Fork]) -> list[tuple[int, str, float]]:
@@ -122,10 +122,10 @@ def history(
     agreed = known[-1]["data_hash"] if known and known[-1]["step"] == step else state["data_hash"]
     moved = run_recipe.moved(run, recipe)
     if agreed != data_hash and not fork:
-        mend = "put them back as they were, go on with what is there now with --fork, or choose another `out`"
+        hint = "put them back as they were, go on with what is there now with --fork, or choose another `out`"
         told = "the pictures, captions or encoders have changed since this run began"
         told += f": {run_recipe.told_changes(moved)}" if moved else ""
-        raise RunError(told, where=run, mend=mend)
+        raise RunError(told, where=run, hint=hint)
     changed = checkpoint.changes(run, recipe, world)
     if not changed and agreed == data_hash:
         return known

@@ -76,14 +76,14 @@ def average(run: Path, width: float, step: int | None = None) -> Averaged:
     """
     _run_folder(run)
     if not 0.01 <= width <= 0.28:
-        raise RunError(f"width {width:g} is not in 0.01 to 0.28", mend="0.05 to 0.15 is usual")
+        raise RunError(f"width {width:g} is not in 0.01 to 0.28", hint="0.05 to 0.15 is usual")
     paths = _average_files(run)
     if not paths:
-        raise RunError("keeps no averages", where=run, mend="train with ema: [0.05, 0.1] in the recipe, or use --lerp")
+        raise RunError("keeps no averages", where=run, hint="train with ema: [0.05, 0.1] in the recipe, or use --lerp")
     wanted = max(paths) if step is None else step
     if wanted not in paths:
         near = ", ".join(map(str, sorted(sorted(paths, key=lambda one: abs(one - wanted))[:3])))
-        raise RunError(f"no averages at step {wanted}", where=run, mend=f"the nearest are at {near}")
+        raise RunError(f"no averages at step {wanted}", where=run, hint=f"the nearest are at {near}")
     with ExitStack() as stack:
         sources: list[_Source] = []
         stored: list[tuple[int, float]] = []
@@ -94,9 +94,9 @@ def average(run: Path, width: float, step: int | None = None) -> Averaged:
                 stored.append((number, ema.exponent(tracked)))
         weights, error = ema.hindsight_weights(stored, (wanted, ema.exponent(width)))
         if error > WORST:
-            mend = "choose a width nearer to the tracked ones, or train with save.averages_every"
+            hint = "choose a width nearer to the tracked ones, or train with save.averages_every"
             what = f"{len(stored)} averages cannot form width {width:g}: the profile is off by {error:.0%}"
-            raise RunError(what, where=run, mend=mend)
+            raise RunError(what, where=run, hint=hint)
         said = {"kind": "power", "sigma_rel": width, "step": wanted, "sources": len(stored), "profile_error": error}
         return _combine(sources, weights, error, said)
 
@@ -115,10 +115,10 @@ def lerp(run: Path, alpha: float) -> Averaged:
     """
     _run_folder(run)
     if not 0 < alpha <= 1:
-        raise RunError(f"lerp {alpha:g} is not in (0, 1]", mend="it is the newest checkpoint's weight, e.g. 0.2")
+        raise RunError(f"lerp {alpha:g} is not in (0, 1]", hint="it is the newest checkpoint's weight, e.g. 0.2")
     found = _complete(run)
     if not found:
-        raise RunError("has no complete checkpoint", where=run, mend="train first")
+        raise RunError("has no complete checkpoint", where=run, hint="train first")
     weights = lerp_weights(len(found), alpha)
     with ExitStack() as stack:
         sources = [_Source(one.step, _open(stack, one.adapter)) for one in found]
@@ -135,7 +135,7 @@ def lerp_weights(count: int, alpha: float) -> np.ndarray:
 
 def _run_folder(run: Path) -> None:
     if not run.is_dir():
-        raise RunError("no such run folder", where=run, mend=did_you_mean(run, "give the `out` of a recipe"))
+        raise RunError("no such run folder", where=run, hint=did_you_mean(run, "give the `out` of a recipe"))
 
 
 def _complete(run: Path) -> list[checkpoint.Checkpoint]:
@@ -164,8 +164,8 @@ def _open(stack: ExitStack, path: Path) -> Any:
     try:
         return stack.enter_context(safetensors.safe_open(path, framework="pt"))
     except (safetensors.SafetensorError, OSError) as error:
-        mend = "remove this file; the others are enough"
-        raise RunError(f"not a whole safetensors file ({error})", where=path, mend=mend) from None
+        hint = "remove this file; the others are enough"
+        raise RunError(f"not a whole safetensors file ({error})", where=path, hint=hint) from None
 
 
 def _combine(sources: Sequence[_Source], weights: np.ndarray, error: float, said: dict[str, Any]) -> Averaged:

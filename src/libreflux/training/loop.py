@@ -62,7 +62,7 @@ def fit(recipe: Recipe, callbacks: Callbacks | None = None, *, fork: bool = Fals
     callbacks = callbacks or Callbacks()
     run, device = Path(recipe.out), str(pick_device(recipe.device))
     if device.startswith("mps"):
-        raise RunError("training on MPS is not supported yet", where="device", mend="set device: cpu")
+        raise RunError("training on MPS is not supported yet", where="device", hint="set device: cpu")
     with contextlib.ExitStack() as held:
         if recipe.deterministic:
             held.enter_context(numerics.deterministic(device))  # first: cuBLAS reads its workspace once
@@ -196,13 +196,13 @@ def plan_layers(recipe: Recipe) -> plan.Plan:
     """
     opened = open_model(recipe.model)
     if opened.facts.guidance_embeds and recipe.guidance is None:
-        mend = "set the value to train and draw at, e.g. guidance: 1.0"
-        raise RecipeError("this model has a guidance embedding", where="guidance", mend=mend)
+        hint = "set the value to train and draw at, e.g. guidance: 1.0"
+        raise RecipeError("this model has a guidance embedding", where="guidance", hint=hint)
     if recipe.guidance is not None and not opened.facts.guidance_embeds:
-        raise RecipeError("this model has no guidance embedding", where="guidance", mend="remove this key")
+        raise RecipeError("this model has no guidance embedding", where="guidance", hint="remove this key")
     if opened.facts.shift is None and recipe.distil is not None and recipe.distil.steps is not None:
-        mend = "write a fixed shift into its libreflux.json, or remove this key"
-        raise RecipeError("this model's steps depend on the picture's size", where="distil.steps", mend=mend)
+        hint = "write a fixed shift into its libreflux.json, or remove this key"
+        raise RecipeError("this model's steps depend on the picture's size", where="distil.steps", hint=hint)
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(dict(opened.config))
     return plan.plan(recipe.adapter, transformer)

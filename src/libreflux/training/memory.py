@@ -14,13 +14,13 @@ ESTIMATES = "`train --dry-run` estimates every phase"
 
 
 @contextmanager
-def explained(doing: str, recipe: Recipe, mend: str | None = None) -> Iterator[None]:
+def explained(doing: str, recipe: Recipe, hint: str | None = None) -> Iterator[None]:
     """Turns what the device raises in the block into a line that names what helps, in the order to try it.
 
     Args:
         doing: what the block does, e.g. "step 3".
         recipe: as resolved.
-        mend: what helps; None: the recipe's keys that make training smaller.
+        hint: what helps; None: the recipe's keys that make training smaller.
 
     Raises:
         RunError: the block ran out of memory.
@@ -29,7 +29,7 @@ def explained(doing: str, recipe: Recipe, mend: str | None = None) -> Iterator[N
     sides = ", ".join(map(str, recipe.resolution))
     where = f"{doing}, batch {recipe.batch}, resolution {sides}, device {recipe.device}"
     again = "run the same command again: it goes on from the last checkpoint"
-    with faults.explained(where, mend or training(recipe), again):
+    with faults.explained(where, hint or training(recipe), again):
         yield
 
 

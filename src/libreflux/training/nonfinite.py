@@ -65,8 +65,8 @@ def require_finite(parameters: Iterable[nn.Parameter], step: int, run: Path) -> 
     """Raises RunError if the update of `step` left a weight that is not finite: too late to skip it."""
     largest = torch.nn.utils.get_total_norm([parameter.detach() for parameter in parameters], float("inf"))
     if not math.isfinite(float(largest)):
-        mend = "go on from the last checkpoint with a lower optimizer.learning_rate and --fork"
-        raise RunError(f"step {step} made weights that are not finite; nothing of it is saved", where=run, mend=mend)
+        hint = "go on from the last checkpoint with a lower optimizer.learning_rate and --fork"
+        raise RunError(f"step {step} made weights that are not finite; nothing of it is saved", where=run, hint=hint)
 
 
 def watch(info: StepInfo, skips: Skips, limit: int, run: Path, *, tell: bool) -> None:
@@ -87,7 +87,7 @@ def watch(info: StepInfo, skips: Skips, limit: int, run: Path, *, tell: bool) ->
             "had a loss or gradient that is not finite, "
             f"the last one with pictures {pictures}",
             where=run,
-            mend=f"look at these pictures, raise max_skipped, or, if the weights are spoilt, {_way_back(run, good)}",
+            hint=f"look at these pictures, raise max_skipped, or, if the weights are spoilt, {_way_back(run, good)}",
         )
 
 

@@ -44,7 +44,7 @@ def lr_at(step: int, *, learning_rate: float, steps: int, warmup: int = 0, sched
         return learning_rate * (1 - progress)
     if schedule == "cosine":
         return learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-    raise RunError(f"schedule {schedule!r} is unknown", mend="use constant, cosine or linear")
+    raise RunError(f"schedule {schedule!r} is unknown", hint="use constant, cosine or linear")
 
 
 def flat_gradient(parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -133,7 +133,7 @@ class _AdamW:
             raise RunError(
                 f"{type(self).__name__} needs parameters of {self.dtype}",
                 where=wrong[0] if wrong else None,
-                mend="attach the adapter with parameter_dtype(spec)",
+                hint="attach the adapter with parameter_dtype(spec)",
             )
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.steps = 0
@@ -186,8 +186,8 @@ class _AdamW:
         odd = sorted({"step", *own} ^ set(tensors))
         odd += [key for key in own if key not in odd and _kind(own[key]) != _kind(tensors[key])]
         if odd:
-            mend = "resume with the recipe and adapter the state was saved with"
-            raise RunError(f"optimizer state does not fit: {', '.join(odd[:3])}", mend=mend)
+            hint = "resume with the recipe and adapter the state was saved with"
+            raise RunError(f"optimizer state does not fit: {', '.join(odd[:3])}", hint=hint)
         self.steps = int(tensors["step"])
         for key, view in own.items():
             view.copy_(tensors[key])

@@ -19,10 +19,10 @@ def require_8bit() -> None:
     """Raises RunError where 8-bit moments cannot be had: without CUDA, or without bitsandbytes."""
     where, instead = "optimizer.kind: adamw_8bit", "use adamw_bf16, which needs as little"
     if not torch.cuda.is_available():
-        raise RunError("8-bit moments need a CUDA device", where=where, mend=instead)
+        raise RunError("8-bit moments need a CUDA device", where=where, hint=instead)
     if importlib.util.find_spec("bitsandbytes") is None:
-        mend = f"install libreflux[bitsandbytes], or {instead}"
-        raise RunError("bitsandbytes is not installed", where=where, mend=mend)
+        hint = f"install libreflux[bitsandbytes], or {instead}"
+        raise RunError("bitsandbytes is not installed", where=where, hint=hint)
 
 
 class AdamW8bit:
@@ -52,8 +52,8 @@ class AdamW8bit:
         self.rows = list(named_parameters)
         wrong = [name for name, parameter in self.rows if parameter.dtype != torch.float32]
         if not self.rows or wrong:
-            mend = "attach the adapter with parameter_dtype(spec)"
-            raise RunError("AdamW8bit needs fp32 parameters", where=wrong[0] if wrong else None, mend=mend)
+            hint = "attach the adapter with parameter_dtype(spec)"
+            raise RunError("AdamW8bit needs fp32 parameters", where=wrong[0] if wrong else None, hint=hint)
         parameters = [parameter for _, parameter in self.rows]
         self.inner: Any = bitsandbytes.optim.AdamW8bit(
             parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay
@@ -98,12 +98,12 @@ class AdamW8bit:
         for full, tensor in tensors.items():
             name, _, key = full.rpartition(".")
             if name not in by_parameter:
-                mend = "resume with the recipe and adapter the state was saved with"
-                raise RunError(f"optimizer state does not fit: {full}", mend=mend)
+                hint = "resume with the recipe and adapter the state was saved with"
+                raise RunError(f"optimizer state does not fit: {full}", hint=hint)
             by_parameter[name][key] = int(tensor) if key == "step" else tensor
         for name, parameter in self.rows:
             if not by_parameter[name]:
-                raise RunError(f"optimizer state lacks {name}", mend="resume with the recipe it was saved with")
+                raise RunError(f"optimizer state lacks {name}", hint="resume with the recipe it was saved with")
             kept = {
                 key: one.to(parameter.device, copy=True) if isinstance(one, Tensor) else one
                 for key, one in by_parameter[name].items()

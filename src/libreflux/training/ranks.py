@@ -124,13 +124,13 @@ def _explained(where: str, doing: str) -> Iterator[None]:
         raise
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        mend = "look at the log of the process that died; the same torchrun command goes on from the last checkpoint"
+        hint = "look at the log of the process that died; the same torchrun command goes on from the last checkpoint"
         if "NCCL" in lines[0]:  # which tells its cause after these words, and often is the first to be alive still
             told = lines[next((n + 1 for n, line in enumerate(lines) if line.startswith("Last error")), 0) % len(lines)]
-            raise RunError(f"NCCL failed while {doing} ({told})", where=where, mend=mend) from error
+            raise RunError(f"NCCL failed while {doing} ({told})", where=where, hint=hint) from error
         said = lines[0]
         said = re.sub(r"^\[[^]]*\] ", "", said).partition(". ")[0]  # without gloo's place in its source and its advice
-        raise RunError(f"another process was lost while {doing} ({said})", where=where, mend=mend) from error
+        raise RunError(f"another process was lost while {doing} ({said})", where=where, hint=hint) from error
 
 
 @contextmanager
@@ -148,16 +148,16 @@ def joined(device: str, timeout: float = TIMEOUT) -> Iterator[Ranks]:
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     except ValueError:
         raise RunError(
-            "RANK and WORLD_SIZE are not numbers", where="environment", mend="start it by torchrun"
+            "RANK and WORLD_SIZE are not numbers", where="environment", hint="start it by torchrun"
         ) from None
     if world == 1:
         yield Ranks()
         return
     if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
-        raise RunError("WORLD_SIZE without RANK or MASTER_ADDR", where="environment", mend="start it by torchrun")
+        raise RunError("WORLD_SIZE without RANK or MASTER_ADDR", where="environment", hint="start it by torchrun")
     card = torch.device(device) if device.startswith("cuda") else None
     if card is not None and card.index is None:
-        raise RunError("WORLD_SIZE without LOCAL_RANK", where="environment", mend="start it by torchrun")
+        raise RunError("WORLD_SIZE without LOCAL_RANK", where="environment", hint="start it by torchrun")
     try:
         with _explained(f"process {rank} of {world}", "all of them were to start"):
             # The sum is waited for where it is asked for: a lost process is then an error there, not an abort later.

@@ -24,12 +24,12 @@ def read(path: Path) -> tuple[Recipe, int, list[dict[str, Any]]]:
         return Recipe.model_validate(tree), world, forks
     except ValidationError as error:
         refused = faults.explain(error, str(path), Recipe)
-        mend = "correct that key in this file (one that does nothing can be removed), or choose another `out`"
-        raise RunError(f"written under other rules: {refused.what}", where=refused.where, mend=mend) from None
+        hint = "correct that key in this file (one that does nothing can be removed), or choose another `out`"
+        raise RunError(f"written under other rules: {refused.what}", where=refused.where, hint=hint) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        mend = "restore the file, or choose another `out`"
-        raise RunError(f"cannot be read as a recipe ({lines[0]})", where=path, mend=mend) from None
+        hint = "restore the file, or choose another `out`"
+        raise RunError(f"cannot be read as a recipe ({lines[0]})", where=path, hint=hint) from None
 
 
 def moved(run: Path, recipe: Recipe) -> dict[str, list[str | None]]:

@@ -34,11 +34,11 @@ def restore(training: Training, newest: Checkpoint, fork: bool) -> None:
     """
     state = newest.state()
     if state["model_hash"] != training.identity["model_hash"]:
-        mend = "put them back as they were, or choose another `out`"
+        hint = "put them back as they were, or choose another `out`"
         told = "the weights of the base model have changed since this run began"
         if model := run_recipe.moved(training.run, training.recipe).get("model"):
             told += f": {run_recipe.told_changes({'model': model})}"
-        raise RunError(told, where=newest.path, mend=mend)
+        raise RunError(told, where=newest.path, hint=hint)
     recipe, world, now = training.recipe, training.ranks.world, training.identity["data_hash"]
     training.forks = forks.history(training.run, recipe, world, newest.step, state, now, fork=fork)
     forks.refuse_trained(recipe, training.forks, training.held_out)
@@ -53,8 +53,8 @@ def restore(training: Training, newest: Checkpoint, fork: bool) -> None:
     training.optimizer.load_state_tensors(load_file(newest.optimizer))  # mapped: read as it is copied, never whole
     if training.recipe.ema and training.ranks.first:
         if not newest.averages.exists():
-            mend = "set ema: [] to go on without, or choose another `out`"
-            raise RunError("this checkpoint has no averages", where=newest.path, mend=mend)
+            hint = "set ema: [] to go on without, or choose another `out`"
+            raise RunError("this checkpoint has no averages", where=newest.path, hint=hint)
         kept = load_file(newest.averages)
         with safetensors.safe_open(newest.averages, framework="pt") as file:
             training.averages.load(kept, ema.step_of(file.metadata(), newest.step))

@@ -82,8 +82,8 @@ def settled(recipe: Recipe, run: Path, world: int, *, fork: bool) -> Standing:
     if newest.step == recipe.steps and changed:
         raise _nothing_to_fork(run, newest.step)
     if newest.step > recipe.steps:
-        mend = f"set steps to at least {newest.step}, or choose another `out`"
-        raise RunError(f"step {newest.step} is done already, beyond steps: {recipe.steps}", where=run, mend=mend)
+        hint = f"set steps to at least {newest.step}, or choose another `out`"
+        raise RunError(f"step {newest.step} is done already, beyond steps: {recipe.steps}", where=run, hint=hint)
     _refuse_foreign(run, newest)
     standing = Standing(newest, _is_published(run, newest))
     if not standing.left(recipe):
@@ -93,23 +93,23 @@ def settled(recipe: Recipe, run: Path, world: int, *, fork: bool) -> Standing:
 
 def _nothing_to_fork(run: Path, step: int) -> RunError:
     told = f"step {step}, the last, is done already: nothing is left to fork"
-    return RunError(told, where=run, mend="raise steps, or choose another `out`")
+    return RunError(told, where=run, hint="raise steps, or choose another `out`")
 
 
 def _refuse_lost(run: Path, recipe: Recipe) -> None:
     """Refuses to begin again where more than a first stretch was trained, though no checkpoint of it can be read."""
     lost = f"{checkpoint.FOLDER}/ was removed, or no checkpoint in it can be read"
     if (run / checkpoint.ADAPTER).exists():
-        mend = f"put {checkpoint.FOLDER}/ back, choose another `out`, or move {checkpoint.ADAPTER} away to begin again"
-        raise RunError(f"there is a result, which step 0 would begin to replace: {lost}", where=run, mend=mend)
+        hint = f"put {checkpoint.FOLDER}/ back, choose another `out`, or move {checkpoint.ADAPTER} away to begin again"
+        raise RunError(f"there is a result, which step 0 would begin to replace: {lost}", where=run, hint=hint)
     steps, told_by = _trained(run)
     every = recipe.save.every
     if (run / checkpoint.RECIPE).exists():
         every = checkpoint.stored_recipe(run).save.every
     if steps > every:  # the first checkpoint comes after so many: a kill before it costs no more
-        mend = f"put {checkpoint.FOLDER}/ back, choose another `out`, or move {told_by} away to begin again"
+        hint = f"put {checkpoint.FOLDER}/ back, choose another `out`, or move {told_by} away to begin again"
         told = f"{told_by} knows step {steps}, and training would begin again at step 0: {lost}"
-        raise RunError(told, where=run, mend=mend)
+        raise RunError(told, where=run, hint=hint)
 
 
 def _trained(run: Path) -> tuple[int, str]:
@@ -169,8 +169,8 @@ def _refuse_foreign(run: Path, newest: Checkpoint) -> None:
     saved = {one.step: one.adapter for one in checkpoint.listed(run)}
     same = told[0].get("model_hash") == own[0].get("model_hash") and told[1] == own[1] and step is not None
     if not same or (step in saved and told != _header(saved[step])):
-        mend = "move it away: this run would replace it; or choose another `out`"
-        raise RunError("this run has not made this file", where=result, mend=mend)
+        hint = "move it away: this run would replace it; or choose another `out`"
+        raise RunError("this run has not made this file", where=result, hint=hint)
     assert step is not None
     if step > newest.step:
         line = "%s is of step %d and stays until that is trained again: the newest checkpoint that can be read is of %d"
@@ -195,5 +195,5 @@ def _check_data(recipe: Recipe, run: Path, last: Checkpoint, *, fork: bool) -> N
     if fork:
         raise _nothing_to_fork(run, last.step)
     told = f"{all_done(last.step)}, and its pictures, captions or encoders have changed since"
-    mend = "raise steps and go on with --fork, put them back as they were, or choose another `out`"
-    raise RunError(told, where=run, mend=mend)
+    hint = "raise steps and go on with --fork, put them back as they were, or choose another `out`"
+    raise RunError(told, where=run, hint=hint)

@@ -150,8 +150,8 @@ class Training:
             digest.update(parameter.detach().cpu().view(torch.uint8).numpy().tobytes())
         digests = self.ranks.gather(digest.hexdigest())
         if len(set(digests)) > 1:
-            mend = "run all processes on the same kind of device and the same versions"
-            raise RunError(f"the adapters of the processes differ after step {self.step}", where=self.run, mend=mend)
+            hint = "run all processes on the same kind of device and the same versions"
+            raise RunError(f"the adapters of the processes differ after step {self.step}", where=self.run, hint=hint)
 
     def take_step(self) -> StepInfo:
         """One optimizer step: accumulate × batch pictures (fewer at an epoch's end), each by its `loss_weight`.

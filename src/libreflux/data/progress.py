@@ -8,12 +8,7 @@ Progress = Callable[[int, int, str], None]
 """progress(done, total, note): the total grows as more is found to do."""
 
 
-def readable(number: float, digits: int = 3) -> str:
-    """A number in so many digits at least, and without the exponent that `g` gives to large ones: 1.23, 12.3, 1,234."""
-    return f"{number:,.0f}" if number >= 10 ** (digits - 1) else f"{number:.{digits}g}"
-
-
-class Bar:
+class ProgressCount:
     """Counts what is done and tells the caller.
 
     Attributes:
