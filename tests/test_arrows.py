@@ -13,7 +13,7 @@ import pytest
 import libreflux
 
 ROOT = Path(libreflux.__file__).parent
-GROUND = {"recipe", "checksums", "files", "places", "seeding", "errors", "printing", "plainjson", "decided"}
+GROUND = {"recipe", "checksums", "files", "places", "seeding", "errors", "printing", "plainjson", "decided", "values"}
 BELOW: dict[str, set[str]] = {
     "printing": set(),
     "plainjson": set(),
@@ -21,9 +21,10 @@ BELOW: dict[str, set[str]] = {
     "errors": {"printing"},
     "seeding": set(),
     "decided": set(),
+    "values": {"errors"},
     "places": {"errors"},
     "files": {"errors", "places", "plainjson", "printing"},
-    "recipe": {"errors", "files", "seeding", "places"},
+    "recipe": {"errors", "files", "seeding", "places", "values"},
     "flow": set(),
     "model": GROUND | {"flow"},
     "adapter": GROUND | {"flow", "model"},
@@ -32,8 +33,9 @@ BELOW: dict[str, set[str]] = {
     "sample": GROUND | {"flow", "model", "adapter", "data"},
     "probing": GROUND | {"flow", "model", "adapter", "data", "sample"},
     "emoji": GROUND | {"flow", "model", "adapter", "data", "training", "sample", "probing"},
-    "cli": GROUND | {"", "flow", "model", "adapter", "data", "training", "sample", "probing", "emoji"},
-    "": {"model", "sample"},
+    "workflows": GROUND | {"flow", "model", "adapter", "data", "training", "sample", "probing", "emoji"},
+    "cli": GROUND | {"", "flow", "model", "adapter", "data", "training", "sample", "probing", "emoji", "workflows"},
+    "": {"model", "sample", "workflows"},
     "__main__": {"cli"},
 }
 """Room -> the other rooms it may import; "" is the package's own __init__, which holds the version."""

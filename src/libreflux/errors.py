@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 from libreflux.printing import printable
 
 
@@ -32,6 +35,34 @@ class LibrefluxError(Exception):
 
 class RecipeError(LibrefluxError):
     """A recipe key or value."""
+
+
+class OptionError(RecipeError):
+    """A value of an option, of a call or of a command.
+
+    In `what` and `hint` other options stand in backquotes, so that a command can show them as they are typed there.
+
+    Args:
+        what: what is wrong.
+        option: its name in the call, e.g. "no_cfg_until".
+        hint: what to do about it.
+    """
+
+    def __init__(self, what: str, option: str, *, hint: str | None = None) -> None:
+        super().__init__(what, where=option, hint=hint)
+
+    def spelled(self, names: Mapping[str, str]) -> RecipeError:
+        """The same error with options as a command spells them.
+
+        Args:
+            names: option to its spelling there, e.g. "no_cfg_until" to "--no-cfg-until".
+        """
+
+        def shown(text: str) -> str:
+            return re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), text)
+
+        hint = None if self.hint is None else shown(self.hint)
+        return RecipeError(shown(self.what), where=names.get(str(self.where), self.where), hint=hint)
 
 
 class DataError(LibrefluxError):

@@ -19,10 +19,10 @@ from libreflux.adapter.files import attach_file, load_adapter
 from libreflux.adapter.layers import delta_weight
 from libreflux.adapter.merge import merge
 from libreflux.adapter.peft import Config
-from libreflux.cli.adapters import adapter_file
 from libreflux.cli.export import _is_adapter
 from libreflux.errors import AdapterError, LibrefluxError
 from libreflux.model.finite import NotFiniteError
+from libreflux.workflows.adapters import adapter_file
 
 LAYER = "transformer_blocks.0.attn.to_q"
 FLAT = LAYER.replace(".", "_")

@@ -15,9 +15,9 @@ import pytest
 from libreflux import files
 from libreflux.cli import generate as generate_verb
 from libreflux.cli import train as train_verb
-from libreflux.cli.models import chosen_model
 from libreflux.errors import ModelError, RecipeError
 from libreflux.model.locate import locate
+from libreflux.workflows.models import chosen_model
 from rights import bound_by_modes
 
 
@@ -60,7 +60,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (["generate", "x", "--guidance", "1", "--negative", "y"], ["--negative", "no effect at guidance 1", "hint"]),
         (["generate", "x", "--guidance", "1", "--no-cfg-until", "2"], ["--no-cfg-until", "no effect", "hint"]),
         (["generate", "x", "--steps", "-4"], ["--steps"]),
-        (["generate", "x", "--sigmas", "1,nan"], ["--sigmas", "nan", "falling numbers in (0, 1]"]),
+        (["generate", "x", "--sigmas", "1,nan"], ["--sigmas", "nan", "cannot be nan"]),
         (["generate", "x", "--sigmas", "0.5,0.75"], ["--sigmas", "falling numbers", "hint"]),
         (["generate", "x", "--sigmas", "0.5,0.5"], ["--sigmas", "falling numbers", "hint"]),
         (["generate", "x", "--sigmas", "1.5,0.5"], ["--sigmas", "falling numbers", "hint"]),

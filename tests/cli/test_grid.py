@@ -12,8 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from libreflux.cli.grid import Column, _Cells, numbers
-from libreflux.errors import RecipeError
+from libreflux.cli.grid import Column, _Cells
 from libreflux.sample.metadata import GenerationRecord, read_record, save_png
 from tiny import DECIDING, UNDECIDING, change_json
 
@@ -145,17 +144,6 @@ def test_a_grid_has_one_bar(run: Callable[..., Any], tiny_model_dir: Path, tmp_p
         line for line in done.err.splitlines() if line.startswith("drawing: 6/6, ") and line.endswith("cell 4 of 4")
     ]
     assert done.err.count("drawing:") == 1
-
-
-def test_ranges_and_lists() -> None:
-    assert numbers("x", "1:6:1") == [1, 2, 3, 4, 5, 6]
-    assert numbers("x", "1,3.5,1") == [1, 3.5]
-    assert numbers("x", "0:0.3:0.1") == [0, 0.1, 0.2, 0.3]
-    for wrong in ("", "a", "1:2:3:4", "3:1", "1:2:0", "1:2:-1", "nan", "0:inf", "-1", "0:1e9"):
-        with pytest.raises(RecipeError, match="x: "):
-            numbers("x", wrong)
-    with pytest.raises(RecipeError, match=r"cannot be 1\.5"):
-        numbers("x", "1.5", whole=True)
 
 
 def test_bad_input_is_one_line(run: Callable[..., Any], tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ def test_an_adapter_is_probed_with_its_model(
     [
         (["--guidance", "1,x"], "no list of numbers"),
         (["--guidance", "3,3"], "twice"),
-        (["--steps", "4,2.5"], "out of range"),
+        (["--steps", "4,2.5"], "cannot be 2.5"),
         (["--resolution", "40"], "multiple of 16"),
         (["--dtype", "fp8"], "no precision"),
         ([], "not of the emoji family"),

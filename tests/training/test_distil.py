@@ -17,7 +17,6 @@ from torch import Tensor
 from libreflux.adapter.files import Adapter, attach, load_adapter
 from libreflux.adapter.layers import linear_shapes
 from libreflux.adapter.targets import Target, resolve
-from libreflux.cli.adapters import adapted_facts
 from libreflux.data.cache import Cache
 from libreflux.errors import RecipeError
 from libreflux.flow.guidance import cfg
@@ -32,6 +31,7 @@ from libreflux.recipe import DistilSpec, Recipe, load_recipe
 from libreflux.training.callbacks import Callbacks, Started
 from libreflux.training.loop import fit
 from libreflux.training.objective import NoisedBatch, chord, distilled_target, on_rungs, teacher_path
+from libreflux.workflows.adapters import adapted_facts
 from tiny import tiny_transformer
 
 

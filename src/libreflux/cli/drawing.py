@@ -17,7 +17,6 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from libreflux.adapter.files import AdapterFile, attach_file
-from libreflux.cli.adapters import adapted_facts, adapter_argument, as_typed, load_arguments, notice_other_base
 from libreflux.cli.options import Offload
 from libreflux.errors import RecipeError
 from libreflux.files import sha256_file
@@ -33,6 +32,7 @@ from libreflux.printing import counted
 from libreflux.sample.encoding import Text, encode_ahead, encode_in_turn
 from libreflux.sample.metadata import GenerationRecord, versions
 from libreflux.sample.pipeline import LibreFluxPipeline
+from libreflux.workflows.adapters import adapted_facts, adapter_argument, as_typed, load_arguments, notice_other_base
 
 SMALLER = "a smaller --width and --height, --quantize int8, --offload model or sequential (on CUDA), or --device cpu"
 WAITING = (Offload.model, Offload.sequential)

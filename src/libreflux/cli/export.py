@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from libreflux.cli.model_card import model_card
-from libreflux.cli.models import Base, ComfyUI, chosen_model
+from libreflux.cli.options import Base, ComfyUI
 from libreflux.errors import RecipeError
 from libreflux.places import new_place
 from libreflux.printing import say
+from libreflux.workflows.models import chosen_model
 
 if TYPE_CHECKING:
     from libreflux.model.single_file import SingleFiles
@@ -104,8 +105,8 @@ def _export_adapter(text: str, program: str, out: Path, rank: int | None) -> Non
 
     from libreflux.adapter.export import export_adapter
     from libreflux.adapter.files import load_adapter
-    from libreflux.cli.adapters import adapter_file
     from libreflux.cli.progress import progress
+    from libreflux.workflows.adapters import adapter_file
 
     with progress("exporting", "layer") as report:
         file = load_adapter(adapter_file(Path(text).expanduser()))

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from libreflux.cli.models import Base, ComfyUI, chosen_model
-from libreflux.cli.options import Batch, Offload, OffloadOption, QuantizeOption
+from libreflux.cli.options import Base, Batch, ComfyUI, Offload, OffloadOption, QuantizeOption
 from libreflux.errors import RecipeError, RunError
 from libreflux.places import file_place
 from libreflux.printing import counted, say
+from libreflux.values import check_side, number_list
+from libreflux.workflows.models import chosen_model
 
 if TYPE_CHECKING:
     from libreflux.cli.drawing import Opened
@@ -115,9 +116,8 @@ def generate(
     if not prompts:
         hint = "quote what to draw, or give --remake PIC.png; see libreflux generate --help"
         raise RecipeError("nothing to draw", where="PROMPT", hint=hint)
-    for name, size in (("--width", width), ("--height", height)):
-        if size is not None and size % 16:
-            raise RecipeError(f"{size} is not a multiple of 16", where=name, hint=f"use {round(size / 16) * 16}")
+    check_side(width, "--width")
+    check_side(height, "--height")
     if prompt_2 and len(prompt_2) != len(prompts):
         what = f"{len(prompt_2)} for {counted(len(prompts), 'prompt')}"
         raise RecipeError(what, where="--prompt-2", hint="give one for each PROMPT")
@@ -136,10 +136,10 @@ def generate(
     if steps is not None:
         _refuse_unguided(steps, no_cfg_until, guidance_start, guidance_stop)  # before anything is loaded
 
-    from libreflux.cli.adapters import default_model
     from libreflux.cli.drawing import open_for_drawing
     from libreflux.sample.encoding import check_max_tokens
     from libreflux.sample.metadata import GenerationRecord
+    from libreflux.workflows.adapters import default_model
 
     source = chosen_model(model, base, comfyui) or default_model(adapter or ())
     chosen = open_for_drawing(source, adapter or (), device, offload, "int8" if quantize else None)
@@ -216,10 +216,7 @@ def _ladder(text: str, steps: int | None) -> list[float]:
 
     if steps is not None:
         raise RecipeError("has no effect beside --sigmas", where="--steps", hint="give one of them")
-    try:
-        sigmas = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise RecipeError(f"{text!r} is no list of numbers", where="--sigmas", hint="write 1,0.75,0.5,0.25") from None
+    sigmas = list(number_list(text, "--sigmas", distinct=False))
     check_values({"sigmas": sigmas}, {"sigmas": "--sigmas"})
     return sigmas
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from libreflux.cli.generate import check_picture
-from libreflux.cli.models import Base, ComfyUI, chosen_model
-from libreflux.cli.options import Offload, OffloadOption, QuantizeOption
-from libreflux.errors import LibrefluxError, RecipeError
+from libreflux.cli.options import Base, ComfyUI, Offload, OffloadOption, QuantizeOption
+from libreflux.errors import LibrefluxError
 from libreflux.places import file_place, folder_place
 from libreflux.printing import counted, say
+from libreflux.values import check_side, number_list
+from libreflux.workflows.models import chosen_model
 
 if TYPE_CHECKING:
     from libreflux.cli.drawing import Chosen, Opened
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from libreflux.model.facts import Facts
     from libreflux.model.single_file import SingleFiles
     from libreflux.sample.metadata import GenerationRecord
-
-MOST = 10_000
 
 
 @dataclass(frozen=True)
@@ -71,17 +69,16 @@ def grid(
     ),
 ) -> None:
     """Compare models, guidance scales and steps on the same noise. Cells that exist are not drawn again."""
-    for name, size in (("--width", width), ("--height", height)):
-        if size is not None and size % 16:
-            raise RecipeError(f"{size} is not a multiple of 16", where=name, hint=f"use {round(size / 16) * 16}")
+    check_side(width, "--width")
+    check_side(height, "--height")
     folder_place(out, "cells")
     for name in ("grid.png", "index.html"):
         file_place(out / name)
-    scales = [None] if guidance is None else numbers("--guidance", guidance)
-    counts = [None] if steps is None else [int(n) for n in numbers("--steps", steps, whole=True, least=1)]
+    scales = [None] if guidance is None else list(number_list(guidance, "--guidance"))
+    counts = [None] if steps is None else [int(n) for n in number_list(steps, "--steps", whole=True, least=1)]
     for count in counts:
         check_picture(width, height, count)
-    noises = [int(n) for n in numbers("--seeds", seeds, whole=True)]
+    noises = [int(n) for n in number_list(seeds, "--seeds", whole=True)]
 
     from libreflux.cli.drawing import device_for
     from libreflux.cli.grid_page import write
@@ -106,7 +103,7 @@ def _sources(
     models: list[str], base: str | None, comfyui: Path | None, adapters: list[str]
 ) -> dict[str, str | SingleFiles]:
     """Name -> model; `--base` and `--comfyui` are for the single files among them."""
-    from libreflux.cli.adapters import default_model
+    from libreflux.workflows.adapters import default_model
 
     files = [model for model in models if model.lower().endswith(".safetensors")]
     if not models or (not files and (base or comfyui)):
@@ -229,9 +226,9 @@ class _Cells:
     def _identity(self, model: str) -> _Identity:
         """Of hashes: nothing is loaded into memory, and no file is read that has not changed since the last grid."""
         if model not in self._identities:
-            from libreflux.cli.adapters import adapted_facts, load_arguments
             from libreflux.model.source import open_model
             from libreflux.sample.model_key import adapters_key, facts_key, model_key
+            from libreflux.workflows.adapters import adapted_facts, load_arguments
 
             source, files = self.sources[model], load_arguments(self.adapters)
             known, facts = model_key(source, self._memory), adapted_facts(open_model(source).facts, files)
@@ -275,29 +272,3 @@ class _Cells:
             steps=is_of.steps(column), guidance=scale, width=width, height=height, model=column.model,
             embedded_guidance=is_of.embedded, quantize=chosen.quantize,
         )  # fmt: skip
-
-
-def numbers(where: str, text: str, *, whole: bool = False, least: float = 0.0) -> list[float]:
-    """Distinct numbers from "1,3.5" and ranges "FIRST:LAST" or "FIRST:LAST:STEP", LAST included.
-
-    Raises:
-        RecipeError: no such list.
-    """
-    found: list[float] = []
-    for part in text.split(","):
-        try:
-            first, *rest = (float(each) for each in part.split(":"))
-            last, step = rest[0] if rest else first, rest[1] if len(rest) > 1 else 1.0
-            count = math.floor((last - first) / step + 1e-9) + 1
-            if len(rest) > 2 or step <= 0 or not 1 <= count <= MOST:
-                raise ValueError
-        except (ValueError, OverflowError, ZeroDivisionError):
-            hint = "write 1,3.5 or 1:6:1"
-            raise RecipeError(f"{part!r} is no number or range", where=where, hint=hint) from None
-        found += [round(first + index * step, 9) for index in range(count)]
-    for value in found:
-        if not (math.isfinite(value) and least <= value and (not whole or value.is_integer())):
-            raise RecipeError(
-                f"cannot be {value:g}", where=where, hint=f"use {'whole ' if whole else ''}numbers from {least:g}"
-            )
-    return list(dict.fromkeys(found))

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from libreflux.cli.models import Base, ComfyUI, chosen_model
+from libreflux.cli.options import Base, ComfyUI
 from libreflux.places import new_place
 from libreflux.printing import counted, get_logger, say
+from libreflux.workflows.models import chosen_model
 
 logger = get_logger(__name__)
 
@@ -33,9 +34,9 @@ def merge(
     import torch
 
     from libreflux.adapter.merge import merge_many
-    from libreflux.cli.adapters import adapted_facts, load_arguments, notice_other_base
     from libreflux.model.int8 import dequantise_model
     from libreflux.model.source import LiveParts, open_model, save_model
+    from libreflux.workflows.adapters import adapted_facts, load_arguments, notice_other_base
 
     files = load_arguments(adapters)
     source = chosen_model(model, base, comfyui) or model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -49,5 +50,15 @@ OffloadOption = Annotated[
     typer.Option(
         help="auto: the text encoders go before the transformer comes; none: all stays; on CUDA also model or "
         "sequential: every part waits in RAM and comes whole, or layer by layer."
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="Model that has what a single file lacks, tokenizers for one."),
+]
+ComfyUI = Annotated[
+    Path | None,
+    typer.Option(
+        "--comfyui", metavar="DIR", help="Folder with flux1-*, t5xxl*, clip_l* and ae* files, such as ComfyUI's models."
     ),
 ]

@@ -9,6 +9,7 @@ import typer
 
 from libreflux.errors import RecipeError
 from libreflux.printing import say, say_json
+from libreflux.values import check_side, number_list
 
 if TYPE_CHECKING:
     from libreflux.cli.probing import Request
@@ -79,13 +80,11 @@ def probe(
         raise RecipeError("takes the place of --judge", where="--features", hint="give one of them")
     if whole and json:
         raise RecipeError("has no effect beside --json", where="--all", hint="remove it: JSON holds every measure")
-    if resolution is not None and resolution % 16:
-        hint = f"use {max(16, round(resolution / 16) * 16)}"
-        raise RecipeError(f"{resolution} is not a multiple of 16", where="--resolution", hint=hint)
+    check_side(resolution, "--resolution")
     if dtype not in ("stored", "fp32", "bf16"):
         raise RecipeError(f"{dtype!r} is no precision", where="--dtype", hint="use stored, fp32 or bf16")
-    scales = _numbers("--guidance", guidance, least=0.0)
-    counts = _numbers("--steps", steps, least=1.0, whole=True)
+    scales = None if guidance is None else number_list(guidance, "--guidance", most=1e4)
+    counts = None if steps is None else number_list(steps, "--steps", whole=True, least=1, most=1e4)
     chosen = {
         "pictures": pictures, "prompts": prompts, "batch": batch, "resolution": resolution,
         "guidance": scales, "steps": counts and tuple(map(int, counts)),
@@ -135,23 +134,3 @@ def _compare(request: Request, against: str, reference: str | None, *, as_json: 
         show(found.freedom, str((found.result.settings.get("data") or ("",))[0]))
         _tell_rest(len(found.freedom), whole)
         say(found.folder / FREEDOM_FILE, f"{page}, to be looked at")
-
-
-def _numbers(where: str, text: str | None, *, least: float, whole: bool = False) -> tuple[float, ...] | None:
-    """Distinct numbers from "1,2,3".
-
-    Raises:
-        RecipeError: no such list.
-    """
-    if text is None:
-        return None
-    hint = f"write {'4,28,50' if whole else '1,2,4'}"
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise RecipeError(f"{text!r} is no list of numbers", where=where, hint=hint) from None
-    if not all(least <= value < 1e4 and (not whole or value.is_integer()) for value in values):
-        raise RecipeError(f"{text!r} has a value out of range", where=where, hint=hint)
-    if len(set(values)) < len(values):
-        raise RecipeError(f"{text!r} has a value twice", where=where, hint=hint)
-    return values

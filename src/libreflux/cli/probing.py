@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from libreflux.adapter.files import AdapterFile, attach_file
-from libreflux.cli.adapters import adapted_facts, load_arguments, notice_other_base
 from libreflux.cli.probe_data import CACHE, ProbeData
 from libreflux.cli.progress import progress
 from libreflux.data.cache import Cache
@@ -42,6 +41,7 @@ from libreflux.probing.settings import LARGE, LARGE_QUICK, QUICK, Settings, own_
 from libreflux.probing.subjects import read_seen
 from libreflux.sample.metadata import versions
 from libreflux.sample.model_key import adapters_key, config_digest, facts_key
+from libreflux.workflows.adapters import adapted_facts, load_arguments, notice_other_base
 
 logger = get_logger(__name__)
 

@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from libreflux.cli.adapters import adapter_argument
 from libreflux.cli.drawing import open_for_drawing
 from libreflux.cli.generate import picture_targets
-from libreflux.cli.models import chosen_model
 from libreflux.cli.options import Offload
 from libreflux.cli.progress import progress
 from libreflux.errors import DataError, RecipeError
@@ -25,6 +23,8 @@ from libreflux.printing import counted, say
 from libreflux.sample.checks import check_values
 from libreflux.sample.encoding import check_max_tokens
 from libreflux.sample.metadata import GenerationRecord, differences, open_png, read_record, save_png
+from libreflux.workflows.adapters import adapter_argument
+from libreflux.workflows.models import chosen_model
 
 
 def draw_again(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
 from libreflux.cli.panels import PANELS, panel_of
-from libreflux.errors import RecipeError
+from libreflux.errors import OptionError, RecipeError
 
 TEXTS = {"prompts", "prompt_2", "negative", "negative_2"}
 """Parameters that may be empty: an empty text is one too."""
@@ -69,6 +70,24 @@ class Verb(TyperCommand):
                 hint = "give it a value, or leave it out; is a variable not set?"
                 raise RecipeError("is empty", where=where, hint=hint)
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the verb; an option that a workflow refuses is named as it is typed here."""
+        try:
+            return super().invoke(ctx)
+        except OptionError as error:
+            raise error.spelled(self._spellings()) from None
+
+    def _spellings(self) -> dict[str, str]:
+        """Parameter to how it is typed: an option's first long name, an argument's metavar."""
+        found = {}
+        for param in self.params:
+            if param.param_type_name == "argument":
+                words = re.findall(r"[A-Z]+", str(getattr(param, "metavar", None) or param.name).upper())
+                found[str(param.name)] = words[0]
+            else:
+                found[str(param.name)] = next((text for text in param.opts if text.startswith("--")), param.opts[0])
+        return found
 
     def _given(self, args: Sequence[str]) -> Iterator[tuple[str, str, str]]:
         """(as written, parameter, value) of what a command line gives; options without a value are left out."""

@@ -36,6 +36,7 @@ from libreflux.recipe.sections import (
     Whole,
     later,
 )
+from libreflux.values import is_side
 
 __all__ = [
     "AdapterSpec",
@@ -158,7 +159,7 @@ class Recipe(Section):
     @classmethod
     def _packable(cls, values: tuple[int, ...]) -> tuple[int, ...]:
         for value in values:
-            if value % 16:
+            if not is_side(value):
                 raise ValueError(f"{value} is not a multiple of 16 (8 of the VAE, 2 of the packing)")
         return values
 

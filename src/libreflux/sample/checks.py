@@ -11,6 +11,7 @@ from typing import Any
 from libreflux.errors import RecipeError
 from libreflux.model.facts import MOST_STEPS
 from libreflux.model.latents import MOST_SIDE
+from libreflux.values import is_side
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MOST_PIXELS = 2**26
@@ -60,7 +61,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_size(value: Any) -> bool:
-    return _is_whole(value) and 16 <= value <= MOST_SIDE and value % 16 == 0
+    return _is_whole(value) and value <= MOST_SIDE and is_side(value)
 
 
 def _is_fraction(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What the verbs read from adapter arguments and files."""
+"""Adapters as users name them: a file, a run folder or another program's folder, and a weight."""
 
 from __future__ import annotations
 

@@ -1,50 +1,37 @@
-"""What the verbs read from `--model`, `--base` and `--comfyui`."""
+"""Which model the options `model`, `base` and `comfyui` name together."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from libreflux.errors import ModelError, RecipeError
+from libreflux.errors import ModelError, OptionError
 from libreflux.places import did_you_mean
 
 if TYPE_CHECKING:
     from libreflux.model.single_file import SingleFiles
-
-Base = Annotated[
-    str | None,
-    typer.Option(metavar="MODEL", help="Model that has what a single file lacks, tokenizers for one."),
-]
-ComfyUI = Annotated[
-    Path | None,
-    typer.Option(
-        "--comfyui", metavar="DIR", help="Folder with flux1-*, t5xxl*, clip_l* and ae* files, such as ComfyUI's models."
-    ),
-]
 
 
 def chosen_model(model: str | None, base: str | None, comfyui: Path | None) -> str | SingleFiles | None:
     """What the options together name; None where none of them is given.
 
     Raises:
-        RecipeError: an option that has no effect.
+        OptionError: an option that has no effect.
         ModelError: no such files.
     """
-    for name, given in (("--model", model), ("--base", base)):
+    for name, given in (("model", model), ("base", base)):
         if given == "":
-            raise RecipeError("is empty", where=name, hint="name a model, or leave it out")
+            raise OptionError("is empty", name, hint="name a model, or leave it out")
     is_file = model is not None and model.lower().endswith(".safetensors")
     if is_file and not Path(str(model)).expanduser().is_file():
         raise ModelError(
             "no such file", where=model, hint=did_you_mean(Path(str(model)).expanduser(), "correct the path")
         )
     if base is not None and not is_file and comfyui is None:
-        hint = "remove it, or name a .safetensors file with --model"
-        raise RecipeError("has no effect without a single file", where="--base", hint=hint)
+        hint = "remove it, or name a .safetensors file with `model`"
+        raise OptionError("has no effect without a single file", "base", hint=hint)
     if comfyui is not None and model is not None and not is_file:
-        raise RecipeError(f"has no effect beside {model}", where="--comfyui", hint="remove one of the two")
+        raise OptionError(f"has no effect beside {model}", "comfyui", hint="remove one of the two")
     if not is_file and comfyui is None:
         return model
 

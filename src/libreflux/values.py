@@ -1,0 +1,69 @@
+"""Rules for values that several commands, recipes and calls take: lists of numbers, and sides of pictures in pixels."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from libreflux.errors import RecipeError
+
+SIDE_STEP = 16
+"""Pixels: 8 of the VAE, 2 of the packing."""
+MOST_NUMBERS = 10_000
+"""Of one list."""
+
+
+def is_side(pixels: int) -> bool:
+    """Whether a picture's side of so many pixels can be drawn: a multiple of 16."""
+    return pixels >= SIDE_STEP and pixels % SIDE_STEP == 0
+
+
+def check_side(pixels: int | None, where: str) -> None:
+    """Refuses a side that is no multiple of 16; None is not checked.
+
+    Raises:
+        RecipeError: names the nearest one.
+    """
+    if pixels is not None and not is_side(pixels):
+        nearest = max(SIDE_STEP, round(pixels / SIDE_STEP) * SIDE_STEP)
+        raise RecipeError(f"{pixels} is not a multiple of {SIDE_STEP}", where=where, hint=f"use {nearest}")
+
+
+def number_list(
+    text: str, where: str, *, whole: bool = False, least: float = 0.0, most: float = math.inf, distinct: bool = True
+) -> tuple[float, ...]:
+    """The numbers of a text: single ones, "1,3.5", and ranges "FIRST:LAST" or "FIRST:LAST:STEP", LAST included.
+
+    Args:
+        text: as the user wrote it.
+        where: the option or key, for errors.
+        whole: whether only whole numbers are taken.
+        least, most: the smallest and the largest number.
+        distinct: whether a number that is there twice is refused.
+
+    Raises:
+        RecipeError: no such list, a number out of range, or one that is there twice.
+    """
+    found: list[float] = []
+    for part in text.split(","):
+        try:
+            first, *rest = (float(each) for each in part.split(":"))
+            if not rest:
+                found.append(first)
+                continue
+            last, step = rest[0], rest[1] if len(rest) > 1 else 1.0
+            count = math.floor((last - first) / step + 1e-9) + 1
+            if len(rest) > 2 or step <= 0 or not 1 <= count <= MOST_NUMBERS:
+                raise ValueError
+        except (ValueError, OverflowError, ZeroDivisionError):
+            hint = "write 4,28 or 1:6" if whole else "write 1,3.5 or 1:6:1"
+            raise RecipeError(f"{text!r} is no list of numbers", where=where, hint=hint) from None
+        found += [round(first + index * step, 9) for index in range(count)]
+    for value in found:
+        if not (math.isfinite(value) and least <= value <= most and (not whole or value.is_integer())):
+            hint = f"use {'whole ' if whole else ''}numbers from {least:g}{f' to {most:g}' if most < math.inf else ''}"
+            raise RecipeError(f"cannot be {value:g}", where=where, hint=hint)
+    twice = [value for value, count in Counter(found).items() if count > 1]
+    if distinct and twice:
+        raise RecipeError(f"{text!r} has {twice[0]:g} twice", where=where, hint="remove one of them")
+    return tuple(found)

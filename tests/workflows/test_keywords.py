@@ -1,0 +1,66 @@
+"""Workflows as functions of keywords, and options as a command spells them."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from libreflux.cli.verb import Verb
+from libreflux.errors import OptionError, RecipeError
+from libreflux.workflows.keywords import by_keywords
+
+
+@dataclass(frozen=True)
+class DrawOptions:
+    """Attributes:
+    prompt: what to draw.
+    no_cfg_until: steps.
+    """
+
+    prompt: str
+    no_cfg_until: int = 0
+
+
+def draw_with(options: DrawOptions) -> tuple[str, int]:
+    """Draws."""
+    return options.prompt, options.no_cfg_until
+
+
+def test_a_workflow_takes_the_fields_of_its_options() -> None:
+    draw = by_keywords(DrawOptions, draw_with)
+    assert draw("a fox", no_cfg_until=2) == ("a fox", 2)
+    assert draw.__name__ == "draw"
+    assert list(inspect.signature(draw).parameters) == ["prompt", "no_cfg_until"]
+    assert (draw.__doc__ or "").startswith("Draws.\n\nArgs:")
+    wrong: Any = draw
+    with pytest.raises(TypeError, match="guidance"):
+        wrong("a fox", guidance=3)
+
+
+def test_an_option_is_named_as_the_caller_typed_it() -> None:
+    error = OptionError("does what `guidance_start` does", "no_cfg_until", hint="remove `no_cfg_until` or `other`")
+    assert str(error) == "no_cfg_until: does what `guidance_start` does; hint: remove `no_cfg_until` or `other`"
+    names = {"guidance_start": "--guidance-start", "no_cfg_until": "--no-cfg-until"}
+    told = error.spelled(names)
+    assert str(told) == "--no-cfg-until: does what --guidance-start does; hint: remove --no-cfg-until or `other`"
+    assert type(told) is RecipeError
+
+
+def test_a_verb_spells_its_own_options() -> None:
+    import typer
+
+    app = typer.Typer()
+
+    @app.command(cls=Verb)
+    def draw(
+        prompts: list[str] = typer.Argument(metavar="PROMPT..."),
+        adapters: list[str] = typer.Option([], "--adapter"),
+        no_cfg_until: int = 0,
+    ) -> None:
+        raise OptionError("are too many beside `prompts`", "adapters", hint="remove `no_cfg_until`")
+
+    with pytest.raises(RecipeError, match=r"^--adapter: are too many beside PROMPT; hint: remove --no-cfg-until$"):
+        app(["a fox"], standalone_mode=False)
