@@ -157,7 +157,8 @@ with files.staged_dir(Path(sys.argv[1])) as staging:
 def test_what_a_killed_stager_left_is_swept_and_a_live_one_is_not(tmp_path: Path) -> None:
     final = tmp_path / "model"
     with background(STAGE, final):
-        [left] = tmp_path.iterdir()
+        [left, lock] = sorted(tmp_path.iterdir())
+        assert lock.name == f"{left.name}.lock"
         with files.staged_dir(tmp_path / "model2"):
             pass
         with pytest.raises(FileNotFoundError), files.staged_dir(final) as staging:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import json
@@ -16,9 +15,12 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import lock_descriptor
 
 from libreflux import plainjson
 from libreflux.errors import RunError
@@ -32,10 +34,13 @@ logger = get_logger(__name__)
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+_UNREADABLE = 1 if sys.platform == "win32" else 0
+"""Bytes at the start of a locked file that others cannot read: on Windows the one that is locked."""
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF})
 _NO_SYNC = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF})
 """What network file systems (NFS, CIFS, FUSE) say of what they do not have."""
-_LEFT = re.compile(r"\..+\.(tmp|staging)-[0-9a-f]{8}|\.deleted-.+|\.tmp\w{6}")  # the last one is safetensors' own
+# The last one is safetensors' own.
+_LEFT = re.compile(r"\..+\.(tmp|staging)-[0-9a-f]{8}(\.lock)?|\.deleted-.+|\.tmp\w{6}")
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
 
@@ -100,7 +105,7 @@ def staged_dir(final: Path) -> Iterator[Path]:
     """Gives an empty folder beside ``final``; when the block ends well it is synced and renamed to ``final``.
 
     An exception in the block removes it. What a killed process left behind is removed by the next ``staged_dir`` of
-    the same target: a live one holds a lock on its folder, a dead one cannot.
+    the same target: a live one holds the lock of its folder, a file beside it; a dead one cannot.
 
     Raises:
         RunError: ``final`` exists, or the disk is full or refuses otherwise.
@@ -116,10 +121,12 @@ def _staged(final: Path) -> Iterator[Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
     _sweep_abandoned(final)
     staging = final.parent / f".{final.name}.staging-{secrets.token_hex(4)}"
-    staging.mkdir()
-    holder = os.open(staging, os.O_RDONLY)
+    locked = _lock_of(staging)
+    holder = os.open(locked, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        _flock(holder, fcntl.LOCK_EX, staging.parent)
+        if not _locked(holder, staging.parent):
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), locked)
+        staging.mkdir()
         yield staging
         _open_to_others(*(path for path in staging.rglob("*") if path.is_file() and not path.is_symlink()))
         _sync_tree(staging)
@@ -131,6 +138,11 @@ def _staged(final: Path) -> Iterator[Path]:
         raise
     finally:
         os.close(holder)
+        locked.unlink(missing_ok=True)
+
+
+def _lock_of(staging: Path) -> Path:
+    return staging.with_name(f"{staging.name}.lock")
 
 
 def remove_folder(folder: Path) -> None:
@@ -215,7 +227,8 @@ def lock(folder: Path) -> Iterator[None]:
     try:
         with placed(path):
             os.ftruncate(handle, 0)
-            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+            os.lseek(handle, 0, os.SEEK_SET)
+            os.write(handle, b"\n" * _UNREADABLE + f"{os.getpid()}\n".encode())
         # The file stays when the lock goes: removing it would let two processes lock two files of one name.
         yield
     finally:
@@ -227,16 +240,15 @@ def _lock_handle(folder: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, folder)
+            if not _locked(handle, folder):
+                os.lseek(handle, _UNREADABLE, os.SEEK_SET)
+                holder = os.read(handle, 32).decode("ascii", "replace").strip() or "unknown"
+                hint = "wait for it, stop it, or choose another folder"
+                raise RunError(f"in use by process {holder}", where=folder, hint=hint)
             # Its last holder may have removed the whole folder since it was opened: then this locks nothing.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), os.stat(folder / LOCK)):
                     return handle
-        except BlockingIOError:
-            holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(handle)
-            hint = "wait for it, stop it, or choose another folder"
-            raise RunError(f"in use by process {holder}", where=folder, hint=hint) from None
         except BaseException:
             os.close(handle)
             raise
@@ -275,29 +287,35 @@ def _refuse_existing(final: Path) -> None:
 
 
 def _sweep_abandoned(final: Path) -> None:
+    """Removes stages of this target whose process is dead: no lock, or one that can be taken."""
     for leftover in final.parent.glob(f".{final.name}.staging-*"):
+        if leftover.suffix == ".lock":
+            continue
+        locked = _lock_of(leftover)
         try:
-            handle = os.open(leftover, os.O_RDONLY)
+            handle = os.open(locked, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError:
             continue
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            dead = lock_descriptor(handle, blocking=False)
         except OSError:
-            continue  # alive
-        else:
-            shutil.rmtree(leftover, ignore_errors=True)
+            dead = False  # no locks here: perhaps alive
         finally:
             os.close(handle)
+        if dead:
+            shutil.rmtree(leftover, ignore_errors=True)
+            locked.unlink(missing_ok=True)
 
 
-def _flock(handle: int, how: int, folder: Path) -> None:
-    """Locks, or goes on with a warning where the file system has no locks; BlockingIOError: somebody else holds it."""
+def _locked(handle: int, folder: Path) -> bool:
+    """Whether the lock of an open file is ours now; True with a warning where the file system has no locks."""
     try:
-        fcntl.flock(handle, how)
+        return lock_descriptor(handle, blocking=False)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         _warn_unlocked(str(folder), os.strerror(error.errno))
+        return True
 
 
 @functools.cache  # a run locks its folder more than once
@@ -308,7 +326,7 @@ def _warn_unlocked(folder: str, why: str) -> None:
 @functools.cache  # once for each file system
 def _warn_unsynced(device: int) -> None:
     told = "a file system (device %d:%d) does not sync folders: a power cut may undo the newest files, none by half"
-    logger.warning(told, os.major(device), os.minor(device))
+    logger.warning(told, *device_numbers(device))
 
 
 def _sync_tree(folder: Path) -> None:
@@ -318,8 +336,17 @@ def _sync_tree(folder: Path) -> None:
         _sync(Path(root))
 
 
+def device_numbers(device: int) -> tuple[int, int]:
+    """(major, minor) of `os.stat().st_dev`; major 0 is a file system without a disk of its own. Windows has no such."""
+    if sys.platform == "win32":
+        return 1, device
+    return os.major(device), os.minor(device)
+
+
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    if sys.platform == "win32" and path.is_dir():
+        return  # it opens no folder
+    handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:

@@ -27,7 +27,7 @@ PLACE_ERRORS = WRITE_ERRORS | frozenset(
     }
 )
 """What the file system says of a place that the user named; any other OSError is a bug of ours."""
-_MEND = "make room or rights there, or name another place"
+_HINT = "make room or rights there, or name another place"
 
 
 @contextlib.contextmanager
@@ -47,7 +47,7 @@ def placed(path: Path, errors: Collection[int] = PLACE_ERRORS) -> Iterator[None]
         number = _error_number(error)
         if number not in errors:
             raise
-        raise RunError(os.strerror(number), where=path, hint=_MEND) from error
+        raise RunError(os.strerror(number), where=path, hint=_HINT) from error
 
 
 def nearest(path: Path) -> Path | None:
@@ -110,7 +110,7 @@ def _try(path: Path) -> None:
     """
     with placed(path):
         above = path.absolute().parent
-        while not os.path.lexists(above):
+        while not os.path.lexists(above) and above != above.parent:  # a drive of Windows may not be there
             above = above.parent
         if not os.path.isdir(above):
             raise RunError(_in_the_way(above), where=above, hint="name another place")

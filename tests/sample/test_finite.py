@@ -137,7 +137,7 @@ def test_an_adapter_that_became_nan_is_named(tiny_model_dir: Path, wide_lora: Pa
 
 
 def test_step_by_step_and_after_the_first_step(tiny_model_dir: Path) -> None:
-    pipe = LibreFluxPipeline.from_model(opened(tiny_model_dir))
+    pipe = opened(tiny_model_dir).pipeline()
     poisoned(pipe, "transformer", "proj_out.weight", torch.nan)
     calls: list[int] = []
     pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))

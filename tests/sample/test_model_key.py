@@ -16,9 +16,8 @@ from libreflux.adapter.files import load_adapter
 from libreflux.adapter.peft import CONFIG, FILES
 from libreflux.data.digests import FileMemory
 from libreflux.model.single_file import SingleFiles, find_comfyui
-from libreflux.model.single_save import save_files
-from libreflux.model.source import open_model
 from libreflux.sample.model_key import adapters_key, model_key
+from opened import opened
 from tiny import change_json
 
 LAYER = "transformer_blocks.0.attn.to_q"
@@ -27,7 +26,7 @@ LAYER = "transformer_blocks.0.attn.to_q"
 @pytest.fixture
 def comfyui(tiny_model_dir: Path, tmp_path: Path) -> SingleFiles:
     """The tiny model in single files of its own."""
-    save_files(open_model(tiny_model_dir), tmp_path / "flat")
+    opened(tiny_model_dir).save_files(tmp_path / "flat")
     return find_comfyui(tmp_path / "flat")
 
 

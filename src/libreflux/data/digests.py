@@ -25,6 +25,7 @@ from libreflux import checksums, files
 from libreflux.data.index import ELSEWHERE, refusing
 from libreflux.data.pictures import Inspected, inspect
 from libreflux.data.progress import ProgressCount
+from libreflux.files import device_numbers
 from libreflux.model.checksums import part_files
 from libreflux.model.locate import part_folder
 from libreflux.printing import get_logger
@@ -332,7 +333,7 @@ def _state(path: Path) -> tuple[str, _State]:
     except OSError:  # a link that leads nowhere: whoever opens it says why
         return name, _State(-1, 0, 0, 0)
     # File systems without a disk of their own (network, FUSE) may number their files anew at every mount.
-    inode = stat.st_ino if os.major(stat.st_dev) else 0
+    inode = stat.st_ino if device_numbers(stat.st_dev)[0] else 0
     return name, _State(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, inode)
 
 

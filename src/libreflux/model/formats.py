@@ -42,7 +42,7 @@ _OTHERS = {
     ".qweight": "GPTQ, AWQ or SVDQuant",
 }
 """Formats that are not read, by what their tensors' names end in or contain."""
-_MEND = "use the bf16, fp16 or fp8 file; `libreflux export --int8` makes it small"
+_HINT = "use the bf16, fp16 or fp8 file; `libreflux export --int8` makes it small"
 
 
 def marks(
@@ -168,4 +168,4 @@ def _check_scale(name: str, stored: Range, scale: Range, where: object) -> None:
 
 
 def _refused(told: str, where: object, name: str) -> ModelError:
-    return ModelError(f"is quantised by {told}, which is not read ({name})", where=where, hint=_MEND)
+    return ModelError(f"is quantised by {told}, which is not read ({name})", where=where, hint=_HINT)

@@ -148,7 +148,7 @@ def foreign_format(config: Mapping[str, Any]) -> str | None:
     return f"{method}{f' ({str(detail)[:60]})' if detail else ''}"
 
 
-FOREIGN_MEND = "use the model in bf16 or fp32; `libreflux export --int8` makes it small"
+FOREIGN_HINT = "use the model in bf16 or fp32; `libreflux export --int8` makes it small"
 
 
 def _refuse_format(part: Path) -> None:
@@ -156,7 +156,7 @@ def _refuse_format(part: Path) -> None:
     with contextlib.suppress(OSError, ValueError, AttributeError):
         config = plainjson.parse((part / "config.json").read_text(encoding="utf-8"))
         if told := foreign_format(config):
-            raise ModelError(f"is quantised by {told}, which is not read", where=part, hint=FOREIGN_MEND)
+            raise ModelError(f"is quantised by {told}, which is not read", where=part, hint=FOREIGN_HINT)
 
 
 def _suggestion(text: str, path: Path | None) -> str:

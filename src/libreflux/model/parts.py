@@ -19,7 +19,7 @@ from libreflux import plainjson
 from libreflux.errors import ModelError
 from libreflux.model.checksums import verified_part
 from libreflux.model.formats import check_plain
-from libreflux.model.locate import FOREIGN_MEND, foreign_format
+from libreflux.model.locate import FOREIGN_HINT, foreign_format
 from libreflux.model.ranges import RangedFile
 from libreflux.printing import counted, get_logger
 
@@ -28,6 +28,7 @@ logger = get_logger(__name__)
 COPY = "the file is missing or damaged: copy or download it again"
 
 MOST_LAYERS = 1000
+MOST_WIDTH = 2**20
 _STEMS = ("diffusion_pytorch_model", "model")
 _VARIANT = re.compile(rf"(?:{'|'.join(_STEMS)})\.(?:(\w+)\.safetensors|safetensors\.index\.(\w+)\.json)", re.ASCII)
 _PLAIN = re.compile(r"[^/\\]+\.safetensors")
@@ -80,7 +81,7 @@ def check_part(folder: Path, *, neighbours: bool = False) -> None:
     _check_is_there(folder)
     config = json_object(folder / "config.json")
     if told := foreign_format(config):
-        raise ModelError(f"is quantised by {told}, which is not read", where=folder, hint=FOREIGN_MEND)
+        raise ModelError(f"is quantised by {told}, which is not read", where=folder, hint=FOREIGN_HINT)
     if (folder / "adapter_config.json").exists():  # transformers would open the model that it names, wherever it is
         raise ModelError("is an adapter, not a model", where=folder, hint="remove its adapter_config.json")
     for key, value in _attention(config):
@@ -107,6 +108,14 @@ def check_layers(config: Mapping[str, Any], where: object, stored: int | None = 
         if "layers" in key and isinstance(value, int) and value > (stored or MOST_LAYERS):
             told = f"{key} is {value}, but it has {counted(stored, 'tensor')}" if stored else f"{key} cannot be {value}"
             raise ModelError(told, where=where, hint="the weights and config.json differ")
+
+
+def check_widths(config: Mapping[str, Any], where: object) -> None:
+    """Raises ModelError for a width in a transformer's configuration that no model has."""
+    for key in _FLUX_WIDTHS.keys() & config.keys():
+        value = config[key]
+        if not isinstance(value, int) or not 1 <= value <= MOST_WIDTH:
+            raise ModelError(f"{key} cannot be {value!r}", where=where, hint=COPY)
 
 
 def _attention(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -183,13 +192,8 @@ def check_fit(where: Path, transformer: Mapping[str, Any], parts: Mapping[str, M
             raise ModelError(f"{what} differ: {one} and {other}", where=where, hint="use the parts of one model")
 
 
-_FLUX_DEFAULTS: dict[str, Any] = {
-    "axes_dims_rope": (16, 56, 56),
-    "attention_head_dim": 128,
-    "in_channels": 64,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-}
+_FLUX_WIDTHS = {"attention_head_dim": 128, "in_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768}
+_FLUX_DEFAULTS: dict[str, Any] = {"axes_dims_rope": (16, 56, 56), **_FLUX_WIDTHS}
 """Of diffusers' FluxTransformer2DModel."""
 
 

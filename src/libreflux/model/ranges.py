@@ -113,10 +113,8 @@ def _mapped(file: Any, where: Range, dtype: torch.dtype) -> Tensor | None:
     if (where.start - first) % dtype.itemsize:
         return None
     try:
-        held = mmap.mmap(
-            file.fileno(), where.end - first, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, offset=first
-        )
-    except (OSError, ValueError, AttributeError):  # some network file systems; Windows knows no such flags
+        held = mmap.mmap(file.fileno(), where.end - first, access=mmap.ACCESS_COPY, offset=first)
+    except (OSError, ValueError):  # some network file systems
         return None
     count = (where.end - where.start) // dtype.itemsize
     return torch.frombuffer(held, dtype=dtype, count=count, offset=where.start - first)  # keeps `held`, and frees it

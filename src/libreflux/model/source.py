@@ -28,7 +28,7 @@ from libreflux.model.int8 import dequantise_model, int8_layers
 from libreflux.model.int8_files import METHOD, load_int8, stored_as, weight_files, write_all_checksums, write_int8
 from libreflux.model.load import load_part, load_t5_tokenizer, load_text, one_line, quiet
 from libreflux.model.locate import PARTS, locate, part_folder
-from libreflux.model.parts import check_fit, check_layers, check_part, copy_part, json_object
+from libreflux.model.parts import check_fit, check_layers, check_part, check_widths, copy_part, json_object
 from libreflux.model.single_file import (
     FACTS_KEY,
     TOKENIZERS,
@@ -375,6 +375,7 @@ def open_model(name: str | Path | SingleFiles) -> ModelSource:
     where = path / "transformer" / "config.json"
     config = json_object(where)
     check_layers(config, where)
+    check_widths(config, where)
     kind, guided = config.get("_class_name"), bool(config.get("guidance_embeds", False))
     if kind not in ("FluxTransformer2DModel", _MASKED):
         raise ModelError(f"its transformer is a {kind}", where=path, hint="use a model of the FLUX.1 family")

@@ -1,10 +1,14 @@
-"""Stopping safely: SIGINT, SIGTERM and SIGHUP ask a run to finish its step and save; a second one stops it at once."""
+"""Stopping safely: SIGINT, SIGTERM and SIGHUP ask a run to finish its step and save; a second one stops it at once.
+
+Windows has SIGBREAK (Ctrl-Break) in SIGHUP's place.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +22,7 @@ class Interrupted(Exception):
     """A run was stopped by a signal after it had saved; the same command goes on from there.
 
     Attributes:
-        signum: SIGINT, SIGTERM or SIGHUP.
+        signum: one of `SIGNALS`.
         step: finished steps, all of them saved.
         run: the run folder.
         exit_code: 128 + signum (130, 143, 129), what a shell expects of a process that a signal ended.
@@ -32,7 +36,14 @@ class Interrupted(Exception):
         )
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+if sys.platform == "win32":
+    _HANG_UP = None
+    ENDING: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGBREAK)
+else:
+    _HANG_UP = signal.SIGHUP
+    ENDING = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a process, Ctrl-C apart."""
+SIGNALS = (signal.SIGINT, *ENDING)
 
 
 class StopRequest:
@@ -64,7 +75,7 @@ class StopRequest:
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
         self._restore()
-        if signum == signal.SIGHUP:
+        if signum == _HANG_UP:
             hush(self._terminals)
         # os.write: a handler may run in the middle of anything, a print to the same stream included.
         with contextlib.suppress(OSError):
@@ -92,13 +103,13 @@ def unwinding() -> Iterator[None]:
 
     def end(signum: int, frame: FrameType | None) -> None:
         signal.signal(signum, signal.SIG_DFL)
-        if signum == signal.SIGHUP:
+        if signum == _HANG_UP:
             hush(seen)
         raise SystemExit(128 + signum)
 
     ours = []
     if threading.current_thread() is threading.main_thread():
-        ours = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is signal.SIG_DFL]
+        ours = [one for one in ENDING if signal.getsignal(one) is signal.SIG_DFL]
     for signum in ours:
         signal.signal(signum, end)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ def adapter_argument(text: str) -> tuple[str, float]:
         AdapterError: the weight is no finite number.
     """
     path, colon, weight = text.rpartition(":")
-    if not colon or weight.endswith(".safetensors") or "/" in weight:
+    if not colon or weight.endswith(".safetensors") or re.search(r"[/\\]", weight):  # C:\run is a folder of Windows
         return text, 1.0
     try:
         value = float(weight)
