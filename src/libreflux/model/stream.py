@@ -13,9 +13,16 @@ import torch
 from libreflux.files import replace_whole
 
 _CODES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-    "int8": "I8", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 """What safetensors calls torch's dtypes."""
 _ORDER = ("bool", "uint8", "int8", "float16", "bfloat16", "int32", "float32", "float64", "int64")
 """As safetensors sorts them: a file begins with the last one's tensors."""

@@ -120,9 +120,12 @@ def diffusers_scheduler(facts: Facts, own: FlowMatchEulerDiscreteScheduler) -> F
     """The scheduler with the model's shift, which diffusers' pipelines follow: `own` where it has it."""
     (low, least), (high, most) = DEV_SHIFT
     by_size = {
-        "use_dynamic_shifting": True, "base_image_seq_len": low, "base_shift": least, "max_image_seq_len": high,
+        "use_dynamic_shifting": True,
+        "base_image_seq_len": low,
+        "base_shift": least,
+        "max_image_seq_len": high,
         "max_shift": most,
-    }  # fmt: skip
+    }
     wanted = by_size if facts.shift is None else {"use_dynamic_shifting": False, "shift": float(facts.shift)}
     if all(own.config.get(name) == value for name, value in wanted.items()):
         return own
