@@ -98,3 +98,10 @@ def test_every_logger_of_ours_has_the_filter() -> None:
     loggers = [one for name in ours if isinstance(one := logging.root.manager.loggerDict[name], logging.Logger)]
     assert len(loggers) > 8
     assert all(logger.filters for logger in loggers if logger.name != "libreflux.test")
+
+
+def test_a_name_of_thousands_of_characters_is_shown_by_its_ends() -> None:
+    told = str(RunError("is not there", where="a" + "x" * 5000 + "b", hint="look"))
+    assert len(told) < 700
+    assert told.startswith("axx")
+    assert told.endswith("xxb: is not there; hint: look")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from libreflux.printing import printable
+from libreflux.printing import printable, shortened
 
 
 class LibrefluxError(Exception):
@@ -27,9 +27,9 @@ class LibrefluxError(Exception):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        line = f"{self.where}: {self.what}" if self.where is not None else self.what
+        line = f"{shortened(self.where)}: {shortened(self.what)}" if self.where is not None else shortened(self.what)
         if self.hint:
-            line += f"; hint: {self.hint}"
+            line += f"; hint: {shortened(self.hint)}"
         return printable(" ".join(line.split()))
 
 

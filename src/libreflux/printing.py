@@ -30,6 +30,13 @@ def printable(text: object, keep: str = "") -> str:
     return _UNPRINTABLE.sub(shown, str(text))
 
 
+def shortened(text: object, most: int = 600) -> str:
+    """A text of at most so many characters: of a longer one the middle is left out."""
+    whole = str(text)
+    half = (most - 1) // 2
+    return whole if len(whole) <= most else f"{whole[:half]}…{whole[-half:]}"
+
+
 def counted(count: int, noun: str, plural: str | None = None) -> str:
     """ "1 picture", "1,200 pictures": a count and what it counts.
 
