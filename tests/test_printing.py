@@ -15,7 +15,7 @@ import pytest
 import libreflux
 from libreflux.cli.progress import progress
 from libreflux.cli.terminal import SafeConsole
-from libreflux.errors import LibrefluxError
+from libreflux.errors import LibrefluxError, RunError
 from libreflux.printing import get_logger, printable, say, say_json, say_table
 
 ROOT = Path(libreflux.__file__).parent
