@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu soak lint docs emoji
+.PHONY: help install demo test test-lowest test-gpu soak lint docs emoji
 
 help:
 	@echo 'make install   the package, editable, with its pinned dependencies, into $(VENV)'
 	@echo 'make demo      install, then set a model free, measure it and show: out/demo/index.html'
 	@echo 'make test      install, then the test suite'
+	@echo 'make test-lowest  the test suite with the lowest versions that pyproject.toml allows, in $(LOWEST)'
 	@echo 'make test-gpu  install, then the tests for a card; PY=python3: with that Python as it is, nothing is installed'
 	@echo 'make emoji     install, then the emoji family from nothing: about 6 hours on two cores, resumable; WORK=DIR'
 	@echo 'make soak      install, then kill training 50 times, fill its disk, compare the bytes: some minutes'
@@ -39,6 +40,14 @@ emoji: install
 # Two processes, each with the tests of whole files: torch's threads of one wait most of the time.
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+LOWEST := .venv-lowest
+
+# Direct dependencies at their lower bounds; what those need comes at its newest.
+test-lowest: install
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	VIRTUAL_ENV=$(CURDIR)/$(LOWEST) $(BIN)/uv pip install --resolution lowest-direct -e '.[dev,plots]'
+	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # A machine with a card often has a Python whose torch was built for it: PY=python3 make test-gpu
 test-gpu: $(if $(PY),,install)
