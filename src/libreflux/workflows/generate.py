@@ -18,7 +18,7 @@ from libreflux.workflows.generate_options import (
     texts_of_options,
 )
 from libreflux.workflows.keywords import by_keywords
-from libreflux.workflows.picture_options import listed, named_model
+from libreflux.workflows.picture_options import adapter_texts, named_model
 from libreflux.workflows.targets import picture_targets
 
 __all__ = ["GenerateOptions", "GenerateResult", "GeneratedPicture", "generate", "generate_with"]
@@ -73,7 +73,7 @@ def generate_with(options: GenerateOptions) -> GenerateResult:
 
         result = libreflux.generate("a fox on yellow", steps=4, seed=1)
         result.pictures[0].image.save("fox.png")
-        libreflux.generate(["a fox", "an owl"], guidance=4, negative="yellow", count=2, out="pictures")
+        libreflux.generate(["a fox", "an owl"], steps=4, guidance=4, negative="yellow", out="pictures")
     """
     prompts, seconds = texts_of_options(options)
     wanted = [(prompt, options.seed + index) for prompt in prompts for index in range(options.count)]
@@ -83,7 +83,7 @@ def generate_with(options: GenerateOptions) -> GenerateResult:
     from libreflux.workflows.adapters import default_model
     from libreflux.workflows.drawing import open_for_drawing
 
-    adapters = listed(options.adapters)
+    adapters = adapter_texts(options.adapters)
     named = named_model(options.model, options.base, options.comfyui) or default_model(adapters)
     source = open_for_drawing(named, adapters, options.device, options.offload, options.quantize)
     common = dataclasses.replace(_common_record(options, source.facts, source.size), model=str(named))

@@ -54,7 +54,7 @@ class GenerateOptions:
     model: str | Path | None = None
     base: str | None = None
     comfyui: str | Path | None = None
-    adapters: str | Sequence[str] = ()
+    adapters: str | Path | Sequence[str | Path] = ()
     prompt_2: str | Sequence[str] | None = None
     negative: str = ""
     negative_2: str | None = None

@@ -15,6 +15,7 @@ from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.picture_options import (
     Offload,
     Quantize,
+    adapter_texts,
     check_memory,
     check_picture,
     check_prompts,
@@ -56,7 +57,7 @@ class GridOptions:
     model: str | Path | Sequence[str | Path] | None = None
     base: str | None = None
     comfyui: str | Path | None = None
-    adapters: str | Sequence[str] = ()
+    adapters: str | Path | Sequence[str | Path] = ()
     guidance: Sequence[float] | None = None
     steps: Sequence[int] | None = None
     seeds: Sequence[int] = (0,)
@@ -155,7 +156,7 @@ def _checked(options: GridOptions) -> tuple[tuple[str, ...], list[str], tuple[st
     _check_each("seeds", options.seeds, lambda seed: check_whole("seeds", seed, 0))
     given = options.model
     models = [] if given is None else [given] if isinstance(given, str | Path) else list(given)
-    return prompts, [str(model) for model in models], listed(options.adapters), out
+    return prompts, [str(model) for model in models], adapter_texts(options.adapters), out
 
 
 def _check_each(name: str, values: Sequence[Any] | None, check: Callable[[Any], None]) -> None:

@@ -33,6 +33,11 @@ def listed(values: str | Sequence[str] | None) -> tuple[str, ...]:
     return (values,) if isinstance(values, str) else tuple(values)
 
 
+def adapter_texts(adapters: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
+    """Adapter arguments as texts, `PATH[:WEIGHT]`: of one, or of several."""
+    return (str(adapters),) if isinstance(adapters, str | Path) else tuple(str(adapter) for adapter in adapters)
+
+
 def named_model(model: str | Path | None, base: str | None, comfyui: str | Path | None) -> str | SingleFiles | None:
     """See `chosen_model`."""
     name, folder = None if model is None else str(model), None if comfyui is None else Path(comfyui)

@@ -23,7 +23,7 @@ from libreflux.sample.metadata import GenerationRecord, differences, open_png, r
 from libreflux.workflows.adapters import adapter_argument
 from libreflux.workflows.drawing import open_for_drawing
 from libreflux.workflows.keywords import by_keywords
-from libreflux.workflows.picture_options import Offload, check_memory, listed, named_model
+from libreflux.workflows.picture_options import Offload, adapter_texts, check_memory, named_model
 from libreflux.workflows.progress import Progress, silent
 from libreflux.workflows.targets import ANOTHER_PLACE, picture_targets
 
@@ -50,7 +50,7 @@ class RemakeOptions:
     model: str | Path | None = None
     base: str | None = None
     comfyui: str | Path | None = None
-    adapters: str | Sequence[str] = ()
+    adapters: str | Path | Sequence[str | Path] = ()
     device: str = "auto"
     offload: Offload = "auto"
     metadata: bool = True
@@ -107,7 +107,7 @@ def remake_with(options: RemakeOptions) -> RemakeResult:
         model = record.model if is_file else told_model(record.model, picture)
     named = named_model(model, options.base, options.comfyui)
     assert named is not None
-    adapters = _found(record, listed(options.adapters), picture)
+    adapters = _found(record, adapter_texts(options.adapters), picture)
     source = open_for_drawing(named, adapters, options.device, options.offload, record.quantize)
     try:
         check_max_tokens(source.facts, record.max_tokens, f"{picture}: max_tokens")
