@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from libreflux import seeding
-from libreflux.cli.drawing import open_for_drawing
 from libreflux.flow.solve import Step
 from libreflux.model.facts import Facts, write_facts
 from libreflux.model.int8 import Int8Linear, quantise_model
@@ -39,6 +38,7 @@ from libreflux.model.locate import WEIGHTS
 from libreflux.model.single_file import CONFIGS
 from libreflux.model.stream import stream_safetensors
 from libreflux.sample.metadata import GenerationRecord
+from libreflux.workflows.drawing import open_for_drawing
 
 PROMPTS = ("a small red fox at the left of a rocket, on yellow", "blue")
 TINY: dict[str, dict[str, Any]] = {

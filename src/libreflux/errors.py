@@ -45,11 +45,13 @@ class OptionError(RecipeError):
     Args:
         what: what is wrong.
         option: its name in the call, e.g. "no_cfg_until".
+        value: the one of its values that is meant, where that must be said.
         hint: what to do about it.
     """
 
-    def __init__(self, what: str, option: str, *, hint: str | None = None) -> None:
-        super().__init__(what, where=option, hint=hint)
+    def __init__(self, what: str, option: str, *, value: object = None, hint: str | None = None) -> None:
+        self.option, self.value = option, value
+        super().__init__(what, where=option if value is None else f"{option} {value}", hint=hint)
 
     def spelled(self, names: Mapping[str, str]) -> RecipeError:
         """The same error with options as a command spells them.
@@ -58,11 +60,23 @@ class OptionError(RecipeError):
             names: option to its spelling there, e.g. "no_cfg_until" to "--no-cfg-until".
         """
 
-        def shown(text: str) -> str:
-            return re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), text)
+        hint = None if self.hint is None else _spelled(self.hint, names)
+        where = names.get(self.option, self.option) + ("" if self.value is None else f" {self.value}")
+        return RecipeError(_spelled(self.what, names), where=where, hint=hint)
 
-        hint = None if self.hint is None else shown(self.hint)
-        return RecipeError(shown(self.what), where=names.get(str(self.where), self.where), hint=hint)
+
+class OptionHint(str):
+    """The hint of an error of another kind, with options in backquotes as in an `OptionError`."""
+
+    __slots__ = ()
+
+    def spelled(self, names: Mapping[str, str]) -> str:
+        """The hint with options as a command spells them, see `OptionError.spelled`."""
+        return _spelled(self, names)
+
+
+def _spelled(text: str, names: Mapping[str, str]) -> str:
+    return re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), text)
 
 
 class DataError(LibrefluxError):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from libreflux.errors import RecipeError
+from libreflux.errors import OptionError, RecipeError
 
 SIDE_STEP = 16
 """Pixels: 8 of the VAE, 2 of the packing."""
+MOST_SIDE = 16384
+"""Pixels per side of any picture."""
 MOST_NUMBERS = 10_000
 """Of one list."""
 
@@ -22,11 +24,11 @@ def check_side(pixels: int | None, where: str) -> None:
     """Refuses a side that is no multiple of 16; None is not checked.
 
     Raises:
-        RecipeError: names the nearest one.
+        OptionError: names the nearest one.
     """
     if pixels is not None and not is_side(pixels):
         nearest = max(SIDE_STEP, round(pixels / SIDE_STEP) * SIDE_STEP)
-        raise RecipeError(f"{pixels} is not a multiple of {SIDE_STEP}", where=where, hint=f"use {nearest}")
+        raise OptionError(f"{pixels} is not a multiple of {SIDE_STEP}", where, hint=f"use {nearest}")
 
 
 def number_list(

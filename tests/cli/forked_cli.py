@@ -21,7 +21,7 @@ import tempfile
 import traceback
 
 from libreflux.cli import main
-from libreflux.cli.drawing import open_for_drawing
+from libreflux.workflows.drawing import open_for_drawing
 
 
 def warm(model: str) -> None:

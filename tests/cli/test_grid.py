@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from libreflux.cli.grid import Column, _Cells
 from libreflux.sample.metadata import GenerationRecord, read_record, save_png
+from libreflux.workflows.grid_cells import Cell, Cells, Column, Row
 from tiny import DECIDING, UNDECIDING, change_json
 
 
@@ -65,21 +65,21 @@ def test_cells_are_what_generate_draws_and_are_drawn_once(
         assert sheet.width > 6 * side and sheet.height > 4 * side
 
 
-def blank(cells: _Cells, column: Column, prompt: str, seed: int, told: Any) -> tuple[Path, GenerationRecord]:
+def blank(cells: Cells, column: Column, row: Row, on_step: Any) -> Cell:
     """In a drawing's place, where only whether it is drawn is asked."""
-    steps, scale = (getattr(cells._identity(column.model), name)(column) for name in ("steps", "guidance"))
+    steps, scale = (getattr(cells.model(column), name)(column) for name in ("steps", "guidance"))
     record = GenerationRecord(
-        prompt=prompt, seed=seed, steps=steps, guidance=scale, width=16, height=16, model=column.model
+        prompt=row.prompt, seed=row.seed, steps=steps, guidance=scale, width=16, height=16, model=column.model
     )
-    save_png(Image.new("RGB", (16, 16)), path := cells._path(column, prompt, seed), record)
+    save_png(Image.new("RGB", (16, 16)), path := cells.path(column, row), record)
     cells.made += 1
-    return path, record
+    return Cell(path, record)
 
 
 def test_a_cell_is_drawn_anew_when_anything_that_decides_it_changes(
     run: Callable[..., Any], tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_Cells, "_draw", blank)
+    monkeypatch.setattr(Cells, "draw", blank)
     model, out = tmp_path / "model", tmp_path / "grid"
     shutil.copytree(tiny_model_dir, model)
     command = ["grid", "a cat", "--steps", 1, "--out", out, "--model"]
@@ -112,7 +112,7 @@ def test_a_cell_is_drawn_anew_when_anything_that_decides_it_changes(
 def test_own_steps_and_guidance_are_the_models_own_of_today(
     run: Callable[..., Any], tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_Cells, "_draw", blank)
+    monkeypatch.setattr(Cells, "draw", blank)
     model = tmp_path / "model"
     shutil.copytree(tiny_model_dir, model)
     for facts in ({"steps": 1}, {"steps": 2}, {"guidance": 2}):

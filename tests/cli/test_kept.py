@@ -14,7 +14,6 @@ from PIL import Image
 
 from kept.write import COMMANDS, mean_square
 from libreflux.cli import probing
-from libreflux.cli.grid import _Cells
 from libreflux.data.cache import CacheWriter
 from libreflux.model.int8 import int8_layers
 from libreflux.model.source import open_model
@@ -23,6 +22,7 @@ from libreflux.probing.context import Bench
 from libreflux.probing.results import read_result
 from libreflux.sample.metadata import read_record
 from libreflux.training import checkpoint
+from libreflux.workflows.grid_cells import Cells
 
 ARCHIVES = sorted((Path(__file__).parents[1] / "kept").glob("*.tar.xz"))
 
@@ -37,7 +37,7 @@ def kept(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def refuse(*args: Any) -> None:
         raise AssertionError("made again")
 
-    for where, name in ((CacheWriter, "_shard"), (_Cells, "_draw"), (Bench, "_draw")):
+    for where, name in ((CacheWriter, "_shard"), (Cells, "draw"), (Bench, "_draw")):
         monkeypatch.setattr(where, name, refuse)
     return tmp_path
 

@@ -16,12 +16,12 @@ from accelerate import cpu_offload, hooks
 from accelerate.utils import set_module_tensor_to_device
 from transformers import PreTrainedModel
 
-from libreflux.cli import drawing
-from libreflux.cli.drawing import open_for_drawing, texts_of
-from libreflux.cli.options import Offload
 from libreflux.errors import RecipeError
 from libreflux.model.source import ModelSource, open_model
 from libreflux.sample.metadata import GenerationRecord
+from libreflux.workflows import drawing
+from libreflux.workflows.drawing import open_for_drawing, texts_of
+from libreflux.workflows.picture_options import Offload
 from tiny import tiny_transformer
 
 ORIGIN = GenerationRecord(
@@ -118,10 +118,10 @@ def test_sequential_brings_the_encoders_block_by_block(
     tiny_model_dir: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = open_for_drawing(str(tiny_model_dir), device="cpu")
-    whole, _ = dataclasses.replace(chosen, offload=Offload.auto)._encoded(texts_of(ORIGIN))
+    whole, _ = dataclasses.replace(chosen, offload="auto").encoded(texts_of(ORIGIN))
     on_device = OnDevice()
     monkeypatch.setattr(hooks, "set_module_tensor_to_device", on_device)
-    blocks, kept = dataclasses.replace(chosen, offload=Offload.sequential)._encoded(texts_of(ORIGIN))
+    blocks, kept = dataclasses.replace(chosen, offload="sequential").encoded(texts_of(ORIGIN))
     assert kept is None and watch.living() == 0
     assert {"T5Block", "CLIPEncoderLayer", "Embedding"} <= on_device.brought
     text = open_model(tiny_model_dir).load_text()
@@ -150,9 +150,9 @@ def test_under_model_one_encoder_is_on_the_device_at_a_time(
         return own(model, *where, **options)
 
     chosen = open_for_drawing(str(tiny_model_dir), device="cpu")
-    whole, _ = chosen._encoded(texts_of(ORIGIN))
+    whole, _ = chosen.encoded(texts_of(ORIGIN))
     monkeypatch.setattr(PreTrainedModel, "to", to)
-    found, kept = dataclasses.replace(chosen, offload=Offload.model, device=device)._encoded(texts_of(ORIGIN))
+    found, kept = dataclasses.replace(chosen, offload="model", device=device).encoded(texts_of(ORIGIN))
     opened = [("CLIPTextModel", "cpu"), ("T5EncoderModel", "cpu")]
     visits = [(name, place) for name in ("T5EncoderModel", "CLIPTextModel") for place in ("cpu:0", "meta")]
     assert moved == [*opened, *visits] and kept is None and watch.living() == 0
@@ -161,16 +161,16 @@ def test_under_model_one_encoder_is_on_the_device_at_a_time(
         assert {one.device.type for one in (*found[key].tokens, found[key].pooled)} == {"cpu"}
 
 
-@pytest.mark.parametrize("offload", [Offload.auto, Offload.model, Offload.sequential])
+@pytest.mark.parametrize("offload", ["auto", "model", "sequential"])
 def test_the_vae_rests_on_the_cpu_where_parts_wait(
     tiny_model_dir: Path, offload: Offload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drawing, "device_for", lambda *_: torch.device("meta"))
     vae = open_for_drawing(str(tiny_model_dir), offload=offload).vae
-    assert vae.device.type == ("meta" if offload is Offload.auto else "cpu")
+    assert vae.device.type == ("meta" if offload == "auto" else "cpu")
 
 
-@pytest.mark.parametrize("offload", [Offload.model, Offload.sequential])
+@pytest.mark.parametrize("offload", ["model", "sequential"])
 def test_diffusers_hooks_draw_the_same_bits(
     tiny_model_dir: Path, offload: Offload, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,7 +180,7 @@ def test_diffusers_hooks_draw_the_same_bits(
     chosen = open_for_drawing(str(tiny_model_dir), device="cpu")
     expected = chosen.load([ORIGIN]).draw(ORIGIN)
     opened = dataclasses.replace(open_for_drawing(str(tiny_model_dir), device="cpu"), offload=offload).load([ORIGIN])
-    resting = "meta" if offload is Offload.sequential else "cpu"
+    resting = "meta" if offload == "sequential" else "cpu"
     for _ in range(2):
         assert opened.draw(ORIGIN).tobytes() == expected.tobytes()
         parts = (opened.pipe.transformer, opened.pipe.vae)
@@ -189,8 +189,8 @@ def test_diffusers_hooks_draw_the_same_bits(
 
 def test_int8_is_never_moved_layer_by_layer(tiny_model_dir: Path) -> None:
     chosen = open_for_drawing(str(tiny_model_dir), device="cpu", quantize="int8")
-    with pytest.raises(RecipeError, match="--offload sequential: does nothing for int8"):
-        dataclasses.replace(chosen, offload=Offload.sequential).load([ORIGIN])
+    with pytest.raises(RecipeError, match="offload sequential: does nothing for int8"):
+        dataclasses.replace(chosen, offload="sequential").load([ORIGIN])
 
 
 def test_the_nearest_facts_are_told_once(

@@ -213,9 +213,9 @@ def test_a_disk_is_charged_with_what_goes_on_it_alone(recipe: Path, tmp_path: Pa
 def test_an_adapter_that_its_run_prunes_after_it_was_read_is_used_as_it_was_read(
     run: Callable, tiny_model_dir: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
-    from libreflux.cli import drawing
     from libreflux.files import sha256_file
     from libreflux.model import source
+    from libreflux.workflows import drawing
 
     adapter = tmp_path / "a.safetensors"
     adapter.write_bytes(trained.read_bytes())

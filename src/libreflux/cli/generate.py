@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from libreflux.cli.options import Base, Batch, ComfyUI, Offload, OffloadOption, QuantizeOption
-from libreflux.errors import RecipeError, RunError
-from libreflux.places import file_place
-from libreflux.printing import counted, say
-from libreflux.values import check_side, number_list
-from libreflux.workflows.models import chosen_model
+from libreflux.errors import RecipeError
+from libreflux.printing import say
+from libreflux.values import number_list
 
-if TYPE_CHECKING:
-    from libreflux.cli.drawing import Opened
-    from libreflux.model.facts import Facts
-    from libreflux.sample.metadata import GenerationRecord
-
-REMAKE_TAKES = ("remake", "model", "base", "comfyui", "adapter", "device", "offload", "no_metadata", "out")
+REMAKE_TAKES = ("remake", "model", "base", "comfyui", "adapters", "device", "offload", "no_metadata", "out")
 
 
 def generate(
@@ -36,9 +25,11 @@ def generate(
         str | None,
         typer.Option(help="Model: a name, a folder or a hub id; default: emoji-libre, or what the adapter is for."),
     ] = None,
-    adapter: Annotated[
+    adapters: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATH[:WEIGHT]", help="Adapter file or run folder, put on the model; may be repeated."),
+        typer.Option(
+            "--adapter", metavar="PATH[:WEIGHT]", help="Adapter file or run folder, put on the model; may be repeated."
+        ),
     ] = None,
     prompt_2: Annotated[
         list[str] | None,
@@ -104,129 +95,67 @@ def generate(
     out: Annotated[Path, typer.Option(help="A .png file for one picture, else a folder; replaced.")] = Path("out"),
 ) -> None:
     """Draw pictures. The same command draws the same bytes, and each PNG says how it was made."""
+    from libreflux.cli.progress import progress
+
     if remake is not None:
         _refuse_beside_remake(context)
-        from libreflux.cli.remake import draw_again
+        from libreflux.workflows.remake import RemakeOptions, remake_with
 
-        draw_again(
-            remake, model, adapter or (), device, out, offload=offload, base=base, comfyui=comfyui,
-            with_metadata=not no_metadata,
-        )  # fmt: skip
+        again = RemakeOptions(
+            remake,
+            model=model,
+            base=base,
+            comfyui=comfyui,
+            adapters=adapters or (),
+            device=device,
+            offload=offload.as_value,
+            metadata=not no_metadata,
+            out=out,
+            progress=progress,
+            on_difference=lambda line: say(f"{remake}: {line}", err=True),
+            on_picture=say,
+        )
+        say(remake_with(again).comparison, err=True)
         return
     if not prompts:
         hint = "quote what to draw, or give --remake PIC.png; see libreflux generate --help"
         raise RecipeError("nothing to draw", where="PROMPT", hint=hint)
-    check_side(width, "--width")
-    check_side(height, "--height")
-    if prompt_2 and len(prompt_2) != len(prompts):
-        what = f"{len(prompt_2)} for {counted(len(prompts), 'prompt')}"
-        raise RecipeError(what, where="--prompt-2", hint="give one for each PROMPT")
-    wanted = [(prompt, seed + index) for prompt in prompts for index in range(count)]
-    targets = picture_targets(out, prompts, wanted)
-    effects = {
-        "--negative": negative, "--no-cfg-until": no_cfg_until, "--guidance-start": guidance_start,
-        "--guidance-stop": guidance_stop != 1, "--guidance-rescale": guidance_rescale,
-        "--batch-cfg": batch_cfg is not Batch.auto, "--negative-2": negative_2 is not None,
-    }  # fmt: skip
-    check_picture(width, height, steps)
-    _check_guidance(guidance, embedded_guidance, guidance_start, guidance_stop, guidance_rescale, no_cfg_until)
-    _refuse_unused(guidance, effects)
-    ladder = None if sigmas is None else _ladder(sigmas, steps)
-    steps = steps if ladder is None else len(ladder)
-    if steps is not None:
-        _refuse_unguided(steps, no_cfg_until, guidance_start, guidance_stop)  # before anything is loaded
 
-    from libreflux.cli.drawing import open_for_drawing
-    from libreflux.sample.encoding import check_max_tokens
-    from libreflux.sample.metadata import GenerationRecord
-    from libreflux.workflows.adapters import default_model
+    from libreflux.workflows.generate import GenerateOptions, generate_with
 
-    source = chosen_model(model, base, comfyui) or default_model(adapter or ())
-    chosen = open_for_drawing(source, adapter or (), device, offload, "int8" if quantize else None)
-    facts, size = chosen.facts, chosen.size
-    check_max_tokens(facts, max_tokens, "--max-tokens")
-    embedded_guidance = _embedded(facts, embedded_guidance)
-    steps = facts.steps if steps is None else steps
-    check_picture(width or size, height or size, steps)
-    if guidance is None:
-        guidance = 1.0 if facts.guidance_embeds else facts.guidance
-        _refuse_unused(guidance, effects)
-    _refuse_unguided(steps, no_cfg_until, guidance_start, guidance_stop)
-    common = GenerationRecord(
-        prompt="", seed=0, negative=negative, steps=steps, guidance=guidance, width=width or size,
-        height=height or size, model=str(source), no_cfg_until=no_cfg_until, guidance_start=guidance_start,
-        guidance_stop=guidance_stop, guidance_rescale=guidance_rescale, batch_cfg=batch_cfg.as_value, tile=tile,
-        embedded_guidance=embedded_guidance, quantize=chosen.quantize,
-        negative_2=negative_2, max_tokens=max_tokens, sigmas=ladder,
-    )  # fmt: skip
-    records = [
-        dataclasses.replace(common, prompt=prompt, prompt_2=prompt_2[index // count] if prompt_2 else None, seed=own)
-        for index, (prompt, own) in enumerate(wanted)
-    ]
-    opened = chosen.load(records)
-    stamped = [opened.stamped(record) for record in records]
-    _draw_all(opened, list(zip(stamped, targets, strict=True)), with_metadata=not no_metadata)
-
-
-def _draw_all(opened: Opened, wanted: list[tuple[GenerationRecord, Path]], *, with_metadata: bool) -> None:
-    from libreflux.cli.progress import progress
-    from libreflux.flow.solve import Step
-    from libreflux.sample.metadata import save_png
-
-    total = sum(record.steps for record, _ in wanted)
-    done = 0
-    with progress("drawing", "step") as report:
-        for index, (record, target) in enumerate(wanted):
-            note = f"picture {index + 1}" if len(wanted) > 1 else ""
-
-            def on_step(step: Step, done: int = done, note: str = note) -> None:
-                report(done + step.index + 1, total, note)
-
-            save_png(opened.draw(record, on_step), target, record if with_metadata else None)
-            say(target)
-            done += record.steps
-
-
-def check_picture(width: int | None, height: int | None, steps: int | None) -> None:
-    """Raises RecipeError for a size or a number of steps out of range; None is not known yet."""
-    from libreflux.sample.checks import check_values
-
-    given = {"width": width, "height": height, "num_inference_steps": steps}
-    check_values(given, {"width": "--width", "height": "--height", "num_inference_steps": "--steps"})
-
-
-def _check_guidance(
-    scale: float | None, embedded: float | None, start: float, stop: float, rescale: float, no_cfg_until: int
-) -> None:
-    from libreflux.sample.checks import check_values
-
-    given = {
-        "guidance_scale": scale, "embedded_guidance": embedded, "guidance_start": start, "guidance_stop": stop,
-        "guidance_rescale": rescale,
-    }  # fmt: skip
-    names = {name: f"--{name.replace('_', '-')}" for name in given} | {"guidance_scale": "--guidance"}
-    check_values(given, names)
-    if no_cfg_until and start:
-        raise RecipeError("does what --guidance-start does", where="--no-cfg-until", hint="give one of them")
-
-
-def _ladder(text: str, steps: int | None) -> list[float]:
-    """The numbers of `--sigmas`."""
-    from libreflux.sample.checks import check_values
-
-    if steps is not None:
-        raise RecipeError("has no effect beside --sigmas", where="--steps", hint="give one of them")
-    sigmas = list(number_list(text, "--sigmas", distinct=False))
-    check_values({"sigmas": sigmas}, {"sigmas": "--sigmas"})
-    return sigmas
-
-
-def _embedded(facts: Facts, given: float | None) -> float | None:
-    """The embedded guidance: as given, the model's own, or None for a model that has none."""
-    if given is not None and not facts.guidance_embeds:
-        what = "has no effect on a model without guidance embedding"
-        raise RecipeError(what, where="--embedded-guidance", hint="use --guidance")
-    return facts.guidance if facts.guidance_embeds and given is None else given
+    options = GenerateOptions(
+        prompts,
+        model=model,
+        base=base,
+        comfyui=comfyui,
+        adapters=adapters or (),
+        prompt_2=prompt_2,
+        negative=negative,
+        negative_2=negative_2,
+        max_tokens=max_tokens,
+        guidance=guidance,
+        embedded_guidance=embedded_guidance,
+        steps=steps,
+        sigmas=None if sigmas is None else number_list(sigmas, "--sigmas", distinct=False),
+        no_cfg_until=no_cfg_until,
+        guidance_start=guidance_start,
+        guidance_stop=guidance_stop,
+        guidance_rescale=guidance_rescale,
+        batch_cfg=batch_cfg.as_value,
+        seed=seed,
+        count=count,
+        width=width,
+        height=height,
+        tile=tile,
+        device=device,
+        quantize=None if quantize is None else quantize.as_value,
+        offload=offload.as_value,
+        metadata=not no_metadata,
+        out=out,
+        progress=progress,
+        on_picture=say,
+    )
+    generate_with(options)
 
 
 def _refuse_beside_remake(context: typer.Context) -> None:
@@ -237,59 +166,3 @@ def _refuse_beside_remake(context: typer.Context) -> None:
         if given and name not in REMAKE_TAKES:
             what = "PROMPT" if name == "prompts" else f"--{name.replace('_', '-')}"
             raise RecipeError("has no effect beside --remake", where=what, hint="remove it: the picture says it")
-
-
-def _refuse_unused(guidance: float | None, effects: Mapping[str, object]) -> None:
-    """Raises RecipeError for an option that a guidance scale of 1 leaves without effect; None is not known yet."""
-    for name, given in effects.items():
-        if given and guidance is not None and guidance <= 1:
-            raise RecipeError(
-                f"has no effect at guidance {guidance:g}", where=name, hint="add --guidance 3, or remove it"
-            )
-
-
-def _refuse_unguided(steps: int, no_cfg_until: int, start: float, stop: float) -> None:
-    """Raises RecipeError if no step is left to guide: guidance and negative prompt would do nothing."""
-    from libreflux.sample.settings import guided_steps
-
-    if no_cfg_until >= steps:
-        hint = f"use at most {steps - 1}, or --guidance 1 instead" if steps > 1 else "remove it, or use more --steps"
-        raise RecipeError(f"leaves no step of {steps} guided", where="--no-cfg-until", hint=hint)
-    guided_steps(steps, no_cfg_until, start, stop)
-
-
-def picture_targets(out: Path, prompts: list[str], wanted: list[tuple[str, int]]) -> list[Path]:
-    """Where each picture goes: the one file, or numbered names in a folder; the place is tried.
-
-    Raises:
-        RecipeError: several pictures for one file, a file that is no PNG, or a file where a folder is needed.
-        RunError: nothing can be written there.
-    """
-    targets = _named_targets(out, prompts, wanted)
-    file_place(targets[0])
-    for target in targets[1:]:
-        if target.is_dir():
-            raise RunError("is a folder", where=target, hint="name another place with --out")
-    return targets
-
-
-def _named_targets(out: Path, prompts: list[str], wanted: list[tuple[str, int]]) -> list[Path]:
-    above = next((folder for folder in out.absolute().parents if os.path.lexists(folder)), Path("/"))
-    if not above.is_dir():
-        raise RecipeError("is a file, not a folder", where=above, hint="name another place with --out")
-    if out.suffix and not out.is_dir():
-        if out.suffix.lower() != ".png":
-            raise RecipeError(f"{out.suffix} is not written", where=out, hint="name a .png file or a folder")
-        if len(wanted) > 1:
-            raise RecipeError(f"{len(wanted)} pictures do not fit one file", where=out, hint="name a folder")
-        return [out]
-    if out.exists() and not out.is_dir():
-        raise RecipeError("is a file, not a folder", where=out, hint="name a .png file or a folder")
-    count = len(wanted) // len(prompts)
-    return [
-        out / f"{index // count + 1:03d}-{_slug(prompt)}-seed{seed}.png" for index, (prompt, seed) in enumerate(wanted)
-    ]
-
-
-def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].strip("-") or "picture"

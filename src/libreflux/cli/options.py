@@ -30,11 +30,21 @@ class Offload(enum.StrEnum):
     model = "model"
     sequential = "sequential"
 
+    @property
+    def as_value(self) -> Literal["auto", "none", "model", "sequential"]:
+        """As workflows take it."""
+        return self.value
+
 
 class Quantize(enum.StrEnum):
     """`--quantize`: how a transformer's weights are kept in memory, whatever is stored."""
 
     int8 = "int8"
+
+    @property
+    def as_value(self) -> Literal["int8"]:
+        """As workflows take it."""
+        return self.value
 
 
 QuantizeOption = Annotated[

@@ -5,7 +5,7 @@ from __future__ import annotations
 PANELS: dict[str, dict[str, str]] = {
     "generate": {
         "What to draw": "negative prompt_2 negative_2 max_tokens seed count width height remake",
-        "Model and adapters": "model adapter base comfyui",
+        "Model and adapters": "model adapters base comfyui",
         "Sampling": "steps sigmas guidance guidance_start guidance_stop guidance_rescale no_cfg_until "
         "embedded_guidance",
         "Memory and speed": "device quantize offload tile batch_cfg",
@@ -13,7 +13,7 @@ PANELS: dict[str, dict[str, str]] = {
     },
     "grid": {
         "What to draw": "negative seeds width height",
-        "Model and adapters": "model adapter base comfyui",
+        "Model and adapters": "model adapters base comfyui",
         "Sampling": "guidance steps",
         "Memory and speed": "device quantize offload",
         "Output": "out",

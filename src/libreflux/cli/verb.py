@@ -9,7 +9,7 @@ from typing import Any
 from typer.core import TyperCommand, TyperGroup
 
 from libreflux.cli.panels import PANELS, panel_of
-from libreflux.errors import OptionError, RecipeError
+from libreflux.errors import LibrefluxError, OptionError, OptionHint, RecipeError
 
 TEXTS = {"prompts", "prompt_2", "negative", "negative_2"}
 """Parameters that may be empty: an empty text is one too."""
@@ -77,6 +77,10 @@ class Verb(TyperCommand):
             return super().invoke(ctx)
         except OptionError as error:
             raise error.spelled(self._spellings()) from None
+        except LibrefluxError as error:
+            if isinstance(error.hint, OptionHint):
+                error.hint = error.hint.spelled(self._spellings())
+            raise
 
     def _spellings(self) -> dict[str, str]:
         """Parameter to how it is typed: an option's first long name, an argument's metavar."""

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from libreflux.errors import ModelError
 from libreflux.model.numerics import pinned
-
-MOST_SIDE = 16384
-"""Pixels per side of any picture."""
+from libreflux.values import MOST_SIDE
 
 TILE_ABOVE = 1536
 """Pixels of the longer side beyond which a picture is decoded in tiles, unless the caller says otherwise."""

@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
-from libreflux.errors import RecipeError
+from libreflux.errors import OptionError
 from libreflux.model.facts import MOST_STEPS
-from libreflux.model.latents import MOST_SIDE
-from libreflux.values import is_side
+from libreflux.values import MOST_SIDE, is_side
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MOST_PIXELS = 2**26
@@ -19,7 +18,7 @@ MOST_PIXELS = 2**26
 
 
 def check_values(given: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
-    """Raises RecipeError for a value out of range; None is not checked.
+    """Raises OptionError for a value out of range; None is not checked.
 
     Args:
         given: some arguments of `LibreFluxPipeline.__call__`.
@@ -28,15 +27,15 @@ def check_values(given: Mapping[str, Any], names: Mapping[str, str] | None = Non
     for name, value in given.items():
         good, hint = _CHECKS[name]
         if value is not None and not good(value):
-            raise RecipeError(f"cannot be {value!r}", where=(names or {}).get(name, name), hint=hint)
+            raise OptionError(f"cannot be {value!r}", (names or {}).get(name, name), hint=hint)
     width, height = (given.get(name) for name in ("width", "height"))
     if width and height and width * height > MOST_PIXELS:
         what = f"{width} x {height} pixels are more than {MOST_PIXELS / 1e6:.0f} million"
-        raise RecipeError(what, where=(names or {}).get("width", "width"), hint="draw a smaller picture")
+        raise OptionError(what, (names or {}).get("width", "width"), hint="draw a smaller picture")
     start, stop = given.get("guidance_start", 0.0), given.get("guidance_stop", 1.0)
     if start >= stop:
         name = (names or {}).get("guidance_start", "guidance_start")
-        raise RecipeError(f"{start:g} is not below the stop, {stop:g}", where=name, hint="start before the stop")
+        raise OptionError(f"{start:g} is not below the stop, {stop:g}", name, hint="start before the stop")
 
 
 def _is_number(value: Any) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from libreflux import plainjson
-from libreflux.errors import RecipeError
+from libreflux.errors import OptionError, RecipeError
 from libreflux.model.device import release
 from libreflux.model.facts import Facts
 from libreflux.model.text import TextConditioning, TextEncoders
@@ -142,9 +142,9 @@ def _visiting(encoder: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def check_max_tokens(facts: Facts, max_tokens: int | None, name: str = "max_sequence_length") -> None:
-    """Raises RecipeError for a limit out of the model's range; `name` is what the user calls it."""
+    """Raises OptionError for a limit out of the model's range; `name` is what the user calls it."""
     if max_tokens is not None and not 1 <= max_tokens <= facts.max_tokens:
-        raise RecipeError(f"cannot be {max_tokens}", where=name, hint=f"use 1 to {facts.max_tokens}")
+        raise OptionError(f"cannot be {max_tokens}", name, hint=f"use 1 to {facts.max_tokens}")
 
 
 def listed(prompts: str | Sequence[str]) -> list[str]:

@@ -1,7 +1,7 @@
-"""What `generate`, its `--remake` and `grid` share: a model, perhaps with adapters, opened for drawing.
+"""What `generate`, `remake` and `grid` share: a model, perhaps with adapters, opened for drawing.
 
-Text encoders and transformer are never needed at once: `open_for_drawing` looks at the model, `Chosen.load` encodes all
-texts, lets the encoders go and loads the transformer.
+Text encoders and transformer are never needed at once: `open_for_drawing` looks at the model, `AdaptedSource.load`
+encodes all texts, lets the encoders go and loads the transformer.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
 from libreflux.adapter.files import AdapterFile, attach_file
-from libreflux.cli.options import Offload
-from libreflux.errors import RecipeError
+from libreflux.errors import OptionError, OptionHint
 from libreflux.files import sha256_file
 from libreflux.flow.solve import Step
 from libreflux.model.device import make_current, pick_device, release
@@ -33,14 +32,18 @@ from libreflux.sample.encoding import Text, encode_ahead, encode_in_turn
 from libreflux.sample.metadata import GenerationRecord, versions
 from libreflux.sample.pipeline import LibreFluxPipeline
 from libreflux.workflows.adapters import adapted_facts, adapter_argument, as_typed, load_arguments, notice_other_base
+from libreflux.workflows.picture_options import Offload, Quantize
 
-SMALLER = "a smaller --width and --height, --quantize int8, --offload model or sequential (on CUDA), or --device cpu"
-WAITING = (Offload.model, Offload.sequential)
+SMALLER = OptionHint(
+    "a smaller `width` and `height`, `quantize` int8, `offload` model or sequential (on CUDA), or `device` cpu"
+)
+FEWER_ENCODERS = OptionHint("`offload` sequential (on CUDA), or `device` cpu")
+WAITING: tuple[Offload, ...] = ("model", "sequential")
 """Under these every part rests on the CPU and comes to the device in its turn."""
 
 
 @dataclass(frozen=True)
-class Opened:
+class DrawingSession:
     """A pipeline and what a picture's record says of it.
 
     Attributes:
@@ -64,12 +67,16 @@ class Opened:
     def stamped(self, record: GenerationRecord) -> GenerationRecord:
         """The same picture, made with this model on this machine."""
         return dataclasses.replace(
-            record, dtype=self.dtype, device=_device_name(self.device), hashes=self.hashes,
-            adapters=self.adapters, versions=versions(),
-        )  # fmt: skip
+            record,
+            dtype=self.dtype,
+            device=_device_name(self.device),
+            hashes=self.hashes,
+            adapters=self.adapters,
+            versions=versions(),
+        )
 
     def draw(self, record: GenerationRecord, on_step: Callable[[Step], None] | None = None) -> Image.Image:
-        """The picture that an record tells of; alone, since its last bits depend on who shares its batch."""
+        """The picture that a record tells of; alone, since its last bits depend on who shares its batch."""
         positive, *negative = (self.texts[text] for text in texts_of(record))
         with explained(f"drawing {record.width} x {record.height} pixels on {self.device}", SMALLER):
             (image,) = self.pipe(
@@ -95,7 +102,7 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class AdaptedSource:
     """A model that passed all checks, of which the VAE alone is in memory.
 
     Attributes:
@@ -104,7 +111,7 @@ class Chosen:
         device: what computes.
         files: the adapters with their weights.
         named: their paths, as the user named them.
-        offload, quantize: see `cli.options`.
+        offload, quantize: see `picture_options`.
     """
 
     source: ModelSource
@@ -112,8 +119,8 @@ class Chosen:
     device: torch.device
     files: Sequence[tuple[AdapterFile, float]]
     named: Sequence[str]
-    offload: Offload = Offload.auto
-    quantize: Literal["int8"] | None = None
+    offload: Offload = "auto"
+    quantize: Quantize | None = None
 
     @property
     def facts(self) -> Facts:
@@ -125,17 +132,17 @@ class Chosen:
         """Pixels per side of a picture by default."""
         return LibreFluxPipeline.size_of(self.vae)
 
-    def load(self, records: Iterable[GenerationRecord], sha256: Callable[[Path], str] = sha256_file) -> Opened:
+    def load(self, records: Iterable[GenerationRecord], sha256: Callable[[Path], str] = sha256_file) -> DrawingSession:
         """Ready to draw these pictures, and whatever else has their texts; `sha256` see `weights_hash`."""
         release(self.device)  # what was drawn with before
-        with explained(f"encoding the prompts on {self.device}", "--offload sequential (on CUDA), or --device cpu"):
-            texts, encoders = self._encoded([text for record in records for text in texts_of(record)])
+        with explained(f"encoding the prompts on {self.device}", FEWER_ENCODERS):
+            texts, encoders = self.encoded([text for record in records for text in texts_of(record)])
         with explained(f"reading the model onto {self.device}", SMALLER):
             return self._opened(texts, encoders, sha256)
 
     def _opened(
         self, texts: dict[Text, TextConditioning], encoders: TextEncoders | None, sha256: Callable[[Path], str]
-    ) -> Opened:
+    ) -> DrawingSession:
         place = torch.device("cpu") if self.offload in WAITING else self.device
         transformer = self.source.load_transformer(quantise=True if self.quantize else None, device=place)
         dtype = str(transformer.dtype).removeprefix("torch.")
@@ -148,25 +155,25 @@ class Chosen:
             attach_file(transformer, file, weight, dtype=transformer.dtype)
         pipe = LibreFluxPipeline.from_parts(transformer, self.vae, encoders, self.facts, self.source.scheduler)
         pipe.set_progress_bar_config(disable=True)
-        if self.offload is Offload.model:
+        if self.offload == "model":
             pipe.enable_model_cpu_offload(device=self.device)
-        elif self.offload is Offload.sequential:
+        elif self.offload == "sequential":
             pipe.enable_sequential_cpu_offload(device=self.device)
         rows: list[dict[str, Any]] = [
             {"file": Path(file.where).name, "sha256": file.sha256, "weight": weight, "path": as_typed(named)}
             for (file, weight), named in zip(self.files, self.named, strict=True)
         ]
-        return Opened(pipe, texts, self.facts, self.device, dtype, {"transformer": transformer_hash}, rows)
+        return DrawingSession(pipe, texts, self.facts, self.device, dtype, {"transformer": transformer_hash}, rows)
 
-    def _encoded(self, texts: Sequence[Text]) -> tuple[dict[Text, TextConditioning], TextEncoders | None]:
+    def encoded(self, texts: Sequence[Text]) -> tuple[dict[Text, TextConditioning], TextEncoders | None]:
         """The texts, and the encoders if they are to stay; else nothing of them is left in memory."""
-        in_turn, by_block = self.offload is Offload.model, self.offload is Offload.sequential
+        in_turn, by_block = self.offload == "model", self.offload == "sequential"
         encoders = self.source.load_text(device=torch.device("cpu") if in_turn else self.device, by_block=by_block)
         if in_turn:
             found = encode_in_turn(encoders, self.facts, texts, self.device)
         else:
             found = encode_ahead(encoders, self.facts, texts)
-        if self.offload is Offload.none:
+        if self.offload == "none":
             return found, encoders
         del encoders
         release(self.device)
@@ -177,13 +184,13 @@ def open_for_drawing(
     model: str | SingleFiles,
     adapters: Iterable[str] = (),
     device: str = "auto",
-    offload: Offload = Offload.auto,
-    quantize: Literal["int8"] | None = None,
-) -> Chosen:
+    offload: Offload = "auto",
+    quantize: Quantize | None = None,
+) -> AdaptedSource:
     """Choose a model with adapter arguments (`PATH[:WEIGHT]`); what can be refused is, before large weights are loaded.
 
     Raises:
-        RecipeError: an offload that the device has no use for.
+        OptionError: an offload that the device has no use for.
         ModelError, AdapterError, RunError: see `open_model`, `load_arguments` and `pick_device`.
     """
     place, adapters = device_for(device, offload, quantize), list(adapters)
@@ -192,31 +199,30 @@ def open_for_drawing(
     source = source.with_facts(adapted_facts(source.facts, files))
     check_padding(source.facts.text_padding)
     vae = source.load_vae(device="cpu" if offload in WAITING else place)
-    return Chosen(source, vae, place, files, named, offload, quantize)
+    return AdaptedSource(source, vae, place, files, named, offload, quantize)
 
 
-def device_for(name: str, offload: Offload, quantize: str | None = None) -> torch.device:
+def device_for(name: str, offload: Offload, quantize: Quantize | None = None) -> torch.device:
     """The device of a name, see `pick_device`, made the current one.
 
     Raises:
-        RecipeError: an offload that it, or an int8 model, has no use for.
+        OptionError: an offload that it, or an int8 model, has no use for.
         RunError: no such device.
     """
     place = pick_device(name)
     if quantize is not None:
         _refuse_int8(offload)
     if offload in WAITING and place.type != "cuda":
-        raise RecipeError(
-            f"{offload} is of no use on {place.type}", where="--offload", hint="leave it out, or use a CUDA device"
-        )
+        what = f"{offload} is of no use on {place.type}"
+        raise OptionError(what, "offload", hint="leave it out, or use a CUDA device")
     make_current(place)
     return place
 
 
 def _refuse_int8(offload: Offload) -> None:
-    if offload is Offload.sequential:  # accelerate's hooks move parameters, and int8 weights are buffers
+    if offload == "sequential":  # accelerate's hooks move parameters, and int8 weights are buffers
         what = "does nothing for int8 weights, which all stay on the device"
-        raise RecipeError(what, where="--offload sequential", hint="use --offload model")
+        raise OptionError(what, "offload", value="sequential", hint="use `offload` model")
 
 
 def texts_of(record: GenerationRecord) -> list[Text]:

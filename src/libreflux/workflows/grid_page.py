@@ -1,4 +1,4 @@
-"""The files of `libreflux grid`: a labelled sheet, and a page whose arrow keys flip through its columns in place."""
+"""The files of a grid: a labelled sheet, and a page whose arrow keys flip through its columns in place."""
 
 from __future__ import annotations
 
@@ -15,29 +15,28 @@ from libreflux.printing import counted
 from libreflux.probing.report import html
 from libreflux.sample.grid import sheet
 from libreflux.sample.metadata import GenerationRecord
+from libreflux.workflows.grid_cells import Cell
 
-Cell = tuple[Path, GenerationRecord]
 EMBEDDED_SIDE = 512
 
 
-def write(out: Path, table: Sequence[Sequence[Cell]], rows: Sequence[str], several_models: bool) -> Path:
-    """Write `out/grid.png` and `out/index.html`.
+def write(
+    sheet_file: Path, page: Path, table: Sequence[Sequence[Cell]], rows: Sequence[str], several_models: bool
+) -> None:
+    """Write the sheet, a PNG, and the page, HTML.
 
     Args:
-        table: rows of cells: picture files and how they were made.
+        sheet_file, page: where to; replaced.
+        table: rows of cells.
         rows: a label for each row.
         several_models: whether labels of columns name the model.
-
-    Returns:
-        The page.
     """
-    heads = [_head(record, several_models) for _, record in table[0]]
-    pictures = [[Image.open(path, formats=["PNG"]).convert("RGB") for path, _ in row] for row in table]
+    heads = [_head(cell.record, several_models) for cell in table[0]]
+    pictures = [[Image.open(cell.path, formats=["PNG"]).convert("RGB") for cell in row] for row in table]
     held = io.BytesIO()
     sheet(pictures, rows, heads).save(held, "PNG", optimize=True)
-    atomic_write_bytes(out / "grid.png", held.getvalue())
-    atomic_write_text(out / "index.html", html.document("libreflux grid", _body(table, pictures, rows, heads)))
-    return out / "index.html"
+    atomic_write_bytes(sheet_file, held.getvalue())
+    atomic_write_text(page, html.document("libreflux grid", _body(table, pictures, rows, heads)))
 
 
 def _head(record: GenerationRecord, several_models: bool) -> str:
@@ -62,15 +61,16 @@ def _body(
     for label, cells, images in zip(rows, table, pictures, strict=True):
         shown = "".join(
             f'<figure class="c{i}">{html.image(html.jpeg(image, EMBEDDED_SIDE, 90), label, "jpeg")}'
-            f"<figcaption><small>{escape(record.parameters())}</small></figcaption></figure>"
-            for i, ((_, record), image) in enumerate(zip(cells, images, strict=True))
+            f"<figcaption><small>{escape(cell.record.parameters())}</small></figcaption></figure>"
+            for i, (cell, image) in enumerate(zip(cells, images, strict=True))
         )
         blocks.append(f"<div><h3>{escape(label)}</h3>{shown}</div>")
     lines = []
     for label, cells, images in zip(rows, table, pictures, strict=True):
         row = "".join(
-            f'<td title="{escape(record.parameters())}">{html.image(html.jpeg(image, 128, 80), label, "jpeg")}</td>'
-            for (_, record), image in zip(cells, images, strict=True)
+            f'<td title="{escape(cell.record.parameters())}">'
+            f"{html.image(html.jpeg(image, 128, 80), label, 'jpeg')}</td>"
+            for cell, image in zip(cells, images, strict=True)
         )
         lines.append(f"<tr><th>{escape(label)}</th>{row}</tr>")
     heading = "".join(f"<th>{escape(head)}</th>" for head in heads)

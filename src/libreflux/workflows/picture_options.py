@@ -1,0 +1,116 @@
+"""What the options of `generate`, `remake` and `grid` may be, and what has no effect beside what; loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from libreflux.errors import OptionError
+from libreflux.values import check_side
+from libreflux.workflows.models import chosen_model
+
+if TYPE_CHECKING:
+    from libreflux.model.single_file import SingleFiles
+
+Offload = Literal["auto", "none", "model", "sequential"]
+"""What of a model is in memory beside what computes; the pictures are the same bits whichever way.
+
+"auto": the text encoders go before the transformer comes; "none": all stays; "model" and "sequential", on CUDA: every
+part waits in RAM and comes whole, or layer by layer.
+"""
+Quantize = Literal["int8"]
+"""How a transformer's weights are kept in memory, whatever is stored."""
+
+MOST_PICTURES = 100_000
+"""Of one prompt."""
+
+
+def listed(values: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Texts as a tuple: of one text, of several, or of none."""
+    if values is None:
+        return ()
+    return (values,) if isinstance(values, str) else tuple(values)
+
+
+def adapter_texts(adapters: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
+    """Adapter arguments as texts, `PATH[:WEIGHT]`: of one, or of several."""
+    return (str(adapters),) if isinstance(adapters, str | Path) else tuple(str(adapter) for adapter in adapters)
+
+
+def named_model(model: str | Path | None, base: str | None, comfyui: str | Path | None) -> str | SingleFiles | None:
+    """See `chosen_model`."""
+    name, folder = None if model is None else str(model), None if comfyui is None else Path(comfyui)
+    return chosen_model(name, base, folder)
+
+
+def check_prompts(prompts: Sequence[object]) -> None:
+    """Raises OptionError where there is nothing to draw, or something that is no text."""
+    if not prompts:
+        raise OptionError("nothing to draw", "prompts", hint="give one prompt or several")
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise OptionError(f"cannot be {prompt!r}", "prompts", hint="give texts")
+
+
+def check_picture(width: int | None, height: int | None, steps: int | None) -> None:
+    """Raises OptionError for a size or a number of steps out of range; None is not known yet."""
+    from libreflux.sample.checks import check_values
+
+    given = {"width": width, "height": height, "num_inference_steps": steps}
+    check_values(given, {"num_inference_steps": "steps"})
+
+
+def check_sides(width: int | None, height: int | None) -> None:
+    """Raises OptionError, with the nearest side that can be drawn, for one that cannot."""
+    for name, side in (("width", width), ("height", height)):
+        if isinstance(side, int):  # what is no whole number, `check_picture` refuses
+            check_side(side, name)
+
+
+def check_memory(offload: str, quantize: str | None) -> None:
+    """Raises OptionError for a word that is none of `Offload` or `Quantize`."""
+    for name, value, known in (("offload", offload, get_args(Offload)), ("quantize", quantize, get_args(Quantize))):
+        if value not in known and not (name == "quantize" and value is None):
+            raise OptionError(f"cannot be {value!r}", name, hint=f"use one of {', '.join(known)}")
+
+
+def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Raises OptionError for a value that is no whole number of this range."""
+    good = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    if not good or (most is not None and value > most):
+        hint = f"use a whole number from {least}{'' if most is None else f' to {most}'}"
+        raise OptionError(f"cannot be {value!r}", name, hint=hint)
+
+
+def check_guidance(values: Mapping[str, Any]) -> None:
+    """Raises OptionError for numbers of guidance that are out of range, or that say one thing twice.
+
+    Args:
+        values: of the options, by their names; a scale that is None is the model's own.
+    """
+    from libreflux.sample.checks import check_values
+
+    renamed = {"guidance_scale" if name == "guidance" else name: value for name, value in values.items()}
+    check_values(renamed, {"guidance_scale": "guidance"})
+    if values["no_cfg_until"] and values["guidance_start"]:
+        raise OptionError("does what `guidance_start` does", "no_cfg_until", hint="give one of them")
+
+
+def refuse_unused(guidance: float | None, effects: Mapping[str, object]) -> None:
+    """Raises OptionError for an option that a guidance scale of 1 leaves without effect; None is not known yet."""
+    for name, given in effects.items():
+        if given and guidance is not None and guidance <= 1:
+            hint = "add `guidance` 3, or remove it"
+            raise OptionError(f"has no effect at guidance {guidance:g}", name, hint=hint)
+
+
+def refuse_unguided(steps: int, no_cfg_until: int, start: float, stop: float) -> None:
+    """Raises OptionError if no step is left to guide: guidance and negative prompt would do nothing."""
+    if no_cfg_until >= steps:
+        hint = f"use at most {steps - 1}, or `guidance` 1 instead" if steps > 1 else "remove it, or use more `steps`"
+        raise OptionError(f"leaves no step of {steps} guided", "no_cfg_until", hint=hint)
+
+    from libreflux.sample.settings import guided_steps
+
+    guided_steps(steps, no_cfg_until, start, stop)
