@@ -15,7 +15,7 @@ from torch import Tensor
 
 from libreflux.adapter import peft
 from libreflux.adapter.export import export_adapter
-from libreflux.adapter.files import attach_file, load_adapter
+from libreflux.adapter.io import attach_file, load_adapter
 from libreflux.adapter.layers import delta_weight
 from libreflux.adapter.merge import merge
 from libreflux.adapter.peft import Config

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from libreflux.adapter.files import load_adapter
+from libreflux.adapter.io import load_adapter
 from libreflux.cli import comparing, demo, demo_page
 from libreflux.cli.probing import Request
 from libreflux.errors import RunError

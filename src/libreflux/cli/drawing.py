@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from libreflux.adapter.files import AdapterFile, attach_file
+from libreflux.adapter.io import AdapterFile, attach_file
 from libreflux.cli.options import Offload
 from libreflux.errors import RecipeError
 from libreflux.files import sha256_file

@@ -104,7 +104,7 @@ def _export_adapter(text: str, program: str, out: Path, rank: int | None) -> Non
         raise RecipeError("is no .safetensors file", where=out, hint="name one with --out")
 
     from libreflux.adapter.export import export_adapter
-    from libreflux.adapter.files import load_adapter
+    from libreflux.adapter.io import load_adapter
     from libreflux.cli.progress import progress
     from libreflux.workflows.adapters import adapter_file
 

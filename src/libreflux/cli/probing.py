@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from libreflux.adapter.files import AdapterFile, attach_file
+from libreflux.adapter.io import AdapterFile, attach_file
 from libreflux.cli.probe_data import CACHE, ProbeData
 from libreflux.cli.progress import progress
 from libreflux.data.cache import Cache

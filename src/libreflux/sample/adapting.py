@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from libreflux.adapter.adapter import Adapter
 from libreflux.adapter.facts import adapted_facts
-from libreflux.adapter.files import Adapter, AdapterFile, attach_file, load_adapter
+from libreflux.adapter.io import AdapterFile, attach_file, load_adapter
 from libreflux.adapter.layers import AdaptedLinear
 from libreflux.errors import ModelError, RecipeError
 from libreflux.model.facts import Facts, tell_facts

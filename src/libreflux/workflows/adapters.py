@@ -18,7 +18,7 @@ FOR_PHOTOGRAPHS = ("jimmycarter/LibreFLUX", 34)
 """Hub id, and its download in GB: transformer 23.8, T5 9.5, CLIP 0.25, VAE 0.17."""
 
 if TYPE_CHECKING:
-    from libreflux.adapter.files import AdapterFile
+    from libreflux.adapter.io import AdapterFile
     from libreflux.model.facts import Facts
 
 
@@ -96,7 +96,7 @@ def load_arguments(texts: Iterable[str]) -> list[tuple[AdapterFile, float]]:
     named = [adapter_argument(text) for text in texts]
     chosen = [(adapter_file(Path(path)), weight) for path, weight in named]
 
-    from libreflux.adapter.files import load_adapter
+    from libreflux.adapter.io import load_adapter
 
     return [(load_adapter(path), weight) for path, weight in chosen]
 
