@@ -19,7 +19,7 @@ from libreflux.data.cache import CacheWriter
 from libreflux.model.int8 import int8_layers
 from libreflux.model.source import open_model
 from libreflux.probing import run as probe_run
-from libreflux.probing.context import Bench
+from libreflux.probing.context import ProbeContext
 from libreflux.probing.results import read_result
 from libreflux.sample.metadata import read_record
 from libreflux.training import checkpoint
@@ -37,7 +37,7 @@ def kept(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def refuse(*args: Any) -> None:
         raise AssertionError("made again")
 
-    for where, name in ((CacheWriter, "_shard"), (_Cells, "_draw"), (Bench, "_draw")):
+    for where, name in ((CacheWriter, "_shard"), (_Cells, "_draw"), (ProbeContext, "_draw")):
         monkeypatch.setattr(where, name, refuse)
     return tmp_path
 

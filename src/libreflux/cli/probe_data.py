@@ -21,7 +21,7 @@ from libreflux.model.facts import Facts
 from libreflux.probing.judges import Judge
 from libreflux.probing.metrics import negative
 from libreflux.probing.settings import Settings
-from libreflux.probing.subjects import Asked, asked
+from libreflux.probing.subjects import ParsedPrompt, parse_prompt
 from libreflux.recipe import DataSource
 
 CACHE = "cache"
@@ -36,7 +36,7 @@ class ProbeData:
         settings: with what is known now: digests, how many pictures and prompts there are.
         held_out: the pictures.
         cache: holds their latents and every text.
-        asked: the prompts to draw.
+        prompts: the prompts to draw.
         captions: of the pictures.
         subjects: every known subject's name.
     """
@@ -44,7 +44,7 @@ class ProbeData:
     settings: Settings
     held_out: HeldOut
     cache: Cache
-    asked: list[Asked]
+    prompts: list[ParsedPrompt]
     captions: list[str]
     subjects: tuple[str, ...]
 
@@ -77,7 +77,7 @@ class ProbeData:
             captions = [text for part in held_out.batches(settings.batch) for text in part.captions]
             texts = texts or list(dict.fromkeys(captions))[: settings.prompts]
             colours = judge.colours if judge is not None else ()
-            prompts = [asked(text, known, colours) for text in texts]
+            prompts = [parse_prompt(text, known, colours) for text in texts]
             needed = [*texts]
             if judge is not None:
                 needed += negative.texts(prompts[: settings.negative_prompts], judge.subjects, judge.colours)

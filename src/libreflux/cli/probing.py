@@ -31,7 +31,7 @@ from libreflux.places import file_place, folder_place
 from libreflux.printing import get_logger
 from libreflux.probing import drawing
 from libreflux.probing import run as probe_run
-from libreflux.probing.context import Bench, PaddingTexts
+from libreflux.probing.context import PaddingTexts, ProbeContext
 from libreflux.probing.features import features_digest, load_features
 from libreflux.probing.judges import Judge, load_judge
 from libreflux.probing.metrics import padding
@@ -127,15 +127,15 @@ def run(request: Request) -> tuple[Path, Result]:
         settings = data.settings
         subject.memory.save()
 
-        def open_bench(todo: Sequence[Section]) -> Bench:
+        def open_context(todo: Sequence[Section]) -> ProbeContext:
             with explained(f"reading the model onto {device}", probe_run.SMALLER):
                 texts = _padding_texts(subject, data, device) if padding.SECTION in todo else {}
                 release(device)  # the text encoders, before the transformer comes
                 return _open(request, subject, data, judge, out, device, texts)
 
         result = probe_run.probe(
-            out, open_bench, model=subject.as_json(), decided=_decided(subject, data.cache), settings=settings,
-            asked=data.asked, versions=versions(), progress=bars.enter_context(progress("probing", "evaluation")),
+            out, open_context, model=subject.as_json(), decided=_decided(subject, data.cache), settings=settings,
+            prompts=data.prompts, versions=versions(), progress=bars.enter_context(progress("probing", "evaluation")),
         )  # fmt: skip
     return out, result
 
@@ -238,7 +238,7 @@ def _open(
     out: Path,
     device: torch.device,
     padding_texts: PaddingTexts,
-) -> Bench:
+) -> ProbeContext:
     source = open_model(request.model)
     transformer = source.load_transformer(dtype=DTYPES[request.dtype], device=device)
     # In fp32, as the pipeline has it: it is small beside the transformer.
@@ -246,13 +246,13 @@ def _open(
     for file, weight in subject.files:
         attach_file(transformer, file, weight, dtype=transformer.dtype)
     how = [data.settings.resolution, data.settings.dtype, data.settings.batch]
-    return Bench(
+    return ProbeContext(
         transformer=transformer.eval(),
         vae=vae,
         facts=subject.facts,
         settings=data.settings,
         held_out=data.held_out,
-        asked=data.asked,
+        prompts=data.prompts,
         texts=data.cache.text,
         out=out,
         identity=digest([_decided(subject, data.cache), how]),
