@@ -35,7 +35,7 @@ BELOW: dict[str, set[str]] = {
     "emoji": GROUND | {"flow", "model", "adapter", "data", "training", "sample", "probing"},
     "workflows": GROUND | {"flow", "model", "adapter", "data", "training", "sample", "probing", "emoji"},
     "cli": GROUND | {"", "flow", "model", "adapter", "data", "training", "sample", "probing", "emoji", "workflows"},
-    "": {"model", "sample", "workflows"},
+    "": {"model", "recipe", "sample", "workflows"},
     "__main__": {"cli"},
 }
 """Room -> the other rooms it may import; "" is the package's own __init__, which holds the version."""

@@ -44,11 +44,11 @@ class OptionError(RecipeError):
 
     Args:
         what: what is wrong.
-        option: its name in the call, e.g. "no_cfg_until".
+        option: its name in the call, e.g. "no_cfg_until"; several as "int8, program"; None where `what` names them.
         hint: what to do about it.
     """
 
-    def __init__(self, what: str, option: str, *, hint: str | None = None) -> None:
+    def __init__(self, what: str, option: str | None, *, hint: str | None = None) -> None:
         super().__init__(what, where=option, hint=hint)
 
     def spelled(self, names: Mapping[str, str]) -> RecipeError:
@@ -62,7 +62,8 @@ class OptionError(RecipeError):
             return re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), text)
 
         hint = None if self.hint is None else shown(self.hint)
-        return RecipeError(shown(self.what), where=names.get(str(self.where), self.where), hint=hint)
+        where = self.where and ", ".join(names.get(name, name) for name in str(self.where).split(", "))
+        return RecipeError(shown(self.what), where=where, hint=hint)
 
 
 class DataError(LibrefluxError):

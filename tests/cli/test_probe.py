@@ -18,7 +18,6 @@ import pytest
 import torch
 from PIL import Image
 
-from libreflux.cli import probing
 from libreflux.data import encode
 from libreflux.errors import DataError
 from libreflux.probing import run as probe_run
@@ -28,6 +27,8 @@ from libreflux.probing.judges import Judge
 from libreflux.probing.results import Measure, read_result
 from libreflux.probing.section import Section, SectionResult
 from libreflux.probing.settings import Settings
+from libreflux.workflows import probe_measure
+from libreflux.workflows.probe import probe
 from opened import opened
 from tiny import DECIDING, UNDECIDING, change_json
 
@@ -112,11 +113,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             section, measure=lambda context: (names.append(section.name), SectionResult([row]))[1]
         )
 
-    for module in (probing, encode):  # it collects garbage, which takes a third of a second
+    for module in (probe_measure, encode):  # it collects garbage, which takes a third of a second
         monkeypatch.setattr(module, "release", lambda device: None)
     monkeypatch.setattr(probe_run, "SECTIONS", tuple(map(stub, probe_run.SECTIONS)))
     context = SimpleNamespace(transformer=SimpleNamespace(device=torch.device("cpu")), has_drawn=lambda wanted: False)
-    monkeypatch.setattr(probing, "_open", lambda request, subject, data, *rest: with_settings(context, data.settings))
+    monkeypatch.setattr(probe_measure, "open_context", lambda model, data, *rest: with_settings(context, data.settings))
     return names
 
 
@@ -134,13 +135,12 @@ def test_a_measure_is_made_anew_when_anything_that_decides_it_changes(
 
     def made(cached: bool = False, **changed: Any) -> list[str]:
         measured.clear()
-        chosen = {"prompts": 3, "guidance": (1.0,), "steps": (2, 4)} | changed.pop("chosen", {})
-        request = probing.Request(model=str(model), data=data, out=out, quick=True, chosen=chosen, **changed)
+        options = {"prompts": 3, "guidance": [1], "steps": [2, 4], "data": data, "out": out, "quick": True, **changed}
         if cached:  # the probe's own cache is of others, and not taken for theirs
             with pytest.raises(DataError, match="this cache was made with"):
-                probing.run(request)
+                probe(str(model), **options)
             shutil.rmtree(out / "cache")
-        probing.run(request)
+        probe(str(model), **options)
         return measured.copy()
 
     assert made() == SECTIONS and made() == []
@@ -159,7 +159,7 @@ def test_a_measure_is_made_anew_when_anything_that_decides_it_changes(
         assert made(name in CACHED) == SECTIONS, name
     assert made() == []
     others: list[dict[str, Any]] = [
-        {"dtype": "bf16"}, {"seed": 1}, {"judge": judge}, {"chosen": {"batch": 2}}, {"chosen": {"resolution": 48}},
+        {"dtype": "bf16"}, {"seed": 1}, {"judge": judge}, {"batch": 2}, {"resolution": 48},
     ]  # fmt: skip
     for changed in others:
         assert made(**changed) == SECTIONS, changed

@@ -159,6 +159,9 @@ def attach_file(
 ) -> Adapter:
     """Freeze a transformer and put an adapter file on it.
 
+    What it was trained for is not the transformer's to know: use its steps, guidance and text padding, see
+    `adapter.facts.adapted_facts`. A pipeline's `load_lora_weights` does both.
+
     Args:
         transformer: the model.
         path: an adapter file, or one that is read already.
