@@ -44,12 +44,12 @@ class OptionError(RecipeError):
 
     Args:
         what: what is wrong.
-        option: its name in the call, e.g. "no_cfg_until".
+        option: its name in the call, e.g. "no_cfg_until"; several as "int8, program"; None where `what` names them.
         value: the one of its values that is meant, where that must be said.
         hint: what to do about it.
     """
 
-    def __init__(self, what: str, option: str, *, value: object = None, hint: str | None = None) -> None:
+    def __init__(self, what: str, option: str | None, *, value: object = None, hint: str | None = None) -> None:
         self.option, self.value = option, value
         super().__init__(what, where=option if value is None else f"{option} {value}", hint=hint)
 
@@ -61,7 +61,8 @@ class OptionError(RecipeError):
         """
 
         hint = None if self.hint is None else _spelled(self.hint, names)
-        where = names.get(self.option, self.option) + ("" if self.value is None else f" {self.value}")
+        where = self.option and ", ".join(names.get(name, name) for name in self.option.split(", "))
+        where = where if self.value is None else f"{where} {self.value}"
         return RecipeError(_spelled(self.what, names), where=where, hint=hint)
 
 

@@ -12,8 +12,9 @@ from lycoris import create_lycoris_from_weights
 from safetensors.torch import load_file, save_file
 from tests.tiny import tiny_transformer
 
+from libreflux.adapter.adapter import attach
 from libreflux.adapter.export import PROGRAMS, export_adapter
-from libreflux.adapter.files import attach, attach_file, load_adapter, save_adapter
+from libreflux.adapter.io import attach_file, load_adapter, save_adapter
 from libreflux.adapter.layers import LoKr, delta_from_tensors, delta_weight, linear_shapes, linears
 from libreflux.adapter.targets import Target, resolve
 from libreflux.errors import AdapterError

@@ -14,7 +14,8 @@ from lycoris import LycorisNetwork, create_lycoris, create_lycoris_from_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from libreflux.adapter.files import Adapter, AdapterFile, attach, attach_file, load_adapter, save_adapter
+from libreflux.adapter.adapter import Adapter, attach
+from libreflux.adapter.io import AdapterFile, attach_file, load_adapter, save_adapter
 from libreflux.adapter.layers import AdaptedLinear, LoKr, dense_weight, linear_shapes, linears
 from libreflux.adapter.merge import merge, merge_many
 from libreflux.adapter.targets import Target, resolve

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from libreflux.adapter import peft
 from libreflux.adapter.export import export_adapter
-from libreflux.adapter.files import attach_file, load_adapter
+from libreflux.adapter.io import attach_file, load_adapter
 from libreflux.adapter.layers import delta_weight
 from libreflux.adapter.merge import merge
 from libreflux.adapter.peft import Config
-from libreflux.cli.export import _is_adapter
 from libreflux.errors import AdapterError, LibrefluxError
 from libreflux.model.finite import NotFiniteError
 from libreflux.workflows.adapters import adapter_file
+from libreflux.workflows.export import is_adapter
 
 LAYER = "transformer_blocks.0.attn.to_q"
 FLAT = LAYER.replace(".", "_")
@@ -74,7 +74,7 @@ def test_pefts_folder_has_its_scale(tmp_path: Path, config: dict[str, Any], scal
     folder = peft_folder(tmp_path / "peft", **config)
     for place in (folder, folder / "adapter_model.safetensors"):
         torch.testing.assert_close(delta(place), scale * UP @ DOWN)
-    assert adapter_file(folder) == folder / "adapter_model.safetensors" and _is_adapter(str(folder))
+    assert adapter_file(folder) == folder / "adapter_model.safetensors" and is_adapter(str(folder))
     stored = load_adapter(folder)
     export_adapter(stored, "lycoris", tmp_path / "out.safetensors")
     torch.testing.assert_close(delta(tmp_path / "out.safetensors"), scale * UP @ DOWN)

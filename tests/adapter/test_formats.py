@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import tiny_transformer
 from torch import Tensor
 
+from libreflux.adapter.adapter import Adapter, attach
 from libreflux.adapter.export import PROGRAMS, export_adapter, nearest_lora
-from libreflux.adapter.files import Adapter, attach, attach_file, load_adapter, save_adapter
+from libreflux.adapter.io import attach_file, load_adapter, save_adapter
 from libreflux.adapter.layers import LoKr, delta_weight, linear_shapes
 from libreflux.adapter.targets import Target, resolve
 from libreflux.errors import AdapterError

@@ -15,8 +15,10 @@ from lycoris import LycorisNetwork, create_lycoris
 from torch import nn
 
 from libreflux.adapter import plan
-from libreflux.adapter.files import attach, lycoris_name, save_adapter
+from libreflux.adapter.adapter import attach
+from libreflux.adapter.formats import lycoris_name
 from libreflux.adapter.init import check_start
+from libreflux.adapter.io import save_adapter
 from libreflux.adapter.layers import LoRA, delta_norm, delta_weight, dense_weight, linear_shapes
 from libreflux.adapter.targets import Target, resolve, summary
 from libreflux.errors import AdapterError

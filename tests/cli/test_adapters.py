@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from libreflux.adapter.files import AdapterFile
+from libreflux.adapter.io import AdapterFile
 from libreflux.cli.progress import clock, rate
 from libreflux.errors import AdapterError
 from libreflux.model.facts import KNOWN, freed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
 from collections.abc import Callable
@@ -12,10 +11,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from libreflux.adapter.files import load_adapter
-from libreflux.cli import comparing, demo, demo_page
-from libreflux.cli.probing import Request
+from libreflux.adapter.io import load_adapter
+from libreflux.cli import demo, demo_page
 from libreflux.errors import RunError
+from libreflux.probing.results import read_result
+from libreflux.probing.settings import QUICK
 from opened import opened
 
 
@@ -55,13 +55,8 @@ def test_demo_writes_what_it_promises_and_runs_again(
     named = {"pictures": 6, "prompts": 2, "guidance": (1.0, 4.0), "steps": (2, 4)}
     less = {"draw_steps": 2, "diversity_prompts": 2, "diversity_seeds": 2, "negative_prompts": 2, "padding_pictures": 2}
     monkeypatch.setattr(demo, "MEASURED", named)
-    asked, measure = [], comparing.compare
-
-    def compare(request: Request, *others: str | None) -> comparing.Comparison:
-        asked.append(request.chosen)
-        return measure(dataclasses.replace(request, chosen=named | less), *others)
-
-    monkeypatch.setattr(comparing, "compare", compare)
+    for name, value in less.items():
+        monkeypatch.setitem(QUICK, name, value)
     demo.demo(out, steps=3, pictures=32)
     page = (out / "index.html").read_text("utf-8")
     read = _Text()
@@ -88,7 +83,8 @@ def test_demo_writes_what_it_promises_and_runs_again(
     assert json.loads((out / "by-hand/probe/freedom.json").read_text("utf-8"))["freedom"] == told
 
     demo.demo(out, steps=3, pictures=32)
-    assert asked == [named] * 3
+    measured, by_hand = (read_result(folder).settings for folder in (out / "probe", out / "by-hand/probe"))
+    assert {name: measured[name] for name in named} == json.loads(json.dumps(named)) and measured == by_hand
     assert (out / "run/adapter.safetensors").read_bytes() == first
     with pytest.raises(RunError, match="steps"):
         demo.demo(out, steps=2, pictures=32)

@@ -18,7 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tests.tiny import tiny_transformer
 
-from libreflux.adapter.files import attach, load_adapter, save_adapter
+from libreflux.adapter.adapter import attach
+from libreflux.adapter.io import load_adapter, save_adapter
 from libreflux.adapter.layers import linear_shapes
 from libreflux.adapter.targets import Target, resolve
 from libreflux.model.int8 import int8_layers

@@ -13,9 +13,8 @@ import typer
 from diffusers import FluxTransformer2DModel
 
 from libreflux.cli.app import app
-from libreflux.cli.freedom_table import print_freedom, print_freedom_summary
-from libreflux.cli.model_list import WORDS
 from libreflux.cli.panels import PANELS
+from libreflux.cli.tables import print_freedom, print_freedom_summary
 from libreflux.cli.terminal import SafeConsole
 from libreflux.errors import ModelError, RecipeError
 from libreflux.model.facts import KNOWN
@@ -28,6 +27,7 @@ from libreflux.recipe import Recipe, load_recipe
 from libreflux.recipe.faults import ELSEWHERE, dotted_keys
 from libreflux.recipe.keys import recipe_keys
 from libreflux.training import trace
+from libreflux.workflows.known_models import WORDS
 
 
 def app_commands() -> dict[str, Any]:

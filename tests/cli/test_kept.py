@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 
 from kept.write import COMMANDS, mean_square
-from libreflux.cli import probing
 from libreflux.data.cache import CacheWriter
 from libreflux.model.int8 import int8_layers
 from libreflux.model.source import open_model
 from libreflux.probing import run as probe_run
-from libreflux.probing.context import Bench
+from libreflux.probing.context import ProbeContext
 from libreflux.probing.results import read_result
 from libreflux.sample.metadata import read_record
 from libreflux.training import checkpoint
+from libreflux.workflows import probe_measure
 from libreflux.workflows.grid_cells import Cells
 
 ARCHIVES = sorted((Path(__file__).parents[1] / "kept").glob("*.tar.xz"))
@@ -37,7 +37,7 @@ def kept(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def refuse(*args: Any) -> None:
         raise AssertionError("made again")
 
-    for where, name in ((CacheWriter, "_shard"), (Cells, "draw"), (Bench, "_draw")):
+    for where, name in ((CacheWriter, "_shard"), (Cells, "draw"), (ProbeContext, "_draw")):
         monkeypatch.setattr(where, name, refuse)
     return tmp_path
 
@@ -60,13 +60,13 @@ def test_a_probe_is_whole_and_its_drawings_are_known(
     run: Callable[..., Any], kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = read_result(kept / "probe")
-    opened = probing._open
-    monkeypatch.setattr(probing, "_open", lambda *args: pytest.fail("measured again"))
+    opened = probe_measure.open_context
+    monkeypatch.setattr(probe_measure, "open_context", lambda *args: pytest.fail("measured again"))
     for _ in range(2):  # under the key of then, and under today's
         done = run(*COMMANDS["probe"])
         assert done.code == 0, done.err
         assert read_result(kept / "probe").measures == before.measures
-    monkeypatch.setattr(probing, "_open", opened)
+    monkeypatch.setattr(probe_measure, "open_context", opened)
     for name in ("guidance", "steps", "diversity"):
         probe_run.section_file(kept / "probe", name).unlink()
     done = run(*COMMANDS["probe"])  # on the pictures that were drawn then

@@ -18,16 +18,17 @@ import pytest
 import torch
 from PIL import Image
 
-from libreflux.cli import probing
 from libreflux.data import encode
 from libreflux.errors import DataError
 from libreflux.probing import run as probe_run
-from libreflux.probing.context import Bench
-from libreflux.probing.drawing import Drawn, Wanted
+from libreflux.probing.context import ProbeContext
+from libreflux.probing.drawing import Drawn, PictureBatch
 from libreflux.probing.judges import Judge
 from libreflux.probing.results import Measure, read_result
-from libreflux.probing.section import Found, Section
+from libreflux.probing.section import Section, SectionResult
 from libreflux.probing.settings import Settings
+from libreflux.workflows import probe_measure
+from libreflux.workflows.probe import probe
 from opened import opened
 from tiny import DECIDING, UNDECIDING, change_json
 
@@ -108,19 +109,21 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def stub(section: Section) -> Section:
         row = Measure(name="x", at={}, subset="all", value=1.0, low=0.0, high=2.0, replicates=[1.0])
-        return dataclasses.replace(section, measure=lambda bench: (names.append(section.name), Found([row]))[1])
+        return dataclasses.replace(
+            section, measure=lambda context: (names.append(section.name), SectionResult([row]))[1]
+        )
 
-    for module in (probing, encode):  # it collects garbage, which takes a third of a second
+    for module in (probe_measure, encode):  # it collects garbage, which takes a third of a second
         monkeypatch.setattr(module, "release", lambda device: None)
     monkeypatch.setattr(probe_run, "SECTIONS", tuple(map(stub, probe_run.SECTIONS)))
-    bench = SimpleNamespace(transformer=SimpleNamespace(device=torch.device("cpu")), has_drawn=lambda wanted: False)
-    monkeypatch.setattr(probing, "_open", lambda request, subject, data, *rest: with_settings(bench, data.settings))
+    context = SimpleNamespace(transformer=SimpleNamespace(device=torch.device("cpu")), has_drawn=lambda wanted: False)
+    monkeypatch.setattr(probe_measure, "open_context", lambda model, data, *rest: with_settings(context, data.settings))
     return names
 
 
-def with_settings(bench: Any, settings: Settings) -> Any:
-    bench.settings = settings
-    return bench
+def with_settings(context: Any, settings: Settings) -> Any:
+    context.settings = settings
+    return context
 
 
 def test_a_measure_is_made_anew_when_anything_that_decides_it_changes(
@@ -132,13 +135,12 @@ def test_a_measure_is_made_anew_when_anything_that_decides_it_changes(
 
     def made(cached: bool = False, **changed: Any) -> list[str]:
         measured.clear()
-        chosen = {"prompts": 3, "guidance": (1.0,), "steps": (2, 4)} | changed.pop("chosen", {})
-        request = probing.Request(model=str(model), data=data, out=out, quick=True, chosen=chosen, **changed)
+        options = {"prompts": 3, "guidance": [1], "steps": [2, 4], "data": data, "out": out, "quick": True, **changed}
         if cached:  # the probe's own cache is of others, and not taken for theirs
             with pytest.raises(DataError, match="this cache was made with"):
-                probing.run(request)
+                probe(str(model), **options)
             shutil.rmtree(out / "cache")
-        probing.run(request)
+        probe(str(model), **options)
         return measured.copy()
 
     assert made() == SECTIONS and made() == []
@@ -157,7 +159,7 @@ def test_a_measure_is_made_anew_when_anything_that_decides_it_changes(
         assert made(name in CACHED) == SECTIONS, name
     assert made() == []
     others: list[dict[str, Any]] = [
-        {"dtype": "bf16"}, {"seed": 1}, {"judge": judge}, {"chosen": {"batch": 2}}, {"chosen": {"resolution": 48}},
+        {"dtype": "bf16"}, {"seed": 1}, {"judge": judge}, {"batch": 2}, {"resolution": 48},
     ]  # fmt: skip
     for changed in others:
         assert made(**changed) == SECTIONS, changed
@@ -168,19 +170,19 @@ def test_a_measure_is_made_anew_when_anything_that_decides_it_changes(
 
 
 def test_what_a_model_draws_for_a_probe_is_drawn_anew_when_what_decides_it_changes(tmp_path: Path) -> None:
-    wanted = Wanted(("a cat",), (0,), 1.0, 2)
+    wanted = PictureBatch(("a cat",), (0,), 1.0, 2)
     drawn = Drawn(torch.ones(1, 16, 4, 4), torch.ones(1), torch.ones(1))
-    bench = Bench.__new__(Bench)
-    bench.out, made = tmp_path, []
-    bench._draw = lambda wanted: (made.append(bench.identity), drawn)[1]  # type: ignore[method-assign]
-    bench.identity, bench.older_identity = "today", "then"
-    assert not bench.has_drawn(wanted)
-    bench.drawn(wanted), bench.drawn(wanted)
-    assert made == ["today"] and bench.has_drawn(wanted)
-    bench.identity, bench.older_identity = "tomorrow", "today"  # as an older version named it: it is kept
-    assert bench.has_drawn(wanted) and torch.equal(bench.drawn(wanted).latents, drawn.latents) and made == ["today"]
-    bench.identity = "next week"  # under its new name, so that no later change takes it for its own
-    assert not bench.has_drawn(wanted)
+    context = ProbeContext.__new__(ProbeContext)
+    context.out, made = tmp_path, []
+    context._draw = lambda wanted: (made.append(context.identity), drawn)[1]  # type: ignore[method-assign]
+    context.identity, context.older_identity = "today", "then"
+    assert not context.has_drawn(wanted)
+    context.drawn(wanted), context.drawn(wanted)
+    assert made == ["today"] and context.has_drawn(wanted)
+    context.identity, context.older_identity = "tomorrow", "today"  # as an older version named it: it is kept
+    assert context.has_drawn(wanted) and torch.equal(context.drawn(wanted).latents, drawn.latents) and made == ["today"]
+    context.identity = "next week"  # under its new name, so that no later change takes it for its own
+    assert not context.has_drawn(wanted)
 
 
 def test_a_kept_picture_is_the_one_that_generate_draws(

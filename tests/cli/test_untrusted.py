@@ -16,12 +16,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
-from libreflux.cli.comparing import _origin
 from libreflux.errors import DataError, ModelError
 from libreflux.model.facts import Facts
 from libreflux.probing.results import Result, read_result
 from libreflux.sample.export_script import diffusers_script
 from libreflux.sample.metadata import GenerationRecord, png_bytes
+from libreflux.workflows.probe_compare import distilled_from
 
 HUB_ID = "nobody/nothing"
 ESCAPES = "\x1b]0;mine\x07\x1b[2J"
@@ -165,7 +165,7 @@ def test_what_a_model_was_distilled_from_is_not_fetched(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     result = Result(model={"name": "m", "distilled_from": told}, settings={}, versions={}, seconds=0.0)
-    assert _origin("m", result) is None
+    assert distilled_from("m", result) is None
     assert all(one["local_files_only"] for one in asked) and "which is not here" in caplog.text
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from libreflux.emoji import compose, held_out
 from libreflux.emoji.build.base import scenes
 from libreflux.emoji.build.judge import split
-from libreflux.probing.subjects import asked
+from libreflux.probing.subjects import parse_prompt
 
 
 def test_scenes_are_of_the_judges_held_out_tenth_and_spread_over_subjects() -> None:
@@ -40,6 +40,6 @@ def test_a_written_folder_is_kept_and_prompts_begin_alike(tmp_path: Path) -> Non
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before and len(before) == 4
     prompts = held_out.prompts(200)
     assert prompts[:10] == held_out.prompts(10)
-    read = [asked(text, held_out.subject_names(), compose.COLOURS) for text in prompts]
+    read = [parse_prompt(text, held_out.subject_names(), compose.COLOURS) for text in prompts]
     assert len({one.subject for one in read[: len(compose.subjects())]}) == len(compose.subjects())
     assert all(one.colour for one in read)

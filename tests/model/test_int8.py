@@ -15,7 +15,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from libreflux.adapter.files import attach
+from libreflux.adapter.adapter import attach
 from libreflux.adapter.layers import AdaptedLinear, LoKr, delta_weight, linear_shapes, linears
 from libreflux.adapter.merge import merge
 from libreflux.adapter.targets import Target, resolve

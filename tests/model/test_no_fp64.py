@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from libreflux.adapter.files import attach
+from libreflux.adapter.adapter import attach
 from libreflux.adapter.layers import LoKr, LoRA, delta_norm
 from libreflux.adapter.targets import Target, resolve
 from libreflux.model.device import with_fp64

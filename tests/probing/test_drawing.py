@@ -11,7 +11,7 @@ from torch import Tensor
 
 from libreflux.flow.schedule import ladder
 from libreflux.model.latents import pack, unpack
-from libreflux.probing.drawing import Drawn, Wanted, draw
+from libreflux.probing.drawing import Drawn, PictureBatch, draw
 from libreflux.probing.metrics.diversity import mean_pairwise
 from libreflux.sample.denoise import StepVelocity
 from libreflux.sample.noise import noise
@@ -58,9 +58,9 @@ def test_the_exact_velocity_of_a_gaussian_draws_that_gaussian() -> None:
 
 
 def test_a_drawing_knows_how_many_samples_it_sends_through_the_model() -> None:
-    assert [Wanted(("a",) * 3, (0, 1, 2), scale, 5).passes for scale in (1.0, 3.0)] == [15, 30]
+    assert [PictureBatch(("a",) * 3, (0, 1, 2), scale, 5).passes for scale in (1.0, 3.0)] == [15, 30]
     with pytest.raises(ValueError, match="2 seeds"):
-        Wanted(("a",), (0, 1), 1.0, 5)
+        PictureBatch(("a",), (0, 1), 1.0, 5)
 
 
 def test_diversity_is_zero_for_a_collapsed_model_and_root_two_for_white_noise() -> None:

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from libreflux import seeding
-from libreflux.cli.freedom_table import print_freedom
+from libreflux.cli.tables import print_freedom
 from libreflux.errors import DataError
 from libreflux.probing.freedom import FreedomRow, closed, freedom
 from libreflux.probing.metrics.bootstrap import mean, measured

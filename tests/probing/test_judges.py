@@ -16,7 +16,7 @@ from libreflux.emoji.held_out import JUDGE
 from libreflux.errors import ModelError
 from libreflux.probing.judges import Judge, load_judge, score
 from libreflux.probing.metrics.image_stats import Look, accuracies, log_probability
-from libreflux.probing.subjects import Asked
+from libreflux.probing.subjects import ParsedPrompt
 
 
 @pytest.fixture
@@ -57,7 +57,11 @@ def test_accuracy_counts_only_what_the_judge_knows(judge: Judge) -> None:
     look = Look(np.zeros(3), np.zeros(3), seen)
     subject, colour = judge.subjects[seen.subjects[0].argmax()], judge.colours[seen.colours[0].argmax()]
     wrong = next(name for name in judge.colours if name != colour)
-    found = accuracies(look, judge, [Asked("", subject, colour), Asked("", subject, wrong), Asked("", subject, None)])
+    found = accuracies(
+        look,
+        judge,
+        [ParsedPrompt("", subject, colour), ParsedPrompt("", subject, wrong), ParsedPrompt("", subject, None)],
+    )
     np.testing.assert_array_equal(found["both"], [1, 0, np.nan])
     np.testing.assert_array_equal(found["subject"], [1, 1, 1])
     wanted = log_probability(look, judge, "colour", [colour] * 3)

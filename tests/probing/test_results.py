@@ -14,8 +14,8 @@ from libreflux.errors import DataError
 from libreflux.probing.metrics.bootstrap import REPLICATES, mean, measured, ratio, root_ratio
 from libreflux.probing.results import Measure, Picture, Result, read_result, write_result
 from libreflux.probing.run import read_section, section_file, write_section
-from libreflux.probing.section import Found
-from libreflux.probing.subjects import asked, find_subject, groups
+from libreflux.probing.section import SectionResult
+from libreflux.probing.subjects import find_subject, groups, parse_prompt
 
 EVERYONE = {"all": np.arange(40)}
 VALUES = seeding.rng(0, "values").standard_normal(40)
@@ -61,8 +61,8 @@ def test_a_section_is_kept_until_anything_of_it_is_another(tmp_path: Path) -> No
     picture = Picture(file="pictures/a.png", at={}, purpose="steps")
     (tmp_path / "pictures").mkdir()
     (tmp_path / picture.file).write_bytes(b"")
-    write_section(tmp_path, "steps", "key", Found([row], [picture]), 2.5)
-    assert read_section(tmp_path, "steps", "key") == (Found([row], [picture]), 2.5)
+    write_section(tmp_path, "steps", "key", SectionResult([row], [picture]), 2.5)
+    assert read_section(tmp_path, "steps", "key") == (SectionResult([row], [picture]), 2.5)
     assert read_section(tmp_path, "steps", "other key") is None and read_section(tmp_path, "guidance", "key") is None
     text = section_file(tmp_path, "steps").read_text()
     section_file(tmp_path, "steps").write_text(text[: len(text) // 2])
@@ -85,10 +85,10 @@ def test_statistics() -> None:
 
 def test_what_a_prompt_names() -> None:
     names = ("dog", "hot dog", "orange", "fox")
-    one = asked("a small hot dog at the left, on orange", names, ("orange", "red"))
+    one = parse_prompt("a small hot dog at the left, on orange", names, ("orange", "red"))
     assert (one.subject, one.colour) == ("hot dog", "orange")
-    assert asked("an orange on red", names, ("orange", "red")).subject == "orange"
-    assert asked("a foxglove on blue", names, ("red",)).subject is None
+    assert parse_prompt("an orange on red", names, ("orange", "red")).subject == "orange"
+    assert parse_prompt("a foxglove on blue", names, ("red",)).subject is None
     assert find_subject("a FOX left of a dog", names) == "dog" or find_subject("a fox by a fox", names) == "fox"
     parts = groups(["dog", None, "fox", "dog"], {"dog"})
     assert {name: rows.tolist() for name, rows in parts.items()} == {

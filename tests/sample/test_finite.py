@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from libreflux.adapter.files import attach_file, load_adapter
+from libreflux.adapter.io import attach_file, load_adapter
 from libreflux.adapter.merge import merge
 from libreflux.cli.training import ShowTraining
 from libreflux.errors import AdapterError

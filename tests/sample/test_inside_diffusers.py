@@ -13,8 +13,9 @@ import torch
 from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
+from libreflux.adapter.adapter import attach
 from libreflux.adapter.export import export_adapter
-from libreflux.adapter.files import attach, load_adapter, save_adapter
+from libreflux.adapter.io import load_adapter, save_adapter
 from libreflux.adapter.layers import linear_shapes
 from libreflux.adapter.merge import merge
 from libreflux.adapter.targets import Target, resolve

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from libreflux import files
-from libreflux.adapter.files import load_adapter
+from libreflux.adapter.io import load_adapter
 from libreflux.adapter.peft import CONFIG, FILES
 from libreflux.data.digests import FileMemory
 from libreflux.model.single_file import SingleFiles, find_comfyui

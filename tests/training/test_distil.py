@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from libreflux.adapter.files import Adapter, attach, load_adapter
+from libreflux.adapter.adapter import Adapter, attach
+from libreflux.adapter.io import load_adapter
 from libreflux.adapter.layers import linear_shapes
 from libreflux.adapter.targets import Target, resolve
 from libreflux.data.cache import Cache

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from libreflux.adapter.files import attach, attach_file, load_adapter, save_adapter
+from libreflux.adapter.adapter import attach
+from libreflux.adapter.io import attach_file, load_adapter, save_adapter
 from libreflux.adapter.layers import LoKr, LoRA, delta_from_tensors, delta_weight
 from libreflux.adapter.targets import Target, resolve
 from libreflux.errors import RunError

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from libreflux.adapter.files import attach
+from libreflux.adapter.adapter import attach
 from libreflux.adapter.layers import linear_shapes
 from libreflux.adapter.targets import Target, resolve
 from libreflux.data.crops import views

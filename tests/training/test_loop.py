@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from libreflux import files
-from libreflux.adapter.files import attach_file
+from libreflux.adapter.io import attach_file
 from libreflux.data.order import step_plan
 from libreflux.data.prepare import prepare_recipe
 from libreflux.errors import AdapterError, RunError

@@ -24,7 +24,7 @@ import torch.distributed as dist
 import yaml
 from PIL import Image
 
-from libreflux.adapter.files import load_adapter
+from libreflux.adapter.io import load_adapter
 from libreflux.data.order import Samples, step_plan
 from libreflux.data.prepare import prepare_recipe
 from libreflux.flow.sigmas import beta_cdf

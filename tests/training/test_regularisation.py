@@ -15,7 +15,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from libreflux.adapter.files import Adapter, attach
+from libreflux.adapter.adapter import Adapter, attach
 from libreflux.adapter.layers import linear_shapes
 from libreflux.adapter.targets import Target, resolve
 from libreflux.data.order import step_plan

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from libreflux.adapter.files import SCHEMA, AdapterFile
 from libreflux.adapter.formats import lycoris_name, read_names
+from libreflux.adapter.io import SCHEMA, AdapterFile
 from libreflux.adapter.layers import LORA_SUFFIXES, LoKr, LoRA, delta_from_tensors, delta_norm
 from libreflux.errors import AdapterError
 from libreflux.files import atomic_save_safetensors

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from libreflux.adapter.files import AdapterFile
+from libreflux.adapter.io import AdapterFile
 from libreflux.errors import AdapterError
 from libreflux.model.facts import Facts
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from libreflux.adapter.files import Adapter, AdapterFile
+from libreflux.adapter.adapter import Adapter
+from libreflux.adapter.io import AdapterFile
 from libreflux.adapter.layers import delta_from_tensors, delta_weight, dense_weight, features, linears
 from libreflux.adapter.reading import check_strength
 from libreflux.errors import AdapterError

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from libreflux.adapter import init, lycoris
-from libreflux.adapter.files import Adapter, attach, attach_file, load_adapter
+from libreflux.adapter.adapter import Adapter, attach
+from libreflux.adapter.io import attach_file, load_adapter
 from libreflux.adapter.layers import LoRA, delta_from_tensors, features, linear_shapes, linears
 from libreflux.adapter.targets import Resolved, Target, resolve, table
 from libreflux.errors import AdapterError

@@ -16,11 +16,10 @@ from libreflux.cli import (
     export,
     generate,
     grid,
+    lists,
     merge,
-    model_list,
     prepare,
     probe,
-    recipe_list,
     train,
 )
 from libreflux.cli.verb import Verb, Verbs
@@ -69,8 +68,8 @@ app.command("average", cls=Verb)(average.average)
 app.command("probe", cls=Verb)(probe.probe)
 app.command("export", cls=Verb)(export.export)
 app.command("demo-data", cls=Verb)(demo_data.demo_data)
-app.command("recipe", cls=Verb)(recipe_list.recipe)
-app.command("models", cls=Verb)(model_list.models)
+app.command("recipe", cls=Verb)(lists.recipe)
+app.command("models", cls=Verb)(lists.models)
 
 
 def _refuse(line: str, code: int = 2) -> NoReturn:

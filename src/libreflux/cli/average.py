@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from libreflux.errors import RunError
-from libreflux.places import new_place
 from libreflux.printing import counted, say
+from libreflux.workflows.average import AverageOptions, average_with
 
 
 def average(
@@ -33,21 +32,9 @@ def average(
     ] = None,
 ) -> None:
     """Average what a run has kept: any width in hindsight, or LERP over its checkpoints."""
-    if (width is None) == (lerp is None):
-        raise RunError("one of --width and --lerp is needed", hint="--width 0.1 is a good start")
-    if step is not None and width is None:
-        raise RunError("--step belongs to --width", hint="remove it")
-    if out.suffix != ".safetensors":
-        raise RunError("the name of an adapter file ends in .safetensors", where=out, hint="add it")
-    new_place(out)
-
-    from libreflux import files
-    from libreflux.training import hindsight
-
-    made = hindsight.average(run, width, step) if width is not None else hindsight.lerp(run, lerp or 0.0)
-    files.atomic_save_safetensors(made.tensors, out, made.metadata)
-    say(f"{told_sources(made.steps)}, saved in {out}")
-    if width is not None:
+    made = average_with(AverageOptions(run, out=out, width=width, step=step, lerp=lerp))
+    say(f"{told_sources(made.steps)}, saved in {made.out}")
+    if made.error is not None:
         say(f"profile of width {width:g} reproduced within {made.error:.2%}")
     if len(made.steps) > 1:  # of one there is nothing that differs
         say(f"averaging factors, not products, moved the adapter by {made.gap:.2%} of its norm,")

@@ -61,13 +61,13 @@ def demo(
     Interrupted, the same command goes on where it was.
     """
     from libreflux.cli import demo_page
-    from libreflux.cli.comparing import compare
-    from libreflux.cli.probing import Request
+    from libreflux.cli.progress import progress
     from libreflux.files import atomic_write_text
     from libreflux.places import folder_place
     from libreflux.recipe import read_recipe
     from libreflux.recipe.yaml_text import scalar
     from libreflux.training.checkpoint import check_recipe
+    from libreflux.workflows.probe import probe
 
     folder_place(out, "run", "probe")
     data, run, measured, recipe_file = out / "pictures", out / "run", out / "probe", out / "recipe.yaml"
@@ -90,8 +90,8 @@ def demo(
 
     _say("3/3 measuring it: before, after, and the model that was distilled")
     with _timed(times, "measuring and drawing"):
-        request = Request(model=MODEL, adapters=[str(adapter)], quick=True, out=measured, chosen=MEASURED)
-        found = compare(request, MODEL, None)
+        found = probe(MODEL, adapters=[str(adapter)], against=MODEL, quick=True, out=measured, progress=progress,
+                      **MEASURED)  # fmt: skip
 
     steps_told = [plainjson.parse(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     page = demo_page.write(

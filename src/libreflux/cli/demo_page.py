@@ -9,20 +9,20 @@ from pathlib import Path
 
 from PIL import Image
 
-from libreflux.cli.comparing import Comparison
 from libreflux.cli.progress import clock
 from libreflux.files import atomic_write_bytes
 from libreflux.probing.report.html import image
 from libreflux.probing.report.page import write_page
 from libreflux.probing.report.pictures import grids
 from libreflux.sample.grid import sheet
+from libreflux.workflows.probe import ProbeResult
 
 LABELS = ("distilled", "set free", "original")
 
 
 def write(
     out: Path,
-    found: Comparison,
+    found: ProbeResult,
     *,
     examples: Sequence[Path],
     pictures: int,
@@ -62,12 +62,12 @@ pixels.</p><p class="look">{looks}</p>"""
 <h2>The recipe</h2><pre>{html.escape(recipe)}</pre>"""
     labels = LABELS[: len(found.in_order)]
     return write_page(
-        found.in_order, out, freedom=found.freedom, labels=labels, title="A distilled model, set free",
+        found.in_order, out, freedom=found.freedom or (), labels=labels, title="A distilled model, set free",
         before=before, after=after,
     )  # fmt: skip
 
 
-def _grid(found: Comparison) -> bytes:
+def _grid(found: ProbeResult) -> bytes:
     """Rows of prompts and models; columns of guidance, then of steps."""
     kinds: dict[str, dict[str, tuple[Sequence[str], list[list[Image.Image]]]]] = {}
     for grid in grids(found.in_order):

@@ -26,7 +26,7 @@ PANELS: dict[str, dict[str, str]] = {
         "Output": "out",
     },
     "probe": {
-        "Models": "adapter against reference",
+        "Models": "adapters against reference",
         "What is measured": "data quick pictures prompts guidance steps resolution seed",
         "Judges": "seen judge features",
         "Memory and speed": "device dtype batch",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -11,17 +11,16 @@ from libreflux.errors import RecipeError
 from libreflux.printing import say, say_json
 from libreflux.values import check_side, number_list
 
-if TYPE_CHECKING:
-    from libreflux.cli.probing import Request
-
 
 def probe(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Model: a name, a folder or a hub id.", show_default=False)
     ],
-    adapter: Annotated[
+    adapters: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATH[:WEIGHT]", help="Adapter file or run folder, put on the model; may be repeated."),
+        typer.Option(
+            "--adapter", metavar="PATH[:WEIGHT]", help="Adapter file or run folder, put on the model; may be repeated."
+        ),
     ] = None,
     against: Annotated[
         str | None,
@@ -74,63 +73,53 @@ def probe(
 
     Interrupted, the same command goes on after the last finished measure.
     """
-    if reference is not None and against is None:
-        raise RecipeError("needs --against", where="--reference", hint="name the distilled model with --against")
-    if features is not None and judge is not None:
-        raise RecipeError("takes the place of --judge", where="--features", hint="give one of them")
     if whole and json:
         raise RecipeError("has no effect beside --json", where="--all", hint="remove it: JSON holds every measure")
     check_side(resolution, "--resolution")
-    if dtype not in ("stored", "fp32", "bf16"):
-        raise RecipeError(f"{dtype!r} is no precision", where="--dtype", hint="use stored, fp32 or bf16")
-    scales = None if guidance is None else number_list(guidance, "--guidance", most=1e4)
-    counts = None if steps is None else number_list(steps, "--steps", whole=True, least=1, most=1e4)
-    chosen = {
-        "pictures": pictures, "prompts": prompts, "batch": batch, "resolution": resolution,
-        "guidance": scales, "steps": counts and tuple(map(int, counts)),
-    }  # fmt: skip
 
-    from libreflux.cli.probing import Request
+    from libreflux.cli.progress import progress
+    from libreflux.workflows.probe_options import MOST_GUIDANCE, MOST_STEPS, ProbeOptions, check_options
 
-    request = Request(
-        model=model, adapters=adapter or [], data=data, out=out, quick=quick, seen=seen, judge=judge,
-        features=features, seed=seed, dtype=dtype, device=device,
-        chosen={key: value for key, value in chosen.items() if value is not None},
-    )  # fmt: skip
-    if against is not None:
-        _compare(request, against, reference, as_json=json, whole=whole)
-        return
+    scales = None if guidance is None else number_list(guidance, "--guidance", most=MOST_GUIDANCE)
+    counts = None if steps is None else number_list(steps, "--steps", whole=True, least=1, most=MOST_STEPS)
+    options = ProbeOptions(
+        model,
+        adapters=adapters or (),
+        against=against,
+        reference=reference,
+        data=data,
+        out=out,
+        quick=quick,
+        pictures=pictures,
+        prompts=prompts,
+        guidance=scales,
+        steps=None if counts is None else [int(count) for count in counts],
+        seen=seen,
+        judge=judge,
+        features=features,
+        resolution=resolution,
+        batch=batch,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        progress=progress,
+    )
+    check_options(options)  # before torch is loaded
 
-    from libreflux.cli.probe_table import print_summary, print_table
-    from libreflux.cli.probing import run
-    from libreflux.probing.report.page import write_page
+    from libreflux.cli import tables
+    from libreflux.workflows.probe import probe_with
 
-    folder, result = run(request)
-    page = write_page([result], folder)
+    found = probe_with(options)
     if json:
-        say_json((folder / "probe.json").read_text(encoding="utf-8"))
+        say_json(found.file.read_text(encoding="utf-8"))
+        return
+    if found.freedom is None:
+        (tables.print_table if whole else tables.print_summary)(found.result)
     else:
-        (print_table if whole else print_summary)(result)
-        _tell_rest(len(result.measures), whole)
-        say(f"{folder / 'probe.json'}, measured in {result.seconds:.0f} s", f"{page}, to be looked at")
-
-
-def _tell_rest(rows: int, whole: bool) -> None:
+        family = str((found.result.settings.get("data") or ("",))[0])
+        (tables.print_freedom if whole else tables.print_freedom_summary)(found.freedom, family)
     if not whole:
+        rows = len(found.result.measures if found.freedom is None else found.freedom)
         say(f"--all prints all {rows} rows")
-
-
-def _compare(request: Request, against: str, reference: str | None, *, as_json: bool, whole: bool) -> None:
-    from libreflux.cli.comparing import FREEDOM_FILE, compare
-    from libreflux.cli.freedom_table import print_freedom, print_freedom_summary
-    from libreflux.probing.report.page import write_page
-
-    found = compare(request, against, reference)
-    page = write_page(found.in_order, found.folder, freedom=found.freedom)
-    if as_json:
-        say_json((found.folder / FREEDOM_FILE).read_text(encoding="utf-8"))
-    else:
-        show = print_freedom if whole else print_freedom_summary
-        show(found.freedom, str((found.result.settings.get("data") or ("",))[0]))
-        _tell_rest(len(found.freedom), whole)
-        say(found.folder / FREEDOM_FILE, f"{page}, to be looked at")
+    took = f", measured in {found.result.seconds:.0f} s" if found.freedom is None else ""
+    say(f"{found.file}{took}", f"{found.page}, to be looked at")

@@ -1,4 +1,4 @@
-"""The model on the bench: what the measures ask of it, each answer computed once."""
+"""What the measures need of a model: velocities, drawn pictures and what is seen in them, each computed once."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from libreflux.flow.solve import Step
 from libreflux.model import latents as latent_space
 from libreflux.model.facts import Facts
 from libreflux.model.text import TextConditioning
-from libreflux.probing.drawing import Drawn, Wanted, draw
+from libreflux.probing.drawing import Drawn, PictureBatch, draw
 from libreflux.probing.held_out import model_velocity
 from libreflux.probing.judges import Judge
 from libreflux.probing.metrics.image_stats import Look, look_at
 from libreflux.probing.metrics.measures import Velocity
 from libreflux.probing.results import Coordinate, Picture
 from libreflux.probing.settings import Settings
-from libreflux.probing.subjects import Asked, asked, find_subject, groups
+from libreflux.probing.subjects import ParsedPrompt, find_subject, groups, parse_prompt
 from libreflux.sample.finite import check_latents
 from libreflux.sample.guidance import GuidedVelocity
 from libreflux.sample.noise import noise
@@ -44,7 +44,7 @@ OWN = "own"
 
 
 @dataclass(eq=False)
-class Bench:
+class ProbeContext:
     """A model, opened, with held-out pictures and prompts.
 
     Attributes:
@@ -52,11 +52,11 @@ class Bench:
         facts: the model's, under its adapters.
         settings: of the probe.
         held_out: pictures, as cached latents with cached captions.
-        asked: the prompts to draw.
+        prompts: the prompts to draw.
         texts: cached conditioning of captions, prompts and negatives.
         padding_texts: prompts under other paddings.
         out: the result's folder.
-        identity: digest of model, adapters and what decides a drawing besides `Wanted`.
+        identity: digest of model, adapters and what decides a drawing besides `PictureBatch`.
         older_identity: what the first versions took for it.
         subjects: every known subject's name.
         judge: None without.
@@ -68,7 +68,7 @@ class Bench:
     facts: Facts
     settings: Settings
     held_out: HeldOut
-    asked: Sequence[Asked]
+    prompts: Sequence[ParsedPrompt]
     texts: Texts
     out: Path
     identity: str
@@ -99,53 +99,53 @@ class Bench:
         """Subsets of units that have these captions or prompts."""
         return groups([find_subject(text, self.subjects) for text in texts], self.settings.seen)
 
-    def ask(self, text: str) -> Asked:
+    def parse(self, text: str) -> ParsedPrompt:
         """What a text names of what the judge knows."""
-        return Asked(text) if self.judge is None else asked(text, self.judge.subjects, self.judge.colours)
+        return ParsedPrompt(text) if self.judge is None else parse_prompt(text, self.judge.subjects, self.judge.colours)
 
-    def drawn(self, wanted: Wanted) -> Drawn:
+    def drawn(self, batch: PictureBatch) -> Drawn:
         """Pictures, from disk if this model has drawn them before."""
-        path = self._drawn_file(wanted, self.identity)
-        adopt(path, self._drawn_file(wanted, self.older_identity))
+        path = self._drawn_file(batch, self.identity)
+        adopt(path, self._drawn_file(batch, self.older_identity))
         try:
             return Drawn(**load_file(path))
         except (OSError, SafetensorError, TypeError):
-            drawn = self._draw(wanted)
+            drawn = self._draw(batch)
         atomic_save_safetensors({name: getattr(drawn, name) for name in ("latents", "length", "energy")}, path)
         return drawn
 
-    def has_drawn(self, wanted: Wanted) -> bool:
+    def has_drawn(self, batch: PictureBatch) -> bool:
         """Whether they are on disk."""
-        return any(self._drawn_file(wanted, each).is_file() for each in (self.identity, self.older_identity))
+        return any(self._drawn_file(batch, each).is_file() for each in (self.identity, self.older_identity))
 
-    def _drawn_file(self, wanted: Wanted, identity: str) -> Path:
-        return self.out / "drawn" / f"{digest([identity, wanted.as_json()])[:24]}.safetensors"
+    def _drawn_file(self, batch: PictureBatch, identity: str) -> Path:
+        return self.out / "drawn" / f"{digest([identity, batch.as_json()])[:24]}.safetensors"
 
-    def _draw(self, wanted: Wanted) -> Drawn:
-        lengths = self.texts(wanted.prompts).lengths
+    def _draw(self, batch: PictureBatch) -> Drawn:
+        lengths = self.texts(batch.prompts).lengths
         # Prompts of one length need no mask, which is faster; the order within a batch changes nothing.
-        order = sorted(range(len(wanted)), key=lambda i: (lengths[i], i))
+        order = sorted(range(len(batch)), key=lambda i: (lengths[i], i))
         size = self.settings.batch
-        parts = [self._draw_batch(wanted, order[start : start + size]) for start in range(0, len(order), size)]
+        parts = [self._draw_batch(batch, order[start : start + size]) for start in range(0, len(order), size)]
         return Drawn.cat(parts).index(np.argsort(order).tolist())
 
     @torch.no_grad()
-    def _draw_batch(self, wanted: Wanted, rows: Sequence[int]) -> Drawn:
+    def _draw_batch(self, batch: PictureBatch, rows: Sequence[int]) -> Drawn:
         side = self.settings.resolution // latent_space.stride(self.vae)
         device = self.transformer.device
-        text = self.texts([wanted.prompts[row] for row in rows]).to(device)
-        against = self.texts([wanted.negatives[row] if wanted.negatives else "" for row in rows]).to(device)
+        text = self.texts([batch.prompts[row] for row in rows]).to(device)
+        against = self.texts([batch.negatives[row] if batch.negatives else "" for row in rows]).to(device)
         guided = GuidedVelocity(
             self.transformer,
             text,
             against,
             latent_space.image_ids(side, side, device=device),
-            scale=wanted.guidance,
+            scale=batch.guidance,
             batch_cfg=False,
             embedded_guidance=self.facts.embedded_guidance,
         )
-        start = noise([wanted.seeds[row] for row in rows], int(self.vae.config.latent_channels), side, side)
-        sigmas = ladder(wanted.steps, self.facts.shift_at((side // 2) ** 2))
+        start = noise([batch.seeds[row] for row in rows], int(self.vae.config.latent_channels), side, side)
+        sigmas = ladder(batch.steps, self.facts.shift_at((side // 2) ** 2))
 
         def counted(step: Step) -> None:
             self.advance(len(rows) * (2 if guided.is_guided(step.index) else 1))
@@ -153,11 +153,11 @@ class Bench:
         check = functools.partial(check_latents, guided=guided)
         return draw(guided, start.to(device), sigmas, on_step=counted, check=check)
 
-    def look(self, wanted: Wanted) -> Look:
+    def look(self, batch: PictureBatch) -> Look:
         """What is seen in these pictures."""
-        key = digest(wanted.as_json())
+        key = digest(batch.as_json())
         if key not in self._looks:
-            self._looks[key] = look_at(self.drawn(wanted).latents, self.vae, self.judge)
+            self._looks[key] = look_at(self.drawn(batch).latents, self.vae, self.judge)
         return self._looks[key]
 
     def held_out_captions(self) -> list[str]:
@@ -171,16 +171,16 @@ class Bench:
             self._looks["held-out"] = Look.cat([look_at(part.latents, self.vae, self.judge) for part in parts])
         return self._looks["held-out"]
 
-    def keep(self, purpose: str, wanted: Wanted, rows: Sequence[int], **at: Coordinate) -> list[Picture]:
+    def keep(self, purpose: str, batch: PictureBatch, rows: Sequence[int], **at: Coordinate) -> list[Picture]:
         """Writes some of these pictures as PNG."""
-        drawn, kept = self.drawn(wanted), []
+        drawn, kept = self.drawn(batch), []
         for row in rows:
             place: dict[str, Coordinate] = {
-                "prompt": wanted.prompts[row],
-                "guidance": wanted.guidance,
-                "steps": wanted.steps,
-                "seed": wanted.seeds[row],
-                **({"negative": wanted.negatives[row]} if wanted.negatives else {}),
+                "prompt": batch.prompts[row],
+                "guidance": batch.guidance,
+                "steps": batch.steps,
+                "seed": batch.seeds[row],
+                **({"negative": batch.negatives[row]} if batch.negatives else {}),
                 **at,
             }
             file = f"pictures/{purpose}-{digest(place)[:16]}.png"

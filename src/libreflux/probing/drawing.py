@@ -14,11 +14,11 @@ from libreflux.model.latents import pack, unpack
 from libreflux.sample.denoise import StepVelocity, denoise
 
 FORMULA = 1
-"""Raised when the same model and `Wanted` come to give other pictures, not only other last bits."""
+"""Raised when the same model and `PictureBatch` come to give other pictures, not only other last bits."""
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PictureBatch:
     """N pictures to draw.
 
     Attributes:

@@ -13,12 +13,12 @@ from libreflux.decided import digest
 from libreflux.files import atomic_write_json
 from libreflux.model.faults import explained
 from libreflux.model.numerics import pinned
-from libreflux.probing.context import Bench
+from libreflux.probing.context import ProbeContext
 from libreflux.probing.metrics import diversity, guidance, negative, padding, steps, velocity_metrics
 from libreflux.probing.results import Measure, Picture, Result, write_result
-from libreflux.probing.section import Found, Section
+from libreflux.probing.section import Section, SectionResult
 from libreflux.probing.settings import Settings
-from libreflux.probing.subjects import Asked
+from libreflux.probing.subjects import ParsedPrompt
 
 SECTIONS = (
     velocity_metrics.SECTION,
@@ -35,12 +35,12 @@ Progress = Callable[[int, int, str], None]
 
 def probe(
     out: Path,
-    open_bench: Callable[[Sequence[Section]], Bench],
+    open_context: Callable[[Sequence[Section]], ProbeContext],
     *,
     model: Mapping[str, Any],
     decided: Mapping[str, Any],
     settings: Settings,
-    asked: Sequence[Asked],
+    prompts: Sequence[ParsedPrompt],
     versions: Mapping[str, str],
     progress: Progress = lambda done, total, note: None,
 ) -> Result:
@@ -48,11 +48,11 @@ def probe(
 
     Args:
         out: the result's folder.
-        open_bench: the sections to do → the model with what they need; not called when none is left.
+        open_context: the sections to do → the model with what they need; not called when none is left.
         model: of the result: which weights and adapters.
         decided: what of the model and of the prepared data decides the numbers; names and paths are not among it.
         settings: of the result.
-        asked: the prompts to draw.
+        prompts: the prompts to draw.
         versions: of the result.
         progress: told how far the model is.
     """
@@ -62,13 +62,13 @@ def probe(
     kept = {one.name: read_section(out, one.name, keys[one.name]) for one in SECTIONS}
     todo = [one for one in SECTIONS if kept[one.name] is None]
     if todo:
-        bench = open_bench(todo)
-        counter = _Counter(_passes(todo, bench, settings, asked), progress)
-        bench.advance = counter.advance
+        context = open_context(todo)
+        counter = _Counter(_passes(todo, context, settings, prompts), progress)
+        context.advance = counter.advance
         for section in todo:
             counter.note, began = section.name, time.monotonic()
-            with _on_its_device(bench, section.name):
-                found = section.measure(bench)
+            with _on_its_device(context, section.name):
+                found = section.measure(context)
             write_section(out, section.name, keys[section.name], found, time.monotonic() - began)
             kept[section.name] = read_section(out, section.name, keys[section.name])
     parts = [part for part in kept.values() if part is not None]
@@ -100,9 +100,9 @@ SMALLER = "a smaller --batch or --resolution, --dtype bf16, or --device cpu"
 
 
 @contextmanager
-def _on_its_device(bench: Bench, name: str) -> Iterator[None]:
+def _on_its_device(context: ProbeContext, name: str) -> Iterator[None]:
     """Measured with what is pinned for training too; what the device raises is one line."""
-    device, settings = bench.transformer.device, bench.settings
+    device, settings = context.transformer.device, context.settings
     doing = f"{name}, batch {settings.batch}, resolution {settings.resolution}, device {device}"
     with pinned(device), explained(doing, SMALLER, "run the same command again: finished sections are kept"):
         yield
@@ -113,7 +113,7 @@ def section_file(out: Path, name: str) -> Path:
     return out / "sections" / f"{name}.json"
 
 
-def write_section(out: Path, name: str, key: str, found: Found, seconds: float) -> None:
+def write_section(out: Path, name: str, key: str, found: SectionResult, seconds: float) -> None:
     """Keeps a finished section."""
     rows = {
         "schema": 1,
@@ -125,13 +125,13 @@ def write_section(out: Path, name: str, key: str, found: Found, seconds: float) 
     atomic_write_json(section_file(out, name), rows)
 
 
-def read_section(out: Path, name: str, key: str) -> tuple[Found, float] | None:
+def read_section(out: Path, name: str, key: str) -> tuple[SectionResult, float] | None:
     """A finished section and its seconds; None if it is not there, damaged, of another key, or lacks a picture."""
     try:
         rows = plainjson.parse(section_file(out, name).read_text(encoding="utf-8"))
         if rows["schema"] != 1 or rows["key"] != key:
             return None
-        found = Found(
+        found = SectionResult(
             [Measure.from_json(row) for row in rows["measures"]],
             [Picture.from_json(row, out) for row in rows["pictures"]],
         )
@@ -141,10 +141,10 @@ def read_section(out: Path, name: str, key: str) -> tuple[Found, float] | None:
         return None
 
 
-def _passes(todo: Sequence[Section], bench: Bench, settings: Settings, asked: Sequence[Asked]) -> int:
-    plans = [section.plan(settings, asked) for section in todo]
-    wanted = {digest(each.as_json()): each for plan in plans for each in plan.drawings}
-    drawn = sum(each.passes for each in wanted.values() if not bench.has_drawn(each))
+def _passes(todo: Sequence[Section], context: ProbeContext, settings: Settings, prompts: Sequence[ParsedPrompt]) -> int:
+    plans = [section.plan(settings, prompts) for section in todo]
+    pictures = {digest(each.as_json()): each for plan in plans for each in plan.drawings}
+    drawn = sum(each.passes for each in pictures.values() if not context.has_drawn(each))
     return drawn + sum(plan.passes for plan in plans)
 
 

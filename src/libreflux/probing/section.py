@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from libreflux.probing.context import Bench
-from libreflux.probing.drawing import Wanted
+from libreflux.probing.context import ProbeContext
+from libreflux.probing.drawing import PictureBatch
 from libreflux.probing.results import Measure, Picture
 from libreflux.probing.settings import Settings
-from libreflux.probing.subjects import Asked
+from libreflux.probing.subjects import ParsedPrompt
 
 SEED_STRIDE = 100_000  # so that probes of other seeds draw from other noise
 
 
 @dataclass(frozen=True)
-class Found:
+class SectionResult:
     """What a section found."""
 
     measures: list[Measure]
@@ -26,7 +26,7 @@ class Found:
 class Plan:
     """What a section needs: pictures to draw, and other samples that go through the model."""
 
-    drawings: list[Wanted] = field(default_factory=list)
+    drawings: list[PictureBatch] = field(default_factory=list)
     passes: int = 0
 
 
@@ -43,11 +43,11 @@ class Section:
 
     name: str
     version: int
-    plan: Callable[[Settings, Sequence[Asked]], Plan]
-    measure: Callable[[Bench], Found]
+    plan: Callable[[Settings, Sequence[ParsedPrompt]], Plan]
+    measure: Callable[[ProbeContext], SectionResult]
 
 
-def prompted(settings: Settings, asked: Sequence[Asked], guidance: float, steps: int) -> Wanted:
+def prompted(settings: Settings, prompts: Sequence[ParsedPrompt], guidance: float, steps: int) -> PictureBatch:
     """Every prompt once, from a seed of its own: the same in whatever section asks."""
-    seeds = tuple(settings.seed * SEED_STRIDE + index for index in range(len(asked)))
-    return Wanted(tuple(one.text for one in asked), seeds, guidance, steps)
+    seeds = tuple(settings.seed * SEED_STRIDE + index for index in range(len(prompts)))
+    return PictureBatch(tuple(one.text for one in prompts), seeds, guidance, steps)

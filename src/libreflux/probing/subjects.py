@@ -13,7 +13,7 @@ from libreflux.errors import DataError
 
 
 @dataclass(frozen=True)
-class Asked:
+class ParsedPrompt:
     """A prompt and what it names, None for what it does not."""
 
     text: str
@@ -21,11 +21,11 @@ class Asked:
     colour: str | None = None
 
 
-def asked(text: str, subjects: Collection[str], colours: Collection[str]) -> Asked:
+def parse_prompt(text: str, subjects: Collection[str], colours: Collection[str]) -> ParsedPrompt:
     """Reads "a red apple on blue": a colour after the last "on", the longest known subject before it."""
     before, _, after = text.rpartition(" on ")
     colour = after.strip() if before and after.strip() in colours else None
-    return Asked(text, find_subject(before if colour else text, subjects), colour)
+    return ParsedPrompt(text, find_subject(before if colour else text, subjects), colour)
 
 
 def find_subject(text: str, subjects: Collection[str]) -> str | None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from libreflux.adapter.adapter import Adapter
 from libreflux.adapter.facts import adapted_facts
-from libreflux.adapter.files import Adapter, AdapterFile, attach_file, load_adapter
+from libreflux.adapter.io import AdapterFile, attach_file, load_adapter
 from libreflux.adapter.layers import AdaptedLinear
 from libreflux.errors import ModelError, RecipeError
 from libreflux.model.facts import Facts, tell_facts
@@ -53,7 +54,7 @@ class Adapting:
 
     def load_lora_weights(
         self,
-        path: str | Path,
+        path: str | Path | AdapterFile,
         adapter_name: str | None = None,
         *,
         weight_name: str | None = None,
@@ -64,15 +65,16 @@ class Adapting:
         Text padding, tokens, steps and guidance become those that the adapter was trained for, where it says so.
 
         Args:
-            path: an adapter file of any kind that libreflux reads, or the folder of `weight_name`. Nothing is
-                downloaded.
+            path: an adapter file of any kind that libreflux reads, or the folder of `weight_name`; or what
+                `libreflux.load_adapter` gave. Nothing is downloaded.
             adapter_name: what `set_adapters` calls it; None is default_0, default_1 and so on.
             weight_name: the file in that folder.
             weight: its strength.
 
         Raises:
             AdapterError: no such file, one that does not fit, or one trained with another text padding than those here.
-            RecipeError: a path or a weight that is none, or a name that is taken.
+            RecipeError: a path or a weight that is none, a `weight_name` beside an adapter that is read already, or a
+                name that is taken.
             ModelError: the transformer's weights are offloaded layer by layer.
         """
         loaded = self._loaded()
@@ -82,10 +84,7 @@ class Adapting:
         if any(parameter.is_meta for parameter in self.transformer.parameters()):
             hint = "load adapters before enable_sequential_cpu_offload()"
             raise ModelError("the transformer's weights are offloaded layer by layer", hint=hint)
-        if not isinstance(path, str | Path):  # diffusers takes tensors too
-            raise RecipeError(f"is no path but a {type(path).__name__}", where="path", hint="name an adapter file")
-        strength = _weight(weight)
-        file = load_adapter(Path(path) / weight_name if weight_name else path)
+        strength, file = _weight(weight), _read(path, weight_name)
         adapted_facts(self._own, [(one.file, one.weight) for one in loaded.values()] + [(file, strength)])  # or refuses
         loaded[name] = _Loaded(attach_file(self.transformer, file, strength), file, strength)
 
@@ -135,6 +134,16 @@ class Adapting:
         if any(isinstance(module, AdaptedLinear) for module in self.transformer.modules()):
             hint = "unload_lora_weights() first, or make a model of both with `libreflux merge`"
             raise ModelError("adapters are on the transformer, which cannot be saved with them", hint=hint)
+
+
+def _read(path: object, weight_name: str | None) -> AdapterFile:
+    if isinstance(path, AdapterFile):
+        if weight_name is not None:
+            raise RecipeError("has no effect on an adapter that is read", where="weight_name", hint="remove it")
+        return path
+    if not isinstance(path, str | Path):  # diffusers takes tensors too
+        raise RecipeError(f"is no path but a {type(path).__name__}", where="path", hint="name an adapter file")
+    return load_adapter(Path(path) / weight_name if weight_name else path)
 
 
 def _weight(value: float) -> float:

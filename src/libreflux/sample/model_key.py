@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from libreflux.adapter.files import AdapterFile
+from libreflux.adapter.io import AdapterFile
 from libreflux.data.digests import TEXT_PARTS, VAE_PARTS, FileMemory, parts_digest
 from libreflux.decided import digest
 from libreflux.model.facts import Facts

@@ -11,7 +11,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from libreflux.adapter.files import attach
+from libreflux.adapter.adapter import attach
 from libreflux.adapter.targets import Resolved
 from libreflux.data import precision
 from libreflux.data.cache import index_folders

@@ -11,7 +11,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from libreflux import seeding
-from libreflux.adapter.files import Adapter
+from libreflux.adapter.adapter import Adapter
 from libreflux.flow.guidance import cfg
 from libreflux.flow.path import interpolate, velocity_target
 from libreflux.flow.schedule import ladder

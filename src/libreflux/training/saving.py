@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from libreflux import __version__, files
-from libreflux.adapter.files import Adapter, file_metadata, load_adapter, save_adapter
+from libreflux.adapter.adapter import Adapter
+from libreflux.adapter.io import file_metadata, load_adapter, save_adapter
 from libreflux.errors import RunError
 from libreflux.model.stream import save_live
 from libreflux.printing import get_logger

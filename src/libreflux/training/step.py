@@ -15,7 +15,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from libreflux import seeding
-from libreflux.adapter.files import Adapter
+from libreflux.adapter.adapter import Adapter
 from libreflux.adapter.targets import Resolved, group
 from libreflux.data.batches import Batch, Batches
 from libreflux.data.held_out import HeldOut

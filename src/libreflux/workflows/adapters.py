@@ -19,7 +19,7 @@ FOR_PHOTOGRAPHS = ("jimmycarter/LibreFLUX", 34)
 """Hub id, and its download in GB: transformer 23.8, T5 9.5, CLIP 0.25, VAE 0.17."""
 
 if TYPE_CHECKING:
-    from libreflux.adapter.files import AdapterFile
+    from libreflux.adapter.io import AdapterFile
     from libreflux.model.facts import Facts
 
 
@@ -97,9 +97,34 @@ def load_arguments(texts: Iterable[str]) -> list[tuple[AdapterFile, float]]:
     named = [adapter_argument(text) for text in texts]
     chosen = [(adapter_file(Path(path)), weight) for path, weight in named]
 
-    from libreflux.adapter.files import load_adapter
+    from libreflux.adapter import io
 
-    return [(load_adapter(path), weight) for path, weight in chosen]
+    return [(io.load_adapter(path), weight) for path, weight in chosen]
+
+
+def load_adapter(path: str | Path) -> AdapterFile:
+    """Read an adapter, of any kind that libreflux knows.
+
+    A pipeline takes it with `load_lora_weights`, which brings its steps, guidance and text padding along.
+
+    Args:
+        path: an adapter file; a run folder, which gives its result, or its newest checkpoint while the run has more to
+            do; or a folder of PEFT's or diffusers'.
+
+    Raises:
+        AdapterError: there is no adapter, or it cannot be read.
+        NotFiniteError: NaN or infinite numbers in it.
+
+    Example:
+        import libreflux
+
+        pipe = libreflux.LibreFluxPipeline.from_pretrained("emoji-schnell")
+        pipe.load_lora_weights(libreflux.load_adapter("runs/mine"), weight=0.8)
+        pipe("a red apple on blue").images[0].save("apple.png")
+    """
+    from libreflux.adapter import io
+
+    return io.load_adapter(adapter_file(Path(path).expanduser()))
 
 
 def default_model(texts: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from libreflux.adapter.files import AdapterFile, attach_file
+from libreflux.adapter.io import AdapterFile, attach_file
 from libreflux.errors import OptionError, OptionHint
 from libreflux.files import sha256_file
 from libreflux.flow.solve import Step

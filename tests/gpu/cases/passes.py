@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gpu.alone import DEVICE
 from libreflux.adapter import plan
-from libreflux.adapter.files import Adapter
+from libreflux.adapter.adapter import Adapter
 from libreflux.model.attention import check_gradients, lengths_to_check
 from libreflux.model.latents import image_ids, pack
 from libreflux.model.numerics import pinned

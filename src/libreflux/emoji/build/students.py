@@ -18,7 +18,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from libreflux import seeding
-from libreflux.adapter.files import load_adapter
+from libreflux.adapter.io import load_adapter
 from libreflux.adapter.merge import merge
 from libreflux.emoji import compose
 from libreflux.emoji.build import base

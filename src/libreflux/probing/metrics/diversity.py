@@ -8,37 +8,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from libreflux.probing.context import Bench
-from libreflux.probing.drawing import Wanted
+from libreflux.probing.context import ProbeContext
+from libreflux.probing.drawing import PictureBatch
 from libreflux.probing.metrics.bootstrap import mean, measured
 from libreflux.probing.results import Coordinate, Measure
-from libreflux.probing.section import SEED_STRIDE, Found, Plan, Section
+from libreflux.probing.section import SEED_STRIDE, Plan, Section, SectionResult
 from libreflux.probing.settings import Settings
-from libreflux.probing.subjects import Asked
+from libreflux.probing.subjects import ParsedPrompt
 
 
-def plan(settings: Settings, asked: Sequence[Asked]) -> Plan:
+def plan(settings: Settings, prompts: Sequence[ParsedPrompt]) -> Plan:
     """Some prompts from several seeds at each scale."""
-    return Plan([_wanted(settings, asked, scale) for scale in settings.diversity_guidance])
+    return Plan([_batch(settings, prompts, scale) for scale in settings.diversity_guidance])
 
 
-def _wanted(settings: Settings, asked: Sequence[Asked], scale: float) -> Wanted:
+def _batch(settings: Settings, prompts: Sequence[ParsedPrompt], scale: float) -> PictureBatch:
     """The seeds are the same for every prompt: those of a user who tries prompts."""
-    chosen, count = asked[: settings.diversity_prompts], settings.diversity_seeds
+    chosen, count = prompts[: settings.diversity_prompts], settings.diversity_seeds
     first = settings.seed * SEED_STRIDE
-    prompts = tuple(one.text for one in chosen for _ in range(count))
-    return Wanted(prompts, tuple(range(first, first + count)) * len(chosen), scale, settings.draw_steps)
+    texts = tuple(one.text for one in chosen for _ in range(count))
+    return PictureBatch(texts, tuple(range(first, first + count)) * len(chosen), scale, settings.draw_steps)
 
 
-def measure(bench: Bench) -> Found:
+def measure(context: ProbeContext) -> SectionResult:
     """`diversity` over seeds in latents and, with a judge, in its features."""
-    settings, rows, pictures = bench.settings, list[Measure](), []
-    chosen = bench.asked[: settings.diversity_prompts]
-    groups = bench.groups([one.text for one in chosen])
+    settings, rows, pictures = context.settings, list[Measure](), []
+    chosen = context.prompts[: settings.diversity_prompts]
+    groups = context.groups([one.text for one in chosen])
     for scale in settings.diversity_guidance:
-        wanted = _wanted(settings, bench.asked, scale)
-        spaces = {"latents": bench.drawn(wanted).latents}
-        verdict = bench.look(wanted).verdict
+        batch = _batch(settings, context.prompts, scale)
+        spaces = {"latents": context.drawn(batch).latents}
+        verdict = context.look(batch).verdict
         if verdict is not None:
             spaces["features"] = verdict.features
         for kind, points in spaces.items():
@@ -47,8 +47,8 @@ def measure(bench: Bench) -> Found:
             unit = f"{'judge features' if kind == 'features' else kind}, RMS"
             rows += measured("diversity", at, mean(apart), len(chosen), groups, seed=settings.seed, unit=unit)
         shown = range(min(settings.shown, len(chosen)) * settings.diversity_seeds)
-        pictures += bench.keep("seeds", wanted, shown)
-    return Found(rows, pictures)
+        pictures += context.keep("seeds", batch, shown)
+    return SectionResult(rows, pictures)
 
 
 def mean_pairwise(points: Tensor) -> np.ndarray:

@@ -6,76 +6,76 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from libreflux.probing.context import Bench
-from libreflux.probing.drawing import Wanted
+from libreflux.probing.context import ProbeContext
+from libreflux.probing.drawing import PictureBatch
 from libreflux.probing.metrics.bootstrap import Groups, Statistic, mean, measured
 from libreflux.probing.metrics.distances import frechet_replicates, kernel_replicates
 from libreflux.probing.metrics.image_stats import Look, accuracies
 from libreflux.probing.results import Coordinate, Measure
-from libreflux.probing.section import Found, Plan, Section, prompted
+from libreflux.probing.section import Plan, Section, SectionResult, prompted
 from libreflux.probing.settings import Settings
-from libreflux.probing.subjects import Asked
+from libreflux.probing.subjects import ParsedPrompt
 
 SATURATED = 2.0
 """Saturation starts where more pixels are clipped than in so many times the VAE's own reconstructions."""
 
 
-def plan(settings: Settings, asked: Sequence[Asked]) -> Plan:
+def plan(settings: Settings, prompts: Sequence[ParsedPrompt]) -> Plan:
     """Every prompt at every scale."""
-    return Plan([_wanted(settings, asked, scale) for scale in settings.guidance])
+    return Plan([_batch(settings, prompts, scale) for scale in settings.guidance])
 
 
-def _wanted(settings: Settings, asked: Sequence[Asked], scale: float) -> Wanted:
-    return prompted(settings, asked, scale, settings.draw_steps)
+def _batch(settings: Settings, prompts: Sequence[ParsedPrompt], scale: float) -> PictureBatch:
+    return prompted(settings, prompts, scale, settings.draw_steps)
 
 
-def measure(bench: Bench) -> Found:
+def measure(context: ProbeContext) -> SectionResult:
     """`clipped`, `latents_std`, `accuracy`, `distance` by guidance, and the scales where quality and clipping turn."""
-    settings, asked, seed = bench.settings, bench.asked, bench.settings.seed
-    groups, count = bench.groups([one.text for one in asked]), len(asked)
-    wanted = {scale: _wanted(settings, asked, scale) for scale in settings.guidance}
-    looks = {scale: bench.look(each) for scale, each in wanted.items()}
-    rows = ceiling(bench)
+    settings, prompts, seed = context.settings, context.prompts, context.settings.seed
+    groups, count = context.groups([one.text for one in prompts]), len(prompts)
+    batches = {scale: _batch(settings, prompts, scale) for scale in settings.guidance}
+    looks = {scale: context.look(each) for scale, each in batches.items()}
+    rows = ceiling(context)
     for scale, look in looks.items():
         at = {"guidance": scale}
         rows += measured("clipped", at, mean(look.clipped), count, groups, seed=seed, unit="share of pixels")
         rows += measured("latents_std", at, mean(look.std), count, groups, seed=seed)
     saturation = first_above(
         {scale: mean(look.clipped) for scale, look in looks.items()},
-        SATURATED * float(bench.held_out_look().clipped.mean()),
+        SATURATED * float(context.held_out_look().clipped.mean()),
     )
     rows += measured("saturation_guidance", {}, saturation, count, groups, seed=seed, unit="guidance")
-    if bench.judge is not None:
-        rows += judged(bench, looks, groups)
+    if context.judge is not None:
+        rows += judged(context, looks, groups)
     shown = range(min(settings.shown, count))
-    pictures = [row for each in wanted.values() for row in bench.keep("guidance", each, shown)]
-    return Found(rows, pictures)
+    pictures = [row for each in batches.values() for row in context.keep("guidance", each, shown)]
+    return SectionResult(rows, pictures)
 
 
-def ceiling(bench: Bench) -> list[Measure]:
+def ceiling(context: ProbeContext) -> list[Measure]:
     """What clipping, spread and the judge say of held-out pictures that have been through the VAE."""
-    captions, seed = bench.held_out_captions(), bench.settings.seed
-    groups, look, count = bench.groups(captions), bench.held_out_look(), len(captions)
+    captions, seed = context.held_out_captions(), context.settings.seed
+    groups, look, count = context.groups(captions), context.held_out_look(), len(captions)
     rows = measured("held_out_clipped", {}, mean(look.clipped), count, groups, seed=seed, unit="share of pixels")
     rows += measured("held_out_latents_std", {}, mean(look.std), count, groups, seed=seed)
-    if bench.judge is not None:
-        for what, right in accuracies(look, bench.judge, [bench.ask(caption) for caption in captions]).items():
+    if context.judge is not None:
+        for what, right in accuracies(look, context.judge, [context.parse(caption) for caption in captions]).items():
             if np.isfinite(right).any():
                 rows += measured("judge_ceiling", {"what": what}, mean(right), count, groups, seed=seed, unit="share")
     return rows
 
 
-def judged(bench: Bench, looks: Mapping[float, Look], groups: Groups) -> list[Measure]:
+def judged(context: ProbeContext, looks: Mapping[float, Look], groups: Groups) -> list[Measure]:
     """`accuracy`, `distance` and `best_guidance`."""
-    assert bench.judge is not None
-    count, seed, rows = len(bench.asked), bench.settings.seed, list[Measure]()
-    right = {scale: accuracies(look, bench.judge, bench.asked) for scale, look in looks.items()}
+    assert context.judge is not None
+    count, seed, rows = len(context.prompts), context.settings.seed, list[Measure]()
+    right = {scale: accuracies(look, context.judge, context.prompts) for scale, look in looks.items()}
     for scale, each in right.items():
         for what, values in each.items():
             if np.isfinite(values).any():
                 at: dict[str, Coordinate] = {"guidance": scale, "what": what}
                 rows += measured("accuracy", at, mean(values), count, groups, seed=seed, unit="share")
-    distances = distance_rows(bench, looks, groups)
+    distances = distance_rows(context, looks, groups)
     rows += distances
     if any(np.isfinite(each["both"]).any() for each in right.values()):
         best = best_of({scale: mean(each["both"]) for scale, each in right.items()})
@@ -85,13 +85,13 @@ def judged(bench: Bench, looks: Mapping[float, Look], groups: Groups) -> list[Me
     return rows
 
 
-def distance_rows(bench: Bench, looks: Mapping[float, Look], groups: Groups) -> list[Measure]:
+def distance_rows(context: ProbeContext, looks: Mapping[float, Look], groups: Groups) -> list[Measure]:
     """Fréchet ("FD") and kernel ("KD") distance of a subset's drawn pictures to its held-out ones.
 
     Both compare models, and mean little alone. Few pictures raise FD, by the same amount for every model; KD is
     unbiased for independent prompts, and falls below 0 where prompts repeat fewer subjects than chance would.
     """
-    captions, reference = bench.groups(bench.held_out_captions()), bench.held_out_look().verdict
+    captions, reference = context.groups(context.held_out_captions()), context.held_out_look().verdict
     assert reference is not None
     rows = list[Measure]()
     for subset, members in groups.items():
@@ -106,9 +106,9 @@ def distance_rows(bench: Bench, looks: Mapping[float, Look], groups: Groups) -> 
                     "distance",
                     {"guidance": scale, "kind": kind},
                     lambda weights, f=features, t=target, s=statistic: s(f, t, weights),  # type: ignore[misc]
-                    len(bench.asked),
+                    len(context.prompts),
                     {subset: members},
-                    seed=bench.settings.seed,
+                    seed=context.settings.seed,
                     unit="judge features",
                     centred=kind == "FD",
                 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from libreflux.model import latents as latent_space
 from libreflux.model.device import with_fp64
 from libreflux.probing.judges import Judge, Verdict
-from libreflux.probing.subjects import Asked
+from libreflux.probing.subjects import ParsedPrompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ def _look(latents: Tensor, vae: AutoencoderKL, judge: Judge | None) -> Look:
     return Look(clipped, std, Verdict(seen.subjects.log_softmax(1), seen.colours.log_softmax(1), seen.features))
 
 
-def accuracies(look: Look, judge: Judge, asked: Sequence[Asked]) -> dict[str, np.ndarray]:
+def accuracies(look: Look, judge: Judge, prompts: Sequence[ParsedPrompt]) -> dict[str, np.ndarray]:
     """Whether each of N pictures shows what it was asked for: "subject", "colour", "both"; [N] of 1, 0 or NaN.
 
     NaN is a prompt that does not name one of the judge's subjects or colours.
@@ -83,7 +83,7 @@ def accuracies(look: Look, judge: Judge, asked: Sequence[Asked]) -> dict[str, np
         ("subject", judge.subjects, look.verdict.subjects),
         ("colour", judge.colours, look.verdict.colours),
     ):
-        wanted = [getattr(one, what) for one in asked]
+        wanted = [getattr(one, what) for one in prompts]
         if not names:
             found[what] = np.full(len(wanted), np.nan)
             continue

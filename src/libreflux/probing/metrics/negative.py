@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from libreflux.probing.context import Bench
-from libreflux.probing.drawing import Wanted
+from libreflux.probing.context import ProbeContext
+from libreflux.probing.drawing import PictureBatch
 from libreflux.probing.metrics.bootstrap import mean, measured
 from libreflux.probing.metrics.image_stats import log_probability
 from libreflux.probing.results import Measure
-from libreflux.probing.section import Found, Plan, Section, prompted
+from libreflux.probing.section import Plan, Section, SectionResult, prompted
 from libreflux.probing.settings import Settings
-from libreflux.probing.subjects import Asked
+from libreflux.probing.subjects import ParsedPrompt
 
 KINDS = ("colour", "subject")
 
 
-def open_prompt(one: Asked, kind: str) -> str:
+def open_prompt(one: ParsedPrompt, kind: str) -> str:
     """A prompt that leaves its colour or its subject to the model: "a fox", "blue background, emoji"."""
     return one.text.rpartition(" on ")[0].rstrip(",") if kind == "colour" else f"{one.colour} background, emoji"
 
@@ -26,68 +26,72 @@ def negative_of(name: str, kind: str) -> str:
     return f"{name} background" if kind == "colour" else name
 
 
-def texts(asked: Sequence[Asked], subjects: Collection[str], colours: Collection[str]) -> list[str]:
+def texts(prompts: Sequence[ParsedPrompt], subjects: Collection[str], colours: Collection[str]) -> list[str]:
     """Every text that the section may need besides the prompts."""
-    if not labelled(asked):
+    if not labelled(prompts):
         return []
     named = {"colour": colours, "subject": subjects}
-    opened = [open_prompt(one, kind) for kind in KINDS for one in asked]
+    opened = [open_prompt(one, kind) for kind in KINDS for one in prompts]
     return list(dict.fromkeys([*opened, *(negative_of(name, kind) for kind in KINDS for name in named[kind])]))
 
 
-def labelled(asked: Sequence[Asked]) -> bool:
+def labelled(prompts: Sequence[ParsedPrompt]) -> bool:
     """Whether every prompt names a known subject and colour, so that a judge can say what came of it."""
-    return bool(asked) and all(one.subject and one.colour for one in asked)
+    return bool(prompts) and all(one.subject and one.colour for one in prompts)
 
 
-def plan(settings: Settings, asked: Sequence[Asked]) -> Plan:
+def plan(settings: Settings, prompts: Sequence[ParsedPrompt]) -> Plan:
     """Some prompts without and with negative prompts; the latter are known when the former are drawn."""
-    chosen = asked[: settings.negative_prompts]
+    chosen = prompts[: settings.negative_prompts]
     plain = _plain(settings, chosen, KINDS if labelled(chosen) else KINDS[:0])
     return Plan(plain, sum(each.passes for each in plain))
 
 
-def _plain(settings: Settings, chosen: Sequence[Asked], kinds: Sequence[str]) -> list[Wanted]:
+def _plain(settings: Settings, chosen: Sequence[ParsedPrompt], kinds: Sequence[str]) -> list[PictureBatch]:
     whole = prompted(settings, chosen, settings.negative_guidance, settings.draw_steps)
     if not kinds:
         return [whole]
     opened = [tuple(open_prompt(one, kind) for one in chosen) for kind in kinds]
-    return [Wanted(each, whole.seeds, whole.guidance, whole.steps) for each in opened]
+    return [PictureBatch(each, whole.seeds, whole.guidance, whole.steps) for each in opened]
 
 
-def measure(bench: Bench) -> Found:
+def measure(context: ProbeContext) -> SectionResult:
     """`negative`: the change of the judge's log-probability of what is named, far below 0 where negatives work.
 
     Named is the colour or subject that the picture had without it, under a prompt that leaves it open.
     """
-    settings, rows, pictures = bench.settings, list[Measure](), []
-    chosen = bench.asked[: settings.negative_prompts]
+    settings, rows, pictures = context.settings, list[Measure](), []
+    chosen = context.prompts[: settings.negative_prompts]
     shown = range(min(settings.shown, len(chosen)))
-    if bench.judge is None or not labelled(chosen):
+    if context.judge is None or not labelled(chosen):
         [plain] = _plain(settings, chosen, ())
         others = (*plain.prompts[1:], plain.prompts[0])
-        return Found([], [*bench.keep("negative", plain, shown), *bench.keep("negative", _but(plain, others), shown)])
+        return SectionResult(
+            [], [*context.keep("negative", plain, shown), *context.keep("negative", _but(plain, others), shown)]
+        )
     for kind, plain in zip(KINDS, _plain(settings, chosen, KINDS), strict=True):
-        names = bench.judge.subjects if kind == "subject" else bench.judge.colours
-        before = bench.look(plain)
+        names = context.judge.subjects if kind == "subject" else context.judge.colours
+        before = context.look(plain)
         assert before.verdict is not None
         logs = before.verdict.subjects if kind == "subject" else before.verdict.colours
         guess = [names[best] for best in logs.argmax(1).tolist()]
         against = _but(plain, tuple(negative_of(name, kind) for name in guess))
-        after = bench.look(against)
-        change = log_probability(after, bench.judge, kind, guess) - log_probability(before, bench.judge, kind, guess)
-        groups = bench.groups([one.text for one in chosen])
+        after = context.look(against)
+        change = log_probability(after, context.judge, kind, guess) - log_probability(
+            before, context.judge, kind, guess
+        )
+        groups = context.groups([one.text for one in chosen])
         if kind == "subject":  # the prompts name none
             groups = {"all": groups["all"]}
         rows += measured(
             "negative", {"what": kind}, mean(change), len(chosen), groups, seed=settings.seed, unit="log-probability"
         )
-        pictures += [*bench.keep("negative", plain, shown), *bench.keep("negative", against, shown)]
-    return Found(rows, pictures)
+        pictures += [*context.keep("negative", plain, shown), *context.keep("negative", against, shown)]
+    return SectionResult(rows, pictures)
 
 
-def _but(plain: Wanted, negatives: tuple[str, ...]) -> Wanted:
-    return Wanted(plain.prompts, plain.seeds, plain.guidance, plain.steps, negatives)
+def _but(plain: PictureBatch, negatives: tuple[str, ...]) -> PictureBatch:
+    return PictureBatch(plain.prompts, plain.seeds, plain.guidance, plain.steps, negatives)
 
 
 SECTION = Section("negative", 1, plan, measure)

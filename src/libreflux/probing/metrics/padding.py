@@ -13,15 +13,15 @@ from torch import Tensor
 from libreflux.flow.path import interpolate
 from libreflux.model.facts import Facts
 from libreflux.model.text import KNOWN_PADDING, TextConditioning, TextEncoders
-from libreflux.probing.context import OWN, Bench, PaddingTexts
+from libreflux.probing.context import OWN, PaddingTexts, ProbeContext
 from libreflux.probing.drawing import mean_square
 from libreflux.probing.held_out import model_velocity
 from libreflux.probing.metrics.bootstrap import measured, root_ratio
 from libreflux.probing.metrics.measures import Velocity, paired_noise
 from libreflux.probing.results import Coordinate, Measure
-from libreflux.probing.section import Found, Plan, Section
+from libreflux.probing.section import Plan, Section, SectionResult
 from libreflux.probing.settings import Settings
-from libreflux.probing.subjects import Asked
+from libreflux.probing.subjects import ParsedPrompt
 
 PROMPTS = 4
 """Different prompts of each length."""
@@ -64,24 +64,24 @@ def long_prompt(encoders: TextEncoders, captions: Sequence[str], tokens: int) ->
     return " ".join(words[:low])
 
 
-def plan(settings: Settings, asked: Sequence[Asked]) -> Plan:
+def plan(settings: Settings, prompts: Sequence[ParsedPrompt]) -> Plan:
     """Two passes for every comparison, three for those in a batch."""
     comparisons = 2 * len(KNOWN_PADDING) * len(settings.padding_tokens) + 3
     return Plan(passes=comparisons * settings.padding_pictures * len(settings.padding_sigmas))
 
 
 @torch.no_grad()
-def measure(bench: Bench) -> Found:
+def measure(context: ProbeContext) -> SectionResult:
     """`padding` by padding and prompt length, and `padding_batch`: a prompt alone and beside the longest one."""
-    settings, texts = bench.settings, bench.padding_texts
-    latents, ids = _pictures(bench)
-    transformer = exact(bench.transformer)
+    settings, texts = context.settings, context.padding_texts
+    latents, ids = _pictures(context)
+    transformer = exact(context.transformer)
 
     def fields(text: TextConditioning) -> Velocity:
-        plain = model_velocity(transformer, text, guidance=bench.embedded)
+        plain = model_velocity(transformer, text, guidance=context.embedded)
 
         def counted(x: Tensor, sigma: Tensor) -> Tensor:
-            bench.advance(len(x))
+            context.advance(len(x))
             return plain(x, sigma)
 
         return counted
@@ -97,15 +97,15 @@ def measure(bench: Bench) -> Found:
     }
     if own:
         beside = [TextConditioning.cat([text, own[max(own)][0]]) for text in own[min(own)]]
-        compared["padding_batch", bench.facts.text_padding, 0] = differ(own[min(own)], beside)
+        compared["padding_batch", context.facts.text_padding, 0] = differ(own[min(own)], beside)
     rows, everyone = list[Measure](), {"all": np.arange(len(ids))}
     for (name, padding, tokens), found in compared.items():
         at: dict[str, Coordinate] = {"padding": padding, "tokens": tokens} if name == "padding" else {}
-        theory = 0.0 if bench.facts.text_padding == padding == "drop" else None
+        theory = 0.0 if context.facts.text_padding == padding == "drop" else None
         rows += measured(
             name, at, root_ratio(*found), len(ids), everyone, seed=settings.seed, reference=theory, unit="of ‖v‖"
         )
-    return Found(rows)
+    return SectionResult(rows)
 
 
 def differences(
@@ -153,10 +153,10 @@ def exact(transformer: FluxTransformer2DModel) -> FluxTransformer2DModel:
     return copy.deepcopy(transformer).float()
 
 
-def _pictures(bench: Bench) -> tuple[Tensor, tuple[str, ...]]:
+def _pictures(context: ProbeContext) -> tuple[Tensor, tuple[str, ...]]:
     """The first held-out pictures of one shape."""
-    part = next(bench.held_out.batches(bench.settings.padding_pictures))
-    return part.latents.to(bench.transformer.device), part.sample_ids
+    part = next(context.held_out.batches(context.settings.padding_pictures))
+    return part.latents.to(context.transformer.device), part.sample_ids
 
 
 SECTION = Section("padding", 2, plan, measure)

@@ -8,38 +8,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from libreflux.probing.context import Bench
+from libreflux.probing.context import ProbeContext
 from libreflux.probing.drawing import mean_square
 from libreflux.probing.metrics.bootstrap import mean, measured, ratio, root_ratio
 from libreflux.probing.metrics.measures import Moments, Velocity, moments
 from libreflux.probing.results import Coordinate, Measure
-from libreflux.probing.section import Found, Plan, Section
+from libreflux.probing.section import Plan, Section, SectionResult
 from libreflux.probing.settings import Settings
-from libreflux.probing.subjects import Asked
+from libreflux.probing.subjects import ParsedPrompt
 
 TEXTS = ("caption", "empty", "other")
 """Each picture's own caption, the empty prompt, and another picture's caption in the negative prompt's place."""
 
 
-def plan(settings: Settings, asked: Sequence[Asked]) -> Plan:
+def plan(settings: Settings, prompts: Sequence[ParsedPrompt]) -> Plan:
     """Three passes for every picture and sigma."""
     return Plan(passes=len(TEXTS) * settings.pictures * len(settings.sigmas))
 
 
 @torch.no_grad()
-def measure(bench: Bench) -> Found:
+def measure(context: ProbeContext) -> SectionResult:
     """`loss`, `slope`, `prompt_gain`, `guidance_response` and `negative` (of velocities)."""
-    settings, captions = bench.settings, bench.held_out_captions()
-    others, empty = other_captions(captions), bench.held_out.empty_prompt()
+    settings, captions = context.settings, context.held_out_captions()
+    others, empty = other_captions(captions), context.held_out.empty_prompt()
     found: dict[str, list[Moments]] = {what: [] for what in TEXTS}
     gaps: dict[str, list[np.ndarray]] = {"caption": [], "other": []}
     done = 0
-    for part in bench.held_out.batches(settings.batch):
-        count, latents = len(part), part.latents.to(bench.transformer.device)
-        texts = (part.text, empty.repeat(count), bench.texts(others[done : done + count]))
+    for part in context.held_out.batches(settings.batch):
+        count, latents = len(part), part.latents.to(context.transformer.device)
+        texts = (part.text, empty.repeat(count), context.texts(others[done : done + count]))
         kept: dict[str, list[Tensor]] = {}
         for what, text in zip(TEXTS, texts, strict=True):
-            field, kept[what] = keeping(bench.velocity(text.to(latents.device)))
+            field, kept[what] = keeping(context.velocity(text.to(latents.device)))
             found[what].append(moments(field, latents, part.sample_ids, settings.sigmas, seed=settings.seed))
         for what, rows in gaps.items():
             pairs = zip(kept[what], kept["empty"], strict=True)
@@ -47,7 +47,9 @@ def measure(bench: Bench) -> Found:
         done += count
     merged = {what: Moments.cat(parts) for what, parts in found.items()}
     response, negative = (np.concatenate(gaps[what]) for what in ("caption", "other"))
-    return Found(measures_of(merged["caption"], merged["empty"], response, negative, bench.groups(captions), settings))
+    return SectionResult(
+        measures_of(merged["caption"], merged["empty"], response, negative, context.groups(captions), settings)
+    )
 
 
 def measures_of(

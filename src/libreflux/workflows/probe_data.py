@@ -6,26 +6,22 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from libreflux.cli.progress import progress
 from libreflux.data.cache import Cache
 from libreflux.data.crops import View, bucket_step
 from libreflux.data.held_out import HeldOut
 from libreflux.data.prepare import Sources, prepare
 from libreflux.decided import digest
-from libreflux.errors import DataError, ModelError
-from libreflux.model.facts import Facts
+from libreflux.errors import DataError, OptionError
 from libreflux.probing.judges import Judge
 from libreflux.probing.metrics import negative
 from libreflux.probing.settings import Settings
-from libreflux.probing.subjects import Asked, asked
+from libreflux.probing.subjects import ParsedPrompt, parse_prompt
 from libreflux.recipe import DataSource
-
-CACHE = "cache"
-"""Its folder in a result's."""
+from libreflux.workflows.probe_model import CACHE, ProbedModel
+from libreflux.workflows.progress import Progress, Report
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,7 @@ class ProbeData:
         settings: with what is known now: digests, how many pictures and prompts there are.
         held_out: the pictures.
         cache: holds their latents and every text.
-        asked: the prompts to draw.
+        prompts: the prompts to draw.
         captions: of the pictures.
         subjects: every known subject's name.
     """
@@ -44,44 +40,43 @@ class ProbeData:
     settings: Settings
     held_out: HeldOut
     cache: Cache
-    asked: list[Asked]
+    prompts: list[ParsedPrompt]
     captions: list[str]
     subjects: tuple[str, ...]
 
     @staticmethod
     def make(
-        model: str,
-        facts: Facts,
-        family: bool,
+        model: ProbedModel,
         data: Path | None,
         *,
         settings: Settings,
         judge: Judge | None,
         out: Path,
         device: torch.device,
+        progress: Progress,
     ) -> ProbeData:
         """Reads and encodes what is not encoded yet; `data` None is the emoji family's own.
 
         Raises:
-            ModelError: no data for a model that is not of the `family`.
+            OptionError: no data for a model that is not of the emoji family.
             DataError: fewer than two pictures or captions, or whatever `prepare` refuses.
         """
         known = tuple(judge.subjects) if judge is not None else ()
         folder, texts = data, None
         if folder is None:
-            folder, texts, known = _family_data(family, settings, out)
+            folder, texts, known = _family_data(model.family, settings, out)
         known = tuple(dict.fromkeys([*known, *(settings.seen or ())]))
         with progress("preparing", "item") as report:
-            cache, sources = _prepare(model, facts, folder, (), out, settings, device, report)
+            cache, sources = _prepare(model, folder, (), out, settings, device, report)
             held_out = _held_out(cache, sources, settings)
             captions = [text for part in held_out.batches(settings.batch) for text in part.captions]
             texts = texts or list(dict.fromkeys(captions))[: settings.prompts]
             colours = judge.colours if judge is not None else ()
-            prompts = [asked(text, known, colours) for text in texts]
+            prompts = [parse_prompt(text, known, colours) for text in texts]
             needed = [*texts]
             if judge is not None:
                 needed += negative.texts(prompts[: settings.negative_prompts], judge.subjects, judge.colours)
-            cache, sources = _prepare(model, facts, folder, needed, out, settings, device, report)
+            cache, sources = _prepare(model, folder, needed, out, settings, device, report)
             held_out = _held_out(cache, sources, settings)
         if len(held_out) < 2 or len(prompts) < 2:
             raise DataError("fewer than two pictures or captions", where=folder, hint="give more of them")
@@ -93,7 +88,7 @@ class ProbeData:
 def _family_data(family: bool, settings: Settings, out: Path) -> tuple[Path, list[str], tuple[str, ...]]:
     if not family:
         hint = "name a folder of captioned pictures that it was not trained on"
-        raise ModelError("is not of the emoji family, whose pictures we have", where="--data", hint=hint)
+        raise OptionError("is not of the emoji family, whose pictures we have", "data", hint=hint)
     from libreflux.emoji import held_out
 
     folder = held_out.write_held_out(out / "data" / f"emoji-{settings.pictures}", settings.pictures)
@@ -101,24 +96,23 @@ def _family_data(family: bool, settings: Settings, out: Path) -> tuple[Path, lis
 
 
 def _prepare(
-    model: str,
-    facts: Facts,
+    model: ProbedModel,
     folder: Path,
     prompts: Sequence[str],
     out: Path,
     settings: Settings,
     device: torch.device,
-    report: Any,
+    report: Report,
 ) -> tuple[Cache, Sources]:
     return prepare(
-        model,
+        model.name,
         [DataSource(path=str(folder), caption_dropout=0.0)],
         views=[_view(settings)],
-        text_padding=facts.text_padding,
+        text_padding=model.facts.text_padding,
         out=out / CACHE,
         prompts=prompts,
         device=str(device),
-        max_tokens=facts.max_tokens,
+        max_tokens=model.facts.max_tokens,
         text_precision="fp32",  # figures of a card and of a CPU are compared
         progress=report,
     )

@@ -1,0 +1,77 @@
+"""How free is a model? Measures, pictures, and a page of both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from libreflux.probing.freedom import FreedomRow
+from libreflux.probing.report.page import write_page
+from libreflux.probing.results import FILE, Result
+from libreflux.workflows.keywords import by_keywords
+from libreflux.workflows.probe_compare import FREEDOM_FILE, compare
+from libreflux.workflows.probe_measure import measure
+from libreflux.workflows.probe_options import ProbeOptions, check_options
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What was measured.
+
+    Attributes:
+        folder: of the result.
+        result: of the model.
+        page: an HTML page that shows it.
+        others: of what it is compared with: the distilled model, then the reference if there is one.
+        freedom: how much of the distance between those two the model has closed; None without `against`.
+    """
+
+    folder: Path
+    result: Result
+    page: Path
+    others: tuple[Result, ...] = ()
+    freedom: tuple[FreedomRow, ...] | None = None
+
+    @property
+    def file(self) -> Path:
+        """What holds the numbers: freedom.json, or probe.json without `against`."""
+        return self.folder / (FILE if self.freedom is None else FREEDOM_FILE)
+
+    @property
+    def in_order(self) -> list[Result]:
+        """Before, after, and what is aimed at."""
+        return _in_order(self.result, self.others)
+
+
+def probe_with(options: ProbeOptions) -> ProbeResult:
+    """Measures how free a model is: loss, calibration, guidance, steps, diversity, padding and negative prompts.
+
+    With `against`, also which share of the distance from the distilled model to the reference is closed. Interrupted,
+    the same call goes on after the last finished measure.
+
+    Raises:
+        OptionError: an option that has no effect, or data missing for a model that is not of the emoji family.
+        LibrefluxError: a model, adapter, judge or picture that cannot be read, or a folder that cannot be written.
+
+    Example:
+        import libreflux
+
+        found = libreflux.probe("emoji-libre", quick=True, pictures=8, prompts=2, guidance=[1], steps=[2, 4])
+        for row in found.result.measures:
+            print(row.name, row.at, row.value)
+        print(found.page)
+    """
+    check_options(options)
+    if options.against is None:
+        folder, result = measure(options)
+        return ProbeResult(folder, result, write_page([result], folder))
+    found = compare(options, options.against)
+    page = write_page(_in_order(found.result, found.others), found.folder, freedom=found.freedom)
+    return ProbeResult(found.folder, found.result, page, tuple(found.others), tuple(found.freedom))
+
+
+def _in_order(result: Result, others: list[Result] | tuple[Result, ...]) -> list[Result]:
+    return [*others[:1], result, *others[1:]]
+
+
+probe = by_keywords(ProbeOptions, probe_with)

@@ -1,0 +1,110 @@
+"""A model, what it was distilled into before, and what it is to be like, measured alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from libreflux.errors import DataError, LibrefluxError
+from libreflux.files import atomic_write_json
+from libreflux.model.locate import locate
+from libreflux.printing import get_logger
+from libreflux.probing.freedom import FreedomRow, check_comparable, freedom
+from libreflux.probing.results import FILE, Result, read_result
+from libreflux.workflows.probe_measure import measure, out_of, read_model, try_out
+from libreflux.workflows.probe_model import ProbedModel
+from libreflux.workflows.probe_options import ProbeOptions
+
+logger = get_logger(__name__)
+
+FREEDOM_FILE = "freedom.json"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was measured.
+
+    Attributes:
+        folder: of the model's result.
+        result: of the model.
+        others: of what it is compared with: the distilled model, then the reference if there is one.
+        freedom: how much of the distance between those two the model has closed.
+    """
+
+    folder: Path
+    result: Result
+    others: list[Result]
+    freedom: list[FreedomRow]
+
+
+def compare(options: ProbeOptions, against: str) -> Comparison:
+    """Measures up to three models with equal settings, and writes freedom.json; results that exist are used.
+
+    Args:
+        options: of the probe; no `reference` is what the distilled model says it was distilled from, or else theory's
+            values.
+        against: the distilled model, or a folder that a probe wrote.
+
+    Raises:
+        DataError: a result that was measured with other settings.
+    """
+    if options.out is not None:
+        try_out(Path(options.out))
+    model = read_model(options)
+    try_out(out_of(options, model))
+    places = {out_of(options, model)}
+    results: list[Result] = []
+    for name, role in ((against, "against"), (options.reference, "reference")):
+        if name is None:
+            name = distilled_from(against, results[0])
+        if name is not None:
+            results.append(_given(name) or _measured(options, name, role, model, places))
+    folder, result = measure(options)
+    check_comparable([result, *results])
+    rows = freedom(result, *results)
+    atomic_write_json(folder / FREEDOM_FILE, {"schema": 1, "freedom": [row.as_json() for row in rows]})
+    return Comparison(folder, result, results, rows)
+
+
+def distilled_from(against: str, distilled: Result) -> str | None:
+    """The model that a distilled one says it was distilled from, if that is here; a file's word downloads nothing.
+
+    Args:
+        against: what the user named.
+        distilled: its result.
+    """
+    told = distilled.model.get("distilled_from")
+    if not isinstance(told, str):
+        logger.warning("%s does not say what it was distilled from: compared with theory alone", against)
+        return None
+    try:
+        locate(told, fetch=False)
+    except LibrefluxError:
+        logger.warning("%s was distilled from %s, which is not here: compared with theory alone", against, told)
+        return None
+    return told
+
+
+def _given(name: str) -> Result | None:
+    """A result that was named itself."""
+    path = Path(name)
+    if not (path / FILE).is_file() and path.name != FILE:
+        return None
+    found = read_result(path)
+    for picture in found.pictures:
+        assert found.folder is not None
+        if not (file := found.folder / picture.file).is_file():
+            raise DataError("a picture of this result is missing", where=file, hint="copy the whole folder")
+    return found
+
+
+def _measured(options: ProbeOptions, name: str, role: str, freed: ProbedModel, places: set[Path]) -> Result:
+    """Another model, measured as the first one is, in a folder that none of them has yet."""
+    other = dataclasses.replace(options, model=name, adapters=())
+    model = read_model(other)
+    out = model.own_out if options.out is None else Path(options.out) / role
+    if out in places:
+        out = out.with_name(f"{out.name}-{model.sha256[:6]}")
+    places.add(out)
+    return measure(dataclasses.replace(other, out=out), freed.trained_subjects)[1]

@@ -1,0 +1,113 @@
+"""A model that is to be probed, before its weights are loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from libreflux.adapter.io import AdapterFile
+from libreflux.data.digests import FileMemory
+from libreflux.files import sha256_file
+from libreflux.model.facts import Facts
+from libreflux.model.locate import EMOJI, locate, part_folder
+from libreflux.model.parts import visible
+from libreflux.model.source import open_model, weights_hash
+from libreflux.model.text import check_trained_padding
+from libreflux.workflows.adapters import adapted_facts, load_arguments, notice_other_base
+
+CACHE = "cache"
+"""Its folder in a result's."""
+PROBES = Path("out/probe")
+LARGE_BYTES = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class ProbedModel:
+    """A model under its adapters.
+
+    Attributes:
+        name: as the user named it.
+        folder: where it is.
+        facts: the model's, under its adapters.
+        sha256: of its transformer's weights.
+        files: the adapters with their weights.
+        family: whether it draws in the emoji family's latents.
+        memory: of checksums that were computed before.
+    """
+
+    name: str
+    folder: Path
+    facts: Facts
+    sha256: str
+    files: list[tuple[AdapterFile, float]]
+    family: bool
+    memory: FileMemory
+
+    @staticmethod
+    def read(name: str, adapters: Sequence[str], out: Path | None) -> ProbedModel:
+        """What can be known of a model without its weights, but for their checksum.
+
+        Args:
+            name: a name, a folder or a hub id.
+            adapters: as users name them.
+            out: the result's folder; None is the model's own.
+
+        Raises:
+            ModelError: no such model, or a text padding that it was not trained with.
+            AdapterError: an adapter that cannot be read, or two that do not go together.
+        """
+        files = load_arguments(adapters)
+        facts = adapted_facts(open_model(name).facts, files)
+        check_trained_padding(facts.text_padding)
+        folder = locate(name)
+        memory = FileMemory((out or PROBES / _slug(name, files)) / CACHE)
+        sha256 = weights_hash(folder, memory.sha256)
+        notice_other_base(sha256, files)
+        return ProbedModel(name, folder, facts, sha256, files, _is_family(name, folder), memory)
+
+    @property
+    def own_out(self) -> Path:
+        """Where its result is put when nobody names a folder."""
+        return PROBES / _slug(self.name, self.files)
+
+    @property
+    def large(self) -> bool:
+        """Whether it has billions of parameters."""
+        files = visible(self.folder / "transformer", "*.safetensors")
+        return sum(file.stat().st_size for file in files) > LARGE_BYTES
+
+    @property
+    def trained_subjects(self) -> tuple[str, ...] | None:
+        """Subjects that it says it was trained on."""
+        told = self.facts.lineage.get("trained_subjects")
+        return tuple(map(str, told)) if isinstance(told, list) and told else None
+
+    def as_json(self) -> dict[str, Any]:
+        """As probe.json keeps it."""
+        rows = [{"name": Path(f.where).name, "sha256": f.sha256, "weight": weight} for f, weight in self.files]
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "adapters": rows,
+            "steps": self.facts.steps,
+            "guidance": self.facts.guidance,
+            "text_padding": self.facts.text_padding,
+            "distilled_from": self.facts.lineage.get("distilled_from"),
+        }
+
+
+def _slug(name: str, files: Sequence[tuple[AdapterFile, float]]) -> str:
+    names = [Path(name).name, *(Path(file.where).resolve().parent.name for file, _ in files)]
+    return re.sub(r"[^\w.+-]+", "-", "+".join(names)).strip(".-") or "model"
+
+
+def _is_family(name: str, folder: Path) -> bool:
+    """Whether a model draws in the emoji family's latents: it has the very VAE."""
+    if name in EMOJI:
+        return True
+    here, ours = (visible(part_folder(each, "vae"), "*.safetensors") for each in (folder, locate(EMOJI[0])))
+    sizes = [[file.stat().st_size for file in files] for files in (here, ours)]
+    return sizes[0] == sizes[1] and [sha256_file(f) for f in here] == [sha256_file(f) for f in ours]
