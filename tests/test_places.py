@@ -65,10 +65,16 @@ def test_a_place_that_cannot_be_written_is_refused(room: Path, kind: str, name: 
     assert "; hint: " in str(refused.value) and everything(room) == before
 
 
-@pytest.mark.parametrize(("kind", "name"), [
-    *((kind, name) for kind in KINDS for name in ("x", "a/b/c", "folder/x")),
-    ("file", "file"), ("file", "dangling"), ("folder", "folder"), ("folder", "."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *((kind, name) for kind in KINDS for name in ("x", "a/b/c", "folder/x")),
+        ("file", "file"),
+        ("file", "dangling"),
+        ("folder", "folder"),
+        ("folder", "."),
+    ],
+)
 def test_a_place_that_can_be_written_is_left_as_it_was(room: Path, kind: str, name: str) -> None:
     before = everything(room)
     with bound_by_modes():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from libreflux.data import disk
+from libreflux.data import forecast
 from libreflux.data.cache import Cache
 from libreflux.data.crops import View
 from libreflux.data.int8_text import GROUP, dequantise, quantise, token_bytes
@@ -75,7 +76,7 @@ def test_a_cache_in_int8_reads_back_its_captions_and_takes_no_others(
 ) -> None:
     full, [(_, samples)] = prepared
 
-    def run(text_cache: str) -> Cache:
+    def run(text_cache: Literal["bf16", "int8", "none"]) -> Cache:
         source = DataSource(path=str(pictures), crops_per_picture=2)
         views = [View("square", 32)]
         return prepare(
@@ -102,7 +103,7 @@ def test_a_cache_in_int8_reads_back_its_captions_and_takes_no_others(
                 part = name.partition("/")[0]
                 stored[part] = stored.get(part, 0) + file.get_tensor(name).nbytes
     assert stored["tokens"] + stored["scales"] == sum(found.lengths) * token_bytes(24)
-    _, text = disk.needed_bytes(tiny_model_dir, [], captions, 512, "int8")
+    _, text = forecast.needed_bytes(tiny_model_dir, [], captions, 512, "int8")
     assert 0.7 < text / sum(path.stat().st_size for path in shards) < 1.5
     with pytest.raises(DataError, match="text int8, now bfloat16; hint: use another cache folder"):
         run("bf16")
@@ -117,6 +118,6 @@ def test_a_disk_too_small_for_text_is_told_of_8_bits(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     for text_cache, hint in (("bf16", "or use text_cache: int8 or none"), ("int8", "or use text_cache: none")):
         with pytest.raises(DataError, match=hint):
-            disk.check_disk(tiny_model_dir, tmp_path, [], ["a fox"] * 9, 512, text_cache)
-    bf16, int8 = (disk.needed_bytes(tmp_path, [], ["x" * 600] * 9, 512, kind)[1] for kind in ("bf16", "int8"))
+            forecast.check_disk(tiny_model_dir, tmp_path, [], ["a fox"] * 9, 512, text_cache)
+    bf16, int8 = (forecast.needed_bytes(tmp_path, [], ["x" * 600] * 9, 512, kind)[1] for kind in ("bf16", "int8"))
     assert 0.5 < int8 / bf16 < 0.53  # T5-XXL's width

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from libreflux import files
-from libreflux.data import disk, encode, index
+from libreflux.data import encode, forecast, index
 from libreflux.data.batches import Batches
 from libreflux.data.cache import Cache
 from libreflux.data.crops import View
@@ -64,7 +64,7 @@ def test_a_disk_too_small_is_told_before_anything_is_written(
 ) -> None:
     cache, [(_, samples)] = prepared
     texts = ["", *{caption for sample in samples for caption in sample.captions}]
-    latents, text = disk.needed_bytes(tiny_model_dir, [(32, 32)] * 14, texts, 512)
+    latents, text = forecast.needed_bytes(tiny_model_dir, [(32, 32)] * 14, texts, 512)
     for kind, estimate in (("latents", latents), ("texts", text)):
         stored = sum(path.stat().st_size for path in (cache.folder / "shards").glob(f"{kind}-*"))
         assert 0.7 < estimate / stored < 1.5

@@ -10,10 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from libreflux.data import disk
 from libreflux.data.batches import Batches
 from libreflux.data.crops import View
-from libreflux.data.forecast import forecast
+from libreflux.data.forecast import forecast, needed_bytes
 from libreflux.data.held_out import HeldOut
 from libreflux.data.order import Unit
 from libreflux.data.prepare import prepare_recipe
@@ -126,8 +125,8 @@ def test_a_cache_of_means_and_one_to_sample_from_do_not_mix(tree: dict[str, Any]
 
 
 def test_the_disk_is_asked_for_both(tree: dict[str, Any], prepared: tuple[Batches, HeldOut]) -> None:
-    both, text = disk.needed_bytes(Path(tree["model"]), [(SIZE, SIZE)] * 3, ["a red apple"], 512, latents="sample")
-    assert (both / 2, text) == disk.needed_bytes(Path(tree["model"]), [(SIZE, SIZE)] * 3, ["a red apple"], 512)
+    both, text = needed_bytes(Path(tree["model"]), [(SIZE, SIZE)] * 3, ["a red apple"], 512, latents="sample")
+    assert (both / 2, text) == needed_bytes(Path(tree["model"]), [(SIZE, SIZE)] * 3, ["a red apple"], 512)
     stored = sum(path.stat().st_size for path in prepared[0].cache.folder.glob("shards/latents-*"))
     assert 0.7 < both / stored < 1.5
     told = [

@@ -60,8 +60,9 @@ class _Wrong(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         leaves = [one.detach().requires_grad_() for one in ctx.saved_tensors]
+        query, key, value = leaves
         with torch.enable_grad():
-            out = REAL(*leaves, attn_mask=ctx.mask)
+            out = REAL(query, key, value, attn_mask=ctx.mask)
         return *ctx.spoil(list(torch.autograd.grad(out, leaves, grad)), *leaves, ctx.mask), None, None
 
 
@@ -108,7 +109,7 @@ def test_planted_wrong_gradients_are_refused(
     spoil: Callable[..., Gradients], name: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def planted(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        made: Tensor = _Wrong.apply(query, key, value, attn_mask, spoil)  # type: ignore[no-untyped-call]
+        made: Tensor = _Wrong.apply(query, key, value, attn_mask, spoil)
         return made
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", planted)

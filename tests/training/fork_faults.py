@@ -175,8 +175,8 @@ def train(command: list[str], run: Path, fault: str = "", point: int | None = No
     with open(reading, encoding="utf-8") as told:
         result: dict[str, Any] = json.loads(told.read() or "{}")
     result["code"] = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    said = run.with_suffix(".err")
-    result["said"] = said.read_text(encoding="utf-8").splitlines()[-1:] if said.exists() else []
+    errors = run.with_suffix(".err")
+    result["said"] = errors.read_text(encoding="utf-8").splitlines()[-1:] if errors.exists() else []
     return result
 
 
