@@ -46,7 +46,7 @@ def read_part(folder: Path) -> None:
 def read_verified(folder: Path) -> None:
     from libreflux.model import checksums
 
-    checksums._whole.clear()  # as in a new process
+    checksums.compared.clear()  # as in a new process
     with checksums.verified_part(folder):
         read_part(folder)
 

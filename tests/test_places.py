@@ -110,7 +110,7 @@ def test_a_disk_without_locks_and_syncs_of_folders_is_used_with_a_warning(
     monkeypatch.setattr(fcntl, "flock", no_lock)
     if number != errno.ENOLCK:
         monkeypatch.setattr(os, "fsync", files_alone)
-    for cached in (files._warn_unlocked, files._warn_unsynced):
+    for cached in (files.warn_unlocked, files.warn_unsynced):
         cached.cache_clear()
     for name in ("one", "two"):
         with files.lock(tmp_path / "run"), files.staged_dir(tmp_path / "run" / name) as staging:

@@ -146,14 +146,16 @@ def test_a_file_replaced_by_one_of_its_size_and_time_is_read_again(
 def test_files_that_swap_names_within_a_tick_differ_in_their_inode(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, states = one_colour(tmp_path / "a.bmp", "red"), digests._state
-    monkeypatch.setattr(digests, "_state", lambda path: ("a", dataclasses.replace(states(path)[1], ctime=1, inode=7)))
+    path, states = one_colour(tmp_path / "a.bmp", "red"), digests.file_state
+    monkeypatch.setattr(
+        digests, "file_state", lambda path: ("a", dataclasses.replace(states(path)[1], ctime=1, inode=7))
+    )
     [red] = seen(tmp_path / "cache", path)
     one_colour(path, "blue")
     for inode, same in ((7, True), (0, True), (8, False)):  # 0: a file system that has none
         change = {"ctime": 1, "inode": inode}
         monkeypatch.setattr(
-            digests, "_state", lambda path, to=change: ("a", dataclasses.replace(states(path)[1], **to))
+            digests, "file_state", lambda path, to=change: ("a", dataclasses.replace(states(path)[1], **to))
         )
         assert (FileMemory(tmp_path / "cache").sha256(path) == red) is same
 

@@ -77,9 +77,9 @@ def cardless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(device, "idle_gpu", lambda: real(root, built_for=NO_GPU_BUILD))
     for kind in ("CUDA", "HIP", "ROCR"):
         monkeypatch.delenv(f"{kind}_VISIBLE_DEVICES", raising=False)
-    device._warn_of_idle_gpu.cache_clear()
+    device.warn_of_idle_gpu.cache_clear()
     yield
-    device._warn_of_idle_gpu.cache_clear()
+    device.warn_of_idle_gpu.cache_clear()
 
 
 def test_auto_says_so_once_and_goes_on(cardless: None, caplog: pytest.LogCaptureFixture) -> None:

@@ -516,8 +516,8 @@ def test_a_large_product_in_parts_is_the_whole_one(
     for bias in (torch.randn(301, dtype=dtype), None):
         whole = int8.product(x, weight, scale, bias)
         with monkeypatch.context() as patch:
-            patch.setattr(int8, "_WHOLE", 0)
-            patch.setattr(int8, "_IN_CACHE", 77 * 50)
+            patch.setattr(int8, "WHOLE", 0)
+            patch.setattr(int8, "IN_CACHE", 77 * 50)
             patch.setattr(int8, "dequantise", counted)
             parts = int8.product(x, weight, scale, bias)
         torch.testing.assert_close(parts, whole, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)

@@ -93,7 +93,7 @@ def test_without_a_folder_the_nearest_is_taken_with_a_notice(
     """A transformer built in memory, or loaded from a single file by diffusers."""
     from libreflux.model import facts
 
-    facts._notice.cache_clear()
+    facts.warn_taken_for.cache_clear()
     like = "FLUX.1-dev" if guidance_embeds else "FLUX.1-schnell"
     with caplog.at_level(logging.WARNING):
         made = LibreFluxPipeline(tiny_transformer(guidance_embeds=guidance_embeds), tiny_vae())

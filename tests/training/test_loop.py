@@ -28,7 +28,7 @@ from libreflux.recipe import Recipe, SigmaSpec
 from libreflux.training import checkpoint
 from libreflux.training.callbacks import Callbacks, Started, StepInfo
 from libreflux.training.interrupt import Interrupted
-from libreflux.training.loop import _open, fit
+from libreflux.training.loop import fit, open_for_training
 from libreflux.training.objective import NoisedBatch, flow_matching_loss, keyed_noise
 from libreflux.training.ranks import Ranks
 from libreflux.training.step import accumulate_gradient, draw_sigmas
@@ -131,7 +131,7 @@ def test_a_step_is_the_weighted_mean_of_its_pictures_gradients(recipe_tree: Tree
     optimizer = {"kind": "adamw", "learning_rate": 1e-3, "clip": None}
     tree = recipe_tree(tmp_path / "run", data=sources, accumulate=2, optimizer=optimizer)
     recipe = Recipe.model_validate(tree)
-    training = _open(recipe, tmp_path / "run", None, Callbacks(), Ranks(), "cpu")
+    training = open_for_training(recipe, tmp_path / "run", None, Callbacks(), Ranks(), "cpu")
     for step in range(3):
         units = step_plan(0, step, training.batches.samples, 1, 2, 2)
         sigmas, losses = draw_sigmas(recipe.sigmas, units[0].total, 0, step), []

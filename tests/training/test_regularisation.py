@@ -26,7 +26,7 @@ from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
 from libreflux.recipe import Recipe
 from libreflux.training.callbacks import Callbacks
-from libreflux.training.loop import _open, fit
+from libreflux.training.loop import fit, open_for_training
 from libreflux.training.objective import NoisedBatch, flow_matching_loss, keyed_noise, regularised_target
 from libreflux.training.ranks import Ranks
 from libreflux.training.step import draw_sigmas
@@ -155,7 +155,7 @@ def test_a_step_mixes_both_kinds_by_weight_and_reports_them_apart(recipe_tree: T
     optimizer = {"kind": "adamw", "learning_rate": 1e-2, "clip": None}
     tree = recipe_tree(tmp_path / "run", data=sources, accumulate=2, batch=3, optimizer=optimizer)
     recipe = Recipe.model_validate(tree)
-    training = _open(recipe, tmp_path / "run", None, Callbacks(), Ranks(), "cpu")
+    training = open_for_training(recipe, tmp_path / "run", None, Callbacks(), Ranks(), "cpu")
     base = tiny_transformer()
     for step in range(4):
         units = step_plan(0, step, training.batches.samples, 1, 3, 2)

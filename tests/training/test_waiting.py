@@ -188,6 +188,6 @@ def test_no_process_looks_through_the_cache_while_others_prepare_their_part(
     recipe = Recipe.model_validate(recipe_tree(tmp_path / "run", ema=[]))
 
     def opened(ranks: Ranks) -> int:
-        return len(loop._open(recipe, tmp_path / "run", None, Callbacks(), ranks, "cpu").batches)
+        return len(loop.open_for_training(recipe, tmp_path / "run", None, Callbacks(), ranks, "cpu").batches)
 
     assert together(opened) == [("did", 5)] * 2
