@@ -56,6 +56,7 @@ def test_equals_diffusers_flux_pipeline_where_nothing_is_padded(
     theirs.set_progress_bar_config(disable=True)
     text, negative = pipe.encode_prompt("a red apple on blue"), pipe.encode_prompt("a fox on the rocket")
     assert text.lengths == negative.lengths  # diffusers takes no others
+    same: dict[str, Any] = {"height": 32, "width": 48, "num_inference_steps": 4, "output_type": "pt"}
     expected = theirs(
         prompt_embeds=text.tokens[0][None],
         pooled_prompt_embeds=text.pooled,
@@ -63,23 +64,9 @@ def test_equals_diffusers_flux_pipeline_where_nothing_is_padded(
         negative_pooled_prompt_embeds=negative.pooled,
         true_cfg_scale=scale,
         latents=pack(noise([7], 16, 4, 6)),
-        height=32,
-        width=48,
-        num_inference_steps=4,
-        output_type="pt",
+        **same,
     ).images
-    ours = tensor_of(
-        pipe(
-            "a red apple on blue",
-            "a fox on the rocket",
-            height=32,
-            width=48,
-            guidance_scale=scale,
-            num_inference_steps=4,
-            seeds=7,
-            output_type="pt",
-        )
-    )
+    ours = tensor_of(pipe("a red apple on blue", "a fox on the rocket", guidance_scale=scale, seeds=7, **same))
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0)
     other = tensor_of(pipe("a fox", height=32, width=48, guidance_scale=scale, seeds=7, output_type="pt"))
     assert (other - expected).abs().max() > 1e-3
@@ -318,14 +305,10 @@ def test_values_of_another_kind_are_refused(pipe: LibreFluxPipeline, name: str, 
 
 def test_numbers_of_numpy_and_torch_are_numbers(pipe: LibreFluxPipeline) -> None:
     plain = tensor_of(pipe(SHORT, seeds=3, guidance_scale=2.0, num_inference_steps=2, output_type="latent"))
-    common: dict[str, Any] = {
-        "guidance_scale": torch.tensor(2.0),
-        "num_inference_steps": np.int64(2),
-        "output_type": "latent",
-    }
+    common: dict[str, Any] = {"guidance_scale": torch.tensor(2.0), "num_inference_steps": np.int64(2)}
     given: list[Any] = [np.int64(3), [np.int32(3)], torch.tensor([3]), np.array([3])]
     for seeds in given:
-        assert torch.equal(tensor_of(pipe(SHORT, seeds=seeds, **common)), plain)
+        assert torch.equal(tensor_of(pipe(SHORT, seeds=seeds, output_type="latent", **common)), plain)
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16", "bf16", torch.bfloat16])
