@@ -6,17 +6,18 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest test-gpu soak lint docs emoji
+.PHONY: help install demo test test-lowest coverage test-gpu soak lint docs emoji
 
 help:
 	@echo 'make install   the package, editable, with its pinned dependencies, into $(VENV)'
 	@echo 'make demo      install, then set a model free, measure it and show: out/demo/index.html'
 	@echo 'make test      install, then the test suite'
 	@echo 'make test-lowest  the test suite with the lowest versions that pyproject.toml allows, in $(LOWEST)'
+	@echo 'make coverage  install, then the test suite, slower by a third or more, and the percentage of lines that it runs'
 	@echo 'make test-gpu  install, then the tests for a card; PY=python3: with that Python as it is, nothing is installed'
 	@echo 'make emoji     install, then the emoji family from nothing: about 6 hours on two cores, resumable; WORK=DIR'
 	@echo 'make soak      install, then kill training 50 times, fill its disk, compare the bytes: some minutes'
-	@echo 'make lint      install, then ruff and mypy'
+	@echo 'make lint      install, then ruff, mypy, and import-linter: which room may import which'
 	@echo 'make docs      install, then the documentation: out/docs/index.html; a warning is an error'
 
 install: $(STAMP)
@@ -38,8 +39,15 @@ emoji: install
 	$(BIN)/python -m libreflux.emoji.build all --work $(WORK)
 
 # Two processes, each with the tests of whole files: torch's threads of one wait most of the time.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest $(TWO)
+
+# Of the tests' own processes; those that they start are not counted.
+coverage: install
+	$(BIN)/python -m pytest $(TWO) --cov --cov-report=
+	@echo "lines run: $$($(BIN)/coverage report --format=total) %"
 
 LOWEST := .venv-lowest
 
@@ -47,7 +55,7 @@ LOWEST := .venv-lowest
 test-lowest: install
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	VIRTUAL_ENV=$(CURDIR)/$(LOWEST) $(BIN)/uv pip install --resolution lowest-direct -e '.[dev,plots]'
-	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(LOWEST)/bin/python -m pytest $(TWO)
 
 # A machine with a card often has a Python whose torch was built for it: PY=python3 make test-gpu
 test-gpu: $(if $(PY),,install)
@@ -59,7 +67,9 @@ soak: install
 lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy src
+	$(BIN)/mypy
+	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32 src
+	$(BIN)/lint-imports --no-logo
 
 docs: install
 	$(BIN)/python -m sphinx -b html -E -n -W --keep-going -q docs out/docs

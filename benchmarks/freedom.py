@@ -64,9 +64,20 @@ BRIEF: Places = (
 )
 """What the printed table has of all that is measured."""
 COLUMNS = (
-    "table", "subjects", "measure", "place", "model", "value", "low", "high",
-    "freedom", "freedom_low", "freedom_high", "verdict", "beyond",
-)  # fmt: skip
+    "table",
+    "subjects",
+    "measure",
+    "place",
+    "model",
+    "value",
+    "low",
+    "high",
+    "freedom",
+    "freedom_low",
+    "freedom_high",
+    "verdict",
+    "beyond",
+)
 """Of the CSV file: one row for each measure of each model. Freedom is in per cent; schnell and base have none."""
 
 

@@ -43,13 +43,16 @@ from libreflux.workflows.drawing import open_for_drawing
 PROMPTS = ("a small red fox at the left of a rocket, on yellow", "blue")
 TINY: dict[str, dict[str, Any]] = {
     "transformer": {
-        "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "joint_attention_dim": 32,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
         "pooled_projection_dim": 32,
     },
     "text_encoder": {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2},
     "text_encoder_2": {"num_layers": 1, "num_decoder_layers": 1, "d_model": 32, "d_ff": 64, "d_kv": 16, "num_heads": 2},
     "vae": {"block_out_channels": [32, 32, 32, 32], "layers_per_block": 1},
-}  # fmt: skip
+}
 Shape = tuple[int, int, int]
 """Rows of x, in_features, out_features."""
 
@@ -74,8 +77,8 @@ def transformer_tensors(empty: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if like.dtype == torch.int8:
             yield name, numbers(name, tuple(like.shape))
         elif name.endswith(".scale"):
-            inner = empty.get_submodule(name.removesuffix(".scale")).in_features
-            yield name, torch.full(like.shape, 1 / (74 * float(inner) ** 0.5))
+            inner: Any = empty.get_submodule(name.removesuffix(".scale")).in_features
+            yield name, torch.full(like.shape, 1 / (74 * inner**0.5))
         else:
             yield name, weight(name, like)
 
@@ -104,8 +107,9 @@ def build(folder: Path, *, tiny: bool) -> None:
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(guidance_embeds=False, **small["transformer"])
         encoders = {
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**clip)), "text_encoder_2": T5EncoderModel(T5Config(**t5))
-        }  # fmt: skip
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**clip)),
+            "text_encoder_2": T5EncoderModel(T5Config(**t5)),
+        }
     config = json.loads(transformer.to_json_string())
     quantise_model(transformer)
     write_int8(folder / "transformer", config, transformer_tensors(transformer))
@@ -172,9 +176,15 @@ def draw(folder: Path, options: argparse.Namespace) -> None:
     start = time.perf_counter()
     chosen = open_for_drawing(str(folder), device="cpu")
     origin = GenerationRecord(
-        prompt=PROMPTS[0], negative=PROMPTS[1], seed=0, steps=options.steps, guidance=options.guidance,
-        width=options.size, height=options.size, model=str(folder),
-    )  # fmt: skip
+        prompt=PROMPTS[0],
+        negative=PROMPTS[1],
+        seed=0,
+        steps=options.steps,
+        guidance=options.guidance,
+        width=options.size,
+        height=options.size,
+        model=str(folder),
+    )
     opened = chosen.load([origin])
     loaded, after_load = time.perf_counter() - start, peak()
     now = peak("VmRSS")

@@ -74,9 +74,9 @@ def padding_share(samples: Samples, batch: int) -> float:
     """Share of the first epoch's text tokens, in [0, 1), that are padding to the longest caption of their unit."""
     import numpy as np
 
-    from libreflux.data.order import _epoch
+    from libreflux.data.order import epoch_plan
 
-    plan = _epoch(0, 0, samples, batch)
+    plan = epoch_plan(0, 0, samples, batch)
     lengths = samples.lengths(plan.items, plan.visits)
     return float(1 - lengths.sum() / (np.maximum.reduceat(lengths, plan.bounds[:-1]) * np.diff(plan.bounds)).sum())
 

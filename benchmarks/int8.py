@@ -48,7 +48,7 @@ def torchao(linear: nn.Linear) -> nn.Module:
 
 
 def layers(plain: nn.Linear) -> dict[str, nn.Module]:
-    made = {"bf16 nn.Linear": plain}
+    made: dict[str, nn.Module] = {"bf16 nn.Linear": plain}
     for name, make in (("ours", ours), ("quanto", quanto), ("torchao", torchao)):
         try:
             made[name] = make(copy.deepcopy(plain))

@@ -40,9 +40,12 @@ def draw(
     pipe = LibreFluxPipeline.from_parts(transformer, vae, text, source.facts)
     pipe.set_progress_bar_config(disable=True)
     drawn = pipe(
-        options.prompts, seeds=seed, num_inference_steps=options.steps, guidance_scale=options.guidance,
+        options.prompts,
+        seeds=seed,
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance,
         output_type="latent",
-    )  # fmt: skip
+    )
     assert isinstance(drawn.images, Tensor)
     return drawn.images, decoded(vae, drawn.images, tile=False)
 

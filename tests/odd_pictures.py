@@ -167,6 +167,8 @@ for _share in (0.1, 0.5, 0.9, 0.99):
         "lossless_webp": ("webp", "WEBP", "decoder", {"lossless": True}),
     }.items():
         UNUSABLE[f"cut_{_name}_at_{_share}"] = (_suffix, _reason, partial(cut, _kind, _share, **_options))
+SIZES = {"one_pixel": (1, 1), "thread": (4000, 1)}
+"""(width, height) of those whose size is not SIZE."""
 UNUSUAL: dict[str, tuple[str, Callable[[], bytes]]] = {
     "jpeg_named_png": ("png", lambda: saved(noise(), "JPEG")),
     "png_named_jpg": ("jpg", lambda: saved(noise(), "PNG")),
@@ -203,5 +205,3 @@ UNUSUAL: dict[str, tuple[str, Callable[[], bytes]]] = {
     "one_pixel": ("png", lambda: saved(noise(size=SIZES["one_pixel"]), "PNG")),
     "thread": ("png", lambda: saved(noise(size=SIZES["thread"]), "PNG")),
 }
-SIZES = {"one_pixel": (1, 1), "thread": (4000, 1)}
-"""(width, height) of those whose size is not SIZE."""

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from PIL import Image
+from torch import Tensor
 
 from libreflux.model.facts import Facts
 from libreflux.model.single_file import SingleFiles
 from libreflux.model.single_save import save_files
 from libreflux.model.source import LiveParts, open_model, save_model
 from libreflux.model.text import TextEncoders
-from libreflux.sample.pipeline import LibreFluxPipeline
+from libreflux.sample.pipeline import LibreFluxOutput, LibreFluxPipeline
 
 
 @dataclass
@@ -58,3 +60,15 @@ def opened(
         source.load_text(dtype=dtype, device=device),
         source.scheduler,
     )
+
+
+def tensor_of(drawn: LibreFluxOutput) -> Tensor:
+    """What was drawn as "pt" or "latent"."""
+    assert isinstance(drawn.images, Tensor)
+    return drawn.images
+
+
+def pictures_of(drawn: LibreFluxOutput) -> list[Image.Image]:
+    """What was drawn as "pil"."""
+    assert isinstance(drawn.images, list)
+    return drawn.images

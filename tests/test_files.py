@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -82,8 +82,12 @@ def test_a_write_that_the_disk_refuses_is_one_line_and_leaves_nothing(tmp_path: 
         with files.staged_dir(path) as folder:
             save_file(tensors, folder / "w")
 
-    writes = [partial(files.atomic_write_bytes, path, bytes(99)), partial(files.atomic_save_safetensors, tensors, path)]
-    for write in (*writes, stage):
+    writes: list[Callable[[], object]] = [
+        partial(files.atomic_write_bytes, path, bytes(99)),
+        partial(files.atomic_save_safetensors, tensors, path),
+        stage,
+    ]
+    for write in writes:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))  # as on a full disk, but for the error's number
         try:
@@ -232,11 +236,13 @@ def test_a_lock_has_one_holder_and_dies_with_it(tmp_path: Path) -> None:
 def test_a_lock_on_a_folder_that_its_last_holder_removed_is_taken_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, lock, removed = tmp_path / "run", fcntl.flock, []
+    folder, lock = tmp_path / "run", fcntl.flock
+    removed: list[Path] = []
 
     def flock(handle: int, how: int) -> None:
         if not removed:
-            removed.append(shutil.rmtree(folder))
+            removed.append(folder)
+            shutil.rmtree(folder)
         lock(handle, how)
 
     monkeypatch.setattr(fcntl, "flock", flock)

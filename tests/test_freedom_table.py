@@ -29,15 +29,25 @@ def _result(name: str, value: float) -> Result:
     spread = [value + 0.001 * step for step in (-2, -1, 0, 1, 2)]
     levels = [
         Measure(
-            name="loss", at={"sigma": sigma, "text": "caption"}, subset="all", value=value, low=spread[0],
-            high=spread[-1], replicates=spread,
+            name="loss",
+            at={"sigma": sigma, "text": "caption"},
+            subset="all",
+            value=value,
+            low=spread[0],
+            high=spread[-1],
+            replicates=spread,
         )
         for sigma in (0.5, 0.9)
-    ]  # fmt: skip
+    ]
     return Result(
-        model={"name": name}, settings={"own_guidance": 1.0}, versions={}, seconds=0.0, measures=levels, pictures=[],
+        model={"name": name},
+        settings={"own_guidance": 1.0},
+        versions={},
+        seconds=0.0,
+        measures=levels,
+        pictures=[],
         folder=Path("."),
-    )  # fmt: skip
+    )
 
 
 def test_rows_of_the_csv_have_values_intervals_and_the_share_that_is_closed(benchmark: ModuleType) -> None:

@@ -65,10 +65,16 @@ def test_a_place_that_cannot_be_written_is_refused(room: Path, kind: str, name: 
     assert "; hint: " in str(refused.value) and everything(room) == before
 
 
-@pytest.mark.parametrize(("kind", "name"), [
-    *((kind, name) for kind in KINDS for name in ("x", "a/b/c", "folder/x")),
-    ("file", "file"), ("file", "dangling"), ("folder", "folder"), ("folder", "."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *((kind, name) for kind in KINDS for name in ("x", "a/b/c", "folder/x")),
+        ("file", "file"),
+        ("file", "dangling"),
+        ("folder", "folder"),
+        ("folder", "."),
+    ],
+)
 def test_a_place_that_can_be_written_is_left_as_it_was(room: Path, kind: str, name: str) -> None:
     before = everything(room)
     with bound_by_modes():
@@ -104,7 +110,7 @@ def test_a_disk_without_locks_and_syncs_of_folders_is_used_with_a_warning(
     monkeypatch.setattr(fcntl, "flock", no_lock)
     if number != errno.ENOLCK:
         monkeypatch.setattr(os, "fsync", files_alone)
-    for cached in (files._warn_unlocked, files._warn_unsynced):
+    for cached in (files.warn_unlocked, files.warn_unsynced):
         cached.cache_clear()
     for name in ("one", "two"):
         with files.lock(tmp_path / "run"), files.staged_dir(tmp_path / "run" / name) as staging:

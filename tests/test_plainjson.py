@@ -9,10 +9,20 @@ import pytest
 from libreflux import plainjson
 
 
-@pytest.mark.parametrize("text", [
-    "{", "", "[" * 200_000, '{"a":' * 100_000, '"\\ud83d"', '["a", {"b": "\\uDE00 fox"}]', '{"\\ud83d": 1}', "9" * 5000,
-    '"\ud83d"',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "",
+        "[" * 200_000,
+        '{"a":' * 100_000,
+        '"\\ud83d"',
+        '["a", {"b": "\\uDE00 fox"}]',
+        '{"\\ud83d": 1}',
+        "9" * 5000,
+        '"\ud83d"',
+    ],
+)
 def test_what_cannot_be_used_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError):
         plainjson.parse(text)

@@ -72,9 +72,15 @@ WAYS = {
     "sys.stderr.write": set(),
     "logging.getLogger": {"printing.py"},
     "Console": set(),
-    "json.loads": {"plainjson.py", "files.py", "model/source.py", "probing/settings.py", "training/ranks.py",
-                   "emoji/compose.py"},  # the others read what this process, or this package, wrote
-}  # fmt: skip
+    "json.loads": {
+        "plainjson.py",
+        "files.py",
+        "model/source.py",
+        "probing/settings.py",
+        "training/ranks.py",
+        "emoji/compose.py",
+    },  # the others read what this process, or this package, wrote
+}
 """Calls that only these files may make: all text goes through `printing`, all JSON of others through `plainjson`."""
 
 

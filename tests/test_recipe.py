@@ -69,7 +69,7 @@ def test_the_designs_recipe_is_read(design: Path) -> None:
     assert recipe.crop == ("square", "aspect")
     assert load_recipe(None, LEAST).resolution == (512,)
     assert recipe.data[0].captions == {"short": 0.3, "long": 0.7}
-    assert [target.factor for target in recipe.adapter.targets] == [4, 8]
+    assert [target.factor for target in recipe.adapter.targets or ()] == [4, 8]
     assert recipe.cache_dir == Path("runs/first/cache")
 
 
@@ -235,7 +235,7 @@ def test_overrides_reach_into_lists_and_append(design: Path) -> None:
         design, ["data.1.path=more", "data.0.repeats=3", "adapter.targets.1.factor=16", "samples.prompts.0=a fox"]
     )
     assert [(source.path, source.repeats) for source in recipe.data] == [("photos", 3), ("more", 1)]
-    assert [target.factor for target in recipe.adapter.targets] == [4, 16]
+    assert [target.factor for target in recipe.adapter.targets or ()] == [4, 16]
     assert recipe.samples.prompts == ("a fox",)
 
 

@@ -8,7 +8,7 @@ from libreflux import seeding
 def test_the_hash_is_splitmix64() -> None:
     """The first outputs of the reference implementation seeded with 0 (Vigna, prng.di.unimi.it/splitmix64.c)."""
     states = np.arange(1, 4, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    assert [hex(value) for value in seeding._mix(states).tolist()] == [
+    assert [hex(value) for value in seeding.splitmix64(states).tolist()] == [
         "0xe220a8397b1dcdaf",
         "0x6e789e6aa1b965f4",
         "0x6c45d188009454f",

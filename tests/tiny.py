@@ -138,9 +138,11 @@ def make_published_layout(tiny: Path, out: Path) -> Path:
     (out / "pipeline.py").write_text(code)
     for name, change in (
         ("transformer/config.json", {"_class_name": classes["transformer"]}),
-        ("model_index.json", {"_class_name": ["pipeline", classes["pipeline"]],
-                              "transformer": ["transformer", classes["transformer"]]}),
-    ):  # fmt: skip
+        (
+            "model_index.json",
+            {"_class_name": ["pipeline", classes["pipeline"]], "transformer": ["transformer", classes["transformer"]]},
+        ),
+    ):
         (out / name).write_text(json.dumps(json.loads((out / name).read_text()) | change))
     return out
 

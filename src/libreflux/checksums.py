@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-_AT_ONCE = 2**20  # the most that a thread holds
+AT_ONCE = 2**20  # the most that a thread holds
 THREADS = min(8, os.cpu_count() or 1)
 """Threads that sum: zlib leaves the interpreter's lock alone meanwhile."""
 
@@ -44,7 +44,7 @@ def of_file(path: Path, chunk: int, first: int = 0, count: int | None = None) ->
         OSError: it cannot be read.
     """
     sums: list[int] = []
-    buffer = memoryview(bytearray(min(chunk, _AT_ONCE)))
+    buffer = memoryview(bytearray(min(chunk, AT_ONCE)))
     with open(path, "rb", buffering=0) as file:
         file.seek(first * chunk)
         while count is None or len(sums) < count:

@@ -314,17 +314,19 @@ def _locked(handle: int, folder: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        _warn_unlocked(str(folder), os.strerror(error.errno))
+        warn_unlocked(str(folder), os.strerror(error.errno))
         return True
 
 
 @functools.cache  # a run locks its folder more than once
-def _warn_unlocked(folder: str, why: str) -> None:
+def warn_unlocked(folder: str, why: str) -> None:
+    """Once a process and folder: that nothing keeps a second process out of it."""
     logger.warning("%s: its file system has no locks (%s): let no second process write there", folder, why)
 
 
 @functools.cache  # once for each file system
-def _warn_unsynced(device: int) -> None:
+def warn_unsynced(device: int) -> None:
+    """Once a process and file system, `os.stat().st_dev`: that a power cut may undo the newest files."""
     told = "a file system (device %d:%d) does not sync folders: a power cut may undo the newest files, none by half"
     logger.warning(told, *device_numbers(device))
 
@@ -353,6 +355,6 @@ def _sync(path: Path) -> None:
         # Of a file an fsync that fails means lost bytes; of a folder only that its newest names may be.
         if error.errno not in _NO_SYNC or not path.is_dir():
             raise
-        _warn_unsynced(os.fstat(handle).st_dev)
+        warn_unsynced(os.fstat(handle).st_dev)
     finally:
         os.close(handle)

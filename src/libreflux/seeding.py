@@ -44,16 +44,17 @@ def uniforms(seed: int, purpose: str, index: np.ndarray, nth: np.ndarray, count:
         nth: [n] whole numbers, e.g. the visit.
         count: numbers drawn for each.
     """
-    state = _mix(index.astype(np.uint64) ^ np.uint64(key(seed, purpose)))
-    state = _mix(state + nth.astype(np.uint64) * _GOLDEN)
-    draws = _mix(state[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
+    state = splitmix64(index.astype(np.uint64) ^ np.uint64(key(seed, purpose)))
+    state = splitmix64(state + nth.astype(np.uint64) * _GOLDEN)
+    draws = splitmix64(state[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
     return (draws >> np.uint64(11)) * 2.0**-53
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def _mix(state: np.ndarray) -> np.ndarray:
+def splitmix64(state: np.ndarray) -> np.ndarray:
+    """The output function of SplitMix64 (Steele, Lea and Flood 2014; constants as Vigna's splitmix64.c), on uint64."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))

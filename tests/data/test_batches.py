@@ -61,7 +61,7 @@ def test_batches_refuse_what_was_not_prepared(prepared: Prepared) -> None:
     cache, [(source, samples)] = prepared
     with pytest.raises(DataError, match=r"\.png: not in the cache; hint: run `libreflux prepare`"):
         Batches(cache, [(source, samples)], views=[View("square", 64)], seed=0)
-    stranger = Sample(samples[0].id, samples[0].path, ("never said",), ("",))
+    stranger = Sample(samples[0].id, samples[0].file, ("never said",), ("",))
     with pytest.raises(DataError, match="a caption of it is not in the cache"):
         Batches(cache, [(source, [stranger])], views=[SQUARE], seed=0)
 

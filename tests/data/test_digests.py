@@ -15,6 +15,7 @@ from PIL import Image
 from libreflux import files
 from libreflux.data import digests
 from libreflux.data.digests import MEMORY, FileMemory
+from libreflux.data.pictures import Inspected
 from libreflux.data.progress import ProgressCount
 
 
@@ -36,13 +37,22 @@ def test_files_are_read_once_and_again_when_they_change(tmp_path: Path, monkeypa
     memory.save()
     assert [found.digest for found in first] == [files.sha256_file(path) for path in paths]
     assert [(found.width, bool(found.fault)) for found in first] == [
-        (8, False), (9, False), (10, False), (0, True), (12, False),
-    ]  # fmt: skip
+        (8, False),
+        (9, False),
+        (10, False),
+        (0, True),
+        (12, False),
+    ]
     assert [(done, total) for done, total, _ in told] == [(number, 5) for number in range(1, 6)]
 
     read: list[Path] = []
     real = digests.inspect
-    monkeypatch.setattr(digests, "inspect", lambda path: (read.append(path), real(path))[1])
+
+    def inspect(path: Path) -> Inspected:
+        read.append(path)
+        return real(path)
+
+    monkeypatch.setattr(digests, "inspect", inspect)
     told.clear()
     bar = ProgressCount(lambda *now: told.append(now))
     assert list(FileMemory(tmp_path / "cache?#").inspect(paths, bar)) == first
@@ -103,8 +113,17 @@ def read(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """Names of the files that are decoded, and of those that are hashed alone, from here on."""
     names: dict[str, list[str]] = {"decoded": [], "hashed": []}
     inspected, hashed = digests.inspect, files.sha256_file
-    monkeypatch.setattr(digests, "inspect", lambda path: (names["decoded"].append(path.name), inspected(path))[1])
-    monkeypatch.setattr(digests.files, "sha256_file", lambda path: (names["hashed"].append(path.name), hashed(path))[1])
+
+    def inspect(path: Path) -> Inspected:
+        names["decoded"].append(path.name)
+        return inspected(path)
+
+    def sha256_file(path: Path) -> str:
+        names["hashed"].append(path.name)
+        return hashed(path)
+
+    monkeypatch.setattr(digests, "inspect", inspect)
+    monkeypatch.setattr(files, "sha256_file", sha256_file)
     return names
 
 
@@ -127,14 +146,16 @@ def test_a_file_replaced_by_one_of_its_size_and_time_is_read_again(
 def test_files_that_swap_names_within_a_tick_differ_in_their_inode(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, states = one_colour(tmp_path / "a.bmp", "red"), digests._state
-    monkeypatch.setattr(digests, "_state", lambda path: ("a", dataclasses.replace(states(path)[1], ctime=1, inode=7)))
+    path, states = one_colour(tmp_path / "a.bmp", "red"), digests.file_state
+    monkeypatch.setattr(
+        digests, "file_state", lambda path: ("a", dataclasses.replace(states(path)[1], ctime=1, inode=7))
+    )
     [red] = seen(tmp_path / "cache", path)
     one_colour(path, "blue")
     for inode, same in ((7, True), (0, True), (8, False)):  # 0: a file system that has none
         change = {"ctime": 1, "inode": inode}
         monkeypatch.setattr(
-            digests, "_state", lambda path, to=change: ("a", dataclasses.replace(states(path)[1], **to))
+            digests, "file_state", lambda path, to=change: ("a", dataclasses.replace(states(path)[1], **to))
         )
         assert (FileMemory(tmp_path / "cache").sha256(path) == red) is same
 
@@ -142,7 +163,8 @@ def test_files_that_swap_names_within_a_tick_differ_in_their_inode(
 def test_new_rights_or_a_new_place_cost_a_reading_and_no_decoding(tmp_path: Path, read: dict[str, list[str]]) -> None:
     paths = [one_colour(tmp_path / f"{name}.bmp", name) for name in ("red", "blue")]
     first = seen(tmp_path / "cache", *paths)
-    read["decoded"].clear(), read["hashed"].clear()
+    for names in read.values():
+        names.clear()
     assert seen(tmp_path / "cache", *paths) == first
     assert read == {"decoded": [], "hashed": []}
     paths[0].chmod(0o600)

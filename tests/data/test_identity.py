@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +89,12 @@ def test_a_cache_is_of_its_encoders_and_settings_whatever_else_changes(
     written: list[str] = []
     for name in ("add_latents", "add_texts"):
         real = getattr(CacheWriter, name)
-        monkeypatch.setattr(CacheWriter, name, lambda *args, n=name, f=real: (written.append(n), f(*args))[1])
+
+        def counted(*args: Any, name: str = name, real: Callable[..., Any] = real) -> Any:
+            written.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(CacheWriter, name, counted)
 
     def made(**changed: Any) -> list[str]:
         written.clear()
@@ -156,8 +163,8 @@ def test_text_is_never_served_under_other_settings_as_by_a_prompt_only_key(
     encoders = open_model(tiny_model_dir).load_text()
     known: dict[str, TextConditioning] = {}
     for value, wanted in zip(values, (first, fresh), strict=True):
-        settings = {"padding": "drop", "max_tokens": 512} | {key: value}
-        served = original_cached_text(known, caption.strip(), lambda texts, how=settings: encoders.encode(texts, **how))
+        settings: dict[str, Any] = {"padding": "drop", "max_tokens": 512} | {key: value}
+        served = original_cached_text(known, caption.strip(), functools.partial(encoders.encode, **settings))
         right = served.lengths == wanted.lengths
         right = right and torch.allclose(served.tokens[0], wanted.tokens[0].float(), rtol=2**-7, atol=1e-3)
         assert right == (value == values[0])  # the second time it is the first one's again

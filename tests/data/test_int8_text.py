@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_a_cache_in_int8_reads_back_its_captions_and_takes_no_others(
 ) -> None:
     full, [(_, samples)] = prepared
 
-    def run(text_cache: str) -> Cache:
+    def run(text_cache: Literal["bf16", "int8", "none"]) -> Cache:
         source = DataSource(path=str(pictures), crops_per_picture=2)
         views = [View("square", 32)]
         return prepare(

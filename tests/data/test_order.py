@@ -36,9 +36,11 @@ def tables(draw: st.DrawFn, *, whole: bool = False) -> Samples:
 
 def by_slot(units: list[Unit]) -> list[tuple[int, int]]:
     """(sample, visit) of a step in slot order."""
-    placed = {slot: pair for unit in units for slot, *pair in zip(unit.slots, unit.items, unit.visits, strict=True)}
+    placed: dict[int, tuple[int, int]] = {}
+    for unit in units:
+        placed |= zip(unit.slots, zip(unit.items, unit.visits, strict=True), strict=True)
     assert sorted(placed) == list(range(units[0].total))
-    return [tuple(placed[slot]) for slot in range(units[0].total)]
+    return [placed[slot] for slot in range(units[0].total)]
 
 
 @settings(deadline=None, max_examples=40)

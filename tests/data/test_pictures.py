@@ -4,6 +4,7 @@ import io
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,7 +147,7 @@ def test_every_exif_orientation_is_undone(tmp_path: Path, orientation: int) -> N
     exif[0x0112] = orientation
     stored = image.transpose(undone[orientation]) if orientation > 1 else image
     for suffix in ("png", "webp"):
-        options = {"lossless": True} if suffix == "webp" else {}
+        options: dict[str, Any] = {"lossless": True} if suffix == "webp" else {}
         path = tmp_path / f"{orientation}.{suffix}"
         stored.save(path, exif=exif, **options)
         assert (np.asarray(load_rgb(path)) == np.asarray(image)).all()

@@ -191,8 +191,11 @@ def test_kohya_folders_repeat_and_may_name_what_they_show(tmp_path: Path) -> Non
     for index, name in enumerate(["10_sks cat/a", "3_a_dog/deep/b", "2023_summer/c", "plain/12_d/d"]):
         picture(tmp_path / f"{name}.png", index).with_suffix(".txt").write_text(f"{name}\n")
     assert {name: sample.repeats for name, sample in by_name(tmp_path).items()} == {
-        "a.png": 10, "b.png": 3, "c.png": 1, "d.png": 1,
-    }  # fmt: skip
+        "a.png": 10,
+        "b.png": 3,
+        "c.png": 1,
+        "d.png": 1,
+    }
     [itself] = read_folder(tmp_path / "10_sks cat")
     assert itself.repeats == 10
     for path in tmp_path.rglob("[ab].txt"):
@@ -220,7 +223,7 @@ def test_parts_hold_every_picture_once(tmp_path: Path) -> None:
 
 
 def sample(*captions: tuple[str, str]) -> Sample:
-    return Sample("id", Path("a.png"), tuple(text for text, _ in captions), tuple(kind for _, kind in captions))
+    return Sample("id", "a.png", tuple(text for text, _ in captions), tuple(kind for _, kind in captions))
 
 
 def test_caption_weights_by_name_and_by_line() -> None:
@@ -367,8 +370,11 @@ def test_what_has_a_caption_and_is_no_picture_is_named(tmp_path: Path, caplog: p
     (tmp_path / "README.md").write_text("of nothing")
     found = read(DataSource(path=str(tmp_path)))
     assert [(one.suffix, one.count, one.beside) for one in found.folder.unread.values()] == [
-        (".md", 1, 0), (".mp4", 1, 1), (".txt", 2, 0), ("", 1, 1),
-    ]  # fmt: skip
+        (".md", 1, 0),
+        (".mp4", 1, 1),
+        (".txt", 2, 0),
+        ("", 1, 1),
+    ]
     assert "same names: 1 .mp4 file, the" in caplog.text and "same names: 1 file without a suffix, the" in caplog.text
     assert "README" not in caplog.text
 

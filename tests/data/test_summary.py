@@ -145,8 +145,9 @@ def test_foreign_and_overlong_captions_are_told_once_with_their_file(
         recipe = load_recipe(None, [*values, f"samples.prompts={json.dumps(prompts)}"])
         with caplog.at_level(logging.WARNING):
             batches, _ = prepare_recipe(recipe)
+            captions = [path.read_text(encoding="utf-8").strip() for path in sorted(data.glob("*.txt"))]
             for _ in range(3):
-                batches.text([caption for one in batches._pictures for caption in one.captions])
+                batches.text(captions)
         return [record.message for record in caplog.records]
 
     for number in range(3):

@@ -101,9 +101,15 @@ def test_settings_of_fp32_are_what_they_always_were(prepared: Prepared) -> None:
     ],
 )
 def test_encoders_are_opened_in_turn_in_what_they_compute_in(
-    tmp_path: Path, tiny_model_dir: Path, pictures: Path, watch: Watch,
-    device: str, wanted: Any, dtype: str, by_block: bool,
-) -> None:  # fmt: skip
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    pictures: Path,
+    watch: Watch,
+    device: str,
+    wanted: Any,
+    dtype: str,
+    by_block: bool,
+) -> None:
     cache, _ = run(tiny_model_dir, pictures, tmp_path / "c", device=device, text_precision=wanted)
     assert watch.opened == [
         ("vae", device, torch.float32, False),
@@ -206,9 +212,13 @@ def test_captions_go_through_the_shortest_first(
 
 
 def test_tokens_are_counted_without_an_encoder(
-    tmp_path: Path, prepared: Prepared, tiny_model_dir: Path, pictures: Path, watch: Watch,
+    tmp_path: Path,
+    prepared: Prepared,
+    tiny_model_dir: Path,
+    pictures: Path,
+    watch: Watch,
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     full, _ = prepared
     cache, [(_, samples)] = run(tiny_model_dir, pictures, tmp_path / "c", part=(1, 2), text_cache="none", max_tokens=20)
     assert [kind for kind, *_ in watch.opened] == ["vae"]  # the other part has the empty prompt
@@ -231,20 +241,46 @@ def broken(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize(
     ("where", "precision", "device", "line"),
     [
-        (AutoencoderKL, "auto", "cuda", "encoding a crop of 32 x 32 pixels, .*png: out of memory; "
-         "hint: a smaller resolution, or prepare with device: cpu$"),
-        (AutoencoderKL, "auto", "cpu", "encoding a crop of 32 x 32 pixels, .*png: out of memory; "
-         "hint: a smaller resolution$"),
-        (T5EncoderModel, "fp32", "cuda", "encoding 16 captions of up to [0-9]+ characters: out of memory; "
-         "hint: prepare with shorter captions, or prepare with device: cpu$"),
-        (T5EncoderModel, "auto", "cuda", "encoding 16 captions .*: out of memory; "
-         "hint: prepare with text_precision: fp32 .T5 goes block by block. in another cache, or .* device: cpu$"),
+        (
+            AutoencoderKL,
+            "auto",
+            "cuda",
+            "encoding a crop of 32 x 32 pixels, .*png: out of memory; "
+            "hint: a smaller resolution, or prepare with device: cpu$",
+        ),
+        (
+            AutoencoderKL,
+            "auto",
+            "cpu",
+            "encoding a crop of 32 x 32 pixels, .*png: out of memory; hint: a smaller resolution$",
+        ),
+        (
+            T5EncoderModel,
+            "fp32",
+            "cuda",
+            "encoding 16 captions of up to [0-9]+ characters: out of memory; "
+            "hint: prepare with shorter captions, or prepare with device: cpu$",
+        ),
+        (
+            T5EncoderModel,
+            "auto",
+            "cuda",
+            "encoding 16 captions .*: out of memory; "
+            "hint: prepare with text_precision: fp32 .T5 goes block by block. in another cache, or .* device: cpu$",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_a_device_raises_is_one_line(
-    tmp_path: Path, tiny_model_dir: Path, pictures: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch,
-    where: Any, precision: Any, device: str, line: str,
-) -> None:  # fmt: skip
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    pictures: Path,
+    watch: Watch,
+    monkeypatch: pytest.MonkeyPatch,
+    where: Any,
+    precision: Any,
+    device: str,
+    line: str,
+) -> None:
     name = "encode" if where is AutoencoderKL else "forward"
     monkeypatch.setattr(where, name, out_of_memory)
     with pytest.raises(RunError, match=line) as refusal:
@@ -271,9 +307,13 @@ def test_in_fp32_on_a_card_numbers_are_those_of_the_whole_encoders(
     monkeypatch.setattr(encode, "by_block", lambda dtype, device: True)
     sweeps: list[int] = []
     own = T5EncoderModel.forward
-    monkeypatch.setattr(
-        T5EncoderModel, "forward", functools.wraps(own)(lambda *a, **k: sweeps.append(1) or own(*a, **k))
-    )
+
+    @functools.wraps(own)
+    def forward(*args: Any, **options: Any) -> Any:
+        sweeps.append(1)
+        return own(*args, **options)
+
+    monkeypatch.setattr(T5EncoderModel, "forward", forward)
     cache, _ = run(tiny_model_dir, pictures, tmp_path / "c")
     assert sweeps == [1]
     captions = sorted({"", *(caption for sample in samples for caption in sample.captions)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,12 +59,13 @@ def test_relations_are_where_the_caption_says(relation: str) -> None:
     alone = {}
     for name, (first, second) in {"first": (one, other), "swapped": (other, one)}.items():
         alone[name] = np.asarray(render(Scene(first, "white", "medium", "centre", relation, second)), np.int16)
-    half = {
+    halves: dict[str, Any] = {
         "left of": np.s_[:, :64],
         "right of": np.s_[:, 64:],
         "above": np.s_[:64],
         "below": np.s_[64:],
-    }[relation]
+    }
+    half = halves[relation]
     mirror = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[relation]
     # "a left of b" and "b right of a" are one picture, and the named half holds the first subject.
     assert np.array_equal(canvas, np.asarray(render(Scene(other, "white", "medium", "centre", mirror, one)), np.int16))

@@ -9,6 +9,7 @@ import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from libreflux.flow.sigmas import Beta, Law, Uniform, beta_cdf, beta_icdf, independent, make_law, stratified
 
@@ -52,11 +53,12 @@ def test_beta_icdf_is_monotone_and_inverts_the_cdf(a: float, b: float) -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 300), st.integers(0, 2**31), st.sampled_from(["uniform", "2,2", "2,1.6"]))
 def test_one_draw_per_stratum(count: int, seed: int, name: str) -> None:
-    law, cdf = {
+    laws: dict[str, tuple[Law, Callable[[Tensor], Tensor]]] = {
         "uniform": (Uniform(), lambda s: s),
         "2,2": (Beta(), lambda s: beta_cdf(s, 2, 2)),
         "2,1.6": (Beta(alpha=2, beta=1.6), lambda s: beta_cdf(s, 2, 1.6)),
-    }[name]
+    }
+    law, cdf = laws[name]
     sigmas = stratified(law, count, seeded(seed))
     assert sigmas.shape == (count,) and sigmas.dtype == torch.float32
     places = cdf(sigmas.double()).sort().values * count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,7 +84,13 @@ def test_the_estimate_is_near_the_peak(
 ) -> None:
     """256 px and a batch of 8: a card's own workspaces are small beside it."""
     places = {"tiny": large, "photos": photos, "out": tmp_path / "run"}
-    changes = {"resolution": 256, "batch": 8, "gradient_checkpointing": checkpointing, "device": DEVICE, "ema": []}
+    changes: dict[str, Any] = {
+        "resolution": 256,
+        "batch": 8,
+        "gradient_checkpointing": checkpointing,
+        "device": DEVICE,
+        "ema": [],
+    }
     recipe = tree("tiny", "lokr", base, "adamw_bf16", places, held_out={}, **{**changes, "steps": 3})
     found = alone("training.peak", recipe=recipe)
     assert found["peak"] == pytest.approx(found["estimate"], rel=0.25), found

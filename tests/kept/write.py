@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,13 +23,12 @@ from PIL import Image
 
 COMMANDS = {
     "train": ["train", "recipe.yaml", "steps=2"],
-    "probe": [
-        "probe", "emoji-base", "--data", "pictures", "--quick", "--pictures", "2", "--prompts", "2", "--guidance", "1",
-        "--steps", "1,2", "--resolution", "32", "--out", "probe",
-    ],
-    "grid": ["grid", "a red apple", "--model", "emoji-base", "--steps", "1,2", "--width", "32", "--height", "32",
-             "--out", "grid"],
-}  # fmt: skip
+    "probe": shlex.split(
+        "probe emoji-base --data pictures --quick --pictures 2 --prompts 2 --guidance 1 --steps 1,2 --resolution 32 "
+        "--out probe"
+    ),
+    "grid": shlex.split("grid 'a red apple' --model emoji-base --steps 1,2 --width 32 --height 32 --out grid"),
+}
 RECIPE = """\
 model: emoji-base
 data: [{path: pictures}]
@@ -54,11 +54,10 @@ def write_pictures(folder: Path) -> None:
 
 
 def write_int8(folder: Path) -> None:
-    from libreflux.model.family import open_model
-
     from libreflux.model.facts import Facts, write_facts
     from libreflux.model.int8_files import write_int8 as write_tensors
     from libreflux.model.locate import PARTS
+    from libreflux.model.source import open_model
 
     torch.manual_seed(0)
     size = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 1}
@@ -72,8 +71,7 @@ def write_int8(folder: Path) -> None:
         FlowMatchEulerDiscreteScheduler().save_pretrained(model / "scheduler")
         shutil.copy(EMOJI / "model_index.json", model)
         write_facts(model, Facts())
-    found = open_model(folder.parent / "dense", parts=("transformer",), quantise=True).transformer
-    assert found is not None
+    found = open_model(folder.parent / "dense").load_transformer(quantise=True)
     (folder / "transformer").rmdir()
     write_tensors(folder / "transformer", json.loads(found.to_json_string()), found.state_dict().items())
     (folder / "told.json").write_text(json.dumps({"mean_square": mean_square(found)}))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from libreflux.errors import RunError
-from libreflux.model.attention import _inputs, check_gradients, lengths_to_check, plain_gradients, told
+from libreflux.model.attention import check_gradients, check_inputs, lengths_to_check, plain_gradients, told
 
 
 def test_lengths_are_the_ends_and_what_tiles_leave_over() -> None:
@@ -43,7 +43,7 @@ def test_the_plain_formula_is_autograds() -> None:
 
 def test_one_row_is_where_kernels_overflowed() -> None:
     """Its logsumexp is below -ln of the largest fp32 number, also in bf16."""
-    query, key, _, _ = (one.to(torch.bfloat16).double() for one in _inputs(64, 192))
+    query, key, _, _ = (one.to(torch.bfloat16).double() for one in check_inputs(64, 192))
     assert torch.logsumexp(query[-1] @ key.T / 8, dim=0) < -88.73
     assert bool((torch.logsumexp(query[:-1] @ key.T / 8, dim=1) > 0).all())
 
@@ -60,8 +60,9 @@ class _Wrong(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         leaves = [one.detach().requires_grad_() for one in ctx.saved_tensors]
+        query, key, value = leaves
         with torch.enable_grad():
-            out = REAL(*leaves, attn_mask=ctx.mask)
+            out = REAL(query, key, value, attn_mask=ctx.mask)
         return *ctx.spoil(list(torch.autograd.grad(out, leaves, grad)), *leaves, ctx.mask), None, None
 
 
@@ -108,7 +109,7 @@ def test_planted_wrong_gradients_are_refused(
     spoil: Callable[..., Gradients], name: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def planted(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        made: Tensor = _Wrong.apply(query, key, value, attn_mask, spoil)  # type: ignore[no-untyped-call]
+        made: Tensor = _Wrong.apply(query, key, value, attn_mask, spoil)
         return made
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", planted)

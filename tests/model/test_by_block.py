@@ -69,7 +69,7 @@ def test_a_prompt_has_the_bits_of_the_whole_encoders(half: Path, padding: str) -
 
 def test_many_prompts_share_a_sweep_over_the_weights(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, blocks = encoders(tiny_model_dir), encoders(tiny_model_dir, by_block=True)
-    sweeps = {id(text): [] for text in (whole, blocks)}
+    sweeps: dict[int, list[int]] = {id(text): [] for text in (whole, blocks)}
     for text in (whole, blocks):
         seen = sweeps[id(text)]
         text.text_encoder_2.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))

@@ -70,8 +70,8 @@ def test_damage_in_a_large_file_names_the_chunk_and_the_tensors_there(
     int8_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folder_sums, "CHUNK", 2048)
-    monkeypatch.setattr(checksums, "_AT_ONCE", 512)
-    monkeypatch.setattr(folder_sums, "_SEGMENT", 3)  # several threads read one file
+    monkeypatch.setattr(checksums, "AT_ONCE", 512)
+    monkeypatch.setattr(folder_sums, "SEGMENT", 3)  # several threads read one file
     folder = Path(shutil.copytree(int8_dir, tmp_path / "model"))
     int8_files.write_all_checksums(folder)
     [*_, file] = sorted((folder / "transformer").glob("*.safetensors"))
@@ -145,7 +145,7 @@ def test_missing_and_added_files_are_told(int8_dir: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", EMOJI)
 def test_the_shipped_family_has_checksums_of_all_its_files(name: str) -> None:
-    table = folder_sums._read_table(WEIGHTS / name)
+    table = folder_sums.read_table(WEIGHTS / name)
     assert table is not None
     there = [path for path in (WEIGHTS / name).rglob("*") if path.is_file() and path.name != "checksums.json"]
     assert {path.relative_to(WEIGHTS / name).as_posix() for path in there} <= table.keys()

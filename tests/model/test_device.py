@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,17 +23,35 @@ def machine(root: Path, *files: str) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("files", "built_for", "named", "hint"), [
-    (["proc/driver/nvidia/version", "dev/nvidia0"], NO_GPU_BUILD, "NVIDIA GPU: it is built without CUDA", "for CUDA"),
-    (["dev/nvidia0"], NO_GPU_BUILD, "NVIDIA GPU: it is built without CUDA", "install torch for CUDA"),
-    (["usr/lib/wsl/lib/libcuda.so.1"], NO_GPU_BUILD, "NVIDIA GPU: it is built without CUDA", "for CUDA"),
-    (["proc/driver/nvidia/version", "dev/nvidia0"], FOR_CUDA, "13.0 does not start with its driver 470.82.01", "older"),
-    (["proc/driver/nvidia/version", "dev/nvidia1"], FOR_CUDA, "13.0 does not start with its driver 470.82.01", "older"),
-    (["proc/driver/nvidia/version"], FOR_CUDA, "no /dev/nvidia*", "--gpus all"),
-    (["usr/lib/wsl/lib/libcuda.so.1"], FOR_CUDA, "CUDA 13.0 does not start with its driver", "update the driver"),
-    (["dev/kfd"], NO_GPU_BUILD, "an AMD GPU: it is built without ROCm", "install torch for ROCm"),
-    (["dev/kfd"], FOR_ROCM, "an AMD GPU", "group render"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("files", "built_for", "named", "hint"),
+    [
+        (
+            ["proc/driver/nvidia/version", "dev/nvidia0"],
+            NO_GPU_BUILD,
+            "NVIDIA GPU: it is built without CUDA",
+            "for CUDA",
+        ),
+        (["dev/nvidia0"], NO_GPU_BUILD, "NVIDIA GPU: it is built without CUDA", "install torch for CUDA"),
+        (["usr/lib/wsl/lib/libcuda.so.1"], NO_GPU_BUILD, "NVIDIA GPU: it is built without CUDA", "for CUDA"),
+        (
+            ["proc/driver/nvidia/version", "dev/nvidia0"],
+            FOR_CUDA,
+            "13.0 does not start with its driver 470.82.01",
+            "older",
+        ),
+        (
+            ["proc/driver/nvidia/version", "dev/nvidia1"],
+            FOR_CUDA,
+            "13.0 does not start with its driver 470.82.01",
+            "older",
+        ),
+        (["proc/driver/nvidia/version"], FOR_CUDA, "no /dev/nvidia*", "--gpus all"),
+        (["usr/lib/wsl/lib/libcuda.so.1"], FOR_CUDA, "CUDA 13.0 does not start with its driver", "update the driver"),
+        (["dev/kfd"], NO_GPU_BUILD, "an AMD GPU: it is built without ROCm", "install torch for ROCm"),
+        (["dev/kfd"], FOR_ROCM, "an AMD GPU", "group render"),
+    ],
+)
 def test_signs_of_a_gpu(
     tmp_path: Path, files: list[str], built_for: tuple[str | None, str | None], named: str, hint: str
 ) -> None:
@@ -51,7 +69,7 @@ def test_nvidia_smi_is_a_sign_and_nothing_is_none(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def cardless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def cardless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A machine with an NVIDIA card and a torch without CUDA."""
     root, real = machine(tmp_path, "dev/nvidia0"), idle_gpu
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -59,9 +77,9 @@ def cardless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(device, "idle_gpu", lambda: real(root, built_for=NO_GPU_BUILD))
     for kind in ("CUDA", "HIP", "ROCR"):
         monkeypatch.delenv(f"{kind}_VISIBLE_DEVICES", raising=False)
-    device._warn_of_idle_gpu.cache_clear()
+    device.warn_of_idle_gpu.cache_clear()
     yield
-    device._warn_of_idle_gpu.cache_clear()
+    device.warn_of_idle_gpu.cache_clear()
 
 
 def test_auto_says_so_once_and_goes_on(cardless: None, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tests.tiny import tiny_transformer
 from torch import Tensor
 
 from libreflux.errors import ModelError
@@ -28,6 +27,7 @@ from libreflux.model.tensor_file import TensorFile
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
 from opened import opened
+from tiny import tiny_transformer
 
 FP8, INT8, FP32 = torch.float8_e4m3fn, torch.int8, torch.float32
 LAYER = "double_blocks.0.img_attn.proj"  # 32 x 32: a scale on the wrong axis has the right shape

@@ -9,7 +9,7 @@ from pathlib import Path
 
 def test_the_full_size_benchmark_in_the_small(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "benchmarks" / "full_size.py"
-    command = [sys.executable, script, "--folder", tmp_path / "model", "--tiny", "--size", "32"]
+    command = [sys.executable, str(script), "--folder", str(tmp_path / "model"), "--tiny", "--size", "32"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     for told in ("| peak of all |", "| share of matmul speed |", "picture (32, 32)"):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -140,8 +141,14 @@ def test_it_computes_what_a_linear_of_its_weights_computes(dtype: torch.dtype, b
 
 
 def test_autograd_keeps_no_dense_weight() -> None:
-    ours, x, kept = quantise(linear(256, 512)), torch.randn(1, 256, requires_grad=True), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    ours, x = quantise(linear(256, 512)), torch.randn(1, 256, requires_grad=True)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         y = ours(x)
     assert sum(tensor.nbytes for tensor in kept) <= 256 * 512 + 4 * 512 + x.nbytes
     y.sum().backward()
@@ -181,8 +188,12 @@ def test_blocks_become_int8_with_their_adaln_and_the_ends_do_not() -> None:
     }
     rest = {name: module for name, module in linears(plain).items() if name not in names}
     assert {name.split(".")[0] for name in rest} == {
-        "time_text_embed", "context_embedder", "x_embedder", "norm_out", "proj_out"
-    }  # fmt: skip
+        "time_text_embed",
+        "context_embedder",
+        "x_embedder",
+        "norm_out",
+        "proj_out",
+    }
     assert all(type(module) is nn.Linear for module in rest.values())
     assert quantise_model(plain) == names  # again changes nothing
     assert plain.dtype == torch.bfloat16
@@ -195,19 +206,34 @@ def test_which_linears_are_int8_by_path() -> None:
     """Written out, for one double and two single blocks: their AdaLN linears are int8 too, and none outside of them."""
     transformer = tiny_transformer()
     double = [
-        "norm1.linear", "norm1_context.linear",
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-        "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
-    ]  # fmt: skip
+        "norm1.linear",
+        "norm1_context.linear",
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+    ]
     single = ["norm.linear", "proj_mlp", "proj_out", "attn.to_q", "attn.to_k", "attn.to_v"]
     in_int8 = {f"transformer_blocks.0.{name}" for name in double}
     in_int8 |= {f"single_transformer_blocks.{block}.{name}" for block in (0, 1) for name in single}
     spared = {
-        "x_embedder", "context_embedder", "norm_out.linear", "proj_out",
-        "time_text_embed.timestep_embedder.linear_1", "time_text_embed.timestep_embedder.linear_2",
-        "time_text_embed.text_embedder.linear_1", "time_text_embed.text_embedder.linear_2",
-    }  # fmt: skip
+        "x_embedder",
+        "context_embedder",
+        "norm_out.linear",
+        "proj_out",
+        "time_text_embed.timestep_embedder.linear_1",
+        "time_text_embed.timestep_embedder.linear_2",
+        "time_text_embed.text_embedder.linear_1",
+        "time_text_embed.text_embedder.linear_2",
+    }
     assert set(linears(transformer)) == in_int8 | spared
     assert set(quantise_model(transformer)) == in_int8
     plain = {name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
@@ -481,13 +507,18 @@ def test_a_large_product_in_parts_is_the_whole_one(
     torch.manual_seed(0)
     weight, scale = quantise_weight(torch.randn(301, 77))
     x = torch.randn(2, rows, 77, dtype=dtype)
-    calls = []
+    calls: list[int] = []
+
+    def counted(weight: Tensor, *more: Any) -> Tensor:
+        calls.append(len(weight))
+        return dequantise(weight, *more)
+
     for bias in (torch.randn(301, dtype=dtype), None):
         whole = int8.product(x, weight, scale, bias)
         with monkeypatch.context() as patch:
-            patch.setattr(int8, "_WHOLE", 0)
-            patch.setattr(int8, "_IN_CACHE", 77 * 50)
-            patch.setattr(int8, "dequantise", lambda *given: calls.append(len(given[0])) or dequantise(*given))
+            patch.setattr(int8, "WHOLE", 0)
+            patch.setattr(int8, "IN_CACHE", 77 * 50)
+            patch.setattr(int8, "dequantise", counted)
             parts = int8.product(x, weight, scale, bias)
         torch.testing.assert_close(parts, whole, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
     assert calls == ([32] * 9 + [13]) * 2

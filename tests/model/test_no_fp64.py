@@ -23,7 +23,7 @@ from tiny import tiny_transformer
 class OnMPS(Tensor):
     """Computes on the CPU; `.cpu()` alone gives a plain tensor back."""
 
-    device = property(lambda self: torch.device("mps"))  # type: ignore[assignment]
+    device = property(lambda self: torch.device("mps"))
 
     @classmethod
     def __torch_function__(

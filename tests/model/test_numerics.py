@@ -49,10 +49,16 @@ def test_gradients_are_kept_from_cudnn_and_fp32_is_fp32(others_choice: dict[str,
     with numerics.pinned("cuda"):
         inside = flags()
     assert inside == {
-        "cudnn attention": False, "flash": True, "efficient": True, "math": True,
-        "products": "highest", "products in TF32": False, "convolutions in TF32": False,
-        "timed choice": False, "bf16 sums": False,
-    }  # fmt: skip
+        "cudnn attention": False,
+        "flash": True,
+        "efficient": True,
+        "math": True,
+        "products": "highest",
+        "products in TF32": False,
+        "convolutions in TF32": False,
+        "timed choice": False,
+        "bf16 sums": False,
+    }
     assert flags() == others_choice  # and both names of torch can still be read
 
 
@@ -70,11 +76,12 @@ def test_nothing_is_touched_for_a_cpu(others_choice: dict[str, Any]) -> None:
 
 
 def test_flags_set_by_torchs_newer_names_come_back(others_choice: dict[str, Any]) -> None:
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # the older name cannot be read now
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # torch sets it without a declaration
+    conv.fp32_precision = "ieee"  # the older name cannot be read now
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     with numerics.pinned("cuda"):
         assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
-    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    assert conv.fp32_precision == "ieee"
     assert torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
-from tests.opened import opened
-from tests.tiny import make_tiny_model, tiny_transformer, tiny_vae
+from torch import Tensor
 
 from libreflux.errors import ModelError
 from libreflux.model.facts import Facts
@@ -21,6 +20,8 @@ from libreflux.model.single_save import save_transformer
 from libreflux.model.source import open_model
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
+from opened import opened
+from tiny import make_tiny_model, tiny_transformer, tiny_vae
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,8 @@ def test_one_file_with_everything(folder: Path, files: Path, tmp_path: Path) -> 
         "clip_l": "text_encoders.clip_l.transformer.",
         "t5xxl": "text_encoders.t5xxl.transformer.",
     }
-    tensors, metadata = {}, {}
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
     for name, prefix in prefixes.items():
         part = files / f"{name}.safetensors"
         tensors |= {prefix + key: tensor for key, tensor in load_file(part).items()}

@@ -19,9 +19,14 @@ from libreflux.training.trace import LiveBytes
 
 def test_streamed_safetensors_are_what_the_library_reads(tmp_path: Path) -> None:
     tensors = {
-        "a": torch.randn(3, 5).bfloat16(), "b": torch.arange(7), "c": torch.randn(4, 2).t(), "d": torch.zeros(0, 3),
-        "e": torch.tensor(2.5), "f": torch.tensor([True, False]), "g": torch.tensor([[-1, 2]], dtype=torch.int8),
-    }  # fmt: skip
+        "a": torch.randn(3, 5).bfloat16(),
+        "b": torch.arange(7),
+        "c": torch.randn(4, 2).t(),
+        "d": torch.zeros(0, 3),
+        "e": torch.tensor(2.5),
+        "f": torch.tensor([True, False]),
+        "g": torch.tensor([[-1, 2]], dtype=torch.int8),
+    }
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     path = tmp_path / "new" / "x.safetensors"
     stream_safetensors(path, layout, iter(tensors.items()), {"z": "ä", "a": "1"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ PROMPTS = ["a red apple on blue", "", "a fox left of a rocket, on yellow", "zyx 
 
 
 @pytest.fixture(scope="module")
-def encoders(tiny_model_dir) -> TextEncoders:
+def encoders(tiny_model_dir: Path) -> TextEncoders:
     return open_model(tiny_model_dir).load_text()
 
 
@@ -169,9 +170,9 @@ def test_what_clip_does_not_see(encoders: TextEncoders) -> None:
 
 def test_a_second_prompt_is_t5s(encoders: TextEncoders) -> None:
     both = encoders.encode(["a fox", "a rocket"], padding="drop", max_tokens=64, prompts_2=["on yellow", "on blue sky"])
-    first, second = (encoders.encode(p, padding="drop", max_tokens=64) for p in (
-        ["a fox", "a rocket"], ["on yellow", "on blue sky"]
-    ))  # fmt: skip
+    first, second = (
+        encoders.encode(p, padding="drop", max_tokens=64) for p in (["a fox", "a rocket"], ["on yellow", "on blue sky"])
+    )
     assert torch.equal(both.pooled, first.pooled)
     assert all(torch.equal(one, other) for one, other in zip(both.tokens, second.tokens, strict=True))
     with pytest.raises(ValueError, match="1 second prompts for 2 prompts"):

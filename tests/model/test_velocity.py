@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from libreflux.errors import ModelError
 from libreflux.model.latents import image_ids
@@ -90,7 +93,7 @@ def test_equals_padded_diffusers_with_a_bool_mask(model: Opened, padding: str, l
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         if a.grad is None and b.grad is None:
             continue
-        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=0, msg=functools.partial("{}: {}".format, name))
 
 
 def original_float_mask_velocity(
@@ -146,7 +149,7 @@ def test_text_is_a_set(transformer: FluxTransformer2DModel) -> None:
 def test_no_mask_when_lengths_agree(transformer: FluxTransformer2DModel) -> None:
     masks: list[Tensor | None] = []
 
-    def spy(module, args, kwargs):
+    def spy(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         masks.append((kwargs["joint_attention_kwargs"] or {}).get("attention_mask"))
 
     transformer.register_forward_pre_hook(spy, with_kwargs=True)
@@ -161,7 +164,7 @@ def test_no_mask_when_lengths_agree(transformer: FluxTransformer2DModel) -> None
 SIGMAS = 0.5 + torch.arange(2000) / 4096  # 2000 neighbours in [0.5, 1): all exact in fp32, 64 or so in bf16
 
 
-def seen_by_time_proj(transformer: FluxTransformer2DModel, call) -> Tensor:
+def seen_by_time_proj(transformer: FluxTransformer2DModel, call: Callable[[], object]) -> Tensor:
     """What reaches the sinusoidal embedding of the timestep."""
     seen: list[Tensor] = []
     handle = transformer.time_text_embed.time_proj.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
@@ -251,8 +254,10 @@ def test_threads_do_not_share_a_sigma(transformer: FluxTransformer2DModel) -> No
                 wrong.append(sigmas[i])
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    [t.start() for t in threads]
-    [t.join() for t in threads]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert (expected[0] - expected[1]).abs().max() > 1e-3
     assert wrong == []
 

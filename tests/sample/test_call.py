@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +19,11 @@ from libreflux.errors import RecipeError
 from libreflux.model.facts import Facts
 from libreflux.model.latents import encode, pack
 from libreflux.model.source import open_model
+from libreflux.sample.guidance import BatchCfg
 from libreflux.sample.noise import noise
 from libreflux.sample.output import decoded
 from libreflux.sample.pipeline import LibreFluxPipeline
-from opened import Opened
+from opened import Opened, pictures_of, tensor_of
 
 LONG, SHORT = "a small green frog sits under a tall tree, and the sky behind it is orange", "a fox"
 
@@ -39,10 +41,12 @@ def test_prompt_2_is_t5s_as_in_diffusers(pipe: LibreFluxPipeline, theirs: FluxPi
     torch.testing.assert_close(both.tokens[0], tokens[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(both.pooled, pooled, atol=1e-5, rtol=0)
     assert not torch.equal(both.pooled, pipe.encode_prompt(SHORT).pooled)
-    expected = pipe(prompt_conditioning=both, negative_conditioning=pipe.encode_prompt("", SHORT), seeds=1)
-    drawn = pipe(LONG, prompt_2=SHORT, negative_prompt_2=SHORT, seeds=1)
-    assert drawn.images[0].tobytes() == expected.images[0].tobytes()
-    assert drawn.images[0].tobytes() != pipe(LONG, negative_prompt_2=SHORT, seeds=1).images[0].tobytes()
+    [expected] = pictures_of(
+        pipe(prompt_conditioning=both, negative_conditioning=pipe.encode_prompt("", SHORT), seeds=1)
+    )
+    [drawn] = pictures_of(pipe(LONG, prompt_2=SHORT, negative_prompt_2=SHORT, seeds=1))
+    [other] = pictures_of(pipe(LONG, negative_prompt_2=SHORT, seeds=1))
+    assert drawn.tobytes() == expected.tobytes() != other.tobytes()
 
 
 def test_sigmas_latents_and_arrays_as_in_diffusers(
@@ -52,7 +56,7 @@ def test_sigmas_latents_and_arrays_as_in_diffusers(
     theirs.scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
     pipe.facts = Facts(shift=2.0)
     text, start, sigmas = pipe.encode_prompt(SHORT), noise([7], 16, 4, 6), [0.9, 0.5, 0.05]
-    same = {"height": 32, "width": 48, "output_type": "np", "sigmas": sigmas, "return_dict": False}
+    same: dict[str, Any] = {"height": 32, "width": 48, "output_type": "np", "sigmas": sigmas, "return_dict": False}
     (expected,) = theirs(
         prompt_embeds=text.tokens[0][None], pooled_prompt_embeds=text.pooled, latents=pack(start), **same
     )
@@ -62,7 +66,7 @@ def test_sigmas_latents_and_arrays_as_in_diffusers(
         np.testing.assert_allclose(ours, expected, atol=2e-5)
     assert pipe(SHORT, latents=torch.randn(1, 4, 64)).seeds == []
     even, default = (
-        pipe(SHORT, seeds=1, output_type="latent", **given).images
+        tensor_of(pipe(SHORT, seeds=1, output_type="latent", **given))
         for given in ({"sigmas": [1.0, 0.75, 0.5, 0.25]}, {"num_inference_steps": 4})
     )
     assert torch.equal(even, default)
@@ -72,7 +76,7 @@ def test_max_sequence_length_cuts(pipe: LibreFluxPipeline, caplog: pytest.LogCap
     cut = pipe.encode_prompt(LONG, max_sequence_length=5)
     assert cut.lengths == [5] and "the model reads 5" in caplog.text
     short, whole, by_hand = (
-        pipe(seeds=1, guidance_scale=1.0, output_type="latent", **given).images
+        tensor_of(pipe(seeds=1, guidance_scale=1.0, output_type="latent", **given))
         for given in ({"prompt": LONG, "max_sequence_length": 5}, {"prompt": LONG}, {"prompt_conditioning": cut})
     )
     assert torch.equal(short, by_hand) and not torch.equal(short, whole)
@@ -90,21 +94,26 @@ def test_a_generator_of_its_own_makes_a_picture_independent_of_its_batch(pipe: L
 
 @pytest.mark.parametrize("padding", ["drop", "bias"])
 @pytest.mark.parametrize("how", [True, False, "auto"])
-def test_generators_of_several_pictures_per_prompt(pipe: LibreFluxPipeline, padding: str, how: object) -> None:
+def test_generators_of_several_pictures_per_prompt(pipe: LibreFluxPipeline, padding: str, how: BatchCfg) -> None:
     """Two prompts of two pictures, each with its generator: every one is, decoded, what it is alone in two passes."""
 
     def own(seed: int) -> torch.Generator:
         return torch.Generator().manual_seed(seed)
 
     pipe.facts = Facts(text_padding=padding, max_tokens=32)
-    common = {"guidance_scale": 4.0, "guidance_rescale": 0.5, "num_inference_steps": 3, "output_type": "pt"}
+    common: dict[str, Any] = {
+        "guidance_scale": 4.0,
+        "guidance_rescale": 0.5,
+        "num_inference_steps": 3,
+        "output_type": "pt",
+    }
     generators = [own(seed) for seed in (3, 4, 5, 3)]
-    together = pipe(
-        [LONG, SHORT], [SHORT, ""], num_images_per_prompt=2, generator=generators, batch_cfg=how, **common
-    ).images
+    together = tensor_of(
+        pipe([LONG, SHORT], [SHORT, ""], num_images_per_prompt=2, generator=generators, batch_cfg=how, **common)
+    )
     rows = [(LONG, SHORT, 3), (LONG, SHORT, 4), (SHORT, "", 5), (SHORT, "", 3)]
     alone = [
-        pipe(text, negative, generator=own(seed), batch_cfg=False, **common).images for text, negative, seed in rows
+        tensor_of(pipe(text, negative, generator=own(seed), batch_cfg=False, **common)) for text, negative, seed in rows
     ]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
     assert min((a - b).abs().max() for a, b in itertools.combinations(alone, 2)) > 1e-3
@@ -119,13 +128,17 @@ def test_the_callback_sees_and_replaces_what_diffusers_shows(pipe: LibreFluxPipe
         return {"latents": tensors["latents"] / 2} if index == 1 else {}
 
     theirs.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
-    common = {
-        "height": 32, "width": 32, "num_inference_steps": 4, "output_type": "pt", "callback_on_step_end": halve
-    }  # fmt: skip
+    common: dict[str, Any] = {
+        "height": 32,
+        "width": 32,
+        "num_inference_steps": 4,
+        "output_type": "pt",
+        "callback_on_step_end": halve,
+    }
     expected = theirs(
         prompt_embeds=text.tokens[0][None], pooled_prompt_embeds=text.pooled, latents=start, **common
     ).images
-    ours = pipe(SHORT, guidance_scale=1.0, latents=start, **common).images
+    ours = tensor_of(pipe(SHORT, guidance_scale=1.0, latents=start, **common))
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0)
     assert len(seen[pipe]) == 4
     for mine, other in zip(seen[pipe], seen[theirs], strict=True):
@@ -140,15 +153,20 @@ def test_what_differs_from_diffusers_is_written_down() -> None:
     image_prompts = {name for name in there if "ip_adapter" in name}
     missing = there - ours - image_prompts
     assert missing == {
-        "true_cfg_scale", "joint_attention_kwargs", "prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds",
+        "true_cfg_scale",
+        "joint_attention_kwargs",
+        "prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_prompt_embeds",
         "negative_pooled_prompt_embeds",
-    }  # fmt: skip
+    }
     assert all(f"`{name.removeprefix('negative_')}`" in told for name in missing) and "`ip_adapter_image`" in told
 
 
 def test_no_negative_prompt_is_an_empty_one(pipe: LibreFluxPipeline) -> None:
     none, empty, other = (
-        pipe(SHORT, negative, seeds=1, output_type="latent", batch_cfg=False).images for negative in (None, "", LONG)
+        tensor_of(pipe(SHORT, negative, seeds=1, output_type="latent", batch_cfg=False))
+        for negative in (None, "", LONG)
     )
     assert torch.equal(none, empty) and not torch.equal(none, other)
 
@@ -162,13 +180,13 @@ def test_the_callback_replaces_text(pipe: LibreFluxPipeline) -> None:
         return {"prompt_conditioning": other} if index == 0 else None
 
     names = ["prompt_conditioning", "negative_conditioning"]
-    common = {"seeds": 1, "output_type": "latent", "num_inference_steps": 2}
-    swapped = pipe(SHORT, callback_on_step_end=swap, callback_on_step_end_tensor_inputs=names, **common).images
-    middle = []
+    common: dict[str, Any] = {"seeds": 1, "output_type": "latent", "num_inference_steps": 2}
+    swapped = tensor_of(pipe(SHORT, callback_on_step_end=swap, callback_on_step_end_tensor_inputs=names, **common))
+    middle: list[Tensor] = []
     pipe(SHORT, callback_on_step=lambda step: middle.append(step.x), **common)
-    second = pipe(LONG, latents=middle[0], sigmas=[0.5], output_type="latent").images
+    second = tensor_of(pipe(LONG, latents=middle[0], sigmas=[0.5], output_type="latent"))
     torch.testing.assert_close(swapped, second, atol=1e-6, rtol=0)
-    assert not torch.equal(swapped, pipe(SHORT, **common).images)
+    assert not torch.equal(swapped, tensor_of(pipe(SHORT, **common)))
 
 
 def test_an_interrupted_call_ends_after_its_step(pipe: LibreFluxPipeline) -> None:
@@ -179,10 +197,10 @@ def test_an_interrupted_call_ends_after_its_step(pipe: LibreFluxPipeline) -> Non
         owner.interrupt = index == 1
 
     assert not pipe.interrupt
-    early = pipe(SHORT, seeds=1, callback_on_step_end=stop, output_type="latent").images
+    early = tensor_of(pipe(SHORT, seeds=1, callback_on_step_end=stop, output_type="latent"))
     assert calls == [0, 1] and pipe.interrupt
-    states = []
-    whole = pipe(SHORT, seeds=1, callback_on_step=lambda step: states.append(step.x), output_type="latent").images
+    states: list[Tensor] = []
+    whole = tensor_of(pipe(SHORT, seeds=1, callback_on_step=lambda step: states.append(step.x), output_type="latent"))
     assert len(states) == 4 and not pipe.interrupt
     assert torch.equal(pack(early), states[1]) and not torch.equal(early, whole)
 
@@ -192,11 +210,11 @@ def test_steps_show_what_comes(pipe: LibreFluxPipeline) -> None:
     for pair in pipe.steps([LONG, SHORT], seeds=1, guidance_scale=2.0):
         assert torch.is_grad_enabled()  # the caller's own
         shown.append(pair)
-    drawn = pipe([LONG, SHORT], seeds=1, guidance_scale=2.0).images
+    drawn = pictures_of(pipe([LONG, SHORT], seeds=1, guidance_scale=2.0))
     assert [step.index for step, _ in shown] == [0, 1, 2, 3] and shown[-1][0].sigma_next == 0
     assert [image.tobytes() for image in shown[-1][1]] == [image.tobytes() for image in drawn]
     # one step from where the first one started, straight to 0, is where the first preview points
-    (one,) = pipe(SHORT, seeds=2, guidance_scale=2.0, sigmas=[1.0], output_type="pt").images
+    (one,) = tensor_of(pipe(SHORT, seeds=2, guidance_scale=2.0, sigmas=[1.0], output_type="pt"))
     preview = next(pipe.steps(SHORT, seeds=2, guidance_scale=2.0))[1][0]
     difference = np.asarray(preview, dtype=float) / 255 - one.permute(1, 2, 0).numpy()
     assert np.abs(difference).max() <= 0.51 / 255
@@ -210,13 +228,13 @@ def test_tiles_bound_what_the_decoder_sees(pipe: LibreFluxPipeline, monkeypatch:
     """The tiny VAE was made for 32 pixels: a tile is at most 4 latents wide, and whole pictures come together."""
     widest: list[int] = []
     pipe.vae.decoder.register_forward_pre_hook(lambda module, args: widest.append(max(args[0].shape[-2:])))
-    sizes = {"seeds": 1, "height": 64, "width": 96, "num_inference_steps": 1, "output_type": "pt"}
-    whole, tiled = (pipe(SHORT, tile=tile, **sizes).images for tile in (None, True))
+    sizes: dict[str, Any] = {"seeds": 1, "height": 64, "width": 96, "num_inference_steps": 1, "output_type": "pt"}
+    whole, tiled = (tensor_of(pipe(SHORT, tile=tile, **sizes)) for tile in (None, True))
     assert widest[0] == 12 and max(widest[1:]) == 4 and not pipe.vae.use_tiling
     assert whole.shape == tiled.shape and not torch.equal(whole, tiled)
     monkeypatch.setattr("libreflux.sample.output.TILE_ABOVE", 95)
-    assert torch.equal(pipe(SHORT, **sizes).images, tiled)
-    assert torch.equal(pipe(SHORT, tile=False, **sizes).images, whole)
+    assert torch.equal(tensor_of(pipe(SHORT, **sizes)), tiled)
+    assert torch.equal(tensor_of(pipe(SHORT, tile=False, **sizes)), whole)
 
 
 def test_tiles_are_nearly_the_whole_picture() -> None:

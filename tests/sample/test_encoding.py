@@ -11,7 +11,7 @@ from libreflux.errors import ModelError, RecipeError
 from libreflux.model.source import open_model
 from libreflux.sample.encoding import Text, encode_ahead
 from libreflux.sample.pipeline import LibreFluxPipeline
-from opened import Opened
+from opened import Opened, tensor_of
 
 LONG = " ".join(["fox"] * 75 + ["a", "red", "apple"])
 
@@ -37,7 +37,7 @@ def test_a_pipeline_without_encoders_draws_the_same_in_int8_too(tiny_model_dir: 
     dense = LibreFluxPipeline.from_pretrained(tiny_model_dir)
     ready = {"prompt_conditioning": found[Text("a fox")], "negative_conditioning": found[Text("")]}
     first, same, other = (
-        pipe(**given, seeds=1, num_inference_steps=2, output_type="latent").images
+        tensor_of(pipe(**given, seeds=1, num_inference_steps=2, output_type="latent"))
         for pipe, given in ((small, ready), (whole, {"prompt": "a fox"}), (dense, ready))
     )
     assert torch.equal(first, same) and not torch.equal(first, other)

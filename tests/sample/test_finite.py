@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 from collections.abc import Callable
@@ -107,7 +108,7 @@ def test_finite_numbers_that_overflow(tiny_model_dir: Path, wide_lora: Path) -> 
     for weight, outputs in ((1e38, ("pil", "latent")), (1e30, ("pil",))):  # the second: finite latents, no pixels
         for output in outputs:
             with pytest.raises(NotFiniteError, match=rf"wide_lora\.safetensors at weight {re.escape(f'{weight:g}')}: "):
-                draw(tiny_model_dir, lambda pipe, w=weight: strengthened(pipe, wide_lora, w), output_type=output)
+                draw(tiny_model_dir, functools.partial(strengthened, file=wide_lora, weight=weight), output_type=output)
     with pytest.raises(NotFiniteError, match=r"guidance 1e\+38: the picture overflows"):
         draw(tiny_model_dir, guidance_scale=1e38, num_inference_steps=4)
     draw(tiny_model_dir, lambda pipe: attach_file(pipe.transformer, wide_lora, 2.0), guidance_scale=30.0)  # odd, drawn
@@ -186,6 +187,6 @@ def test_a_run_goes_on_without_a_sheet_that_cannot_be_drawn(
     recipe = SimpleNamespace(tensorboard=False, out=str(tmp_path), samples=SimpleNamespace(prompts=["a fox"]))
     shown = ShowTraining(recipe)  # type: ignore[arg-type]
     monkeypatch.setattr(shown, "sample_sheet", overflow)
-    shown.on_sample(7, None)  # type: ignore[arg-type]
+    shown.on_sample(7, None)
     assert "step 7: no sample sheet: guidance 1e+38: the picture overflows" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from libreflux.adapter.targets import Target, resolve
 from libreflux.errors import AdapterError, ModelError, RecipeError
 from libreflux.model.facts import KNOWN, Facts, facts_of, write_facts
 from libreflux.sample.pipeline import LibreFluxPipeline
-from opened import opened
+from opened import opened, tensor_of
 from tiny import tiny_transformer, tiny_vae
 
 KEEP = Facts(text_padding="keep", max_tokens=24, steps=3, guidance=2.0, shift=2.0)
@@ -37,10 +38,9 @@ def folder(tiny_model_dir: Path, tmp_path: Path) -> Path:
     return made
 
 
-def latents(pipe: LibreFluxPipeline, **given: object) -> Tensor:
+def latents(pipe: LibreFluxPipeline, **given: Any) -> Tensor:
     pipe.set_progress_bar_config(disable=True)
-    drawn: Tensor = pipe(PROMPT, seeds=1, output_type="latent", **given).images
-    return drawn
+    return tensor_of(pipe(PROMPT, seeds=1, output_type="latent", **given))
 
 
 def custom(folder: Path) -> LibreFluxPipeline:
@@ -94,7 +94,7 @@ def test_without_a_folder_the_nearest_is_taken_with_a_notice(
     """A transformer built in memory, or loaded from a single file by diffusers."""
     from libreflux.model import facts
 
-    facts._notice.cache_clear()
+    facts.warn_taken_for.cache_clear()
     like = "FLUX.1-dev" if guidance_embeds else "FLUX.1-schnell"
     with caplog.at_level(logging.WARNING):
         made = LibreFluxPipeline(tiny_transformer(guidance_embeds=guidance_embeds), tiny_vae())

@@ -6,9 +6,11 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from libreflux.errors import DataError
 from libreflux.sample.metadata import GenerationRecord, differences, png_bytes, read_record, save_png, versions
@@ -34,7 +36,7 @@ def test_round_trip(tmp_path: Path) -> None:
     save_png(IMAGE, tmp_path / "deep" / "a.png", ORIGIN)
     assert read_record(tmp_path / "deep" / "a.png") == ORIGIN
     with Image.open(tmp_path / "deep" / "a.png") as image:
-        assert image.tobytes() == IMAGE.tobytes()
+        assert isinstance(image, PngImageFile) and image.tobytes() == IMAGE.tobytes()
         assert json.loads(image.text["libreflux"])["schema"] == 1
         assert image.text["parameters"].splitlines() == [
             "a red apple, ünïcödé 🍎",
@@ -46,7 +48,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 def test_the_text_says_what_is_not_as_usual() -> None:
-    def said(**given: object) -> str:
+    def said(**given: Any) -> str:
         return dataclasses.replace(ORIGIN, no_cfg_until=0, **given).parameters().splitlines()[-1]
 
     assert said() == said(guidance_start=0.0, guidance_stop=1.0, guidance_rescale=0.0, batch_cfg="auto", tile=None)
@@ -91,8 +93,11 @@ def test_every_free_text_is_read_back_as_one_value(text: str) -> None:
     last = record.parameters().splitlines()[-1]
     found = {name: json.loads(value) if value[:1] == '"' else value for name, value in SETTING.findall(last)}
     assert {name: found[name] for name in ("Model", "Prompt 2", "Negative prompt 2", "Adapters")} == {
-        "Model": text, "Prompt 2": text, "Negative prompt 2": text, "Adapters": f"{text}.safetensors:0.5",
-    }  # fmt: skip
+        "Model": text,
+        "Prompt 2": text,
+        "Negative prompt 2": text,
+        "Adapters": f"{text}.safetensors:0.5",
+    }
     assert (found["Steps"], found["Seed"], found["Max tokens"]) == ("28", "1099511627777", "8")
     assert len(found) == 13
 
@@ -102,9 +107,13 @@ def test_differences_are_named() -> None:
     was = dataclasses.replace(ORIGIN, adapters=[adapter], device="cpu, 2 threads")
     assert differences(was, dataclasses.replace(was, model="moved", seed=3)) == []
     now = dataclasses.replace(
-        ORIGIN, adapters=[], hashes={"transformer": "ef" * 32}, versions={"libreflux": "9", "torch": "2"},
-        dtype="float32", device="cpu, 1 thread",
-    )  # fmt: skip
+        ORIGIN,
+        adapters=[],
+        hashes={"transformer": "ef" * 32},
+        versions={"libreflux": "9", "torch": "2"},
+        dtype="float32",
+        device="cpu, 1 thread",
+    )
     assert differences(was, now) == [
         f"the transformer's hash was {'ab' * 32}, is {'ef' * 32}",
         "adapter 1 was a.safetensors:0.5 cdcdcdcdcd, is none",

@@ -51,9 +51,11 @@ def test_single_files_are_known_by_what_is_in_them(comfyui: SingleFiles, tiny_mo
     assert model_key(moved(comfyui, tmp_path / "moved"), FileMemory(tmp_path)) == before
     other_base = dataclasses.replace(comfyui, tokenizer_2=None, base=str(tiny_model_dir))
     assert model_key(other_base, FileMemory(tmp_path))["transformer"] == before["transformer"]
+    vae, t5 = comfyui.vae, comfyui.text_encoder_2
+    assert vae is not None and t5 is not None
     changed: dict[str, Callable[[], None]] = {
-        "vae": lambda: one_percent_larger(comfyui.vae),
-        "text_encoders": lambda: one_percent_larger(comfyui.text_encoder_2),
+        "vae": lambda: one_percent_larger(vae),
+        "text_encoders": lambda: one_percent_larger(t5),
         "transformer": lambda: one_percent_larger(comfyui.transformer),
     }
     for name, change in changed.items():
@@ -71,7 +73,12 @@ def test_no_file_of_a_model_is_hashed_twice(
 ) -> None:
     read: list[Path] = []
     real = files.sha256_file
-    monkeypatch.setattr(files, "sha256_file", lambda path: (read.append(path), real(path))[1])
+
+    def told(path: Path) -> str:
+        read.append(path)
+        return real(path)
+
+    monkeypatch.setattr(files, "sha256_file", told)
     memory = FileMemory(tmp_path)
     found = model_key(str(tiny_model_dir), memory)
     assert read and len(set(read)) == len(read)

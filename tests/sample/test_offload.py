@@ -31,6 +31,10 @@ def test_offloading_draws_the_same_bits(
         pictures.append(pipe(["a fox", "a red apple on blue"], "a rocket", seeds=1, num_inference_steps=2).images)
     first, *others = ([image.tobytes() for image in images] for images in pictures)
     assert all(images == first for images in others)
-    weights = [one.device.type for part in offloaded.components.values() if isinstance(part, torch.nn.Module)
-               for one in part.parameters()]  # fmt: skip
+    weights = [
+        one.device.type
+        for part in offloaded.components.values()
+        if isinstance(part, torch.nn.Module)
+        for one in part.parameters()
+    ]
     assert set(weights) == ({"meta"} if way == "sequential" else {"cpu"})

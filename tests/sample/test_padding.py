@@ -19,7 +19,7 @@ from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
 from libreflux.sample.noise import noise
 from libreflux.sample.pipeline import LibreFluxPipeline
-from opened import Opened, opened
+from opened import Opened, opened, tensor_of
 from tiny import make_published_layout
 
 PROMPTS = ["a fox", "a small green frog sits under a tall tree"]
@@ -39,11 +39,17 @@ def test_keep_is_what_diffusers_draws(keeping: LibreFluxPipeline, tiny_model_dir
     theirs.set_progress_bar_config(disable=True)
     theirs.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     start = pack(noise([1, 2], 16, 4, 4))
-    same = {"height": 32, "width": 32, "num_inference_steps": 3, "latents": start, "output_type": "latent"}
+    same: dict[str, Any] = {
+        "height": 32,
+        "width": 32,
+        "num_inference_steps": 3,
+        "latents": start,
+        "output_type": "latent",
+    }
     expected = theirs(
         PROMPTS, negative_prompt=["a tree"] * 2, true_cfg_scale=guidance, max_sequence_length=24, **same
     ).images
-    ours = keeping(PROMPTS, "a tree", guidance_scale=guidance, **same).images
+    ours = tensor_of(keeping(PROMPTS, "a tree", guidance_scale=guidance, **same))
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(pack(ours), expected, atol=1e-4, rtol=0)
 
@@ -70,9 +76,14 @@ def check_bias(model: Opened, text: TextConditioning) -> None:
     x, sigma, ids = pack(noise([1, 2], 16, 4, 4)), torch.tensor([0.3, 0.8]), image_ids(4, 4)
     plain = PlainBias(text.favoured, text.lengths[0])
     given = {
-        "hidden_states": x, "encoder_hidden_states": torch.stack(text.tokens), "pooled_projections": text.pooled,
-        "timestep": sigma, "img_ids": ids, "txt_ids": torch.zeros(text.lengths[0], 3), "return_dict": False,
-    }  # fmt: skip
+        "hidden_states": x,
+        "encoder_hidden_states": torch.stack(text.tokens),
+        "pooled_projections": text.pooled,
+        "timestep": sigma,
+        "img_ids": ids,
+        "txt_ids": torch.zeros(text.lengths[0], 3),
+        "return_dict": False,
+    }
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         ours = velocity(model.transformer, x, sigma, text, ids)
         (without,) = model.transformer(**given)
@@ -83,9 +94,9 @@ def check_bias(model: Opened, text: TextConditioning) -> None:
     assert (ours - without).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize(("weights", "autocast"), [
-    (torch.bfloat16, False), (torch.float32, True), (torch.bfloat16, True)
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("weights", "autocast"), [(torch.bfloat16, False), (torch.float32, True), (torch.bfloat16, True)]
+)
 def test_the_bias_is_in_the_dtype_of_the_queries(
     model: Opened, monkeypatch: pytest.MonkeyPatch, weights: torch.dtype, autocast: bool
 ) -> None:
@@ -129,7 +140,9 @@ def test_the_published_layout_is_drawn_without_its_code(
     text = pipe.encode_prompt(PROMPTS)
     assert text.lengths == [512, 512]
     check_bias(found, text)
-    two, alone = (pipe(prompts, seeds=[5] * len(prompts), num_inference_steps=2, output_type="pt").images
-                  for prompts in (PROMPTS, PROMPTS[:1]))  # fmt: skip
+    two, alone = (
+        tensor_of(pipe(prompts, seeds=[5] * len(prompts), num_inference_steps=2, output_type="pt"))
+        for prompts in (PROMPTS, PROMPTS[:1])
+    )
     assert two.shape == (2, 3, 32, 32) and (two[0] - two[1]).abs().max() > 1e-3
     torch.testing.assert_close(two[:1], alone, atol=1e-5, rtol=0)

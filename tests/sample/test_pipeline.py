@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from libreflux.errors import ModelError, RecipeError
 from libreflux.flow.guidance import cfg
@@ -23,7 +24,7 @@ from libreflux.sample.guidance import GuidedVelocity
 from libreflux.sample.metadata import png_bytes
 from libreflux.sample.noise import choose_seeds, noise
 from libreflux.sample.pipeline import LibreFluxPipeline
-from opened import Opened
+from opened import Opened, pictures_of, tensor_of
 from tiny import tiny_transformer
 
 LONG, SHORT = "a small green frog sits under a tall tree, and the sky behind it is orange", "a fox"
@@ -33,10 +34,11 @@ class Calls:
     """The batch sizes of the transformer's calls while the block runs."""
 
     def __init__(self, pipe: LibreFluxPipeline) -> None:
-        self.pipe, self.batches = pipe, []  # type: tuple[LibreFluxPipeline, list[int]]
+        self.pipe = pipe
+        self.batches: list[int] = []
 
     def __enter__(self) -> list[int]:
-        def count(module, args, kwargs):
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.batches.append(kwargs["hidden_states"].shape[0])
 
         self.handle = self.pipe.transformer.register_forward_pre_hook(count, with_kwargs=True)
@@ -54,6 +56,7 @@ def test_equals_diffusers_flux_pipeline_where_nothing_is_padded(
     theirs.set_progress_bar_config(disable=True)
     text, negative = pipe.encode_prompt("a red apple on blue"), pipe.encode_prompt("a fox on the rocket")
     assert text.lengths == negative.lengths  # diffusers takes no others
+    same: dict[str, Any] = {"height": 32, "width": 48, "num_inference_steps": 4, "output_type": "pt"}
     expected = theirs(
         prompt_embeds=text.tokens[0][None],
         pooled_prompt_embeds=text.pooled,
@@ -61,35 +64,26 @@ def test_equals_diffusers_flux_pipeline_where_nothing_is_padded(
         negative_pooled_prompt_embeds=negative.pooled,
         true_cfg_scale=scale,
         latents=pack(noise([7], 16, 4, 6)),
-        height=32,
-        width=48,
-        num_inference_steps=4,
-        output_type="pt",
+        **same,
     ).images
-    ours = pipe(
-        "a red apple on blue",
-        "a fox on the rocket",
-        height=32,
-        width=48,
-        guidance_scale=scale,
-        num_inference_steps=4,
-        seeds=7,
-        output_type="pt",
-    ).images
+    ours = tensor_of(pipe("a red apple on blue", "a fox on the rocket", guidance_scale=scale, seeds=7, **same))
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0)
-    other = pipe("a fox", height=32, width=48, guidance_scale=scale, seeds=7, output_type="pt").images
+    other = tensor_of(pipe("a fox", height=32, width=48, guidance_scale=scale, seeds=7, output_type="pt"))
     assert (other - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("scale", "skip", "batches"), [
-    (1.0, 0, [2] * 5),
-    (3.0, 0, [4] * 5),
-    (3.0, 2, [2, 2, 4, 4, 4]),
-    (3.0, 4, [2, 2, 2, 2, 4]),
-    (1.0, 5, [2] * 5),
-    (0.5, 0, [2] * 5),
-    (0.0, 0, [2] * 5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("scale", "skip", "batches"),
+    [
+        (1.0, 0, [2] * 5),
+        (3.0, 0, [4] * 5),
+        (3.0, 2, [2, 2, 4, 4, 4]),
+        (3.0, 4, [2, 2, 2, 2, 4]),
+        (1.0, 5, [2] * 5),
+        (0.5, 0, [2] * 5),
+        (0.0, 0, [2] * 5),
+    ],
+)
 def test_passes(pipe: LibreFluxPipeline, scale: float, skip: int, batches: list[int]) -> None:
     with Calls(pipe) as seen:
         pipe([LONG, SHORT], guidance_scale=scale, no_cfg_until=skip, num_inference_steps=5, seeds=0, batch_cfg=True)
@@ -97,9 +91,9 @@ def test_passes(pipe: LibreFluxPipeline, scale: float, skip: int, batches: list[
 
 
 def test_guidance_one_does_not_read_the_negative(pipe: LibreFluxPipeline) -> None:
-    a, b = (pipe(SHORT, n, guidance_scale=1.0, seeds=1, output_type="latent").images for n in ("", "a rocket"))
+    a, b = (tensor_of(pipe(SHORT, n, guidance_scale=1.0, seeds=1, output_type="latent")) for n in ("", "a rocket"))
     assert torch.equal(a, b)
-    a, b = (pipe(SHORT, n, guidance_scale=2.0, seeds=1, output_type="latent").images for n in ("", "a rocket"))
+    a, b = (tensor_of(pipe(SHORT, n, guidance_scale=2.0, seeds=1, output_type="latent")) for n in ("", "a rocket"))
     assert (a - b).abs().max() > 1e-3
 
 
@@ -116,8 +110,8 @@ def test_one_batch_of_unequal_lengths_is_two_passes(pipe: LibreFluxPipeline) -> 
 
 
 def test_guidance_one_equals_the_formula_at_one(pipe: LibreFluxPipeline) -> None:
-    single = pipe(LONG, guidance_scale=1.0, seeds=3, output_type="latent").images
-    nearly = pipe(LONG, guidance_scale=1.0 + 1e-6, seeds=3, output_type="latent").images
+    single = tensor_of(pipe(LONG, guidance_scale=1.0, seeds=3, output_type="latent"))
+    nearly = tensor_of(pipe(LONG, guidance_scale=1.0 + 1e-6, seeds=3, output_type="latent"))
     torch.testing.assert_close(single, nearly, atol=1e-4, rtol=0)
 
 
@@ -134,18 +128,18 @@ def test_the_whole_loop_by_hand(pipe: LibreFluxPipeline) -> None:
                 v_uncond = velocity(pipe.transformer, x, sigma, negative, ids)
                 v = v_uncond + 2.5 * (v - v_uncond)
             x = x + (sigmas[i + 1] - sigmas[i]) * v
-    torch.testing.assert_close(pack(out.images), x, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pack(tensor_of(out)), x, atol=1e-5, rtol=0)
 
 
 def test_same_seed_same_bytes(pipe: LibreFluxPipeline) -> None:
-    first, second, other = (png_bytes(pipe(SHORT, seeds=seed).images[0]) for seed in (11, 11, 12))
+    first, second, other = (png_bytes(pictures_of(pipe(SHORT, seeds=seed))[0]) for seed in (11, 11, 12))
     assert first == second != other
 
 
 def test_a_picture_does_not_depend_on_its_batch(pipe: LibreFluxPipeline) -> None:
-    together = pipe([LONG, SHORT, "a rocket"], seeds=[5, 6, 7], guidance_scale=3.0, output_type="latent").images
+    together = tensor_of(pipe([LONG, SHORT, "a rocket"], seeds=[5, 6, 7], guidance_scale=3.0, output_type="latent"))
     for i, (prompt, seed) in enumerate([(LONG, 5), (SHORT, 6), ("a rocket", 7)]):
-        alone = pipe(prompt, seeds=[seed], guidance_scale=3.0, output_type="latent").images
+        alone = tensor_of(pipe(prompt, seeds=[seed], guidance_scale=3.0, output_type="latent"))
         torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=0)
     assert torch.equal(noise([5, 6], 16, 4, 4)[1], noise([6], 16, 4, 4)[0])
     assert not torch.equal(noise([5], 16, 4, 4), noise([6], 16, 4, 4))
@@ -157,17 +151,17 @@ def test_pictures_per_prompt_keep_their_own_text(pipe: LibreFluxPipeline) -> Non
     assert out.seeds == [20, 21, 22, 23]
     order = [(LONG, "", 20), (LONG, "", 21), (SHORT, "a rocket", 22), (SHORT, "a rocket", 23)]
     for i, (prompt, negative, seed) in enumerate(order):
-        alone = pipe(prompt, negative, seeds=seed, output_type="latent").images
+        alone = tensor_of(pipe(prompt, negative, seeds=seed, output_type="latent"))
         torch.testing.assert_close(out.images[i : i + 1], alone, atol=1e-5, rtol=0)
 
 
 def test_ready_conditioning_needs_no_encoders(pipe: LibreFluxPipeline, model: Opened) -> None:
     text, empty = pipe.encode_prompt([LONG, SHORT]), pipe.encode_prompt("")
-    expected = pipe([LONG, SHORT], seeds=1, output_type="latent").images
+    expected = tensor_of(pipe([LONG, SHORT], seeds=1, output_type="latent"))
     bare = LibreFluxPipeline.from_parts(model.transformer, model.vae, facts=model.facts)
     bare.set_progress_bar_config(disable=True)
     out = bare(prompt_conditioning=text, negative_conditioning=empty, seeds=1, output_type="latent")
-    assert torch.equal(out.images, expected)
+    assert torch.equal(tensor_of(out), expected)
     with pytest.raises(ModelError, match="no text encoders; hint: pass prompt_conditioning"):
         bare(SHORT)
 
@@ -207,9 +201,9 @@ def test_a_guidance_distilled_model_gets_its_embedded_guidance(model: Opened) ->
     pipe.set_progress_bar_config(disable=True)
     guidance: list[Tensor] = []
     dev.register_forward_pre_hook(lambda m, a, kwargs: guidance.append(kwargs["guidance"]), with_kwargs=True)
-    default = pipe(SHORT, seeds=0, output_type="latent").images
+    default = tensor_of(pipe(SHORT, seeds=0, output_type="latent"))
     assert [g.tolist() for g in guidance] == [[3.5], [3.5]]  # embedded, in single passes: no CFG unless asked for
-    assert not torch.equal(default, pipe(SHORT, embedded_guidance=1.0, seeds=0, output_type="latent").images)
+    assert not torch.equal(default, tensor_of(pipe(SHORT, embedded_guidance=1.0, seeds=0, output_type="latent")))
 
 
 def test_seeds() -> None:
@@ -229,7 +223,7 @@ def test_from_pretrained_and_a_bf16_model(tiny_model_dir: Path) -> None:
     pipe.set_progress_bar_config(disable=True)
     assert pipe.transformer.dtype == torch.bfloat16 and pipe.facts.steps == 4
     x: list[Tensor] = []
-    pixels = pipe(SHORT, seeds=1, output_type="pt", callback_on_step=lambda step: x.append(step.x)).images
+    pixels = tensor_of(pipe(SHORT, seeds=1, output_type="pt", callback_on_step=lambda step: x.append(step.x)))
     assert {t.dtype for t in x} == {torch.float32} and pixels.dtype == torch.float32  # accumulated in fp32
     assert pixels.shape == (1, 3, 32, 32) and 0 <= pixels.min() < pixels.max() <= 1
 
@@ -282,7 +276,7 @@ def test_from_pretrained_and_a_bf16_model(tiny_model_dir: Path) -> None:
         ({"prompt_conditioning": TextConditioning([torch.zeros(1, 24)], torch.zeros(1, 16))}, "both prompt and its"),
     ],
 )
-def test_wrong_values_are_named(pipe: LibreFluxPipeline, values: dict, message: str) -> None:
+def test_wrong_values_are_named(pipe: LibreFluxPipeline, values: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         pipe(**({"prompt": SHORT} | values))
 
@@ -303,22 +297,23 @@ REAL = ("guidance_scale", "embedded_guidance", "guidance_start", "guidance_stop"
         ("sigmas", ["1", "0.5"]),
     ],
 )
-def test_values_of_another_kind_are_refused(pipe: LibreFluxPipeline, name: str, value: object) -> None:
+def test_values_of_another_kind_are_refused(pipe: LibreFluxPipeline, name: str, value: Any) -> None:
     """A text is true and True is 1: neither passes for what it is not."""
     with pytest.raises(RecipeError, match=f"{name}: cannot be"):
         pipe(SHORT, **{name: value})
 
 
 def test_numbers_of_numpy_and_torch_are_numbers(pipe: LibreFluxPipeline) -> None:
-    plain = pipe(SHORT, seeds=3, guidance_scale=2.0, num_inference_steps=2, output_type="latent").images
-    common = {"guidance_scale": torch.tensor(2.0), "num_inference_steps": np.int64(2), "output_type": "latent"}
-    for seeds in (np.int64(3), [np.int32(3)], torch.tensor([3]), np.array([3])):
-        assert torch.equal(pipe(SHORT, seeds=seeds, **common).images, plain)
+    plain = tensor_of(pipe(SHORT, seeds=3, guidance_scale=2.0, num_inference_steps=2, output_type="latent"))
+    common: dict[str, Any] = {"guidance_scale": torch.tensor(2.0), "num_inference_steps": np.int64(2)}
+    given: list[Any] = [np.int64(3), [np.int32(3)], torch.tensor([3]), np.array([3])]
+    for seeds in given:
+        assert torch.equal(tensor_of(pipe(SHORT, seeds=seeds, output_type="latent", **common)), plain)
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16", "bf16", torch.bfloat16])
 @pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
-def test_a_dtype_is_read_by_name(tiny_model_dir: Path, name: object, argument: str) -> None:
+def test_a_dtype_is_read_by_name(tiny_model_dir: Path, name: Any, argument: str) -> None:
     pipe = LibreFluxPipeline.from_pretrained(tiny_model_dir, **{argument: name}, device="auto")
     assert {pipe.transformer.dtype, pipe.text_encoder.dtype, pipe.text_encoder_2.dtype} == {torch.bfloat16}
 
@@ -338,7 +333,7 @@ def test_a_dtype_is_read_by_name(tiny_model_dir: Path, name: object, argument: s
         *(({"quantise": value}, "quantise: cannot be") for value in ("int8", "no", 8)),
     ],
 )
-def test_what_a_model_cannot_be_opened_as_is_refused(tiny_model_dir: Path, given: dict, message: str) -> None:
+def test_what_a_model_cannot_be_opened_as_is_refused(tiny_model_dir: Path, given: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         LibreFluxPipeline.from_pretrained(tiny_model_dir, **given)
 

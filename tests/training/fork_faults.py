@@ -175,8 +175,8 @@ def train(command: list[str], run: Path, fault: str = "", point: int | None = No
     with open(reading, encoding="utf-8") as told:
         result: dict[str, Any] = json.loads(told.read() or "{}")
     result["code"] = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    said = run.with_suffix(".err")
-    result["said"] = said.read_text(encoding="utf-8").splitlines()[-1:] if said.exists() else []
+    errors = run.with_suffix(".err")
+    result["said"] = errors.read_text(encoding="utf-8").splitlines()[-1:] if errors.exists() else []
     return result
 
 
@@ -198,7 +198,7 @@ def left(run: Path) -> dict[str, Any]:
 def run_all(recipe: Path, out: Path, faults: list[str]) -> dict[str, Any]:
     torch.set_num_threads(1)
     resolved = load_recipe(recipe, [f"out={out / 'open'}"])
-    opened = loop._open(resolved, out / "open", None, Callbacks(), Ranks(), "cpu")
+    opened = loop.open_for_training(resolved, out / "open", None, Callbacks(), Ranks(), "cpu")
 
     def reopen(recipe: Any, run: Path, newest: Any, *_: Any) -> Any:
         training = dataclasses.replace(opened, recipe=recipe, run=run)
@@ -206,7 +206,7 @@ def run_all(recipe: Path, out: Path, faults: list[str]) -> dict[str, Any]:
             saving.restore(training, newest, fork=False)
         return training
 
-    loop._open = reopen  # type: ignore[assignment]
+    loop.open_for_training = reopen  # type: ignore[assignment]
     first = train([str(recipe), "steps=1"], out / "first")
     shutil.copytree(out / "first", out / "whole")
     whole = train([str(recipe)], out / "whole")

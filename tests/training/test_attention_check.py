@@ -35,8 +35,8 @@ class Heard(Callbacks):
 
 
 def taken_for_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    check = loop._check_attention
-    monkeypatch.setattr(loop, "_check_attention", lambda net, batches, _, heard: check(net, batches, "cuda:0", heard))
+    check = loop.check_attention
+    monkeypatch.setattr(loop, "check_attention", lambda net, batches, _, heard: check(net, batches, "cuda:0", heard))
 
 
 def test_it_is_checked_at_the_start_and_on_resuming(
@@ -79,4 +79,4 @@ def test_wrong_gradients_end_the_run_before_its_first_step(
 
 def test_a_cpu_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "check_gradients", lambda **options: pytest.fail("was checked"))
-    loop._check_attention(tiny_transformer(), None, "cpu", Callbacks())  # type: ignore[arg-type]
+    loop.check_attention(tiny_transformer(), None, "cpu", Callbacks())  # type: ignore[arg-type]

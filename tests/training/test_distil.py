@@ -161,9 +161,15 @@ def test_a_model_whose_ladder_depends_on_the_pictures_size_makes_no_few_step_stu
 )
 @pytest.mark.parametrize("objective", ["flow", "distil"])
 def test_a_training_sees_and_records_as_many_tokens_as_its_result_is_drawn_with(
-    recipe_tree: Callable[..., dict[str, Any]], tiny_model_dir: Path, tmp_path: Path,
-    objective: str, steps: int, guidance: float, most: int, tokens: int,
-) -> None:  # fmt: skip
+    recipe_tree: Callable[..., dict[str, Any]],
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    objective: str,
+    steps: int,
+    guidance: float,
+    most: int,
+    tokens: int,
+) -> None:
     """A few-step base as schnell is, one that is none, and one that reads more than the freed models' 512."""
     shutil.copytree(tiny_model_dir, tmp_path / "model")
     facts = dataclasses.replace(read_facts(tiny_model_dir), steps=steps, guidance=guidance, max_tokens=most)
@@ -173,7 +179,7 @@ def test_a_training_sees_and_records_as_many_tokens_as_its_result_is_drawn_with(
         changes |= {"objective": "distil", "distil": {"guidance": 3.0}}
     told: list[Started] = []
     listener = Callbacks()
-    listener.on_start = told.append  # type: ignore[method-assign]
+    listener.on_start = told.append  # type: ignore[assignment,method-assign]
     result = fit(Recipe.model_validate(recipe_tree(tmp_path / "run", **changes)), listener)
     file = load_adapter(result)
     drawn = adapted_facts(facts, [(file, 1.0)])

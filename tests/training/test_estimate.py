@@ -61,10 +61,10 @@ def test_the_trace_on_meta_is_the_real_step() -> None:
     text = TextConditioning([torch.randn(9, 24) for _ in range(3)], torch.randn(3, 16))
     latents = torch.randn(3, 16, 8, 6)
     with trace.attention_in_tiles(), trace.LiveBytes() as live:
-        flow_matching_loss(real, NoisedBatch(latents, latents, torch.rand(3), text)).sum().backward()  # type: ignore[arg-type]
-    traced = trace.trace_pass(meta, 3, (8, 6), 9)  # type: ignore[arg-type]
+        flow_matching_loss(real, NoisedBatch(latents, latents, torch.rand(3), text)).sum().backward()
+    traced = trace.trace_pass(meta, 3, (8, 6), 9)
     assert abs(traced - live.peak) < 0.01 * live.peak
-    more = trace.trace_pass(meta, 6, (8, 6), 9)  # type: ignore[arg-type]
+    more = trace.trace_pass(meta, 6, (8, 6), 9)
     assert 1.5 * traced < more < 2.1 * traced
 
 
@@ -99,7 +99,14 @@ def test_8_bit_moments_are_a_quarter_but_for_small_parameters() -> None:
 
 
 def test_the_total_is_the_largest_phase() -> None:
-    parts = {"weights": 1000, "adapter": 200, "moments": 400, "gradient": 30, "update": 7, "averages": 5000}
+    parts: dict[str, Any] = {
+        "weights": 1000,
+        "adapter": 200,
+        "moments": 400,
+        "gradient": 30,
+        "update": 7,
+        "averages": 5000,
+    }
     card, cpu = (phases.Estimate(on_cpu=on_cpu, activations=100, checkpoint=1, **parts) for on_cpu in (False, True))
     assert card.total == 1730 + phases.CARD_WORKSPACES + 18
     assert cpu.total == 6730 + 72 * 2**20 + 60  # 60: holes in the heap
@@ -212,8 +219,8 @@ def test_text_encoders_are_counted_in_the_precision_that_they_run_in(
         cache = str(tmp_path / f"cache-{told}")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         prepare_cache(Recipe.model_validate(recipe_tree(tmp_path, text_precision=text_precision, cache=cache)))
-        for card in (False, True):
-            monkeypatch.setattr(torch.cuda, "is_available", lambda card=card: card)
+        for has_card in (False, True):
+            monkeypatch.setattr(torch.cuda, "is_available", lambda found=has_card: found)
             assert told in captions(cache=cache).name
 
 

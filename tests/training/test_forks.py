@@ -221,7 +221,8 @@ def test_another_path_or_machine_is_no_change(
     first = {name: recipe_tree(Path(name), steps=2, model="model", data=[{"path": "photos"}]) for name in names}
     run({**first["undisturbed"], "steps": 3})
     run(first["run"])
-    for step, change in enumerate(({"data": [{"path": "./photos"}]}, {"threads": 2, "text_cache": "none"}), 3):
+    changes: list[dict[str, Any]] = [{"data": [{"path": "./photos"}]}, {"threads": 2, "text_cache": "none"}]
+    for step, change in enumerate(changes, 3):
         caplog.clear()
         tree = {**first["run"], "steps": step, **change}
         assert [info.step for info in run(tree)] == [step]

@@ -53,7 +53,11 @@ module.main()
 @pytest.fixture(autouse=True)
 def not_ignored() -> Iterator[None]:
     """Whoever runs the tests may be under nohup, or in the background."""
-    plain = {signal.SIGHUP: signal.SIG_DFL, signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    plain: dict[signal.Signals, Any] = {
+        signal.SIGHUP: signal.SIG_DFL,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGINT: signal.default_int_handler,
+    }
     before = {signum: signal.signal(signum, handler) for signum, handler in plain.items()}
     yield
     for signum, handler in before.items():
@@ -93,9 +97,13 @@ def test_a_terminal_that_hangs_up_costs_nothing(tmp_path: Path) -> None:
     master, slave = pty.openpty()
     command = [sys.executable, "-c", SAVES, str(tmp_path / "saved")]
     process = subprocess.Popen(
-        command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+        command,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
         preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # takes it as its controlling terminal
-    )  # fmt: skip
+    )
     os.close(slave)
     assert os.read(master, 5) == b"ready"
     os.close(master)
@@ -125,8 +133,11 @@ def test_a_terminal_that_refuses_what_is_written_costs_nothing(tmp_path: Path) -
     master, slave = pty.openpty()
     with subprocess.Popen(
         [sys.executable, "-c", PRINTS, str(tmp_path / "saved")],
-        stdin=subprocess.PIPE, stdout=slave, stderr=slave, start_new_session=True,
-    ) as process:  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+    ) as process:
         os.close(slave)
         assert os.read(master, 5) == b"ready"
         os.close(master)

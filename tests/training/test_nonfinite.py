@@ -22,7 +22,7 @@ from libreflux.training import checkpoint, saving
 from libreflux.training.callbacks import Callbacks, StepInfo
 from libreflux.training.ema import decay, exponent
 from libreflux.training.interrupt import Interrupted
-from libreflux.training.loop import _open, fit
+from libreflux.training.loop import fit, open_for_training
 from libreflux.training.nonfinite import LARGEST_NORM, at_fault, require_finite
 from libreflux.training.ranks import Ranks
 from tiny import poison_latents, sum_again
@@ -117,7 +117,7 @@ def test_a_run_with_spoilt_weights_goes_on_as_its_line_says(recipe_tree: Tree, t
     fit(recipe(steps=2))
     fast = recipe(steps=9, optimizer={"kind": "adamw", "learning_rate": 1000})
     fast = fast.model_copy(update={"optimizer": fast.optimizer.model_copy(update={"learning_rate": 1e30})})
-    training = _open(fast, run, checkpoint.latest(run), Callbacks(), Ranks(), "cpu", True)
+    training = open_for_training(fast, run, checkpoint.latest(run), Callbacks(), Ranks(), "cpu", True)
     training.take_step()  # finite weights whose loss is not
     with checkpoint.Metrics(run, 2) as metrics:
         saving.save(training, metrics, Callbacks())
@@ -139,7 +139,7 @@ def test_a_run_with_spoilt_weights_goes_on_as_its_line_says(recipe_tree: Tree, t
 
 def test_a_gradient_alone_can_be_at_fault_and_moves_nothing(recipe_tree: Tree, tmp_path: Path) -> None:
     recipe = Recipe.model_validate(recipe_tree(tmp_path / "run"))
-    training = _open(recipe, tmp_path / "run", None, Callbacks(), Ranks(), "cpu")
+    training = open_for_training(recipe, tmp_path / "run", None, Callbacks(), Ranks(), "cpu")
 
     def state() -> dict[str, torch.Tensor]:
         held = {**training.adapter.state_dict(), **training.optimizer.state_dict_tensors()}

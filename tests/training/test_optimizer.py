@@ -28,6 +28,7 @@ from libreflux.training.optimizer import (
     rounding_noise,
     stochastic_round_,
 )
+from libreflux.training.optimizer8 import AdamW8bit
 
 Kind = Literal["adamw", "adamw_bf16"]
 COPIES = 4096  # equal numbers with independent rounding: their mean is the expectation over seeds
@@ -191,7 +192,7 @@ def test_resume_is_bit_exact(kind: Kind, tmp_path: Path, monkeypatch: pytest.Mon
     grads = gradients(12, sum(parameter.numel() for _, parameter in rows()))
     through = rows()
     whole = make_optimizer(spec, through, seed=7)
-    assert len(whole.buckets) > 1
+    assert not isinstance(whole, AdamW8bit) and len(whole.buckets) > 1
     for grad in grads:
         whole.step(1e-2, grad)
 

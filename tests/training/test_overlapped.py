@@ -177,5 +177,5 @@ def test_a_card_copies_after_its_step_and_steps_after_the_copy(monkeypatch: pyte
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here memory can be pinned")
 def test_memory_that_cannot_be_pinned_is_told_and_used(caplog: pytest.LogCaptureFixture) -> None:
-    assert overlapped._buffer(8, True).shape == (8,)
+    assert overlapped.host_buffer(8, True).shape == (8,)
     assert "cannot be pinned" in caplog.text

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
 from libreflux.recipe import Recipe
 from libreflux.training.callbacks import Callbacks
-from libreflux.training.loop import _open, fit
+from libreflux.training.loop import fit, open_for_training
 from libreflux.training.objective import NoisedBatch, flow_matching_loss, keyed_noise, regularised_target
 from libreflux.training.ranks import Ranks
 from libreflux.training.step import draw_sigmas
@@ -49,7 +49,12 @@ def _one(given: Given, i: int) -> Given:
     return given[0][i : i + 1], given[1][i : i + 1], given[2][i : i + 1], given[3].index([i])
 
 
-def _attach(transformer: FluxTransformer2DModel, *, init: str = "ones", rank: int | None = None) -> Adapter:
+def _attach(
+    transformer: FluxTransformer2DModel,
+    *,
+    init: Literal["kaiming", "ones", "perturbed"] = "ones",
+    rank: int | None = None,
+) -> Adapter:
     target = Target(layers="**", rank=rank) if rank else Target(layers="**", factor=4)
     dtype = next(transformer.parameters()).dtype
     return attach(transformer, resolve(linear_shapes(transformer), [target]), dtype=dtype, init=init, scale=0.1)
@@ -106,7 +111,7 @@ def test_an_adapter_without_effect_has_no_loss_and_no_gradient(base: str, rank: 
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in adapter.parameters())
     with torch.no_grad():
         for parameter in adapter.parameters():
-            parameter += 0.1
+            parameter.add_(0.1)
     assert _losses(transformer, adapter, _given(), (True,) * 4).min() > 0
 
 
@@ -150,7 +155,7 @@ def test_a_step_mixes_both_kinds_by_weight_and_reports_them_apart(recipe_tree: T
     optimizer = {"kind": "adamw", "learning_rate": 1e-2, "clip": None}
     tree = recipe_tree(tmp_path / "run", data=sources, accumulate=2, batch=3, optimizer=optimizer)
     recipe = Recipe.model_validate(tree)
-    training = _open(recipe, tmp_path / "run", None, Callbacks(), Ranks(), "cpu")
+    training = open_for_training(recipe, tmp_path / "run", None, Callbacks(), Ranks(), "cpu")
     base = tiny_transformer()
     for step in range(4):
         units = step_plan(0, step, training.batches.samples, 1, 3, 2)
@@ -163,7 +168,7 @@ def test_a_step_mixes_both_kinds_by_weight_and_reports_them_apart(recipe_tree: T
                 noise = keyed_noise(one.latents.shape[1:], 0, one.sample_ids[0], step, slot)[None]
                 given = (one.latents, noise, sigmas[[slot]], one.text)
                 losses[item >= 5].append(_plain(training.transformer, base, given, item >= 5))
-        total = (sum(losses[False]) + 5 * sum(losses[True])) / units[0].total
+        total = (torch.stack(losses[False]).sum() + 5 * torch.stack(losses[True]).sum()) / units[0].total
         gradient = torch.autograd.grad(total, list(training.adapter.parameters()))
         info = training.take_step()
         expected = torch.cat([each.flatten() for each in gradient]).norm()

@@ -20,7 +20,7 @@ from libreflux.model.stream import save_live
 from libreflux.recipe import Recipe
 from libreflux.training import checkpoint, saving
 from libreflux.training.callbacks import Callbacks
-from libreflux.training.loop import _open
+from libreflux.training.loop import open_for_training
 from libreflux.training.optimizer8 import AdamW8bit
 from libreflux.training.ranks import Ranks
 from libreflux.training.trace import LiveBytes
@@ -30,7 +30,7 @@ def test_neither_device_nor_host_holds_a_second_copy_while_saving(
     recipe_tree: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = recipe_tree(tmp_path / "run", optimizer={"kind": "adamw_bf16", "learning_rate": 1e-3})
-    training = _open(Recipe.model_validate(tree), tmp_path / "run", None, Callbacks(), Ranks(), "cpu")
+    training = open_for_training(Recipe.model_validate(tree), tmp_path / "run", None, Callbacks(), Ranks(), "cpu")
     training.take_step()
     state = {**training.adapter.state_dict(), **training.optimizer.state_dict_tensors(), **training.averages.tensors()}
     sizes = [tensor.nbytes for tensor in state.values()]

@@ -73,8 +73,13 @@ def finished(recipe_tree: Tree, share: float, tmp_path_factory: pytest.TempPathF
         held_out={"share": share, "every": 3},
     )
     assert run(tree) == [
-        ("start", 0), ("measure", 0), ("sample", 2), ("measure", 3), ("measure", 4), ("sample", 4),
-    ]  # fmt: skip
+        ("start", 0),
+        ("measure", 0),
+        ("sample", 2),
+        ("measure", 3),
+        ("measure", 4),
+        ("sample", 4),
+    ]
     return tree
 
 
@@ -179,7 +184,7 @@ def of_another_base(run: Path) -> None:
 
 
 def of_other_layers(run: Path) -> None:
-    rewrite(run / checkpoint.ADAPTER, lambda tensors, metadata: tensors.pop(next(iter(tensors))))
+    rewrite(run / checkpoint.ADAPTER, lambda tensors, metadata: tensors.__delitem__(next(iter(tensors))))
 
 
 def of_another_seed(run: Path) -> None:
@@ -187,7 +192,11 @@ def of_another_seed(run: Path) -> None:
 
 
 def of_no_run(run: Path) -> None:
-    rewrite(run / checkpoint.ADAPTER, lambda tensors, metadata: metadata.clear() or metadata.update(format="pt"))
+    def change(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        metadata.clear()
+        metadata["format"] = "pt"
+
+    rewrite(run / checkpoint.ADAPTER, change)
 
 
 @pytest.mark.parametrize("steps", [STEPS, STEPS + 2])

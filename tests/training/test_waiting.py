@@ -145,7 +145,12 @@ def test_what_a_card_raises_is_not_called_a_lost_process(monkeypatch: pytest.Mon
 def test_nccl_is_told_the_card_and_words_go_through_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, Any]] = []
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: calls.append((backend, more)))
-    monkeypatch.setattr(dist, "new_group", lambda backend, timeout: calls.append((backend, timeout)) or "words")
+
+    def new_group(backend: str, timeout: object) -> str:
+        calls.append((backend, timeout))
+        return "words"
+
+    monkeypatch.setattr(dist, "new_group", new_group)
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     with joined("cuda:1", 5.0) as ranks:
@@ -183,6 +188,6 @@ def test_no_process_looks_through_the_cache_while_others_prepare_their_part(
     recipe = Recipe.model_validate(recipe_tree(tmp_path / "run", ema=[]))
 
     def opened(ranks: Ranks) -> int:
-        return len(loop._open(recipe, tmp_path / "run", None, Callbacks(), ranks, "cpu").batches)
+        return len(loop.open_for_training(recipe, tmp_path / "run", None, Callbacks(), ranks, "cpu").batches)
 
     assert together(opened) == [("did", 5)] * 2

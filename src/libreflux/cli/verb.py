@@ -61,7 +61,7 @@ class Verb(TyperCommand):
         """`--help`, in the last of the groups."""
         option = super().get_help_option(ctx)
         if option is not None and self.name in PANELS:
-            option.rich_help_panel = list(PANELS[self.name])[-1]  # type: ignore[attr-defined]
+            option.rich_help_panel = list(PANELS[self.name])[-1]
         return option
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -49,7 +49,7 @@ _RULES = 1  # raised when `pictures.inspect` comes to say something else of the 
 
 
 @dataclass(frozen=True, slots=True)
-class _State:
+class FileState:
     """What tells a file from another one of its name; numbers that the system does not have are 0."""
 
     size: int
@@ -62,7 +62,7 @@ class _State:
 class _Row:
     """A remembered file; `latest`: `state.ctime` is the time of the row, not of the file, which has none later."""
 
-    state: _State
+    state: FileState
     digest: str
     width: int = 0
     height: int = 0
@@ -70,7 +70,7 @@ class _Row:
     rules: int = _RULES
     latest: bool = False
 
-    def is_of(self, state: _State) -> bool:
+    def is_of(self, state: FileState) -> bool:
         """Whether nothing can have been written into the file since."""
         known = self.state
         if self.latest:
@@ -100,7 +100,7 @@ class FileMemory:
 
     def sha256(self, path: Path) -> str:
         """SHA-256 of a file, as 64 hexadecimal digits."""
-        name, state = _state(path)
+        name, state = file_state(path)
         row = self._find(name, state)
         if row is None or not row.is_of(state):
             digest = files.sha256_file(path)
@@ -113,7 +113,7 @@ class FileMemory:
         left, told = len(paths), False
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             for part in _batched(paths):
-                states = [_state(path) for path in part]
+                states = [file_state(path) for path in part]
                 known = [self._find(*state) for state in states]
                 fresh = [index for index, row in enumerate(known) if row is None or _outdated(row, *states[index])]
                 looked = pool.map(_look, [part[index] for index in fresh], [known[index] for index in fresh])
@@ -170,7 +170,7 @@ class FileMemory:
             with contextlib.suppress(*DAMAGED):
                 _add_sums(path)
 
-    def _find(self, name: str, state: _State) -> _Row | None:
+    def _find(self, name: str, state: FileState) -> _Row | None:
         """The row of a file of this size and modification time; whether of this very file its `is_of` says."""
         of_others = None
         for row in (self._new.get(name), *(table.find(name) for table in self._open)):
@@ -216,7 +216,7 @@ class _Table:
         if not whole or told not in (None, checksums.of_values(name, *found[:-1])):
             _tell_damaged(str(self._path))
             return None
-        state = _State(size, mtime, ctime, inode or 0)
+        state = FileState(size, mtime, ctime, inode or 0)
         return _Row(state, digest, width, height, fault, rules, latest=inode is None)
 
     def digests(self) -> Iterator[tuple[str, str]]:
@@ -288,7 +288,7 @@ def _columns(connection: sqlite3.Connection) -> set[str]:
     return {row[1] for row in connection.execute("PRAGMA table_info(files)")}
 
 
-def _outdated(row: _Row, name: str, state: _State) -> bool:
+def _outdated(row: _Row, name: str, state: FileState) -> bool:
     """Whether a picture must be read: it may be another one, or this version may say something else of it."""
     return row.fault is None or not row.is_of(state) or not _still_said(row, name)
 
@@ -326,15 +326,16 @@ def parts_digest(places: Mapping[str, Path], memory: FileMemory) -> str:
     return total.hexdigest()
 
 
-def _state(path: Path) -> tuple[str, _State]:
+def file_state(path: Path) -> tuple[str, FileState]:
+    """The real path of a file, and its state now."""
     name = os.path.realpath(path)
     try:
         stat = os.stat(name)
     except OSError:  # a link that leads nowhere: whoever opens it says why
-        return name, _State(-1, 0, 0, 0)
+        return name, FileState(-1, 0, 0, 0)
     # File systems without a disk of their own (network, FUSE) may number their files anew at every mount.
     inode = stat.st_ino if device_numbers(stat.st_dev)[0] else 0
-    return name, _State(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, inode)
+    return name, FileState(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, inode)
 
 
 def _batched(paths: Sequence[Path]) -> Iterator[Sequence[Path]]:

@@ -111,7 +111,7 @@ def step_plan(seed: int, step: int, samples: Samples, world: int, batch: int, ac
         raise ValueError(f"no plan for step {step} of {len(samples)} samples in {world} x {batch} x {accumulate}")
     size = world * accumulate
     epoch, position = _locate(samples, step, batch, size)
-    plan = _epoch(seed, epoch, samples, batch)
+    plan = epoch_plan(seed, epoch, samples, batch)
     taken = [plan.unit(number) for number in range(position * size, min((position + 1) * size, len(plan)))]
     total = sum(len(items) for items, _ in taken)
     units, slot = [], 0
@@ -129,7 +129,7 @@ def steps_of_epoch(epoch: int, samples: Samples, world: int, batch: int, accumul
 
 
 @dataclass(frozen=True)
-class _Epoch:
+class EpochPlan:
     """Visits grouped by unit; unit k is rows bounds[where[k]] to bounds[where[k] + 1]."""
 
     items: np.ndarray
@@ -146,7 +146,8 @@ class _Epoch:
 
 
 @functools.lru_cache(maxsize=2)
-def _epoch(seed: int, epoch: int, samples: Samples, batch: int) -> _Epoch:
+def epoch_plan(seed: int, epoch: int, samples: Samples, batch: int) -> EpochPlan:
+    """All units of an epoch, in the order in which they are shown."""
     random = seeding.rng(seed, "order", epoch)
     items, visits = samples.shown(epoch)
     buckets = samples.buckets[items]
@@ -156,7 +157,7 @@ def _epoch(seed: int, epoch: int, samples: Samples, batch: int) -> _Epoch:
     # The short unit of a bucket lies anywhere among its lengths: at the end it would always be the longest captions.
     cuts = [_cut(first, end, batch, random) for first, end in itertools.pairwise(edges.tolist())]
     bounds = np.concatenate([*cuts, edges[-1:]])
-    return _Epoch(items[order], visits[order], bounds, random.permutation(len(bounds) - 1))
+    return EpochPlan(items[order], visits[order], bounds, random.permutation(len(bounds) - 1))
 
 
 def _cut(first: int, end: int, batch: int, random: np.random.Generator) -> np.ndarray:

@@ -81,7 +81,7 @@ def _errors(
     head_dim: int, dtype: torch.dtype, length: int, masked: bool, device: torch.device
 ) -> Iterator[tuple[str, float]]:
     """(name, relative error) of the gradients by queries, keys and values."""
-    query, key, value, upstream = (one.to(device, dtype) for one in _inputs(head_dim, length))
+    query, key, value, upstream = (one.to(device, dtype) for one in check_inputs(head_dim, length))
     mask = torch.ones(1, 1, 1, length, dtype=torch.bool, device=device)
     if masked and length > 2:
         mask[..., 1 : max(2, length // 16)] = False  # the padding of a short prompt, in the middle of the sequence
@@ -123,7 +123,7 @@ def plain_gradients(
     return by_query, by_key, by_value
 
 
-def _inputs(head_dim: int, length: int) -> list[Tensor]:
+def check_inputs(head_dim: int, length: int) -> list[Tensor]:
     """Queries, keys, values and the gradient that comes in, [S, D] fp32 on the CPU, the same everywhere."""
     generator = seeding.generator(0, "attention-check", head_dim, length)
     query, key, value, upstream = (torch.randn(length, head_dim, generator=generator) for _ in range(4))

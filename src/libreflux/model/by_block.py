@@ -36,7 +36,7 @@ def run_by_block(model: nn.Module, device: torch.device | str, dtype: torch.dtyp
     cpu_offload(
         model,
         torch.device(device),
-        state_dict=_Coming(resting, torch.device(device), dtypes),  # type: ignore[arg-type]  # any mapping will do
+        state_dict=_Coming(resting, torch.device(device), dtypes),  # any mapping will do
         preload_module_classes=list(BLOCKS),
     )
 

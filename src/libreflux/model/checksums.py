@@ -30,10 +30,10 @@ SCHEMA = 1
 CHUNK = 2**22
 """Bytes of a file that have one sum, 4 MiB: 12 GB have 3,000."""
 _DECIDING = frozenset({".json", ".safetensors", ".model", ".txt"})
-_SEGMENT = 16  # chunks that a thread takes at once, 64 MiB
+SEGMENT = 16  # chunks that a thread takes at once, 64 MiB
 _COPY = f"copy or download it again; if you changed it yourself, remove {CHECKSUMS}"
 _BAD_TABLE = "copy or download it again, or remove it: nothing is compared without it"
-_whole: set[tuple[str, ...]] = set()  # files of this process that were compared, with what they were then
+compared: set[tuple[str, ...]] = set()  # files of this process that were compared, with what they were then
 
 
 def part_files(folder: Path) -> list[Path]:
@@ -107,12 +107,12 @@ def verified(model: Path, files: Sequence[Path], whole: str | None = None) -> It
         ModelError: a damaged file, named, whatever the block said of it; or, at its end, one that is missing or has no
             checksum.
     """
-    table = _read_table(model)
+    table = read_table(model)
     if table is None:
         yield
         return
     names = {_name(path, model): path for path in files}
-    known = {name: path for name, path in names.items() if name in table and _key(path, table[name]) not in _whole}
+    known = {name: path for name, path in names.items() if name in table and _key(path, table[name]) not in compared}
     pool = ThreadPoolExecutor(checksums.THREADS) if known else None
     try:
         asked = {} if pool is None else {name: _ask(pool, path) for name, path in known.items()}
@@ -145,7 +145,7 @@ def _compare(
         if found != table[name]:
             told = f"damaged{_near(path, found, table[name])}: not as in {CHECKSUMS}"
             raise ModelError(told, where=path, hint=_COPY) from cause
-        _whole.add(key)
+        compared.add(key)
 
 
 def _near(path: Path, found: str, wanted: str) -> str:
@@ -162,7 +162,7 @@ def _near(path: Path, found: str, wanted: str) -> str:
     return ""
 
 
-def _read_table(model: Path) -> dict[str, str] | None:
+def read_table(model: Path) -> dict[str, str] | None:
     """Place of a file → its sums, 8 hexadecimal digits a chunk; None where there are none."""
     path = model / CHECKSUMS
     try:
@@ -185,7 +185,7 @@ def _root_files(model: Path) -> list[Path]:
 
 def _ask(pool: ThreadPoolExecutor, path: Path) -> list[Future[list[int]]]:
     chunks = max(1, -(-path.stat().st_size // CHUNK)) if path.is_file() else 1
-    return [pool.submit(checksums.of_file, path, CHUNK, first, _SEGMENT) for first in range(0, chunks, _SEGMENT)]
+    return [pool.submit(checksums.of_file, path, CHUNK, first, SEGMENT) for first in range(0, chunks, SEGMENT)]
 
 
 def _joined(sums: Iterable[Future[list[int]]]) -> str:

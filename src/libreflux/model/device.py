@@ -37,7 +37,7 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         if torch.cuda.is_available():
             return _own_card("cuda")
-        _warn_of_idle_gpu()
+        warn_of_idle_gpu()
         return torch.device("cpu")
     try:
         device = torch.device(name)
@@ -161,6 +161,7 @@ def _wanted_idle_gpu() -> tuple[str, str] | None:
 
 
 @functools.cache
-def _warn_of_idle_gpu() -> None:
+def warn_of_idle_gpu() -> None:
+    """Once a process: of a GPU here that torch cannot use."""
     if idle := _wanted_idle_gpu():
         logger.warning("torch cannot use %s, so the CPU computes; hint: %s", *idle)

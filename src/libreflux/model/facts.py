@@ -220,12 +220,13 @@ def find_facts(name: str, folder: Path, *, guidance_embeds: bool, masked: bool =
     nearest, like = (_DEV, "FLUX.1-dev") if guidance_embeds else (_SCHNELL, "FLUX.1-schnell")
     if masked:
         nearest, like = dataclasses.replace(_LIBREFLUX, guidance_embeds=guidance_embeds), "LibreFLUX"
-    _notice(name, like)
+    warn_taken_for(name, like)
     return nearest
 
 
 @functools.cache  # a command opens a model more than once
-def _notice(name: str, like: str) -> None:
+def warn_taken_for(name: str, like: str) -> None:
+    """Once a process and model: that its facts were guessed by likeness."""
     logger.warning("%s has no %s: taken for a model like %s", name, FACTS_FILE, like)
 
 

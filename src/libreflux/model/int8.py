@@ -24,8 +24,8 @@ KEPT = ("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_o
 _LARGEST = 127
 _AT_ONCE = 2**18  # weights widened to fp32 together, 1 MB: larger temporaries leave holes in the heap that add up
 _AT_ONCE_ON_A_CARD = 2**25  # 128 MB: a part is a few launches, and FLUX.1 has 45,000 parts of the other size
-_WHOLE = 2**24  # weights that one product takes at once on a CPU: 3072 x 3072 does, FLUX.1's other layers do not
-_IN_CACHE = 2**20  # weights that are made dense together where not, 2 MB in bf16
+WHOLE = 2**24  # weights that one product takes at once on a CPU: 3072 x 3072 does, FLUX.1's other layers do not
+IN_CACHE = 2**20  # weights that are made dense together where not, 2 MB in bf16
 
 
 def quantise_weight(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
@@ -80,10 +80,10 @@ def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Te
     A matrix that is made anew does not fit into a CPU's caches: written out and read back it costs more than the
     product when x has few rows. The AdaLN layers' x has one per picture.
     """
-    if x.device.type != "cpu" or weight.numel() <= _WHOLE:
+    if x.device.type != "cpu" or weight.numel() <= WHOLE:
         return F.linear(x, dequantise(weight, scale, x.dtype), bias)
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    rows = max(32, _IN_CACHE // weight.shape[1] // 32 * 32)
+    rows = max(32, IN_CACHE // weight.shape[1] // 32 * 32)
     for start in range(0, weight.shape[0], rows):
         here = slice(start, start + rows)
         made = dequantise(weight[here], scale[here], x.dtype)

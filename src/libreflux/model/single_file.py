@@ -107,7 +107,7 @@ def find_comfyui(folder: Path, *, transformer: Path | None = None, base: str | N
     for part, name in TOKENIZERS.items():
         if folders := sorted(one for one in folder.rglob(name) if one.is_dir()):
             found[part] = folders[0]
-    return SingleFiles(**{**found, "transformer": transformer or found["transformer"]}, base=base)  # type: ignore[arg-type]
+    return SingleFiles(**{**found, "transformer": transformer or found["transformer"]}, base=base)
 
 
 def transformer_config(file: TensorFile, base: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -226,7 +226,7 @@ class FolderSource(ModelSource):
     """A diffusers folder."""
 
     @cached_property
-    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:  # type: ignore[override]
+    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         """As it is in the folder, or diffusers' own."""
         folder = part_folder(self.path, "scheduler")
         if not folder.is_dir():

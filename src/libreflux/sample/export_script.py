@@ -129,7 +129,7 @@ def diffusers_scheduler(facts: Facts, own: FlowMatchEulerDiscreteScheduler) -> F
     wanted = by_size if facts.shift is None else {"use_dynamic_shifting": False, "shift": float(facts.shift)}
     if all(own.config.get(name) == value for name, value in wanted.items()):
         return own
-    return type(own).from_config(own.config, **wanted)  # type: ignore[no-any-return]
+    return type(own).from_config(own.config, **wanted)
 
 
 def comfyui_workflow(facts: Facts, *, transformer: str, size: int, prompt: str, negative: str = "") -> dict[str, Any]:

@@ -115,7 +115,7 @@ class FluxParts(Adapting, DiffusionPipeline):
         )
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         name: str | Path,
         *,
@@ -156,7 +156,7 @@ class FluxParts(Adapting, DiffusionPipeline):
         """Pixels per side that a VAE was made for, in multiples of 16."""
         return latent_space.own_side(vae.config)
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """diffusers' own, and the facts beside it, so that `from_pretrained` draws alike.
 
         Raises:

@@ -75,7 +75,7 @@ def fit(recipe: Recipe, callbacks: Callbacks | None = None, *, fork: bool = Fals
         if done is None or where.left(recipe):
             heard = callbacks if ranks.first else Callbacks()
             with _threads(recipe.threads), memory.explained("loading or saving", recipe):
-                done = _train(_open(recipe, run, done, heard, ranks, device, fork), heard, done)
+                done = _train(open_for_training(recipe, run, done, heard, ranks, device, fork), heard, done)
         return ranks.in_turn(lambda: _finish(recipe, run, done), lambda: run / checkpoint.ADAPTER)
 
 
@@ -208,7 +208,7 @@ def plan_layers(recipe: Recipe) -> plan.Plan:
     return plan.plan(recipe.adapter, transformer)
 
 
-def _open(
+def open_for_training(
     recipe: Recipe,
     run: Path,
     newest: Checkpoint | None,
@@ -233,7 +233,7 @@ def _open(
         base = open_model(recipe.model)
         dtype, quantise = BASE_DTYPES[recipe.base], recipe.base == "int8"
         transformer = base.load_transformer(dtype=dtype, quantise=quantise, device=device)
-    _check_attention(transformer, batches, device, callbacks)
+    check_attention(transformer, batches, device, callbacks)
     if recipe.gradient_checkpointing:
         numerics.enable_checkpointing(transformer)
     dtype = parameter_dtype(recipe.optimizer)
@@ -265,7 +265,7 @@ def _open(
     return training
 
 
-def _check_attention(transformer: FluxTransformer2DModel, batches: Batches, device: str, callbacks: Callbacks) -> None:
+def check_attention(transformer: FluxTransformer2DModel, batches: Batches, device: str, callbacks: Callbacks) -> None:
     """On CUDA, where kernels differ by card and version: whether attention's gradients are right at this run's sizes.
 
     Raises:

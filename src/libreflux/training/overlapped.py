@@ -85,7 +85,7 @@ class Overlapped:
         for name, tensor in self.tensors.items():
             ends[name] = (end, end + tensor.nbytes)
             end = -(-ends[name][1] // ALIGNED) * ALIGNED
-        buffer = _buffer(end, lane.pinned)
+        buffer = host_buffer(end, lane.pinned)
         self.copies = {
             name: buffer[slice(*ends[name])].view(tensor.dtype).view(tensor.shape)
             for name, tensor in self.tensors.items()
@@ -120,7 +120,8 @@ class Overlapped:
             pending.result()
 
 
-def _buffer(size: int, pinned: bool) -> Tensor:
+def host_buffer(size: int, pinned: bool) -> Tensor:
+    """`size` bytes on the host, pinned where asked for and possible; a warning where it is not."""
     if pinned:
         try:
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)

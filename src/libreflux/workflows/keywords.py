@@ -27,7 +27,7 @@ def by_keywords(options: Callable[P, OptionsT], workflow: Callable[[OptionsT], R
     call.__name__ = call.__qualname__ = workflow.__name__.removesuffix("_with")
     call.__signature__ = inspect.signature(options)  # type: ignore[attr-defined]
     call.__doc__ = f"{inspect.getdoc(workflow)}\n\n{_fields(options)}"
-    del call.__wrapped__  # type: ignore[attr-defined]
+    del call.__wrapped__
     return call
 
 

@@ -16,7 +16,7 @@ def overlapped_is_direct() -> bool:
             "a": torch.ones(1 << 24, dtype=torch.bfloat16, device=DEVICE),
             "b": torch.ones(9, device=DEVICE),
         }
-        averages = Averages(weights, [0.1], 1, lane)  # type: ignore[arg-type]
+        averages = Averages(weights, [0.1], 1, lane)
         for step in range(1, 6):
             averages.before_change()
             for tensor in weights.values():

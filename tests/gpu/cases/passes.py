@@ -47,7 +47,8 @@ class Adapted:
         text = TextConditioning(tokens, torch.randn(len(lengths), config.pooled_projection_dim, generator=made))
         latents = torch.randn(len(lengths), config.in_channels // 4, SIDE, SIDE, generator=made)
         noise, sigma = torch.randn(latents.shape, generator=made), torch.rand(len(lengths), generator=made)
-        text, latents, noise, sigma = (each.to(self.device) for each in (text, latents, noise, sigma))
+        text = text.to(self.device)
+        latents, noise, sigma = (each.to(self.device) for each in (latents, noise, sigma))
         (self.net.enable_gradient_checkpointing if checkpointing else self.net.disable_gradient_checkpointing)()
         with torch.no_grad():
             ids = image_ids(SIDE, SIDE, device=latents.device)

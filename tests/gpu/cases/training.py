@@ -29,7 +29,8 @@ class Recorder(Callbacks):
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.file = recipe, Path(recipe.out).parent / f"{Path(recipe.out).name}.seen"
-        self.noise, self.held_out, self.measured = hashlib.sha256(), None, list[float]()
+        self.noise, self.measured = hashlib.sha256(), list[float]()
+        self.held_out: HeldOut | None = None
         self.peak = 0
 
     def drawn(self, *arguments: Any) -> Tensor:
@@ -48,7 +49,7 @@ class Recorder(Callbacks):
         self.patch.stop()
 
     def on_start(self, started: Started) -> None:
-        self.held_out: HeldOut | None = started.held_out
+        self.held_out = started.held_out
         if DEVICE.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
 

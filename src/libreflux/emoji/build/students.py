@@ -209,7 +209,7 @@ def _freed_in_int8(source: ModelSource, adapter: Path) -> FluxTransformer2DModel
     transformer, wide = source.load_transformer(), source.load_transformer(quantise=False).float()
     for layer in merge(wide, load_adapter(adapter)):
         path, _, child = layer.rpartition(".")
-        made = quantise(wide.get_submodule(layer), layer)  # type: ignore[arg-type]
+        made = quantise(wide.get_submodule(layer), layer)
         made.bias = transformer.get_submodule(layer).bias
         setattr(transformer.get_submodule(path), child, made)
     return transformer
