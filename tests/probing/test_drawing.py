@@ -12,7 +12,7 @@ from torch import Tensor
 from libreflux.flow.schedule import ladder
 from libreflux.model.latents import pack, unpack
 from libreflux.probing.drawing import Drawn, PictureBatch, draw
-from libreflux.probing.metrics.diversity import mean_pairwise
+from libreflux.probing.sections.diversity import mean_pairwise
 from libreflux.sample.denoise import StepVelocity
 from libreflux.sample.noise import noise
 from mixture import component_velocity, null

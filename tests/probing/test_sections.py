@@ -15,13 +15,13 @@ from libreflux.model.text import TextConditioning
 from libreflux.probing.context import OWN
 from libreflux.probing.drawing import mean_square
 from libreflux.probing.held_out import model_velocity
-from libreflux.probing.metrics import padding
 from libreflux.probing.metrics.bootstrap import mean
 from libreflux.probing.metrics.distances import frechet_distance, frechet_replicates, kernel_distance, kernel_replicates
-from libreflux.probing.metrics.guidance import best_of, first_above
 from libreflux.probing.metrics.measures import moments, resampled
-from libreflux.probing.metrics.velocity_metrics import keeping, measures_of, other_captions
 from libreflux.probing.results import Measure
+from libreflux.probing.sections import padding
+from libreflux.probing.sections.guidance import best_of, first_above
+from libreflux.probing.sections.velocity_metrics import keeping, measures_of, other_captions
 from libreflux.probing.settings import Settings, rungs
 from mixture import MEANS, SHARES, STDS, null, prompted
 from tiny import CAPTIONS

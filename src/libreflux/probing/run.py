@@ -14,9 +14,9 @@ from libreflux.files import atomic_write_json
 from libreflux.model.faults import explained
 from libreflux.model.numerics import pinned
 from libreflux.probing.context import ProbeContext
-from libreflux.probing.metrics import diversity, guidance, negative, padding, steps, velocity_metrics
 from libreflux.probing.results import Measure, Picture, Result, write_result
 from libreflux.probing.section import Section, SectionResult
+from libreflux.probing.sections import diversity, guidance, negative, padding, steps, velocity_metrics
 from libreflux.probing.settings import Settings
 from libreflux.probing.subjects import ParsedPrompt
 

@@ -16,7 +16,7 @@ from libreflux.data.prepare import Sources, prepare
 from libreflux.decided import digest
 from libreflux.errors import DataError, OptionError
 from libreflux.probing.judges import Judge
-from libreflux.probing.metrics import negative
+from libreflux.probing.sections import negative
 from libreflux.probing.settings import Settings
 from libreflux.probing.subjects import ParsedPrompt, parse_prompt
 from libreflux.recipe import DataSource

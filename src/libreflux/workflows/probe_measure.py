@@ -27,9 +27,9 @@ from libreflux.probing import run as probe_run
 from libreflux.probing.context import PaddingTexts, ProbeContext
 from libreflux.probing.features import features_digest, load_features
 from libreflux.probing.judges import Judge, load_judge
-from libreflux.probing.metrics import padding
 from libreflux.probing.results import FILE, Result
 from libreflux.probing.section import Section
+from libreflux.probing.sections import padding
 from libreflux.probing.settings import LARGE, LARGE_QUICK, QUICK, Settings, own_guidance, rungs
 from libreflux.probing.subjects import read_seen
 from libreflux.sample.metadata import versions

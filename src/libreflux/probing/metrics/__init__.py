@@ -1,1 +1,1 @@
-"""What is measured: statistics of velocities and of drawn pictures, with intervals."""
+"""Statistics of velocities and of drawn pictures, with their intervals: numbers in, numbers out."""
