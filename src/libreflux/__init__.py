@@ -8,6 +8,8 @@
 What a command does is a function here too. It prints nothing, and what it made is in what it returns:
 
     libreflux.generate("a red apple on blue", model="emoji-base", out="apple.png")
+    libreflux.remake("apple.png", out="again.png")
+    libreflux.grid(["a red apple on blue"], guidance=[1, 3], out="sheet")
     libreflux.train(libreflux.Recipe(model="emoji-schnell", data=[{"path": "pictures"}], out="runs/mine"))
     libreflux.average("runs/mine", width=0.1, out="mine.safetensors")
     libreflux.merge("emoji-schnell", adapters=["runs/mine"], out="models/mine")
