@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from libreflux.adapter.files import load_adapter
-from libreflux.cli import comparing, demo, demo_page
+from libreflux.cli import comparing
 from libreflux.cli.probing import Request
 from libreflux.errors import RunError
+from libreflux.workflows import demo, demo_page
 from opened import opened
 
 
