@@ -185,11 +185,11 @@ def measure(what: str, folder: Path) -> dict[str, Any]:
 def _train(tree: dict[str, Any], meter: Meter) -> None:
     from diffusers import FluxTransformer2DModel
 
-    from libreflux.cli.training import ShowTraining
     from libreflux.training.callbacks import Started, StepInfo
     from libreflux.training.loop import fit
+    from libreflux.workflows.run_record import RunRecorder
 
-    class Marks(ShowTraining):
+    class Marks(RunRecorder):
         def on_start(self, started: Started) -> None:
             meter.mark("loading")
             super().on_start(started)

@@ -69,7 +69,7 @@ class Soak:
         self.folder, self.counts, self.lock = folder, Counter[str](), threading.Lock()
         self.most_lost, self.until = 0, math.inf
         self.processes = multiprocessing.get_context("forkserver")
-        self.processes.set_forkserver_preload(["libreflux.cli.training", "libreflux.training.loop", "tiny"])
+        self.processes.set_forkserver_preload(["libreflux.workflows.run_record", "libreflux.training.loop", "tiny"])
         data = folder / "data"
         data.mkdir()
         for number in range(12):

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,6 +52,27 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
 def readable(number: float, digits: int = 3) -> str:
     """A number in so many digits at least, and without the exponent that `g` gives to large ones: 1.23, 12.3, 1,234."""
     return f"{number:,.0f}" if number >= 10 ** (digits - 1) else f"{number:.{digits}g}"
+
+
+def clock(seconds: float) -> str:
+    """75 -> 1:15, 3700 -> 1:01:40."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def fold(text: str, width: int, indent: str = "  ") -> str:
+    """A text of several lines, of which those that are longer than `width` go on indented; no word is broken."""
+
+    def folded(line: str) -> list[str]:
+        if len(line) <= width:
+            return [line]
+        rest = " " * (len(line) - len(line.lstrip())) + indent
+        return textwrap.wrap(
+            line, width, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+        )
+
+    return "\n".join(part for line in text.split("\n") for part in folded(line))
 
 
 def get_logger(name: str) -> logging.Logger:

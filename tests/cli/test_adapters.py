@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 
 from libreflux.adapter.io import AdapterFile
-from libreflux.cli.progress import clock, rate
+from libreflux.cli.progress import rate
 from libreflux.errors import AdapterError
 from libreflux.model.facts import KNOWN, freed
+from libreflux.printing import clock
 from libreflux.workflows.adapters import adapted_facts, adapter_argument, default_model, notice_other_base
 
 

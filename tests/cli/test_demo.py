@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from libreflux.adapter.io import load_adapter
-from libreflux.cli import demo, demo_page
 from libreflux.errors import RunError
 from libreflux.probing.results import read_result
 from libreflux.probing.settings import QUICK
+from libreflux.workflows import demo, demo_page
 from opened import opened
 
 

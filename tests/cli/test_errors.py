@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from libreflux import files
-from libreflux.cli import train as train_verb
 from libreflux.errors import ModelError, RecipeError
 from libreflux.model.locate import locate
 from libreflux.workflows import generate
 from libreflux.workflows.models import chosen_model
+from libreflux.workflows.train import no_empty_run
 from rights import bound_by_modes
 
 
@@ -190,7 +190,7 @@ def test_the_refusal_of_a_new_run_is_told_whoever_holds_its_folder(
     with contextlib.ExitStack() as others:
 
         def begin() -> None:
-            with train_verb._no_empty_run(out):
+            with no_empty_run(out):
                 with files.lock(out):
                     pass
                 if held:

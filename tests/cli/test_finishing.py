@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from libreflux.adapter.targets import lokr_row
-from libreflux.cli.next_steps import commands
-from libreflux.cli.training import ShowTraining, summary
+from libreflux.cli.train import summary
 from libreflux.model.facts import Facts
 from libreflux.recipe import load_recipe
 from libreflux.training.callbacks import Started
 from libreflux.training.loop import fit
+from libreflux.workflows.next_steps import commands
+from libreflux.workflows.run_record import RunRecorder
 
 LAYERS = [lokr_row(f"single_transformer_blocks.{n}.norm.linear", 3072, 9216, 8, "**") for n in range(38)]
 WATCHED = ["steps=4", "samples.every=2", "samples.guidance=[1]", "tensorboard=true", "save.every=2"]
@@ -56,26 +57,26 @@ def on_board(run: Path) -> dict[str, list[int]]:
 def dies_before(name: str, step: int, patch: pytest.MonkeyPatch) -> None:
     """From here on the process dies where a step's sheet is begun, before it is a file, or where it is measured."""
     if name == "file":
-        told = ShowTraining.on_sample
+        told = RunRecorder.on_sample
 
         def die(*_: object) -> None:
             raise Killed
 
-        def on_sample(self: ShowTraining, at: int, transformer: object) -> None:
+        def on_sample(self: RunRecorder, at: int, transformer: object) -> None:
             if at == step:
-                patch.setattr("libreflux.cli.training.save_png", die)
+                patch.setattr("libreflux.workflows.run_record.save_png", die)
             told(self, at, transformer)  # type: ignore[arg-type]
 
-        patch.setattr(ShowTraining, "on_sample", on_sample)
+        patch.setattr(RunRecorder, "on_sample", on_sample)
         return
-    real = getattr(ShowTraining, name)
+    real = getattr(RunRecorder, name)
 
-    def listen(self: ShowTraining, at: int, thing: object) -> None:
+    def listen(self: RunRecorder, at: int, thing: object) -> None:
         if at == step:
             raise Killed
         real(self, at, thing)
 
-    patch.setattr(ShowTraining, name, listen)
+    patch.setattr(RunRecorder, name, listen)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_a_killed_run_leaves_every_file_of_one_that_was_not(
     told = load_recipe(recipe, changes)
     with pytest.MonkeyPatch.context() as patch:
         dies_before(moment, step, patch)
-        with pytest.raises(Killed), ShowTraining(told) as shown:
+        with pytest.raises(Killed), RunRecorder(told) as shown:
             fit(told, shown)
     again = run("train", recipe, *changes)
     assert again.code == 0, again.err

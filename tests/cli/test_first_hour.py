@@ -13,9 +13,9 @@ import typer
 from diffusers import FluxTransformer2DModel
 
 from libreflux.cli.app import app
-from libreflux.cli.panels import PANELS
 from libreflux.cli.tables import print_freedom, print_freedom_summary
 from libreflux.cli.terminal import SafeConsole
+from libreflux.cli.verb import PANELS
 from libreflux.errors import ModelError, RecipeError
 from libreflux.model.facts import KNOWN
 from libreflux.model.known import planned_model

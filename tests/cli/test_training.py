@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from libreflux.cli.training import ShowTraining
 from libreflux.recipe import load_recipe
 from libreflux.training.callbacks import StepInfo
 from libreflux.training.loop import fit
+from libreflux.workflows.run_record import RunRecorder
 
 
-class Broken(ShowTraining):
+class Broken(RunRecorder):
     """Dies in step 3, after its numbers are on the board and before a checkpoint."""
 
     def on_step(self, info: StepInfo) -> None:

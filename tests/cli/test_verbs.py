@@ -128,15 +128,15 @@ def test_a_dry_run_says_first_whether_it_fits_and_the_rest_on_request(
 def test_the_verdict_is_of_the_device_or_of_the_card_that_it_wants(
     recipe: Path, on_cpu: bool, total: int, card: int | None, told: str
 ) -> None:
-    from libreflux.cli.dry_run import verdict
     from libreflux.recipe import load_recipe
     from libreflux.training.phases import Estimate
+    from libreflux.workflows.memory_verdict import verdict
 
     def of(gib: int, on_cpu: bool) -> Estimate:
         rest = dict.fromkeys(("adapter", "moments", "gradient", "activations", "update", "averages", "checkpoint"), 0)
         return Estimate(on_cpu=on_cpu, weights=gib * 2**30, **rest)
 
-    lines = verdict(load_recipe(recipe), of(total, on_cpu), None if card is None else of(card, False))
+    lines = verdict(load_recipe(recipe), of(total, on_cpu), None if card is None else of(card, False)).lines()
     assert told in lines[0]
     assert ("hint: try, in this order, gradient_checkpointing: true" in lines[0]) == lines[0].startswith("does not fit")
     assert ("one of 24 GB holds it" in lines[0]) == (card == 20 or total == 20)
@@ -158,9 +158,9 @@ def test_the_verdict_on_a_card(recipe: Path, monkeypatch: pytest.MonkeyPatch, de
 
     import torch
 
-    from libreflux.cli.dry_run import verdict
     from libreflux.recipe import load_recipe
     from libreflux.training.phases import Estimate
+    from libreflux.workflows.memory_verdict import verdict
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -168,7 +168,7 @@ def test_the_verdict_on_a_card(recipe: Path, monkeypatch: pytest.MonkeyPatch, de
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=gib * 2**30))
     rest = dict.fromkeys(("adapter", "moments", "gradient", "activations", "update", "averages", "checkpoint"), 0)
     found = Estimate(on_cpu=False, weights=20 * 2**30, **rest)
-    (line,) = verdict(load_recipe(recipe, [f"device={device}"]), found)
+    (line,) = verdict(load_recipe(recipe, [f"device={device}"]), found).lines()
     assert line.startswith(told) and ("this card's" in line) == (device in ("auto", "cuda", "cuda:1"))
     assert ("hint: try, in this order" in line) == line.startswith("does not fit")
 
@@ -189,13 +189,29 @@ def test_dry_run_tells_the_time_left_from_the_runs_own_rate_and_a_disk_that_is_t
     changes = (*changes, "save.keep=1000000000", "save.every=1", "steps=1000000000")
     told = " ".join(run("train", recipe, "--dry-run", *changes).out.split())
     assert "lower save.keep, or set out or cache elsewhere" in told
+    refused = run("train", recipe, "--dry-run", *changes[:2], *changes[3:])
+    assert "lower save.keep" in " ".join(refused.out.split())  # the whole report comes first
+    assert refused.code == 2 and refused.err.startswith("libreflux: error: ") and refused.err.count("\n") == 1
+    assert ": too little is free; hint: lower save.keep, or set out or cache elsewhere\n" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("visits", "told"), [(47.5, "47.5: "), (47.0, "47: "), (1234.56, "1,234.6: "), (9.75, "9.75: "), (0.3, "0.3: ")]
+)
+def test_a_dry_run_says_how_many_pictures_an_epoch_shows(recipe: Path, visits: float, told: str) -> None:
+    from libreflux.data.forecast import Forecast
+    from libreflux.recipe import load_recipe
+    from libreflux.workflows.dry_run import steps_line
+
+    line = steps_line(load_recipe(recipe), Forecast(pictures=5, visits=visits, cache_bytes=1))
+    assert line.startswith("3 steps of 2 pictures on each device; an epoch shows ") and f"shows {told}" in line
 
 
 def test_a_disk_is_charged_with_what_goes_on_it_alone(recipe: Path, tmp_path: Path) -> None:
-    from libreflux.cli.dry_run import disk_table
     from libreflux.data.forecast import Forecast
     from libreflux.recipe import load_recipe
     from libreflux.training.phases import Estimate
+    from libreflux.workflows.disk_use import disk_use
 
     other = Path("/dev/shm")
     if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
@@ -203,10 +219,12 @@ def test_a_disk_is_charged_with_what_goes_on_it_alone(recipe: Path, tmp_path: Pa
     parts = dict.fromkeys(("weights", "adapter", "moments", "gradient", "activations", "update", "averages"), 1)
     for checkpoint, cache, short in ((1, 10**18, other), (10**18, 1, tmp_path)):
         told = load_recipe(recipe, [f"out={tmp_path / 'o'}", f"cache={other / 'nothing-here' / 'cache'}"])
-        table = disk_table(told, Estimate(on_cpu=True, checkpoint=checkpoint, **parts), Forecast(5, 5.0, cache))
-        assert [line.partition(";")[0] for line in table.splitlines() if "too little" in line] == [
+        used = disk_use(told, Estimate(on_cpu=True, checkpoint=checkpoint, **parts), Forecast(5, 5.0, cache))
+        assert [line.partition(";")[0] for line in used.table().splitlines() if "too little" in line] == [
             f"too little is free in {short}"
         ]
+        assert used.too_small == (short,)
+        assert str(used.fault) == f"{short}: too little is free; hint: lower save.keep, or set out or cache elsewhere"
 
 
 @pytest.mark.parametrize("verb", ["merge", "generate"])
@@ -252,18 +270,18 @@ def test_train_writes_adapter_and_samples_and_then_has_nothing_to_do(
 def test_an_interrupted_run_exits_as_signalled_and_resumes_to_the_same_bytes(
     run: Callable, recipe: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from libreflux.cli.training import ShowTraining
+    from libreflux.workflows.run_record import RunRecorder
 
-    told = ShowTraining.on_step
+    told = RunRecorder.on_step
 
-    def interrupt(self: ShowTraining, info: object) -> None:
+    def interrupt(self: RunRecorder, info: object) -> None:
         told(self, info)  # type: ignore[arg-type]
         if info.step == 1:  # type: ignore[attr-defined]
             signal.raise_signal(signal.SIGINT)
 
     args = ["train", recipe, f"out={tmp_path / 'o'}", f"cache={trained.parent / 'cache'}"]
     with monkeypatch.context() as patch:
-        patch.setattr(ShowTraining, "on_step", interrupt)
+        patch.setattr(RunRecorder, "on_step", interrupt)
         stopped = run(*args)
     assert stopped.code == 130 and "resumes" in stopped.err
     assert run(*args).code == 0

@@ -19,7 +19,7 @@ def measured(run_folder: Path) -> list[dict]:
 def test_measuring_changes_nothing_and_a_resumed_run_writes_the_same_lines(
     run: Callable, recipe: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from libreflux.cli.training import ShowTraining
+    from libreflux.workflows.run_record import RunRecorder
 
     apart = compose.write_folder(tmp_path / "apart", 4, 7)
     watched = [
@@ -37,15 +37,15 @@ def test_measuring_changes_nothing_and_a_resumed_run_writes_the_same_lines(
     assert len({line["loss"][0] for line in lines}) == 4
     assert "4 held-out pictures" in whole.err and "step 3: held-out loss" in whole.err
 
-    told = ShowTraining.on_step
+    told = RunRecorder.on_step
 
-    def interrupt(self: ShowTraining, info: object) -> None:
+    def interrupt(self: RunRecorder, info: object) -> None:
         told(self, info)  # type: ignore[arg-type]
         if info.step == 2:  # type: ignore[attr-defined]
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ShowTraining, "on_step", interrupt)
+        patch.setattr(RunRecorder, "on_step", interrupt)
         assert run(*watched, f"out={tmp_path / 'part'}").code == 130
     assert [line["step"] for line in measured(tmp_path / "part")] == [0, 1]
     with open(tmp_path / "part" / "held_out.jsonl", "a") as file:

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from libreflux.adapter.io import attach_file, load_adapter
 from libreflux.adapter.merge import merge
-from libreflux.cli.training import ShowTraining
+from libreflux.cli.train import TrainingDisplay
 from libreflux.errors import AdapterError
 from libreflux.model.finite import NotFiniteError, is_finite
 from libreflux.model.single_file import SingleFiles
 from libreflux.model.single_save import save_transformer
 from libreflux.model.source import open_model
 from libreflux.sample.pipeline import LibreFluxPipeline
+from libreflux.workflows.run_record import RunRecorder
 from opened import opened
 
 LAYER = "transformer_blocks.0.attn.to_q"
@@ -185,8 +186,8 @@ def test_a_run_goes_on_without_a_sheet_that_cannot_be_drawn(
         raise NotFiniteError("the picture overflows", where="guidance 1e+38")
 
     recipe = SimpleNamespace(tensorboard=False, out=str(tmp_path), samples=SimpleNamespace(prompts=["a fox"]))
-    shown = ShowTraining(recipe)  # type: ignore[arg-type]
-    monkeypatch.setattr(shown, "sample_sheet", overflow)
-    shown.on_sample(7, None)
+    recorder = RunRecorder(recipe, TrainingDisplay())  # type: ignore[arg-type]
+    monkeypatch.setattr(recorder, "sample_sheet", overflow)
+    recorder.on_sample(7, None)
     assert "step 7: no sample sheet: guidance 1e+38: the picture overflows" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

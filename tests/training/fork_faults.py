@@ -32,7 +32,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-import libreflux.cli.training  # noqa: F401 (imported here, once, instead of in every child)
+import libreflux.workflows.run_record  # noqa: F401 (imported here, once, instead of in every child)
 from libreflux import files
 from libreflux.cli import main
 from libreflux.errors import RunError

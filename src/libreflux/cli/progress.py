@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.cells import cell_len, set_cell_size
@@ -17,22 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from libreflux.cli import terminal
-from libreflux.printing import printable, readable
+from libreflux.printing import clock, printable, readable
+from libreflux.workflows.progress import Report
 
 PLAIN_EVERY = 15.0
 """Seconds between two plain lines."""
-
-Report = Callable[..., None]
-"""report(done, total, note="", begun=False): `done` of `total` units are finished; `note` is shown beside them.
-
-`begun`: they were finished before this job began, which has no rate yet."""
-
-
-def clock(seconds: float) -> str:
-    """75 -> 1:15, 3700 -> 1:01:40."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def rate(per_second: float, unit: str) -> str:
@@ -162,7 +151,7 @@ def progress(what: str, unit: str = "step", console: Console | None = None) -> I
         console: where to; None is stderr.
 
     Yields:
-        The function to call after each unit, see `Report`.
+        The function to call after each unit, see `workflows.progress.Report`.
     """
     console = console or terminal.console(err=True)
     if not console.is_terminal:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
+from libreflux.printing import fold as fold
 from libreflux.printing import printable
 
 
@@ -28,20 +29,6 @@ def console(*, err: bool = False, width: int | None = None) -> SafeConsole:
 def text_width() -> int:
     """Characters of a line on stdout: of the terminal, of COLUMNS, or 80 where neither says."""
     return max(20, console().width)  # COLUMNS may be 0
-
-
-def fold(text: str, width: int, indent: str = "  ") -> str:
-    """A text of several lines, of which those that are longer than `width` go on indented; no word is broken."""
-
-    def folded(line: str) -> list[str]:
-        if len(line) <= width:
-            return [line]
-        rest = " " * (len(line) - len(line.lstrip())) + indent
-        return textwrap.wrap(
-            line, width, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
-        )
-
-    return "\n".join(part for line in text.split("\n") for part in folded(line))
 
 
 def two_columns(name: str, text: str, column: int, width: int) -> str:

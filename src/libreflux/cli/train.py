@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from libreflux.errors import LibrefluxError, RecipeError, RunError
-from libreflux.printing import say, say_table
+from libreflux.cli.progress import announced, line_width, progress
+from libreflux.errors import RecipeError
+from libreflux.printing import counted, readable, say, say_table
+from libreflux.workflows.train import TrainOptions, train_with
+from libreflux.workflows.train_events import TrainEvents
+
+if TYPE_CHECKING:
+    from libreflux.data.summary import SourceSummary
+    from libreflux.model.finite import NotFiniteError
+    from libreflux.probing.held_out import HeldOutTable
+    from libreflux.recipe import Recipe
+    from libreflux.training.callbacks import Started, StepInfo
+    from libreflux.workflows.progress import Report
 
 
 def train(
@@ -43,62 +54,135 @@ def train(
         raise RecipeError("has no effect without --dry-run", where="--all", hint="use --layers, or add --dry-run")
     resolved = load_recipe(recipe, overrides or [])
     if dry_run:
-        from libreflux.cli.dry_run import report
-        from libreflux.cli.progress import announced
-        from libreflux.cli.terminal import text_width
-
-        with announced("estimating the run", after=3.0):
-            text, fault = report(resolved, text_width(), layers=layers, whole=whole)
-        say_table(text)
-        if fault is not None:
-            raise fault
+        _dry_run(resolved, layers=layers, whole=whole)
         return
-
-    _refuse_second_trainer(Path(resolved.out))
-    from libreflux.cli.next_steps import commands, finished
-    from libreflux.cli.training import ShowTraining
-    from libreflux.training.interrupt import Interrupted
-    from libreflux.training.loop import fit
-
-    with _no_empty_run(Path(resolved.out)), ShowTraining(resolved, layers=layers) as shown:
-        try:
-            adapter = fit(resolved, shown, fork=fork)
-        except Interrupted as stopped:
-            adapter, code, told = None, stopped.exit_code, str(stopped)
-        else:
-            code, told = 0, finished(resolved, shown.started_at)
-    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+    result = train_with(TrainOptions(resolved, fork=fork, events=TrainingDisplay(layers=layers)))
+    code = result.stopped.exit_code if result.stopped else 0
+    if result.rank != 0:  # of several processes the first one speaks
         sys.exit(code)
-    say(told, err=True)
-    if adapter is not None:
-        say(f"adapter: {adapter}")
+    from libreflux.workflows.next_steps import commands, finished
+
+    say(result.stopped or finished(resolved, result.started_at), err=True)
+    if result.adapter is not None:
+        say(f"adapter: {result.adapter}")
         say("what can be done with it:", err=True)
         for command in commands(resolved):
             say(f"  {command}", err=True)
     sys.exit(code)
 
 
-def _refuse_second_trainer(run: Path) -> None:
-    """At once: what is imported next takes seconds. Of several processes the first one holds the lock for all."""
-    from libreflux import files
+def _dry_run(recipe: Recipe, *, layers: bool, whole: bool) -> None:
+    from libreflux.cli.terminal import text_width
 
-    if run.is_dir() and os.environ.get("RANK", "0") == "0":
-        with files.lock(run):
-            pass
+    with announced("estimating the run", after=3.0):
+        from libreflux.workflows.dry_run import DryRunOptions, dry_run_with
+
+        found = dry_run_with(DryRunOptions(recipe))
+    say_table(found.text(text_width(), layers=layers, whole=whole))
+    if found.fault is not None:
+        raise found.fault
 
 
-@contextmanager
-def _no_empty_run(run: Path) -> Iterator[None]:
-    """A run that is refused before its first result leaves no folder behind, if there was none before."""
-    existed = run.exists() or os.environ.get("RANK", "0") != "0"  # of several processes the first one tidies up
-    try:
-        yield
-    except LibrefluxError:
-        from libreflux import files
-        from libreflux.training.checkpoint import RECIPE
+class TrainingDisplay(TrainEvents):
+    """Bars and lines on stderr.
 
-        if not existed and run.is_dir():
-            with suppress(RunError, OSError), files.lock(run):  # what hinders the tidying must not hide the refusal
-                if {path.name for path in run.iterdir()} <= {files.LOCK, RECIPE}:
-                    shutil.rmtree(run)
-        raise
+    Args:
+        layers: whether each adapted layer is listed at the start.
+    """
+
+    def __init__(self, *, layers: bool = False) -> None:
+        self._layers = layers
+        self._losses: list[float] = []
+        self._kept: list[float] = []
+        self._bars = ExitStack()
+        self._report: Report | None = None
+        self._doing = ""
+        self._steps = 0
+
+    def on_prepare(self, done: int, total: int, note: str = "") -> None:
+        self._bar("preparing", "item")(done, total, note)
+
+    def on_data(self, found: SourceSummary) -> None:
+        self.on_end()  # or its live line and these would write over one another
+        say(*found.lines(line_width()), err=True)
+
+    @contextmanager
+    def stage(self, doing: str) -> Iterator[None]:
+        with announced(doing):
+            yield
+
+    def on_notice(self, line: str) -> None:
+        say(line, err=True)
+
+    def on_start(self, started: Started) -> None:
+        self.on_end()
+        self._steps = started.steps
+        say(*summary(started, self._layers, line_width()), err=True)
+        self._bar("training", "step")(started.step, started.steps, begun=True)
+
+    def on_step(self, info: StepInfo) -> None:
+        if info.loss is not None:
+            self._losses.append(info.loss)
+        if info.regularisation_loss is not None:
+            self._kept.append(info.regularisation_loss)
+        told = (("loss", self._losses), ("regularisation", self._kept))
+        parts = [f"{name} {fmean(losses[-50:]):.4f}" for name, losses in told if losses]
+        parts += [f"gradient {info.gradient_norm:.3g}"] if info.gradient_norm is not None else []
+        parts += [f"{readable(info.pictures_per_second)} pictures/s", f"{readable(_memory_used() / 1e9)} GB"]
+        parts += [f"{info.skipped} skipped"] if info.skipped else []
+        self._bar("training", "step")(info.step, info.steps, ", ".join(parts))
+
+    def on_measuring(self, step: int, done: int, total: int) -> None:
+        if self._doing == "training" and step < self._steps:  # a finished bar has nothing more to tell
+            note = f"{done} of {counted(total, 'held-out picture')} measured"
+            self._bar("training", "step")(step, self._steps, note)
+
+    def on_measured(self, step: int, found: HeldOutTable) -> None:
+        say(f"step {step}: {found.line()}", err=True)
+
+    def on_no_sheet(self, step: int, error: NotFiniteError) -> None:
+        say(f"step {step}: no sample sheet: {error}", err=True)
+
+    def _bar(self, what: str, unit: str) -> Report:
+        if self._doing != what or self._report is None:
+            self._bars.close()
+            self._report = self._bars.enter_context(progress(what, unit))
+            self._doing = what
+        return self._report
+
+    def on_end(self) -> None:
+        self._bars.close()
+        self._doing = ""
+
+
+def _memory_used() -> int:
+    """Bytes: the peak of what torch holds on CUDA, once it is used; else what this process holds in memory now."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return int(torch.cuda.max_memory_allocated())
+    return int(psutil.Process().memory_info().rss)
+
+
+def summary(started: Started, layers: bool, width: int) -> list[str]:
+    """What is told of a run before its first step, in lines of at most `width` characters; with each layer or not."""
+    from libreflux.adapter.targets import brief, table
+    from libreflux.training.standing import all_done
+
+    if started.step == started.steps:
+        lines = [f"{all_done(started.steps)}; what was due after the last one is made now"]
+    else:
+        begun = f"resumes after step {started.step}" if started.step else "begins"
+        apart = f", {counted(len(started.held_out), 'held-out picture')}" if started.held_out is not None else ""
+        epoch = f"{counted(started.epoch_steps, 'step')} an epoch"
+        count = f"{counted(started.steps, 'step')}, {counted(started.pictures, 'picture')}"
+        lines = [f"{begun}: {count}{apart}, {epoch}"]
+    lines.append(f"adapter: {brief(started.resolved)}{'' if layers else ' (--layers lists them)'}")
+    if started.start_norm is not None:
+        lines.append(f"it starts at {started.start_norm:.3g} of the adapted weights' norm")
+    lines.append(f"run folder: {started.run}")
+    wrapped = [
+        part for line in lines for part in textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
+    ]
+    return wrapped + (table(started.resolved, width).split("\n") if layers else [])

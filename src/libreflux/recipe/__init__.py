@@ -52,6 +52,7 @@ __all__ = [
     "differences",
     "load_recipe",
     "read_recipe",
+    "recipe_of",
 ]
 
 
@@ -304,6 +305,11 @@ def read_recipe(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise RecipeError("a recipe is a mapping of keys to values", where=where, hint="start lines with `key: value`")
+    return recipe_of(tree, where, overrides)
+
+
+def recipe_of(tree: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> Recipe:
+    """`load_recipe` of keys and values, into which the overrides are written; ``where`` is what errors call it."""
     for override in overrides:
         yaml_text.override(tree, override)
     try:

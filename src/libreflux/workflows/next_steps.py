@@ -1,4 +1,4 @@
-"""What `libreflux train` says when it is done: that it is, and commands to go on with."""
+"""What a finished run says: that it is finished, and commands to go on with."""
 
 from __future__ import annotations
 

@@ -5,72 +5,91 @@ from __future__ import annotations
 import html
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from libreflux.cli.progress import clock
 from libreflux.files import atomic_write_bytes
+from libreflux.printing import clock
+from libreflux.probing.freedom import FreedomRow
 from libreflux.probing.report.html import image
 from libreflux.probing.report.page import write_page
 from libreflux.probing.report.pictures import grids
+from libreflux.probing.results import Result
 from libreflux.sample.grid import sheet
-from libreflux.workflows.probe import ProbeResult
 
 LABELS = ("distilled", "set free", "original")
 
 
-def write(
-    out: Path,
-    found: ProbeResult,
-    *,
-    examples: Sequence[Path],
-    pictures: int,
-    losses: Sequence[float],
-    times: Mapping[str, float],
-    commands: Sequence[str],
-    recipe: str,
-) -> Path:
-    """Write `out/index.html` and `out/grid.png`.
+@dataclass(frozen=True, kw_only=True)
+class DemoFound:
+    """What the page shows.
 
-    Args:
-        found: of the freed model, against the distilled one and the original.
+    Attributes:
+        results: of the distilled model, the freed one, and the original where it is here.
+        freedom: of the freed one.
         examples: some of the training pictures.
         pictures: how many there were.
         losses: of each training step.
-        times: seconds of each part.
-
-    Returns:
-        The page.
+        seconds: of each part.
+        commands: that do it all again.
+        recipe: of the training, YAML.
     """
-    atomic_write_bytes(out / "grid.png", _grid(found))
-    looks = "".join(image(path.read_bytes(), "a training picture") for path in examples)
-    took = clock(times["preparing and training"])
-    before = f"""<p><b>Here</b> a small FLUX with 13.4 M parameters was distilled, set free and measured:
+
+    results: Sequence[Result]
+    freedom: Sequence[FreedomRow]
+    examples: Sequence[Path]
+    pictures: int
+    losses: Sequence[float]
+    seconds: Mapping[str, float]
+    commands: Sequence[str]
+    recipe: str
+
+
+def write(out: Path, found: DemoFound) -> Path:
+    """Write `out/index.html`, which is returned, and `out/grid.png`."""
+    atomic_write_bytes(out / "grid.png", _grid(found.results))
+    return write_page(
+        found.results,
+        out,
+        freedom=found.freedom,
+        labels=LABELS[: len(found.results)],
+        title="A distilled model, set free",
+        before=_before(found),
+        after=_after(found),
+    )
+
+
+def _before(found: DemoFound) -> str:
+    looks = "".join(image(path.read_bytes(), "a training picture") for path in found.examples)
+    took = clock(found.seconds["preparing and training"])
+    shown = f"{found.pictures} captioned pictures, {len(found.losses)} batches of them"
+    return f"""<p><b>Here</b> a small FLUX with 13.4 M parameters was distilled, set free and measured:
 “{LABELS[0]}” is <code>emoji-schnell</code>, made from <code>emoji-base</code> (“{LABELS[2]}”) to draw in four steps.
-This computer then showed it {pictures} captioned pictures, {len(losses)} batches of them in {took}, and trained an
+This computer then showed it {shown} in {took}, and trained an
 adapter on the plain flow-matching objective: that is “{LABELS[1]}”. The training saw neither the original nor
 anything that the original drew.</p>
 <p><b>Read it with care.</b> Loss and slope are the cheapest measures to correct: the distilled model drawn at guidance
 1/3, without any training, closes about three quarters of both gaps (<code>benchmarks/no_training.py</code>); in drawn
 pictures that does not help. The held-out pictures are scenes that the original was trained on, moved by one or two
 pixels.</p><p class="look">{looks}</p>"""
-    rows = "".join(f"<tr><td>{html.escape(what)}</td><td>{clock(took)}</td></tr>" for what, took in times.items())
-    after = f"""<h2>Loss in training</h2>{loss_curve(losses)}
-<h2>Time</h2><table>{rows}<tr><th>together</th><th>{clock(sum(times.values()))}</th></tr></table>
-<h2>The same by hand</h2><pre>{html.escape(chr(10).join(commands))}</pre>
-<h2>The recipe</h2><pre>{html.escape(recipe)}</pre>"""
-    labels = LABELS[: len(found.in_order)]
-    return write_page(
-        found.in_order, out, freedom=found.freedom or (), labels=labels, title="A distilled model, set free",
-        before=before, after=after,
-    )  # fmt: skip
 
 
-def _grid(found: ProbeResult) -> bytes:
+def _after(found: DemoFound) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(what)}</td><td>{clock(took)}</td></tr>" for what, took in found.seconds.items()
+    )
+    return f"""<h2>Loss in training</h2>{loss_curve(found.losses)}
+<h2>Time</h2><table>{rows}<tr><th>together</th><th>{clock(sum(found.seconds.values()))}</th></tr></table>
+<h2>The same by hand</h2><pre>{html.escape(chr(10).join(found.commands))}</pre>
+<h2>The recipe</h2><pre>{html.escape(found.recipe)}</pre>"""
+
+
+def _grid(results: Sequence[Result]) -> bytes:
     """Rows of prompts and models; columns of guidance, then of steps."""
     kinds: dict[str, dict[str, tuple[Sequence[str], list[list[Image.Image]]]]] = {}
-    for grid in grids(found.in_order):
+    for grid in grids(results):
         cells = [
             [Image.open(file, formats=["PNG"]).convert("RGB") for file in row if file is not None] for row in grid.rows
         ]

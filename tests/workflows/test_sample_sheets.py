@@ -10,8 +10,8 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from libreflux.cli import training
 from libreflux.recipe import Recipe
+from libreflux.workflows import run_record
 from tiny import tiny_transformer
 
 
@@ -42,11 +42,11 @@ def test_the_vae_leaves_the_device_between_sheets(recipe: Recipe, monkeypatch: p
         def __init__(self, folder: Path) -> None: ...
         def text(self, prompts: list[str]) -> None: ...
 
-    monkeypatch.setattr(training, "LibreFluxPipeline", Drawing)
-    monkeypatch.setattr(training, "Cache", Texts)
-    monkeypatch.setattr(training, "release", lambda device: told.append(f"releases {device}"))
+    monkeypatch.setattr(run_record, "LibreFluxPipeline", Drawing)
+    monkeypatch.setattr(run_record, "Cache", Texts)
+    monkeypatch.setattr(run_record, "release", lambda device: told.append(f"releases {device}"))
     monkeypatch.setattr(AutoencoderKL, "to", lambda self, device, **_: told.append(str(device)) or self)
-    shown, transformer = training.ShowTraining(recipe), tiny_transformer().to("meta")
+    shown, transformer = run_record.RunRecorder(recipe), tiny_transformer().to("meta")
     told.clear()
     for _ in range(2):
         if fails:
