@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from libreflux.data.cache_spec import CacheSpec
 from libreflux.data.crops import View, bucket_step
 from libreflux.data.held_out import HeldOut
 from libreflux.data.prepare import prepare
@@ -70,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = held_out.write_held_out(told.work / f"pictures-{told.pictures}", told.pictures)
     view = View("centre", 128, bucket_step(128))
     data = [DataSource(path=str(folder), caption_dropout=0.0)]
-    cache, sources = prepare("emoji-base", data, views=[view], text_padding="drop", out=told.work / "cache")
+    spec = CacheSpec(model="emoji-base", data=data, views=[view], text_padding="drop", out=told.work / "cache")
+    cache, sources = prepare(spec)
     pictures = HeldOut(cache, sources, view=view, count=told.pictures)
     weights = np.concatenate([np.full((1, len(pictures)), 1 / len(pictures)), resampled(len(pictures))])
     base = values(measured("emoji-base", 1.0, pictures), weights)

@@ -9,7 +9,7 @@ import pytest
 
 import libreflux
 
-COMING = ("train", "generate")
+COMING = ()
 """Names whose workflows are not here yet."""
 NAMES = [name for name in libreflux.__all__ if name != "__version__" and name not in COMING]
 

@@ -9,9 +9,9 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import T5EncoderModel
 
-from libreflux.cli.prepare import parse_part
 from libreflux.data.cache import Cache
 from libreflux.errors import RecipeError
+from libreflux.workflows.prepare import parse_part
 
 
 def test_parts_are_counted_from_one_or_taken_from_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:

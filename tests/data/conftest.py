@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from caching import prepare
 from libreflux.data.cache import Cache
 from libreflux.data.crops import View
-from libreflux.data.prepare import prepare
 from libreflux.data.sources import Sample
 from libreflux.recipe import DataSource
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from libreflux.data import cache, encode, prepare
+from libreflux.data.cache_spec import CacheSpec
 from libreflux.data.crops import View
 from libreflux.recipe import DataSource
 
@@ -72,9 +73,10 @@ def main(model: str, data: str, out: str, moments: list[str]) -> list[tuple[str,
             try:
                 progress = arm(moment)
                 source = DataSource(path=data, crops_per_picture=2)
-                prepare.prepare(
-                    model, [source], views=[View("square", 32)], text_padding="drop", out=Path(out), progress=progress
+                spec = CacheSpec(
+                    model=model, data=[source], views=[View("square", 32)], text_padding="drop", out=Path(out)
                 )
+                prepare.prepare(spec, progress=progress)
                 os._exit(0)
             finally:
                 os._exit(1)

@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from caching import prepare
 from libreflux.data import encode, shards
 from libreflux.data import prepare as preparing
 from libreflux.data.cache import Cache
 from libreflux.data.crops import View
 from libreflux.data.index import latents_key, text_key
-from libreflux.data.prepare import prepare
 from libreflux.data.sources import Sample
 from libreflux.errors import DataError, LibrefluxError
 from libreflux.recipe import DataSource

@@ -16,13 +16,13 @@ import torch
 from einops import rearrange
 from PIL import Image
 
+from caching import prepare
 from libreflux.data import encode
 from libreflux.data.batches import Batches, Encode
 from libreflux.data.cache import CacheWriter
 from libreflux.data.crops import View, cut, views
 from libreflux.data.order import step_plan, steps_of_epoch
 from libreflux.data.pictures import load_rgb
-from libreflux.data.prepare import prepare
 from libreflux.data.quarantine import report_quarantine
 from libreflux.data.sources import Quarantined
 from libreflux.errors import DataError

@@ -12,11 +12,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from caching import prepare
 from libreflux.data import forecast
 from libreflux.data.cache import Cache
 from libreflux.data.crops import View
 from libreflux.data.int8_text import GROUP, dequantise, quantise, token_bytes
-from libreflux.data.prepare import prepare
 from libreflux.data.sources import Sample
 from libreflux.errors import DataError, ModelError
 from libreflux.recipe import DataSource

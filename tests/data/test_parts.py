@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from caching import prepare
 from libreflux import files
 from libreflux.data import encode, forecast, index
 from libreflux.data.batches import Batches
@@ -19,7 +20,7 @@ from libreflux.data.cache import Cache
 from libreflux.data.crops import View
 from libreflux.data.index import latents_key, text_key
 from libreflux.data.order import step_plan
-from libreflux.data.prepare import _online, prepare
+from libreflux.data.prepare import encode_online
 from libreflux.data.sources import Sample
 from libreflux.errors import DataError, RunError
 from libreflux.recipe import DataSource, load_recipe
@@ -90,7 +91,9 @@ def test_without_a_text_cache_lengths_are_known_and_captions_encoded_when_read(
     with pytest.raises(DataError, match="is not here"):
         cache.text(captions[:1])
     values = [f"model={tiny_model_dir}", f"data.0.path={pictures}", "resolution=32", "steps=1", f"out={tmp_path}"]
-    online = Batches(cache, sources, views=[SQUARE], seed=0, encode=_online(load_recipe(None, values), cache, "cpu"))
+    online = Batches(
+        cache, sources, views=[SQUARE], seed=0, encode=encode_online(load_recipe(None, values), cache, "cpu")
+    )
     cached = Batches(full, sources, views=[SQUARE], seed=0)
     assert online.fingerprint() == cached.fingerprint()
     [unit] = step_plan(0, 0, cached.samples, 1, 7, 1)

@@ -16,11 +16,12 @@ import torch
 from einops import rearrange
 from PIL import Image
 
+from caching import prepare
 from libreflux import files
 from libreflux.data.cache import Cache
 from libreflux.data.crops import View, cut
 from libreflux.data.pictures import load_rgb
-from libreflux.data.prepare import prepare, prepare_recipe
+from libreflux.data.prepare import prepare_recipe
 from libreflux.data.sources import Sample
 from libreflux.errors import DataError, LibrefluxError, RunError
 from libreflux.model import latents

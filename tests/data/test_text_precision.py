@@ -18,12 +18,13 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import T5EncoderModel
 
+from caching import prepare
 from libreflux.data import encode, precision
 from libreflux.data.batches import Batches
 from libreflux.data.cache import Cache
 from libreflux.data.crops import View
 from libreflux.data.index import text_key
-from libreflux.data.prepare import _online, prepare, prepare_recipe
+from libreflux.data.prepare import encode_online, prepare_recipe
 from libreflux.data.sources import Sample
 from libreflux.errors import DataError, DeviceError, RunError
 from libreflux.model.source import ModelSource, open_model
@@ -189,7 +190,7 @@ def test_text_that_is_encoded_while_training_is_what_a_cache_would_hold(
     one, other = full.text([longest]), none.text([longest])
     assert one.lengths == other.lengths and one.lengths[0] > 12
     torch.testing.assert_close(one.tokens[0], other.tokens[0], rtol=2**-5, atol=2**-5)
-    cuda = _online(recipe, full.cache, "cuda")
+    cuda = encode_online(recipe, full.cache, "cuda")
     assert watch.opened[-1] == ("text", "cuda", torch.bfloat16, False) and cuda([""]).lengths == [1]
 
 

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ import torch
 from libreflux.data import index as indexing
 from libreflux.data.batches import Batches
 from libreflux.data.cache import LATENTS, PARTS, Cache, index_folders, writing
+from libreflux.data.cache_spec import CacheSpec, spec_of
 from libreflux.data.captions import check_weights
 from libreflux.data.crops import View, views
 from libreflux.data.digests import FileMemory, encoder_digests
@@ -26,7 +27,7 @@ from libreflux.data.encode import Crop, Encoders, count_tokens, encode_crops, en
 from libreflux.data.forecast import check_disk
 from libreflux.data.held_out import HeldOut, refuse_trained, split
 from libreflux.data.index import INDEX, latents_key, text_key
-from libreflux.data.precision import DTYPES, TextPrecision, as_settings, dtype_of, resolve
+from libreflux.data.precision import DTYPES, as_settings, dtype_of, resolve
 from libreflux.data.progress import Progress, ProgressCount
 from libreflux.data.quarantine import report_quarantine
 from libreflux.data.repair import forget_damaged, verify
@@ -67,7 +68,7 @@ def prepare_recipe(
         DataError: also for held-out pictures that are trained on, or a share that holds out nothing or everything.
     """
     cache, sources = prepare_cache(recipe, device=device, progress=progress, told=told)
-    encode = _online(recipe, cache, device) if recipe.text_cache == "none" else None
+    encode = encode_online(recipe, cache, device) if recipe.text_cache == "none" else None
     wanted, shown = recipe.held_out, views(recipe.crop, recipe.resolution)
     if wanted.path is None:
         trained, held_out = split(sources, wanted.share)
@@ -92,67 +93,25 @@ def prepare_cache(
     told: Told | None = None,
     read_all: bool = False,
 ) -> tuple[Cache, Sources]:
-    """Prepares what a recipe trains on and holds out, or a part of it; see :func:`prepare`.
-
-    The folder of ``held_out.path`` is the last source.
-    """
-    apart = [] if recipe.held_out.path is None else [DataSource(path=recipe.held_out.path)]
-    return prepare(
-        recipe.model,
-        [*recipe.data, *apart],
-        views=views(recipe.crop, recipe.resolution),
-        text_padding=recipe.text_padding,
-        out=recipe.cache_dir,
-        prompts=recipe.samples.prompts,
-        device=device,
-        text_cache=recipe.text_cache,
-        text_precision=recipe.text_precision,
-        latents=recipe.latents,
-        max_quarantined=recipe.max_quarantined,
-        part=part,
-        progress=progress,
-        told=told,
-        read_all=read_all,
-    )
+    """Prepares what a recipe trains on and holds out, or a part of it; see :func:`prepare`."""
+    return prepare(spec_of(recipe), device=device, part=part, progress=progress, told=told, read_all=read_all)
 
 
 def prepare(
-    model: str | Path,
-    data: Sequence[DataSource],
+    spec: CacheSpec,
     *,
-    views: Sequence[View],
-    text_padding: str,
-    out: Path,
-    prompts: Sequence[str] = (),
     device: str = "cpu",
-    text_cache: Literal["bf16", "int8", "none"] = "bf16",
-    text_precision: TextPrecision = "auto",
-    latents: Literal["mean", "sample"] = "mean",
-    max_quarantined: float = 0.02,
-    max_tokens: int | None = None,
     part: Part = WHOLE,
     progress: Progress | None = None,
     told: Told | None = None,
     read_all: bool = False,
 ) -> tuple[Cache, Sources]:
-    """Encodes every crop and every distinct caption that ``out`` does not hold yet.
+    """Encodes every crop and every distinct caption that the cache does not hold yet.
 
     Args:
-        model: name, folder or hub id; its VAE and text encoders are used.
-        data: the folders.
-        views: crops and resolutions.
-        text_padding: "drop" or "trim".
-        out: the cache folder.
-        prompts: texts to encode besides the captions; the empty prompt always is.
+        spec: what it is to hold.
         device: where the encoders run.
-        text_cache: how text is stored, see ``int8_text`` for int8; "none" stores how many tokens each caption has, and
-            the conditioning of ``prompts`` alone.
-        text_precision: what the text encoders compute in: "fp32", "bf16", or "auto", as ``out`` was begun, else fp32 on
-            a CPU and bf16 on all else. The VAE computes in fp32.
-        latents: "mean" of the posterior, or its standard deviation too, to "sample" from.
-        max_quarantined: share of the pictures, in [0, 1], that may be unusable.
-        max_tokens: the most T5 tokens of a text; None: as many as the model reads once it is trained.
-        part: (i, n): encode the i-th of n parts alone, from 0, into a folder of its own in ``out``.
+        part: (i, n): encode the i-th of n parts alone, from 0, into a folder of its own in the cache.
         progress: called with (done, total, note), total counting checks and encodings alike.
         told: called with what each source turned out to hold, before anything is encoded.
         read_all: first compare all shards that are there with their checksums, see `repair.verify`.
@@ -161,36 +120,36 @@ def prepare(
         The cache, and the usable samples of each source (those of the part).
 
     Raises:
-        DataError: a caption or folder is wrong, too many pictures are, the disk is too small, or ``out`` was made
+        DataError: a caption or folder is wrong, too many pictures are, the disk is too small, or the cache was made
             with other settings.
         ModelError: no such model, or a text padding that is not supported.
         RunError: another process is writing the same folder.
     """
-    out = Path(out)
+    out, text_padding = Path(spec.out), spec.text_padding
     if out.exists() and not out.is_dir():
         raise DataError("is a file", where=out, hint="name a folder for the cache")
     check_trained_padding(text_padding)
     own = out if part == WHOLE else out / PARTS / f"{part[0]:04d}-of-{part[1]:04d}"
     if not (own / INDEX).is_file():  # a whole cache may be on a disk that is only read
         folder_place(own)
-    folder = locate(model)
+    folder, max_tokens = locate(spec.model), spec.max_tokens
     if max_tokens is None:
-        max_tokens = trained_facts(open_model(model).facts, text_padding=text_padding).max_tokens
+        max_tokens = trained_facts(open_model(spec.model).facts, text_padding=text_padding).max_tokens
     memory = FileMemory(own, [each for each in index_folders(out) if each != own])
     bar = ProgressCount(progress)
-    sources, quarantined = _read(data, memory, part, bar, views, told)
-    report_quarantine(own, quarantined, sum(len(samples) for _, samples in sources), max_quarantined)
-    precision = resolve(text_precision, device, index_folders(out))
+    sources, quarantined = _read(spec, memory, part, bar, told)
+    report_quarantine(own, quarantined, sum(len(samples) for _, samples in sources), spec.max_quarantined)
+    precision = resolve(spec.text_precision, device, index_folders(out))
     settings: dict[str, Any] = {
         **encoder_digests(folder, memory),
         "text_padding": text_padding,
         "max_tokens": max_tokens,
         "precision": "float32",  # of the VAE, and of the text encoders where nothing else is said
-        "latents": LATENTS[latents],
-        "text": "int8" if text_cache == "int8" else "bfloat16",
+        "latents": LATENTS[spec.latents],
+        "text": "int8" if spec.text_cache == "int8" else "bfloat16",
         **as_settings(precision),
     }
-    wanted = _Wanted(sources, views, ["", *prompts] if part[0] == 0 else [], text_cache != "none")
+    wanted = _Wanted(sources, spec.views, ["", *spec.prompts] if part[0] == 0 else [], spec.text_cache != "none")
     if read_all:
         _refuse_other_settings(out, settings)  # nothing of another model's cache is removed
         verify(out, own, bar)
@@ -203,12 +162,12 @@ def prepare(
     if todo or not begun:
         _tell_enlarged(todo.crops)
         sizes = [crop.size for crop in todo.crops]
-        check_disk(folder, out, sizes, todo.texts, max_tokens, text_cache, latents)
+        check_disk(folder, out, sizes, todo.texts, max_tokens, spec.text_cache, spec.latents)
         with writing(own, settings) as writer, cuts_untold():
             todo = wanted.missing(_known(out, settings))  # another process may have written before our lock
             bar.expect(len(todo.crops) + len(todo.texts) + len(todo.counted))
             memory.save()
-            encoders = Encoders(model, device, DTYPES[precision])
+            encoders = Encoders(spec.model, device, DTYPES[precision])
             encode_crops(todo.crops, encoders, writer, bar)
             encode_texts(todo.texts, text_padding, max_tokens, encoders, writer, bar)
             count_tokens(todo.counted, max_tokens, encoders, writer, bar)
@@ -303,26 +262,25 @@ def _known(out: Path, settings: dict[str, Any]) -> Cache | None:
 
 
 def _read(
-    data: Sequence[DataSource],
+    spec: CacheSpec,
     memory: FileMemory,
     part: Part,
     bar: ProgressCount,
-    views: Sequence[View],
     told: Told | None,
 ) -> tuple[Sources, list[Quarantined]]:
     sources, quarantined = [], []
-    for source in data:
+    for source in spec.data:
         found = read(source, functools.partial(memory.inspect, bar=bar), part)
         if found.samples and part == WHOLE:
             check_weights(source, found.samples)
         sources.append((source, found.samples))
         quarantined += found.quarantined
         if told is not None:
-            told(summarise(source, found, views))
+            told(summarise(source, found, spec.views))
     return sources, quarantined
 
 
-def _online(recipe: Recipe, cache: Cache, device: str) -> Callable[[Sequence[str]], TextConditioning]:
+def encode_online(recipe: Recipe, cache: Cache, device: str) -> Callable[[Sequence[str]], TextConditioning]:
     """Captions → what the cache would hold of them: it says how, and has their lengths."""
     encoders = Encoders(recipe.model, device, dtype_of(cache.settings))
     text = encoders.open_text()

@@ -34,8 +34,8 @@ class MergeOptions:
     """
 
     model: str
-    _: KW_ONLY
     adapters: Sequence[str]
+    _: KW_ONLY
     out: Path | str
     base: str | None = None
     comfyui: Path | str | None = None

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from libreflux.data.cache import Cache
+from libreflux.data.cache_spec import CacheSpec
 from libreflux.data.crops import View, bucket_step
 from libreflux.data.held_out import HeldOut
 from libreflux.data.prepare import Sources, prepare
@@ -104,18 +105,17 @@ def _prepare(
     device: torch.device,
     report: Report,
 ) -> tuple[Cache, Sources]:
-    return prepare(
-        model.name,
-        [DataSource(path=str(folder), caption_dropout=0.0)],
+    spec = CacheSpec(
+        model=model.name,
+        data=[DataSource(path=str(folder), caption_dropout=0.0)],
         views=[_view(settings)],
         text_padding=model.facts.text_padding,
         out=out / CACHE,
         prompts=prompts,
-        device=str(device),
         max_tokens=model.facts.max_tokens,
         text_precision="fp32",  # figures of a card and of a CPU are compared
-        progress=report,
     )
+    return prepare(spec, device=str(device), progress=report)
 
 
 def _view(settings: Settings) -> View:
