@@ -54,8 +54,9 @@ def write_pictures(folder: Path) -> None:
 
 
 def write_int8(folder: Path) -> None:
-    from libreflux.model.facts import Facts, write_facts
     from libreflux.model.family import open_model
+
+    from libreflux.model.facts import Facts, write_facts
     from libreflux.model.int8_files import write_int8 as write_tensors
     from libreflux.model.locate import PARTS
 
