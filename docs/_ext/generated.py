@@ -42,7 +42,7 @@ def python_api() -> Iterator[str]:
 def python_errors() -> Iterator[str]:
     """Each kind of error that a caller can meet."""
     for name, found in vars(errors).items():
-        if inspect.isclass(found) and found.__module__ == errors.__name__:
+        if inspect.isclass(found) and issubclass(found, Exception) and found.__module__ == errors.__name__:
             yield _autodoc("exception", f"{errors.__name__}.{name}")
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from libreflux.workflows.merge import merge
     from libreflux.workflows.probe import probe
     from libreflux.workflows.remake import remake
+    from libreflux.workflows.train import train
 
 __version__ = "0.1.0"
 __all__ = [

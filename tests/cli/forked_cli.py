@@ -11,6 +11,7 @@ stopped with exit code 97.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -26,6 +27,8 @@ from libreflux.workflows.drawing import open_for_drawing
 
 def warm(model: str) -> None:
     open_for_drawing(model)
+    for name in ("generate", "remake", "grid", "grid_page"):
+        importlib.import_module(f"libreflux.workflows.{name}")
     sys.argv = ["libreflux", "generate"]
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
         main()

@@ -206,7 +206,9 @@ def test_a_cell_that_is_missing_is_not_searched_for(
     ("given", "told"),
     [
         ({"prompts": []}, "prompts: nothing to draw; hint: give one prompt or several"),
-        ({"prompts": ["x", 3]}, "prompts: cannot be 3; hint: give texts"),
+        ({"prompts": ["x", 3]}, "prompts: cannot be 3; hint: give a text"),
+        ({"negative": None}, "negative: cannot be None; hint: give a text"),
+        ({"prompt_2": [None]}, "prompt_2: cannot be None; hint: give a text"),
         ({"prompt_2": ["a", "b"]}, "prompt_2: 2 for 1 prompt; hint: give one for each `prompts`"),
         ({"seed": -1}, "seed: cannot be -1; hint: use a whole number from 0"),
         ({"count": 0}, "count: cannot be 0; hint: use a whole number from 1 to 100000"),
@@ -230,7 +232,7 @@ def test_a_cell_that_is_missing_is_not_searched_for(
 )
 def test_a_refusal_names_the_option_as_python_has_it(given: dict[str, Any], told: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=f"^{told}"):
-        libreflux.generate(**{"prompts": "x", "out": tmp_path / "new" / "x.png"} | given)
+        libreflux.generate(**dict[str, Any](prompts="x", out=tmp_path / "new" / "x.png") | given)
     assert not list(tmp_path.iterdir())
 
 
@@ -252,7 +254,7 @@ def test_a_refusal_names_the_option_as_python_has_it(given: dict[str, Any], told
 )
 def test_a_grids_refusal_too(given: dict[str, Any], told: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=f"^{told}"):
-        libreflux.grid(**{"prompts": "x", "out": tmp_path / "grid"} | given)
+        libreflux.grid(**dict[str, Any](prompts="x", out=tmp_path / "grid") | given)
     assert not list(tmp_path.iterdir())
 
 

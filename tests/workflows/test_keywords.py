@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from libreflux.cli.verb import Verb
-from libreflux.errors import OptionError, RecipeError
+from libreflux.errors import OptionError, OptionHint, RecipeError, RunError
 from libreflux.workflows.keywords import by_keywords
 
 
@@ -49,6 +49,13 @@ def test_an_option_is_named_as_the_caller_typed_it() -> None:
     assert type(told) is RecipeError
 
 
+def test_one_of_an_options_values_may_be_named() -> None:
+    error = OptionError("does nothing for int8", "offload", value="sequential", hint="use `offload` model")
+    assert str(error) == "offload sequential: does nothing for int8; hint: use `offload` model"
+    told = error.spelled({"offload": "--offload", "sequential": "--wrong"})
+    assert str(told) == "--offload sequential: does nothing for int8; hint: use --offload model"
+
+
 def test_a_verb_spells_its_own_options() -> None:
     import typer
 
@@ -64,3 +71,20 @@ def test_a_verb_spells_its_own_options() -> None:
 
     with pytest.raises(RecipeError, match=r"^--adapter: are too many beside PROMPT; hint: remove --no-cfg-until$"):
         app(["a fox"], standalone_mode=False)
+
+
+def test_a_verb_spells_hints_that_say_so_and_no_others() -> None:
+    """Recipes have keys of the same names, such as `out`, which are typed without dashes."""
+    import typer
+
+    app = typer.Typer()
+
+    @app.command(cls=Verb)
+    def draw(own: bool = False, out: str = "x") -> None:
+        hint = "choose another `out`"
+        raise RunError("is taken", where="x", hint=OptionHint(hint) if own else hint)
+
+    with pytest.raises(RunError, match=r"^x: is taken; hint: choose another --out$"):
+        app(["--own"], standalone_mode=False)
+    with pytest.raises(RunError, match=r"^x: is taken; hint: choose another `out`$"):
+        app([], standalone_mode=False)

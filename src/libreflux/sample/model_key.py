@@ -63,11 +63,12 @@ def config_digest(path: Path) -> str:
 
 def facts_key(facts: Facts) -> dict[str, Any]:
     """The facts that decide a picture besides its steps and its scale of classifier-free guidance."""
+    embedded = facts.embedded_guidance
     return {
         "text_padding": facts.text_padding,
         "max_tokens": facts.max_tokens,
         "shift": None if facts.shift is None else float(facts.shift),
-        "embedded_guidance": float(facts.guidance) if facts.guidance_embeds else None,
+        "embedded_guidance": None if embedded is None else float(embedded),
     }
 
 

@@ -89,12 +89,14 @@ def texts_of_options(options: GenerateOptions) -> tuple[tuple[str, ...], Sequenc
         OptionError: nothing to draw, texts that do not agree in number, or an option that is out of range.
     """
     prompts = listed(options.prompts)
-    picture_options.check_prompts(prompts)
+    picture_options.check_prompts(prompts, options.negative)
     picture_options.check_whole("seed", options.seed, 0)
     picture_options.check_whole("count", options.count, 1, picture_options.MOST_PICTURES)
     picture_options.check_sides(options.width, options.height)
     picture_options.check_memory(options.offload, options.quantize)
     seconds = listed(options.prompt_2)
+    picture_options.check_texts("prompt_2", seconds)
+    picture_options.check_texts("negative_2", listed(options.negative_2))
     if seconds and len(seconds) != len(prompts):
         what = f"{len(seconds)} for {counted(len(prompts), 'prompt')}"
         raise OptionError(what, "prompt_2", hint="give one for each `prompts`")

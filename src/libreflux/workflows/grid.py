@@ -142,7 +142,7 @@ def _checked(options: GridOptions) -> tuple[tuple[str, ...], list[str], tuple[st
     from libreflux.sample.checks import check_values
 
     prompts = listed(options.prompts)
-    check_prompts(prompts)
+    check_prompts(prompts, options.negative)
     check_sides(options.width, options.height)
     out = Path(options.out)
     folder_place(out, "cells")

@@ -44,13 +44,19 @@ def named_model(model: str | Path | None, base: str | None, comfyui: str | Path 
     return chosen_model(name, base, folder)
 
 
-def check_prompts(prompts: Sequence[object]) -> None:
+def check_prompts(prompts: Sequence[object], negative: object) -> None:
     """Raises OptionError where there is nothing to draw, or something that is no text."""
     if not prompts:
         raise OptionError("nothing to draw", "prompts", hint="give one prompt or several")
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            raise OptionError(f"cannot be {prompt!r}", "prompts", hint="give texts")
+    check_texts("prompts", prompts)
+    check_texts("negative", [negative])
+
+
+def check_texts(name: str, texts: Sequence[object]) -> None:
+    """Raises OptionError for one that is no text."""
+    for text in texts:
+        if not isinstance(text, str):
+            raise OptionError(f"cannot be {text!r}", name, hint="give a text")
 
 
 def check_picture(width: int | None, height: int | None, steps: int | None) -> None:

@@ -16,6 +16,7 @@ from accelerate import cpu_offload, hooks
 from accelerate.utils import set_module_tensor_to_device
 from transformers import PreTrainedModel
 
+import libreflux
 from libreflux.errors import RecipeError
 from libreflux.model.source import ModelSource, open_model
 from libreflux.sample.metadata import GenerationRecord
@@ -72,27 +73,32 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 
 
 def test_the_text_encoders_are_gone_when_the_transformer_comes(
-    run: Callable, watch: Watch, tiny_model_dir: Path, tmp_path: Path
+    watch: Watch, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    command = ["generate", "a fox", "a red apple", "--model", tiny_model_dir, "--steps", 2, "--out"]
-    assert run(*command, tmp_path / "auto").code == 0
+    prompts = ["a fox", "a red apple"]
+    given: dict[str, Any] = {"model": tiny_model_dir, "steps": 2}
+    libreflux.generate(prompts, **given, out=tmp_path / "auto")
     assert watch.asked == ["vae", "text", "transformer"] and watch.alive == [(0, 0)]
-    assert run(*command, tmp_path / "none", "--offload", "none").code == 0
+    libreflux.generate(prompts, **given, out=tmp_path / "none", offload="none")
     assert watch.alive[1][0] > 10  # the watch sees what is alive
     for one in (tmp_path / "auto").iterdir():
         assert one.read_bytes() == (tmp_path / "none" / one.name).read_bytes()
-    again = run("generate", "--remake", one, "--offload", "none", "--out", tmp_path / "again.png")
-    assert again.code == 0 and (tmp_path / "again.png").read_bytes() == one.read_bytes()
+    libreflux.remake(one, offload="none", out=tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == one.read_bytes()
 
 
-def test_a_grid_holds_one_model_at_a_time(run: Callable, watch: Watch, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_grid_holds_one_model_at_a_time(watch: Watch, tiny_model_dir: Path, tmp_path: Path) -> None:
     other = shutil.copytree(tiny_model_dir, tmp_path / "other")
     tiny_transformer(seed=5).save_pretrained(other / "transformer")
-    done = run(
-        "grid", "a fox", "an apple", "--model", tiny_model_dir, "--model", other, "--guidance", "1,3", "--steps", 1,
-        "--negative", "blue", "--out", tmp_path / "grid",
-    )  # fmt: skip
-    assert done.code == 0 and "8 of 8 cells" in done.out, done.err
+    done = libreflux.grid(
+        ["a fox", "an apple"],
+        model=[tiny_model_dir, other],
+        guidance=[1, 3],
+        steps=[1],
+        negative="blue",
+        out=tmp_path / "grid",
+    )
+    assert (done.drawn, done.total) == (8, 8)
     assert watch.alive == [(0, 0), (0, 0)]
 
 
@@ -194,9 +200,9 @@ def test_int8_is_never_moved_layer_by_layer(tiny_model_dir: Path) -> None:
 
 
 def test_the_nearest_facts_are_told_once(
-    run: Callable, tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = shutil.copytree(tiny_model_dir, tmp_path / "bare")
     (folder / "libreflux.json").unlink()
-    assert run("generate", "x", "--model", folder, "--steps", 1, "--out", tmp_path / "x.png").code == 0
+    libreflux.generate("x", model=folder, steps=1, out=tmp_path / "x.png")
     assert caplog.text.count("taken for a model like FLUX.1-schnell") == 1
