@@ -7,17 +7,24 @@
 
 What a command does is a function here too. It prints nothing, and what it made is in what it returns:
 
-    libreflux.generate("a red apple on blue", model="emoji-base", out="apple.png")
+    libreflux.demo_data("pictures", count=400)
+    libreflux.dry_run("mine.yaml")
+    libreflux.prepare("mine.yaml")
+    libreflux.train("mine.yaml")
+    libreflux.average("runs/mine", width=0.1, out="mine.safetensors")
+    libreflux.merge("emoji-schnell", ["runs/mine"], out="models/mine")
+    libreflux.generate("a red apple on blue", model="models/mine", out="apple.png")
     libreflux.remake("apple.png", out="again.png")
     libreflux.grid(["a red apple on blue"], guidance=[1, 3], out="sheet")
-    libreflux.train(libreflux.Recipe(model="emoji-schnell", data=[{"path": "pictures"}], out="runs/mine"))
-    libreflux.average("runs/mine", width=0.1, out="mine.safetensors")
-    libreflux.merge("emoji-schnell", adapters=["runs/mine"], out="models/mine")
     libreflux.probe("models/mine", against="emoji-schnell", quick=True)
     libreflux.export("models/mine", program="diffusers", out="for-diffusers")
+    libreflux.demo()
 
-    pipe.load_lora_weights(libreflux.load_adapter("runs/mine"), weight=0.8)
+Models, adapters and recipes for code of your own:
+
     libreflux.open_model("models/mine").facts
+    pipe.load_lora_weights(libreflux.load_adapter("runs/mine"), weight=0.8)
+    libreflux.Recipe.model_validate({"model": "emoji-schnell", "data": [{"path": "pictures"}], "resolution": 64})
 
 Importing this package loads no torch; each of these names comes in when it is first asked for.
 """
@@ -32,10 +39,14 @@ if TYPE_CHECKING:
     from libreflux.sample.pipeline import LibreFluxPipeline
     from libreflux.workflows.adapters import load_adapter
     from libreflux.workflows.average import average
+    from libreflux.workflows.demo import demo
+    from libreflux.workflows.demo_data import demo_data
+    from libreflux.workflows.dry_run import dry_run
     from libreflux.workflows.export import export
     from libreflux.workflows.generate import generate
     from libreflux.workflows.grid import grid
     from libreflux.workflows.merge import merge
+    from libreflux.workflows.prepare import prepare
     from libreflux.workflows.probe import probe
     from libreflux.workflows.remake import remake
     from libreflux.workflows.train import train
@@ -46,12 +57,16 @@ __all__ = [
     "Recipe",
     "__version__",
     "average",
+    "demo",
+    "demo_data",
+    "dry_run",
     "export",
     "generate",
     "grid",
     "load_adapter",
     "merge",
     "open_model",
+    "prepare",
     "probe",
     "remake",
     "train",
@@ -61,12 +76,16 @@ _LAZY = {
     "LibreFluxPipeline": "libreflux.sample.pipeline",
     "Recipe": "libreflux.recipe",
     "average": "libreflux.workflows.average",
+    "demo": "libreflux.workflows.demo",
+    "demo_data": "libreflux.workflows.demo_data",
+    "dry_run": "libreflux.workflows.dry_run",
     "export": "libreflux.workflows.export",
     "generate": "libreflux.workflows.generate",
     "grid": "libreflux.workflows.grid",
     "load_adapter": "libreflux.workflows.adapters",
     "merge": "libreflux.workflows.merge",
     "open_model": "libreflux.model.source",
+    "prepare": "libreflux.workflows.prepare",
     "probe": "libreflux.workflows.probe",
     "remake": "libreflux.workflows.remake",
     "train": "libreflux.workflows.train",
