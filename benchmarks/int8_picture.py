@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from libreflux.emoji.build.check import prompts
-from libreflux.model.source import open_model
+from libreflux.model.opening import open_model
 from libreflux.model.text import TextEncoders
 from libreflux.sample.output import decoded
 from libreflux.sample.pipeline import LibreFluxPipeline

@@ -23,7 +23,7 @@ from libreflux.data.held_out import HeldOut
 from libreflux.data.prepare import prepare
 from libreflux.emoji import held_out
 from libreflux.flow.guidance import cfg
-from libreflux.model.source import open_model
+from libreflux.model.opening import open_model
 from libreflux.probing.held_out import model_velocity
 from libreflux.probing.metrics.measures import CONFIDENCE, Moments, Velocity, moments, resampled
 from libreflux.recipe import DataSource

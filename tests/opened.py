@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from libreflux.model.facts import Facts
+from libreflux.model.opening import open_model
+from libreflux.model.save import LiveParts, save_model
 from libreflux.model.single_file import SingleFiles
 from libreflux.model.single_save import save_files
-from libreflux.model.source import LiveParts, open_model, save_model
 from libreflux.model.text import TextEncoders
 from libreflux.sample.pipeline import LibreFluxOutput, LibreFluxPipeline
 

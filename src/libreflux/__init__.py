@@ -34,7 +34,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from libreflux.model.source import open_model
+    from libreflux.model.opening import open_model
     from libreflux.recipe import Recipe
     from libreflux.sample.pipeline import LibreFluxPipeline
     from libreflux.workflows.adapters import load_adapter
@@ -84,7 +84,7 @@ _LAZY = {
     "grid": "libreflux.workflows.grid",
     "load_adapter": "libreflux.workflows.adapters",
     "merge": "libreflux.workflows.merge",
-    "open_model": "libreflux.model.source",
+    "open_model": "libreflux.model.opening",
     "prepare": "libreflux.workflows.prepare",
     "probe": "libreflux.workflows.probe",
     "remake": "libreflux.workflows.remake",

@@ -22,8 +22,9 @@ from libreflux.adapter.adapter import attach
 from libreflux.adapter.io import load_adapter, save_adapter
 from libreflux.adapter.layers import linear_shapes
 from libreflux.adapter.targets import Target, resolve
+from libreflux.model.facts import read_facts
 from libreflux.model.int8 import int8_layers
-from libreflux.model.source import open_model, read_facts
+from libreflux.model.opening import open_model
 from opened import opened
 
 

@@ -20,7 +20,7 @@ from libreflux.errors import ModelError, RecipeError
 from libreflux.model.facts import KNOWN
 from libreflux.model.known import planned_model
 from libreflux.model.locate import EMOJI
-from libreflux.model.source import open_model
+from libreflux.model.opening import open_model
 from libreflux.probing.freedom import FreedomRow
 from libreflux.probing.report.summary import summary
 from libreflux.recipe import Recipe, load_recipe

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from libreflux.model.source import open_model, weights_hash
+from libreflux.model.opening import open_model
+from libreflux.model.source import weights_hash
 from opened import opened
 
 

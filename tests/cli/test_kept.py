@@ -15,7 +15,7 @@ from PIL import Image
 from kept.write import COMMANDS, mean_square
 from libreflux.data.cache import CacheWriter
 from libreflux.model.int8 import int8_layers
-from libreflux.model.source import open_model
+from libreflux.model.opening import open_model
 from libreflux.probing import run as probe_run
 from libreflux.probing.context import ProbeContext
 from libreflux.probing.results import read_result

@@ -276,7 +276,7 @@ def test_against_prints_the_freedom_of_models_that_were_measured_alike(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from libreflux.model.source import read_facts, write_facts
+    from libreflux.model.facts import read_facts, write_facts
 
     changed = opened(tiny_model_dir)
     for index, parameter in enumerate(changed.transformer.parameters()):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from libreflux.model.source import open_model
+from libreflux.model.opening import open_model
 from libreflux.sample.metadata import read_record
 from opened import opened
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from libreflux.model.source import open_model
+from libreflux.model.opening import open_model
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 

@@ -27,7 +27,7 @@ from libreflux.data.quarantine import report_quarantine
 from libreflux.data.sources import Quarantined
 from libreflux.errors import DataError
 from libreflux.model import latents
-from libreflux.model.source import open_model
+from libreflux.model.opening import open_model
 from libreflux.model.text import TextConditioning
 from libreflux.recipe import DataSource
 from tiny import DECIDING, UNDECIDING

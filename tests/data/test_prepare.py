@@ -25,7 +25,7 @@ from libreflux.data.prepare import prepare_recipe
 from libreflux.data.sources import Sample
 from libreflux.errors import DataError, LibrefluxError, RunError
 from libreflux.model import latents
-from libreflux.model.source import open_model
+from libreflux.model.opening import open_model
 from libreflux.recipe import DataSource, load_recipe
 from rights import bound_by_modes
 

@@ -27,7 +27,8 @@ from libreflux.data.index import text_key
 from libreflux.data.prepare import encode_online, prepare_recipe
 from libreflux.data.sources import Sample
 from libreflux.errors import DataError, DeviceError, RunError
-from libreflux.model.source import ModelSource, open_model
+from libreflux.model.opening import open_model
+from libreflux.model.source import ModelSource
 from libreflux.recipe import DataSource, load_recipe
 
 SQUARE = View("square", 32)

@@ -11,7 +11,7 @@ from libreflux.adapter.layers import linear_shapes
 from libreflux.adapter.targets import Target, resolve
 from libreflux.emoji import compose
 from libreflux.emoji.build import students, vae
-from libreflux.model.source import open_model
+from libreflux.model.opening import open_model
 
 
 def test_the_autoencoder_is_good_for_31_db_on_pictures_it_never_saw() -> None:

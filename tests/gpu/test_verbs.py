@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from gpu.alone import DEVICE, ON_CARD, last_line, libreflux
 from gpu.recipes import EMOJI, SIZES
-from libreflux.model.source import read_facts
+from libreflux.model.facts import read_facts
 
 SIDE = SIZES["emoji"]["resolution"]
 DRAW = ["--steps", 6, "--guidance", 3, "--negative", "a rocket", "--width", SIDE, "--height", SIDE]

@@ -57,7 +57,7 @@ def write_int8(folder: Path) -> None:
     from libreflux.model.facts import Facts, write_facts
     from libreflux.model.int8_files import write_int8 as write_tensors
     from libreflux.model.locate import PARTS
-    from libreflux.model.source import open_model
+    from libreflux.model.opening import open_model
 
     torch.manual_seed(0)
     size = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 1}

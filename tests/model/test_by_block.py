@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from libreflux.model import text as text_module
+from libreflux.model.opening import open_model
 from libreflux.model.single_file import find_comfyui
-from libreflux.model.source import open_model
 from libreflux.model.text import TextEncoders
 from opened import opened
 

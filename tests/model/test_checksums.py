@@ -15,8 +15,9 @@ from libreflux.model import checksums as folder_sums
 from libreflux.model import int8_files
 from libreflux.model.int8_files import share_equal
 from libreflux.model.locate import EMOJI, WEIGHTS
+from libreflux.model.opening import open_model
 from libreflux.model.quantise import quantise_folder
-from libreflux.model.source import LiveParts, open_model, save_model
+from libreflux.model.save import LiveParts, save_model
 from libreflux.sample.pipeline import LibreFluxPipeline
 from opened import Opened, opened
 

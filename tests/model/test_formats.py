@@ -19,10 +19,10 @@ from libreflux.errors import ModelError
 from libreflux.model.facts import Facts
 from libreflux.model.int8 import quantise_weight
 from libreflux.model.latents import image_ids
+from libreflux.model.opening import open_model
 from libreflux.model.ranges import RangedFile
 from libreflux.model.single_file import SingleFiles, load_text_encoder, load_transformer, transformer_config
 from libreflux.model.single_save import save_transformer
-from libreflux.model.source import open_model
 from libreflux.model.tensor_file import TensorFile
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity

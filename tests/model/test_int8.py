@@ -22,6 +22,7 @@ from libreflux.adapter.merge import merge
 from libreflux.adapter.targets import Target, resolve
 from libreflux.errors import AdapterError, ModelError, RunError
 from libreflux.model import int8, int8_files
+from libreflux.model.facts import read_facts
 from libreflux.model.int8 import (
     Int8Linear,
     dense_weight,
@@ -32,8 +33,9 @@ from libreflux.model.int8 import (
     quantise_weight,
 )
 from libreflux.model.latents import image_ids
+from libreflux.model.opening import open_model
 from libreflux.model.quantise import quantise_folder
-from libreflux.model.source import open_model, read_facts, weights_hash
+from libreflux.model.source import weights_hash
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
 from opened import opened

@@ -15,8 +15,8 @@ from transformers import T5EncoderModel
 
 from libreflux.model.by_block import run_by_block
 from libreflux.model.kept import dtype_of
+from libreflux.model.opening import open_model
 from libreflux.model.single_file import SingleFiles
-from libreflux.model.source import open_model
 from libreflux.model.text import TextEncoders
 
 PROMPTS = ["a red apple on blue", "a fox left of a rocket, on yellow"]

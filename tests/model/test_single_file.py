@@ -15,9 +15,9 @@ from torch import Tensor
 from libreflux.errors import ModelError
 from libreflux.model.facts import Facts
 from libreflux.model.latents import image_ids
+from libreflux.model.opening import open_model
 from libreflux.model.single_file import SingleFiles, TensorFile, file_config, find_comfyui, load_vae
 from libreflux.model.single_save import save_transformer
-from libreflux.model.source import open_model
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
 from opened import opened

@@ -15,18 +15,12 @@ from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 
 from libreflux.errors import ModelError, RunError
-from libreflux.model.facts import KNOWN, find_facts
+from libreflux.model.facts import KNOWN, Facts, find_facts, read_facts, write_facts
 from libreflux.model.latents import image_ids
-from libreflux.model.source import (
-    Facts,
-    LiveParts,
-    locate,
-    open_model,
-    read_facts,
-    save_model,
-    weights_hash,
-    write_facts,
-)
+from libreflux.model.locate import locate
+from libreflux.model.opening import open_model
+from libreflux.model.save import LiveParts, save_model
+from libreflux.model.source import weights_hash
 from libreflux.model.velocity import velocity
 from opened import opened
 from tiny import tiny_transformer

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from libreflux.errors import ModelError
 from libreflux.model.load import one_line
+from libreflux.model.opening import open_model
 from libreflux.model.single_file import SingleFiles, find_comfyui
-from libreflux.model.source import open_model
 from opened import Opened, opened
 
 

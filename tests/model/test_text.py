@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from libreflux.errors import ModelError
-from libreflux.model.source import open_model
+from libreflux.model.opening import open_model
 from libreflux.model.text import TextConditioning, TextEncoders
 
 PROMPTS = ["a red apple on blue", "", "a fox left of a rocket, on yellow", "zyx & Co.", "a fox", "a rocket on blue sky"]

@@ -10,7 +10,7 @@ import torch
 
 from libreflux import seeding
 from libreflux.flow.guidance import cfg
-from libreflux.model.source import open_model
+from libreflux.model.opening import open_model
 from libreflux.model.text import TextConditioning
 from libreflux.probing.context import OWN
 from libreflux.probing.drawing import mean_square

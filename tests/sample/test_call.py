@@ -18,7 +18,7 @@ import libreflux
 from libreflux.errors import RecipeError
 from libreflux.model.facts import Facts
 from libreflux.model.latents import encode, pack
-from libreflux.model.source import open_model
+from libreflux.model.opening import open_model
 from libreflux.sample.guidance import BatchCfg
 from libreflux.sample.noise import noise
 from libreflux.sample.output import decoded

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from libreflux.errors import ModelError, RecipeError
-from libreflux.model.source import open_model
+from libreflux.model.opening import open_model
 from libreflux.sample.encoding import Text, encode_ahead
 from libreflux.sample.pipeline import LibreFluxPipeline
 from opened import Opened, tensor_of

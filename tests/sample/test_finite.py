@@ -18,9 +18,9 @@ from libreflux.adapter.merge import merge
 from libreflux.cli.train import TrainingDisplay
 from libreflux.errors import AdapterError
 from libreflux.model.finite import NotFiniteError, is_finite
+from libreflux.model.opening import open_model
 from libreflux.model.single_file import SingleFiles
 from libreflux.model.single_save import save_transformer
-from libreflux.model.source import open_model
 from libreflux.sample.pipeline import LibreFluxPipeline
 from libreflux.workflows.run_record import RunRecorder
 from opened import opened

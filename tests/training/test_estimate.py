@@ -17,7 +17,7 @@ from libreflux.adapter.targets import Target, resolve
 from libreflux.data.crops import views
 from libreflux.data.prepare import prepare_cache
 from libreflux.model import latents as latents_of
-from libreflux.model.source import open_model
+from libreflux.model.opening import open_model
 from libreflux.model.text import TextConditioning
 from libreflux.recipe import Recipe
 from libreflux.sample.output import decoded

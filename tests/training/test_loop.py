@@ -23,7 +23,8 @@ from libreflux.data.order import step_plan
 from libreflux.data.prepare import prepare_recipe
 from libreflux.errors import AdapterError, RunError
 from libreflux.flow.sigmas import beta_cdf
-from libreflux.model.source import open_model, weights_hash
+from libreflux.model.opening import open_model
+from libreflux.model.source import weights_hash
 from libreflux.recipe import Recipe, SigmaSpec
 from libreflux.training import checkpoint
 from libreflux.training.callbacks import Callbacks, Started, StepInfo

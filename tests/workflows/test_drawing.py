@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 import libreflux
 from libreflux.errors import RecipeError
-from libreflux.model.source import ModelSource, open_model
+from libreflux.model.opening import open_model
+from libreflux.model.source import ModelSource
 from libreflux.sample.metadata import GenerationRecord
 from libreflux.workflows import drawing
 from libreflux.workflows.drawing import open_for_drawing, texts_of

@@ -29,7 +29,7 @@ from libreflux.model import latents
 from libreflux.model import text as text_tokens
 from libreflux.model.device import release
 from libreflux.model.faults import explained
-from libreflux.model.source import open_model, open_t5_tokenizer
+from libreflux.model.opening import open_model, open_t5_tokenizer
 from libreflux.model.text import TextEncoders
 from libreflux.printing import counted, readable
 

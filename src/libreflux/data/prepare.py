@@ -36,7 +36,8 @@ from libreflux.data.summary import Told, summarise
 from libreflux.data.vocabulary import cuts_untold, tell_cut, tell_foreign
 from libreflux.errors import DataError
 from libreflux.model.facts import trained_facts
-from libreflux.model.source import locate, open_model
+from libreflux.model.locate import locate
+from libreflux.model.opening import open_model
 from libreflux.model.text import TextConditioning, check_trained_padding
 from libreflux.places import folder_place
 from libreflux.printing import get_logger

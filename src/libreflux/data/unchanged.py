@@ -13,7 +13,7 @@ from libreflux.data.index import TEXT_PRECISION
 from libreflux.data.precision import as_settings, resolve
 from libreflux.data.progress import ProgressCount
 from libreflux.data.sources import read_source
-from libreflux.model.source import locate
+from libreflux.model.locate import locate
 from libreflux.recipe import Recipe
 
 

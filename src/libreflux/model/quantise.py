@@ -12,9 +12,10 @@ from libreflux.model.facts import Facts, write_facts
 from libreflux.model.int8_files import METHOD, empty_int8, stored_as, stream_int8, write_all_checksums, write_int8
 from libreflux.model.load import one_line
 from libreflux.model.locate import PARTS, locate, part_folder
+from libreflux.model.opening import open_model
 from libreflux.model.parts import check_part, copy_part, json_object
+from libreflux.model.save import LiveParts, save_model
 from libreflux.model.single_file import SingleFiles
-from libreflux.model.source import LiveParts, open_model, save_model
 
 
 def quantise_folder(name: str | Path | SingleFiles, out: Path) -> Path:

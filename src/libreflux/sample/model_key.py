@@ -11,9 +11,10 @@ from libreflux.data.digests import TEXT_PARTS, VAE_PARTS, FileMemory, parts_dige
 from libreflux.decided import digest
 from libreflux.model.facts import Facts
 from libreflux.model.locate import locate, part_folder
+from libreflux.model.opening import open_model
 from libreflux.model.parts import json_object
 from libreflux.model.single_file import SingleFiles
-from libreflux.model.source import open_model, weights_hash
+from libreflux.model.source import weights_hash
 from libreflux.model.tensor_file import TensorFile
 
 FORMULA = 1

@@ -15,7 +15,8 @@ from libreflux.model.device import pick_dtype
 from libreflux.model.facts import Facts, facts_of, write_facts
 from libreflux.model.int8 import int8_layers
 from libreflux.model.locate import CHECKSUMS, PARTS
-from libreflux.model.source import ModelSource, open_model
+from libreflux.model.opening import open_model
+from libreflux.model.source import ModelSource
 from libreflux.model.text import TextEncoders
 from libreflux.sample.adapting import Adapting
 

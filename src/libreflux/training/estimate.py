@@ -20,7 +20,8 @@ from libreflux.data.encode import SHARD_ITEMS
 from libreflux.data.precision import DTYPES
 from libreflux.model.int8 import quantise_model
 from libreflux.model.numerics import enable_checkpointing
-from libreflux.model.source import ModelSource, open_model
+from libreflux.model.opening import open_model
+from libreflux.model.source import ModelSource
 from libreflux.recipe import Recipe
 from libreflux.training import trace
 from libreflux.training.loop import BASE_DTYPES, plan_layers

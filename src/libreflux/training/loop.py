@@ -19,7 +19,7 @@ from libreflux.errors import RecipeError, RunError
 from libreflux.model import attention, numerics
 from libreflux.model.device import make_current, pick_device
 from libreflux.model.facts import Facts, trained_facts
-from libreflux.model.source import open_model
+from libreflux.model.opening import open_model
 from libreflux.places import folder_place
 from libreflux.printing import get_logger
 from libreflux.recipe import Recipe

@@ -24,8 +24,9 @@ from libreflux.model.device import make_current, pick_device, release
 from libreflux.model.facts import Facts
 from libreflux.model.faults import explained
 from libreflux.model.int8 import int8_layers
+from libreflux.model.opening import open_model
 from libreflux.model.single_file import SingleFiles
-from libreflux.model.source import ModelSource, open_model, weights_hash
+from libreflux.model.source import ModelSource, weights_hash
 from libreflux.model.text import TextConditioning, TextEncoders, check_padding
 from libreflux.printing import counted
 from libreflux.sample.encoding import Text, encode_ahead, encode_in_turn

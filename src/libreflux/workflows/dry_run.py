@@ -14,7 +14,7 @@ from libreflux.data.forecast import Forecast, forecast
 from libreflux.errors import DataError, LibrefluxError
 from libreflux.model.facts import trained_facts
 from libreflux.model.known import planned_model
-from libreflux.model.source import open_model
+from libreflux.model.opening import open_model
 from libreflux.printing import clock, counted, fold, readable
 from libreflux.recipe import Recipe
 from libreflux.training.checkpoint import METRICS, RECIPE

@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 
 from libreflux.model.latents import own_side
+from libreflux.model.opening import open_model
 from libreflux.model.quantise import quantise_folder
+from libreflux.model.save import LiveParts, save_model
 from libreflux.model.single_file import SingleFiles
 from libreflux.model.single_save import save_files, save_transformer, transformer_file
-from libreflux.model.source import LiveParts, ModelSource, open_model, save_model
+from libreflux.model.source import ModelSource
 from libreflux.sample.export_script import comfyui_workflow, diffusers_scheduler, diffusers_script
 from libreflux.workflows.model_card import model_card
 

@@ -78,7 +78,8 @@ def merge_with(options: MergeOptions) -> MergeResult:
 
     from libreflux.adapter.merge import merge_many
     from libreflux.model.int8 import dequantise_model
-    from libreflux.model.source import LiveParts, open_model, save_model
+    from libreflux.model.opening import open_model
+    from libreflux.model.save import LiveParts, save_model
 
     files = load_arguments(options.adapters)
     comfyui = None if options.comfyui is None else Path(options.comfyui)

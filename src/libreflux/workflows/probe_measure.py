@@ -18,8 +18,8 @@ from libreflux.model.device import make_current, pick_device, release
 from libreflux.model.faults import explained
 from libreflux.model.latents import own_side
 from libreflux.model.locate import part_folder
+from libreflux.model.opening import open_model
 from libreflux.model.parts import json_object
-from libreflux.model.source import open_model
 from libreflux.places import file_place, folder_place
 from libreflux.printing import get_logger
 from libreflux.probing import drawing

@@ -13,8 +13,9 @@ from libreflux.data.digests import FileMemory
 from libreflux.files import sha256_file
 from libreflux.model.facts import Facts
 from libreflux.model.locate import EMOJI, locate, part_folder
+from libreflux.model.opening import open_model
 from libreflux.model.parts import visible
-from libreflux.model.source import open_model, weights_hash
+from libreflux.model.source import weights_hash
 from libreflux.model.text import check_trained_padding
 from libreflux.workflows.adapters import adapted_facts, load_arguments, notice_other_base
 

@@ -18,7 +18,7 @@ from libreflux.data.summary import SourceSummary
 from libreflux.model.device import release
 from libreflux.model.facts import Facts
 from libreflux.model.finite import NotFiniteError
-from libreflux.model.source import open_model
+from libreflux.model.opening import open_model
 from libreflux.probing.held_out import measure_held_out
 from libreflux.recipe import Recipe
 from libreflux.sample.grid import sheet

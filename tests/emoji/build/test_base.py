@@ -8,7 +8,7 @@ import torch
 
 from libreflux.emoji import compose
 from libreflux.emoji.build import base
-from libreflux.model.source import open_model
+from libreflux.model.opening import open_model
 
 
 def test_trained_conditioning_is_that_of_drawing() -> None:

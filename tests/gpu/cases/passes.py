@@ -14,7 +14,7 @@ from libreflux.adapter.adapter import Adapter
 from libreflux.model.attention import check_gradients, lengths_to_check
 from libreflux.model.latents import image_ids, pack
 from libreflux.model.numerics import pinned
-from libreflux.model.source import open_model
+from libreflux.model.opening import open_model
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
 from libreflux.recipe import AdapterSpec

@@ -32,7 +32,7 @@ from libreflux.flow import path as flow_path
 from libreflux.flow.sigmas import Beta, Uniform, stratified
 from libreflux.model import latents as latents_room
 from libreflux.model.facts import Facts
-from libreflux.model.source import LiveParts, save_model
+from libreflux.model.save import LiveParts, save_model
 from libreflux.model.text import TextConditioning, TextEncoders
 from libreflux.model.velocity import velocity
 

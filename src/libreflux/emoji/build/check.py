@@ -7,7 +7,7 @@ from pathlib import Path
 from libreflux import seeding
 from libreflux.emoji import compose
 from libreflux.files import atomic_write_text
-from libreflux.model.source import open_model
+from libreflux.model.opening import open_model
 from libreflux.sample.grid import sheet
 from libreflux.sample.metadata import save_png
 from libreflux.sample.pipeline import LibreFluxPipeline

@@ -22,7 +22,7 @@ from libreflux.emoji.build import base
 from libreflux.emoji.build.stage import Stage, cosine
 from libreflux.files import atomic_save_safetensors
 from libreflux.model import latents as latents_room
-from libreflux.model.source import open_model
+from libreflux.model.opening import open_model
 from libreflux.probing.judges import Judge, Score, score
 
 STEPS, BATCH = 1200, 96

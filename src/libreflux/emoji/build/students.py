@@ -23,12 +23,14 @@ from libreflux.adapter.merge import merge
 from libreflux.emoji import compose
 from libreflux.emoji.build import base
 from libreflux.files import atomic_write_text
-from libreflux.model.facts import Facts, freed
+from libreflux.model.facts import Facts, freed, read_facts, write_facts
 from libreflux.model.int8 import quantise
 from libreflux.model.int8_files import share_equal, write_all_checksums
 from libreflux.model.locate import PARTS
+from libreflux.model.opening import open_model
 from libreflux.model.quantise import quantise_folder
-from libreflux.model.source import LiveParts, ModelSource, open_model, read_facts, save_model, write_facts
+from libreflux.model.save import LiveParts, save_model
+from libreflux.model.source import ModelSource
 from libreflux.recipe import Recipe
 from libreflux.training.callbacks import Callbacks
 from libreflux.training.loop import fit
