@@ -103,9 +103,12 @@ class _Line(ProgressColumn):
             if name == "bar":
                 total = None if task.total is None else max(0, task.total)
                 bar = ProgressBar(
-                    total=total, completed=max(0, task.completed), width=int(part), pulse=not task.started,
+                    total=total,
+                    completed=max(0, task.completed),
+                    width=int(part),
+                    pulse=not task.started,
                     animation_time=task.get_time(),
-                )  # fmt: skip
+                )
                 cells.append(bar)
             else:
                 cells.append(Text(str(part), no_wrap=True))

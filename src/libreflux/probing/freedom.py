@@ -210,10 +210,19 @@ def _row(triples: Sequence[_Triple], at: Mapping[str, Coordinate]) -> FreedomRow
         verdict = "no gap" if found is None else "gap"
         share, low, high, beyond = found or (share, low, high, beyond)
     return FreedomRow(
-        name=triples[0].name, at=at, subset=triples[0].subset, unit=triples[0].unit,
-        distilled=float(distilled[:, 0].mean()), freed=float(freed[:, 0].mean()),
-        reference=float(reference[:, 0].mean()), share=share, low=low, high=high, verdict=verdict, beyond=beyond,
-    )  # fmt: skip
+        name=triples[0].name,
+        at=at,
+        subset=triples[0].subset,
+        unit=triples[0].unit,
+        distilled=float(distilled[:, 0].mean()),
+        freed=float(freed[:, 0].mean()),
+        reference=float(reference[:, 0].mean()),
+        share=share,
+        low=low,
+        high=high,
+        verdict=verdict,
+        beyond=beyond,
+    )
 
 
 def _short(value: object) -> str:

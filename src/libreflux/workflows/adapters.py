@@ -157,5 +157,8 @@ def notice_other_base(base_hash: str, files: Sequence[tuple[AdapterFile, float]]
         if trained_on != base_hash:
             logger.warning(
                 "%s was trained on other weights (%s of %s) than these (%s)",
-                file.where, trained_on[:10], file.metadata.get("model", "an unnamed model"), base_hash[:10],
-            )  # fmt: skip
+                file.where,
+                trained_on[:10],
+                file.metadata.get("model", "an unnamed model"),
+                base_hash[:10],
+            )

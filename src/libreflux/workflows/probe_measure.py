@@ -67,9 +67,14 @@ def measure(options: ProbeOptions, trained_subjects: tuple[str, ...] | None = No
     settings = _settings(options, model, judge_file, trained_subjects)
     with lock(out), contextlib.ExitStack() as bars:
         data = ProbeData.make(
-            model, None if options.data is None else Path(options.data),
-            settings=settings, judge=judge, out=out, device=device, progress=options.progress,
-        )  # fmt: skip
+            model,
+            None if options.data is None else Path(options.data),
+            settings=settings,
+            judge=judge,
+            out=out,
+            device=device,
+            progress=options.progress,
+        )
         model.memory.save()
 
         def opened(todo: Sequence[Section]) -> ProbeContext:
@@ -79,10 +84,15 @@ def measure(options: ProbeOptions, trained_subjects: tuple[str, ...] | None = No
                 return open_context(model, data, judge, out, device, texts)
 
         result = probe_run.probe(
-            out, opened, model=model.as_json(), decided=_decided(model, data.cache), settings=data.settings,
-            prompts=data.prompts, versions=versions(),
+            out,
+            opened,
+            model=model.as_json(),
+            decided=_decided(model, data.cache),
+            settings=data.settings,
+            prompts=data.prompts,
+            versions=versions(),
             progress=bars.enter_context(options.progress("probing", "evaluation")),
-        )  # fmt: skip
+        )
     return out, result
 
 

@@ -53,10 +53,17 @@ def measured(
         low, high = _interval(replicates)
         found.append(
             Measure(
-                name=name, at=at, subset=subset, value=float(value), low=low, high=high,
-                replicates=replicates.tolist(), reference=reference, unit=unit,
+                name=name,
+                at=at,
+                subset=subset,
+                value=float(value),
+                low=low,
+                high=high,
+                replicates=replicates.tolist(),
+                reference=reference,
+                unit=unit,
             )
-        )  # fmt: skip
+        )
     return found
 
 

@@ -35,13 +35,17 @@ def _guidance(results: Sequence[Result], labels: Sequence[str]) -> Iterator[str]
         "Burnt colours.",
         f"Share of colour values that are too dark or too bright to be shown, where the model is pushed to follow the "
         f"prompt (guidance {scale:g}{beside}):",
-        labels, [_told(one.find("clipped", guidance=scale)) for one in results], percent,
-    )  # fmt: skip
+        labels,
+        [_told(one.find("clipped", guidance=scale)) for one in results],
+        percent,
+    )
     yield _sentence(
         "Right pictures.",
         f"Share whose subject and background are what the prompt asked for, at guidance {scale:g}:",
-        labels, [_told(one.find("accuracy", guidance=scale, what="both")) for one in results], percent,
-    )  # fmt: skip
+        labels,
+        [_told(one.find("accuracy", guidance=scale, what="both")) for one in results],
+        percent,
+    )
 
 
 def nearest_guidance(results: Sequence[Result]) -> float | None:
@@ -62,8 +66,10 @@ def _steps(results: Sequence[Result], labels: Sequence[str]) -> Iterator[str]:
     yield _sentence(
         "Few steps.",
         f"Share of right pictures in only {counted(counts[0], 'step')}, what distilled models are made for:",
-        labels, found, percent,
-    )  # fmt: skip
+        labels,
+        found,
+        percent,
+    )
 
 
 def _velocity(results: Sequence[Result], labels: Sequence[str]) -> Iterator[str]:
@@ -74,15 +80,19 @@ def _velocity(results: Sequence[Result], labels: Sequence[str]) -> Iterator[str]
             "Calibration.",
             "Shown a noisy picture and asked which way is clean, a free model's answer is neither too strong nor too "
             "weak: 1. Below 1 it exaggerates. Where each is furthest off:",
-            labels, [_told(row, f"at noise level {row.at['sigma']:g}") for row in worst], _two,
-        )  # fmt: skip
+            labels,
+            [_told(row, f"at noise level {row.at['sigma']:g}") for row in worst],
+            _two,
+        )
     losses = [_by_sigma(one, "loss") for one in results]
     if all(losses):
         yield _sentence(
             "Error.",
             "The mean over all noise levels on pictures that were kept out of training (less is better):",
-            labels, [_mean(rows) for rows in losses], _three,
-        )  # fmt: skip
+            labels,
+            [_mean(rows) for rows in losses],
+            _three,
+        )
 
 
 def _by_sigma(result: Result, name: str) -> list[Measure]:

@@ -150,21 +150,32 @@ def _plots(results: Sequence[Result], names: Sequence[str]) -> str:
     drawn = [
         plots.lines(
             _series(results, names, "loss", "sigma", by_sigma),
-            title="Error on unseen pictures (lower is better)", x=noise, y="loss, MSE",
+            title="Error on unseen pictures (lower is better)",
+            x=noise,
+            y="loss, MSE",
         ),
         plots.lines(
             _series(results, names, "slope", "sigma", by_sigma),
-            title="Calibration (1 is right)", x=noise, y="slope k", level=1.0,
+            title="Calibration (1 is right)",
+            x=noise,
+            y="slope k",
+            level=1.0,
         ),
         plots.lines(
             _series(results, names, "accuracy", "guidance", by_scale),
-            title="Pictures that show what was asked for", x="guidance", y="accuracy", percent=True,
+            title="Pictures that show what was asked for",
+            x="guidance",
+            y="accuracy",
+            percent=True,
         ),
         plots.lines(
             _series(results, names, "clipped", "guidance", {}),
-            title="Burnt colours (lower is better)", x="guidance", y="clipped values", percent=True,
+            title="Burnt colours (lower is better)",
+            x="guidance",
+            y="clipped values",
+            percent=True,
         ),
-    ]  # fmt: skip
+    ]
     if not any(drawn):
         return ""
     ladder = " Hollow marks: noise levels of a few-step model's own steps." if rungs else ""

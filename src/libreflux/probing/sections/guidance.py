@@ -124,10 +124,16 @@ def _nearest(distances: Sequence[Measure], scales: Sequence[float]) -> list[Meas
         low, high = np.quantile(picked[1:], [0.025, 0.975])
         rows.append(
             Measure(
-                name="best_guidance", at={"by": "distance"}, subset=subset, value=float(picked[0]), low=float(low),
-                high=float(high), replicates=picked[1:].tolist(), unit="guidance",
+                name="best_guidance",
+                at={"by": "distance"},
+                subset=subset,
+                value=float(picked[0]),
+                low=float(low),
+                high=float(high),
+                replicates=picked[1:].tolist(),
+                unit="guidance",
             )
-        )  # fmt: skip
+        )
     return rows
 
 
