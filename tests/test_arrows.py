@@ -13,7 +13,19 @@ import pytest
 import libreflux
 
 ROOT = Path(libreflux.__file__).parent
-GROUND = {"recipe", "checksums", "files", "places", "seeding", "errors", "printing", "plainjson", "decided", "values"}
+GROUND = {
+    "recipe",
+    "checksums",
+    "files",
+    "places",
+    "seeding",
+    "errors",
+    "printing",
+    "plainjson",
+    "decided",
+    "values",
+    "locks",
+}
 BELOW: dict[str, set[str]] = {
     "printing": set(),
     "plainjson": set(),
@@ -23,7 +35,8 @@ BELOW: dict[str, set[str]] = {
     "decided": set(),
     "values": {"errors"},
     "places": {"errors"},
-    "files": {"errors", "places", "plainjson", "printing"},
+    "locks": {"errors", "places", "printing"},
+    "files": {"errors", "locks", "places", "plainjson", "printing"},
     "recipe": {"errors", "files", "seeding", "places", "values"},
     "flow": set(),
     "model": GROUND | {"flow"},

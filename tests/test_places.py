@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from libreflux import files
+from libreflux import files, locks
 from libreflux.errors import RunError
 from libreflux.places import file_place, folder_place, new_place
 from rights import bound_by_modes
@@ -110,7 +110,7 @@ def test_a_disk_without_locks_and_syncs_of_folders_is_used_with_a_warning(
     monkeypatch.setattr(fcntl, "flock", no_lock)
     if number != errno.ENOLCK:
         monkeypatch.setattr(os, "fsync", files_alone)
-    for cached in (files.warn_unlocked, files.warn_unsynced):
+    for cached in (locks.warn_unlocked, files.warn_unsynced):
         cached.cache_clear()
     for name in ("one", "two"):
         with files.lock(tmp_path / "run"), files.staged_dir(tmp_path / "run" / name) as staging:

@@ -1,4 +1,4 @@
-"""Every byte that must survive a power cut or a SIGKILL: atomic writes, staged folders, manifests, locks.
+"""Every byte that must survive a power cut or a SIGKILL: atomic writes, staged folders, manifests; locks are `locks`.
 
 The rule is always the same: write beside the target, fsync the bytes, rename once, fsync the folder. A reader sees
 the old state or the new one, never a part.
@@ -24,6 +24,9 @@ from filelock import lock_descriptor
 
 from libreflux import plainjson
 from libreflux.errors import RunError
+from libreflux.locks import LOCK as LOCK
+from libreflux.locks import lock as lock
+from libreflux.locks import take
 from libreflux.places import WRITE_ERRORS, placed
 from libreflux.printing import get_logger
 
@@ -33,10 +36,6 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 MANIFEST = "manifest.json"
-LOCK = ".lock"
-_UNREADABLE = 1 if sys.platform == "win32" else 0
-"""Bytes at the start of a locked file that others cannot read: on Windows the one that is locked."""
-_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF})
 _NO_SYNC = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF})
 """What network file systems (NFS, CIFS, FUSE) say of what they do not have."""
 # The last one is safetensors' own.
@@ -124,7 +123,7 @@ def _staged(final: Path) -> Iterator[Path]:
     locked = _lock_of(staging)
     holder = os.open(locked, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        if not _locked(holder, staging.parent):
+        if not take(holder, staging.parent):
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), locked)
         staging.mkdir()
         yield staging
@@ -216,45 +215,6 @@ def verify_manifest(folder: Path) -> None:
             raise RunError("damaged: its SHA-256 is not the manifest's", where=file, hint=hint)
 
 
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Holds ``folder`` (created if need be) for one process; the system frees it when the holder ends, however it ends.
-
-    Raises:
-        RunError: somebody else holds it; their process id is named.
-    """
-    path, handle = folder / LOCK, _lock_handle(folder)
-    try:
-        with placed(path):
-            os.ftruncate(handle, 0)
-            os.lseek(handle, 0, os.SEEK_SET)
-            os.write(handle, b"\n" * _UNREADABLE + f"{os.getpid()}\n".encode())
-        # The file stays when the lock goes: removing it would let two processes lock two files of one name.
-        yield
-    finally:
-        os.close(handle)
-
-
-def _lock_handle(folder: Path) -> int:
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            if not _locked(handle, folder):
-                os.lseek(handle, _UNREADABLE, os.SEEK_SET)
-                holder = os.read(handle, 32).decode("ascii", "replace").strip() or "unknown"
-                hint = "wait for it, stop it, or choose another folder"
-                raise RunError(f"in use by process {holder}", where=folder, hint=hint)
-            # Its last holder may have removed the whole folder since it was opened: then this locks nothing.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle), os.stat(folder / LOCK)):
-                    return handle
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)
-
-
 def replace_whole(path: Path, fill: Callable[[Path], None]) -> None:
     """Replaces ``path`` in one rename by the file that ``fill`` makes at the path it is given."""
     path = Path(path)
@@ -305,23 +265,6 @@ def _sweep_abandoned(final: Path) -> None:
         if dead:
             shutil.rmtree(leftover, ignore_errors=True)
             locked.unlink(missing_ok=True)
-
-
-def _locked(handle: int, folder: Path) -> bool:
-    """Whether the lock of an open file is ours now; True with a warning where the file system has no locks."""
-    try:
-        return lock_descriptor(handle, blocking=False)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        warn_unlocked(str(folder), os.strerror(error.errno))
-        return True
-
-
-@functools.cache  # a run locks its folder more than once
-def warn_unlocked(folder: str, why: str) -> None:
-    """Once a process and folder: that nothing keeps a second process out of it."""
-    logger.warning("%s: its file system has no locks (%s): let no second process write there", folder, why)
 
 
 @functools.cache  # once for each file system
