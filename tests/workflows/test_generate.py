@@ -330,7 +330,7 @@ def test_the_examples_run(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(adapters, "default_model", lambda _: str(tiny_model_dir))  # emoji-libre takes longer
     for workflow in (libreflux.generate, libreflux.remake, libreflux.grid):
-        example = (workflow.__doc__ or "").partition("Example:\n")[2].partition("\n\nArgs:")[0]
+        example = (workflow.__doc__ or "").partition("Example::\n\n")[2].partition("\n\nArgs:")[0]
         assert example.count("\n") >= 3
         exec("if True:\n" + example, {})
     assert {"fox.png", "pictures", "grid"} <= {path.name for path in tmp_path.iterdir()}

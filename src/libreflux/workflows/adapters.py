@@ -115,7 +115,8 @@ def load_adapter(path: str | Path) -> AdapterFile:
         AdapterError: there is no adapter, or it cannot be read.
         NotFiniteError: NaN or infinite numbers in it.
 
-    Example:
+    Example::
+
         import libreflux
 
         pipe = libreflux.LibreFluxPipeline.from_pretrained("emoji-schnell")

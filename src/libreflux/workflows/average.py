@@ -56,7 +56,8 @@ def average_with(options: AverageOptions) -> AverageResult:
         OptionError: none or both of `width` and `lerp`, or a step beside `lerp`.
         RunError: nothing to average, a value out of range, a damaged file, or an `out` that exists.
 
-    Example:
+    Example::
+
         import libreflux
 
         made = libreflux.average("runs/mine", width=0.1, out="mine-0.1.safetensors")

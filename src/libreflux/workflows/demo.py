@@ -111,10 +111,11 @@ def demo_with(options: DemoOptions) -> DemoResult:
         RunError: the folder holds something else, or a demo with other steps or pictures.
         LibrefluxError: see `train_with` and `probe_with`.
 
-    Example:
-        >>> import libreflux
-        >>> libreflux.demo("out/demo", steps=2, pictures=32).page  # some minutes: measuring takes most of them
-        PosixPath('out/demo/index.html')
+    Example::
+
+        import libreflux
+
+        print(libreflux.demo("out/demo", steps=2, pictures=32).page)  # some minutes: measuring takes most of them
     """
     if options.steps < 1:
         raise OptionError("is no number of steps", "steps", hint="give 1 or more")

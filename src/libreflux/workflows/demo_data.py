@@ -54,10 +54,11 @@ def demo_data_with(options: DemoDataOptions) -> DemoDataResult:
         DataError: the folder exists and is not empty.
         OptionError: a count, seed, look or share that there is not.
 
-    Example:
-        >>> import libreflux
-        >>> libreflux.demo_data("pictures", count=8, seed=1).pictures
-        8
+    Example::
+
+        import libreflux
+
+        print(libreflux.demo_data("pictures", count=8, seed=1).pictures)  # 8
     """
     out = Path(options.out)
     if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):

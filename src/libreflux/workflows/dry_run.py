@@ -128,13 +128,15 @@ def dry_run_with(options: DryRunOptions) -> DryRunResult:
         RecipeError: the recipe; see `recipe.load_recipe`.
         LibrefluxError: a fault of the model or the targets. One of the data is in the result.
 
-    Example:
-        >>> import libreflux
-        >>> libreflux.demo_data("pictures", count=8)
-        >>> recipe = {"model": "emoji-base", "data": [{"path": "pictures"}], "resolution": 64, "steps": 2, "out": "run"}
-        >>> found = libreflux.dry_run(recipe)
-        >>> found.verdict.fits, found.verdict.estimate.total, found.fault
-        >>> print(found.text())
+    Example::
+
+        import libreflux
+
+        libreflux.demo_data("pictures", count=8)
+        recipe = {"model": "emoji-base", "data": [{"path": "pictures"}], "resolution": 64, "steps": 2, "out": "run"}
+        found = libreflux.dry_run(recipe)
+        print(found.verdict.fits, found.verdict.estimate.total, found.fault)
+        print(found.text())
     """
     recipe = resolve_recipe(options.recipe, options.overrides)
     with planned_model(recipe.model) as (name, notice):

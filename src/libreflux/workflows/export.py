@@ -72,7 +72,8 @@ def export_with(options: ExportOptions) -> ExportResult:
         RunError: `out` exists, or cannot be written.
         LibrefluxError: a model or an adapter that cannot be read, or a part of it that the program does not know.
 
-    Example:
+    Example::
+
         import libreflux
 
         made = libreflux.export("emoji-libre", int8=True, out="emoji-int8")

@@ -68,7 +68,8 @@ def generate_with(options: GenerateOptions) -> GenerateResult:
         RecipeError, RunError: a place that cannot be written, a device that is not there, memory that ran out.
         ModelError, AdapterError: no such model or adapter, a damaged one, or two that do not fit.
 
-    Example:
+    Example::
+
         import libreflux
 
         result = libreflux.generate("a fox on yellow", steps=4, seed=1)

@@ -101,7 +101,8 @@ def grid_with(options: GridOptions) -> GridResult:
         RunError: a place that cannot be written, or that another grid is writing; a device that is not there.
         ModelError, AdapterError: see `generate_with`.
 
-    Example:
+    Example::
+
         import libreflux
 
         result = libreflux.grid("a fox on yellow", guidance=[1, 3], steps=[2, 4], seeds=[0, 1], out="grid")

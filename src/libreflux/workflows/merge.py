@@ -64,7 +64,8 @@ def merge_with(options: MergeOptions) -> MergeResult:
         RunError: `out` exists, or cannot be written.
         LibrefluxError: a model or an adapter that cannot be read, do not go together, or add up to no finite numbers.
 
-    Example:
+    Example::
+
         import libreflux
 
         made = libreflux.merge("emoji-schnell", adapters=["runs/mine:0.8"], out="models/mine")

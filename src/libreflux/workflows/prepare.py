@@ -96,12 +96,12 @@ def prepare_with(options: PrepareOptions) -> PrepareResult:
         RecipeError: the recipe, or a value that none may have.
         DataError, ModelError, RunError: see `data.prepare.prepare`.
 
-    Example:
-        >>> import libreflux
-        >>> from libreflux.workflows.prepare import prepare
-        >>> libreflux.workflows.demo_data.demo_data("pictures", count=8)
-        >>> prepare("pictures", resolution=[64], out="cache").pictures
-        8
+    Example::
+
+        import libreflux
+
+        libreflux.demo_data("pictures", count=8)
+        print(libreflux.prepare("pictures", resolution=[64], out="cache").pictures)  # 8
     """
     recipe, part = recipe_of_options(options), parse_part(options.shard)
 

@@ -53,7 +53,8 @@ def probe_with(options: ProbeOptions) -> ProbeResult:
         OptionError: an option that has no effect, or data missing for a model that is not of the emoji family.
         LibrefluxError: a model, adapter, judge or picture that cannot be read, or a folder that cannot be written.
 
-    Example:
+    Example::
+
         import libreflux
 
         found = libreflux.probe("emoji-libre", quick=True, pictures=8, prompts=2, guidance=[1], steps=[2, 4])

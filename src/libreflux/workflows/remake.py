@@ -89,7 +89,8 @@ def remake_with(options: RemakeOptions) -> RemakeResult:
         RecipeError: adapters that are not as many as it had, or an `out` that would replace it.
         ModelError, AdapterError, RunError: see `generate_with`.
 
-    Example:
+    Example::
+
         import libreflux
 
         libreflux.generate("a fox on yellow", steps=4, out="fox.png")

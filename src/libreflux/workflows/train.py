@@ -73,13 +73,14 @@ def train_with(options: TrainOptions) -> TrainResult:
         LibrefluxError: a fault of the model, the data or the targets. A folder that did not exist before, and holds no
             result yet, is removed.
 
-    Example:
-        >>> import libreflux
-        >>> libreflux.demo_data("pictures", count=8)
-        >>> recipe = {"model": "emoji-base", "data": [{"path": "pictures"}], "resolution": 64, "batch": 2, "steps": 2}
-        >>> recipe |= {"adapter": {"targets": [{"layers": "transformer_blocks.0.attn.**", "factor": 4}]}, "out": "run"}
-        >>> libreflux.train(recipe, overrides=["samples.every=0"]).adapter
-        PosixPath('run/adapter.safetensors')
+    Example::
+
+        import libreflux
+
+        libreflux.demo_data("pictures", count=8)
+        recipe = {"model": "emoji-base", "data": [{"path": "pictures"}], "resolution": 64, "batch": 2, "steps": 2}
+        recipe |= {"adapter": {"targets": [{"layers": "transformer_blocks.0.attn.**", "factor": 4}]}, "out": "run"}
+        print(libreflux.train(recipe, overrides=["samples.every=0"]).adapter)  # run/adapter.safetensors
     """
     recipe = resolve_recipe(options.recipe, options.overrides)
     run, rank = Path(recipe.out), _rank()
