@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
+import textwrap
+import typing
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -25,13 +28,27 @@ def by_keywords(options: Callable[P, OptionsT], workflow: Callable[[OptionsT], R
         return workflow(options(*args, **kwargs))
 
     call.__name__ = call.__qualname__ = workflow.__name__.removesuffix("_with")
-    call.__signature__ = inspect.signature(options)  # type: ignore[attr-defined]
-    call.__doc__ = f"{inspect.getdoc(workflow)}\n\n{_fields(options)}"
+    result = typing.get_type_hints(workflow)["return"]
+    call.__signature__ = inspect.signature(options).replace(return_annotation=result)  # type: ignore[attr-defined]
+    call.__doc__ = f"{inspect.getdoc(workflow)}\n\n{_arguments(options)}\n\n{_returned(result)}"
     del call.__wrapped__
     return call
 
 
-def _fields(options: object) -> str:
-    """What the dataclass says of its fields, as arguments."""
-    text = inspect.getdoc(options) or ""
-    return "Args:" + text.partition("Attributes:")[2] if "Attributes:" in text else text
+def _arguments(options: object) -> str:
+    """What the dataclass of options says of its fields, as arguments."""
+    return f"Args:\n{textwrap.indent(_fields(options), '    ')}"
+
+
+def _returned(result: type) -> str:
+    """What the dataclass of the result says of itself, and of its fields as a list."""
+    summary = (inspect.getdoc(result) or "").partition("\n")[0].rstrip(".")
+    rows = re.sub(r"^(\w+):", r"* ``\1``:", _fields(result), flags=re.MULTILINE)
+    text = f"{result.__name__}: {summary[:1].lower()}{summary[1:]}.\n\n{rows}"
+    return f"Returns:\n{textwrap.indent(text, '    ')}"
+
+
+def _fields(kind: object) -> str:
+    """The rows of `Attributes:` in a docstring."""
+    rows = textwrap.dedent((inspect.getdoc(kind) or "").partition("Attributes:\n")[2])
+    return rows.partition("\n\n")[0].rstrip()
