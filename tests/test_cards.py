@@ -62,7 +62,8 @@ def test_tests_for_a_card_are_left_out_unless_asked_for_and_then_see_it() -> Non
 def test_this_process_sees_no_card_and_its_children_neither() -> None:
     import torch
 
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == HIDDEN and not torch.cuda.is_available()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == HIDDEN
+    assert not torch.cuda.is_available()
     code = "import torch; print(torch.cuda.device_count())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120).stdout == "0\n"
 

@@ -15,7 +15,8 @@ def test_every_row_names_a_collected_test_and_the_first_eight_use_an_original() 
     lines = (ROOT / "docs/corrections.md").read_text("utf-8").splitlines()
     cells = [line.strip().strip("|").rpartition("|")[2] for line in lines if line.startswith("|")][2:]
     rows = [re.findall(r"`([^`]+)`", cell) for cell in cells]
-    assert len(rows) >= 8 and all(rows)
+    assert len(rows) >= 8
+    assert all(rows)
     found = collected(sorted({name.partition("::")[0] for row in rows for name in row}))
     missing = [name for row in rows for name in row if name not in found]
     assert not missing

@@ -27,7 +27,8 @@ PAGES = sorted(path for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.m
 def names() -> ModuleType:
     """The module that the site's build finds definitions with."""
     spec = importlib.util.spec_from_file_location("names", ROOT / "docs" / "_ext" / "names.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["names"] = module  # where its dataclass looks for itself
     spec.loader.exec_module(module)

@@ -23,7 +23,8 @@ def test_a_pass_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(found) == {"masked", "masked, checkpointing"}
     for row in found.values():
         assert row.pop("norm") > 0
-        assert set(row) == {"velocity", "loss", "gradient"} and max(row.values()) < 1e-6
+        assert set(row) == {"velocity", "loss", "gradient"}
+        assert max(row.values()) < 1e-6
 
 
 def test_a_training_is_compared(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -32,9 +33,11 @@ def test_a_training_is_compared(monkeypatch: pytest.MonkeyPatch, tiny_model_dir:
     places = {"tiny": tiny_model_dir, "photos": photos, "out": tmp_path / "run"}
     found = training.beside_the_cpu(tree("tiny", "lokr", "bf16", "adamw", places, steps=4), 2)
     there, here = found["there"], found["here"]
-    assert there["rows"][:2] == here["rows"] and len(there["rows"]) == 4
+    assert there["rows"][:2] == here["rows"]
+    assert len(there["rows"]) == 4
     assert len({row["data"]["noise"] for row in there["rows"]}) == 4
-    assert there["held_out"][1] < there["held_out"][0] and not here["held_out"]
+    assert there["held_out"][1] < there["held_out"][0]
+    assert not here["held_out"]
 
 
 def test_a_case_has_a_process_of_its_own_and_a_failure_shows_its_log() -> None:
@@ -44,4 +47,6 @@ def test_a_case_has_a_process_of_its_own_and_a_failure_shows_its_log() -> None:
     with pytest.raises(pytest.fail.Exception, match=r"No module named 'gpu\.cases\.nowhere'"):
         alone("nowhere.nothing")
     slow = process(["-c", "import os, time; os.system('sleep 60') if not print('begun', flush=True) else 0"], seconds=2)
-    assert slow.code is None and slow.out == "begun\n" and slow.log().startswith("out of time")
+    assert slow.code is None
+    assert slow.out == "begun\n"
+    assert slow.log().startswith("out of time")

@@ -35,7 +35,9 @@ def test_no_module_hides_a_name() -> None:
 
 @pytest.mark.parametrize("name", [*NAMES, *COMING])
 def test_every_name_is_told(name: str) -> None:
-    assert libreflux.__doc__ is not None and f"libreflux.{name}" in libreflux.__doc__ and name in dir(libreflux)
+    assert libreflux.__doc__ is not None
+    assert f"libreflux.{name}" in libreflux.__doc__
+    assert name in dir(libreflux)
 
 
 def test_another_name_is_an_attribute_error() -> None:

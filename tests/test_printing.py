@@ -50,8 +50,10 @@ def test_a_bar_shows_it_too(terminal: bool) -> None:
     file = io.StringIO()
     with progress("drawing", "step", SafeConsole(file=file, force_terminal=terminal, width=200)) as report:
         report(1, 1, "note \x1b]0;x\x07 \x9b")
-    assert "note \\x1b]0;x" in file.getvalue() and "\\x9b" in file.getvalue()
-    assert "\x1b]0" not in file.getvalue() and ("\x1b[" in file.getvalue()) == terminal
+    assert "note \\x1b]0;x" in file.getvalue()
+    assert "\\x9b" in file.getvalue()
+    assert "\x1b]0" not in file.getvalue()
+    assert ("\x1b[" in file.getvalue()) == terminal
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
@@ -92,14 +94,16 @@ def calls(source: str) -> set[str]:
 def test_no_line_goes_another_way(way: str) -> None:
     files = [path for path in ROOT.rglob("*.py") if "build" not in path.parts]
     found = {path.relative_to(ROOT).as_posix() for path in files if way in calls(path.read_text(encoding="utf-8"))}
-    assert len(files) > 100 and found == WAYS[way]
+    assert len(files) > 100
+    assert found == WAYS[way]
 
 
 def test_every_logger_of_ours_has_the_filter() -> None:
     import libreflux.cli.app
     import libreflux.training.loop
 
-    assert libreflux.cli.app and libreflux.training.loop
+    assert libreflux.cli.app
+    assert libreflux.training.loop
     ours = [name for name in logging.root.manager.loggerDict if name.startswith("libreflux.")]
     loggers = [one for name in ours if isinstance(one := logging.root.manager.loggerDict[name], logging.Logger)]
     assert len(loggers) > 8

@@ -262,7 +262,8 @@ def test_the_schema_reaches_every_key() -> None:
     assert {key for key in KEYS if len(key) == 1} == {
         (field.alias or name,) for name, field in Recipe.model_fields.items()
     }
-    assert ("adapter", "targets", 0, "factor") in KEYS and ("data", 0, "captions", 0) in KEYS
+    assert ("adapter", "targets", 0, "factor") in KEYS
+    assert ("data", 0, "captions", 0) in KEYS
 
 
 def test_a_value_is_told_in_brief_however_large() -> None:
@@ -321,4 +322,5 @@ def test_what_was_once_let_through_or_crashed(text: str, told: str) -> None:
 def test_overriding_one_use_of_an_alias_leaves_the_others() -> None:
     text = "data: [&a {path: x}, *a]\nresolution: 512\nsteps: 1\nout: y"
     recipe = outcome(text, ["data.0.repeats=3"])
-    assert isinstance(recipe, Recipe) and [source.repeats for source in recipe.data] == [3, 1]
+    assert isinstance(recipe, Recipe)
+    assert [source.repeats for source in recipe.data] == [3, 1]

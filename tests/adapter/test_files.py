@@ -101,7 +101,8 @@ def test_gradient_checkpointing_in_the_real_model(model: FluxTransformer2DModel)
     for one, two in zip(*results, strict=True):
         assert (one is None) == (two is None)
         if one is not None:
-            assert one.equal(two) and one.dtype == torch.bfloat16
+            assert one.equal(two)
+            assert one.dtype == torch.bfloat16
             used += bool(one.abs().sum() > 0)
     assert used >= 0.8 * len(results[0])
 
@@ -117,7 +118,8 @@ def test_file_round_trip(model: FluxTransformer2DModel, tmp_path: Path, dtype: t
     assert load_adapter(path).metadata["steps"] == "7"
     assert list(again.layers) == list(adapter.layers)
     for key, tensor in again.state_dict().items():
-        assert tensor.equal(adapter.state_dict()[key]) and tensor.dtype == adapter.state_dict()[key].dtype
+        assert tensor.equal(adapter.state_dict()[key])
+        assert tensor.dtype == adapter.state_dict()[key].dtype
     assert "lycoris_transformer_blocks_0_attn_to_out_0.lokr_w1" in again.state_dict()
 
 
@@ -291,7 +293,8 @@ def test_merge_refuses_before_it_changes_anything(model: FluxTransformer2DModel)
 def test_attach_takes_a_quantised_base_as_it_is(model: FluxTransformer2DModel) -> None:
     model.proj_out = Int8Linear(model.proj_out)
     adapter = attach(model, resolve(linear_shapes(model), [Target(layers="proj_out", factor=2)]), init="ones", seed=0)
-    assert isinstance(model.proj_out, AdaptedLinear) and list(adapter.layers) == ["proj_out"]
+    assert isinstance(model.proj_out, AdaptedLinear)
+    assert list(adapter.layers) == ["proj_out"]
 
 
 def test_broken_files(model: FluxTransformer2DModel, tmp_path: Path) -> None:

@@ -74,7 +74,8 @@ def test_pefts_folder_has_its_scale(tmp_path: Path, config: dict[str, Any], scal
     folder = peft_folder(tmp_path / "peft", **config)
     for place in (folder, folder / "adapter_model.safetensors"):
         torch.testing.assert_close(delta(place), scale * UP @ DOWN)
-    assert adapter_file(folder) == folder / "adapter_model.safetensors" and is_adapter(str(folder))
+    assert adapter_file(folder) == folder / "adapter_model.safetensors"
+    assert is_adapter(str(folder))
     stored = load_adapter(folder)
     export_adapter(stored, "lycoris", tmp_path / "out.safetensors")
     torch.testing.assert_close(delta(tmp_path / "out.safetensors"), scale * UP @ DOWN)
@@ -240,7 +241,8 @@ def test_what_is_left_out(
 ) -> None:
     path = written(tmp_path / "a.safetensors", lora() | more)
     torch.testing.assert_close(delta(path), UP @ DOWN)
-    assert warned in caplog.text and bool(warned) == bool(caplog.text)
+    assert warned in caplog.text
+    assert bool(warned) == bool(caplog.text)
 
 
 NAN = torch.full((32,), torch.nan)
@@ -261,7 +263,8 @@ NAN = torch.full((32,), torch.nan)
 def test_what_is_refused(tmp_path: Path, more: dict[str, Tensor], error: type[LibrefluxError], words: str) -> None:
     with pytest.raises(error, match=words) as told:
         load_adapter(written(tmp_path / "bad.safetensors", lora() | more))
-    assert "bad.safetensors" in str(told.value) and "; hint: " in str(told.value)
+    assert "bad.safetensors" in str(told.value)
+    assert "; hint: " in str(told.value)
 
 
 def test_a_single_nan_of_many(tmp_path: Path) -> None:

@@ -92,8 +92,10 @@ def test_a_lokr_as_its_nearest_lora(program: str, tmp_path: Path) -> None:
         fresh = tiny_transformer()
         attach_file(fresh, out)
         errors.append(float((look(fresh) - expected).norm() / (without - expected).norm()))
-    assert losses[0] > losses[1] > 0.02 and losses[2] < 1e-3
-    assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-3
+    assert losses[0] > losses[1] > 0.02
+    assert losses[2] < 1e-3
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1e-3
 
 
 def test_the_nearest_lora_is_that_of_the_dense_svd() -> None:
@@ -108,7 +110,8 @@ def test_the_nearest_lora_is_that_of_the_dense_svd() -> None:
     assert error == pytest.approx(float(s[5:].norm()), rel=1e-4)
     exact, none = nearest_lora(lokr, 99)
     torch.testing.assert_close(delta_weight(exact), dense, rtol=1e-4, atol=1e-4)
-    assert none == pytest.approx(0, abs=1e-3) and exact.lora_down.shape[0] <= 12
+    assert none == pytest.approx(0, abs=1e-3)
+    assert exact.lora_down.shape[0] <= 12
 
 
 def test_diffusers_loads_our_lora_and_gives_the_same_velocity(tmp_path: Path) -> None:

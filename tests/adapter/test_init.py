@@ -36,7 +36,8 @@ def test_perturbed_has_the_moments_of_w(size: tuple[int, int, int], scale: float
     adapted = layer(*size)
     init_lokr(adapted, "perturbed", 0, "x", scale)
     w, w2 = dense_weight(adapted.base, "x"), w2_of(adapted)
-    assert isinstance(adapted.delta, LoKr) and bool(adapted.delta.lokr_w1.eq(1).all())
+    assert isinstance(adapted.delta, LoKr)
+    assert bool(adapted.delta.lokr_w1.eq(1).all())
     assert w2.double().mean().item() == pytest.approx(scale * w.double().mean().item(), rel=1e-4)
     assert w2.double().std(correction=0).item() == pytest.approx(scale * w.double().std(correction=0).item(), rel=1e-5)
     assert (delta_weight(adapted.delta).norm() / w.norm()).item() == pytest.approx(scale, rel=1e-5)
@@ -65,7 +66,8 @@ def test_kaiming_is_lycoris_start() -> None:
     assert isinstance(adapted.delta, LoKr)
     w1 = adapted.delta.lokr_w1.detach()
     reference = nn.init.kaiming_uniform_(torch.empty(64, 64), a=math.sqrt(5))
-    assert w1.abs().max() <= 1 / 8 and reference.abs().max() <= 1 / 8
+    assert w1.abs().max() <= 1 / 8
+    assert reference.abs().max() <= 1 / 8
     ordered = w1.flatten().double().sort().values * 8
     distance = (ordered - torch.linspace(-1, 1, 4096, dtype=torch.float64)).abs().max() / 2
     assert distance < 1.95 / 64  # Kolmogorov-Smirnov, p = 0.001
@@ -121,7 +123,8 @@ def test_a_card_makes_the_noise_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(init, "_CARDS", ("cpu",))
     again = layer()
     init_lokr(again, "perturbed", 0, "x")
-    assert asked == ["cpu", "cpu", "cpu"] and w2_of(again).equal(w2_of(adapted))
+    assert asked == ["cpu", "cpu", "cpu"]
+    assert w2_of(again).equal(w2_of(adapted))
 
 
 def test_noise_is_drawn_where_its_generator_lives(monkeypatch: pytest.MonkeyPatch) -> None:

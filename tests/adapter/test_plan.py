@@ -121,7 +121,8 @@ def test_ranges_in_published_configs_take_single_digits_and_the_table_says_so(fl
     assert blocks["transformer_blocks.[8-15]*.ff*"] == {5}
     assert blocks["single_transformer_blocks.[24-37]*"] == {2, 7, *range(20, 30)}
     text = planned.text()
-    assert "transformer_blocks.{5}.ff.net.0.proj" in text and "{2,7,20-29}" in text
+    assert "transformer_blocks.{5}.ff.net.0.proj" in text
+    assert "{2,7,20-29}" in text
     path.write_text(path.read_text().replace('"use_fnmatch": true', '"use_fnmatch": false'))
     with pytest.raises(AdapterError, match=r"is no regular expression \(bad character range 8-1"):
         plan.plan(spec(lycoris_config=str(path)), flux)
@@ -163,7 +164,8 @@ def test_a_lora_starts_as_identity_with_kaiming_down() -> None:
     model = tiny_transformer()
     adapter = attach(model, rows_of(model, rank=4, alpha=2.0), seed=1)
     for layer in adapter.layers.values():
-        assert isinstance(layer.delta, LoRA) and layer.delta.scale == 0.5
+        assert isinstance(layer.delta, LoRA)
+        assert layer.delta.scale == 0.5
         assert not layer.delta.lora_up.any()
         bound = 1 / math.sqrt(layer.in_features)
         assert 0.5 * bound < layer.delta.lora_down.abs().max() <= bound

@@ -115,7 +115,9 @@ def test_a_pattern_without_effect_is_refused_where_the_original_list_was_mostly_
     names = [name for name, _, _ in flux]
     left = original_exclude(names, ["*.norm", "*.norm1", "norm_out", "proj_out", "x_embedder", "context_embedder"])
     adaln = {name for name in names if name.endswith((".norm.linear", ".norm1.linear", "norm_out.linear"))}
-    assert len(adaln) == 38 + 19 + 1 and adaln <= {*left} and len(left) == len(names) - 3  # every AdaLN was quantised
+    assert len(adaln) == 38 + 19 + 1
+    assert adaln <= {*left}
+    assert len(left) == len(names) - 3  # every AdaLN was quantised
     for pattern in ("*.norm", "*.norm1", "norm_out", "**.norm", "**.norm1"):
         assert original_exclude(names, [pattern.replace("**", "*")]) == names
         with pytest.raises(AdapterError, match="matches no linear layer"):

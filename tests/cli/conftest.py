@@ -88,7 +88,8 @@ def libreflux(tiny_model_dir: Path) -> Iterator[Callable[..., tuple[int, str, st
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
 
         def run(cwd: Path, *args: object, encoding: str = "utf-8") -> tuple[int, str, str]:
             asked = {"args": [*map(str, args)], "cwd": str(cwd), "encoding": encoding}

@@ -44,14 +44,16 @@ def write_corpus(folder: Path) -> tuple[dict[str, str], set[str]]:
 
 def test_a_run_over_bad_pictures_uses_the_good_ones(run: Callable, recipe: Path, tmp_path: Path) -> None:
     reasons, usable = write_corpus(tmp_path / "data")
-    assert len(reasons) >= 25 and len(usable) >= 25
+    assert len(reasons) >= 25
+    assert len(usable) >= 25
     command = ["train", recipe, f"data.0.path={tmp_path / 'data'}", f"out={tmp_path / 'run'}", "steps=2"]
     with bound_by_modes():
         refusal = run(*command)
         done = run(*command, "max_quarantined=0.9")
     assert refusal.code == 2
     told = f"{len(reasons)} of {len(reasons) + len(usable)} pictures cannot be used"
-    assert told in refusal.err.splitlines()[-1] and "hint:" in refusal.err.splitlines()[-1]
+    assert told in refusal.err.splitlines()[-1]
+    assert "hint:" in refusal.err.splitlines()[-1]
     assert done.code == 0, done.err
     lines = (tmp_path / "run" / "cache" / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()
     found = {Path(row["path"]).name: row["reason"] for row in map(json.loads, lines)}
@@ -64,4 +66,5 @@ def test_a_run_over_bad_pictures_uses_the_good_ones(run: Callable, recipe: Path,
 
     (tmp_path / "data" / "secret.png").chmod(0o644)  # mended without a new modification time
     again = run(*command, "max_quarantined=0.9", f"out={tmp_path / 'other'}", f"cache={tmp_path / 'run' / 'cache'}")
-    assert again.code == 0 and f"{len(usable) + 1} pictures" in again.err
+    assert again.code == 0
+    assert f"{len(usable) + 1} pictures" in again.err

@@ -63,9 +63,12 @@ def test_demo_writes_what_it_promises_and_runs_again(
     read.feed(page)
     # Eight training pictures; two prompts by three models by two scales, by two numbers of steps; two seeds of one.
     assert read.pictures == 8 + 2 * 3 * 2 + 2 * 3 * 2 + 3 * 2
-    assert "distilled" in page and "set free" in page and "Freedom" in page
+    assert "distilled" in page
+    assert "set free" in page
+    assert "Freedom" in page
     with Image.open(out / "grid.png") as grid:
-        assert grid.width > 4 * 128 and grid.height > 6 * 128
+        assert grid.width > 4 * 128
+        assert grid.height > 6 * 128
     losses = [json.loads(line)["loss"] for line in (out / "run/metrics.jsonl").read_text("utf-8").splitlines()]
     assert len(losses) == 3
     assert load_adapter(out / "run/adapter.safetensors").metadata["step"] == "3"
@@ -84,7 +87,8 @@ def test_demo_writes_what_it_promises_and_runs_again(
 
     demo.demo(out, steps=3, pictures=32)
     measured, by_hand = (read_result(folder).settings for folder in (out / "probe", out / "by-hand/probe"))
-    assert {name: measured[name] for name in named} == json.loads(json.dumps(named)) and measured == by_hand
+    assert {name: measured[name] for name in named} == json.loads(json.dumps(named))
+    assert measured == by_hand
     assert (out / "run/adapter.safetensors").read_bytes() == first
     with pytest.raises(RunError, match="steps"):
         demo.demo(out, steps=2, pictures=32)

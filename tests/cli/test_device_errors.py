@@ -42,7 +42,9 @@ def failing(error: Exception) -> Callable[..., Any]:
 
 def one_line(err: str) -> str:
     [line] = [line for line in err.splitlines() if line.startswith("libreflux: error: ")]
-    assert err.endswith(f"{line}\n") and "Traceback" not in err and "hint" in line
+    assert err.endswith(f"{line}\n")
+    assert "Traceback" not in err
+    assert "hint" in line
     return line
 
 
@@ -55,7 +57,9 @@ def test_drawing(
     size = ("--width", 32, "--height", 48, "--steps", 2)
     result = run("generate", "a fox", "--model", tiny_model_dir, *size, "--out", tmp_path / "a.png")
     line = one_line(result.err)
-    assert result.code == code and said in line and "drawing 32 x 48 pixels on cpu" in line
+    assert result.code == code
+    assert said in line
+    assert "drawing 32 x 48 pixels on cpu" in line
     assert not (tmp_path / "a.png").exists()
 
 
@@ -73,10 +77,13 @@ def test_training_and_going_on(
         broken.setattr(Training, "take_step", second)
         result = run(*common, f"out={tmp_path / 'run'}")
     line = one_line(result.err)
-    assert result.code == code and said in line and "step 2, batch 2, resolution 32" in line
+    assert result.code == code
+    assert said in line
+    assert "step 2, batch 2, resolution 32" in line
     assert code == 2 or "goes on from the last checkpoint" in line
     again = run(*common, f"out={tmp_path / 'run'}")
-    assert again.code == 0 and "resumes after step 1" in again.err
+    assert again.code == 0
+    assert "resumes after step 1" in again.err
     assert run(*common, f"out={tmp_path / 'whole'}").code == 0
     whole, resumed = ((tmp_path / name / "adapter.safetensors").read_bytes() for name in ("whole", "run"))
     assert whole == resumed
@@ -92,7 +99,8 @@ def test_preparing(
             broken.setattr(part, name, failing(error))
             out = tmp_path / str(number)
             result = run("prepare", pictures, "--model", tiny_model_dir, "--resolution", 32, "--out", out)
-        assert result.code == code and said in one_line(result.err)
+        assert result.code == code
+        assert said in one_line(result.err)
     done = run("prepare", pictures, "--model", tiny_model_dir, "--resolution", 32, "--out", tmp_path / "1")
     assert done.code == 0, done.err  # and what was encoded before the failure stays
 
@@ -106,7 +114,9 @@ def test_probing(
     common = ("--quick", "--pictures", 2, "--prompts", 2, "--resolution", 32)
     result = run("probe", tiny_model_dir, "--data", pictures, *common, "--out", tmp_path / "probe")
     line = one_line(result.err)
-    assert result.code == code and said in line and "resolution 32" in line
+    assert result.code == code
+    assert said in line
+    assert "resolution 32" in line
     assert code == 2 or "finished sections are kept" in line
 
 
@@ -118,7 +128,9 @@ def test_a_verb_that_says_nothing_of_its_own(
     monkeypatch.setattr(torch, "kron", failing(error))
     result = run("merge", tiny_model_dir, trained, "--out", tmp_path / "merged")
     line = one_line(result.err)
-    assert result.code == code and said in line and line.startswith("libreflux: error: merge: ")
+    assert result.code == code
+    assert said in line
+    assert line.startswith("libreflux: error: merge: ")
     assert not (tmp_path / "merged").exists()
 
 
@@ -149,4 +161,7 @@ def test_reading_a_model(
     monkeypatch.setattr(FluxTransformer2DModel, "from_pretrained", failing(error))
     result = run("generate", "a fox", "--model", tiny_model_dir, "--out", tmp_path / "a.png")
     line = one_line(result.err)
-    assert result.code == code and said in line and "reading" in line and "damaged" not in line
+    assert result.code == code
+    assert said in line
+    assert "reading" in line
+    assert "damaged" not in line

@@ -156,7 +156,9 @@ def test_broken_data_is_named_and_nothing_is_left(
     result = run("train", recipe, "out=o", f"data.0.path={data}")
     last = result.err.splitlines()[-1]  # after the progress of preparing
     assert result.code == 2
-    assert last.startswith("libreflux: error: ") and victim.name in last and "hint" in last
+    assert last.startswith("libreflux: error: ")
+    assert victim.name in last
+    assert "hint" in last
     assert "transformer_blocks" not in result.err
 
 
@@ -176,7 +178,8 @@ def test_a_read_only_run_folder_is_one_line_and_stays_as_it_was(
         path.chmod(0o755 if path.is_dir() else 0o644)
     line = result.err.splitlines()[-1]
     assert result.code == 2
-    assert line.startswith(f"libreflux: error: {out}") and "Permission denied; hint: " in line
+    assert line.startswith(f"libreflux: error: {out}")
+    assert "Permission denied; hint: " in line
     assert {path: path.read_bytes() for path in (out / "checkpoints").rglob("*") if path.is_file()} == before
     assert run("train", recipe, f"out={out}", "steps=4").code == 0
 
@@ -221,7 +224,8 @@ def test_the_process_exits_with_2_and_prints_no_traceback(tmp_path: Path) -> Non
         timeout=120,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("libreflux: error: x.gif: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("libreflux: error: x.gif: ")
+    assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

@@ -148,7 +148,8 @@ def test_what_a_finished_run_advises_works_when_it_is_pasted(
         result = run(*shlex.split(line)[1:])
         assert result.code == 0, (line, result.err)
     again = run(*common[:-2], f"cache={in_folder / 'cache'}")
-    assert again.code == 0 and "this run was finished before: its one step is done; raise steps to go on" in again.err
+    assert again.code == 0
+    assert "this run was finished before: its one step is done; raise steps to go on" in again.err
     pasted = [line.strip() for line in again.err.splitlines() if line.startswith("  libreflux ")]
     assert all(not os.path.lexists(shlex.split(line)[shlex.split(line).index("--out") + 1]) for line in pasted)
 
@@ -171,7 +172,9 @@ def test_the_first_words_are_few_and_keep_to_the_width(width: int, layers: bool)
     told = " ".join(lines)
     assert told.startswith("begins: 20,000 steps, 8 pictures, 1 step an epoch adapter: lokr of factor 8 on 38 layers, ")
     assert ("(--layers lists them)" in told) != layers
-    assert ("count" in told) == layers and "padding" not in told and "run folder: runs/first" in told
+    assert ("count" in told) == layers
+    assert "padding" not in told
+    assert "run folder: runs/first" in told
     assert len(lines) <= (5 if width >= 80 else 8) + 3 * layers
 
 
@@ -184,4 +187,5 @@ def test_layers_are_listed_on_request(run: Callable, recipe: Path, tmp_path: Pat
     common = ["train", recipe, "steps=1", "samples.every=0", f"cache={tmp_path / 'cache'}"]
     listed, silent = (run(*common, f"out={tmp_path / name}", *more) for name, more in (("a", ["--layers"]), ("b", [])))
     assert (listed.code, silent.code) == (0, 0)
-    assert "transformer_blocks.0.attn.to_q" in listed.err and "attn.to_q" not in silent.err
+    assert "transformer_blocks.0.attn.to_q" in listed.err
+    assert "attn.to_q" not in silent.err

@@ -51,7 +51,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("hub_id", KNOWN)
 def test_a_known_model_that_cannot_be_had_is_planned_with_its_sizes(no_network: None, hub_id: str) -> None:
     with planned_model(hub_id) as (folder, notice):
-        assert notice is not None and "hub cannot be reached; planned with its known sizes" in notice
+        assert notice is not None
+        assert "hub cannot be reached; planned with its known sizes" in notice
         assert ("`hf auth login`" in notice) == (hub_id == DEV)
         opened = open_model(folder)
         assert opened.facts == KNOWN[hub_id]
@@ -83,7 +84,9 @@ def test_a_gated_model_is_planned_and_its_login_named(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", gated)
     with planned_model(hub_id) as (_, notice):
-        assert notice is not None and "asks for a login" in notice and "log in with `hf auth login`" in notice
+        assert notice is not None
+        assert "asks for a login" in notice
+        assert "log in with `hf auth login`" in notice
 
 
 def test_a_revision_that_is_not_there_is_not_planned(no_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,9 +114,11 @@ def test_a_dry_run_of_flux_without_a_network(
     assert fault.startswith("libreflux: error: photos: no such folder")
     lines = done.out.splitlines()
     assert lines[0].startswith("black-forest-labs/FLUX.1-schnell: not downloaded before")
-    assert lines[2].startswith("for a card: at its peak (") and "holds it" in " ".join(lines[2:4])
+    assert lines[2].startswith("for a card: at its peak (")
+    assert "holds it" in " ".join(lines[2:4])
     assert "adapter: lora of rank 16 on 304 layers, 35,487,744 parameters" in lines
-    assert len(lines) < 45 and max(len(line) for line in lines if str(tmp_path) not in line) <= 80
+    assert len(lines) < 45
+    assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
 
 
 @pytest.mark.parametrize(
@@ -203,7 +208,8 @@ def test_another_trainers_name_leads_to_the_key_of_its_section(key: str, told: s
 def test_recipe_lists_every_key_within_the_width(run: Callable, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     listed = run("recipe", "--all")
-    assert listed.code == 0 and listed.err == ""
+    assert listed.code == 0
+    assert listed.err == ""
     names = [line.split()[0] for line in listed.out.splitlines() if line and not line.startswith(" ")]
     assert [name.replace(".0", "") for name in names] == list(dotted_keys(Recipe))
     lines = run("recipe").out.splitlines()
@@ -214,8 +220,10 @@ def test_recipe_lists_every_key_within_the_width(run: Callable, monkeypatch: pyt
 def test_a_listed_key_says_meaning_choices_and_default(run: Callable) -> None:
     rows = {key.name: key for key in recipe_keys(deep=True)}
     assert rows["steps"].text == "optimizer steps of the whole run [needed]"
-    assert rows["data"].text == "folders of captioned pictures [needed]" and rows["data"].section
-    assert rows["optimizer.learning_rate"].default == "0.0001" and rows["ema"].default == "[0.05, 0.1]"
+    assert rows["data"].text == "folders of captioned pictures [needed]"
+    assert rows["data"].section
+    assert rows["optimizer.learning_rate"].default == "0.0001"
+    assert rows["ema"].default == "[0.05, 0.1]"
     assert rows["optimizer.schedule"].choices == ("constant", "cosine", "linear")
     assert "one of constant, cosine, linear" in rows["optimizer.schedule"].text
     assert rows["threads"].text == "CPU threads; default: as many as torch chooses"
@@ -229,11 +237,14 @@ def test_a_listed_key_says_meaning_choices_and_default(run: Callable) -> None:
 def test_models_lists_what_is_known_by_name(no_network: None, run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     done = run("models")
-    assert done.code == 0 and max(map(len, done.out.splitlines())) <= 80
+    assert done.code == 0
+    assert max(map(len, done.out.splitlines())) <= 80
     names = [line for line in done.out.splitlines() if line and not line.startswith(" ") and " " not in line]
-    assert names == [*EMOJI, *KNOWN] and set(WORDS) == set(names)
+    assert names == [*EMOJI, *KNOWN]
+    assert set(WORDS) == set(names)
     text = " ".join(done.out.split())
-    assert text.count("in this package") == 3 and text.count("not downloaded") == len(KNOWN)
+    assert text.count("in this package") == 3
+    assert text.count("not downloaded") == len(KNOWN)
     assert text.count("asks for a log-in and consent") == 1
     assert "flux-1-dev-non-commercial-license, asks for a log-in" in text
 
@@ -269,12 +280,16 @@ def test_freedom_is_summed_up_within_the_width(monkeypatch: pytest.MonkeyPatch, 
     print_freedom_summary(rows, "emoji", SafeConsole(file=told))
     print_freedom(rows, "emoji", SafeConsole(file=whole))
     lines = told.getvalue().splitlines()
-    assert len(rows) > 200 and len(whole.getvalue().splitlines()) > len(rows)
-    assert len(lines) <= 35 and max(map(len, lines)) <= width
+    assert len(rows) > 200
+    assert len(whole.getvalue().splitlines()) > len(rows)
+    assert len(lines) <= 35
+    assert max(map(len, lines)) <= width
     text = " ".join(told.getvalue().split())
     for shown in ("loss, sigma all, caption", "prompt_gain, sigma 0.9", "FD-emoji, guidance 4", "against 28"):
         assert shown in text
-    assert "72 % [-114, 100], beyond" in text and "unseen" not in text and "guidance 8" not in text
+    assert "72 % [-114, 100], beyond" in text
+    assert "unseen" not in text
+    assert "guidance 8" not in text
 
 
 @pytest.mark.parametrize(
@@ -304,7 +319,8 @@ def test_help_of_many_options_is_in_groups(run: Callable, monkeypatch: pytest.Mo
     titles = [line.strip("╭─╮ ") for line in told.splitlines() if line.startswith("╭")]
     assert max(map(len, told.splitlines())) <= 80
     if verb in PANELS:
-        assert sorted(named) == sorted(options) and titles == ["Arguments", *PANELS[verb]]
+        assert sorted(named) == sorted(options)
+        assert titles == ["Arguments", *PANELS[verb]]
 
 
 def test_a_training_begins_in_few_lines_within_the_width(

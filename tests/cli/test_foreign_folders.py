@@ -21,7 +21,9 @@ from opened import opened
 def one_line(outcome: tuple[int, str, str], *parts: str) -> None:
     code, out, err = outcome
     assert (code, out, err.count("\n")) == (2, "", 1), err
-    assert err.startswith("libreflux: error: ") and "; hint: " in err and "\x1b" not in err
+    assert err.startswith("libreflux: error: ")
+    assert "; hint: " in err
+    assert "\x1b" not in err
     for part in parts:
         assert part in err
 

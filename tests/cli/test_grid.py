@@ -57,12 +57,16 @@ def test_cells_are_what_generate_draws_and_are_drawn_once(
     assert all(file.stat().st_mtime_ns == when for file, when in cells.items() if file != one)
 
     page = (out / "index.html").read_text("utf-8")
-    assert evil not in page and "&lt;b&gt;cat" in page and "<script" not in page
-    assert page.count('type="radio"') == 6 and page.count("<figure") == 24
+    assert evil not in page
+    assert "&lt;b&gt;cat" in page
+    assert "<script" not in page
+    assert page.count('type="radio"') == 6
+    assert page.count("<figure") == 24
     assert "CFG scale: 4" in page
     with Image.open(out / "grid.png") as sheet:
         side = read_record(one).width
-        assert sheet.width > 6 * side and sheet.height > 4 * side
+        assert sheet.width > 6 * side
+        assert sheet.height > 4 * side
 
 
 def blank(cells: Cells, column: Column, row: Row, on_step: Any) -> Cell:
@@ -89,7 +93,8 @@ def test_a_cell_is_drawn_anew_when_anything_that_decides_it_changes(
         assert done.code == 0, done.err
         return "1 of 1 cell drawn now" in done.out
 
-    assert drawn(model) and not drawn(model)
+    assert drawn(model)
+    assert not drawn(model)
     for name, change in UNDECIDING.items():
         change(model)
         assert not drawn(model), name
@@ -97,7 +102,8 @@ def test_a_cell_is_drawn_anew_when_anything_that_decides_it_changes(
     torch.set_num_threads(before := torch.get_num_threads())
     try:
         torch.set_num_threads(before + 1)
-        assert not drawn(moved) and not drawn(moved, "--device", "cpu")
+        assert not drawn(moved)
+        assert not drawn(moved, "--device", "cpu")
     finally:
         torch.set_num_threads(before)
     for name, change in DECIDING.items():
@@ -135,7 +141,8 @@ def test_two_models_of_equal_transformers_have_cells_of_their_own(
     assert "2 of 2 cells drawn now" in run(*command).out
     assert "0 of 2 cells drawn now" in run(*command).out
     page = (tmp_path / "grid" / "index.html").read_text("utf-8")
-    assert ">one, guidance" in page and ">two, guidance" in page
+    assert ">one, guidance" in page
+    assert ">two, guidance" in page
 
 
 def test_a_grid_has_one_bar(run: Callable[..., Any], tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -153,4 +160,6 @@ def test_bad_input_is_one_line(run: Callable[..., Any], tiny_model_dir: Path, tm
         (["--seeds", "1.5"], "--seeds: cannot be 1.5"),
     ):
         done = run("grid", "x", "--model", tiny_model_dir, *options, "--out", tmp_path / "g")
-        assert done.code == 2 and message in done.err and not (tmp_path / "g").exists()
+        assert done.code == 2
+        assert message in done.err
+        assert not (tmp_path / "g").exists()

@@ -255,7 +255,8 @@ DAMAGED: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
 def refused(outcome: tuple[int, str, str], parts: tuple[str, ...]) -> None:
     code, out, err = outcome
     assert (code, out, err.count("\n")) == (2, "", 1), err
-    assert err.startswith("libreflux: error: ") and "; hint: " in err
+    assert err.startswith("libreflux: error: ")
+    assert "; hint: " in err
     for part in parts:
         assert part in err
 

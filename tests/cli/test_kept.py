@@ -44,12 +44,14 @@ def kept(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_run_goes_on_to_its_end_on_its_cache(run: Callable[..., Any], kept: Path) -> None:
     begun = checkpoint.latest(kept / "run")
-    assert begun is not None and begun.step == 2
+    assert begun is not None
+    assert begun.step == 2
     done = run("train", "recipe.yaml")
     assert done.code == 0, done.err
     assert "resumes after step 2: 4 steps" in done.err
     finished = checkpoint.latest(kept / "run")
-    assert finished is not None and finished.step == 4
+    assert finished is not None
+    assert finished.step == 4
     steps = [json.loads(line)["step"] for line in (kept / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
     averaged = run("average", "run", "--width", "0.1", "--out", "averaged.safetensors")
@@ -74,7 +76,8 @@ def test_a_probe_is_whole_and_its_drawings_are_known(
     found = read_result(kept / "probe")
     for one in before.measures:
         again = found.find(one.name, one.subset, **one.at)
-        assert again is not None and again.value == pytest.approx(one.value, rel=1e-3, abs=1e-6, nan_ok=True)
+        assert again is not None
+        assert again.value == pytest.approx(one.value, rel=1e-3, abs=1e-6, nan_ok=True)
 
 
 def test_a_grid_is_not_drawn_again(run: Callable[..., Any], kept: Path) -> None:

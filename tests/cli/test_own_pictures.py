@@ -31,7 +31,8 @@ def place(run: Callable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     blocks = dict(re.findall(r"```(yaml|sh)\n(.*?)```", section, re.DOTALL))
     folder = tmp_path_factory.mktemp("user")
     compose.write_folder(folder / "photos", 20, 1)
-    assert FLUX in blocks["yaml"] and "resolution: 512" in blocks["yaml"]
+    assert FLUX in blocks["yaml"]
+    assert "resolution: 512" in blocks["yaml"]
     (folder / "mine.yaml").write_text(blocks["yaml"].replace(FLUX, "emoji-base").replace("512", "128"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -51,7 +52,8 @@ def _draw(run: Callable, adapter: object, out: Path) -> bytes:
 
 def test_the_readmes_commands_draw_with_what_was_trained(place: Path) -> None:
     [adapter] = read_record(place / "fox.png").adapters
-    assert adapter["file"] == "adapter.safetensors" and adapter["weight"] == 1.0
+    assert adapter["file"] == "adapter.safetensors"
+    assert adapter["weight"] == 1.0
     merged = next((place / "out").glob("*.png"))
     assert read_record(merged).hashes != read_record(place / "fox.png").hashes
 
@@ -73,7 +75,8 @@ def test_a_run_folder_is_its_result_or_its_newest_whole_checkpoint(
     assert "runs/mine is not finished: its adapter after step 2 is taken" in caplog.text
     second.write_bytes(whole[:-9])
     assert _draw(run, mine, out) == after_1
-    assert "step-00000002 is not used" in caplog.text and "after step 1 is taken" in caplog.text
+    assert "step-00000002 is not used" in caplog.text
+    assert "after step 1 is taken" in caplog.text
 
     result.write_bytes(first.read_bytes())  # a run that was prolonged after its result, and stopped
     second.write_bytes(whole)
@@ -83,5 +86,6 @@ def test_a_run_folder_is_its_result_or_its_newest_whole_checkpoint(
 def test_folders_without_an_adapter_are_refused(run: Callable, place: Path) -> None:
     for command in (["generate", "a fox", "--adapter", "photos:0.5"], ["merge", "emoji-base", "photos", "--out", "m"]):
         refused = run(*command)
-        assert refused.code == 2 and refused.err.count("\n") == 1
+        assert refused.code == 2
+        assert refused.err.count("\n") == 1
         assert "photos: no adapter.safetensors and no checkpoint in this folder; hint: name a run folder" in refused.err

@@ -40,11 +40,13 @@ def test_the_text_encoders_compute_in_what_is_asked_for(
     assert Cache(out).settings["text_precision"] == "bfloat16"
     assert run(*command).code == 0
     other = run(*command, "--text-precision", "fp32")
-    assert other.code != 0 and "text_precision bfloat16, now float32; hint: use another cache" in other.err
+    assert other.code != 0
+    assert "text_precision bfloat16, now float32; hint: use another cache" in other.err
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {tiny_model_dir}\nresolution: [32]\nsteps: 1\ndata: [{{path: {pictures}}}]\n")
     told = run("prepare", recipe, "--out", tmp_path / "other", "--text-precision", "bf16")
-    assert told.code != 0 and "--text-precision: the recipe says this" in told.err
+    assert told.code != 0
+    assert "--text-precision: the recipe says this" in told.err
 
 
 @pytest.mark.parametrize("where", [AutoencoderKL, T5EncoderModel])
@@ -57,8 +59,11 @@ def test_a_device_without_memory_is_one_line(
     monkeypatch.setattr(where, "encode" if where is AutoencoderKL else "forward", too_much)
     done = run("prepare", pictures, "--model", tiny_model_dir, "--resolution", 32, "--out", tmp_path / "cache")
     [line] = [line for line in done.err.splitlines() if "out of memory" in line]
-    assert done.code != 0 and "encoding" in line and "hint:" in line
-    assert "Traceback" not in done.err and "long advice" not in done.err
+    assert done.code != 0
+    assert "encoding" in line
+    assert "hint:" in line
+    assert "Traceback" not in done.err
+    assert "long advice" not in done.err
 
 
 def test_prepare_reads_all_that_is_there_and_makes_damaged_shards_anew(
@@ -75,4 +80,6 @@ def test_prepare_reads_all_that_is_there_and_makes_damaged_shards_anew(
     assert shard.read_bytes() == whole
     (out / "index.sqlite3").write_bytes((out / "index.sqlite3").read_bytes()[:5000])
     refused = run(*command)
-    assert refused.code == 2 and "damaged index" in refused.err and "Traceback" not in refused.err
+    assert refused.code == 2
+    assert "damaged index" in refused.err
+    assert "Traceback" not in refused.err

@@ -69,7 +69,9 @@ def done(run: Callable[..., Any], tiny_model_dir: Path, plain: Path, judge: Path
     out: Path = tmp_path_factory.mktemp("probe") / "out"
     result = run("probe", tiny_model_dir, "--data", plain, "--judge", judge, "--out", out, *SMALL)
     assert result.code == 0, result.err
-    assert "slope" in result.out and "sigma 0.9, caption" in result.out and str(out / "probe.json") in result.out
+    assert "slope" in result.out
+    assert "sigma 0.9, caption" in result.out
+    assert str(out / "probe.json") in result.out
     return out
 
 
@@ -83,7 +85,8 @@ def test_all_seven_measures_are_there_with_intervals_and_pictures(done: Path) ->
     assert all(one.value == 0 for one in result.measures if one.name == "padding" and one.at["padding"] == "drop")
     assert {one.purpose for one in result.pictures} == {"guidance", "steps", "seeds", "negative"}
     assert all((done / one.file).is_file() for one in result.pictures)
-    assert result.settings["rungs"] == [0.25, 0.5] and result.settings["pictures"] == 5
+    assert result.settings["rungs"] == [0.25, 0.5]
+    assert result.settings["pictures"] == 5
     json.dumps(result.as_json(), allow_nan=False)
 
 
@@ -143,7 +146,8 @@ def test_a_measure_is_made_anew_when_anything_that_decides_it_changes(
         probe(str(model), **options)
         return measured.copy()
 
-    assert made() == SECTIONS and made() == []
+    assert made() == SECTIONS
+    assert made() == []
     for name, change in UNDECIDING.items():
         change(model)
         assert made() == [], name
@@ -166,7 +170,8 @@ def test_a_measure_is_made_anew_when_anything_that_decides_it_changes(
     change_json(model / "libreflux.json", guidance=2.0)
     assert made() == SECTIONS
     (data / "0.txt").write_text("something else")
-    assert made() == SECTIONS and made() == []
+    assert made() == SECTIONS
+    assert made() == []
 
 
 def test_what_a_model_draws_for_a_probe_is_drawn_anew_when_what_decides_it_changes(tmp_path: Path) -> None:
@@ -178,9 +183,12 @@ def test_what_a_model_draws_for_a_probe_is_drawn_anew_when_what_decides_it_chang
     context.identity, context.older_identity = "today", "then"
     assert not context.has_drawn(wanted)
     context.drawn(wanted), context.drawn(wanted)
-    assert made == ["today"] and context.has_drawn(wanted)
+    assert made == ["today"]
+    assert context.has_drawn(wanted)
     context.identity, context.older_identity = "tomorrow", "today"  # as an older version named it: it is kept
-    assert context.has_drawn(wanted) and torch.equal(context.drawn(wanted).latents, drawn.latents) and made == ["today"]
+    assert context.has_drawn(wanted)
+    assert torch.equal(context.drawn(wanted).latents, drawn.latents)
+    assert made == ["today"]
     context.identity = "next week"  # under its new name, so that no later change takes it for its own
     assert not context.has_drawn(wanted)
 
@@ -196,7 +204,8 @@ def test_a_kept_picture_is_the_one_that_generate_draws(
         words += ["--negative", at["negative"]] if "negative" in at else []
         assert run("generate", at["prompt"], "--guidance", at["guidance"], *words).code == 0
         ours, theirs = (np.asarray(Image.open(path), np.int64) for path in (done / one.file, out))
-        assert ours.std() > 1 and abs(ours - theirs).max() <= 2
+        assert ours.std() > 1
+        assert abs(ours - theirs).max() <= 2
     assert len(chosen) == 2
 
 
@@ -242,7 +251,8 @@ def test_an_adapter_is_probed_with_its_model(
     assert (row["name"], row["weight"]) == ("adapter.safetensors", 0.5)
     assert found.model["sha256"] == base.model["sha256"]
     gap = found.find("step_gap", steps=1, against=2)
-    assert gap is not None and gap.unit == "latents, RMS"  # no judge here
+    assert gap is not None
+    assert gap.unit == "latents, RMS"  # no judge here
     assert not any(one.name in ("accuracy", "distance", "best_guidance") for one in found.measures)
     assert {one.at["what"] for one in found.measures if one.name == "negative"} == {"velocity"}
 
@@ -264,7 +274,9 @@ def test_mistakes_are_one_line(
     run: Callable[..., Any], tiny_model_dir: Path, tmp_path: Path, words: Any, told: str
 ) -> None:
     result = run("probe", tiny_model_dir, "--out", tmp_path / "out", *words)
-    assert result.code == 2 and told in result.err and len(result.err.strip().splitlines()) == 1
+    assert result.code == 2
+    assert told in result.err
+    assert len(result.err.strip().splitlines()) == 1
 
 
 def test_against_prints_the_freedom_of_models_that_were_measured_alike(
@@ -288,11 +300,14 @@ def test_against_prints_the_freedom_of_models_that_were_measured_alike(
     theory = run(*command, "--against", student)
     assert theory.code == 0, theory.err
     assert "does not say what it was distilled from: compared with theory alone" in caplog.text
-    assert "slope" in theory.out and "freedom" in theory.out and "index.html" in theory.out
+    assert "slope" in theory.out
+    assert "freedom" in theory.out
+    assert "index.html" in theory.out
     rows = json.loads((out / "freedom.json").read_text())["freedom"]
     assert {row["reference"] for row in rows if row["name"] == "slope"} == {1.0}
     assert "loss" not in {row["name"] for row in rows}
-    assert f"--all prints all {len(rows)} rows" in theory.out and len(theory.out.splitlines()) < len(rows)
+    assert f"--all prints all {len(rows)} rows" in theory.out
+    assert len(theory.out.splitlines()) < len(rows)
 
     # Its lineage names the reference: the model itself, so everything that differs is closed.
     facts = read_facts(student)
@@ -300,22 +315,30 @@ def test_against_prints_the_freedom_of_models_that_were_measured_alike(
     told = run(*command, "--against", student, "--json")
     assert told.code == 0, told.err
     losses = [row for row in json.loads(told.out)["freedom"] if row["name"] == "loss" and row["verdict"] == "gap"]
-    assert losses and all(row["share"] == 1.0 for row in losses)
+    assert losses
+    assert all(row["share"] == 1.0 for row in losses)
     page = (out / "index.html").read_text(encoding="utf-8")
-    assert page.count("<h1>") == 1 and "student" in page and "http" not in page.replace("http-equiv", "")
+    assert page.count("<h1>") == 1
+    assert "student" in page
+    assert "http" not in page.replace("http-equiv", "")
 
     # Results that exist can be named instead of models; others' settings are refused.
     again = run(*command, "--against", out / "against", "--reference", done)
     assert again.code == 0, again.err
     whole = run(*command, "--against", out / "against", "--reference", done, "--all")
-    assert whole.code == 0 and len(whole.out.splitlines()) > len(rows) and "--all prints" not in whole.out
+    assert whole.code == 0
+    assert len(whole.out.splitlines()) > len(rows)
+    assert "--all prints" not in whole.out
     refused = run(*command, "--all", "--json")
-    assert refused.code == 2 and "--all: has no effect beside --json" in refused.err
+    assert refused.code == 2
+    assert "--all: has no effect beside --json" in refused.err
     elsewhere = run("probe", tiny_model_dir, "--data", plain, "--judge", judge, *SMALL, "--seed", 1, "--out",
                     tmp_path / "other", "--against", out / "against")  # fmt: skip
-    assert elsewhere.code == 2 and "another seed" in elsewhere.err
+    assert elsewhere.code == 2
+    assert "another seed" in elsewhere.err
     alone = run("probe", tiny_model_dir, "--reference", student)
-    assert alone.code == 2 and "--reference: needs --against" in alone.err
+    assert alone.code == 2
+    assert "--reference: needs --against" in alone.err
 
 
 def test_a_local_vision_model_gives_distances_in_the_judges_place(
@@ -328,7 +351,8 @@ def test_a_local_vision_model_gives_distances_in_the_judges_place(
     Dinov2Model(config).save_pretrained(folder)
     command = ["probe", tiny_model_dir, "--data", plain, "--features", folder, "--out", out, *SMALL]
     early = run(*command)
-    assert early.code == 2 and "no vision model" in early.err
+    assert early.code == 2
+    assert "no vision model" in early.err
     ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
     done = run(*command)
     assert done.code == 0, done.err
@@ -338,4 +362,5 @@ def test_a_local_vision_model_gives_distances_in_the_judges_place(
     assert "accuracy" not in {one.name for one in result.measures}
     assert all(np.isfinite(one.value) for one in result.measures if one.name == "distance")
     both = run(*command, "--judge", folder)
-    assert both.code == 2 and "--features: takes the place of --judge" in both.err
+    assert both.code == 2
+    assert "--features: takes the place of --judge" in both.err

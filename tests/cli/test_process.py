@@ -49,4 +49,5 @@ def test_a_second_trainer_is_refused_before_anything_heavy_is_imported(recipe: P
         command = [sys.executable, "-c", code, "train", recipe, f"out={tmp_path / 'run'}"]
         second = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (second.returncode, second.stdout.strip()) == (2, "False")
-    assert f"in use by process {os.getpid()}" in second.stderr and second.stderr.count("\n") == 1
+    assert f"in use by process {os.getpid()}" in second.stderr
+    assert second.stderr.count("\n") == 1

@@ -66,7 +66,9 @@ def test_a_terminal_shows_how_far_a_job_is(what: str, unit: str, note: str, widt
     lines = [line for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.getvalue())) if line]
     assert max(map(cell_len, lines)) <= width
     last = lines[-1]
-    assert "12345/20000" in last and re.search(r"left (-:--|\d)", last) and "…" not in last[:20]
+    assert "12345/20000" in last
+    assert re.search(r"left (-:--|\d)", last)
+    assert "…" not in last[:20]
     assert (what in last) == (width >= 40)
     assert (note in last) == (width == 120) or not note or cell_len(note) < 20
 
@@ -100,7 +102,8 @@ def test_what_is_printed_beside_a_bar_goes_where_stdout_goes() -> None:
         report(1, 2)
         print("a/long/path.png")
         report(2, 2)
-    assert out.getvalue() == "a/long/path.png\n" and "path.png" not in err.getvalue()
+    assert out.getvalue() == "a/long/path.png\n"
+    assert "path.png" not in err.getvalue()
 
 
 def test_a_job_that_does_nothing_leaves_no_bar() -> None:
@@ -132,12 +135,14 @@ def test_a_live_bar_stands_there_before_the_first_step() -> None:
     err = io.StringIO()
     with progress("training", console=Console(file=err, force_terminal=True, width=80)) as report:
         report(0, 4, begun=True)
-    assert "0/4" in err.getvalue() and "/s" not in err.getvalue()
+    assert "0/4" in err.getvalue()
+    assert "/s" not in err.getvalue()
     err = io.StringIO()
     with progress("training", console=Console(file=err, force_terminal=True, width=80)) as report:
         report(0, 1, begun=True)
         report(1, 1)
-    assert "1/1" in err.getvalue() and "/s" not in err.getvalue()  # of one step there is no rate yet
+    assert "1/1" in err.getvalue()
+    assert "/s" not in err.getvalue()  # of one step there is no rate yet
 
 
 @pytest.mark.parametrize(
@@ -153,4 +158,5 @@ def test_a_count_and_what_it_counts() -> None:
     assert [counted(count, "picture") for count in (0, 1, 2, 1200)] == [
         "0 pictures", "1 picture", "2 pictures", "1,200 pictures",
     ]  # fmt: skip
-    assert counted(2, "process", "processes") == "2 processes" and counted(1, "process", "processes") == "1 process"
+    assert counted(2, "process", "processes") == "2 processes"
+    assert counted(1, "process", "processes") == "1 process"

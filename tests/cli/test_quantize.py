@@ -42,7 +42,8 @@ def test_draws_what_the_exported_model_draws(run: Callable, tiny_model_dir: Path
         "drawn": ("int8", "int8, float32"), "stored": (None, "int8, float32"), "dense": (None, "float32")
     }  # fmt: skip
     assert told["drawn"].hashes == told["dense"].hashes  # of what is stored
-    assert "Quantized: int8" in told["drawn"].parameters() and "Quantized" not in told["stored"].parameters()
+    assert "Quantized: int8" in told["drawn"].parameters()
+    assert "Quantized" not in told["stored"].parameters()
 
 
 def test_the_published_layout_in_shards_and_bf16(run: Callable, tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -78,13 +79,17 @@ def test_the_published_layout_in_shards_and_bf16(run: Callable, tiny_model_dir: 
         assert done.code == 0, done.err
         assert read_record(out).guidance == facts.guidance
         found.append((read_record(out).dtype, pixels(out)))
-    assert found[0] == found[1] and found[2] == found[3] and found[0][1] != found[2][1]
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+    assert found[0][1] != found[2][1]
     assert (found[0][0], found[2][0]) == ("bfloat16", "int8, bfloat16")
 
 
 def test_is_done_again_for_a_remake(run: Callable, drawn: Path, tmp_path: Path) -> None:
     again = run("generate", "--remake", drawn, "--out", tmp_path / "b.png")
-    assert again.code == 0 and "bit for bit" in again.err and " was " not in again.err
+    assert again.code == 0
+    assert "bit for bit" in again.err
+    assert " was " not in again.err
     assert (tmp_path / "b.png").read_bytes() == drawn.read_bytes()
 
 
@@ -96,7 +101,8 @@ def test_an_adapter_goes_on_top(run: Callable, tiny_model_dir: Path, trained: Pa
         found.append(pixels(tmp_path / f"{name}.png"))
     assert found[0] != found[1]
     again = run("generate", "--remake", tmp_path / "int8.png", "--adapter", trained, "--out", tmp_path / "again.png")
-    assert again.code == 0 and pixels(tmp_path / "again.png") == found[0]
+    assert again.code == 0
+    assert pixels(tmp_path / "again.png") == found[0]
 
 
 def test_grid_cells_of_both_kinds_live_side_by_side(

@@ -46,13 +46,16 @@ def test_every_option_reaches_the_picture_and_its_record(drawn: Path) -> None:
 
 def test_remade_bit_for_bit(run: Callable, drawn: Path, tmp_path: Path) -> None:
     again = run("generate", "--remake", drawn, "--out", tmp_path / "b.png")
-    assert again.code == 0 and again.out.strip() == str(tmp_path / "b.png")
-    assert f"bit for bit the pixels of {drawn}" in again.err and " was " not in again.err
+    assert again.code == 0
+    assert again.out.strip() == str(tmp_path / "b.png")
+    assert f"bit for bit the pixels of {drawn}" in again.err
+    assert " was " not in again.err
     assert (tmp_path / "b.png").read_bytes() == drawn.read_bytes()
     bare = run("generate", "--remake", drawn, "--no-metadata", "--out", tmp_path / "folder")
     assert bare.out.strip() == str(tmp_path / "folder" / "a-again.png")
     with Image.open(bare.out.strip()) as image, Image.open(drawn) as original:
-        assert image.text == {} and image.tobytes() == original.tobytes()
+        assert image.text == {}
+        assert image.tobytes() == original.tobytes()
 
 
 def test_every_option_is_the_pipelines_own(tiny_model_dir: Path, drawn: Path) -> None:
@@ -102,7 +105,8 @@ def test_the_embedded_guidance_of_a_distilled_model(run: Callable, tiny_model_di
         assert run("generate", "a fox", "--model", model, "--steps", 1, *given, "--out", out).code == 0
         found[out] = read_record(out).embedded_guidance
     first, same, other = (path.read_bytes() for path in found)
-    assert list(found.values()) == [3.5, 3.5, 1.5] and first == same != other
+    assert list(found.values()) == [3.5, 3.5, 1.5]
+    assert first == same != other
     assert run("generate", "--remake", out, "--out", tmp_path / "again.png").code == 0
     assert (tmp_path / "again.png").read_bytes() == other
 
@@ -112,18 +116,25 @@ def test_without_metadata_nothing_is_said(run: Callable, tiny_model_dir: Path, d
     args = ["generate", "a fox, ünïcödé", "--model", tiny_model_dir, *OPTIONS, "--no-metadata", "--out", out]
     assert run(*args).code == 0
     with Image.open(out) as image, Image.open(drawn) as original:
-        assert image.text == {} and image.info.keys() <= {"dpi"} and image.tobytes() == original.tobytes()
+        assert image.text == {}
+        assert image.info.keys() <= {"dpi"}
+        assert image.tobytes() == original.tobytes()
     refused = run("generate", "--remake", out)
-    assert refused.code == 2 and "says nothing of how it was made; hint: " in refused.err
+    assert refused.code == 2
+    assert "says nothing of how it was made; hint: " in refused.err
 
 
 def test_other_weights_are_told(run: Callable, tiny_model_dir: Path, drawn: Path, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_model_dir, tmp_path / "model")
     moved = run("generate", "--remake", drawn, "--model", model, "--out", tmp_path / "m.png")
-    assert moved.code == 0 and "bit for bit" in moved.err and " was " not in moved.err
+    assert moved.code == 0
+    assert "bit for bit" in moved.err
+    assert " was " not in moved.err
     tiny_transformer(seed=5).save_pretrained(model / "transformer")
     other = run("generate", "--remake", drawn, "--model", model, "--out", tmp_path / "o.png")
-    assert other.code == 0 and "the transformer's hash was " in other.err and "of its pixels differ" in other.err
+    assert other.code == 0
+    assert "the transformer's hash was " in other.err
+    assert "of its pixels differ" in other.err
     before, after = (np.asarray(Image.open(path)) for path in (drawn, tmp_path / "o.png"))
     assert (before != after).any()
 
@@ -135,9 +146,11 @@ def test_adapters_are_asked_for_and_keep_their_weight(
     args = ["generate", "a fox", "--model", tiny_model_dir, "--adapter", f"{trained}:0.5", "--out", first]
     assert run(*args).code == 0
     missing = run("generate", "--remake", first, "--out", tmp_path / "b.png")
-    assert missing.code == 2 and f"drawn with 1 adapter, not 0; hint: give --adapter {trained}, from" in missing.err
+    assert missing.code == 2
+    assert f"drawn with 1 adapter, not 0; hint: give --adapter {trained}, from" in missing.err
     other = run("generate", "--remake", first, "--adapter", f"{trained}:0.4", "--out", tmp_path / "b.png")
-    assert other.code == 2 and "weight 0.4 is not the picture's, 0.5" in other.err
+    assert other.code == 2
+    assert "weight 0.4 is not the picture's, 0.5" in other.err
     again = run("generate", "--remake", first, "--adapter", trained, "--out", tmp_path / "b.png")
     assert again.code == 0, again.err
     assert (tmp_path / "b.png").read_bytes() == first.read_bytes()
@@ -164,7 +177,8 @@ def test_an_adapters_path_is_kept_as_it_was_typed(
     words = ["--model", tiny_model_dir, "--adapter", given.replace("HOME", str(home)), "--steps", 1, "--out", "a.png"]
     assert run("generate", "a fox", *words).code == 0
     [row] = read_record(home / "a.png").adapters
-    assert set(row) == {"file", "sha256", "weight", "path"} and row["path"] == kept
+    assert set(row) == {"file", "sha256", "weight", "path"}
+    assert row["path"] == kept
     assert str(home).encode() not in (home / "a.png").read_bytes()
     named = "'runs/my run/a.safetensors'" if " " in kept else kept
     assert f"give --adapter {named}, from" in run("generate", "--remake", "a.png").err
@@ -181,13 +195,16 @@ def test_a_picture_from_before_paths_were_kept_names_the_adapters_file(
     save_png(Image.open(first), older, dataclasses.replace(record, adapters=rows))
     assert f"give --adapter {trained.name}, from" in run("generate", "--remake", older).err
     again = run("generate", "--remake", older, "--adapter", trained, "--out", tmp_path / "c.png")
-    assert again.code == 0 and "bit for bit" in again.err and " was " not in again.err
+    assert again.code == 0
+    assert "bit for bit" in again.err
+    assert " was " not in again.err
 
 
 def test_a_picture_is_not_replaced_by_its_copy(run: Callable, drawn: Path) -> None:
     before = drawn.read_bytes()
     refused = run("generate", "--remake", drawn, "--out", drawn)
-    assert refused.code == 2 and "would replace the picture itself; hint: " in refused.err
+    assert refused.code == 2
+    assert "would replace the picture itself; hint: " in refused.err
     assert drawn.read_bytes() == before
 
 
@@ -219,4 +236,5 @@ def test_a_damaged_record_is_one_line(
     refused = run("generate", "--remake", tmp_path / "x.png", "--out", tmp_path / "y.png")
     lines = [line for line in refused.err.splitlines() if not line.startswith("drawing")]
     assert refused.code == 2 and len(lines) == 1 and told in lines[0] and "; hint: " in lines[0], refused.err
-    assert "pydantic" not in refused.err and not (tmp_path / "y.png").exists()
+    assert "pydantic" not in refused.err
+    assert not (tmp_path / "y.png").exists()

@@ -56,7 +56,8 @@ def test_a_picture_of_a_single_file_is_remade_and_compared(run: Callable, comfyu
     done = run("generate", "--remake", tmp_path / "a.png", "--comfyui", comfyui, "--out", tmp_path / "b.png")
     assert done.code == 0 and "bit for bit" in done.err, done.err
     done = run("generate", "--remake", tmp_path / "a.png", "--out", tmp_path / "c.png")
-    assert done.code == 2 and "--base" in done.err
+    assert done.code == 2
+    assert "--base" in done.err
     done = run("grid", "a fox", "--comfyui", comfyui, "--model", single, "--model", "emoji-libre", "--steps", "1",
                "--width", "32", "--height", "32", "--out", tmp_path / "grid")  # fmt: skip
     assert done.code == 0 and "2 of 2 cells" in done.out, done.err

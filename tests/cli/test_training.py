@@ -57,7 +57,8 @@ def test_without_tensorboard_it_is_refused_before_anything_is_done(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     refused = run("train", recipe, f"out={tmp_path / 'run'}", "tensorboard=true")
-    assert refused.code == 2 and refused.err.count("\n") == 1
+    assert refused.code == 2
+    assert refused.err.count("\n") == 1
     assert "TensorBoard is not installed; hint: pip install 'libreflux[tensorboard]'" in refused.err
     assert not (tmp_path / "run").exists()
 
@@ -66,10 +67,13 @@ def test_fork_through_the_command(run: Callable, recipe: Path, tmp_path: Path) -
     common = ["train", recipe, f"out={tmp_path / 'run'}", "samples.every=0"]
     assert run(*common, "steps=1").code == 0
     refused = run(*common, "steps=2", "batch=1")
-    assert refused.code == 2 and "batch (2 -> 1)" in refused.err and "--fork" in refused.err
+    assert refused.code == 2
+    assert "batch (2 -> 1)" in refused.err
+    assert "--fork" in refused.err
     assert run(*common, "steps=2", "batch=1", "--fork").code == 0
     again = run(*common, "steps=3", "batch=1")
-    assert again.code == 0 and "resumes after step 2" in again.err
+    assert again.code == 0
+    assert "resumes after step 2" in again.err
 
 
 def test_a_run_that_only_skips_exits_with_2_and_one_line(run: Callable, recipe: Path, tmp_path: Path) -> None:
@@ -80,7 +84,9 @@ def test_a_run_that_only_skips_exits_with_2_and_one_line(run: Callable, recipe: 
     [poisoned, *_] = poison_latents(tmp_path / "run" / "cache")
     stopped = run(*common, "steps=9", "max_skipped=2")
     [line] = [line for line in stopped.err.splitlines() if line.startswith("libreflux: error: ")]
-    assert stopped.code == 2 and "2 steps in a row up to step 3" in line and "hint" in line
+    assert stopped.code == 2
+    assert "2 steps in a row up to step 3" in line
+    assert "hint" in line
     assert "1 skipped" in stopped.err or poisoned in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
@@ -99,8 +105,10 @@ def test_start_up_tells_what_each_source_holds(run: Callable, recipe: Path, tmp_
             f"{tmp_path}: 1 picture, 1 caption (.caption 1), {left_out}10_cat shown 10 times an epoch, "
             "0.3 shown an epoch, 50% of the pixels cropped off (50% of a.jfif) a.jfif: 'a red cat, кот'"
         ) in " ".join(done.err.split())
-        assert "1 step an epoch" in done.err and "nan" not in done.err
+        assert "1 step an epoch" in done.err
+        assert "nan" not in done.err
     prepared = run("prepare", tmp_path, "--out", tmp_path / "other", "--resolution", 64)
-    assert prepared.code == 0 and "1 picture, 1 caption (.caption 1)" in " ".join(prepared.err.split())
+    assert prepared.code == 0
+    assert "1 picture, 1 caption (.caption 1)" in " ".join(prepared.err.split())
     planned = run("train", recipe, *changes, "--dry-run")
     assert "an epoch shows 0.3: " in " ".join(planned.out.split())

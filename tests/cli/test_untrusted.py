@@ -88,7 +88,9 @@ PICTURES: dict[str, tuple[Callable[[Path], object], str]] = {
 def one_line(outcome: tuple[int, str, str], *parts: str) -> None:
     code, out, err = outcome
     assert (code, out, err.count("\n")) == (2, "", 1), err
-    assert err.startswith("libreflux: error: ") and "; hint: " in err and "\x1b" not in err
+    assert err.startswith("libreflux: error: ")
+    assert "; hint: " in err
+    assert "\x1b" not in err
     for part in parts:
         assert part in err
 
@@ -108,8 +110,11 @@ def test_a_picture_that_differs_obeys_nobody(libreflux: Callable, tiny_model_dir
     )  # fmt: skip
     (tmp_path / "x.png").write_bytes(png_bytes(Image.new("RGB", (32, 32)), record))
     code, out, err = libreflux(tmp_path, "generate", "--remake", "x.png", "--out", "y.png")
-    assert code == 0 and out == "y.png\n"
-    assert "\x1b" not in err and err.count(SHOWN) == 3 and "of its pixels differ" in err
+    assert code == 0
+    assert out == "y.png\n"
+    assert "\x1b" not in err
+    assert err.count(SHOWN) == 3
+    assert "of its pixels differ" in err
 
 
 def test_only_the_users_word_asks_the_network(libreflux: Callable, tmp_path: Path) -> None:
@@ -150,7 +155,10 @@ def test_an_adapter_of_another_base_obeys_nobody(libreflux: Callable, tiny_model
     adapter(tmp_path / "a.safetensors", model=ESCAPES, model_hash=ESCAPES)
     args = ["--model", tiny_model_dir, "--adapter", "a.safetensors", "--steps", 1, "--out", "y.png"]
     code, _, err = libreflux(tmp_path, "generate", "a fox", *args)
-    assert code == 0 and "was trained on other weights" in err and "\\x1b]0;mine" in err and "\x1b" not in err
+    assert code == 0
+    assert "was trained on other weights" in err
+    assert "\\x1b]0;mine" in err
+    assert "\x1b" not in err
 
 
 @pytest.mark.parametrize("told", [HUB_ID, "../../x", "emoji-base@../x"])
@@ -166,7 +174,8 @@ def test_what_a_model_was_distilled_from_is_not_fetched(
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     result = Result(model={"name": "m", "distilled_from": told}, settings={}, versions={}, seconds=0.0)
     assert distilled_from("m", result) is None
-    assert all(one["local_files_only"] for one in asked) and "which is not here" in caplog.text
+    assert all(one["local_files_only"] for one in asked)
+    assert "which is not here" in caplog.text
 
 
 def changed(folder: Path, name: str, **values: Any) -> None:
@@ -192,7 +201,8 @@ def test_the_script_for_diffusers_has_numbers_where_numbers_belong() -> None:
         with pytest.raises(ModelError, match=name):
             Facts.from_dict(rows, "libreflux.json")
     script = diffusers_script(Facts(), size=128, dtype="float32")
-    assert script is not None and compile(script, "draw.py", "exec")
+    assert script is not None
+    assert compile(script, "draw.py", "exec")
 
 
 @pytest.mark.parametrize(

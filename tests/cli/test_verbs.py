@@ -53,7 +53,8 @@ def test_a_negative_prompt_is_refused_where_the_models_own_guidance_is_none(
     (model / "libreflux.json").write_text(json.dumps(facts | {"guidance": 1.0}))
     common = ["generate", "x", "--model", model, "--negative", "fox", "--out", tmp_path / "x.png"]
     refused = run(*common)
-    assert refused.code == 2 and "--negative: has no effect at guidance 1; hint: " in refused.err
+    assert refused.code == 2
+    assert "--negative: has no effect at guidance 1; hint: " in refused.err
     assert not (tmp_path / "x.png").exists()
     assert run(*common, "--guidance", 2).code == 0
 
@@ -62,7 +63,8 @@ def test_a_pause_of_guidance_that_never_ends_is_refused(run: Callable, tiny_mode
     common = ["generate", "x", "--model", tiny_model_dir, "--out", tmp_path / "x.png", "--negative", "fox"]
     for steps, given in ((["--steps", 2], 2), ([], 4), (["--steps", 1], 1)):  # 4 are the model's own
         refused = run(*common, *steps, "--no-cfg-until", given)
-        assert refused.code == 2 and refused.err.count("\n") == 1
+        assert refused.code == 2
+        assert refused.err.count("\n") == 1
         assert f"--no-cfg-until: leaves no step of {given} guided; hint: " in refused.err
     assert not (tmp_path / "x.png").exists()
     assert run(*common, "--steps", 2, "--no-cfg-until", 1).code == 0
@@ -94,25 +96,32 @@ def test_a_dry_run_says_first_whether_it_fits_and_the_rest_on_request(
     assert [each.code for each in (short, layers, whole)] == [0, 0, 0]
     lines = short.out.splitlines()
     assert lines[0].startswith("fits: at its peak (")
-    assert len(lines) < 40 and max(map(len, lines)) <= 80
+    assert len(lines) < 40
+    assert max(map(len, lines)) <= 80
     text = " ".join(short.out.split())
-    assert (
-        "GiB, this machine's memory time: known only after the first steps" in text
-        and "memory at its peak" in text
-        and "512 tokens" in text
-    )
+    assert "GiB, this machine's memory time: known only after the first steps" in text
+    assert "memory at its peak" in text
+    assert "512 tokens" in text
     assert "3 steps of 2 pictures on each device; an epoch shows 5: 1.2 epochs" in text
-    assert "checkpoints, 2 and one being written" in text and "cache of 5 pictures" in text and "free in" in text
+    assert "checkpoints, 2 and one being written" in text
+    assert "cache of 5 pictures" in text
+    assert "free in" in text
     assert lines[-1] == "--layers lists the adapted layers, --all adds them and the resolved recipe"
     _, found, table = layers.out.partition("\nlayer ")
-    assert found and "transformer_blocks.0.attn.to_q" in table and "total" in table and "norm1" not in table
-    assert max(map(len, layers.out.splitlines())) <= 80 and "schema: 1" not in layers.out
+    assert found
+    assert "transformer_blocks.0.attn.to_q" in table
+    assert "total" in table
+    assert "norm1" not in table
+    assert max(map(len, layers.out.splitlines())) <= 80
+    assert "schema: 1" not in layers.out
     told, _, resolved = whole.out.partition("schema: 1\n")
-    assert told.startswith(short.out.partition("\n--layers")[0]) and f"\nlayer {table.rstrip()}" in told
+    assert told.startswith(short.out.partition("\n--layers")[0])
+    assert f"\nlayer {table.rstrip()}" in told
     assert yaml.safe_load(resolved)["optimizer"]["learning_rate"] == 3e-4
     assert not (tmp_path / "o").exists()
     refused = run("train", recipe, "--all")
-    assert refused.code == 2 and "--all: has no effect without --dry-run" in refused.err
+    assert refused.code == 2
+    assert "--all: has no effect without --dry-run" in refused.err
 
 
 @pytest.mark.parametrize(
@@ -169,7 +178,8 @@ def test_the_verdict_on_a_card(recipe: Path, monkeypatch: pytest.MonkeyPatch, de
     rest = dict.fromkeys(("adapter", "moments", "gradient", "activations", "update", "averages", "checkpoint"), 0)
     found = Estimate(on_cpu=False, weights=20 * 2**30, **rest)
     (line,) = verdict(load_recipe(recipe, [f"device={device}"]), found).lines()
-    assert line.startswith(told) and ("this card's" in line) == (device in ("auto", "cuda", "cuda:1"))
+    assert line.startswith(told)
+    assert ("this card's" in line) == (device in ("auto", "cuda", "cuda:1"))
     assert ("hint: try, in this order" in line) == line.startswith("does not fit")
 
 
@@ -183,7 +193,8 @@ def test_dry_run_tells_the_time_left_from_the_runs_own_rate_and_a_disk_that_is_t
     changes = (f"out={tmp_path / 'o'}", "steps=1802", "data.0.path=nowhere")
     table = run("train", recipe, "--dry-run", *changes).out
     assert "time: 15:00 for the steps after 2, at the 4 pictures/s of the last 2 steps" in table
-    assert "the cache comes on top: nowhere: no such folder" in table and "too little" not in table
+    assert "the cache comes on top: nowhere: no such folder" in table
+    assert "too little" not in table
     (tmp_path / "o" / "recipe.json").write_text('{"world": 2}')  # the rate is of both, the steps left are of each
     assert "time: 30:00 for the steps after 2" in run("train", recipe, "--dry-run", *changes).out
     changes = (*changes, "save.keep=1000000000", "save.every=1", "steps=1000000000")
@@ -191,7 +202,9 @@ def test_dry_run_tells_the_time_left_from_the_runs_own_rate_and_a_disk_that_is_t
     assert "lower save.keep, or set out or cache elsewhere" in told
     refused = run("train", recipe, "--dry-run", *changes[:2], *changes[3:])
     assert "lower save.keep" in " ".join(refused.out.split())  # the whole report comes first
-    assert refused.code == 2 and refused.err.startswith("libreflux: error: ") and refused.err.count("\n") == 1
+    assert refused.code == 2
+    assert refused.err.startswith("libreflux: error: ")
+    assert refused.err.count("\n") == 1
     assert ": too little is free; hint: lower save.keep, or set out or cache elsewhere\n" in refused.err
 
 
@@ -204,7 +217,8 @@ def test_a_dry_run_says_how_many_pictures_an_epoch_shows(recipe: Path, visits: f
     from libreflux.workflows.dry_run import steps_line
 
     line = steps_line(load_recipe(recipe), Forecast(pictures=5, visits=visits, cache_bytes=1))
-    assert line.startswith("3 steps of 2 pictures on each device; an epoch shows ") and f"shows {told}" in line
+    assert line.startswith("3 steps of 2 pictures on each device; an epoch shows ")
+    assert f"shows {told}" in line
 
 
 def test_a_disk_is_charged_with_what_goes_on_it_alone(recipe: Path, tmp_path: Path) -> None:
@@ -251,7 +265,8 @@ def test_an_adapter_that_its_run_prunes_after_it_was_read_is_used_as_it_was_read
     else:
         done = run("generate", "x", "--model", tiny_model_dir, "--adapter", adapter, "--out", tmp_path / "x.png")
         rows = read_record(tmp_path / "x.png").adapters
-    assert done.code == 0 and not adapter.exists()
+    assert done.code == 0
+    assert not adapter.exists()
     assert [row["sha256"] for row in rows] == [sha256_file(trained)]
 
 
@@ -263,7 +278,8 @@ def test_train_writes_adapter_and_samples_and_then_has_nothing_to_do(
     assert sample.width > 2 * 32  # two guidance scales beside each other
     before = trained.read_bytes()
     again = run("train", recipe)
-    assert again.code == 0 and str(trained) in again.out
+    assert again.code == 0
+    assert str(trained) in again.out
     assert trained.read_bytes() == before
 
 
@@ -283,7 +299,8 @@ def test_an_interrupted_run_exits_as_signalled_and_resumes_to_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(RunRecorder, "on_step", interrupt)
         stopped = run(*args)
-    assert stopped.code == 130 and "resumes" in stopped.err
+    assert stopped.code == 130
+    assert "resumes" in stopped.err
     assert run(*args).code == 0
     assert (tmp_path / "o" / "adapter.safetensors").read_bytes() == trained.read_bytes()
 
@@ -295,7 +312,9 @@ def test_merging_equals_attaching(
     assert merged.code == 0, merged.err
     facts = json.loads((tmp_path / "merged" / "libreflux.json").read_text())
     (row,) = facts["lineage"]["adapters"]
-    assert row["weight"] == 0.5 and row["step"] == "3" and len(row["sha256"]) == 64
+    assert row["weight"] == 0.5
+    assert row["step"] == "3"
+    assert len(row["sha256"]) == 64
     draw = ["generate", "a fox", "--seed", 3, "--guidance", 2, "--steps", 3]
     attached = ["--model", tiny_model_dir, "--adapter", f"{trained}:0.5", "--out", tmp_path / "attached.png"]
     assert run(*draw, *attached).code == 0
@@ -307,7 +326,8 @@ def test_merging_equals_attaching(
     assert moved.max() > 1
     int8 = quantise_folder(tiny_model_dir, tmp_path / "int8")
     of_int8 = run("merge", int8, f"{trained}:0.5", "--out", tmp_path / "of-int8")
-    assert of_int8.code == 0 and "stored in int8" in caplog.text
+    assert of_int8.code == 0
+    assert "stored in int8" in caplog.text
     one, other = (
         load_file(tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors")
         for name in ("merged", "of-int8")
@@ -317,7 +337,8 @@ def test_merging_equals_attaching(
         apart_by = (other[name].float() - weight.float()).abs().max()
         assert apart_by <= weight.float().abs().max() / 127, name
     again = run("merge", tiny_model_dir, trained, "--out", tmp_path / "merged")
-    assert again.code == 2 and "already exists" in again.err
+    assert again.code == 2
+    assert "already exists" in again.err
 
 
 def test_an_adapter_brings_its_text_padding(run: Callable, tiny_model_dir: Path, trained: Path, tmp_path: Path) -> None:
@@ -337,7 +358,9 @@ def test_an_adapter_brings_its_text_padding(run: Callable, tiny_model_dir: Path,
         other = tmp_path / "trim.safetensors"
         save_file(tensors, other, {**file.metadata(), "text_padding": "trim"})
     clash = run("merge", keep, trained, other, "--out", tmp_path / "m")
-    assert clash.code == 2 and "text padding" in clash.err and not (tmp_path / "m").exists()
+    assert clash.code == 2
+    assert "text padding" in clash.err
+    assert not (tmp_path / "m").exists()
 
 
 def test_prepare_for_samples_is_no_cache_of_means(
@@ -345,20 +368,26 @@ def test_prepare_for_samples_is_no_cache_of_means(
 ) -> None:
     args = ["prepare", pictures, "--out", tmp_path / "cache", "--model", tiny_model_dir, "--resolution", 32]
     assert run(*args, "--latents", "sample").code == 0
-    assert (refused := run(*args)).code == 2 and "latents float32 mean and std, now float32; hint: " in refused.err
+    assert (refused := run(*args)).code == 2
+    assert "latents float32 mean and std, now float32; hint: " in refused.err
     unknown = run(*args, "--latents", "mode")
-    assert unknown.code == 2 and "latents" in unknown.err and unknown.err.count("\n") == 1
+    assert unknown.code == 2
+    assert "latents" in unknown.err
+    assert unknown.err.count("\n") == 1
 
 
 def test_prepare_again_finds_nothing_to_do(run: Callable, tiny_model_dir: Path, pictures: Path, tmp_path: Path) -> None:
     args = ["prepare", pictures, "--out", tmp_path / "cache", "--model", tiny_model_dir, "--resolution", 32]
     first = run(*args)
-    assert first.code == 0 and "5 pictures prepared" in first.out
+    assert first.code == 0
+    assert "5 pictures prepared" in first.out
     shards = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.safetensors")}
-    assert shards and run(*args).code == 0
+    assert shards
+    assert run(*args).code == 0
     assert {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.safetensors")} == shards
     other = run(*args, "--text-padding", "trim")
-    assert other.code == 2 and "text_padding" in other.err
+    assert other.code == 2
+    assert "text_padding" in other.err
     more = run(*args[:-1], 48)  # another resolution is more of the same cache
     assert more.code == 0
 
@@ -378,9 +407,11 @@ def test_average_writes_an_adapter_that_generates(
         out = tmp_path / f"{how[0][2:]}.safetensors"
         made = run("average", trained.parent, *how, "--out", out)
         assert made.code == 0, made.err
-        assert str(out) in made.out and "of its norm" in made.out
+        assert str(out) in made.out
+        assert "of its norm" in made.out
         drawn = ["--steps", 1, "--out", tmp_path / f"{how[0]}.png"]
         assert run("generate", "a fox", "--model", tiny_model_dir, "--adapter", out, *drawn).code == 0
         assert "already exists" in run("average", trained.parent, *how, "--out", out).err
     neither = run("average", trained.parent, "--out", tmp_path / "x.safetensors")
-    assert neither.code == 2 and "--width" in neither.err
+    assert neither.code == 2
+    assert "--width" in neither.err

@@ -35,7 +35,8 @@ def test_measuring_changes_nothing_and_a_resumed_run_writes_the_same_lines(
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert all(line["pictures"] == 4 and len(line["slope"]) == 2 for line in lines)
     assert len({line["loss"][0] for line in lines}) == 4
-    assert "4 held-out pictures" in whole.err and "step 3: held-out loss" in whole.err
+    assert "4 held-out pictures" in whole.err
+    assert "step 3: held-out loss" in whole.err
 
     told = RunRecorder.on_step
 

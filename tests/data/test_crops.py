@@ -62,7 +62,8 @@ def test_aspect_crops_keep_area_and_shape(width: int, height: int, scale: tuple[
     assert abs(across * down / resolution**2 - 1) <= 0.25
     assert view.size(height, width) == (down, across)
     left, top, right, bottom = crop_window(width, height, size, index, "picture")
-    assert 0 <= left < right <= width + 1e-6 and 0 <= top < bottom <= height + 1e-6
+    assert 0 <= left < right <= width + 1e-6
+    assert 0 <= top < bottom <= height + 1e-6
     assert (right - left) / (bottom - top) == pytest.approx(across / down)
     best = min(abs(math.log(w / h * height / width)) for w, h in aspect_buckets(resolution, step))
     assert abs(math.log(across / down * height / width)) == pytest.approx(best)

@@ -94,7 +94,8 @@ def test_a_flipped_bit_of_any_shard_is_named_when_it_is_read(tmp_path: Path, pre
     samples = prepared[1][0][1]
     wanted, out = contents(prepared[0], samples), copied(prepared, tmp_path / "cache")
     found = sorted((out / "shards").glob("*.safetensors"))
-    assert {shard.name.partition("-")[0] for shard in found} == {"latents", "texts"} and len(found) > 4
+    assert {shard.name.partition("-")[0] for shard in found} == {"latents", "texts"}
+    assert len(found) > 4
     for shard in found:
         whole, told = shard.read_bytes(), rf"{shard.name}: damaged shard .*; hint: run `libreflux prepare` again"
         for place in flips(shard, 10):
@@ -141,7 +142,8 @@ def test_a_flipped_bit_of_a_table_is_named_or_mended(
             assert [sample.id for sample in found] == [sample.id for sample in samples]
             assert_alike(contents(cache, samples), wanted)
             made += 1
-    assert made and (refused or name == "files.sqlite3")
+    assert made
+    assert refused or name == "files.sqlite3"
 
 
 def test_a_damaged_shard_is_made_anew_and_nothing_else(
@@ -164,7 +166,8 @@ def test_a_damaged_shard_is_made_anew_and_nothing_else(
     with caplog.at_level(logging.WARNING):
         cache, _ = again(out, read_all=True)
     [told] = [record.getMessage() for record in caplog.records]
-    assert str(damaged) in told and "is made anew" in told
+    assert str(damaged) in told
+    assert "is made anew" in told
     assert len(encoded) == 4  # a shard's
     after = {path.name: path.stat().st_mtime_ns for path in (out / "shards").iterdir()}
     assert {name for name in before if after.get(name) != before[name]} == {damaged.name}
@@ -217,7 +220,8 @@ def test_a_cache_without_checksums_opens_and_gets_them_without_encoding(
     assert told == f"{out} was written without checksums: `libreflux prepare` adds them, encoding nothing"
     assert (out / "index.sqlite3").read_bytes() == index  # a run that finds all there writes nothing
     cache, _ = again(out, read_all=True)
-    assert encoded == [] and len(caplog.records) == 1
+    assert encoded == []
+    assert len(caplog.records) == 1
     assert_alike(contents(cache, samples), contents(prepared[0], samples))
     for name in ("index.sqlite3", "files.sqlite3"):
         assert rows(out / name) == rows(prepared[0].folder / name)
@@ -284,9 +288,11 @@ def test_tables_cut_short_or_overwritten_are_one_line(
         shutil.copyfile(prepared[0].folder / "index.sqlite3", out / "index.sqlite3")
         _, [(_, found)] = again(out)
         assert [sample.id for sample in found] == [sample.id for sample in prepared[1][0][1]]
-        assert rows(out / "files.sqlite3") == rows(prepared[0].folder / "files.sqlite3") and not encoded
+        assert rows(out / "files.sqlite3") == rows(prepared[0].folder / "files.sqlite3")
+        assert not encoded
     told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 1 and "files.sqlite3 is damaged: what it remembered of files is read again" in told[0]
+    assert len(told) == 1
+    assert "files.sqlite3 is damaged: what it remembered of files is read again" in told[0]
 
 
 def test_a_cache_of_other_settings_is_refused_before_anything_of_it_is_removed(

@@ -103,10 +103,12 @@ def test_no_epoch_shows_a_held_out_picture_in_any_view(tiny_model_dir: Path, cac
         crop=["square", "aspect"],
         held_out={"share": share_of(many, 3)},
     )
-    assert held_out is not None and len(held_out) == 3  # in both sources, measured once
+    assert held_out is not None
+    assert len(held_out) == 3  # in both sources, measured once
     everyone = {sha256_file(path)[:32] for path in many.glob("*.png")}
     shown = shown_ids(batches, 2)
-    assert not shown & set(held_out.sample_ids) and shown | set(held_out.sample_ids) == everyone
+    assert not shown & set(held_out.sample_ids)
+    assert shown | set(held_out.sample_ids) == everyone
     assert len(batches) == 2 * (PICTURES - 3) * 4
 
 
@@ -119,7 +121,8 @@ def test_training_is_what_it_is_without_those_files_and_nobody_else_moves(
     apart = [path for path in many.glob("*.png") if sha256_file(path)[:32] in held_out.sample_ids]
     fewer = write_pictures(tmp_path / "fewer", {*range(PICTURES)} - {int(path.stem) for path in apart})
     without, none = prepared(tiny_model_dir, cache, fewer)
-    assert none is None and without.fingerprint() == batches.fingerprint()
+    assert none is None
+    assert without.fingerprint() == batches.fingerprint()
     with pytest.raises(DataError, match=r"held_out\.share: .* of 12 pictures holds out none"):
         prepared(tiny_model_dir, cache, fewer, held_out={"share": share})
     # Two of the four are back, under other names, in another folder: these are held out again, and no other.
@@ -133,7 +136,8 @@ def test_training_is_what_it_is_without_those_files_and_nobody_else_moves(
     shutil.copy(another, back)
     shutil.copy(another.with_suffix(".txt"), back)
     more, again = prepared(tiny_model_dir, cache, fewer, back, held_out={"share": share})
-    assert again is not None and set(again.sample_ids) == {sha256_file(path)[:32] for path in apart[:2]}
+    assert again is not None
+    assert set(again.sample_ids) == {sha256_file(path)[:32] for path in apart[:2]}
     assert len(more) == 12 + 1
 
 
@@ -147,8 +151,10 @@ def test_another_folder_is_held_out_unless_it_is_trained_on(
         (folder / "x.txt").write_text("a small green frog")
     trained = write_pictures(tmp_path / "trained", range(4))
     batches, held_out = prepared(tiny_model_dir, cache, trained, held_out={"path": str(apart)})
-    assert held_out is not None and held_out.sample_ids == (sha256_file(apart / "x.png")[:32],)
-    assert len(batches) == 4 and not shown_ids(batches, 1) & set(held_out.sample_ids)
+    assert held_out is not None
+    assert held_out.sample_ids == (sha256_file(apart / "x.png")[:32],)
+    assert len(batches) == 4
+    assert not shown_ids(batches, 1) & set(held_out.sample_ids)
     [batch] = held_out.batches(8)
     assert batch.captions == ("a small green frog",)
     with pytest.raises(DataError, match=r"same/x\.png: the same picture as .*003\.png, which is trained on"):
@@ -161,7 +167,8 @@ def test_batches_hold_every_picture_once_with_a_caption_and_fewer_are_the_first(
     wanted = {"share": share_of(many, 4)}
     _, all_of_them = prepared(tiny_model_dir, cache, many, crop="aspect", held_out=wanted)
     _, two = prepared(tiny_model_dir, cache, many, crop="aspect", seed=5, held_out={**wanted, "pictures": 2})
-    assert all_of_them is not None and two is not None
+    assert all_of_them is not None
+    assert two is not None
     assert two.sample_ids == all_of_them.sample_ids[:2]
     batches = list(all_of_them.batches(3))
     assert sorted(name for batch in batches for name in batch.sample_ids) == sorted(all_of_them.sample_ids)

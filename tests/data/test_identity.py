@@ -101,7 +101,8 @@ def test_a_cache_is_of_its_encoders_and_settings_whatever_else_changes(
         run(model, data, out, **changed)
         return written.copy()
 
-    assert made() == ["add_latents", "add_texts"] and made() == []
+    assert made() == ["add_latents", "add_texts"]
+    assert made() == []
     for name in ("transformer", "transformer's configuration", "shift", "padding"):  # the recipe's is what counts
         DECIDING[name](model)
         assert made() == [], name
@@ -224,7 +225,8 @@ def test_unusable_pictures_are_left_out_listed_and_come_back_repaired(
     assert len(batches) == 3
     assert f"1 of 4 pictures cannot be used and are left out, see {out / 'quarantine.jsonl'}" in caplog.text
     [row] = map(json.loads, (out / "quarantine.jsonl").read_text().splitlines())
-    assert row["path"] == str(data / "1.png") and row["reason"].startswith("unreadable picture (")
+    assert row["path"] == str(data / "1.png")
+    assert row["reason"].startswith("unreadable picture (")
     (data / "1.png").write_bytes(whole)
     assert len(run(tiny_model_dir, data, out, max_quarantined=0.25)) == 4
     assert (out / "quarantine.jsonl").read_text() == ""

@@ -41,7 +41,8 @@ def test_the_error_is_at_most_half_a_scale(width: int, magnitude: float) -> None
     assert ((values.float() * spread - tokens).abs() <= 0.5001 * spread).all()
     assert int(values.abs().max()) == 127  # the whole range is used, and nothing is clipped beyond the bound
     found = dequantise(values, scales)
-    assert found.dtype == torch.bfloat16 and not found[3].any()
+    assert found.dtype == torch.bfloat16
+    assert not found[3].any()
     assert ((found.float() - tokens).abs() <= 0.5001 * spread + 2**-8 * tokens.abs()).all()
 
 
@@ -91,7 +92,8 @@ def test_a_cache_in_int8_reads_back_its_captions_and_takes_no_others(
     cache = run("int8")
     captions = ["", *sorted({caption for sample in samples for caption in sample.captions})]
     found, wanted = cache.text(captions), full.text(captions)
-    assert found.lengths == wanted.lengths and torch.equal(found.pooled, wanted.pooled)
+    assert found.lengths == wanted.lengths
+    assert torch.equal(found.pooled, wanted.pooled)
     for own, other in zip(found.tokens, wanted.tokens, strict=True):
         assert own.dtype == torch.bfloat16
         assert 0 < float((own.float() - other.float()).norm() / other.float().norm()) < 0.01

@@ -360,7 +360,8 @@ def test_what_may_be_a_caption_is_named(tmp_path: Path, name: str, caplog: pytes
     told = f"this picture has no caption; hint: {tmp_path}/10_cat/{name} is not read: write a .txt"
     assert told in refusal(tmp_path)
     assert len(read_folder(tmp_path, folder_captions=True)) == 1
-    assert "beside pictures" in caplog.text and f"10_cat/{name}" in caplog.text
+    assert "beside pictures" in caplog.text
+    assert f"10_cat/{name}" in caplog.text
 
 
 def test_what_has_a_caption_and_is_no_picture_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -375,7 +376,8 @@ def test_what_has_a_caption_and_is_no_picture_is_named(tmp_path: Path, caplog: p
         (".txt", 2, 0),
         ("", 1, 1),
     ]
-    assert "same names: 1 .mp4 file, the" in caplog.text and "same names: 1 file without a suffix, the" in caplog.text
+    assert "same names: 1 .mp4 file, the" in caplog.text
+    assert "same names: 1 file without a suffix, the" in caplog.text
     assert "README" not in caplog.text
 
 

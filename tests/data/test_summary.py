@@ -50,13 +50,15 @@ def test_a_source_is_told_in_two_lines(tmp_path: Path) -> None:
         "  a.png: '{'",
     ]
     first, *rest, example = found.lines(40)  # of a terminal: nothing is lost, and no path is broken
-    assert " ".join(line.strip() for line in (first, *rest)) == found.lines()[0] and example == "  a.png: '{'"
+    assert " ".join(line.strip() for line in (first, *rest)) == found.lines()[0]
+    assert example == "  a.png: '{'"
     assert all(len(line) <= 40 for line in rest)
 
 
 def test_a_caption_cannot_write_to_the_terminal(tmp_path: Path) -> None:
     picture(tmp_path / "a.png", (40, 40), "a \x1b[31mred\x07 cat")
-    assert "\x1b" not in "".join(summary(tmp_path).lines()) and "cat" in summary(tmp_path).lines()[1]
+    assert "\x1b" not in "".join(summary(tmp_path).lines())
+    assert "cat" in summary(tmp_path).lines()[1]
 
 
 def sample(size: tuple[int, int]) -> Sample:
@@ -99,7 +101,8 @@ def test_python_callers_are_told_before_anything_is_encoded(
     prepare_recipe(recipe, told=heard.append, progress=lambda done, total, note: heard.append(note))
     places = [place for place, one in enumerate(heard) if isinstance(one, SourceSummary)]
     notes = [place for place, one in enumerate(heard) if "/s" in str(one)]
-    assert len(places) == 1 and places[0] < min(notes)
+    assert len(places) == 1
+    assert places[0] < min(notes)
     found = heard[places[0]]
     assert isinstance(found, SourceSummary)
     assert (found.pictures, found.captions, found.origins) == (7, 21, {"captions": 21})
@@ -132,7 +135,8 @@ def test_the_emoji_familys_own_captions_are_not_foreign_to_it(tokenizer: T5Token
     scenes = [compose.scene(3, index) for index in range(100)]
     assert foreign_words([text for one in scenes for text in compose.captions(one).values()], tokenizer).share == 0
     pencil = foreign_words([compose.pencil_captions(one)["long"] for one in scenes], tokenizer)
-    assert pencil.share > 0.1 and "pencil" in pencil.words
+    assert pencil.share > 0.1
+    assert "pencil" in pencil.words
 
 
 def test_foreign_and_overlong_captions_are_told_once_with_their_file(
@@ -158,4 +162,5 @@ def test_foreign_and_overlong_captions_are_told_once_with_their_file(
     [line] = told(tmp_path / "long", "an apple " * 600)
     assert line == f"{full}: 2, the first is the prompt '{('an apple ' * 600)[:40]}'…"
     [line] = told(tmp_path / "foreign")
-    assert line.startswith("33 % of the captions' words are foreign to this model's text encoder") and "лиса" in line
+    assert line.startswith("33 % of the captions' words are foreign to this model's text encoder")
+    assert "лиса" in line

@@ -117,7 +117,9 @@ def test_encoders_are_opened_in_turn_in_what_they_compute_in(
         ("vae", device, torch.float32, False),
         ("text", device, getattr(torch, dtype), by_block),
     ]
-    assert watch.alive == [0, 0] and watch.living() == 0 and watch.released == [device, device]
+    assert watch.alive == [0, 0]
+    assert watch.living() == 0
+    assert watch.released == [device, device]
     assert cache.settings.get("text_precision") == (None if dtype == "float32" else dtype)
     assert cache.settings["precision"] == "float32"
 
@@ -189,10 +191,12 @@ def test_text_that_is_encoded_while_training_is_what_a_cache_would_hold(
     assert {dtype for kind, _, dtype, _ in watch.opened if kind == "text"} == {torch.bfloat16}
     longest = ("a small green frog " * 7).strip()
     one, other = full.text([longest]), none.text([longest])
-    assert one.lengths == other.lengths and one.lengths[0] > 12
+    assert one.lengths == other.lengths
+    assert one.lengths[0] > 12
     torch.testing.assert_close(one.tokens[0], other.tokens[0], rtol=2**-5, atol=2**-5)
     cuda = encode_online(recipe, full.cache, "cuda")
-    assert watch.opened[-1] == ("text", "cuda", torch.bfloat16, False) and cuda([""]).lengths == [1]
+    assert watch.opened[-1] == ("text", "cuda", torch.bfloat16, False)
+    assert cuda([""]).lengths == [1]
 
 
 def test_captions_go_through_the_shortest_first(
@@ -227,9 +231,11 @@ def test_tokens_are_counted_without_an_encoder(
     captions = sorted({caption for sample in samples for caption in sample.captions})
     keys = [text_key(caption) for caption in captions]
     whole = full.token_counts(keys)
-    assert cache.token_counts(keys).tolist() == np.minimum(whole, 20).tolist() and whole.max() > 20
+    assert cache.token_counts(keys).tolist() == np.minimum(whole, 20).tolist()
+    assert whole.max() > 20
     told = f"texts of 20 tokens or more, of which the model reads no more than these: {(whole >= 20).sum()}, the first"
-    assert caplog.text.count("the model reads") == 1 and told in caplog.text
+    assert caplog.text.count("the model reads") == 1
+    assert told in caplog.text
 
 
 def out_of_memory(*_: Any, **__: Any) -> None:
@@ -320,6 +326,7 @@ def test_in_fp32_on_a_card_numbers_are_those_of_the_whole_encoders(
     assert sweeps == [1]
     captions = sorted({"", *(caption for sample in samples for caption in sample.captions)})
     found, wanted = cache.text(captions), full.text(captions)
-    assert found.lengths == wanted.lengths and len(set(found.lengths)) > 4
+    assert found.lengths == wanted.lengths
+    assert len(set(found.lengths)) > 4
     for mine, theirs in zip(found.tokens, wanted.tokens, strict=True):
         torch.testing.assert_close(mine.float(), theirs.float(), rtol=2**-7, atol=1e-4)

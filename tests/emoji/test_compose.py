@@ -106,8 +106,10 @@ def test_pencil_leaves_no_colour_and_says_so() -> None:
         assert np.ptp(share, axis=-1).max() < 0.02
         colours.add(what.colour)
         texts = LOOKS["pencil"].captions(what)
-        assert texts["short"].endswith(" on white") and texts["tags"].endswith("white background")
-        assert "pencil drawing" in texts["long"] and "white paper" in texts["long"]
+        assert texts["short"].endswith(" on white")
+        assert texts["tags"].endswith("white background")
+        assert "pencil drawing" in texts["long"]
+        assert "white paper" in texts["long"]
         others = [colour for colour in COLOURS if colour != "white"]
         assert not [c for c in others for text in texts.values() if f"on {c}" in text or f"{c} background" in text]
     assert len(colours) == len(COLOURS)

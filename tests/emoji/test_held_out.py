@@ -15,10 +15,12 @@ from libreflux.probing.subjects import parse_prompt
 def test_scenes_are_of_the_judges_held_out_tenth_and_spread_over_subjects() -> None:
     found, rows = held_out.held_out_scenes(192), set(split()[1])
     singles = scenes()[0]
-    assert len(set(found)) == 192 and all(singles.index(what) in rows for what in found[::16])
+    assert len(set(found)) == 192
+    assert all(singles.index(what) in rows for what in found[::16])
     assert found[:64] == held_out.held_out_scenes(64)
     times = [sum(what.subject == subject for what in found) for subject in compose.subjects()]
-    assert max(times) <= 2 and times.count(0) < 5
+    assert max(times) <= 2
+    assert times.count(0) < 5
 
 
 def test_pictures_are_moved_whole() -> None:
@@ -29,7 +31,8 @@ def test_pictures_are_moved_whole() -> None:
         plain = np.array(compose.COLOURS[what.colour])
         spots = [np.argwhere((abs(each - plain) > 0).any(axis=2)) for each in (still, moved)]
         shift = spots[1].min(axis=0) - spots[0].min(axis=0)
-        assert (abs(shift) >= 1).all() and (abs(shift) <= held_out.SHIFT).all()
+        assert (abs(shift) >= 1).all()
+        assert (abs(shift) <= held_out.SHIFT).all()
         np.testing.assert_array_equal(spots[1], spots[0] + shift)  # nothing is cut off
 
 
@@ -37,7 +40,8 @@ def test_a_written_folder_is_kept_and_prompts_begin_alike(tmp_path: Path) -> Non
     folder = held_out.write_held_out(tmp_path / "data", 3)
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     held_out.write_held_out(folder, 3)
-    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before and len(before) == 4
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert len(before) == 4
     prompts = held_out.prompts(200)
     assert prompts[:10] == held_out.prompts(10)
     read = [parse_prompt(text, held_out.subject_names(), compose.COLOURS) for text in prompts]

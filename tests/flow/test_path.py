@@ -54,7 +54,8 @@ def test_sigma_per_sample_equals_samples_one_by_one() -> None:
 def test_bf16_is_promoted_to_fp32() -> None:
     x0, noise = pair(torch.bfloat16)
     result = interpolate(x0, noise, torch.full((4,), 0.7001))
-    assert result.dtype == torch.float32 and velocity_target(x0, noise).dtype == torch.float32
+    assert result.dtype == torch.float32
+    assert velocity_target(x0, noise).dtype == torch.float32
     torch.testing.assert_close(result, interpolate(x0.float(), noise.float(), 0.7001))
 
 

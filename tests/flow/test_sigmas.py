@@ -42,7 +42,8 @@ def test_beta_agrees_with_scipy(a: float, b: float) -> None:
 def test_beta_icdf_is_monotone_and_inverts_the_cdf(a: float, b: float) -> None:
     p = torch.linspace(0, 1, 201, dtype=torch.float64)
     sigma = Beta(alpha=a, beta=b).icdf(p)
-    assert sigma[0] < 1e-15 and sigma[-1] > 1 - 1e-15
+    assert sigma[0] < 1e-15
+    assert sigma[-1] > 1 - 1e-15
     assert bool((sigma.diff() >= -1e-11).all())  # below the accuracy of 1e-9
     # F can rise by more than the tolerance between neighbouring doubles (a = 0.1 near 1): ask that p lies between them.
     around = torch.tensor(1e-9, dtype=torch.float64)
@@ -60,7 +61,8 @@ def test_one_draw_per_stratum(count: int, seed: int, name: str) -> None:
     }
     law, cdf = laws[name]
     sigmas = stratified(law, count, seeded(seed))
-    assert sigmas.shape == (count,) and sigmas.dtype == torch.float32
+    assert sigmas.shape == (count,)
+    assert sigmas.dtype == torch.float32
     places = cdf(sigmas.double()).sort().values * count
     strata = torch.arange(count)
     # sigma was rounded to fp32: allow that much at a stratum's edge.

@@ -36,7 +36,8 @@ def test_two_cards_are_one_with_twice_the_passes(places: dict[str, Path]) -> Non
         lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
         weights.append(load_file(out / "adapter.safetensors"))
-    assert len(losses[0]) == 8 and losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert len(losses[0]) == 8
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
     assert weights[0].keys() == weights[1].keys()
 
 

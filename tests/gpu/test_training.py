@@ -75,14 +75,16 @@ def test_a_killed_run_ends_like_one_that_was_not(
     assert (a / end / "state.json").read_bytes() == (b / end / "state.json").read_bytes()
     if deterministic:
         names = {file.name for file in (a / end).iterdir()}
-        assert names == {file.name for file in (b / end).iterdir()} and len(names) >= 5  # the averages among them
+        assert names == {file.name for file in (b / end).iterdir()}
+        assert len(names) >= 5  # the averages among them
         for name in names:
             assert (a / end / name).read_bytes() == (b / end / name).read_bytes(), name
         return
     began = load_file(a / "checkpoints/step-00000004/adapter.safetensors")
     ended, again = load_file(a / "adapter.safetensors"), load_file(b / "adapter.safetensors")
     moved = _distance(ended, began)
-    assert moved > 0 and _distance(ended, again) < 0.1 * moved  # a bound that no card has been asked for yet
+    assert moved > 0
+    assert _distance(ended, again) < 0.1 * moved  # a bound that no card has been asked for yet
 
 
 def _distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

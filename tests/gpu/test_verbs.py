@@ -139,7 +139,8 @@ def test_prepare(photos: Path, tmp_path: Path) -> None:
         libreflux("prepare", photos, "--out", cache, "--resolution", SIDE, "--device", device)
     for kind, tolerance in (("latents", 0.01), ("texts", 0.05)):
         here, there = (_shards(cache, kind) for cache in caches)
-        assert here.keys() == there.keys() and len(here) >= 40
+        assert here.keys() == there.keys()
+        assert len(here) >= 40
         assert torch.stack([each.float().norm() for each in here.values()]).min() > 0
         for name, tensor in here.items():
             error = (there[name].float() - tensor.float()).norm() / tensor.float().norm()
@@ -163,7 +164,8 @@ def test_average_and_export(run: Path, merged: Made, tmp_path: Path) -> None:
     libreflux("export", merged.model, "--int8", "--out", tmp_path / "int8")
     for file in ("averaged.safetensors", "comfyui.safetensors"):
         tensors = load_file(tmp_path / file)
-        assert tensors and all(tensor.isfinite().all() for tensor in tensors.values())
+        assert tensors
+        assert all(tensor.isfinite().all() for tensor in tensors.values())
     again = _again(Made(str(tmp_path / "int8"), merged.picture), tmp_path / "again.png")
     assert difference(again, _drawn(merged.model, tmp_path, "--quantize", "int8").picture) < 1
 
@@ -176,7 +178,8 @@ def test_probe(tiny_model_dir: Path, photos: Path, tmp_path: Path) -> None:
         measures = [row for row in json.loads(done.out)["measures"] if row["name"] == "loss"]
         losses.append({json.dumps(row["at"], sort_keys=True): row["value"] for row in measures})
     here, there = losses
-    assert here.keys() == there.keys() and len(here) > 4
+    assert here.keys() == there.keys()
+    assert len(here) > 4
     for at, value in here.items():
         assert there[at] == pytest.approx(value, rel=0.02), at
 

@@ -116,5 +116,9 @@ def test_planted_wrong_gradients_are_refused(
     with pytest.raises(RunError) as refused:
         check_gradients(head_dim=64, dtype=torch.bfloat16, lengths=lengths_to_check(65, 200), device="cpu")
     line = str(refused.value)
-    assert f"attention's {name}" in line and said in line
-    assert torch.__version__ in line and "cuDNN" in line and "hint" in line and "\n" not in line
+    assert f"attention's {name}" in line
+    assert said in line
+    assert torch.__version__ in line
+    assert "cuDNN" in line
+    assert "hint" in line
+    assert "\n" not in line

@@ -63,7 +63,8 @@ def test_a_prompt_has_the_bits_of_the_whole_encoders(half: Path, padding: str) -
     whole, blocks = encoders(half, dtype=FP32), encoders(half, dtype=FP32, by_block=True)
     for prompt in PROMPTS:
         one, other = (each.encode([prompt], padding=padding, max_tokens=64) for each in (whole, blocks))
-        assert torch.equal(one.tokens[0], other.tokens[0]) and torch.equal(one.pooled, other.pooled)
+        assert torch.equal(one.tokens[0], other.tokens[0])
+        assert torch.equal(one.pooled, other.pooled)
         assert one.tokens[0].dtype == FP32 == one.pooled.dtype
 
 
@@ -74,7 +75,8 @@ def test_many_prompts_share_a_sweep_over_the_weights(tiny_model_dir: Path, monke
         seen = sweeps[id(text)]
         text.text_encoder_2.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
     one, other = (text.encode(PROMPTS, padding="drop", max_tokens=64) for text in (whole, blocks))
-    assert len(sweeps[id(whole)]) == len(set(one.lengths)) > 3 and len(sweeps[id(blocks)]) == 1
+    assert len(sweeps[id(whole)]) == len(set(one.lengths)) > 3
+    assert len(sweeps[id(blocks)]) == 1
     assert one.lengths == other.lengths
     for mine, yours in zip(one.tokens, other.tokens, strict=True):
         torch.testing.assert_close(mine, yours, rtol=1e-5, atol=1e-5)

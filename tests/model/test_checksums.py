@@ -96,7 +96,8 @@ def test_a_folder_without_checksums_opens_as_ever_with_one_line(
         for _ in range(2):
             assert_same(opened(old), opened(int8_dir))
     [told] = [record.getMessage() for record in caplog.records if "checksums.json" in record.getMessage()]
-    assert str(old) in told and "export it again" in told
+    assert str(old) in told
+    assert "export it again" in told
     saved = opened(old).save(tmp_path / "new")
     assert (saved / "checksums.json").is_file()
     assert_same(opened(saved), opened(old))

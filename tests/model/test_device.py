@@ -56,7 +56,9 @@ def test_signs_of_a_gpu(
     tmp_path: Path, files: list[str], built_for: tuple[str | None, str | None], named: str, hint: str
 ) -> None:
     found = idle_gpu(machine(tmp_path, *files), path=str(tmp_path), built_for=built_for)
-    assert found is not None and named in found[0] and hint in found[1]
+    assert found is not None
+    assert named in found[0]
+    assert hint in found[1]
 
 
 def test_nvidia_smi_is_a_sign_and_nothing_is_none(tmp_path: Path) -> None:
@@ -65,7 +67,8 @@ def test_nvidia_smi_is_a_sign_and_nothing_is_none(tmp_path: Path) -> None:
     tool.write_text("#!/bin/sh\n")
     tool.chmod(0o755)
     found = idle_gpu(tmp_path, path=str(tmp_path), built_for=NO_GPU_BUILD)
-    assert found is not None and "NVIDIA" in found[0]
+    assert found is not None
+    assert "NVIDIA" in found[0]
 
 
 @pytest.fixture
@@ -86,14 +89,16 @@ def test_auto_says_so_once_and_goes_on(cardless: None, caplog: pytest.LogCapture
     assert [pick_device(), pick_device("auto"), pick_device("cpu")] == [torch.device("cpu")] * 3
     (record,) = caplog.records
     assert "torch cannot use an NVIDIA GPU: it is built without CUDA" in record.getMessage()
-    assert "; hint: install torch for CUDA" in record.getMessage() and "\n" not in record.getMessage()
+    assert "; hint: install torch for CUDA" in record.getMessage()
+    assert "\n" not in record.getMessage()
 
 
 def test_who_hides_the_card_is_not_told(
     cardless: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert pick_device() == torch.device("cpu") and not caplog.records
+    assert pick_device() == torch.device("cpu")
+    assert not caplog.records
     with pytest.raises(RunError, match="this machine has no cuda; hint: use auto or cpu"):
         pick_device("cuda")
 

@@ -118,7 +118,8 @@ def opened(hub: Hub, cache: Path, name: str, port: int | None = None, call: str 
 def test_a_hub_model_comes_once_without_code_and_after_interruption_in_full(hub: Hub, tmp_path: Path) -> None:
     hub.failing = "vae/diffusion_pytorch_model.safetensors"
     said = opened(hub, tmp_path, "org/tiny")
-    assert said.startswith("ModelError: org/tiny: no folder of this name") and "\n" not in said
+    assert said.startswith("ModelError: org/tiny: no folder of this name")
+    assert "\n" not in said
 
     hub.failing = ""  # the first attempt left a part of a model behind, which must not be taken for one
     folder = Path(opened(hub, tmp_path, "org/tiny@main"))
@@ -137,7 +138,8 @@ def test_what_a_file_names_is_used_where_it_is_and_never_fetched(hub: Hub, tmp_p
     hub.requests.clear()
     said = opened(hub, tmp_path, "org/tiny", call=told)
     assert said.startswith("ModelError: a.png: its model org/tiny is not at hand (not downloaded before); hint: ")
-    assert "--model" in said and "\n" not in said
+    assert "--model" in said
+    assert "\n" not in said
     for name in ("org/tiny@../../../x", "../org/tiny"):
         assert "not at hand (no such model" in opened(hub, tmp_path, name, call=told)
     assert hub.requests == []
@@ -162,7 +164,9 @@ def test_what_a_file_names_is_used_where_it_is_and_never_fetched(hub: Hub, tmp_p
 def test_what_the_hub_refuses_is_one_line(hub: Hub, tmp_path: Path, name: str, reason: str) -> None:
     said = opened(hub, tmp_path, name)
     assert said.startswith(f"ModelError: {name}: no folder of this name, and it cannot be had from the hub (")
-    assert reason in said and "; hint: correct the path, or check the id" in said and "\n" not in said
+    assert reason in said
+    assert "; hint: correct the path, or check the id" in said
+    assert "\n" not in said
     assert ("hf auth login" in said) == (name in ("org/gated", "org/login", "org/private"))
 
 
@@ -171,16 +175,20 @@ def test_a_gated_model_shows_its_list_of_files_and_no_file(
 ) -> None:
     monkeypatch.setattr(hub, "gated", True)
     said = opened(hub, tmp_path, "org/tiny")
-    assert said.startswith("ModelError: org/tiny: no folder of this name") and "\n" not in said
-    assert "(its owner asks for a login and consent); hint: " in said and "log in with `hf auth login`" in said
+    assert said.startswith("ModelError: org/tiny: no folder of this name")
+    assert "\n" not in said
+    assert "(its owner asks for a login and consent); hint: " in said
+    assert "log in with `hf auth login`" in said
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(hub: Hub, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     said = opened(hub, tmp_path, "org/tiny", port)
-    assert said.startswith("ModelError: org/tiny: no folder of this name") and "\n" not in said
-    assert "not downloaded before, and the hub cannot be reached" in said and "login" not in said
+    assert said.startswith("ModelError: org/tiny: no folder of this name")
+    assert "\n" not in said
+    assert "not downloaded before, and the hub cannot be reached" in said
+    assert "login" not in said
     assert "`hf auth login`" in opened(hub, tmp_path, "black-forest-labs/FLUX.1-dev", port)
     near = opened(hub, tmp_path, "black-forest-labs/FLUX.1-schnel", port)
     assert "hint: did you mean black-forest-labs/FLUX.1-schnell?" in near

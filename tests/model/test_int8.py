@@ -60,7 +60,8 @@ def dense_twin(module: nn.Module) -> nn.Module:
     twin = copy.deepcopy(module)
     for name in int8_layers(twin):
         old = twin.get_submodule(name)
-        assert isinstance(old, Int8Linear) and old.bias is not None
+        assert isinstance(old, Int8Linear)
+        assert old.bias is not None
         new = nn.Linear(old.in_features, old.out_features, dtype=old.bias.dtype).requires_grad_(False)
         new.weight.copy_(dense_weight(old))
         new.bias.copy_(old.bias)
@@ -93,9 +94,12 @@ def test_no_weight_is_off_by_more_than_half_a_scale(dtype: torch.dtype, magnitud
     q, scale = quantise_weight(weight)
     error = (weight.double() - scale.double()[:, None] * q).abs()
     assert (error <= scale.double()[:, None] * (0.5 + 1e-5)).all()
-    assert q.dtype == torch.int8 and scale.dtype == torch.float32
+    assert q.dtype == torch.int8
+    assert scale.dtype == torch.float32
     used = q.abs().amax(dim=1)
-    assert used[1] == 0 and scale[1] > 0 and dequantise(q, scale, dtype)[1].eq(0).all()
+    assert used[1] == 0
+    assert scale[1] > 0
+    assert dequantise(q, scale, dtype)[1].eq(0).all()
     assert ((used[torch.arange(64) != 1] >= 126) & (used[torch.arange(64) != 1] <= 127)).all()
 
 
@@ -139,7 +143,8 @@ def test_it_computes_what_a_linear_of_its_weights_computes(dtype: torch.dtype, b
         y.backward(random_weight(10, 80, seed=2).reshape(2, 5, 80).to(dtype))
         assert x.grad is not None
         results.append((y, x.grad))
-    assert results[0][0].equal(results[1][0]) and results[0][1].equal(results[1][1])
+    assert results[0][0].equal(results[1][0])
+    assert results[0][1].equal(results[1][1])
 
 
 def test_autograd_keeps_no_dense_weight() -> None:
@@ -156,7 +161,8 @@ def test_autograd_keeps_no_dense_weight() -> None:
     y.sum().backward()
     with torch.enable_grad():
         ours.requires_grad_(True)  # nothing to switch on
-    assert list(ours.parameters()) == [] and not any(buffer.requires_grad for buffer in ours.buffers())
+    assert list(ours.parameters()) == []
+    assert not any(buffer.requires_grad for buffer in ours.buffers())
 
 
 def test_autocast_and_casts() -> None:
@@ -167,12 +173,15 @@ def test_autocast_and_casts() -> None:
         y = ours(x)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
-    assert x.grad is not None and x.grad.dtype == torch.float32
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
     with torch.no_grad():
         assert y.equal(copy.deepcopy(ours).bfloat16()(x.bfloat16()))
     scale = ours.scale.clone()
     for cast in (ours.half(), ours.to(torch.bfloat16), ours.double()):
-        assert cast.scale.equal(scale) and cast.scale.dtype == torch.float32 and cast.weight.dtype == torch.int8
+        assert cast.scale.equal(scale)
+        assert cast.scale.dtype == torch.float32
+        assert cast.weight.dtype == torch.int8
 
 
 # ---- the transformer ----------------------------------------------------------------------------------------------
@@ -185,9 +194,8 @@ def test_blocks_become_int8_with_their_adaln_and_the_ends_do_not() -> None:
     names = quantise_model(plain)
     assert linear_shapes(plain) == shapes  # targets resolve as before
     blocks = [name for name, _, _ in shapes if "transformer_blocks." in name]
-    assert names == blocks and {"transformer_blocks.0.norm1.linear", "single_transformer_blocks.1.norm.linear"} < {
-        *names
-    }
+    assert names == blocks
+    assert {"transformer_blocks.0.norm1.linear", "single_transformer_blocks.1.norm.linear"} < {*names}
     rest = {name: module for name, module in linears(plain).items() if name not in names}
     assert {name.split(".")[0] for name in rest} == {
         "time_text_embed",
@@ -258,7 +266,8 @@ def test_adapters_get_the_gradients_of_the_dense_base_and_the_base_gets_none() -
         gradients.append({name: parameter.grad for name, parameter in trained.items()})
         others = {id(parameter) for parameter in trained.values()}
         base = [t for t in (*transformer.parameters(), *transformer.buffers()) if id(t) not in others]
-        assert base and all(tensor.grad is None and not tensor.requires_grad for tensor in base)
+        assert base
+        assert all(tensor.grad is None and not tensor.requires_grad for tensor in base)
     for name, gradient in gradients[0].items():
         assert gradient is not None and gradient.abs().max() > 0, name
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-6, atol=1e-6)
@@ -270,7 +279,8 @@ def test_a_perturbed_start_is_in_proportion_to_the_int8_weights() -> None:
     quantise_model(transformer)
     adapted(transformer)
     for name, layer in linears(transformer).items():
-        assert isinstance(layer, AdaptedLinear) and isinstance(layer.delta, LoKr)
+        assert isinstance(layer, AdaptedLinear)
+        assert isinstance(layer.delta, LoKr)
         ratio = delta_weight(layer.delta).norm() / before[name].norm()
         assert ratio.item() == pytest.approx(1e-3, rel=1e-2), name
 
@@ -356,13 +366,15 @@ def test_what_two_int8_models_have_alike_is_stored_once(int8_dir: Path, tmp_path
     shared = int8_files.share_equal(second / "transformer", first / "transformer")
     kept = {name for file in (second / "transformer").glob("*.safetensors") for name in load_file(file)}
     assert kept == {f"transformer_blocks.0.attn.to_q.{part}" for part in ("weight", "scale", "bias")}
-    assert kept.isdisjoint(shared) and kept | set(shared) == set(before)
+    assert kept.isdisjoint(shared)
+    assert kept | set(shared) == set(before)
     found = open_model(second).load_transformer()
     assert all(torch.equal(part, before[name]) for name, part in found.state_dict().items())
 
     # The hash covers the other folder's files too: with another first, second is another model.
     hashed = weights_hash(second)
-    assert hashed != alone and hashed == weights_hash(second)
+    assert hashed != alone
+    assert hashed == weights_hash(second)
     file = next((first / "transformer").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     assert weights_hash(second) != hashed
@@ -395,7 +407,8 @@ def test_shards_in_and_shards_out(
     monkeypatch.setattr(int8_files, "SHARD_BYTES", 40_000)
     out = quantise_folder(source, tmp_path / "out")
     shards = sorted((out / "transformer").glob("*.safetensors"))
-    assert len(shards) > 2 and all(sum(t.nbytes for t in load_file(shard).values()) <= 40_000 for shard in shards)
+    assert len(shards) > 2
+    assert all(sum(t.nbytes for t in load_file(shard).values()) <= 40_000 for shard in shards)
     assert_same(*(open_model(folder).load_transformer().state_dict() for folder in (out, int8_dir)))
     shards[1].unlink()
     with pytest.raises(ModelError, match=rf"{shards[1].name}: cannot be loaded .*; hint: the file is missing"):
@@ -490,7 +503,8 @@ def test_a_folder_is_quantised_without_being_held(tiny_model_dir: Path, tmp_path
     index = source / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
     dense = sum(file.stat().st_size for file in (source / "transformer").glob("*.safetensors"))
-    assert dense > 540e6 and shards >= 7
+    assert dense > 540e6
+    assert shards >= 7
     command = [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "out")]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
     start, written, loaded = map(int, done.stdout.split())

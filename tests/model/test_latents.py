@@ -48,7 +48,8 @@ def test_encode_is_the_normalised_mean() -> None:
     vae = tiny_vae()
     pixels = torch.rand(2, 3, 32, 48) * 2 - 1
     latents = encode(vae, pixels)
-    assert latents.shape == (2, 16, 4, 6) and stride(vae) == 8
+    assert latents.shape == (2, 16, 4, 6)
+    assert stride(vae) == 8
     with torch.no_grad():
         posterior = vae.encode(pixels).latent_dist
     torch.testing.assert_close(latents, (posterior.mean - 0.1159) * 0.3611)

@@ -64,7 +64,8 @@ def test_gradients_are_kept_from_cudnn_and_fp32_is_fp32(others_choice: dict[str,
 
 def test_a_drawing_leaves_attention_as_it_is(others_choice: dict[str, Any]) -> None:
     with numerics.pinned("cuda", drawing=True):
-        assert flags()["cudnn attention"] and not flags()["convolutions in TF32"]
+        assert flags()["cudnn attention"]
+        assert not flags()["convolutions in TF32"]
         with numerics.pinned("cuda"), numerics.pinned("cuda", drawing=True):
             assert not flags()["cudnn attention"]  # a sample sheet of a training run
     assert flags() == others_choice
@@ -80,7 +81,8 @@ def test_flags_set_by_torchs_newer_names_come_back(others_choice: dict[str, Any]
     conv.fp32_precision = "ieee"  # the older name cannot be read now
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     with numerics.pinned("cuda"):
-        assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cudnn.allow_tf32
     assert conv.fp32_precision == "ieee"
     assert torch.backends.cuda.matmul.fp32_precision == "tf32"
 

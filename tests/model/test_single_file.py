@@ -55,7 +55,8 @@ def test_a_model_comes_back_from_its_files_to_the_bit(folder: Path, files: Path)
     assert equal(before.vae, after.vae)
     assert after.facts == before.facts
     mine, yours = (one.text.encode(["a red apple on blue"], padding="drop", max_tokens=64) for one in (before, after))
-    assert torch.equal(mine.tokens[0], yours.tokens[0]) and torch.equal(mine.pooled, yours.pooled)
+    assert torch.equal(mine.tokens[0], yours.tokens[0])
+    assert torch.equal(mine.pooled, yours.pooled)
 
 
 def test_without_our_metadata_the_shapes_and_the_base_tell(folder: Path, files: Path, tmp_path: Path) -> None:
@@ -126,7 +127,8 @@ def test_the_vae_is_what_diffusers_reads(files: Path, tmp_path: Path) -> None:
     assert stored["decoder.mid.attn_1.q.weight"].ndim == 4
     theirs = AutoencoderKL.from_single_file(ae, config=str(tmp_path / "config"))
     file = TensorFile(ae, "vae")
-    assert equal(theirs, vae) and equal(load_vae(file, file_config(file, "vae")), vae)
+    assert equal(theirs, vae)
+    assert equal(load_vae(file, file_config(file, "vae")), vae)
 
 
 def test_fp8_with_and_without_scales(files: Path, tmp_path: Path) -> None:
@@ -166,7 +168,8 @@ def test_the_largest_text_encoder_is_taken_and_named(
     (tmp_path / "aesthetic.safetensors").write_bytes(bytes(10_000_000))
     found = find_comfyui(tmp_path)
     assert found.vae == tmp_path / "ae.safetensors"
-    assert found.text_encoder_2 == tmp_path / "t5xxl.safetensors" and "t5xxl.safetensors" in caplog.text
+    assert found.text_encoder_2 == tmp_path / "t5xxl.safetensors"
+    assert "t5xxl.safetensors" in caplog.text
     (tmp_path / "flux1-other.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match=r"2 files are called flux1.*--model"):
         find_comfyui(tmp_path)
@@ -203,7 +206,8 @@ def test_files_that_do_not_fit_are_named(files: Path, tmp_path: Path, case: str,
     save_file(broken(files, case), path, metadata)
     with pytest.raises(ModelError, match=words) as told:
         open_model(SingleFiles(transformer=path)).load_transformer()
-    assert "wrong.safetensors" in str(told.value) and "hint" in str(told.value)
+    assert "wrong.safetensors" in str(told.value)
+    assert "hint" in str(told.value)
 
 
 def test_what_no_file_has_is_asked_for(files: Path, tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ def test_a_saved_model_opens_equal_and_in_diffusers(tiny_model_dir: Path, tmp_pa
     ):
         assert ours.state_dict().keys() == back.state_dict().keys() == theirs.state_dict().keys()
         for name, tensor in ours.state_dict().items():
-            assert torch.equal(tensor, back.state_dict()[name]) and torch.equal(tensor, theirs.state_dict()[name])
+            assert torch.equal(tensor, back.state_dict()[name])
+            assert torch.equal(tensor, theirs.state_dict()[name])
 
     # Without padding, diffusers' prompts and transformer give our velocity.
     prompt = "a fox on blue"
@@ -116,7 +117,8 @@ def test_wrong_names_give_one_line(name: str, message: str, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match=message) as caught:
         locate(name)
-    assert "hint: " in str(caught.value) and "\n" not in str(caught.value)
+    assert "hint: " in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_typo_below_an_existing_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +234,9 @@ def test_facts_of_foreign_models(copy_dir: Path, caplog: pytest.LogCaptureFixtur
         assert open_model(copy_dir).facts == schnell
     assert "taken for a model like FLUX.1-schnell" in caplog.text
     dev = find_facts("x", copy_dir, guidance_embeds=True)
-    assert dev.guidance_embeds and dev.shift is None and dev.max_tokens == 512
+    assert dev.guidance_embeds
+    assert dev.shift is None
+    assert dev.max_tokens == 512
     assert find_facts("jimmycarter/LibreFLUX", copy_dir, guidance_embeds=False, masked=True).text_padding == "bias"
     assert "like LibreFLUX" not in caplog.text
     assert find_facts("y", copy_dir, guidance_embeds=False, masked=True) == KNOWN["jimmycarter/LibreFLUX"]
@@ -298,4 +302,5 @@ def test_a_broken_file_is_one_line_with_its_place(
     file.write_bytes(broken(file.read_bytes()))
     with pytest.raises(ModelError, match=rf"{part}/{file.name}: cannot be loaded") as told:
         opened(copy_dir)
-    assert "\n" not in str(told.value) and "hint: " in str(told.value)
+    assert "\n" not in str(told.value)
+    assert "hint: " in str(told.value)

@@ -31,7 +31,8 @@ def test_streamed_safetensors_are_what_the_library_reads(tmp_path: Path) -> None
     path = tmp_path / "new" / "x.safetensors"
     stream_safetensors(path, layout, iter(tensors.items()), {"z": "ä", "a": "1"})
     read = load_file(path)
-    assert read.keys() == tensors.keys() and all(torch.equal(read[name], one) for name, one in tensors.items())
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], one) for name, one in tensors.items())
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == {"z": "ä", "a": "1"}
     before = path.read_bytes()
@@ -39,7 +40,8 @@ def test_streamed_safetensors_are_what_the_library_reads(tmp_path: Path) -> None
     for given in (wrong, dict(list(tensors.items())[:3])):
         with pytest.raises(ValueError):
             stream_safetensors(path, layout, iter(given.items()))
-    assert path.read_bytes() == before and [one.name for one in path.parent.iterdir()] == ["x.safetensors"]
+    assert path.read_bytes() == before
+    assert [one.name for one in path.parent.iterdir()] == ["x.safetensors"]
 
 
 def test_live_tensors_give_the_bytes_of_a_whole_save(tmp_path: Path) -> None:

@@ -125,20 +125,25 @@ def test_unknown_padding_is_refused(encoders: TextEncoders) -> None:
 
 def test_nothing_is_encoded_to_nothing(encoders: TextEncoders) -> None:
     text = encoders.encode([], padding="drop", max_tokens=8)
-    assert len(text) == 0 and text.pooled.shape == (0, 16)
+    assert len(text) == 0
+    assert text.pooled.shape == (0, 16)
 
 
 def test_padded_masks_exactly_the_padding() -> None:
     embeds, mask = numbered(2, 4, 1).padded()
-    assert embeds.shape == (3, 4, 2) and mask is not None and mask.dtype == torch.bool
+    assert embeds.shape == (3, 4, 2)
+    assert mask is not None
+    assert mask.dtype == torch.bool
     assert mask.tolist() == [[True, True, False, False], [True] * 4, [True, False, False, False]]
     for i, row in enumerate(embeds):
-        assert (row[mask[i]] == i).all() and (row[~mask[i]] == 0).all()
+        assert (row[mask[i]] == i).all()
+        assert (row[~mask[i]] == 0).all()
 
 
 def test_equal_lengths_carry_no_mask() -> None:
     embeds, mask = numbered(3, 3).padded()
-    assert mask is None and embeds[:, :, 0].tolist() == [[0.0] * 3, [1.0] * 3]
+    assert mask is None
+    assert embeds[:, :, 0].tolist() == [[0.0] * 3, [1.0] * 3]
 
 
 def test_repeat_keeps_tokens_pooled_and_mask_together() -> None:
@@ -146,12 +151,14 @@ def test_repeat_keeps_tokens_pooled_and_mask_together() -> None:
     assert text.lengths == [2, 2, 2, 4, 4, 4]
     assert text.pooled[:, 0].tolist() == [0, 0, 0, 1, 1, 1]
     _, mask = text.padded()
-    assert mask is not None and mask.sum(dim=1).tolist() == [2, 2, 2, 4, 4, 4]
+    assert mask is not None
+    assert mask.sum(dim=1).tolist() == [2, 2, 2, 4, 4, 4]
 
 
 def test_cat_index_and_to() -> None:
     text = TextConditioning.cat([numbered(1, 2), numbered(3)])
-    assert text.lengths == [1, 2, 3] and text.pooled[:, 0].tolist() == [0, 1, 0]
+    assert text.lengths == [1, 2, 3]
+    assert text.pooled[:, 0].tolist() == [0, 1, 0]
     assert text.index([2, 0, 0]).lengths == [3, 1, 1]
     half = text.to(dtype=torch.bfloat16)
     assert {t.dtype for t in [*half.tokens, half.pooled]} == {torch.bfloat16}

@@ -68,7 +68,8 @@ def test_equals_padded_diffusers_with_a_bool_mask(model: Opened, padding: str, l
     prompt = " ".join(["fox"] * (length - 1))
     ids = torch.tensor([model.text.tokenizer_2(prompt, padding="max_length", max_length=512).input_ids])
     mask = torch.arange(512)[None] < length
-    assert (ids[0, :length] != 0).all() and (ids[0, length:] == 0).all()
+    assert (ids[0, :length] != 0).all()
+    assert (ids[0, length:] == 0).all()
     with torch.no_grad():
         # drop: T5 does not see the padding (its own mask); trim: it does, as BFL runs it.
         t5_mask = mask.long() if padding == "drop" else torch.ones_like(ids)
@@ -156,7 +157,9 @@ def test_no_mask_when_lengths_agree(transformer: FluxTransformer2DModel) -> None
     velocity(transformer, random_packed(2), torch.tensor([0.1, 0.2]), random_text(5, 5), IDS)
     velocity(transformer, random_packed(2), torch.tensor([0.1, 0.2]), random_text(5, 3), IDS)
     assert masks[0] is None
-    assert masks[1] is not None and masks[1].dtype == torch.bool and masks[1].shape == (2, 1, 1, 5 + len(IDS))
+    assert masks[1] is not None
+    assert masks[1].dtype == torch.bool
+    assert masks[1].shape == (2, 1, 1, 5 + len(IDS))
     assert masks[1][:, 0, 0].sum(dim=1).tolist() == [5 + len(IDS), 3 + len(IDS)]
     assert masks[1][1, 0, 0, 3:5].sum() == 0  # text first
 

@@ -91,7 +91,8 @@ def test_paired_models_give_exact_shares_by_measure_and_over_sigma() -> None:
     ]:
         row = found[key]
         assert (row.share, row.low, row.high) == pytest.approx((0.75,) * 3, abs=0.02), key
-        assert row.verdict == "gap" and not row.beyond
+        assert row.verdict == "gap"
+        assert not row.beyond
     assert found["loss", "off ladder/caption"].distilled == pytest.approx(found["loss", "0.5/caption"].distilled)
     assert found["loss", "0.25/caption"].text == "75 % [75, 75]"
     assert table(freedom(model("f", -0.1), distilled, base))["loss", "all/caption"].beyond
@@ -104,10 +105,8 @@ def test_paired_models_give_exact_shares_by_measure_and_over_sigma() -> None:
 def test_without_a_reference_theory_is_one() -> None:
     found = table(freedom(model("f", 0.1), model("d", 0.4)))
     assert {name for name, _ in found} == {"slope", "padding"}
-    assert (
-        found["padding", "drop/20"].share == pytest.approx(0.75, abs=0.02)
-        and found["padding", "drop/20"].reference == 0
-    )
+    assert found["padding", "drop/20"].share == pytest.approx(0.75, abs=0.02)
+    assert found["padding", "drop/20"].reference == 0
 
 
 def test_what_is_not_finite_is_unknown_and_the_table_says_all() -> None:

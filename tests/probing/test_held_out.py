@@ -73,7 +73,8 @@ def test_the_losses_are_those_of_training_one_picture_at_a_time(held_out: HeldOu
     for name, rows in losses.items():
         np.testing.assert_allclose(getattr(found, name).value, np.mean(rows, axis=0), rtol=1e-5)
     np.testing.assert_allclose(found.prompt_gain.value, found.null_loss.value - found.loss.value, rtol=1e-9)
-    assert (found.slope.low < found.slope.value).all() and (found.slope.value < found.slope.high).all()
+    assert (found.slope.low < found.slope.value).all()
+    assert (found.slope.value < found.slope.high).all()
 
 
 def test_batch_and_mode_change_nothing_and_the_model_is_left_as_it_was(held_out: HeldOut) -> None:
@@ -82,13 +83,17 @@ def test_batch_and_mode_change_nothing_and_the_model_is_left_as_it_was(held_out:
     told: list[int] = []
     many = measure_held_out(transformer, held_out, sigmas=SIGMAS, batch=4, on_batch=told.append)
     one = measure_held_out(transformer.eval(), held_out, sigmas=SIGMAS, batch=1)
-    assert told == sorted(told) and told[-1] == 5 and len(told) < 5
+    assert told == sorted(told)
+    assert told[-1] == 5
+    assert len(told) < 5
     np.testing.assert_allclose(many.slope.value, one.slope.value, rtol=1e-4)
     np.testing.assert_allclose(many.null_loss.high, one.null_loss.high, rtol=1e-4)
     measure_held_out(transformer.train(), held_out, sigmas=SIGMAS[:1])
-    assert transformer.training and torch.is_grad_enabled()
+    assert transformer.training
+    assert torch.is_grad_enabled()
     for parameter, was in zip(transformer.parameters(), before, strict=True):
-        assert parameter.grad is None and torch.equal(parameter, was)
+        assert parameter.grad is None
+        assert torch.equal(parameter, was)
 
 
 def test_a_guidance_embedding_is_fed(held_out: HeldOut) -> None:
@@ -116,6 +121,7 @@ def test_a_measurement_is_plain_json(held_out: HeldOut) -> None:
     for transformer in (tiny_transformer(), broken):
         found = measure_held_out(transformer, held_out, sigmas=SIGMAS)
         columns = json.loads(json.dumps(found.as_json(), allow_nan=False))
-        assert columns["sigmas"] == list(SIGMAS) and columns["pictures"] == 5
+        assert columns["sigmas"] == list(SIGMAS)
+        assert columns["pictures"] == 5
         assert all(len(column) == 2 for name, column in columns.items() if name != "pictures")
         assert (columns["slope"][0] is None) == (transformer is broken)

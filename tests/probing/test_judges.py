@@ -36,7 +36,8 @@ def test_a_judge_is_read_back_and_judges_alike(judge: Judge, tmp_path: Path) -> 
     found, seen = score(again, pixels, wanted, batch=2), again(pixels)
     told = [again.subjects[best] for best in seen.subjects.argmax(1)]
     assert found.subject.tolist() == [a == b for a, (b, _) in zip(told, wanted, strict=True)]
-    assert (found.both == (found.subject & found.colour)).all() and found.features.shape == (5, 192)
+    assert (found.both == (found.subject & found.colour)).all()
+    assert found.features.shape == (5, 192)
 
 
 def test_what_is_no_judge_is_refused(judge: Judge, tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ Mixture = tuple[Tensor, Tensor, list[str]]
 def near(found: Estimate, truth: np.ndarray | float) -> None:
     """Within twice its interval (four standard errors), which is narrow."""
     spare = (found.high - found.low) / 2
-    assert (spare > 0).all() and (spare < 0.02).all()
+    assert (spare > 0).all()
+    assert (spare < 0.02).all()
     assert (found.low - spare <= truth).all() and (truth <= found.high + spare).all(), (found, truth)
 
 

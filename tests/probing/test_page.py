@@ -124,9 +124,12 @@ def test_the_page_is_whole_self_contained_and_tells_all(results: list[Result], t
     path = write_page(results, tmp_path, freedom=rows)
     text = path.read_text("utf-8")
     page = Page(text)
-    assert "script" not in page.tags and EVIL in page.text and "<script" not in text
+    assert "script" not in page.tags
+    assert EVIL in page.text
+    assert "<script" not in text
     assert not re.search(r"https?:|url\(|@import|//\w", re.sub(r'src="data:[^"]*"', "", text))
-    assert len(page.images) == 3 * 6 and page.tags.count("figure") == 4
+    assert len(page.images) == 3 * 6
+    assert page.tags.count("figure") == 4
     assert text.count("hollow") == 2 + STYLE.count("hollow")  # loss and slope of the few-step model, at its own rung
     for source in page.images:
         Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/jpeg;base64,")))).verify()
@@ -134,9 +137,11 @@ def test_the_page_is_whole_self_contained_and_tells_all(results: list[Result], t
     for word in ("dist & illed", "freed", "base", "FD-emoji", "no gap", "80 % [80, 80]"):
         assert word in page.text
     assert "FID" not in page.text
-    assert "dist & illed 25\u00a0%" in page.text and "freed 5.0\u00a0%" in page.text  # clipped at guidance 4
+    assert "dist & illed 25\u00a0%" in page.text
+    assert "freed 5.0\u00a0%" in page.text  # clipped at guidance 4
     again = write_page(results, tmp_path / "again.html", freedom=rows)
-    assert again.name == "again.html" and again.read_bytes() == path.read_bytes()
+    assert again.name == "again.html"
+    assert again.read_bytes() == path.read_bytes()
 
 
 def test_pictures_are_found_again_when_a_result_is_read(results: list[Result], tmp_path: Path) -> None:
@@ -144,7 +149,8 @@ def test_pictures_are_found_again_when_a_result_is_read(results: list[Result], t
     assert folder is not None
     write_result(folder, results[0])
     alone = Page(write_page([read_result(folder)], tmp_path).read_text("utf-8"))
-    assert "How free is dist & illed?" in alone.text and len(alone.images) == 6
+    assert "How free is dist & illed?" in alone.text
+    assert len(alone.images) == 6
     missing = dataclasses.replace(results[0], folder=tmp_path)
     with pytest.raises(DataError, match=r"0\.png: no readable picture"):
         write_page([missing], tmp_path)
@@ -156,7 +162,8 @@ def test_a_poor_result_makes_a_poor_page(results: list[Result], tmp_path: Path) 
     holes = dataclasses.replace(results[0].measures[0], value=math.nan, low=math.nan, high=math.nan)
     full = dataclasses.replace(results[0], measures=[holes, *results[0].measures[1:]])
     text = write_page([full], tmp_path / "holes.html").read_text("utf-8")
-    assert "not finite" in Page(text).text and not re.search(r'(?:d|cx|cy|y)="[^"]*(?:nan|inf)', text)
+    assert "not finite" in Page(text).text
+    assert not re.search(r'(?:d|cx|cy|y)="[^"]*(?:nan|inf)', text)
 
 
 def test_results_that_were_not_measured_alike_share_no_page(results: list[Result], tmp_path: Path) -> None:
@@ -187,7 +194,8 @@ def test_labels_tell_models_apart() -> None:
 def test_sentences_keep_to_what_every_model_has(results: list[Result]) -> None:
     whole = headlines(results, ["a", "b", "c"])
     part = dataclasses.replace(results[2], measures=[row for row in results[2].measures if row.name != "accuracy"])
-    assert len(whole) == 6 and len(headlines([*results[:2], part], ["a", "b", "c"])) == 4
+    assert len(whole) == 6
+    assert len(headlines([*results[:2], part], ["a", "b", "c"])) == 4
 
 
 @pytest.mark.parametrize("values", [(0.5, 0.5), (0.0, 0.0), (-1e-9, 1e9), (0.999, 1.001), (1e-12, 2e-12)])
@@ -195,6 +203,7 @@ def test_axes_take_in_every_value(values: tuple[float, float]) -> None:
     points = [(float(index), value, value, value) for index, value in enumerate(values)]
     drawn = lines([Series("a", 0, points)], title="t", x="x", y="y")
     centres = [(float(x), float(y)) for x, y in re.findall(r'cx="([-\d.]+)" cy="([-\d.]+)"', drawn)]
-    assert len(centres) == 2 and all(0 <= x <= 460 and 0 <= y <= 300 for x, y in centres)
+    assert len(centres) == 2
+    assert all(0 <= x <= 460 and 0 <= y <= 300 for x, y in centres)
     assert (centres[0][1] > centres[1][1]) == (values[0] < values[1])
     assert lines([Series("a", 0, [])], title="t", x="x", y="y") == ""

@@ -34,9 +34,11 @@ def test_a_result_is_read_back_as_it_was_and_what_is_not_finite_is_null(tmp_path
     row = json.loads(path.read_text())["measures"][0]
     assert (row["value"], row["low"], row["high"], row["replicates"]) == (None, None, 1.0, [0.5, None])
     again = read_result(tmp_path)
-    assert again.as_json() == result.as_json() and again.pictures == [picture]
+    assert again.as_json() == result.as_json()
+    assert again.pictures == [picture]
     assert math.isnan(again.measures[0].value)
-    assert again.find("slope", sigma=0.5, text="empty") is again.measures[0] and again.find("slope") is None
+    assert again.find("slope", sigma=0.5, text="empty") is again.measures[0]
+    assert again.find("slope") is None
     for text in ("{}", "[1]", '{"schema": 2}', "no json"):
         path.write_text(text)
         with pytest.raises(DataError, match="hint"):
@@ -53,7 +55,8 @@ def test_replicates_of_two_models_are_paired_and_depend_on_the_count_alone() -> 
     part = {"seen": np.arange(30, 40), "unseen": np.array([3])}
     [seen] = measured("a", {}, mean(VALUES), 40, part, seed=0)  # one unit has no interval
     [alone] = measured("a", {}, mean(VALUES[30:]), 10, {"seen": np.arange(10)}, seed=0)
-    assert seen.value == pytest.approx(VALUES[30:].mean()) and seen.replicates == pytest.approx(alone.replicates)
+    assert seen.value == pytest.approx(VALUES[30:].mean())
+    assert seen.replicates == pytest.approx(alone.replicates)
 
 
 def test_a_section_is_kept_until_anything_of_it_is_another(tmp_path: Path) -> None:
@@ -63,7 +66,8 @@ def test_a_section_is_kept_until_anything_of_it_is_another(tmp_path: Path) -> No
     (tmp_path / picture.file).write_bytes(b"")
     write_section(tmp_path, "steps", "key", SectionResult([row], [picture]), 2.5)
     assert read_section(tmp_path, "steps", "key") == (SectionResult([row], [picture]), 2.5)
-    assert read_section(tmp_path, "steps", "other key") is None and read_section(tmp_path, "guidance", "key") is None
+    assert read_section(tmp_path, "steps", "other key") is None
+    assert read_section(tmp_path, "guidance", "key") is None
     text = section_file(tmp_path, "steps").read_text()
     section_file(tmp_path, "steps").write_text(text[: len(text) // 2])
     assert read_section(tmp_path, "steps", "key") is None

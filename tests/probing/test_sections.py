@@ -48,7 +48,8 @@ def test_exact_velocities_have_slope_one_and_respond_by_what_the_prompt_is_worth
     found = exact_measures(1.0)
     for sigma in SIGMAS:
         slope = found["slope", sigma, "caption"]
-        assert slope.reference == 1 and slope.low - 0.005 < 1 < slope.high + 0.005
+        assert slope.reference == 1
+        assert slope.low - 0.005 < 1 < slope.high + 0.005
         # E[v_c | x] = v_u, so E‖v_c − v_u‖² is the loss that the prompt takes away, and ‖v_c‖² what is explained.
         power = 1 + sum(s * (m * m + d * d) for s, m, d in zip(SHARES, MEANS, STDS, strict=True))
         response = (found["prompt_gain", sigma, ""].value / (power - found["loss", sigma, "caption"].value)) ** 0.5

@@ -62,7 +62,8 @@ def test_sigmas_latents_and_arrays_as_in_diffusers(
     )
     for latents in (start, pack(start)):
         (ours,) = pipe(SHORT, guidance_scale=1.0, latents=latents, **same)
-        assert ours.shape == (1, 32, 48, 3) and ours.dtype == np.float32
+        assert ours.shape == (1, 32, 48, 3)
+        assert ours.dtype == np.float32
         np.testing.assert_allclose(ours, expected, atol=2e-5)
     assert pipe(SHORT, latents=torch.randn(1, 4, 64)).seeds == []
     even, default = (
@@ -74,12 +75,14 @@ def test_sigmas_latents_and_arrays_as_in_diffusers(
 
 def test_max_sequence_length_cuts(pipe: LibreFluxPipeline, caplog: pytest.LogCaptureFixture) -> None:
     cut = pipe.encode_prompt(LONG, max_sequence_length=5)
-    assert cut.lengths == [5] and "the model reads 5" in caplog.text
+    assert cut.lengths == [5]
+    assert "the model reads 5" in caplog.text
     short, whole, by_hand = (
         tensor_of(pipe(seeds=1, guidance_scale=1.0, output_type="latent", **given))
         for given in ({"prompt": LONG, "max_sequence_length": 5}, {"prompt": LONG}, {"prompt_conditioning": cut})
     )
-    assert torch.equal(short, by_hand) and not torch.equal(short, whole)
+    assert torch.equal(short, by_hand)
+    assert not torch.equal(short, whole)
 
 
 def test_a_generator_of_its_own_makes_a_picture_independent_of_its_batch(pipe: LibreFluxPipeline) -> None:
@@ -160,7 +163,8 @@ def test_what_differs_from_diffusers_is_written_down() -> None:
         "negative_prompt_embeds",
         "negative_pooled_prompt_embeds",
     }
-    assert all(f"`{name.removeprefix('negative_')}`" in told for name in missing) and "`ip_adapter_image`" in told
+    assert all(f"`{name.removeprefix('negative_')}`" in told for name in missing)
+    assert "`ip_adapter_image`" in told
 
 
 def test_no_negative_prompt_is_an_empty_one(pipe: LibreFluxPipeline) -> None:
@@ -168,7 +172,8 @@ def test_no_negative_prompt_is_an_empty_one(pipe: LibreFluxPipeline) -> None:
         tensor_of(pipe(SHORT, negative, seeds=1, output_type="latent", batch_cfg=False))
         for negative in (None, "", LONG)
     )
-    assert torch.equal(none, empty) and not torch.equal(none, other)
+    assert torch.equal(none, empty)
+    assert not torch.equal(none, other)
 
 
 def test_the_callback_replaces_text(pipe: LibreFluxPipeline) -> None:
@@ -198,11 +203,14 @@ def test_an_interrupted_call_ends_after_its_step(pipe: LibreFluxPipeline) -> Non
 
     assert not pipe.interrupt
     early = tensor_of(pipe(SHORT, seeds=1, callback_on_step_end=stop, output_type="latent"))
-    assert calls == [0, 1] and pipe.interrupt
+    assert calls == [0, 1]
+    assert pipe.interrupt
     states: list[Tensor] = []
     whole = tensor_of(pipe(SHORT, seeds=1, callback_on_step=lambda step: states.append(step.x), output_type="latent"))
-    assert len(states) == 4 and not pipe.interrupt
-    assert torch.equal(pack(early), states[1]) and not torch.equal(early, whole)
+    assert len(states) == 4
+    assert not pipe.interrupt
+    assert torch.equal(pack(early), states[1])
+    assert not torch.equal(early, whole)
 
 
 def test_steps_show_what_comes(pipe: LibreFluxPipeline) -> None:
@@ -211,7 +219,8 @@ def test_steps_show_what_comes(pipe: LibreFluxPipeline) -> None:
         assert torch.is_grad_enabled()  # the caller's own
         shown.append(pair)
     drawn = pictures_of(pipe([LONG, SHORT], seeds=1, guidance_scale=2.0))
-    assert [step.index for step, _ in shown] == [0, 1, 2, 3] and shown[-1][0].sigma_next == 0
+    assert [step.index for step, _ in shown] == [0, 1, 2, 3]
+    assert shown[-1][0].sigma_next == 0
     assert [image.tobytes() for image in shown[-1][1]] == [image.tobytes() for image in drawn]
     # one step from where the first one started, straight to 0, is where the first preview points
     (one,) = tensor_of(pipe(SHORT, seeds=2, guidance_scale=2.0, sigmas=[1.0], output_type="pt"))
@@ -230,8 +239,11 @@ def test_tiles_bound_what_the_decoder_sees(pipe: LibreFluxPipeline, monkeypatch:
     pipe.vae.decoder.register_forward_pre_hook(lambda module, args: widest.append(max(args[0].shape[-2:])))
     sizes: dict[str, Any] = {"seeds": 1, "height": 64, "width": 96, "num_inference_steps": 1, "output_type": "pt"}
     whole, tiled = (tensor_of(pipe(SHORT, tile=tile, **sizes)) for tile in (None, True))
-    assert widest[0] == 12 and max(widest[1:]) == 4 and not pipe.vae.use_tiling
-    assert whole.shape == tiled.shape and not torch.equal(whole, tiled)
+    assert widest[0] == 12
+    assert max(widest[1:]) == 4
+    assert not pipe.vae.use_tiling
+    assert whole.shape == tiled.shape
+    assert not torch.equal(whole, tiled)
     monkeypatch.setattr("libreflux.sample.output.TILE_ABOVE", 95)
     assert torch.equal(tensor_of(pipe(SHORT, **sizes)), tiled)
     assert torch.equal(tensor_of(pipe(SHORT, tile=False, **sizes)), whole)

@@ -23,7 +23,8 @@ def test_ahead_is_as_in_a_call(model: Opened, pipe: LibreFluxPipeline) -> None:
     assert len(found) == 2
     for text in texts:
         alone = pipe.encode_prompt(text.prompt, text.prompt_2, text.max_tokens)
-        assert torch.equal(found[text].tokens[0], alone.tokens[0]) and torch.equal(found[text].pooled, alone.pooled)
+        assert torch.equal(found[text].tokens[0], alone.tokens[0])
+        assert torch.equal(found[text].pooled, alone.pooled)
     with pytest.raises(RecipeError, match="max_sequence_length: cannot be 513; hint: use 1 to 512"):
         encode_ahead(model.text, model.facts, [Text("a fox", max_tokens=513)])
 
@@ -40,7 +41,8 @@ def test_a_pipeline_without_encoders_draws_the_same_in_int8_too(tiny_model_dir: 
         tensor_of(pipe(**given, seeds=1, num_inference_steps=2, output_type="latent"))
         for pipe, given in ((small, ready), (whole, {"prompt": "a fox"}), (dense, ready))
     )
-    assert torch.equal(first, same) and not torch.equal(first, other)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
     with pytest.raises(ModelError, match="no text encoders"):
         small("a fox")
 

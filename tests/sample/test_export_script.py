@@ -47,7 +47,8 @@ def test_comfyui_samples_the_models_ladder(shift: float | None, size: int, guida
         theirs = simple(lambda t: node["shift"] * t / (1 + (node["shift"] - 1) * t), timesteps, 28)
     ours = ladder(28, shift_for_tokens(tokens) if shift is None else shift)
     torch.testing.assert_close(torch.tensor(theirs), ours, rtol=0, atol=4 / timesteps)
-    assert node["model"][0] == found["UNETLoader"]["id"] and found["KSampler"]["model"][0] == node["id"]
+    assert node["model"][0] == found["UNETLoader"]["id"]
+    assert found["KSampler"]["model"][0] == node["id"]
 
 
 @pytest.mark.parametrize("prompt", ["a (red) fox", "((nested:1.3)) :)", r"a \(b\) \\ c", "plain", "(", ""])
@@ -57,7 +58,8 @@ def test_a_prompt_reaches_comfyuis_encoders_as_it_is(prompt: str) -> None:
         found = comfyui_workflow(Facts(), transformer="f", size=64, **({"prompt": "x"} | {name: prompt}))
         texts = [node["inputs"]["text"] for node in found.values() if node["class_type"] == "CLIPTextEncode"]
         hidden = texts[name == "negative"].replace(r"\)", "\0").replace(r"\(", "\1")
-        assert "(" not in hidden and ")" not in hidden
+        assert "(" not in hidden
+        assert ")" not in hidden
         assert hidden.replace("\0", ")").replace("\1", "(") == prompt
 
 

@@ -31,7 +31,8 @@ def test_pictures_stay_whole_and_in_order(rows: list[str], columns: list[str]) -
     for row in (0, 3):
         assert places[row][0] == places[row + 1][0] == places[row + 2][0]
         assert places[row][1] < places[row + 1][1] < places[row + 2][1]
-    assert places[0][0] < places[3][0] and places[0][1] == places[3][1]
+    assert places[0][0] < places[3][0]
+    assert places[0][1] == places[3][1]
     inked = (np.asarray(made) < 100).all(axis=-1).any()
     assert inked == bool(rows or columns)
 

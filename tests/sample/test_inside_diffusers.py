@@ -172,9 +172,11 @@ def test_a_loaded_adapter_draws_as_a_merged_one(folder: Path, tmp_path: Path, ki
     merge(merged.transformer, load_adapter(own), 0.7)
     merged.facts = UNDER
     torch.testing.assert_close(latents(pipe), latents(merged.pipeline()), rtol=0, atol=1e-4)
-    assert pipe.facts == UNDER and pipe.get_active_adapters() == ["default_0"]
+    assert pipe.facts == UNDER
+    assert pipe.get_active_adapters() == ["default_0"]
     pipe.unload_lora_weights()
-    assert pipe.facts == KEEP and torch.equal(latents(pipe), plain)
+    assert pipe.facts == KEEP
+    assert torch.equal(latents(pipe), plain)
 
 
 def test_several_adapters_are_weighed_and_shared(folder: Path, tmp_path: Path) -> None:
@@ -185,13 +187,16 @@ def test_several_adapters_are_weighed_and_shared(folder: Path, tmp_path: Path) -
     pipe.load_lora_weights(str(two), adapter_name="two")
     both = latents(pipe)
     pipe.set_adapters("one")
-    assert torch.equal(latents(pipe), alone) and pipe.get_active_adapters() == ["one"]
+    assert torch.equal(latents(pipe), alone)
+    assert pipe.get_active_adapters() == ["one"]
     pipe.set_adapters(["one", "two"], [1.0, 1])
-    assert torch.equal(latents(pipe), both) and not torch.equal(both, alone)
+    assert torch.equal(latents(pipe), both)
+    assert not torch.equal(both, alone)
     other = LibreFluxPipeline(**pipe.components)
     assert torch.equal(latents(other), both)
     other.unload_lora_weights()
-    assert pipe.get_active_adapters() == [] and pipe.facts == other.facts == KEEP
+    assert pipe.get_active_adapters() == []
+    assert pipe.facts == other.facts == KEEP
     assert torch.equal(latents(pipe), latents(LibreFluxPipeline.from_pretrained(folder)))
 
 
@@ -218,7 +223,8 @@ def test_what_cannot_be_loaded_is_refused_and_changes_nothing(folder: Path, tmp_
         pipe.load_lora_weights({"a": torch.zeros(1)})  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="no adapter is called 'x'; hint: loaded: none"):
         pipe.set_adapters("x")
-    assert torch.equal(latents(pipe), before) and pipe.facts == KEEP
+    assert torch.equal(latents(pipe), before)
+    assert pipe.facts == KEEP
     pipe.load_lora_weights(good, "one")
     loaded = latents(pipe)
     with pytest.raises(RecipeError, match="an adapter is called 'one' already"):
@@ -229,7 +235,8 @@ def test_what_cannot_be_loaded_is_refused_and_changes_nothing(folder: Path, tmp_
         pipe.set_adapters(["one"], [1.0, 2.0])
     with pytest.raises(ModelError, match=r"cannot be saved with them; hint: unload_lora_weights\(\) first"):
         pipe.save_pretrained(tmp_path / "saved")
-    assert torch.equal(latents(pipe), loaded) and not (tmp_path / "saved").exists()
+    assert torch.equal(latents(pipe), loaded)
+    assert not (tmp_path / "saved").exists()
 
 
 def test_an_offloaded_transformer_takes_no_adapter(folder: Path, tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def test_round_trip(tmp_path: Path) -> None:
     save_png(IMAGE, tmp_path / "deep" / "a.png", ORIGIN)
     assert read_record(tmp_path / "deep" / "a.png") == ORIGIN
     with Image.open(tmp_path / "deep" / "a.png") as image:
-        assert isinstance(image, PngImageFile) and image.tobytes() == IMAGE.tobytes()
+        assert isinstance(image, PngImageFile)
+        assert image.tobytes() == IMAGE.tobytes()
         assert json.loads(image.text["libreflux"])["schema"] == 1
         assert image.text["parameters"].splitlines() == [
             "a red apple, ünïcödé 🍎",

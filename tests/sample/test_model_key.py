@@ -52,7 +52,8 @@ def test_single_files_are_known_by_what_is_in_them(comfyui: SingleFiles, tiny_mo
     other_base = dataclasses.replace(comfyui, tokenizer_2=None, base=str(tiny_model_dir))
     assert model_key(other_base, FileMemory(tmp_path))["transformer"] == before["transformer"]
     vae, t5 = comfyui.vae, comfyui.text_encoder_2
-    assert vae is not None and t5 is not None
+    assert vae is not None
+    assert t5 is not None
     changed: dict[str, Callable[[], None]] = {
         "vae": lambda: one_percent_larger(vae),
         "text_encoders": lambda: one_percent_larger(t5),
@@ -81,10 +82,12 @@ def test_no_file_of_a_model_is_hashed_twice(
     monkeypatch.setattr(files, "sha256_file", told)
     memory = FileMemory(tmp_path)
     found = model_key(str(tiny_model_dir), memory)
-    assert read and len(set(read)) == len(read)
+    assert read
+    assert len(set(read)) == len(read)
     memory.save()
     read.clear()
-    assert model_key(str(tiny_model_dir), FileMemory(tmp_path)) == found and read == []
+    assert model_key(str(tiny_model_dir), FileMemory(tmp_path)) == found
+    assert read == []
 
 
 def test_an_adapter_is_known_by_its_weight_and_by_scales_in_a_file_beside_it(tmp_path: Path) -> None:

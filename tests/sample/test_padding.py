@@ -72,7 +72,9 @@ class PlainBias:
 
 def check_bias(model: Opened, text: TextConditioning) -> None:
     """`velocity` is that of a transformer that was given the padded text without a mask, under `PlainBias`."""
-    assert model.transformer is not None and text.favoured is not None and len(set(text.favoured)) == 2
+    assert model.transformer is not None
+    assert text.favoured is not None
+    assert len(set(text.favoured)) == 2
     x, sigma, ids = pack(noise([1, 2], 16, 4, 4)), torch.tensor([0.3, 0.8]), image_ids(4, 4)
     plain = PlainBias(text.favoured, text.lengths[0])
     given = {
@@ -100,7 +102,8 @@ def check_bias(model: Opened, text: TextConditioning) -> None:
 def test_the_bias_is_in_the_dtype_of_the_queries(
     model: Opened, monkeypatch: pytest.MonkeyPatch, weights: torch.dtype, autocast: bool
 ) -> None:
-    assert model.transformer is not None and model.text is not None
+    assert model.transformer is not None
+    assert model.text is not None
     text = model.text.encode(PROMPTS, padding="bias", max_tokens=24)
     x, sigma, ids = pack(noise([1, 2], 16, 4, 4)), torch.tensor([0.3, 0.8]), image_ids(4, 4)
     attention, calls = F.scaled_dot_product_attention, []
@@ -118,7 +121,8 @@ def test_the_bias_is_in_the_dtype_of_the_queries(
     wanted = torch.ones(2, 24 + 4)
     for row, own in zip(wanted, text.favoured or (), strict=True):
         row[own:24] = 0
-    assert len(calls) == 3 and all(torch.equal(mask, wanted) for mask in calls)
+    assert len(calls) == 3
+    assert all(torch.equal(mask, wanted) for mask in calls)
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, exact, atol=0.03 * float(exact.abs().max()), rtol=0)
 
@@ -133,7 +137,8 @@ def test_the_published_layout_is_drawn_without_its_code(
     folder = make_published_layout(tiny_model_dir, tmp_path / "LibreFLUX")
     assert len(list((folder / "transformer").glob("*-of-00003.safetensors"))) == 3
     found = opened(folder)
-    assert found.facts == KNOWN["jimmycarter/LibreFLUX"] and found.facts.text_padding == "bias"
+    assert found.facts == KNOWN["jimmycarter/LibreFLUX"]
+    assert found.facts.text_padding == "bias"
     assert f"{folder} has no libreflux.json: taken for a model like LibreFLUX" in caplog.text
     pipe = found.pipeline()
     pipe.set_progress_bar_config(disable=True)
@@ -144,5 +149,6 @@ def test_the_published_layout_is_drawn_without_its_code(
         tensor_of(pipe(prompts, seeds=[5] * len(prompts), num_inference_steps=2, output_type="pt"))
         for prompts in (PROMPTS, PROMPTS[:1])
     )
-    assert two.shape == (2, 3, 32, 32) and (two[0] - two[1]).abs().max() > 1e-3
+    assert two.shape == (2, 3, 32, 32)
+    assert (two[0] - two[1]).abs().max() > 1e-3
     torch.testing.assert_close(two[:1], alone, atol=1e-5, rtol=0)

@@ -173,7 +173,8 @@ def test_a_transformer_in_training_is_left_as_it_was(pipe: LibreFluxPipeline, mo
     bare = LibreFluxPipeline.from_parts(live, model.vae, facts=model.facts)
     bare.set_progress_bar_config(disable=True)
     bare(prompt_conditioning=text, guidance_scale=1.0, seeds=0)
-    assert live.training and all(p.requires_grad and p.grad is None for p in live.parameters())
+    assert live.training
+    assert all(p.requires_grad and p.grad is None for p in live.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in live.state_dict().items())
     velocity(live, torch.randn(1, 4, 64), torch.tensor([0.5]), text, image_ids(4, 4)).sum().backward()  # still trains
 
@@ -185,8 +186,10 @@ def test_defaults_are_the_models_own(model: Opened) -> None:
     sigmas: list[float] = []
     with Calls(pipe) as seen:
         out = pipe(SHORT, callback_on_step=lambda step: sigmas.append(step.sigma))
-    assert seen == [1, 1, 1] and sigmas == ladder(3, 2.0)[:-1].tolist()
-    assert out.images[0].size == (32, 32) and len(out.seeds) == 1
+    assert seen == [1, 1, 1]
+    assert sigmas == ladder(3, 2.0)[:-1].tolist()
+    assert out.images[0].size == (32, 32)
+    assert len(out.seeds) == 1
     shifted = replace(model, facts=Facts(steps=2, shift=None)).pipeline()
     shifted.set_progress_bar_config(disable=True)
     sigmas.clear()
@@ -210,7 +213,8 @@ def test_seeds() -> None:
     assert choose_seeds(5, None, 3) == [5, 6, 7]
     assert choose_seeds([9, 2], None, 2) == [9, 2]
     one, again = (choose_seeds(None, torch.Generator().manual_seed(1), 3) for _ in range(2))
-    assert one == again and len(set(one)) == 3
+    assert one == again
+    assert len(set(one)) == 3
     each = choose_seeds(None, [torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)], 2)
     assert each == [one[0], one[0]]
     assert choose_seeds(None, None, 4) != choose_seeds(None, None, 4)
@@ -221,11 +225,14 @@ def test_seeds() -> None:
 def test_from_pretrained_and_a_bf16_model(tiny_model_dir: Path) -> None:
     pipe = LibreFluxPipeline.from_pretrained(tiny_model_dir, dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
-    assert pipe.transformer.dtype == torch.bfloat16 and pipe.facts.steps == 4
+    assert pipe.transformer.dtype == torch.bfloat16
+    assert pipe.facts.steps == 4
     x: list[Tensor] = []
     pixels = tensor_of(pipe(SHORT, seeds=1, output_type="pt", callback_on_step=lambda step: x.append(step.x)))
-    assert {t.dtype for t in x} == {torch.float32} and pixels.dtype == torch.float32  # accumulated in fp32
-    assert pixels.shape == (1, 3, 32, 32) and 0 <= pixels.min() < pixels.max() <= 1
+    assert {t.dtype for t in x} == {torch.float32}
+    assert pixels.dtype == torch.float32  # accumulated in fp32
+    assert pixels.shape == (1, 3, 32, 32)
+    assert 0 <= pixels.min() < pixels.max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,8 @@ def test_latest_is_the_highest_step_not_the_last_name_or_date(tmp_path: Path) ->
         _write(tmp_path, step)
     assert [c.step for c in checkpoint.listed(tmp_path)] == [20, 999, 1000, 123456789]
     newest = checkpoint.latest(tmp_path)
-    assert newest is not None and newest.step == 123456789
+    assert newest is not None
+    assert newest.step == 123456789
     assert newest.state() == {"schema": 1, "step": 123456789, "note": "n"}
 
 
@@ -69,13 +70,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_put_aside(tmp_path: Path, damag
     else:
         (target.path / "manifest.json").unlink()
     newest = checkpoint.latest(tmp_path)
-    assert newest is not None and newest.step == 2
+    assert newest is not None
+    assert newest.step == 2
     again = checkpoint.recover(tmp_path)
     assert again == newest
     assert [c.step for c in checkpoint.listed(tmp_path)] == [1, 2]
     _write(tmp_path, 3)  # the resumed run can write its own
     last = checkpoint.latest(tmp_path)
-    assert last is not None and last.step == 3
+    assert last is not None
+    assert last.step == 3
 
 
 def test_checkpoints_that_a_live_run_deletes_while_they_are_read_are_not_called_damaged(
@@ -93,7 +96,9 @@ def test_checkpoints_that_a_live_run_deletes_while_they_are_read_are_not_called_
 
     monkeypatch.setattr(files, "verify_manifest", read_while_the_run_goes_on)
     newest = checkpoint.latest(tmp_path)
-    assert newest is not None and newest.step == 3 and not caplog.text
+    assert newest is not None
+    assert newest.step == 3
+    assert not caplog.text
 
 
 def test_recover_sweeps_what_a_killed_process_left(tmp_path: Path) -> None:
@@ -134,11 +139,13 @@ def test_every_damage_to_every_file_is_seen(tmp_path: Path, caplog: pytest.LogCa
             caplog.clear()
             newest = checkpoint.latest(tmp_path)
             assert newest is not None and newest.step == 1, (name, number)
-            assert "step-00000002 is not used: " in caplog.text and str(target) in caplog.text
+            assert "step-00000002 is not used: " in caplog.text
+            assert str(target) in caplog.text
             assert name in caplog.text or name == "manifest.json"  # a name in the manifest may be the damaged one
         path.write_bytes(whole)
     newest = checkpoint.latest(tmp_path)
-    assert newest is not None and newest.step == 2
+    assert newest is not None
+    assert newest.step == 2
 
 
 @given(
@@ -184,7 +191,8 @@ def test_a_changed_recipe_is_refused_by_key_with_both_values(tmp_path: Path) -> 
     line = str(refusal.value)
     assert "optimizer.learning_rate (0.0001 -> 0.0002)" in line
     assert "data.0.path ('photos' -> 'scans')" in line
-    assert "betas" not in line and "hint:" in line
+    assert "betas" not in line
+    assert "hint:" in line
 
 
 def test_a_source_that_is_added_is_a_change(tmp_path: Path) -> None:

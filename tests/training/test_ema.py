@@ -189,7 +189,8 @@ def test_lerp_weighs_the_newest_and_measures_the_gap_of_factors(tmp_path: Path, 
     files = [load_file(path) for path in write_run(tmp_path, [0.1, 0.3, 0.2], kind)]
     made = hindsight.lerp(tmp_path, 0.9)
     assert made.steps == [5, 50, 500]
-    assert made.metadata["licence"] == "mine" and json.loads(made.metadata["average"])["alpha"] == 0.9
+    assert made.metadata["licence"] == "mine"
+    assert json.loads(made.metadata["average"])["alpha"] == 0.9
     for key, tensor in made.tensors.items():
         if not key.endswith("alpha"):
             running = files[0][key].double()
@@ -305,7 +306,8 @@ def test_a_stop_between_two_updates_changes_no_bit_and_is_known_in_hindsight(
     before, after = load_file(places[4]), load_file(places[6])
     assert all(after[key].equal(tensor) for key, tensor in before.items())
     made = hindsight.average(tmp_path / "stopped", 0.1)
-    assert made.steps == [4, 4] and json.loads(made.metadata["average"])["step"] == 4
+    assert made.steps == [4, 4]
+    assert json.loads(made.metadata["average"])["step"] == 4
     for key, tensor in made.tensors.items():
         torch.testing.assert_close(tensor, before[key if key.endswith("alpha") else f"0.1/{key}"], rtol=1e-5, atol=1e-7)
     with pytest.raises(RunError, match="no averages at step 6; hint: the nearest are at 4"):

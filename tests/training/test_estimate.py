@@ -76,7 +76,8 @@ def test_flux_in_full_is_estimated_without_its_weights() -> None:
         flux, layers, adapter_dtype=torch.bfloat16, batch=1, latent_size=(64, 64), text_tokens=512
     )
     assert abs(found.weights - 2 * 11_891.18e6) < 1e6
-    assert found.adapter == 2 * sum(row.parameters for row in layers) and found.moments == 2 * found.adapter
+    assert found.adapter == 2 * sum(row.parameters for row in layers)
+    assert found.moments == 2 * found.adapter
     assert found.gradient == 2 * found.adapter
     # 19 + 38 blocks at 1,536 tokens of 3,072 in bf16, a few dozen such tensors kept by each.
     assert 57 * 10 * 1536 * 3072 * 2 < found.activations < 57 * 40 * 1536 * 3072 * 2
@@ -95,7 +96,8 @@ def test_8_bit_moments_are_a_quarter_but_for_small_parameters() -> None:
     small, large = 3 * 3, 1024 * 1024  # the two factors of a layer of 3,072 x 3,072
     assert wide.moments == 2 * 4 * (small + large)
     assert narrow.moments == 2 * (4 * small + large + 4 * large // 256)
-    assert narrow.adapter == wide.adapter and wide.checkpoint - narrow.checkpoint == wide.moments - narrow.moments
+    assert narrow.adapter == wide.adapter
+    assert wide.checkpoint - narrow.checkpoint == wide.moments - narrow.moments
 
 
 def test_the_total_is_the_largest_phase() -> None:
@@ -113,7 +115,8 @@ def test_the_total_is_the_largest_phase() -> None:
     assert (card.host, cpu.host) == (5000 + 256, 0)  # averages, and the pinned copy that feeds them, rounded up
     assert (card.reserved, cpu.reserved) == (int(card.total * 22.6 / 19.7), cpu.total)
     small = dataclasses.replace(card, activations=3)
-    assert small.total == 1637 + phases.CARD_WORKSPACES and "optimizer step" in small.table()
+    assert small.total == 1637 + phases.CARD_WORKSPACES
+    assert "optimizer step" in small.table()
     larger = phases.Phase(name="drawing samples", held=1600, activations=10**9, libraries=3)
     found = dataclasses.replace(card, between=(larger,))
     assert (found.total, found.largest) == (10**9 + 1603, larger)
@@ -212,7 +215,8 @@ def test_text_encoders_are_counted_in_the_precision_that_they_run_in(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     card = captions()
     assert card == dataclasses.replace(captions(text_precision="bf16"), libraries=card.libraries)
-    assert "bf16" in card.name and card.libraries == phases.libraries(False, card.activations)
+    assert "bf16" in card.name
+    assert card.libraries == phases.libraries(False, card.activations)
     blockwise = captions(text_precision="fp32")
     assert blockwise.held < on_the_cpu.held  # two blocks, of which the card holds one at a time
     for text_precision, told in (("fp32", "fp32"), ("bf16", "bf16")):  # a cache that is begun decides, on a CPU too
@@ -246,7 +250,8 @@ def test_each_phase_is_there_when_the_recipe_asks_for_it(
     assert found(held_out={"share": 0.4}, batch=4).between[-1].activations > 1.5 * measuring.activations
     online = found(text_cache="none", samples=prompts)
     encoders = next(phase for phase in full.preparing if "T5" in phase.name).held
-    assert online.encoders == encoders and online.between[0].held == full.held + vae + encoders
+    assert online.encoders == encoders
+    assert online.between[0].held == full.held + vae + encoders
 
 
 def test_the_largest_crop_is_the_largest_bucket() -> None:

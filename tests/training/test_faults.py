@@ -115,4 +115,5 @@ def _one_line(result: Outcome, run: Path) -> None:
     [line] = result["said"]
     assert line.startswith(f"libreflux: error: {run}"), line
     assert ": No space left on device; hint: " in line
-    assert ".staging-" not in line and ".tmp-" not in line
+    assert ".staging-" not in line
+    assert ".tmp-" not in line

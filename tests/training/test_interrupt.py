@@ -150,7 +150,8 @@ def test_a_terminal_that_refuses_what_is_written_costs_nothing(tmp_path: Path) -
 def test_a_verb_that_is_ended_leaves_nothing_half_written(tmp_path: Path, signum: signal.Signals) -> None:
     command = [sys.executable, "-c", WRITES, str(tmp_path / "folder")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
     assert len(list(tmp_path.iterdir())) == 3  # a file, a folder and its lock
     process.send_signal(signum)
     assert process.wait(30) in (128 + signum, -signum)

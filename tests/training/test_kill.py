@@ -72,7 +72,8 @@ def test_killed_runs_end_bit_identical(
 
     assert [result["code"] for result in of_whole] == [0]
     assert [result["code"] for result in of_held] == [*[SIGKILL] * len(HELD), 0]
-    assert all(result["code"] in (SIGKILL, 0) for result in of_timed) and of_timed[0]["code"] == SIGKILL
+    assert all(result["code"] in (SIGKILL, 0) for result in of_timed)
+    assert of_timed[0]["code"] == SIGKILL
     assert of_timed[-1]["code"] == 0
     assert [result["code"] for result in of_asked] == [143, 130, 0]
 

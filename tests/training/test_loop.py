@@ -190,12 +190,13 @@ def test_gradient_norms_of_layer_groups_are_written_on_request(recipe_tree: Tree
     recorder, _ = _fit(recipe_tree(tmp_path / "run", steps=1, gradient_norms=True))
     [info] = recorder.steps
     line = json.loads((tmp_path / "run" / checkpoint.METRICS).read_text())
-    assert (
-        info.group_norms is not None and info.gradient_norm is not None and line["gradient_norms"] == info.group_norms
-    )
+    assert info.group_norms is not None
+    assert info.gradient_norm is not None
+    assert line["gradient_norms"] == info.group_norms
     assert "single_transformer_blocks.*.attn.to_q" in info.group_norms  # of both single blocks
     assert math.hypot(*info.group_norms.values()) == pytest.approx(info.gradient_norm, rel=1e-9)
-    assert min(info.group_norms.values()) >= 0 and max(info.group_norms.values()) < info.gradient_norm
+    assert min(info.group_norms.values()) >= 0
+    assert max(info.group_norms.values()) < info.gradient_norm
 
 
 def test_gradients_are_summed_in_fp32() -> None:
@@ -231,7 +232,8 @@ def test_stopped_runs_resume_to_the_bit(recipe_tree: Tree, tmp_path: Path, kind:
         assert (stop.value.step, stop.value.exit_code) == (step, 128 + signum)
         assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
         newest = checkpoint.latest(tmp_path / "stopped")
-        assert newest is not None and newest.step == step
+        assert newest is not None
+        assert newest.step == step
         assert not (tmp_path / "stopped" / checkpoint.ADAPTER).exists()
         saved = {**load_file(newest.adapter), **load_file(newest.optimizer)}
         assert all(".lokr_w" in name or name.endswith(".alpha") or name == "step" for name in saved)  # no base weight
@@ -335,10 +337,12 @@ def test_a_resumed_run_draws_the_samples_that_a_kill_may_have_cost(recipe_tree: 
 def test_held_out_pictures_are_measured_and_never_trained_on(recipe_tree: Tree, tmp_path: Path, share: float) -> None:
     tree = recipe_tree(tmp_path / "run", steps=5, held_out={"share": share, "every": 2}, save={"every": 4})
     recorder, _ = _fit(tree)
-    assert recorder.started is not None and recorder.started.held_out is not None
+    assert recorder.started is not None
+    assert recorder.started.held_out is not None
     [apart] = recorder.started.held_out.sample_ids
     shown = {name for info in recorder.steps for name in info.sample_ids}
-    assert len(shown) == PICTURES - 1 and apart not in shown
+    assert len(shown) == PICTURES - 1
+    assert apart not in shown
     steps = [("step", step) for step in range(1, 6)]
     assert recorder.events == [
         ("start", 0),
@@ -435,7 +439,8 @@ def test_a_lora_learns_and_another_run_goes_on_from_its_file(
     lora = {"kind": "lora", "rank": 4, "targets": [{"layers": "**.attn.**"}, {"layers": "proj_out"}]}
     tree = recipe_tree(tmp_path / "lora", adapter=lora, steps=30, optimizer={"kind": "adamw", "learning_rate": 1e-2})
     recorder, adapter = _fit(tree)
-    assert recorder.started is not None and recorder.started.start_norm == 0
+    assert recorder.started is not None
+    assert recorder.started.start_norm == 0
     transformer = open_model(tiny_model_dir).load_transformer()
     assert transformer is not None
     before = _held_out_loss(transformer, tree)
@@ -443,7 +448,8 @@ def test_a_lora_learns_and_another_run_goes_on_from_its_file(
     assert _held_out_loss(transformer, tree) < 0.97 * before
     onwards = {"kind": "lora", "init_from": str(adapter)}
     recorder, longer = _fit(recipe_tree(tmp_path / "onwards", adapter=onwards, steps=1))
-    assert recorder.started is not None and recorder.started.start_norm is not None
+    assert recorder.started is not None
+    assert recorder.started.start_norm is not None
     assert recorder.started.start_norm > 1e-3
     first, second = load_file(adapter), load_file(longer)
     assert first.keys() == second.keys()

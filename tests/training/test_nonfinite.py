@@ -153,8 +153,11 @@ def test_a_gradient_alone_can_be_at_fault_and_moves_nothing(recipe_tree: Tree, t
     )
     info = training.take_step()
     hook.remove()
-    assert info.at_fault == info.sample_ids and info.sample_ids
-    assert all(math.isfinite(loss) for loss in info.losses) and info.loss is None and info.skipped == 1
+    assert info.at_fault == info.sample_ids
+    assert info.sample_ids
+    assert all(math.isfinite(loss) for loss in info.losses)
+    assert info.loss is None
+    assert info.skipped == 1
     assert all(torch.equal(tensor, before[name]) for name, tensor in state().items())
     for key, tensor in training.averages.tensors().items():  # their time went on, towards the weights that stayed
         width, name = key.split("/", 1)

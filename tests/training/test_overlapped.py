@@ -73,9 +73,11 @@ def walked(
 def test_the_overlapped_way_gives_the_same_bits(every: int) -> None:
     lane = LateLane()
     (direct, expected), (averages, found) = walked(None, every=every), walked(lane, every=every)
-    assert found.keys() == expected.keys() and len(found) == 6
+    assert found.keys() == expected.keys()
+    assert len(found) == 6
     assert all(tensor.equal(expected[key]) for key, tensor in found.items())
-    assert lane.made == 12 // every and averages.step == direct.step == 12 - 12 % every
+    assert lane.made == 12 // every
+    assert averages.step == direct.step == 12 - 12 % every
 
 
 def test_a_change_that_does_not_wait_would_be_seen() -> None:
@@ -93,7 +95,8 @@ def test_a_run_has_the_same_averages_either_way(
         monkeypatch.setattr(ema, "lane_for", lambda tensors, lane=lane: lane)
         fit(Recipe.model_validate(recipe_tree(tmp_path / name, steps=4, optimizer=optimizer)))
         files[name] = (tmp_path / name / "checkpoints/step-00000004/ema.safetensors").read_bytes()
-    assert lane is not None and lane.made == 4
+    assert lane is not None
+    assert lane.made == 4
     assert files["direct"] == files["overlapped"]
 
 

@@ -97,7 +97,8 @@ def test_8_bit_moments_that_do_not_exist_yet_are_resumed(bitsandbytes: None, tmp
             after.step(1e-2, grad)
         assert all(one.equal(other) for (_, one), (_, other) in zip(second, through, strict=True))
         state = after.state_dict_tensors()
-        assert state.keys() == whole.state_dict_tensors().keys() and len(state) == 6
+        assert state.keys() == whole.state_dict_tensors().keys()
+        assert len(state) == 6
         assert all(tensor.equal(state[name]) for name, tensor in whole.state_dict_tensors().items())
     half = {name: tensor for name, tensor in state.items() if name.startswith("a.")}
     atomic_save_safetensors(half, tmp_path / "half")

@@ -104,7 +104,8 @@ def test_what_the_last_step_leaves_is_made_by_the_same_command(again: dict[str, 
     shutil.rmtree(checkpoint.step_folder(result.parent, STEPS))
     result.unlink()
     run(again, dies)
-    assert [one.step for one in checkpoint.listed(result.parent)] == [2, STEPS] and not result.exists()
+    assert [one.step for one in checkpoint.listed(result.parent)] == [2, STEPS]
+    assert not result.exists()
     assert run(again) == [("start", STEPS), ("measure", STEPS), ("sample", STEPS)]
     assert result.read_bytes() == expected
     assert run(again) == []  # done is done: nothing is loaded
@@ -125,7 +126,8 @@ def test_a_damaged_result_is_written_again(again: dict[str, Any]) -> None:
     result = Path(again["out"]) / checkpoint.ADAPTER
     expected = result.read_bytes()
     result.write_bytes(expected[:-1] + bytes([expected[-1] ^ 1]))
-    assert run(again) == [] and result.read_bytes() == expected
+    assert run(again) == []
+    assert result.read_bytes() == expected
     result.write_bytes(expected[:-9])
     run(again)
     assert result.read_bytes() == expected

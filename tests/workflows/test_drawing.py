@@ -79,7 +79,8 @@ def test_the_text_encoders_are_gone_when_the_transformer_comes(
     prompts = ["a fox", "a red apple"]
     given: dict[str, Any] = {"model": tiny_model_dir, "steps": 2}
     libreflux.generate(prompts, **given, out=tmp_path / "auto")
-    assert watch.asked == ["vae", "text", "transformer"] and watch.alive == [(0, 0)]
+    assert watch.asked == ["vae", "text", "transformer"]
+    assert watch.alive == [(0, 0)]
     libreflux.generate(prompts, **given, out=tmp_path / "none", offload="none")
     assert watch.alive[1][0] > 10  # the watch sees what is alive
     for one in (tmp_path / "auto").iterdir():
@@ -129,7 +130,8 @@ def test_sequential_brings_the_encoders_block_by_block(
     on_device = OnDevice()
     monkeypatch.setattr(hooks, "set_module_tensor_to_device", on_device)
     blocks, kept = dataclasses.replace(chosen, offload="sequential").encoded(texts_of(ORIGIN))
-    assert kept is None and watch.living() == 0
+    assert kept is None
+    assert watch.living() == 0
     assert {"T5Block", "CLIPEncoderLayer", "Embedding"} <= on_device.brought
     text = open_model(tiny_model_dir).load_text()
     encoders = (text.text_encoder_2, text.text_encoder)
@@ -142,7 +144,8 @@ def test_sequential_brings_the_encoders_block_by_block(
     )
     assert on_device.peak == largest < min(sizes)
     for key, text in whole.items():
-        assert torch.equal(text.tokens[0], blocks[key].tokens[0]) and torch.equal(text.pooled, blocks[key].pooled)
+        assert torch.equal(text.tokens[0], blocks[key].tokens[0])
+        assert torch.equal(text.pooled, blocks[key].pooled)
 
 
 def test_under_model_one_encoder_is_on_the_device_at_a_time(
@@ -162,9 +165,12 @@ def test_under_model_one_encoder_is_on_the_device_at_a_time(
     found, kept = dataclasses.replace(chosen, offload="model", device=device).encoded(texts_of(ORIGIN))
     opened = [("CLIPTextModel", "cpu"), ("T5EncoderModel", "cpu")]
     visits = [(name, place) for name in ("T5EncoderModel", "CLIPTextModel") for place in ("cpu:0", "meta")]
-    assert moved == [*opened, *visits] and kept is None and watch.living() == 0
+    assert moved == [*opened, *visits]
+    assert kept is None
+    assert watch.living() == 0
     for key, text in whole.items():
-        assert torch.equal(text.tokens[0], found[key].tokens[0]) and torch.equal(text.pooled, found[key].pooled)
+        assert torch.equal(text.tokens[0], found[key].tokens[0])
+        assert torch.equal(text.pooled, found[key].pooled)
         assert {one.device.type for one in (*found[key].tokens, found[key].pooled)} == {"cpu"}
 
 

@@ -83,14 +83,17 @@ def test_a_picture_under_an_adapter_is_the_commands(
         on_picture=written.append,
     )
     assert capfd.readouterr() == ("", "")
-    assert len(files(tmp_path / "python")) == 4 and files(tmp_path / "python") == files(tmp_path / "command")
+    assert len(files(tmp_path / "python")) == 4
+    assert files(tmp_path / "python") == files(tmp_path / "command")
     assert [path.name for path in written] == [Path(line).name for line in told.splitlines()]
     assert [one.path for one in result.pictures] == written
     assert [(one.record.prompt, one.record.seed) for one in result.pictures] == [
         ("a fox", 3), ("a fox", 4), ("an owl", 3), ("an owl", 4),
     ]  # fmt: skip
     for one in result.pictures:
-        assert one.image is None and one.path is not None and read_record(one.path) == one.record
+        assert one.image is None
+        assert one.path is not None
+        assert read_record(one.path) == one.record
         assert (one.record.steps, one.record.guidance) == (3, 2.5)  # the adapter's
     plain = libreflux.generate("a fox", model=tiny_model_dir, negative="blue", seed=3).pictures[0]
     assert (plain.record.steps, plain.record.guidance) == (4, 3.0)
@@ -118,9 +121,11 @@ def test_without_a_place_the_result_has_the_pictures(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (held,) = libreflux.generate("a fox", model=tiny_model_dir, steps=2).pictures
-    assert held.path is None and not list(tmp_path.iterdir())
+    assert held.path is None
+    assert not list(tmp_path.iterdir())
     (written,) = libreflux.generate("a fox", model=tiny_model_dir, steps=2, out="x.png").pictures
-    assert written.path == Path("x.png") and held.image is not None
+    assert written.path == Path("x.png")
+    assert held.image is not None
     with Image.open("x.png") as picture:
         assert np.array_equal(np.asarray(picture), np.asarray(held.image))
 
@@ -135,7 +140,9 @@ def test_a_picture_again_is_the_commands(
     again = libreflux.remake(first, adapters=[adapter], out=tmp_path / "python.png")
     assert capfd.readouterr() == ("", "")
     assert (tmp_path / "python.png").read_bytes() == (tmp_path / "command.png").read_bytes() == first.read_bytes()
-    assert again.same_pixels and again.differences == () and again.path == tmp_path / "python.png"
+    assert again.same_pixels
+    assert again.differences == ()
+    assert again.path == tmp_path / "python.png"
     assert again.comparison == f"bit for bit the pixels of {first}"
     with pytest.raises(LibrefluxError, match=r"hint: name another place with `out`"):
         libreflux.remake(first, adapters=[adapter], out=first)
@@ -156,8 +163,11 @@ def test_what_differs_is_told_before_it_is_drawn(tiny_model_dir: Path, tmp_path:
             yield report
 
     again = libreflux.remake(tmp_path / "a.png", on_difference=told.append, progress=progress)
-    assert again.differences == tuple(told) and told[0].startswith("the transformer's hash was ")
-    assert not again.same_pixels and "of its pixels differ from" in again.comparison and again.path is None
+    assert again.differences == tuple(told)
+    assert told[0].startswith("the transformer's hash was ")
+    assert not again.same_pixels
+    assert "of its pixels differ from" in again.comparison
+    assert again.path is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "model"]
 
 
@@ -173,9 +183,11 @@ def test_a_grid_is_the_commands(
     }  # fmt: skip
     result = libreflux.grid("a fox", **given)
     assert capfd.readouterr() == ("", "")
-    assert len(files(tmp_path / "python")) == 10 and files(tmp_path / "python") == files(tmp_path / "command")
+    assert len(files(tmp_path / "python")) == 10
+    assert files(tmp_path / "python") == files(tmp_path / "command")
     assert (result.sheet, result.page) == (tmp_path / "python" / "grid.png", tmp_path / "python" / "index.html")
-    assert (result.drawn, result.total) == (8, 8) and libreflux.grid("a fox", **given).drawn == 0
+    assert (result.drawn, result.total) == (8, 8)
+    assert libreflux.grid("a fox", **given).drawn == 0
     for seed, row in enumerate(result.cells):
         told = [(cell.record.seed, cell.record.steps, cell.record.guidance) for cell in row]
         assert told == [(seed, 1, 1.0), (seed, 1, 3.0), (seed, 2, 1.0), (seed, 2, 3.0)]
@@ -191,7 +203,8 @@ def test_a_guidance_distilled_models_scale_is_its_embedded_one(tiny_model_dir: P
     for record in (drawn.record, cell.record):
         assert (record.guidance, record.embedded_guidance) == (1.0, 3.5)
     with Image.open(cell.path) as picture:
-        assert drawn.image is not None and picture.tobytes() == drawn.image.tobytes()
+        assert drawn.image is not None
+        assert picture.tobytes() == drawn.image.tobytes()
 
 
 def test_a_cell_that_is_missing_is_not_searched_for(

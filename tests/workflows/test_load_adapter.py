@@ -20,7 +20,8 @@ def test_a_run_folder_a_file_and_a_weight_draw_what_the_command_draws(
     run: Callable[..., Any], tiny_model_dir: Path, trained: Path, tmp_path: Path
 ) -> None:
     read = libreflux.load_adapter(trained.parent)
-    assert isinstance(read, AdapterFile) and read.sha256 == libreflux.load_adapter(str(trained)).sha256
+    assert isinstance(read, AdapterFile)
+    assert read.sha256 == libreflux.load_adapter(str(trained)).sha256
     words = ["--model", tiny_model_dir, "--adapter", f"{trained.parent}:0.5", "--seed", 3, "--steps", 2]
     assert run("generate", "a red apple", *words, "--out", tmp_path / "a.png").code == 0
     pipe = libreflux.LibreFluxPipeline.from_pretrained(tiny_model_dir)

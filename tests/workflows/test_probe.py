@@ -48,13 +48,19 @@ def test_what_python_measures_is_what_the_command_measures(
     assert (ours / "freedom.json").read_bytes() == (theirs / "freedom.json").read_bytes()
     assert json.loads(done.out) == json.loads((ours / "freedom.json").read_text("utf-8"))
 
-    assert found.folder == ours and found.page == ours / "index.html" and found.page.is_file()
-    assert found.file == ours / "freedom.json" and found.freedom is not None and len(found.freedom) > 5
+    assert found.folder == ours
+    assert found.page == ours / "index.html"
+    assert found.page.is_file()
+    assert found.file == ours / "freedom.json"
+    assert found.freedom is not None
+    assert len(found.freedom) > 5
     assert [one.folder for one in found.in_order] == [ours / "against", ours]
     alone = libreflux.probe(
         model, data=pictures, out=ours, quick=True, pictures=2, prompts=2, guidance=[1], steps=[1, 2]
     )
-    assert alone.freedom is None and alone.file == ours / "probe.json" and alone.in_order == [found.result]
+    assert alone.freedom is None
+    assert alone.file == ours / "probe.json"
+    assert alone.in_order == [found.result]
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,8 @@ def test_a_caller_hears_of_everything_and_a_signal_stops_a_run_that_goes_on_to_t
     whole = Heard()
     train("recipe.yaml", events=whole)
     order = ["prepare", "data 5", "data 3", "stage", "start 0", "measuring of 3", "step", "save 2", "save 4", "end"]
-    assert sorted(whole.kinds) == sorted(order) and whole.kinds[-1] == "end"
+    assert sorted(whole.kinds) == sorted(order)
+    assert whole.kinds[-1] == "end"
     assert whole.kinds.index("start 0") < whole.kinds.index("measuring of 3") < whole.kinds.index("step")
     assert whole.measured == [0, 2, 4]
     assert whole.sheets == [Path(f"run/samples/step-0000000{step}.png") for step in (0, 2, 4)]
@@ -141,9 +142,11 @@ def test_a_caller_hears_of_everything_and_a_signal_stops_a_run_that_goes_on_to_t
 
     stopped = Heard(stop_at=2)
     result = train("recipe.yaml", events=stopped)
-    assert result.adapter is None and result.stopped is not None
+    assert result.adapter is None
+    assert result.stopped is not None
     assert (result.stopped.signum, result.stopped.step, result.stopped.exit_code) == (signal.SIGINT, 2, 130)
-    assert stopped.kinds[-1] == "end" and stopped.measured == [0]
+    assert stopped.kinds[-1] == "end"
+    assert stopped.measured == [0]
     again = train("recipe.yaml")
     assert (again.started_at, again.stopped) == (2, None)
     assert written(folder / "run") == expected
@@ -197,16 +200,24 @@ def test_a_recipe_may_be_a_tree_of_values(folder: Path, tiny_model_dir: Path) ->
 def test_a_dry_run_is_numbers_and_writes_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = sorted(folder.rglob("*"))
     found = dry_run("recipe.yaml")
-    assert capfd.readouterr() == ("", "") and sorted(folder.rglob("*")) == before
-    assert found.verdict.fits == "fits" and found.fault is None and found.time_left is None
-    assert found.forecast is not None and (found.forecast.pictures, found.forecast.visits) == (8, 5.0)
+    assert capfd.readouterr() == ("", "")
+    assert sorted(folder.rglob("*")) == before
+    assert found.verdict.fits == "fits"
+    assert found.fault is None
+    assert found.time_left is None
+    assert found.forecast is not None
+    assert (found.forecast.pictures, found.forecast.visits) == (8, 5.0)
     assert dict(found.disk.parts)["all"] == sum(size for _, size in found.disk.parts[:-2]) > 0
-    assert len(found.plan.layers) > 0 and "fits: at its peak" in found.text(100)
+    assert len(found.plan.layers) > 0
+    assert "fits: at its peak" in found.text(100)
     bad = dry_run("recipe.yaml", overrides=["data.0.path=nowhere"])
-    assert isinstance(bad.fault, DataError) and bad.forecast is None
+    assert isinstance(bad.fault, DataError)
+    assert bad.forecast is None
     assert "the cache comes on top: nowhere: no such folder" in bad.text(200)
     full = dry_run("recipe.yaml", overrides=["save.keep=1000000000", "save.every=1", "steps=1000000000"])
-    assert isinstance(full.fault, RunError) and full.disk.too_small and full.text(200).count("too little is free") == 1
+    assert isinstance(full.fault, RunError)
+    assert full.disk.too_small
+    assert full.text(200).count("too little is free") == 1
 
 
 def test_the_command_prints_the_report_of_the_workflow(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

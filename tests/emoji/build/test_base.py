@@ -16,7 +16,8 @@ def test_trained_conditioning_is_that_of_drawing() -> None:
     scene = base.scenes()[1][0]
     prompts = ["", *compose.captions(scene).values(), "a fox, " * 60]  # beyond CLIP's 77 tokens
     ours, drawn = base.condition(text, prompts), text.encode(prompts, padding="drop", max_tokens=512)
-    assert ours.lengths == drawn.lengths and max(ours.lengths) > 77
+    assert ours.lengths == drawn.lengths
+    assert max(ours.lengths) > 77
     torch.testing.assert_close(ours.pooled, drawn.pooled, atol=1e-5, rtol=1e-4)
     for a, b in zip(ours.tokens, drawn.tokens, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)

@@ -19,7 +19,8 @@ def test_orthogonalised_matrices_keep_their_directions_and_lose_their_scales(sha
     spread = s.clamp_min(0.1 * s.max())  # nothing near singular: a few steps cannot lift that
     found = orthogonalise(u @ torch.diag_embed(spread) @ vh).double()
     values = torch.linalg.svdvals(found)
-    assert values.min() > 0.4 and values.max() < 1.4
+    assert values.min() > 0.4
+    assert values.max() < 1.4
     rotated = u.mT @ found @ vh.mT
     off = rotated - torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1))
     assert off.abs().max() < 0.05

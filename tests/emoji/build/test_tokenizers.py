@@ -58,7 +58,9 @@ def test_t5_known_captions_round_trip_word_by_word(folders: tuple[Path, Path]) -
     tokenizer = transformers.T5Tokenizer.from_pretrained(folders[0])
     for caption in CAPTIONS:
         ids = tokenizer(caption).input_ids
-        assert ids[-1] == 1 and ids.count(1) == 1 and 2 not in ids
+        assert ids[-1] == 1
+        assert ids.count(1) == 1
+        assert 2 not in ids
         assert tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) == caption.lower()
     assert tokenizer.convert_ids_to_tokens(tokenizer("A fox, left").input_ids) == ["▁a", "▁fox", ",", "▁left", "</s>"]
 
@@ -67,7 +69,8 @@ def test_clip_known_captions_round_trip(folders: tuple[Path, Path]) -> None:
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folders[1])
     for caption in CAPTIONS:
         ids = tokenizer(caption).input_ids
-        assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+        assert ids[0] == tokenizer.bos_token_id
+        assert ids[-1] == tokenizer.eos_token_id
         decoded = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert "".join(decoded.split()) == "".join(caption.lower().split())  # CLIP puts spaces around punctuation
     assert tokenizer.convert_ids_to_tokens(tokenizer("a fox, left").input_ids[1:-1]) == [
@@ -96,7 +99,8 @@ def test_unknown_words_are_spelled(folders: tuple[Path, Path]) -> None:
 
 def test_small_vocabularies(tmp_path: Path) -> None:
     small = build_t5_tokenizer(CAPTIONS, tmp_path / "t5", 80)
-    assert len(small) <= 80 and 2 not in small(CAPTIONS[3]).input_ids
+    assert len(small) <= 80
+    assert 2 not in small(CAPTIONS[3]).input_ids
     assert small.decode(small(CAPTIONS[3]).input_ids, skip_special_tokens=True) == CAPTIONS[3].lower()
     assert len(build_clip_tokenizer(CAPTIONS, tmp_path / "clip", 520)) == 520
     with pytest.raises(ModelError, match="use at least"):
