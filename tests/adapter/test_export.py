@@ -35,6 +35,7 @@ def saved(path: Path, *targets: Target, dtype: torch.dtype = torch.float32) -> P
 
 def delta(path: Path, layer: str = LAYER) -> torch.Tensor:
     linear = linears(tiny_transformer())[layer]
+    assert isinstance(linear, torch.nn.Linear)
     tensors = load_adapter(path).by_layer([name for name, *_ in linear_shapes(tiny_transformer())])[layer]
     return delta_weight(delta_from_tensors(tensors, linear.in_features, linear.out_features, str(path)))
 
@@ -58,7 +59,7 @@ def test_a_scale_in_the_metadata_is_written_once(program: str, tmp_path: Path) -
     torch.testing.assert_close(delta(out), 4 * up @ down)
     if program in ("comfyui", "diffusers"):
         theirs = tiny_transformer()
-        pipe = FluxPipeline(None, None, None, None, None, None, theirs)  # type: ignore[arg-type]
+        pipe = FluxPipeline(None, None, None, None, None, None, theirs)
         pipe.load_lora_weights(tmp_path, weight_name="out.safetensors")
         pipe.fuse_lora()
         change = theirs.transformer_blocks[0].attn.to_q.base_layer.weight - linears(tiny_transformer())[LAYER].weight

@@ -88,7 +88,7 @@ def test_pefts_own_folder_is_what_peft_makes_of_it(tmp_path: Path) -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     theirs = get_peft_model(tiny_transformer(), config)
-    theirs.save_pretrained(tmp_path / "peft")
+    theirs.save_pretrained(str(tmp_path / "peft"))
     merged = theirs.merge_and_unload().state_dict()
     ours = tiny_transformer()
     changed = merge(ours, load_adapter(tmp_path / "peft"))

@@ -121,7 +121,7 @@ def test_diffusers_loads_our_lora_and_gives_the_same_velocity(tmp_path: Path) ->
     for program in ("diffusers", "comfyui"):
         export_adapter(load_adapter(tmp_path / "own.safetensors"), program, tmp_path / f"{program}.safetensors")
         theirs = tiny_transformer()
-        pipe = FluxPipeline(None, None, None, None, None, None, theirs)  # type: ignore[arg-type]
+        pipe = FluxPipeline(None, None, None, None, None, None, theirs)
         pipe.load_lora_weights(tmp_path, weight_name=f"{program}.safetensors")
         torch.testing.assert_close(look(theirs), expected, rtol=0, atol=1e-5)
 

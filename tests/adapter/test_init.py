@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -130,7 +131,12 @@ def test_a_card_makes_the_noise_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_noise_is_drawn_where_its_generator_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[dict[str, object]] = []
     real = torch.randn
-    monkeypatch.setattr(torch, "randn", lambda *size, **how: drawn.append(how) or real(*size, **how))
+
+    def randn(*size: Any, **how: Any) -> torch.Tensor:
+        drawn.append(how)
+        return real(*size, **how)
+
+    monkeypatch.setattr(torch, "randn", randn)
     generator = seeding.generator(0, "x")
     init.perturbed_w2(torch.ones(4, 4), (2, 2), 1e-3, generator)
     assert drawn == [{"generator": generator, "dtype": torch.float64, "device": torch.device("cpu")}]

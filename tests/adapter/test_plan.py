@@ -195,7 +195,9 @@ def test_a_perturbed_start_off_its_scale_is_refused() -> None:
     assert check_start(adapter.layers, "perturbed", 2e-3) == pytest.approx(2e-3, rel=5e-3)
     name, layer = next(iter(adapter.layers.items()))
     with torch.no_grad():
-        layer.delta.lokr_w2.mul_(1.06)
+        weight = layer.delta.lokr_w2
+        assert isinstance(weight, torch.Tensor)
+        weight.mul_(1.06)
     with pytest.raises(AdapterError, match=f"{name}: starts with .* not within 5 % of scale 0.002"):
         check_start(adapter.layers, "perturbed", 2e-3)
 

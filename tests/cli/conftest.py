@@ -94,7 +94,9 @@ def libreflux(tiny_model_dir: Path) -> Iterator[Callable[..., tuple[int, str, st
         def run(cwd: Path, *args: object, encoding: str = "utf-8") -> tuple[int, str, str]:
             asked = {"args": [*map(str, args)], "cwd": str(cwd), "encoding": encoding}
             print(json.dumps(asked), file=process.stdin, flush=True)
-            return tuple(json.loads(process.stdout.readline()))
+            assert process.stdout is not None
+            code, out, err = json.loads(process.stdout.readline())
+            return code, out, err
 
         yield run
         process.stdin.close()

@@ -55,6 +55,7 @@ def forked(args: list[str], cwd: str, encoding: str = "utf-8") -> tuple[int, str
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
                 os.chdir(cwd)
+                assert isinstance(sys.stdout, io.TextIOWrapper)
                 sys.stdout.reconfigure(encoding=encoding, errors="strict")
                 signal.alarm(20)
                 limit = address_space() + 2**32

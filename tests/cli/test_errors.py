@@ -7,8 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from libreflux.workflows.train import no_empty_run
 from rights import bound_by_modes
 
 
-def refused(result, *parts: str) -> None:
+def refused(result: Any, *parts: str) -> None:
     lines = result.err.strip().splitlines()
     assert result.code == 2
     assert len(lines) == 1, result.err
@@ -31,7 +32,7 @@ def refused(result, *parts: str) -> None:
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty working folder that must be as it was afterwards."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file.txt").write_text("x")

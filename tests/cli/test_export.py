@@ -81,7 +81,7 @@ def test_the_script_beside_an_export_draws_the_same_picture_in_diffusers(
     assert run("export", model, "--for", "diffusers", "--out", tmp_path / "out").code == 0
     texts = ["a fox left of a rocket, on yellow", "--negative", "red", "--seed", "5", "--out"]
     assert run("generate", *texts, tmp_path / "ours.png", "--model", model).code == 0
-    script = [sys.executable, tmp_path / "out" / "draw.py", *texts, tmp_path / "theirs.png"]
+    script = [sys.executable, str(tmp_path / "out" / "draw.py"), *texts, str(tmp_path / "theirs.png")]
     done = subprocess.run(script, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert np.abs(picture(tmp_path / "ours.png") - picture(tmp_path / "theirs.png")).max() <= 1

@@ -65,7 +65,7 @@ def dies_before(name: str, step: int, patch: pytest.MonkeyPatch) -> None:
         def on_sample(self: RunRecorder, at: int, transformer: object) -> None:
             if at == step:
                 patch.setattr("libreflux.workflows.run_record.save_png", die)
-            told(self, at, transformer)  # type: ignore[arg-type]
+            told(self, at, transformer)
 
         patch.setattr(RunRecorder, "on_sample", on_sample)
         return

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from diffusers import FluxTransformer2DModel
 
@@ -32,7 +33,7 @@ from libreflux.workflows.known_models import WORDS
 
 def app_commands() -> dict[str, Any]:
     """Every verb as typer runs it."""
-    return typer.main.get_command(app).commands  # type: ignore[attr-defined,no-any-return]
+    return typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -56,8 +57,9 @@ def test_a_known_model_that_cannot_be_had_is_planned_with_its_sizes(no_network: 
         assert ("`hf auth login`" in notice) == (hub_id == DEV)
         opened = open_model(folder)
         assert opened.facts == KNOWN[hub_id]
-        transformer = trace.meta_transformer(opened.part_config("transformer"), None)
-        clip, t5 = trace.meta_encoders(*(opened.part_config(f"text_encoder{end}") for end in ("", "_2")), None)
+        transformer = trace.meta_transformer(opened.part_config("transformer"), torch.float32)
+        configs = opened.part_config("text_encoder"), opened.part_config("text_encoder_2")
+        clip, t5 = trace.meta_encoders(*configs, torch.float32)
         vae = trace.meta_vae(opened.part_config("vae"))
     assert isinstance(transformer, FluxTransformer2DModel)
     guided = KNOWN[hub_id].guidance_embeds

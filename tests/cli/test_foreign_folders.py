@@ -43,7 +43,7 @@ def mac_files(folder: Path) -> None:
     (folder / "transformer" / "._x.bin").write_bytes(b"\x00\x05\x16\x07")
 
 
-FORMATS: dict[str, tuple[str, dict[str, Any], str]] = {
+FORMATS: dict[str, tuple[str, Any, str]] = {
     "bitsandbytes": (
         "transformer", {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
         "quantised by bitsandbytes (nf4)",

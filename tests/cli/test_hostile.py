@@ -65,6 +65,22 @@ def config(part: str, **values: Any) -> Damage:
     return lambda folder: edited(folder / part / "config.json", lambda old: old | values)
 
 
+def written(part: str, text: bytes | str) -> Damage:
+    return lambda folder: replaced(folder / part / "config.json", text)
+
+
+def without(name: str) -> Damage:
+    return lambda folder: shutil.rmtree(folder / name)
+
+
+def emptied(name: str) -> Damage:
+    def damage(folder: Path) -> None:
+        for file in (folder / name).iterdir():
+            file.unlink()
+
+    return damage
+
+
 def weights(part: str, change: Callable[[bytes], bytes]) -> Damage:
     def damage(folder: Path) -> None:
         file = folder / part / WEIGHTS[part]
@@ -114,7 +130,7 @@ def index(part: str, change: Callable[[dict[str, str], Path], object]) -> Damage
 
     def damage(folder: Path) -> None:
         (file,) = (folder / part).glob("*.index.json")
-        edited(file, lambda values: change(values["weight_map"], folder))  # type: ignore[func-returns-value]
+        edited(file, lambda values: change(values["weight_map"], folder))
 
     return damage
 
@@ -178,7 +194,7 @@ DAMAGED: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
         )
     },
     **{
-        f"{part}: {what}": ("whole", lambda folder, part=part, text=text: replaced(folder / part / "config.json", text),
+        f"{part}: {what}": ("whole", written(part, text),
                             (f"/{part}/config.json: cannot be loaded",))
         for part in WEIGHTS
         for what, text in (("config no JSON", "{"), ("config no object", "[1]"), ("config binary", b"\x80\x02"))
@@ -206,7 +222,7 @@ DAMAGED: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
         )
     },
     **{
-        f"no {name}": ("whole", lambda folder, name=name: shutil.rmtree(folder / name), told)
+        f"no {name}": ("whole", without(name), told)
         for name, told in (
             ("tokenizer", ("/tokenizer: no such folder",)),
             ("tokenizer_2", ("/tokenizer_2: no such folder",)),
@@ -227,7 +243,7 @@ DAMAGED: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
         "whole", lambda folder: replaced(folder / "tokenizer" / "tokenizer.json", "{"), ("/tokenizer: cannot be",)
     ),
     "tokenizer_2: empty": (
-        "whole", lambda folder: [file.unlink() for file in (folder / "tokenizer_2").iterdir()],
+        "whole", emptied("tokenizer_2"),
         ("/tokenizer_2: has no tokenizer.json and no spiece.model",),
     ),
     "tokenizer of another model": (
@@ -301,11 +317,16 @@ def lora_for_other_layers(file: Path) -> None:
     save_file({"lycoris_layers_0_qkv.lora_down.weight": torch.zeros(2, 32)}, file)
 
 
+def truncated_lora(file: Path) -> None:
+    lora_for_wider_layers(file)
+    replaced(file, file.read_bytes()[:-20])
+
+
 ADAPTERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "of wider layers": (lora_for_wider_layers, ("to_q", "hint")),
     "of other layers": (lora_for_other_layers, ("tensors that fit no linear layer of this model",)),
     "truncated": (
-        lambda file: (lora_for_wider_layers(file), replaced(file, file.read_bytes()[:-20])),
+        truncated_lora,
         ("not a whole",),
     ),
     "empty": (lambda file: file.write_bytes(b""), ("not a whole safetensors file",)),

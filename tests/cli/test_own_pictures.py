@@ -15,7 +15,7 @@ from libreflux.sample.metadata import read_record
 
 README = Path(__file__).parent.parent.parent / "README.md"
 FLUX = "black-forest-labs/FLUX.1-schnell"
-FEWER = {
+FEWER: dict[str, list[object]] = {
     "train": ["steps=2", "batch=2", "save.every=1"],
     "generate": ["--steps", 2],
     "average": [],

@@ -112,9 +112,12 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def stub(section: Section) -> Section:
         row = Measure(name="x", at={}, subset="all", value=1.0, low=0.0, high=2.0, replicates=[1.0])
-        return dataclasses.replace(
-            section, measure=lambda context: (names.append(section.name), SectionResult([row]))[1]
-        )
+
+        def measure(context: ProbeContext) -> SectionResult:
+            names.append(section.name)
+            return SectionResult([row])
+
+        return dataclasses.replace(section, measure=measure)
 
     for module in (probe_measure, encode):  # it collects garbage, which takes a third of a second
         monkeypatch.setattr(module, "release", lambda device: None)
@@ -178,8 +181,14 @@ def test_what_a_model_draws_for_a_probe_is_drawn_anew_when_what_decides_it_chang
     wanted = PictureBatch(("a cat",), (0,), 1.0, 2)
     drawn = Drawn(torch.ones(1, 16, 4, 4), torch.ones(1), torch.ones(1))
     context = ProbeContext.__new__(ProbeContext)
-    context.out, made = tmp_path, []
-    context._draw = lambda wanted: (made.append(context.identity), drawn)[1]  # type: ignore[method-assign]
+    context.out = tmp_path
+    made: list[str] = []
+
+    def draw(batch: PictureBatch) -> Drawn:
+        made.append(context.identity)
+        return drawn
+
+    context._draw = draw  # type: ignore[method-assign]
     context.identity, context.older_identity = "today", "then"
     assert not context.has_drawn(wanted)
     context.drawn(wanted), context.drawn(wanted)

@@ -46,7 +46,7 @@ def test_two_processes_draw_the_same_bytes(tiny_model_dir: Path, tmp_path: Path)
 def test_a_second_trainer_is_refused_before_anything_heavy_is_imported(recipe: Path, tmp_path: Path) -> None:
     code = "import sys\nfrom libreflux.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
     with files.lock(tmp_path / "run"):
-        command = [sys.executable, "-c", code, "train", recipe, f"out={tmp_path / 'run'}"]
+        command = [sys.executable, "-c", code, "train", str(recipe), f"out={tmp_path / 'run'}"]
         second = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (second.returncode, second.stdout.strip()) == (2, "False")
     assert f"in use by process {os.getpid()}" in second.stderr

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_the_published_layout_in_shards_and_bf16(run: Callable, tiny_model_dir: 
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
     for code in ("pipeline.py", "transformer/transformer.py"):
         (published / code).write_text("raise SystemExit('run')")
-    found = []
+    found: list[tuple[str, Any]] = []
     for model, more in (
         (plain, []),
         (published, []),

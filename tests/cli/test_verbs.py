@@ -142,7 +142,9 @@ def test_the_verdict_is_of_the_device_or_of_the_card_that_it_wants(
     from libreflux.workflows.memory_verdict import verdict
 
     def of(gib: int, on_cpu: bool) -> Estimate:
-        rest = dict.fromkeys(("adapter", "moments", "gradient", "activations", "update", "averages", "checkpoint"), 0)
+        rest: dict[str, Any] = dict.fromkeys(
+            ("adapter", "moments", "gradient", "activations", "update", "averages", "checkpoint"), 0
+        )
         return Estimate(on_cpu=on_cpu, weights=gib * 2**30, **rest)
 
     lines = verdict(load_recipe(recipe), of(total, on_cpu), None if card is None else of(card, False)).lines()
@@ -175,7 +177,9 @@ def test_the_verdict_on_a_card(recipe: Path, monkeypatch: pytest.MonkeyPatch, de
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=gib * 2**30))
-    rest = dict.fromkeys(("adapter", "moments", "gradient", "activations", "update", "averages", "checkpoint"), 0)
+    rest: dict[str, Any] = dict.fromkeys(
+        ("adapter", "moments", "gradient", "activations", "update", "averages", "checkpoint"), 0
+    )
     found = Estimate(on_cpu=False, weights=20 * 2**30, **rest)
     (line,) = verdict(load_recipe(recipe, [f"device={device}"]), found).lines()
     assert line.startswith(told)
@@ -197,8 +201,8 @@ def test_dry_run_tells_the_time_left_from_the_runs_own_rate_and_a_disk_that_is_t
     assert "too little" not in table
     (tmp_path / "o" / "recipe.json").write_text('{"world": 2}')  # the rate is of both, the steps left are of each
     assert "time: 30:00 for the steps after 2" in run("train", recipe, "--dry-run", *changes).out
-    changes = (*changes, "save.keep=1000000000", "save.every=1", "steps=1000000000")
-    told = " ".join(run("train", recipe, "--dry-run", *changes).out.split())
+    endless = (*changes, "save.keep=1000000000", "save.every=1", "steps=1000000000")
+    told = " ".join(run("train", recipe, "--dry-run", *endless).out.split())
     assert "lower save.keep, or set out or cache elsewhere" in told
     refused = run("train", recipe, "--dry-run", *changes[:2], *changes[3:])
     assert "lower save.keep" in " ".join(refused.out.split())  # the whole report comes first
@@ -230,7 +234,9 @@ def test_a_disk_is_charged_with_what_goes_on_it_alone(recipe: Path, tmp_path: Pa
     other = Path("/dev/shm")
     if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("one file system only")
-    parts = dict.fromkeys(("weights", "adapter", "moments", "gradient", "activations", "update", "averages"), 1)
+    parts: dict[str, Any] = dict.fromkeys(
+        ("weights", "adapter", "moments", "gradient", "activations", "update", "averages"), 1
+    )
     for checkpoint, cache, short in ((1, 10**18, other), (10**18, 1, tmp_path)):
         told = load_recipe(recipe, [f"out={tmp_path / 'o'}", f"cache={other / 'nothing-here' / 'cache'}"])
         used = disk_use(told, Estimate(on_cpu=True, checkpoint=checkpoint, **parts), Forecast(5, 5.0, cache))
@@ -246,18 +252,19 @@ def test_an_adapter_that_its_run_prunes_after_it_was_read_is_used_as_it_was_read
     run: Callable, tiny_model_dir: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     from libreflux.files import sha256_file
-    from libreflux.model import source
+    from libreflux.model import opening
+    from libreflux.model.source import ModelSource
     from libreflux.workflows import drawing
 
     adapter = tmp_path / "a.safetensors"
     adapter.write_bytes(trained.read_bytes())
-    opened = source.open_model
+    opened = opening.open_model
 
-    def prune_first(*args: Any, **kwargs: Any) -> source.ModelSource:
+    def prune_first(*args: Any, **kwargs: Any) -> ModelSource:
         adapter.unlink(missing_ok=True)
         return opened(*args, **kwargs)
 
-    monkeypatch.setattr(source, "open_model", prune_first)
+    monkeypatch.setattr(opening, "open_model", prune_first)
     monkeypatch.setattr(drawing, "open_model", prune_first)
     if verb == "merge":
         done = run("merge", tiny_model_dir, adapter, "--out", tmp_path / "model")
@@ -403,15 +410,15 @@ def test_demo_data_is_an_ordinary_folder_and_a_function_of_its_seed(run: Callabl
 def test_average_writes_an_adapter_that_generates(
     run: Callable, trained: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    for how in (["--width", 0.1], ["--lerp", 0.5]):
-        out = tmp_path / f"{how[0][2:]}.safetensors"
-        made = run("average", trained.parent, *how, "--out", out)
+    for option, value in (("--width", 0.1), ("--lerp", 0.5)):
+        out = tmp_path / f"{option[2:]}.safetensors"
+        made = run("average", trained.parent, option, value, "--out", out)
         assert made.code == 0, made.err
         assert str(out) in made.out
         assert "of its norm" in made.out
-        drawn = ["--steps", 1, "--out", tmp_path / f"{how[0]}.png"]
+        drawn = ["--steps", 1, "--out", tmp_path / f"{option}.png"]
         assert run("generate", "a fox", "--model", tiny_model_dir, "--adapter", out, *drawn).code == 0
-        assert "already exists" in run("average", trained.parent, *how, "--out", out).err
+        assert "already exists" in run("average", trained.parent, option, value, "--out", out).err
     neither = run("average", trained.parent, "--out", tmp_path / "x.safetensors")
     assert neither.code == 2
     assert "--width" in neither.err

@@ -98,7 +98,11 @@ def test_the_slope_is_the_least_squares_factor_and_a_scale_divides_it(mixture: M
     reference = np.linalg.lstsq(predicted.reshape(-1, 1).numpy(), velocity_target(x0, noise).reshape(-1).numpy())[0]
     assert plain.value == pytest.approx(reference, rel=1e-6)
     for factor in (0.5, -2.0, 3.7):
-        scaled = slope(moments(lambda x, s, c=factor: c * null(x, s), x0, ids, [0.7]), weights)
+
+        def field(x: torch.Tensor, s: torch.Tensor, c: float = factor) -> torch.Tensor:
+            return c * null(x, s)
+
+        scaled = slope(moments(field, x0, ids, [0.7]), weights)
         np.testing.assert_allclose(scaled.value, plain.value / factor, rtol=1e-12)
     assert np.isnan(slope(moments(lambda x, s: 0 * x, x0, ids, [0.7]), weights).value).all()
 

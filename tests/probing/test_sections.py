@@ -38,9 +38,9 @@ def exact_measures(scale: float) -> dict[tuple[str, float, str], Measure]:
     told, ids = prompted(labels), [f"{number:032x}" for number in range(PICTURES)]
     conditional, kept = keeping(lambda x, s: cfg(told(x, s), null(x, s), scale))
     empty, kept_empty = keeping(null)
-    found = [moments(field, x0, ids, SIGMAS) for field in (conditional, empty)]
+    guided, unguided = (moments(field, x0, ids, SIGMAS) for field in (conditional, empty))
     gap = np.stack([mean_square(a - b).numpy() for a, b in zip(kept, kept_empty, strict=True)], axis=1)
-    rows = measures_of(*found, gap, gap, {"all": np.arange(PICTURES)}, Settings())
+    rows = measures_of(guided, unguided, gap, gap, {"all": np.arange(PICTURES)}, Settings())
     return {(row.name, float(row.at.get("sigma", 0)), str(row.at.get("text", ""))): row for row in rows}
 
 

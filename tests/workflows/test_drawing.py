@@ -51,8 +51,10 @@ class Watch:
 
         def loaded(source: ModelSource, **options: Any) -> Any:
             if part == "transformer":
-                counts = (sum(ref() is not None for ref in refs) for refs in (self._texts, self._transformers))
-                self.alive.append(tuple(counts))
+                texts, transformers = (
+                    sum(one() is not None for one in ones) for ones in (self._texts, self._transformers)
+                )
+                self.alive.append((texts, transformers))
             found = load(source, **options)
             self.asked.append(part)
             if part == "text":
@@ -143,9 +145,9 @@ def test_sequential_brings_the_encoders_block_by_block(
         if type(module).__name__ in ("T5Block", "CLIPEncoderLayer", "Embedding")
     )
     assert on_device.peak == largest < min(sizes)
-    for key, text in whole.items():
-        assert torch.equal(text.tokens[0], blocks[key].tokens[0])
-        assert torch.equal(text.pooled, blocks[key].pooled)
+    for key, encoded in whole.items():
+        assert torch.equal(encoded.tokens[0], blocks[key].tokens[0])
+        assert torch.equal(encoded.pooled, blocks[key].pooled)
 
 
 def test_under_model_one_encoder_is_on_the_device_at_a_time(

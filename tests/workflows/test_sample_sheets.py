@@ -45,7 +45,12 @@ def test_the_vae_leaves_the_device_between_sheets(recipe: Recipe, monkeypatch: p
     monkeypatch.setattr(run_record, "LibreFluxPipeline", Drawing)
     monkeypatch.setattr(run_record, "Cache", Texts)
     monkeypatch.setattr(run_record, "release", lambda device: told.append(f"releases {device}"))
-    monkeypatch.setattr(AutoencoderKL, "to", lambda self, device, **_: told.append(str(device)) or self)
+
+    def moved(vae: AutoencoderKL, device: object, **_: object) -> AutoencoderKL:
+        told.append(str(device))
+        return vae
+
+    monkeypatch.setattr(AutoencoderKL, "to", moved)
     shown, transformer = run_record.RunRecorder(recipe), tiny_transformer().to("meta")
     told.clear()
     for _ in range(2):
