@@ -164,7 +164,7 @@ def test_a_refused_run_leaves_no_folder_and_a_second_trainer_is_refused_at_once(
     (folder / "run").mkdir()
     with files.lock(folder / "run"):
         monkeypatch.setitem(sys.modules, "libreflux.training.loop", None)  # an import of it would fail
-        with pytest.raises(RunError, match="another process"):
+        with pytest.raises(RunError, match=f"in use by process {os.getpid()}"):
             train("recipe.yaml")
 
 
