@@ -74,7 +74,7 @@ class Batches:
 
     Args:
         cache: holds every crop and caption.
-        sources: each source with its samples, see ``sources.read_sources``.
+        sources: each source with its samples, see ``sources.read_source``.
         views: crop and resolution in which every picture is shown, see ``crops.views``.
         seed: the run's; keys caption choice, caption dropout and crop choice by (sample, visit).
         encode: captions → conditioning, for a cache that only counts the tokens of its captions.

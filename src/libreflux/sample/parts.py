@@ -79,7 +79,7 @@ class FluxParts(Adapting, DiffusionPipeline):
         """A pipeline with all parts of a model, loaded; a model without text encoders gives one without.
 
         Args:
-            source: see `model.open_model`.
+            source: see `model.opening.open_model`.
             dtype, quantise, device: see `ModelSource.load_transformer`. The VAE is fp32, see `from_parts`.
         """
         transformer = source.load_transformer(dtype=dtype, quantise=quantise, device=device)
@@ -125,7 +125,7 @@ class FluxParts(Adapting, DiffusionPipeline):
         quantise: bool | None = None,
         device: torch.device | str = "cpu",
     ) -> Self:
-        """Open "emoji-base", a folder or a hub id; see `model.open_model`. `torch_dtype` is `dtype` too."""
+        """Open "emoji-base", a folder or a hub id; see `model.opening.open_model`. `torch_dtype` is `dtype` too."""
         chosen = _one_dtype(dtype, torch_dtype)
         return cls.from_model(open_model(name), dtype=chosen, quantise=quantise, device=device)
 

@@ -60,7 +60,7 @@ class StepInfo:
         sigma_means: mean noise level of each rank's pictures; None for a rank without any.
         group_norms: layer group -> gradient norm before clipping, if the recipe asks for `gradient_norms`.
         regularisation_loss: mean over the step's regularised pictures; None without any.
-        at_fault: the pictures for which this step was skipped, see `train.skips`; none in any other.
+        at_fault: the pictures for which this step was skipped, see `training.nonfinite`; none in any other.
         skipped: steps of the run that were skipped so far, this one included.
     """
 

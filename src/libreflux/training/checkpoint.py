@@ -254,7 +254,7 @@ def claim(run: Path, recipe: Recipe, world: int = 1, forks: Sequence[Mapping[str
         run: the run folder, locked.
         recipe: as resolved now.
         world: processes.
-        forks: earlier changes of the recipe, see `train.forks`.
+        forks: earlier changes of the recipe, see `training.forks`.
     """
     files.atomic_write_json(run / RECIPE, recipe.resolved() | {"world": world, "forks": list(forks)})
 

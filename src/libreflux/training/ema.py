@@ -87,7 +87,7 @@ class Averages:
         tracked: name -> tensor; the tensors are read at each update, wherever they live.
         widths: sigma_rel of each average, in (0, 0.28].
         every: steps between two updates.
-        lane: how tensors are copied beside their device's work, see `train.overlapped`; None: at once. By default it
+        lane: how tensors are copied beside their device's work, see `training.overlapped`; None: at once. By default it
             is the tensors' own: none for those on the CPU.
 
     Attributes:

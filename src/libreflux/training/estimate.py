@@ -1,4 +1,4 @@
-"""Memory and disk of a run before any weight is loaded: each phase is traced without numbers, see `train.trace`."""
+"""Memory and disk of a run before any weight is loaded: each phase is traced without numbers, see `training.trace`."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def estimate(
         averages: how many fp32 averages are tracked.
         guidance: for a model with a guidance embedding.
         on_cpu: whether it trains on the CPU.
-        moments_8bit: whether the optimizer is `train.optimizer8.AdamW8bit`.
+        moments_8bit: whether the optimizer is `training.optimizer8.AdamW8bit`.
     """
     weights = trace.weights_of(transformer)
     adapter = attach(transformer, resolved, dtype=adapter_dtype, init="ones")

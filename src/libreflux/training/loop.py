@@ -47,7 +47,7 @@ def fit(recipe: Recipe, callbacks: Callbacks | None = None, *, fork: bool = Fals
     Args:
         recipe: see `recipe.Recipe`; `recipe.out` is the run folder.
         callbacks: who listens.
-        fork: whether the recipe and the data may have changed since the run began; see `train.forks`.
+        fork: whether the recipe and the data may have changed since the run began; see `training.forks`.
 
     Returns:
         RUN/adapter.safetensors.
@@ -55,8 +55,8 @@ def fit(recipe: Recipe, callbacks: Callbacks | None = None, *, fork: bool = Fals
     Raises:
         Interrupted: SIGINT, SIGTERM or SIGHUP; the step was finished and saved.
         RunError: another process holds the run folder, the recipe, data or base have changed since the run began,
-            training would write over a result (see `train.standing`), too many steps in a row were skipped (see
-            `train.skips`), or memory ran out.
+            training would write over a result (see `training.standing`), too many steps in a row were skipped (see
+            `training.nonfinite`), or memory ran out.
         LibrefluxError: a fault of the model, the data or the targets; see its kinds.
     """
     callbacks = callbacks or Callbacks()

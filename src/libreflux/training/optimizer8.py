@@ -26,7 +26,7 @@ def require_8bit() -> None:
 
 
 class AdamW8bit:
-    """`bitsandbytes.optim.AdamW8bit` on fp32 parameters, as `train.optimizer.Optimizer`.
+    """`bitsandbytes.optim.AdamW8bit` on fp32 parameters, as `training.optimizer.Optimizer`.
 
     Args:
         named_parameters: fp32, on CUDA.

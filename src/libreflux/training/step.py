@@ -102,7 +102,7 @@ class Training:
         identity: hashes of what a resumed run must find unchanged.
         start_norm: ||delta|| / ||W|| of the adapter before the first step; None in a resumed run.
         skips: the steps that were skipped.
-        forks: the changes of the recipe so far, see `train.forks`.
+        forks: the changes of the recipe so far, see `training.forks`.
     """
 
     recipe: Recipe
