@@ -83,9 +83,14 @@ def test_pefts_folder_has_its_scale(tmp_path: Path, config: dict[str, Any], scal
 
 def test_pefts_own_folder_is_what_peft_makes_of_it(tmp_path: Path) -> None:
     config = LoraConfig(
-        r=4, lora_alpha=6, init_lora_weights=False, use_rslora=True, target_modules=["to_q", "proj_mlp", "linear"],
-        alpha_pattern={"proj_mlp": 3, r"norm1\.linear": 5}, rank_pattern={"norm1.linear": 2},
-    )  # fmt: skip
+        r=4,
+        lora_alpha=6,
+        init_lora_weights=False,
+        use_rslora=True,
+        target_modules=["to_q", "proj_mlp", "linear"],
+        alpha_pattern={"proj_mlp": 3, r"norm1\.linear": 5},
+        rank_pattern={"norm1.linear": 2},
+    )
     torch.manual_seed(0)
     theirs = get_peft_model(tiny_transformer(), config)
     theirs.save_pretrained(str(tmp_path / "peft"))
@@ -259,7 +264,7 @@ NAN = torch.full((32,), torch.nan)
         ({f"transformer.{LAYER}.alpha": torch.tensor(torch.nan)}, NotFiniteError, "alpha is not finite"),
         ({f"transformer.{LAYER}.lora_A.weight_scale": torch.tensor(2.0)}, AdapterError, "lora_A.weight_scale"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(tmp_path: Path, more: dict[str, Tensor], error: type[LibrefluxError], words: str) -> None:
     with pytest.raises(error, match=words) as told:
         load_adapter(written(tmp_path / "bad.safetensors", lora() | more))

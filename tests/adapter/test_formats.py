@@ -176,8 +176,12 @@ def test_a_fused_lokr_is_cut_exactly(tmp_path: Path) -> None:
         w1, w2 = torch.randn(factor, 2), torch.randn(96 // factor, 16)
         save_file({f"{QKV}.lokr_w1": w1, f"{QKV}.lokr_w2": w2, f"{QKV}.alpha": torch.tensor(1.0)}, tmp_path / "f")
         tensors = load_adapter(tmp_path / "f").by_layer(dict(flux.named_modules()))
-        whole = torch.cat([torch.kron(*(tensors[f"transformer_blocks.0.attn.to_{one}"][f"lokr_w{n}"] for n in (1, 2)))
-                           for one in "qkv"])  # fmt: skip
+        whole = torch.cat(
+            [
+                torch.kron(*(tensors[f"transformer_blocks.0.attn.to_{one}"][f"lokr_w{n}"] for n in (1, 2)))
+                for one in "qkv"
+            ]
+        )
         torch.testing.assert_close(whole, torch.kron(w1, w2))
         assert len(tensors["transformer_blocks.0.attn.to_q"]["lokr_w1"]) == 1
 
@@ -208,7 +212,7 @@ def test_text_encoders_tensors_are_left_out_with_a_word(tmp_path: Path, caplog: 
         ({f"{QKV}.lokr_w1": (2, 2)}, {}, "needs lokr_w2"),
         ({"lora_te1_x.alpha": ()}, {}, "no tensors for a transformer"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_read_is_named(
     tensors: dict[str, tuple[int, ...]], metadata: dict[str, str], words: str, tmp_path: Path
 ) -> None:

@@ -121,7 +121,7 @@ def test_a_card_makes_the_noise_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     adapted = layer()
     init_lokr(adapted, "perturbed", 0, "x")
     assert asked == ["cpu"]
-    monkeypatch.setattr(init, "_CARDS", ("cpu",))
+    monkeypatch.setattr(init, "CARDS", ("cpu",))
     again = layer()
     init_lokr(again, "perturbed", 0, "x")
     assert asked == ["cpu", "cpu", "cpu"]

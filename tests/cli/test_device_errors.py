@@ -90,9 +90,13 @@ def test_training_and_going_on(
 
 
 def test_preparing(
-    run: Callable, tiny_model_dir: Path, pictures: Path, tmp_path: Path, failure: tuple[Exception, int, str],
+    run: Callable,
+    tiny_model_dir: Path,
+    pictures: Path,
+    tmp_path: Path,
+    failure: tuple[Exception, int, str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     error, code, said = failure
     for number, (part, name) in enumerate(((AutoencoderKL, "encode"), (T5EncoderModel, "forward"))):
         with monkeypatch.context() as broken:
@@ -106,9 +110,13 @@ def test_preparing(
 
 
 def test_probing(
-    run: Callable, tiny_model_dir: Path, pictures: Path, tmp_path: Path, failure: tuple[Exception, int, str],
+    run: Callable,
+    tiny_model_dir: Path,
+    pictures: Path,
+    tmp_path: Path,
+    failure: tuple[Exception, int, str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     error, code, said = failure
     monkeypatch.setattr(FluxTransformer2DModel, "forward", failing(error))
     common = ("--quick", "--pictures", 2, "--prompts", 2, "--resolution", 32)
@@ -121,9 +129,13 @@ def test_probing(
 
 
 def test_a_verb_that_says_nothing_of_its_own(
-    run: Callable, tiny_model_dir: Path, trained: Path, tmp_path: Path, failure: tuple[Exception, int, str],
+    run: Callable,
+    tiny_model_dir: Path,
+    trained: Path,
+    tmp_path: Path,
+    failure: tuple[Exception, int, str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     error, code, said = failure
     monkeypatch.setattr(torch, "kron", failing(error))
     result = run("merge", tiny_model_dir, trained, "--out", tmp_path / "merged")

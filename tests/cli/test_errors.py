@@ -233,11 +233,25 @@ def test_the_process_exits_with_2_and_prints_no_traceback(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("args", "where"),
     [
-        *((["generate", "x", option, ""], option) for option in (
-            "--model", "--base", "--comfyui", "--adapter", "--device", "--out", "--sigmas", "--remake")),
+        *(
+            (["generate", "x", option, ""], option)
+            for option in ("--model", "--base", "--comfyui", "--adapter", "--device", "--out", "--sigmas", "--remake")
+        ),
         *((["grid", "x", option, ""], option) for option in ("--model", "--seeds", "--guidance", "--steps", "--out")),
-        *((["probe", "emoji-libre", option, ""], option) for option in (
-            "--adapter", "--against", "--reference", "--data", "--out", "--seen", "--judge", "--features", "--dtype")),
+        *(
+            (["probe", "emoji-libre", option, ""], option)
+            for option in (
+                "--adapter",
+                "--against",
+                "--reference",
+                "--data",
+                "--out",
+                "--seen",
+                "--judge",
+                "--features",
+                "--dtype",
+            )
+        ),
         (["generate", "x", "--model="], "--model"),
         (["generate", "x", "--no-metadata", "--model", ""], "--model"),
         (["prepare", ""], "DATA..."),
@@ -252,7 +266,7 @@ def test_the_process_exits_with_2_and_prints_no_traceback(tmp_path: Path) -> Non
         (["demo-data", ""], "OUT"),
         (["demo", "--out", ""], "--out"),
     ],
-)  # fmt: skip
+)
 def test_an_empty_argument_is_refused(run: Callable, place: Path, args: list[str], where: str) -> None:
     """A variable of the shell that is not set: never the default, and never the folder that one stands in."""
     refused(run(*args), f"{where}: is empty", "is a variable not set?")

@@ -97,9 +97,14 @@ def test_a_model_goes_to_comfyui_and_comes_back(run: Callable, tmp_path: Path) -
     assert done.code == 0, done.err
     names = sorted(path.name for path in (tmp_path / "comfy").iterdir())
     assert names == [
-        "ae.safetensors", "clip_l.safetensors", "flux1-emoji-libre.safetensors", "sd1_tokenizer", "t5_tokenizer",
-        "t5xxl.safetensors", "workflow.json",
-    ]  # fmt: skip
+        "ae.safetensors",
+        "clip_l.safetensors",
+        "flux1-emoji-libre.safetensors",
+        "sd1_tokenizer",
+        "t5_tokenizer",
+        "t5xxl.safetensors",
+        "workflow.json",
+    ]
     workflow = json.loads((tmp_path / "comfy" / "workflow.json").read_text())
     kinds = {node["class_type"]: node["inputs"] for node in workflow.values()}
     padding = kinds["T5TokenizerOptions"]

@@ -159,9 +159,15 @@ def test_without_averages_none_is_advised(recipe: Path) -> None:
 
 
 STARTED = Started(
-    run=Path("runs/first"), step=0, steps=20000, pictures=8, epoch_steps=1, facts=Facts(), resolved=LAYERS,
+    run=Path("runs/first"),
+    step=0,
+    steps=20000,
+    pictures=8,
+    epoch_steps=1,
+    facts=Facts(),
+    resolved=LAYERS,
     start_norm=0.00123,
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("width", [120, 80, 60, 40])

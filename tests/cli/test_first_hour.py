@@ -267,12 +267,22 @@ def freedom_rows() -> list[FreedomRow]:
     places += [("negative", {"what": what}) for what in ("velocity", "colour", "subject")]
     return [
         FreedomRow(
-            name=name, at=at, subset=subset, unit="", distilled=213.506, freed=-213.707, reference=217.676,
-            share=0.72, low=-1.14, high=1.0, verdict="gap", beyond=True,
+            name=name,
+            at=at,
+            subset=subset,
+            unit="",
+            distilled=213.506,
+            freed=-213.707,
+            reference=217.676,
+            share=0.72,
+            low=-1.14,
+            high=1.0,
+            verdict="gap",
+            beyond=True,
         )
         for subset in ("seen", "unseen", "all")
         for name, at in places
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("width", [80, 100])

@@ -45,17 +45,20 @@ def mac_files(folder: Path) -> None:
 
 FORMATS: dict[str, tuple[str, Any, str]] = {
     "bitsandbytes": (
-        "transformer", {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        "transformer",
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
         "quantised by bitsandbytes (nf4)",
     ),
     "bitsandbytes, 8 bit": (
-        "text_encoder_2", {"quant_method": "bitsandbytes", "load_in_8bit": True}, "by bitsandbytes (8 bit)"
+        "text_encoder_2",
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        "by bitsandbytes (8 bit)",
     ),
     "torchao": ("transformer", {"quant_method": "torchao", "quant_type": "int8wo"}, "by torchao (int8wo)"),
     "torchao of T5": ("text_encoder_2", {"quant_method": "torchao", "quant_type": {"default": {}}}, "by torchao"),
     "gptq": ("text_encoder_2", {"quant_method": "gptq", "bits": 4}, "quantised by gptq,"),
     "a text": ("transformer", "nf4", "quantization_config cannot be 'nf4'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", FORMATS)

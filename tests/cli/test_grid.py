@@ -126,8 +126,10 @@ def test_own_steps_and_guidance_are_the_models_own_of_today(
         done = run("grid", "a cat", "--model", model, "--out", tmp_path / "grid")
         assert "1 of 1 cell drawn now" in done.out
     assert {(o.steps, o.guidance) for o in map(read_record, (tmp_path / "grid" / "cells").iterdir())} == {
-        (1, 3.0), (2, 3.0), (2, 2.0),
-    }  # fmt: skip
+        (1, 3.0),
+        (2, 3.0),
+        (2, 2.0),
+    }
 
 
 def test_two_models_of_equal_transformers_have_cells_of_their_own(

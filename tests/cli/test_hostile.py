@@ -22,9 +22,7 @@ from tiny import CAPTIONS, make_published_layout, tiny_transformer, tiny_vae
 
 Damage = Callable[[Path], object]
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model.safetensors", "model.safetensors"
-WEIGHTS = {
-    "transformer": DIFFUSERS, "vae": DIFFUSERS, "text_encoder": TRANSFORMERS, "text_encoder_2": TRANSFORMERS
-}  # fmt: skip
+WEIGHTS = {"transformer": DIFFUSERS, "vae": DIFFUSERS, "text_encoder": TRANSFORMERS, "text_encoder_2": TRANSFORMERS}
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +192,7 @@ DAMAGED: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
         )
     },
     **{
-        f"{part}: {what}": ("whole", written(part, text),
-                            (f"/{part}/config.json: cannot be loaded",))
+        f"{part}: {what}": ("whole", written(part, text), (f"/{part}/config.json: cannot be loaded",))
         for part in WEIGHTS
         for what, text in (("config no JSON", "{"), ("config no object", "[1]"), ("config binary", b"\x80\x02"))
         if part == "transformer" or what == "config no object"
@@ -237,21 +234,25 @@ DAMAGED: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
         for axes in ([4, 6, 8], [3, 6, 7])
     },
     "no model_index.json": (
-        "whole", lambda folder: (folder / "model_index.json").unlink(), ("it has no model_index.json",)
+        "whole",
+        lambda folder: (folder / "model_index.json").unlink(),
+        ("it has no model_index.json",),
     ),
     "tokenizer: broken": (
-        "whole", lambda folder: replaced(folder / "tokenizer" / "tokenizer.json", "{"), ("/tokenizer: cannot be",)
+        "whole",
+        lambda folder: replaced(folder / "tokenizer" / "tokenizer.json", "{"),
+        ("/tokenizer: cannot be",),
     ),
     "tokenizer_2: empty": (
-        "whole", emptied("tokenizer_2"),
+        "whole",
+        emptied("tokenizer_2"),
         ("/tokenizer_2: has no tokenizer.json and no spiece.model",),
     ),
-    "tokenizer of another model": (
-        "whole", many_tokens, ("/tokenizer: knows ",)
-    ),
+    "tokenizer of another model": ("whole", many_tokens, ("/tokenizer: knows ",)),
     "vae of another model": ("whole", other_vae, ("channels of transformer and VAE differ: 64 and 32",)),
     "an adapter for a text encoder": (
-        "whole", lambda folder: (folder / "text_encoder_2" / "adapter_config.json").write_text("{}"),
+        "whole",
+        lambda folder: (folder / "text_encoder_2" / "adapter_config.json").write_text("{}"),
         ("/text_encoder_2: is an adapter",),
     ),
     "scheduler: timesteps without end": (
@@ -262,10 +263,11 @@ DAMAGED: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
         ("/scheduler: num_train_timesteps cannot be 1000000000000",),
     ),
     "scheduler: broken": (
-        "whole", lambda folder: replaced(folder / "scheduler" / "scheduler_config.json", "{"),
+        "whole",
+        lambda folder: replaced(folder / "scheduler" / "scheduler_config.json", "{"),
         ("/scheduler_config.json: cannot be loaded",),
     ),
-}  # fmt: skip
+}
 
 
 def refused(outcome: tuple[int, str, str], parts: tuple[str, ...]) -> None:
@@ -309,8 +311,14 @@ def test_a_hub_id_asks_the_network(libreflux: Callable, tmp_path: Path) -> None:
 
 def lora_for_wider_layers(file: Path) -> None:
     prefix = "lycoris_transformer_blocks_0_attn_to_q"
-    save_file({f"{prefix}.lora_down.weight": torch.zeros(2, 64), f"{prefix}.lora_up.weight": torch.zeros(64, 2),
-               f"{prefix}.alpha": torch.tensor(2.0)}, file)  # fmt: skip
+    save_file(
+        {
+            f"{prefix}.lora_down.weight": torch.zeros(2, 64),
+            f"{prefix}.lora_up.weight": torch.zeros(64, 2),
+            f"{prefix}.alpha": torch.tensor(2.0),
+        },
+        file,
+    )
 
 
 def lora_for_other_layers(file: Path) -> None:

@@ -37,7 +37,7 @@ def kept(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def refuse(*args: Any) -> None:
         raise AssertionError("made again")
 
-    for where, name in ((CacheWriter, "_shard"), (Cells, "draw"), (ProbeContext, "_draw")):
+    for where, name in ((CacheWriter, "write_shard"), (Cells, "draw"), (ProbeContext, "draw_batch")):
         monkeypatch.setattr(where, name, refuse)
     return tmp_path
 

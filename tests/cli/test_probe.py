@@ -166,8 +166,12 @@ def test_a_measure_is_made_anew_when_anything_that_decides_it_changes(
         assert made(name in CACHED) == SECTIONS, name
     assert made() == []
     others: list[dict[str, Any]] = [
-        {"dtype": "bf16"}, {"seed": 1}, {"judge": judge}, {"batch": 2}, {"resolution": 48},
-    ]  # fmt: skip
+        {"dtype": "bf16"},
+        {"seed": 1},
+        {"judge": judge},
+        {"batch": 2},
+        {"resolution": 48},
+    ]
     for changed in others:
         assert made(**changed) == SECTIONS, changed
     change_json(model / "libreflux.json", guidance=2.0)
@@ -188,7 +192,7 @@ def test_what_a_model_draws_for_a_probe_is_drawn_anew_when_what_decides_it_chang
         made.append(context.identity)
         return drawn
 
-    context._draw = draw  # type: ignore[method-assign]
+    context.draw_batch = draw  # type: ignore[method-assign]
     context.identity, context.older_identity = "today", "then"
     assert not context.has_drawn(wanted)
     context.drawn(wanted), context.drawn(wanted)
@@ -341,8 +345,21 @@ def test_against_prints_the_freedom_of_models_that_were_measured_alike(
     refused = run(*command, "--all", "--json")
     assert refused.code == 2
     assert "--all: has no effect beside --json" in refused.err
-    elsewhere = run("probe", tiny_model_dir, "--data", plain, "--judge", judge, *SMALL, "--seed", 1, "--out",
-                    tmp_path / "other", "--against", out / "against")  # fmt: skip
+    elsewhere = run(
+        "probe",
+        tiny_model_dir,
+        "--data",
+        plain,
+        "--judge",
+        judge,
+        *SMALL,
+        "--seed",
+        1,
+        "--out",
+        tmp_path / "other",
+        "--against",
+        out / "against",
+    )
     assert elsewhere.code == 2
     assert "another seed" in elsewhere.err
     alone = run("probe", tiny_model_dir, "--reference", student)

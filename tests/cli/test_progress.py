@@ -18,9 +18,13 @@ from libreflux.printing import counted, readable
 
 NOTE = "loss 0.1234, gradient 0.512, 3.1 pictures/s, 19.7 GB"
 LONG = {
-    "what": "training", "count": "12345/20000", "rate": "3.1 s/step", "took": "1:02:30", "left": "left 6:35:30",
+    "what": "training",
+    "count": "12345/20000",
+    "rate": "3.1 s/step",
+    "took": "1:02:30",
+    "left": "left 6:35:30",
     "note": NOTE,
-}  # fmt: skip
+}
 JOBS = [
     ("training", "step", NOTE),
     ("preparing", "item", "12.3 crops/s"),
@@ -147,16 +151,23 @@ def test_a_live_bar_stands_there_before_the_first_step() -> None:
 
 @pytest.mark.parametrize(
     ("steps", "told"),
-    [([3], "1 source, step 3"), ([2, 4], "2 sources, steps 2 to 4"), ([3, 3], "2 sources, step 3"),
-     ([500, 20_000], "2 sources, steps 500 to 20,000")],
-)  # fmt: skip
+    [
+        ([3], "1 source, step 3"),
+        ([2, 4], "2 sources, steps 2 to 4"),
+        ([3, 3], "2 sources, step 3"),
+        ([500, 20_000], "2 sources, steps 500 to 20,000"),
+    ],
+)
 def test_averages_name_their_sources(steps: list[int], told: str) -> None:
     assert told_sources(steps) == told
 
 
 def test_a_count_and_what_it_counts() -> None:
     assert [counted(count, "picture") for count in (0, 1, 2, 1200)] == [
-        "0 pictures", "1 picture", "2 pictures", "1,200 pictures",
-    ]  # fmt: skip
+        "0 pictures",
+        "1 picture",
+        "2 pictures",
+        "1,200 pictures",
+    ]
     assert counted(2, "process", "processes") == "2 processes"
     assert counted(1, "process", "processes") == "1 process"

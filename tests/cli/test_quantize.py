@@ -40,8 +40,10 @@ def test_draws_what_the_exported_model_draws(run: Callable, tiny_model_dir: Path
     assert pixels(drawn) == pixels(tmp_path / "stored.png") != pixels(tmp_path / "dense.png")
     told = {name: read_record(tmp_path / f"{name}.png") for name in ("stored", "dense")} | {"drawn": read_record(drawn)}
     assert {name: (record.quantize, record.dtype) for name, record in told.items()} == {
-        "drawn": ("int8", "int8, float32"), "stored": (None, "int8, float32"), "dense": (None, "float32")
-    }  # fmt: skip
+        "drawn": ("int8", "int8, float32"),
+        "stored": (None, "int8, float32"),
+        "dense": (None, "float32"),
+    }
     assert told["drawn"].hashes == told["dense"].hashes  # of what is stored
     assert "Quantized: int8" in told["drawn"].parameters()
     assert "Quantized" not in told["stored"].parameters()
@@ -61,9 +63,14 @@ def test_the_published_layout_in_shards_and_bf16(run: Callable, tiny_model_dir: 
     (published / "libreflux.json").unlink()
     for name, change in (
         ("transformer/config.json", {"_class_name": "FluxTransformer2DModelWithMasking"}),
-        ("model_index.json", {"_class_name": ["pipeline", "LibreFluxPipeline"],
-                              "transformer": ["transformer", "FluxTransformer2DModelWithMasking"]}),
-    ):  # fmt: skip
+        (
+            "model_index.json",
+            {
+                "_class_name": ["pipeline", "LibreFluxPipeline"],
+                "transformer": ["transformer", "FluxTransformer2DModelWithMasking"],
+            },
+        ),
+    ):
         path = published / name
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
     for code in ("pipeline.py", "transformer/transformer.py"):

@@ -18,10 +18,32 @@ from libreflux.sample.pipeline import LibreFluxPipeline
 from tiny import tiny_transformer
 
 OPTIONS = [
-    "--negative", "a rocket", "--guidance", 4, "--guidance-start", 0.25, "--guidance-stop", 0.75,
-    "--guidance-rescale", 0.7, "--batch-cfg", "on", "--sigmas", "1,0.8,0.5,0.3", "--seed", 9, "--width", 48, "--tile",
-    "--prompt-2", "a tree, tall", "--negative-2", "", "--max-tokens", 4,
-]  # fmt: skip
+    "--negative",
+    "a rocket",
+    "--guidance",
+    4,
+    "--guidance-start",
+    0.25,
+    "--guidance-stop",
+    0.75,
+    "--guidance-rescale",
+    0.7,
+    "--batch-cfg",
+    "on",
+    "--sigmas",
+    "1,0.8,0.5,0.3",
+    "--seed",
+    9,
+    "--width",
+    48,
+    "--tile",
+    "--prompt-2",
+    "a tree, tall",
+    "--negative-2",
+    "",
+    "--max-tokens",
+    4,
+]
 
 
 @pytest.fixture(scope="module")
@@ -61,18 +83,35 @@ def test_remade_bit_for_bit(run: Callable, drawn: Path, tmp_path: Path) -> None:
 def test_every_option_is_the_pipelines_own(tiny_model_dir: Path, drawn: Path) -> None:
     pipe = LibreFluxPipeline.from_pretrained(tiny_model_dir)
     (expected,) = pipe(
-        "a fox, ünïcödé", "a rocket", 32, 48, guidance_scale=4.0, seeds=9, prompt_2="a tree, tall",
+        "a fox, ünïcödé",
+        "a rocket",
+        32,
+        48,
+        guidance_scale=4.0,
+        seeds=9,
+        prompt_2="a tree, tall",
         negative_prompt_2="",
-        sigmas=[1.0, 0.8, 0.5, 0.3], max_sequence_length=4, guidance_start=0.25, guidance_stop=0.75,
-        guidance_rescale=0.7, batch_cfg=True, tile=True,
-    ).images  # fmt: skip
+        sigmas=[1.0, 0.8, 0.5, 0.3],
+        max_sequence_length=4,
+        guidance_start=0.25,
+        guidance_stop=0.75,
+        guidance_rescale=0.7,
+        batch_cfg=True,
+        tile=True,
+    ).images
     with Image.open(drawn) as image:
         assert image.tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("change", [
-    ["--sigmas", "1,0.8,0.5,0.2"], ["--prompt-2", "a tree"], ["--negative-2", "x"], ["--max-tokens", 3],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["--sigmas", "1,0.8,0.5,0.2"],
+        ["--prompt-2", "a tree"],
+        ["--negative-2", "x"],
+        ["--max-tokens", 3],
+    ],
+)
 def test_each_new_option_changes_the_pixels(
     run: Callable, tiny_model_dir: Path, drawn: Path, tmp_path: Path, change: list[object]
 ) -> None:
@@ -90,8 +129,11 @@ def test_each_prompt_has_its_own_second_one(run: Callable, tiny_model_dir: Path,
     assert both.code == 0, both.err
     told = [read_record(path) for path in sorted(tmp_path.iterdir())]
     assert [(one.prompt, one.prompt_2, one.seed) for one in told] == [
-        ("a", "a fox", 0), ("a", "a fox", 1), ("b", "an owl", 0), ("b", "an owl", 1)
-    ]  # fmt: skip
+        ("a", "a fox", 0),
+        ("a", "a fox", 1),
+        ("b", "an owl", 0),
+        ("b", "an owl", 1),
+    ]
 
 
 def test_the_embedded_guidance_of_a_distilled_model(run: Callable, tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -164,9 +206,14 @@ def test_adapters_are_asked_for_and_keep_their_weight(
     ],
 )
 def test_an_adapters_path_is_kept_as_it_was_typed(
-    run: Callable, tiny_model_dir: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    given: str, kept: str,
-) -> None:  # fmt: skip
+    run: Callable,
+    tiny_model_dir: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: str,
+    kept: str,
+) -> None:
     home = tmp_path / "home"
     (home / "runs" / "my run").mkdir(parents=True)
     monkeypatch.chdir(home)
@@ -207,23 +254,26 @@ def test_a_picture_is_not_replaced_by_its_copy(run: Callable, drawn: Path) -> No
     assert drawn.read_bytes() == before
 
 
-@pytest.mark.parametrize(("changed", "told"), [
-    ({"steps": "many"}, "steps: "),
-    ({"steps": -3}, "num_inference_steps cannot be -3"),
-    ({"width": 40}, "width cannot be 40"),
-    ({"guidance": float("nan")}, "guidance_scale cannot be nan"),
-    ({"guidance_start": 1.0}, "is not below the stop"),
-    ({"batch_cfg": "perhaps"}, "batch_cfg: "),
-    ({"adapters": [{"file": "x"}]}, "drawn with 1 adapter, not 0"),
-    ({"model": "no/such/model/here"}, "no such model"),
-    ({"embedded_guidance": float("nan")}, "embedded_guidance cannot be nan"),
-    ({"colour": 1}, "colour"),
-    ({"sigmas": [0.5, 0.7, 0.3, 0.1]}, "sigmas cannot be [0.5, 0.7"),
-    ({"sigmas": [0.5]}, "1 sigma for 4 steps"),
-    ({"max_tokens": 1000}, "max_tokens: cannot be 1000"),
-    ({"quantize": "int4"}, "quantize: "),
-    ({"embedded_guidance": 3.5}, "no guidance embedding"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"steps": "many"}, "steps: "),
+        ({"steps": -3}, "num_inference_steps cannot be -3"),
+        ({"width": 40}, "width cannot be 40"),
+        ({"guidance": float("nan")}, "guidance_scale cannot be nan"),
+        ({"guidance_start": 1.0}, "is not below the stop"),
+        ({"batch_cfg": "perhaps"}, "batch_cfg: "),
+        ({"adapters": [{"file": "x"}]}, "drawn with 1 adapter, not 0"),
+        ({"model": "no/such/model/here"}, "no such model"),
+        ({"embedded_guidance": float("nan")}, "embedded_guidance cannot be nan"),
+        ({"colour": 1}, "colour"),
+        ({"sigmas": [0.5, 0.7, 0.3, 0.1]}, "sigmas cannot be [0.5, 0.7"),
+        ({"sigmas": [0.5]}, "1 sigma for 4 steps"),
+        ({"max_tokens": 1000}, "max_tokens: cannot be 1000"),
+        ({"quantize": "int4"}, "quantize: "),
+        ({"embedded_guidance": 3.5}, "no guidance embedding"),
+    ],
+)
 def test_a_damaged_record_is_one_line(
     run: Callable, drawn: Path, tmp_path: Path, changed: dict[str, object], told: str
 ) -> None:

@@ -58,8 +58,24 @@ def test_a_picture_of_a_single_file_is_remade_and_compared(run: Callable, comfyu
     done = run("generate", "--remake", tmp_path / "a.png", "--out", tmp_path / "c.png")
     assert done.code == 2
     assert "--base" in done.err
-    done = run("grid", "a fox", "--comfyui", comfyui, "--model", single, "--model", "emoji-libre", "--steps", "1",
-               "--width", "32", "--height", "32", "--out", tmp_path / "grid")  # fmt: skip
+    done = run(
+        "grid",
+        "a fox",
+        "--comfyui",
+        comfyui,
+        "--model",
+        single,
+        "--model",
+        "emoji-libre",
+        "--steps",
+        "1",
+        "--width",
+        "32",
+        "--height",
+        "32",
+        "--out",
+        tmp_path / "grid",
+    )
     assert done.code == 0 and "2 of 2 cells" in done.out, done.err
 
 

@@ -64,25 +64,30 @@ PICTURES: dict[str, tuple[Callable[[Path], object], str]] = {
     "half a surrogate pair": (lambda path: png(path, record(prompt="\ud83d")), "damaged record (half a character"),
     "a list": (lambda path: png(path, "[1]"), "damaged record"),
     "sizes of a million": (
-        lambda path: png(path, record(width=10**6, height=10**6)), "damaged record (width cannot be 1000000"
+        lambda path: png(path, record(width=10**6, height=10**6)),
+        "damaged record (width cannot be 1000000",
     ),
     "more pixels than any picture": (
-        lambda path: png(path, record(width=16384, height=16384)), "16384 x 16384 pixels are more than 67 million"
+        lambda path: png(path, record(width=16384, height=16384)),
+        "16384 x 16384 pixels are more than 67 million",
     ),
     "steps without end": (lambda path: png(path, record(steps=10**9)), "num_inference_steps cannot be 1000000000"),
     "sigmas without end": (
-        lambda path: png(path, record(sigmas=[1 - n / 20_000 for n in range(20_000)])), "sigmas cannot be [1"
+        lambda path: png(path, record(sigmas=[1 - n / 20_000 for n in range(20_000)])),
+        "sigmas cannot be [1",
     ),
     "a weight beyond all numbers": (
-        lambda path: png(path, record(adapters=[{"file": "a", "weight": 10**400}])), "drawn with 1 adapter"
+        lambda path: png(path, record(adapters=[{"file": "a", "weight": 10**400}])),
+        "drawn with 1 adapter",
     ),
     "a model on the hub": (
-        lambda path: png(path, record(model=HUB_ID)), f"its model {HUB_ID} is not at hand (not downloaded before)"
+        lambda path: png(path, record(model=HUB_ID)),
+        f"its model {HUB_ID} is not at hand (not downloaded before)",
     ),
     "a model in no folder": (lambda path: png(path, record(model="no/such/x")), "is not at hand (no such model"),
     "a model of escapes": (lambda path: png(path, record(model=ESCAPES)), f"its model {SHOWN} is not at hand"),
     "a key of escapes": (lambda path: png(path, record(**{ESCAPES: 1})), SHOWN),
-}  # fmt: skip
+}
 
 
 def one_line(outcome: tuple[int, str, str], *parts: str) -> None:
@@ -105,9 +110,17 @@ def test_a_picture_to_be_remade(libreflux: Callable, tmp_path: Path, case: str) 
 
 def test_a_picture_that_differs_obeys_nobody(libreflux: Callable, tiny_model_dir: Path, tmp_path: Path) -> None:
     record = GenerationRecord(
-        prompt="a fox", seed=1, steps=1, guidance=1.0, width=32, height=32, model=str(tiny_model_dir),
-        device=ESCAPES, versions={ESCAPES: "1"}, hashes={"transformer": ESCAPES},
-    )  # fmt: skip
+        prompt="a fox",
+        seed=1,
+        steps=1,
+        guidance=1.0,
+        width=32,
+        height=32,
+        model=str(tiny_model_dir),
+        device=ESCAPES,
+        versions={ESCAPES: "1"},
+        hashes={"transformer": ESCAPES},
+    )
     (tmp_path / "x.png").write_bytes(png_bytes(Image.new("RGB", (32, 32)), record))
     code, out, err = libreflux(tmp_path, "generate", "--remake", "x.png", "--out", "y.png")
     assert code == 0
@@ -220,15 +233,18 @@ def test_a_result_names_no_file_outside_its_folder(tmp_path: Path, file: object)
         read_result(folder)
 
 
-@pytest.mark.parametrize(("name", "values", "told"), [
-    ("config.json", {"auto_map": {"AutoModel": "code.Model"}}, "names Python code of its own"),
-    ("preprocessor_config.json", {"auto_map": {"AutoImageProcessor": "code.P"}}, "names Python code of its own"),
-    ("config.json", {"_attn_implementation": "someone/kernel"}, "names code of the hub, someone/kernel"),
-    ("config.json", {"vision_config": {"attn_implementation": "a/b"}}, "names code of the hub, a/b"),
-    ("config.json", {"quantization_config": {"quant_method": "torchao"}}, "is quantised by torchao"),
-    ("adapter_config.json", {"base_model_name_or_path": HUB_ID}, "is an adapter, not a model"),
-    ("preprocessor_config.json", {"crop_size": {"height": 10**6, "width": 10**6}}, "inputs of 1000000 pixels"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "values", "told"),
+    [
+        ("config.json", {"auto_map": {"AutoModel": "code.Model"}}, "names Python code of its own"),
+        ("preprocessor_config.json", {"auto_map": {"AutoImageProcessor": "code.P"}}, "names Python code of its own"),
+        ("config.json", {"_attn_implementation": "someone/kernel"}, "names code of the hub, someone/kernel"),
+        ("config.json", {"vision_config": {"attn_implementation": "a/b"}}, "names code of the hub, a/b"),
+        ("config.json", {"quantization_config": {"quant_method": "torchao"}}, "is quantised by torchao"),
+        ("adapter_config.json", {"base_model_name_or_path": HUB_ID}, "is an adapter, not a model"),
+        ("preprocessor_config.json", {"crop_size": {"height": 10**6, "width": 10**6}}, "inputs of 1000000 pixels"),
+    ],
+)
 def test_a_vision_model_runs_no_code_of_its_own(
     libreflux: Callable, tmp_path: Path, name: str, values: dict[str, Any], told: str
 ) -> None:
@@ -245,20 +261,29 @@ def test_a_vision_model_runs_no_code_of_its_own(
     one_line(libreflux(tmp_path, "probe", "emoji-base", "--features", "clip", "--out", "o"), "clip", told)
 
 
-@pytest.mark.parametrize("args", [
-    ["generate", "a \udcff fox"], ["grid", "a \udcff fox"], ["generate", "x", "--negative", "\udce9"],
-    ["train", "r.yaml", "samples.prompts.0=\udce9"], ["prepare", "data-\udcff", "--out", "o"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["generate", "a \udcff fox"],
+        ["grid", "a \udcff fox"],
+        ["generate", "x", "--negative", "\udce9"],
+        ["train", "r.yaml", "samples.prompts.0=\udce9"],
+        ["prepare", "data-\udcff", "--out", "o"],
+    ],
+)
 def test_an_argument_that_is_not_utf8(libreflux: Callable, tmp_path: Path, args: list[str]) -> None:
     one_line(libreflux(tmp_path, *args), "is not UTF-8", "\\udc")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("args", "told"), [
-    (["--width", 1_000_000, "--height", 1_000_000], "--width: cannot be 1000000"),
-    (["--width", 16384, "--height", 16384], "--width: 16384 x 16384 pixels"),
-    (["--steps", 1_000_000], "--steps: cannot be 1000000"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--width", 1_000_000, "--height", 1_000_000], "--width: cannot be 1000000"),
+        (["--width", 16384, "--height", 16384], "--width: 16384 x 16384 pixels"),
+        (["--steps", 1_000_000], "--steps: cannot be 1000000"),
+    ],
+)
 @pytest.mark.parametrize("verb", ["generate", "grid"])
 def test_sizes_without_end(libreflux: Callable, tmp_path: Path, verb: str, args: list[object], told: str) -> None:
     one_line(libreflux(tmp_path, verb, "x", "--model", "no/such/model", *args), told)

@@ -30,7 +30,7 @@ def pictures(folder: Path) -> list[Path]:
 
 def test_files_are_read_once_and_again_when_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = pictures(tmp_path / "pictures?#")
-    monkeypatch.setattr(digests, "_AT_ONCE", 2)
+    monkeypatch.setattr(digests, "AT_ONCE", 2)
     told: list[tuple[int, int, str]] = []
     memory = FileMemory(tmp_path / "cache?#")
     first = list(memory.inspect(paths, ProgressCount(lambda *now: told.append(now))))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from libreflux.probing.metrics.distances import _frechet, frechet_distance, kernel_distance
+from libreflux.probing.metrics.distances import frechet, frechet_distance, kernel_distance
 
 
 def sample(count: int, mean: list[float], scale: list[float], seed: int) -> torch.Tensor:
@@ -19,8 +19,8 @@ def test_the_frechet_distance_of_diagonal_gaussians_is_the_closed_form() -> None
     closed = 9.0 + (1.0 - 2.0) ** 2 + (2.0 - 0.5) ** 2
     turn = torch.linalg.qr(torch.randn(2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
     turned = [turn @ torch.diag(scale**2) @ turn.T for scale in (a, b)]
-    assert _frechet(mean_a, torch.diag(a**2), mean_b, torch.diag(b**2)) == pytest.approx(closed, abs=1e-9)
-    assert _frechet(turn @ mean_a, turned[0], turn @ mean_b, turned[1]) == pytest.approx(closed, abs=1e-9)
+    assert frechet(mean_a, torch.diag(a**2), mean_b, torch.diag(b**2)) == pytest.approx(closed, abs=1e-9)
+    assert frechet(turn @ mean_a, turned[0], turn @ mean_b, turned[1]) == pytest.approx(closed, abs=1e-9)
 
 
 def test_the_frechet_distance_of_samples_nears_it_and_is_zero_for_one_set() -> None:

@@ -23,9 +23,15 @@ VALUES = seeding.rng(0, "values").standard_normal(40)
 
 def test_a_result_is_read_back_as_it_was_and_what_is_not_finite_is_null(tmp_path: Path) -> None:
     broken = Measure(
-        name="slope", at={"sigma": 0.5, "text": "empty"}, subset="all", value=math.nan, low=math.inf, high=1.0,
-        replicates=[0.5, math.nan], reference=1.0,
-    )  # fmt: skip
+        name="slope",
+        at={"sigma": 0.5, "text": "empty"},
+        subset="all",
+        value=math.nan,
+        low=math.inf,
+        high=1.0,
+        replicates=[0.5, math.nan],
+        reference=1.0,
+    )
     picture = Picture(file="pictures/a.png", at={"prompt": "a fox", "seed": 3}, purpose="seeds")
     result = Result(
         model={"name": "m"}, settings={"seed": 0}, versions={}, seconds=1.5, measures=[broken], pictures=[picture]

@@ -88,8 +88,11 @@ def test_a_picture_under_an_adapter_is_the_commands(
     assert [path.name for path in written] == [Path(line).name for line in told.splitlines()]
     assert [one.path for one in result.pictures] == written
     assert [(one.record.prompt, one.record.seed) for one in result.pictures] == [
-        ("a fox", 3), ("a fox", 4), ("an owl", 3), ("an owl", 4),
-    ]  # fmt: skip
+        ("a fox", 3),
+        ("a fox", 4),
+        ("an owl", 3),
+        ("an owl", 4),
+    ]
     for one in result.pictures:
         assert one.image is None
         assert one.path is not None
@@ -101,10 +104,22 @@ def test_a_picture_under_an_adapter_is_the_commands(
 
 def test_every_option_is_the_commands(tiny_model_dir: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {
-        "negative": "a rocket", "guidance": 4, "guidance_start": 0.25, "guidance_stop": 0.75, "guidance_rescale": 1,
-        "sigmas": (1, 0.8, 0.5, 0.3), "seed": 9, "width": 48, "prompt_2": "a tree, tall", "negative_2": "",
-        "max_tokens": 4, "device": "cpu", "quantize": "int8", "offload": "none", "model": tiny_model_dir,
-    }  # fmt: skip
+        "negative": "a rocket",
+        "guidance": 4,
+        "guidance_start": 0.25,
+        "guidance_stop": 0.75,
+        "guidance_rescale": 1,
+        "sigmas": (1, 0.8, 0.5, 0.3),
+        "seed": 9,
+        "width": 48,
+        "prompt_2": "a tree, tall",
+        "negative_2": "",
+        "max_tokens": 4,
+        "device": "cpu",
+        "quantize": "int8",
+        "offload": "none",
+        "model": tiny_model_dir,
+    }
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     words[words.index("--sigmas") + 1] = "1,0.8,0.5,0.3"
     for metadata_too in (True, False):
@@ -178,9 +193,14 @@ def test_a_grid_is_the_commands(
     command("grid", "a fox", *words, "--seeds", "0:1", "--negative", "blue", "--out", tmp_path / "command")
     capfd.readouterr()
     given: dict[str, Any] = {
-        "model": tiny_model_dir, "adapters": [f"{adapter}:0.8"], "guidance": [1, 3], "steps": (1, 2),
-        "seeds": range(2), "negative": "blue", "out": tmp_path / "python",
-    }  # fmt: skip
+        "model": tiny_model_dir,
+        "adapters": [f"{adapter}:0.8"],
+        "guidance": [1, 3],
+        "steps": (1, 2),
+        "seeds": range(2),
+        "negative": "blue",
+        "out": tmp_path / "python",
+    }
     result = libreflux.grid("a fox", **given)
     assert capfd.readouterr() == ("", "")
     assert len(files(tmp_path / "python")) == 10

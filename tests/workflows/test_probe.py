@@ -14,9 +14,14 @@ from libreflux.errors import OptionError, RecipeError
 from libreflux.probing.settings import QUICK
 
 LESS = {
-    "sigmas": (0.5,), "draw_steps": 2, "diversity_prompts": 2, "diversity_seeds": 2, "negative_prompts": 2,
-    "padding_pictures": 2, "padding_tokens": (20,),
-}  # fmt: skip
+    "sigmas": (0.5,),
+    "draw_steps": 2,
+    "diversity_prompts": 2,
+    "diversity_seeds": 2,
+    "negative_prompts": 2,
+    "padding_pictures": 2,
+    "padding_tokens": (20,),
+}
 
 
 def told(file: Path) -> Any:
@@ -36,9 +41,16 @@ def test_what_python_measures_is_what_the_command_measures(
         monkeypatch.setitem(QUICK, name, value)
     ours, theirs, model = tmp_path / "python", tmp_path / "command", str(tiny_model_dir)
     found = libreflux.probe(
-        model, against=model, data=str(pictures), out=str(ours), quick=True, pictures=2, prompts=2, guidance=[1],
+        model,
+        against=model,
+        data=str(pictures),
+        out=str(ours),
+        quick=True,
+        pictures=2,
+        prompts=2,
+        guidance=[1],
         steps=[1, 2],
-    )  # fmt: skip
+    )
     assert capfd.readouterr().out == ""
     words = ["--pictures", 2, "--prompts", 2, "--guidance", "1", "--steps", "1,2"]
     done = run("probe", model, "--against", model, "--data", pictures, "--out", theirs, "--quick", *words, "--json")

@@ -15,7 +15,7 @@ from libreflux.errors import AdapterError
 from libreflux.model import int8
 
 Kind = Literal["kaiming", "ones", "perturbed"]
-_CARDS = ("cuda", "mps", "xpu")  # that have generators of their own
+CARDS = ("cuda", "mps", "xpu")  # that have generators of their own
 
 
 def kaiming_w1(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
@@ -82,7 +82,7 @@ def init_lokr(layer: AdaptedLinear, kind: Kind, seed: int, name: str, scale: flo
                 raise AdapterError(f"init scale {scale} must be positive", where=name, hint="use init: ones for none")
             delta.lokr_w1.fill_(1.0)
             weight = _base_weight(layer, name)
-            if weight.device.type in _CARDS:
+            if weight.device.type in CARDS:
                 generator = seeding.generator(seed, "adapter-init", name, device=weight.device)
             delta.lokr_w2.copy_(perturbed_w2(weight, (c, d), scale, generator))
         else:

@@ -223,7 +223,7 @@ class CacheWriter:
             raise ValueError("every crop has a std in a cache that wants them, and none in another")
         tensors = {latents_name(*key): tensor for key, tensor in found.items()}
         tensors |= {std_name(*key): tensor for key, tensor in (std or {}).items()}
-        with self._shard("latents", tensors) as shard:
+        with self.write_shard("latents", tensors) as shard:
             rows = [(latents_key(*key), shard, *tensor.shape[-2:]) for key, tensor in found.items()]
             indexing.add_rows(self._index, "latents", rows)
 
@@ -241,7 +241,7 @@ class CacheWriter:
                 tensors[text_name("tokens", caption)] = tokens.to(torch.bfloat16)
             # A row of the batch: safetensors refuses shared memory.
             tensors[text_name("pooled", caption)] = pooled.to(torch.bfloat16).clone()
-        with self._shard("texts", tensors) as shard:
+        with self.write_shard("texts", tensors) as shard:
             rows = [(text_key(caption), shard, count) for caption, count in zip(captions, text.lengths, strict=True)]
             indexing.add_rows(self._index, "texts", rows, "OR REPLACE")
         return sum(tensor.nbytes for tensor in tensors.values())
@@ -253,7 +253,8 @@ class CacheWriter:
             indexing.add_rows(self._index, "texts", rows, "OR IGNORE")
 
     @contextlib.contextmanager
-    def _shard(self, kind: str, tensors: dict[str, Tensor]) -> Iterator[int]:
+    def write_shard(self, kind: str, tensors: dict[str, Tensor]) -> Iterator[int]:
+        """Writes one shard, and gives its number; its rows are added in the block, and committed at its end."""
         [last] = self._index.execute("SELECT max(name) FROM shards WHERE name LIKE ?", (f"{kind}-%",)).fetchone()
         number = int(last.removeprefix(f"{kind}-").removesuffix(".safetensors")) + 1 if last else 0
         name = f"{kind}-{number:08d}.safetensors"

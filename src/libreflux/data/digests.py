@@ -44,7 +44,7 @@ _TABLE = (
 _SUM = "row_crc32"  # another one: of a row without it nothing is compared
 _ADDED = ("ctime", "inode", "rules")  # columns that the first versions of the table lack; `ctime` is at most that
 _READ = "size, mtime, digest, width, height, fault"
-_AT_ONCE = 1024  # what a kill makes read again
+AT_ONCE = 1024  # what a kill makes read again
 _RULES = 1  # raised when `pictures.inspect` comes to say something else of the same bytes: see `_outdated`
 
 
@@ -128,7 +128,7 @@ class FileMemory:
                     if found.digest:  # rights come back without a new modification time
                         self._new[name] = new
                     bar.advance(1)
-                if len(self._new) >= _AT_ONCE:
+                if len(self._new) >= AT_ONCE:
                     self.save()
                 for row in known:
                     assert row is not None and row.fault is not None
@@ -339,5 +339,5 @@ def file_state(path: Path) -> tuple[str, FileState]:
 
 
 def _batched(paths: Sequence[Path]) -> Iterator[Sequence[Path]]:
-    for start in range(0, len(paths), _AT_ONCE):
-        yield paths[start : start + _AT_ONCE]
+    for start in range(0, len(paths), AT_ONCE):
+        yield paths[start : start + AT_ONCE]

@@ -110,7 +110,7 @@ class ProbeContext:
         try:
             return Drawn(**load_file(path))
         except (OSError, SafetensorError, TypeError):
-            drawn = self._draw(batch)
+            drawn = self.draw_batch(batch)
         atomic_save_safetensors({name: getattr(drawn, name) for name in ("latents", "length", "energy")}, path)
         return drawn
 
@@ -121,16 +121,17 @@ class ProbeContext:
     def _drawn_file(self, batch: PictureBatch, identity: str) -> Path:
         return self.out / "drawn" / f"{digest([identity, batch.as_json()])[:24]}.safetensors"
 
-    def _draw(self, batch: PictureBatch) -> Drawn:
+    def draw_batch(self, batch: PictureBatch) -> Drawn:
+        """Draws them now, whatever is on disk."""
         lengths = self.texts(batch.prompts).lengths
         # Prompts of one length need no mask, which is faster; the order within a batch changes nothing.
         order = sorted(range(len(batch)), key=lambda i: (lengths[i], i))
         size = self.settings.batch
-        parts = [self._draw_batch(batch, order[start : start + size]) for start in range(0, len(order), size)]
+        parts = [self._draw_rows(batch, order[start : start + size]) for start in range(0, len(order), size)]
         return Drawn.cat(parts).index(np.argsort(order).tolist())
 
     @torch.no_grad()
-    def _draw_batch(self, batch: PictureBatch, rows: Sequence[int]) -> Drawn:
+    def _draw_rows(self, batch: PictureBatch, rows: Sequence[int]) -> Drawn:
         side = self.settings.resolution // latent_space.stride(self.vae)
         device = self.transformer.device
         text = self.texts([batch.prompts[row] for row in rows]).to(device)

@@ -17,10 +17,11 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         b: features [M, D], M ≥ 2.
     """
     a, b = a.double(), b.double()
-    return _frechet(a.mean(0), a.T.cov(), b.mean(0), b.T.cov())
+    return frechet(a.mean(0), a.T.cov(), b.mean(0), b.T.cov())
 
 
-def _frechet(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
+def frechet(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
+    """Of two normal distributions, by their means [D] and covariances [D, D], see `frechet_distance`."""
     # tr (C_a C_b)^½ = tr (R C_b R)^½ with R = C_a^½: symmetric, so that no complex root can appear.
     root = _root(cov_a)
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
