@@ -1,4 +1,4 @@
-"""What importing a part of this package loads. The import contracts of pyproject.toml say which room may import which."""
+"""What importing a part of this package loads. Which room may import which: the contracts of pyproject.toml."""
 
 from __future__ import annotations
 
