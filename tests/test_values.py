@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from libreflux.errors import RecipeError
-from libreflux.values import check_side, is_side, number_list
+from libreflux.values import check_side, is_side, listed_numbers, number_list
 
 
 def test_ranges_and_lists() -> None:
@@ -45,3 +45,12 @@ def test_sides_are_multiples_of_16() -> None:
         check_side(100, "--width")
     with pytest.raises(RecipeError, match="use 16"):
         check_side(1, "--width")
+
+
+def test_numbers_from_python_are_one_several_or_a_text() -> None:
+    assert listed_numbers(None, "x") is None
+    assert listed_numbers(3, "x") == (3,)
+    assert listed_numbers("1:3", "x") == (1, 2, 3)
+    assert listed_numbers((number for number in (1, 0.5)), "x") == (1, 0.5)
+    with pytest.raises(RecipeError, match="x: cannot be <object"):
+        listed_numbers(object(), "x")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections import Counter
+from collections.abc import Iterable
+from typing import Any
 
-from libreflux.errors import OptionError, RecipeError
+from libreflux.errors import OptionError
 
 SIDE_STEP = 16
 """Pixels: 8 of the VAE, 2 of the packing."""
@@ -31,6 +34,23 @@ def check_side(pixels: int | None, where: str) -> None:
         raise OptionError(f"{pixels} is not a multiple of {SIDE_STEP}", where, hint=f"use {nearest}")
 
 
+def listed_numbers(value: object, where: str) -> tuple[Any, ...] | None:
+    """Numbers as a Python caller gives them: one, several, or a text as `number_list` reads it; None stays None.
+
+    Raises:
+        OptionError: none of these.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return number_list(value, where)
+    if isinstance(value, numbers.Number):
+        return (value,)
+    if not isinstance(value, Iterable):
+        raise OptionError(f"cannot be {value!r}", where, hint="give a list of numbers")
+    return tuple(value)
+
+
 def number_list(
     text: str, where: str, *, whole: bool = False, least: float = 0.0, most: float = math.inf, distinct: bool = True
 ) -> tuple[float, ...]:
@@ -44,7 +64,7 @@ def number_list(
         distinct: whether a number that is there twice is refused.
 
     Raises:
-        RecipeError: no such list, a number out of range, or one that is there twice.
+        OptionError: no such list, a number out of range, or one that is there twice.
     """
     found: list[float] = []
     for part in text.split(","):
@@ -59,13 +79,13 @@ def number_list(
                 raise ValueError
         except (ValueError, OverflowError, ZeroDivisionError):
             hint = "write 4,28 or 1:6" if whole else "write 1,3.5 or 1:6:1"
-            raise RecipeError(f"{text!r} is no list of numbers", where=where, hint=hint) from None
+            raise OptionError(f"{text!r} is no list of numbers", where, hint=hint) from None
         found += [round(first + index * step, 9) for index in range(count)]
     for value in found:
         if not (math.isfinite(value) and least <= value <= most and (not whole or value.is_integer())):
             hint = f"use {'whole ' if whole else ''}numbers from {least:g}{f' to {most:g}' if most < math.inf else ''}"
-            raise RecipeError(f"cannot be {value:g}", where=where, hint=hint)
+            raise OptionError(f"cannot be {value:g}", where, hint=hint)
     twice = [value for value, count in Counter(found).items() if count > 1]
     if distinct and twice:
-        raise RecipeError(f"{text!r} has {twice[0]:g} twice", where=where, hint="remove one of them")
+        raise OptionError(f"{text!r} has {twice[0]:g} twice", where, hint="remove one of them")
     return tuple(found)

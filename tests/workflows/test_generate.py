@@ -272,8 +272,8 @@ def test_a_refusal_names_the_option_as_python_has_it(given: dict[str, Any], told
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"guidance": 3}, "guidance: cannot be 3; hint: give a list"),
-        ({"guidance": []}, "guidance: cannot be \\[\\]; hint: give a list"),
+        ({"guidance": "x"}, "guidance: 'x' is no list of numbers; hint: write 1,3.5 or 1:6:1"),
+        ({"guidance": []}, "guidance: cannot be \\(\\); hint: give a list"),
         ({"guidance": [1, 1.0]}, "guidance: has 1 twice"),
         ({"guidance": [-1]}, "guidance: cannot be -1"),
         ({"steps": [1.5]}, "steps: cannot be 1.5"),

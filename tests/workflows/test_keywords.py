@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import libreflux
 from libreflux.cli.verb import Verb
 from libreflux.errors import OptionError, OptionHint, RecipeError, RunError
 from libreflux.workflows.keywords import by_keywords
@@ -38,6 +39,13 @@ def test_a_workflow_takes_the_fields_of_its_options() -> None:
     wrong: Any = draw
     with pytest.raises(TypeError, match="guidance"):
         wrong("a fox", guidance=3)
+
+
+def test_an_empty_option_is_refused_where_it_is_no_text_to_draw() -> None:
+    with pytest.raises(OptionError, match="prompt: is empty; hint: give it a value"):
+        by_keywords(DrawOptions, draw_with)("")
+    with pytest.raises(OptionError, match="out: is empty"):
+        libreflux.generate("a fox", out="")
 
 
 def test_an_option_is_named_as_the_caller_typed_it() -> None:

@@ -9,10 +9,7 @@ from typing import Any
 from typer.core import TyperCommand, TyperGroup
 
 from libreflux.errors import LibrefluxError, OptionError, OptionHint, RecipeError
-
-TEXTS = {"prompts", "prompt_2", "negative", "negative_2"}
-"""Parameters that may be empty: an empty text is one too."""
-
+from libreflux.workflows.keywords import TEXTS
 
 MEANT = {
     "generate": "sample draw infer inference txt2img text2image image render run remake",

@@ -92,9 +92,9 @@ def _trained_steps(path: Path) -> int:
         return 0  # whoever reads the tensors says what is wrong
 
 
-def load_arguments(texts: Iterable[str]) -> list[tuple[AdapterFile, float]]:
+def load_arguments(texts: str | Path | Iterable[str | Path]) -> list[tuple[AdapterFile, float]]:
     """The files that adapter arguments name, read, each with its weight; see `adapter_argument` and `adapter_file`."""
-    named = [adapter_argument(text) for text in texts]
+    named = [adapter_argument(str(text)) for text in ([texts] if isinstance(texts, str | Path) else texts)]
     chosen = [(adapter_file(Path(path)), weight) for path, weight in named]
 
     from libreflux.adapter import io

@@ -9,6 +9,7 @@ from typing import Literal
 
 from libreflux.errors import OptionError
 from libreflux.printing import counted
+from libreflux.values import listed_numbers
 from libreflux.workflows import picture_options
 from libreflux.workflows.picture_options import Offload, Quantize, listed
 from libreflux.workflows.progress import Progress, silent
@@ -80,6 +81,10 @@ class GenerateOptions:
     out: str | Path | None = None
     progress: Progress = field(default=silent, repr=False, compare=False)
     on_picture: Callable[[Path], None] | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("sigmas",):
+            object.__setattr__(self, name, listed_numbers(getattr(self, name), name))
 
 
 def texts_of_options(options: GenerateOptions) -> tuple[tuple[str, ...], Sequence[str | None]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from libreflux.errors import OptionError
 from libreflux.places import file_place, folder_place
-from libreflux.values import MOST_NUMBERS
+from libreflux.values import MOST_NUMBERS, listed_numbers
 from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.picture_options import (
     Offload,
@@ -69,6 +69,10 @@ class GridOptions:
     offload: Offload = "auto"
     out: str | Path = "out/grid"
     progress: Progress = field(default=silent, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("guidance", "steps", "seeds"):
+            object.__setattr__(self, name, listed_numbers(getattr(self, name), name))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,10 @@ import typing
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+from libreflux.errors import OptionError
+
+TEXTS = {"prompts", "prompt_2", "negative", "negative_2"}
+"""Options that may be empty: an empty text is one too."""
 P = ParamSpec("P")
 OptionsT = TypeVar("OptionsT")
 Result = TypeVar("Result")
@@ -25,7 +29,11 @@ def by_keywords(options: Callable[P, OptionsT], workflow: Callable[[OptionsT], R
 
     @functools.wraps(workflow)
     def call(*args: P.args, **kwargs: P.kwargs) -> Result:
-        return workflow(options(*args, **kwargs))
+        made = options(*args, **kwargs)
+        for name, value in vars(made).items():
+            if value == "" and name not in TEXTS:
+                raise OptionError("is empty", name, hint="give it a value, or leave it out")
+        return workflow(made)
 
     call.__name__ = call.__qualname__ = workflow.__name__.removesuffix("_with")
     result = typing.get_type_hints(workflow)["return"]

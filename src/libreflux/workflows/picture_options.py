@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -30,12 +31,12 @@ def listed(values: str | Sequence[str] | None) -> tuple[str, ...]:
     """Texts as a tuple: of one text, of several, or of none."""
     if values is None:
         return ()
-    return (values,) if isinstance(values, str) else tuple(values)
+    return tuple(values) if isinstance(values, Iterable) and not isinstance(values, str) else (values,)
 
 
 def adapter_texts(adapters: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
     """Adapter arguments as texts, `PATH[:WEIGHT]`: of one, or of several."""
-    return (str(adapters),) if isinstance(adapters, str | Path) else tuple(str(adapter) for adapter in adapters)
+    return tuple(map(str, [adapters] if isinstance(adapters, str | Path) else adapters))
 
 
 def named_model(model: str | Path | None, base: str | None, comfyui: str | Path | None) -> str | SingleFiles | None:
@@ -83,7 +84,7 @@ def check_memory(offload: str, quantize: str | None) -> None:
 
 def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
     """Raises OptionError for a value that is no whole number of this range."""
-    good = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    good = isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
     if not good or (most is not None and value > most):
         hint = f"use a whole number from {least}{'' if most is None else f' to {most}'}"
         raise OptionError(f"cannot be {value!r}", name, hint=hint)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from libreflux.errors import OptionError
-from libreflux.values import check_side, number_list
+from libreflux.values import check_side, listed_numbers, number_list
 from libreflux.workflows.progress import Progress, silent
 
 PRECISIONS = ("stored", "fp32", "bf16")
@@ -77,6 +77,10 @@ class ProbeOptions:
             "steps": None if self.steps is None else tuple(map(int, self.steps)),
         }
         return {name: value for name, value in given.items() if value is not None}
+
+    def __post_init__(self) -> None:
+        for name in ("guidance", "steps"):
+            object.__setattr__(self, name, listed_numbers(getattr(self, name), name))
 
 
 def check_options(options: ProbeOptions) -> None:
