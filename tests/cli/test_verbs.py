@@ -204,7 +204,7 @@ def test_dry_run_tells_the_time_left_from_the_runs_own_rate_and_a_disk_that_is_t
     endless = (*changes, "save.keep=1000000000", "save.every=1", "steps=1000000000")
     told = " ".join(run("train", recipe, "--dry-run", *endless).out.split())
     assert "lower save.keep, or set out or cache elsewhere" in told
-    refused = run("train", recipe, "--dry-run", *changes[:2], *changes[3:])
+    refused = run("train", recipe, "--dry-run", *endless[:2], *endless[3:])
     assert "lower save.keep" in " ".join(refused.out.split())  # the whole report comes first
     assert refused.code == 2
     [line] = [line for line in refused.err.splitlines() if line.startswith("libreflux: error: ")]
