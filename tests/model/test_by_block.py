@@ -118,7 +118,7 @@ def test_what_rests_is_as_stored(half_dir: Path, tiny_model_dir: Path, tmp_path:
         text = encoders(model, dtype=FP32, by_block=True)
         hooks = [m._hf_hook for m in text.text_encoder_2.modules() if hasattr(m, "_hf_hook")]
         maps = [h.weights_map.dataset for h in hooks if getattr(h, "weights_map", None) is not None]
-        return {tensor.dtype for tensor in maps[0]._resting.values()}
+        return {tensor.dtype for tensor in maps[0].resting.values()}
 
     uniform = stored_as(tiny_model_dir, tmp_path / "m", {"": torch.bfloat16})
     assert resting(uniform) == {torch.bfloat16}
