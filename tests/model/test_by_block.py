@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,8 +39,8 @@ def stored_as(model: Path, out: Path, dtypes: dict[str, torch.dtype]) -> Path:
     return out
 
 
-def encoders(model: Path, **options: object) -> TextEncoders:
-    return open_model(model).load_text(**options)  # type: ignore[arg-type]
+def encoders(model: Path, **options: Any) -> TextEncoders:
+    return open_model(model).load_text(**options)
 
 
 @pytest.fixture(scope="module")
