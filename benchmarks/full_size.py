@@ -19,7 +19,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,20 +133,20 @@ def shapes_of(transformer: nn.Module) -> tuple[Counter[Shape], list[torch.utils.
     """Counts every linear's product while the model runs."""
     seen: Counter[Shape] = Counter()
 
-    def note(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        seen[given[0].numel() // given[0].shape[-1], module.in_features, module.out_features] += 1  # type: ignore[index]
+    def note(module: Int8Linear | nn.Linear, given: tuple[Tensor, ...]) -> None:
+        seen[given[0].numel() // given[0].shape[-1], module.in_features, module.out_features] += 1
 
     kinds = (Int8Linear, nn.Linear)
     return seen, [one.register_forward_pre_hook(note) for one in transformer.modules() if isinstance(one, kinds)]
 
 
-def seconds(call: object, least: float) -> float:
+def seconds(call: Callable[[], object], least: float) -> float:
     """Of one call: the median of as many as fill `least` seconds, three at least, after one that does not count."""
     times: list[float] = []
-    call()  # type: ignore[operator]
+    call()
     while len(times) < 3 or sum(times) < least:
         start = time.perf_counter()
-        call()  # type: ignore[operator]
+        call()
         times.append(time.perf_counter() - start)
     return sorted(times)[len(times) // 2]
 
@@ -155,7 +156,7 @@ def dense_seconds(shapes: Mapping[Shape, int], least: float) -> dict[Shape, floa
     found = {}
     for rows, columns, out in shapes:
         x, w = torch.randn(rows, columns).bfloat16(), torch.randn(out, columns).bfloat16()
-        found[rows, columns, out] = seconds(lambda x=x, w=w: F.linear(x, w), least)
+        found[rows, columns, out] = seconds(partial(F.linear, x, w), least)
     return found
 
 
@@ -166,7 +167,7 @@ def int8_seconds(shapes: Mapping[Shape, int], least: float) -> dict[Shape, float
         layer.weight.copy_(numbers("timing", (out, columns)))
         x = torch.randn(rows, columns).bfloat16()
         with torch.no_grad():
-            found[rows, columns, out] = seconds(lambda x=x, layer=layer: layer(x), least)
+            found[rows, columns, out] = seconds(partial(layer, x), least)
     return found
 
 

@@ -87,7 +87,7 @@ def measure(folder: Path, count: int) -> dict[str, float]:
     from libreflux.data.crops import View
     from libreflux.data.held_out import refuse_trained, split
     from libreflux.data.order import step_plan
-    from libreflux.data.prepare import _Wanted
+    from libreflux.data.prepare import Wanted
     from libreflux.data.sources import Sample
     from libreflux.recipe import DataSource
 
@@ -102,7 +102,7 @@ def measure(folder: Path, count: int) -> dict[str, float]:
     opened = time.process_time()
     source = DataSource(path="pictures", captions={"short": 0.3, "long": 0.7})
     view = View("aspect", 512, 64)
-    todo = _Wanted([(source, samples)], [view], [""], True).missing(cache)
+    todo = Wanted([(source, samples)], [view], [""], True).missing(cache)
     assert not todo, "an index of all of it lacks something"
     checked = time.process_time()
     others = [Sample(identity(n), f"/others/{n}.jpg", ("x",), ("",)) for n in range(count, count + 1000)]

@@ -66,7 +66,8 @@ def test_links_of_a_page_lead_to_files(page: Path) -> None:
 
 
 def test_commands_of_the_pages_have_verbs_and_options_that_exist() -> None:
-    verbs: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
+    group: Any = get_command(app)
+    verbs: dict[str, Any] = group.commands
     found = 0
     for page in PAGES:
         for line in "".join(_blocks(page, "sh")).splitlines():

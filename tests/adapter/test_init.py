@@ -11,7 +11,7 @@ from torch import nn
 
 from libreflux import seeding
 from libreflux.adapter import init
-from libreflux.adapter.init import init_lokr
+from libreflux.adapter.init import Kind, init_lokr
 from libreflux.adapter.layers import AdaptedLinear, LoKr, delta_weight, dense_weight
 from libreflux.errors import AdapterError
 
@@ -53,9 +53,9 @@ def test_perturbed_tiles_are_equal_and_of_low_rank() -> None:
 
 
 @pytest.mark.parametrize("kind", ["kaiming", "ones"])
-def test_identity(kind: str) -> None:
+def test_identity(kind: Kind) -> None:
     adapted = layer()
-    init_lokr(adapted, kind, 0, "x")  # type: ignore[arg-type]
+    init_lokr(adapted, kind, 0, "x")
     x = torch.randn(3, 256)
     assert adapted(x).equal(adapted.base(x))
 
@@ -113,9 +113,9 @@ def test_a_card_makes_the_noise_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     real = seeding.generator
 
-    def generator(*parts: int | str, device: object = "cpu") -> torch.Generator:
+    def generator(seed: int, purpose: str, *index: seeding.Part, device: torch.device | str = "cpu") -> torch.Generator:
         asked.append(str(device))
-        return real(*parts[:2], *parts[2:])  # type: ignore[arg-type]
+        return real(seed, purpose, *index)
 
     monkeypatch.setattr(seeding, "generator", generator)
     adapted = layer()

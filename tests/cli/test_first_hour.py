@@ -33,7 +33,8 @@ from libreflux.workflows.known_models import WORDS
 
 def app_commands() -> dict[str, Any]:
     """Every verb as typer runs it."""
-    return typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    group: Any = typer.main.get_command(app)
+    return group.commands
 
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

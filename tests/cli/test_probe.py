@@ -184,15 +184,15 @@ def test_a_measure_is_made_anew_when_anything_that_decides_it_changes(
 def test_what_a_model_draws_for_a_probe_is_drawn_anew_when_what_decides_it_changes(tmp_path: Path) -> None:
     wanted = PictureBatch(("a cat",), (0,), 1.0, 2)
     drawn = Drawn(torch.ones(1, 16, 4, 4), torch.ones(1), torch.ones(1))
-    context = ProbeContext.__new__(ProbeContext)
-    context.out = tmp_path
     made: list[str] = []
 
-    def draw(batch: PictureBatch) -> Drawn:
-        made.append(context.identity)
-        return drawn
+    class Context(ProbeContext):
+        def draw_batch(self, batch: PictureBatch) -> Drawn:
+            made.append(self.identity)
+            return drawn
 
-    context.draw_batch = draw  # type: ignore[method-assign]
+    context = Context.__new__(Context)
+    context.out = tmp_path
     context.identity, context.older_identity = "today", "then"
     assert not context.has_drawn(wanted)
     context.drawn(wanted), context.drawn(wanted)

@@ -292,13 +292,14 @@ def test_train_writes_adapter_and_samples_and_then_has_nothing_to_do(
 def test_an_interrupted_run_exits_as_signalled_and_resumes_to_the_same_bytes(
     run: Callable, recipe: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from libreflux.training.callbacks import StepInfo
     from libreflux.workflows.run_record import RunRecorder
 
     told = RunRecorder.on_step
 
-    def interrupt(self: RunRecorder, info: object) -> None:
-        told(self, info)  # type: ignore[arg-type]
-        if info.step == 1:  # type: ignore[attr-defined]
+    def interrupt(self: RunRecorder, info: StepInfo) -> None:
+        told(self, info)
+        if info.step == 1:
             signal.raise_signal(signal.SIGINT)
 
     args = ["train", recipe, f"out={tmp_path / 'o'}", f"cache={trained.parent / 'cache'}"]

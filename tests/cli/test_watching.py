@@ -19,6 +19,7 @@ def measured(run_folder: Path) -> list[dict]:
 def test_measuring_changes_nothing_and_a_resumed_run_writes_the_same_lines(
     run: Callable, recipe: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from libreflux.training.callbacks import StepInfo
     from libreflux.workflows.run_record import RunRecorder
 
     apart = compose.write_folder(tmp_path / "apart", 4, 7)
@@ -40,9 +41,9 @@ def test_measuring_changes_nothing_and_a_resumed_run_writes_the_same_lines(
 
     told = RunRecorder.on_step
 
-    def interrupt(self: RunRecorder, info: object) -> None:
-        told(self, info)  # type: ignore[arg-type]
-        if info.step == 2:  # type: ignore[attr-defined]
+    def interrupt(self: RunRecorder, info: StepInfo) -> None:
+        told(self, info)
+        if info.step == 2:
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:

@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from libreflux.data import cache, encode, prepare
 from libreflux.data.cache_spec import CacheSpec
@@ -57,8 +58,8 @@ def arm(moment: str) -> Callable[[int, int, str], None] | None:
     elif kind == "commit":  # the shard is there, its rows are not
         real = cache.atomic_save_safetensors
 
-        def save(*args: object) -> None:
-            real(*args)  # type: ignore[arg-type]
+        def save(*args: Any) -> None:
+            real(*args)
             strike()
 
         cache.atomic_save_safetensors = save  # type: ignore[assignment]

@@ -8,6 +8,7 @@ import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -244,9 +245,9 @@ def test_a_file_is_mapped_tensor_by_tensor(whole: Path, monkeypatch: pytest.Monk
     lengths: list[int] = []
     real = mmap.mmap
 
-    def counted(handle: int, length: int, *args: object, **options: object) -> mmap.mmap:
+    def counted(handle: int, length: int, *args: Any, **options: Any) -> mmap.mmap:
         lengths.append(length)
-        return real(handle, length, *args, **options)  # type: ignore[arg-type]
+        return real(handle, length, *args, **options)
 
     monkeypatch.setattr(mmap, "mmap", counted)
     transformer = open_model(SingleFiles(transformer=whole)).load_transformer(quantise=True)

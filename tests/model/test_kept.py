@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,17 +40,17 @@ def big(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def of_folder(model: Path, **options: object) -> TextEncoders:
-    return open_model(model).load_text(**options)  # type: ignore[arg-type]
+def of_folder(model: Path, **options: Any) -> TextEncoders:
+    return open_model(model).load_text(**options)
 
 
-def of_file(model: Path, **options: object) -> TextEncoders:
+def of_file(model: Path, **options: Any) -> TextEncoders:
     """The same with T5 from its single file, whose configuration is in the metadata."""
     file = model.parent / "t5xxl_fp16.safetensors"
     config = (model / "text_encoder_2" / "config.json").read_text()
     save_file(load_file(model / "text_encoder_2" / "model.safetensors"), file, {"text_encoder_2_config": config})
     files = SingleFiles(transformer=_bare(model), text_encoder_2=file, base=str(model))
-    return open_model(files).load_text(**options)  # type: ignore[arg-type]
+    return open_model(files).load_text(**options)
 
 
 def _bare(model: Path) -> Path:
@@ -109,7 +110,7 @@ def test_what_is_kept_is_what_the_libraries_name(tiny_model_dir: Path) -> None:
     t5 = of_folder(tiny_model_dir).text_encoder_2
     assert [dtype_of(t5, WO, dtype) for dtype in (FP16, torch.bfloat16, FP32)] == [FP32, torch.bfloat16, FP32]
     assert dtype_of(t5, WO.replace(".wo.", ".wi_0."), FP16) == FP16
-    diffusers = torch.nn.Linear(1, 1)
-    diffusers._keep_in_fp32_modules = ["weight"]  # type: ignore[assignment]  # theirs count for bf16 too
+    diffusers: Any = torch.nn.Linear(1, 1)
+    diffusers._keep_in_fp32_modules = ["weight"]  # theirs count for bf16 too
     assert dtype_of(diffusers, "weight", torch.bfloat16) == FP32
     assert dtype_of(diffusers, "bias", FP16) == FP16

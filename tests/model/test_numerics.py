@@ -36,7 +36,7 @@ def flags() -> dict[str, Any]:
 @pytest.fixture
 def others_choice() -> Iterator[dict[str, Any]]:
     """Flags that a user, or another library, set for speed."""
-    numerics_before = numerics._Flags()
+    numerics_before = numerics.Flags()
     torch.backends.cuda.enable_cudnn_sdp(True)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True

@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from libreflux.model.finite import NotFiniteError, is_finite
 from libreflux.model.opening import open_model
 from libreflux.model.single_file import SingleFiles
 from libreflux.model.single_save import save_transformer
+from libreflux.recipe import DataSource, Recipe, SampleSpec
 from libreflux.sample.pipeline import LibreFluxPipeline
 from libreflux.workflows.run_record import RunRecorder
 from opened import opened
@@ -55,11 +56,12 @@ def one_nan(model: Path, part: str, name: str, out: Path, value: float = float("
     return out
 
 
-def draw(model: Path, change: Callable[[LibreFluxPipeline], object] = lambda pipe: None, **options: object) -> object:
+def draw(model: Path, change: Callable[[LibreFluxPipeline], object] = lambda pipe: None, **options: Any) -> object:
     pipe = opened(model).pipeline()
     pipe.set_progress_bar_config(disable=True)
     change(pipe)
-    return pipe("a fox", seeds=[1], **{"num_inference_steps": 2, "guidance_scale": 1.0} | options)  # type: ignore[arg-type]
+    given: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 1.0} | options
+    return pipe("a fox", seeds=[1], **given)
 
 
 def poisoned(pipe: LibreFluxPipeline, part: str, name: str, value: float) -> None:
@@ -185,8 +187,15 @@ def test_a_run_goes_on_without_a_sheet_that_cannot_be_drawn(
     def overflow(*_: object) -> None:
         raise NotFiniteError("the picture overflows", where="guidance 1e+38")
 
-    recipe = SimpleNamespace(tensorboard=False, out=str(tmp_path), samples=SimpleNamespace(prompts=["a fox"]))
-    recorder = RunRecorder(recipe, TrainingDisplay())  # type: ignore[arg-type]
+    recipe = Recipe(
+        model="model",
+        data=(DataSource(path="pictures"),),
+        resolution=(64,),
+        steps=10,
+        out=str(tmp_path),
+        samples=SampleSpec(prompts=("a fox",)),
+    )
+    recorder = RunRecorder(recipe, TrainingDisplay())
     monkeypatch.setattr(recorder, "sample_sheet", overflow)
     recorder.on_sample(7, None)
     assert "step 7: no sample sheet: guidance 1e+38: the picture overflows" in capsys.readouterr().err

@@ -179,9 +179,12 @@ def test_a_training_sees_and_records_as_many_tokens_as_its_result_is_drawn_with(
     if objective == "distil":
         changes |= {"objective": "distil", "distil": {"guidance": 3.0}}
     told: list[Started] = []
-    listener = Callbacks()
-    listener.on_start = told.append  # type: ignore[assignment,method-assign]
-    result = fit(Recipe.model_validate(recipe_tree(tmp_path / "run", **changes)), listener)
+
+    class Listener(Callbacks):
+        def on_start(self, started: Started) -> None:
+            told.append(started)
+
+    result = fit(Recipe.model_validate(recipe_tree(tmp_path / "run", **changes)), Listener())
     file = load_adapter(result)
     drawn = adapted_facts(facts, [(file, 1.0)])
     cached = Cache(tmp_path / "cache").settings["max_tokens"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from libreflux.training import optimizer as module
 from libreflux.training.optimizer import (
     AdamWBF16,
     AdamWFP32,
+    Schedule,
     clip_grad_norm,
     flat_gradient,
     lr_at,
@@ -41,18 +42,20 @@ def gradients(steps: int, width: int, seed: int = 0) -> Tensor:
     return (drift + 0.5 * torch.randn(steps, width, generator=generator)) * torch.logspace(-2, 2, width)
 
 
-def reference(start: Tensor, grads: Tensor, learning_rate: float, **options: float) -> tuple[Tensor, dict[str, Tensor]]:
+def reference(
+    start: Tensor, grads: Tensor, learning_rate: float, weight_decay: float
+) -> tuple[Tensor, dict[str, Tensor]]:
     parameter = nn.Parameter(start.double())
-    adamw = torch.optim.AdamW([parameter], lr=learning_rate, **options)  # type: ignore[arg-type]
+    adamw = torch.optim.AdamW([parameter], lr=learning_rate, weight_decay=weight_decay)
     for grad in grads:
         parameter.grad = grad.double()
         adamw.step()
     return parameter.detach(), adamw.state[parameter]
 
 
-def bf16_copies(start: Tensor, grads: Tensor, learning_rate: float, **options: float) -> AdamWBF16:
+def bf16_copies(start: Tensor, grads: Tensor, learning_rate: float, weight_decay: float) -> AdamWBF16:
     parameter = nn.Parameter(start.to(torch.bfloat16).repeat(COPIES, 1))
-    adamw = AdamWBF16([("w", parameter)], 3, **options)  # type: ignore[arg-type]
+    adamw = AdamWBF16([("w", parameter)], 3, weight_decay=weight_decay)
     for grad in grads:
         adamw.step(learning_rate, grad.repeat(COPIES))
     return adamw
@@ -264,10 +267,10 @@ def test_clip_grad_norm() -> None:
 
 
 def test_learning_rates() -> None:
-    def rates(schedule: str) -> list[float]:
-        return [lr_at(s, learning_rate=2.0, steps=10, warmup=4, schedule=schedule) for s in range(10)]  # type: ignore[arg-type]
+    def rates(schedule: Schedule) -> list[float]:
+        return [lr_at(s, learning_rate=2.0, steps=10, warmup=4, schedule=schedule) for s in range(10)]
 
-    for schedule in ("constant", "linear", "cosine"):
+    for schedule in get_args(Schedule):
         assert rates(schedule)[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
     assert rates("constant")[5:] == [2.0] * 5
     assert rates("linear")[5:] == pytest.approx([2 * (6 - i) / 6 for i in range(1, 6)])

@@ -53,7 +53,7 @@ def bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
             super().__init__(parameters, defaults)
 
         @torch.no_grad()
-        def step(self) -> None:  # type: ignore[override]
+        def step(self, closure: Any = None) -> Any:
             for group in self.param_groups:
                 for p in group["params"]:
                     own = self.state[p]
@@ -64,9 +64,9 @@ def bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
                     own["absmax1"].mul_(0.5).add_(p.grad.abs().max())
                     p.add_(p.grad.sign() * own["absmax1"], alpha=-group["lr"] / own["step"])
 
-    module = types.ModuleType("bitsandbytes")
+    module: Any = types.ModuleType("bitsandbytes")
     module.__spec__ = importlib.machinery.ModuleSpec("bitsandbytes", None)
-    module.optim = types.SimpleNamespace(AdamW8bit=Fake)  # type: ignore[attr-defined]
+    module.optim = types.SimpleNamespace(AdamW8bit=Fake)
     monkeypatch.setitem(sys.modules, "bitsandbytes", module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 

@@ -150,7 +150,7 @@ def prepare(
         "text": "int8" if spec.text_cache == "int8" else "bfloat16",
         **as_settings(precision),
     }
-    wanted = _Wanted(sources, spec.views, ["", *spec.prompts] if part[0] == 0 else [], spec.text_cache != "none")
+    wanted = Wanted(sources, spec.views, ["", *spec.prompts] if part[0] == 0 else [], spec.text_cache != "none")
     if read_all:
         _refuse_other_settings(out, settings)  # nothing of another model's cache is removed
         verify(out, own, bar)
@@ -190,7 +190,15 @@ def _tell_enlarged(crops: Sequence[Crop]) -> None:
 
 
 @dataclass(frozen=True)
-class _Todo:
+class Todo:
+    """What a cache lacks; false if it lacks nothing.
+
+    Attributes:
+        crops: pictures' crops to encode, one picture after another.
+        texts: to encode, sorted.
+        counted: to count the tokens of alone, sorted.
+    """
+
     crops: list[Crop]
     texts: list[str]
     counted: list[str]
@@ -200,20 +208,28 @@ class _Todo:
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """Everything a cache must hold."""
+class Wanted:
+    """Everything a cache must hold.
+
+    Attributes:
+        sources: with their samples.
+        views: of each picture.
+        prompts: stored beside the captions, whatever `store_captions` says.
+        store_captions: whether captions are stored; False: only their tokens are counted.
+    """
 
     sources: Sources
     views: Sequence[View]
     prompts: Sequence[str]
     store_captions: bool
 
-    def missing(self, cache: Cache | None) -> _Todo:
+    def missing(self, cache: Cache | None) -> Todo:
+        """What the cache lacks of it; None: there is no cache yet."""
         captions = (caption for _, samples in self.sources for sample in samples for caption in sample.captions)
         none: Iterator[str] = iter(())
         stored = itertools.chain(self.prompts, captions if self.store_captions else none)
         counted = none if self.store_captions else captions
-        return _Todo(
+        return Todo(
             self._missing_crops(cache),
             sorted(_absent(stored, cache.stored_texts if cache else None)),
             sorted(_absent(counted, cache.known_texts if cache else None) - set(self.prompts)),

@@ -45,13 +45,13 @@ class _Coming(Mapping[str, Tensor]):
     """Resting weights by name, each read to the device and then converted: half the way for half the bytes."""
 
     def __init__(self, resting: Mapping[str, Tensor], device: torch.device, dtypes: Mapping[str, torch.dtype]) -> None:
-        self._resting, self._device, self._dtypes = resting, device, dtypes
+        self.resting, self._device, self._dtypes = resting, device, dtypes
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._resting[name].to(self._device).to(self._dtypes[name])
+        return self.resting[name].to(self._device).to(self._dtypes[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._resting)
+        return iter(self.resting)
 
     def __len__(self) -> int:
-        return len(self._resting)
+        return len(self.resting)

@@ -48,7 +48,7 @@ def pinned(device: torch.device | str, *, drawing: bool = False) -> Iterator[Non
     if torch.device(device).type != "cuda":
         yield
         return
-    before = _Flags()
+    before = Flags()
     try:
         if not drawing:
             torch.backends.cuda.enable_cudnn_sdp(False)
@@ -62,7 +62,7 @@ def pinned(device: torch.device | str, *, drawing: bool = False) -> Iterator[Non
         before.put_back()
 
 
-class _Flags:
+class Flags:
     """What `pinned` changes, as it is found: under torch's older names, where those can be read, and its newer ones."""
 
     def __init__(self) -> None:
@@ -77,6 +77,7 @@ class _Flags:
         self.older_convolution = _read(lambda: torch.backends.cudnn.allow_tf32)
 
     def put_back(self) -> None:
+        """Sets all of them as they were."""
         torch.backends.cuda.enable_cudnn_sdp(self.cudnn_attention)
         torch.backends.cudnn.benchmark = self.benchmark
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = self.bf16_sums
