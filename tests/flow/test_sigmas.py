@@ -69,25 +69,22 @@ def test_one_draw_per_stratum(count: int, seed: int, name: str) -> None:
     assert bool((places > strata - 1e-4).all() and (places < strata + 1 + 1e-4).all())
 
 
-def exact_cdf(name: str) -> tuple[Law, Callable[[np.ndarray], np.ndarray]]:
-    """A law, and its marginal written with scipy alone."""
-    beta, normal = scipy.stats.beta(2, 2).cdf, scipy.stats.norm.cdf
-    logit = scipy.special.logit
-    laws: dict[str, tuple[Law, Callable[[np.ndarray], np.ndarray]]] = {
-        "logit-normal": (make_law("logit-normal", mean=-0.5, std=0.7), lambda s: normal((logit(s) + 0.5) / 0.7)),
-        "shifted": (make_law("beta", shift=3.0), lambda s: beta(s / (3 - 2 * s))),
-        "floored": (make_law("beta", uniform_floor=0.3), lambda s: 0.7 * beta(s) + 0.3 * s),
-        "all": (
-            make_law("logit-normal", shift=2.0, uniform_floor=0.1),
-            lambda s: 0.9 * normal(logit(s / (2 - s))) + 0.1 * s,
-        ),
-    }
-    return laws[name]
+beta, normal, logit = scipy.stats.beta(2, 2).cdf, scipy.stats.norm.cdf, scipy.special.logit
+EXACT: dict[str, tuple[Law, Callable[[np.ndarray], np.ndarray]]] = {
+    "logit-normal": (make_law("logit-normal", mean=-0.5, std=0.7), lambda s: normal((logit(s) + 0.5) / 0.7)),
+    "shifted": (make_law("beta", shift=3.0), lambda s: beta(s / (3 - 2 * s))),
+    "floored": (make_law("beta", uniform_floor=0.3), lambda s: 0.7 * beta(s) + 0.3 * s),
+    "all": (
+        make_law("logit-normal", shift=2.0, uniform_floor=0.1),
+        lambda s: 0.9 * normal(logit(s / (2 - s))) + 0.1 * s,
+    ),
+}
+"""Laws, each with its marginal written with scipy alone."""
 
 
-@pytest.mark.parametrize("name", ["logit-normal", "shifted", "floored", "all"])
+@pytest.mark.parametrize("name", EXACT)
 def test_further_laws_have_their_exact_marginal_and_one_draw_per_stratum(name: str) -> None:
-    law, cdf = exact_cdf(name)
+    law, cdf = EXACT[name]
     torch.testing.assert_close(torch.from_numpy(cdf(law.icdf(GRID).numpy())), GRID, atol=1e-11, rtol=0)
     inner = torch.linspace(0, 1, 501, dtype=torch.float64)
     torch.testing.assert_close(law.cdf(inner), torch.from_numpy(cdf(inner.numpy())), atol=1e-12, rtol=0)
@@ -133,7 +130,7 @@ def test_each_slot_alone_follows_the_law_where_the_originals_is_bound_to_its_ban
 
 
 def test_strata_have_less_variance_than_independent_draws() -> None:
-    """The mean of sigma^2 over 40 draws: SPEC f measured a ratio of 1e-3 to 9e-3."""
+    """The mean of sigma^2 over 40 draws: strata leave 1e-3 to 9e-3 of its variance."""
     means = {
         draw: torch.stack([draw(Beta(), 40, seeded(s)).square().mean() for s in range(400)]).var().item()
         for draw in (stratified, independent)

@@ -149,7 +149,7 @@ def test_pictures_of_others_are_refused(tmp_path: Path) -> None:
     info = PngInfo()
     info.add_text("libreflux", '{"schema": 1, "colour": 3}')
     IMAGE.save(damaged, pnginfo=info)
-    with pytest.raises(DataError, match="damaged record"):
+    with pytest.raises(DataError, match="says colour, which this version does not know; hint: update"):
         read_record(damaged)
     wrong = PngInfo()
     wrong.add_text("libreflux", json.dumps({**vars(ORIGIN), "steps": "many"}))

@@ -20,7 +20,7 @@ TILE_ABOVE = 1536
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Normalised mean of the posterior, z = (mu - shift) * scale (SPEC b): no noise, so a cache is a pure function.
+    """Normalised mean of the posterior, z = (mu - shift) * scale: no noise, so a cache is a pure function.
 
     Args:
         vae: FLUX's or one of its shape.
@@ -85,7 +85,7 @@ def stride(vae: AutoencoderKL) -> int:
 
 
 def pack(latents: Tensor) -> Tensor:
-    """[B, C, H, W] to tokens [B, HW/4, 4C]: 2x2 patches, channel index c*4 + row*2 + column (SPEC b).
+    """[B, C, H, W] to tokens [B, HW/4, 4C]: 2x2 patches, channel index c*4 + row*2 + column.
 
     Raises:
         ModelError: an odd side.

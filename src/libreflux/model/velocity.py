@@ -30,7 +30,7 @@ def velocity(
     """The model's velocity v(x_sigma, sigma, text) = E[noise - x0 | ...] at B samples.
 
     Text goes in as it is encoded, by default without padding: the batch is as wide as its longest prompt, shorter ones
-    are masked, and there is no mask at all when lengths agree. Masking is the same as trimming (SPEC a): text ids are
+    are masked, and there is no mask at all when lengths agree. Masking is the same as trimming: text ids are
     all zero, image queries see keys only, and nothing reads a padded row.
 
     Args:

@@ -203,9 +203,10 @@ class SigmaSpec(Section):
 
     @model_validator(mode="after")
     def _no_idle_parameter(self) -> SigmaSpec:
+        own = _LAW_PARAMS.get(self.law, ())
         for law, names in _LAW_PARAMS.items():
             for name in names:
-                if law != self.law and getattr(self, name) != type(self).model_fields[name].default:
+                if name not in own and getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} belongs to the {law} law and does nothing under {self.law}")
         if self.uniform_floor and self.law == "uniform" and self.shift == 1:
             raise ValueError("uniform_floor does nothing under the uniform law without a shift; remove it")

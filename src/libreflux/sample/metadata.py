@@ -213,7 +213,10 @@ def read_record(path: Path) -> GenerationRecord:
         values: Any = plainjson.parse(text)
         if values.get("schema") != 1:
             raise DataError(f"schema {values.get('schema')!r} is not 1", where=path, hint="update libreflux")
-        GenerationRecord(**values)  # unknown keys
+        known = {field.name for field in dataclasses.fields(GenerationRecord)}
+        if unknown := sorted(values.keys() - known):
+            what = f"says {', '.join(unknown)}, which this version does not know"
+            raise DataError(what, where=path, hint="update libreflux; it was made by a newer one")
         return TypeAdapter(GenerationRecord).validate_python(values)
     except (ValueError, TypeError, AttributeError) as error:
         why = (
