@@ -77,7 +77,7 @@ WAYS = {
     "json.loads": {
         "plainjson.py",
         "files.py",
-        "model/source.py",
+        "model/save.py",
         "probing/settings.py",
         "training/ranks.py",
         "emoji/compose.py",
