@@ -34,8 +34,20 @@ def check_side(pixels: int | None, where: str) -> None:
         raise OptionError(f"{pixels} is not a multiple of {SIDE_STEP}", where, hint=f"use {nearest}")
 
 
-def listed_numbers(value: object, where: str) -> tuple[Any, ...] | None:
+def plain_number(value: Any) -> Any:
+    """numpy's and torch's numbers as Python's, which JSON and records hold; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def listed_numbers(value: object, where: str, *, whole: bool = False, distinct: bool = True) -> tuple[Any, ...] | None:
     """Numbers as a Python caller gives them: one, several, or a text as `number_list` reads it; None stays None.
+
+    Args:
+        value: what was given; of one and of several each is checked by who uses it.
+        where: the option, for errors.
+        whole, distinct: of a text, see `number_list`; whole ones become int.
 
     Raises:
         OptionError: none of these.
@@ -43,12 +55,13 @@ def listed_numbers(value: object, where: str) -> tuple[Any, ...] | None:
     if value is None:
         return None
     if isinstance(value, str):
-        return number_list(value, where)
+        found = number_list(value, where, whole=whole, distinct=distinct)
+        return tuple(map(int, found)) if whole else found
     if isinstance(value, numbers.Number):
-        return (value,)
+        return (plain_number(value),)
     if not isinstance(value, Iterable):
         raise OptionError(f"cannot be {value!r}", where, hint="give a list of numbers")
-    return tuple(value)
+    return tuple(map(plain_number, value))
 
 
 def number_list(

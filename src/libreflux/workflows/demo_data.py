@@ -87,7 +87,7 @@ def demo_data_with(options: DemoDataOptions) -> DemoDataResult:
 def _check(options: DemoDataOptions, looks: tuple[str, ...]) -> None:
     if options.look not in looks:
         raise OptionError(f"no look {options.look!r}", "look", hint=f"use one of {', '.join(looks)}")
-    if options.count < 1:
+    if not isinstance(options.count, int) or options.count < 1:
         raise OptionError("is no number of pictures", "count", hint="give 1 or more")
     if options.seed < 0:
         raise OptionError("is negative", "seed", hint="give 0 or more")

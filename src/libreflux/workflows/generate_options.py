@@ -83,8 +83,7 @@ class GenerateOptions:
     on_picture: Callable[[Path], None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("sigmas",):
-            object.__setattr__(self, name, listed_numbers(getattr(self, name), name))
+        object.__setattr__(self, "sigmas", listed_numbers(self.sigmas, "sigmas", distinct=False))
 
 
 def texts_of_options(options: GenerateOptions) -> tuple[tuple[str, ...], Sequence[str | None]]:

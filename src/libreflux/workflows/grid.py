@@ -72,7 +72,7 @@ class GridOptions:
 
     def __post_init__(self) -> None:
         for name in ("guidance", "steps", "seeds"):
-            object.__setattr__(self, name, listed_numbers(getattr(self, name), name))
+            object.__setattr__(self, name, listed_numbers(getattr(self, name), name, whole=name != "guidance"))
 
 
 @dataclass(frozen=True)

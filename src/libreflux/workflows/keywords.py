@@ -8,12 +8,16 @@ import re
 import textwrap
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from libreflux.errors import OptionError
+from libreflux.values import plain_number
 
 TEXTS = {"prompts", "prompt_2", "negative", "negative_2"}
 """Options that may be empty: an empty text is one too."""
+MODELS = {"model", "what", "base", "against", "reference"}
+"""Options that name a model: a path of one is a name too."""
 P = ParamSpec("P")
 OptionsT = TypeVar("OptionsT")
 Result = TypeVar("Result")
@@ -30,9 +34,11 @@ def by_keywords(options: Callable[P, OptionsT], workflow: Callable[[OptionsT], R
     @functools.wraps(workflow)
     def call(*args: P.args, **kwargs: P.kwargs) -> Result:
         made = options(*args, **kwargs)
-        for name, value in vars(made).items():
-            if value == "" and name not in TEXTS:
+        for name, value in list(vars(made).items()):
+            if isinstance(value, str) and value == "" and name not in TEXTS:
                 raise OptionError("is empty", name, hint="give it a value, or leave it out")
+            value = str(value) if isinstance(value, Path) and name in MODELS else plain_number(value)
+            object.__setattr__(made, name, value)
         return workflow(made)
 
     call.__name__ = call.__qualname__ = workflow.__name__.removesuffix("_with")

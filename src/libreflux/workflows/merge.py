@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from libreflux.errors import AdapterError
 from libreflux.places import new_place
 from libreflux.printing import get_logger
 from libreflux.workflows.adapters import adapted_facts, load_arguments, notice_other_base
@@ -83,6 +84,8 @@ def merge_with(options: MergeOptions) -> MergeResult:
     from libreflux.model.save import LiveParts, save_model
 
     files = load_arguments(options.adapters)
+    if not files:
+        raise AdapterError("no adapter to merge", hint="name at least one adapter file")
     comfyui = None if options.comfyui is None else Path(options.comfyui)
     source = chosen_model(options.model, options.base, comfyui) or options.model
     start = open_model(source)

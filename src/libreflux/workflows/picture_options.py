@@ -36,7 +36,7 @@ def listed(values: str | Sequence[str] | None) -> tuple[str, ...]:
 
 def adapter_texts(adapters: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
     """Adapter arguments as texts, `PATH[:WEIGHT]`: of one, or of several."""
-    return tuple(map(str, [adapters] if isinstance(adapters, str | Path) else adapters))
+    return tuple(map(str, [adapters] if isinstance(adapters, str | Path) else adapters or ()))
 
 
 def named_model(model: str | Path | None, base: str | None, comfyui: str | Path | None) -> str | SingleFiles | None:

@@ -80,7 +80,7 @@ class ProbeOptions:
 
     def __post_init__(self) -> None:
         for name in ("guidance", "steps"):
-            object.__setattr__(self, name, listed_numbers(getattr(self, name), name))
+            object.__setattr__(self, name, listed_numbers(getattr(self, name), name, whole=name == "steps"))
 
 
 def check_options(options: ProbeOptions) -> None:
@@ -88,7 +88,7 @@ def check_options(options: ProbeOptions) -> None:
 
     Raises:
         OptionError: an option that has no effect, or a value that is none.
-        RecipeError: a resolution that is no multiple of 16, or a list of numbers with one out of range or there twice.
+            That includes a resolution that is no multiple of 16, and a list with a number out of range or there twice.
     """
     if options.reference is not None and options.against is None:
         raise OptionError("needs `against`", "reference", hint="name the distilled model with `against`")
@@ -96,9 +96,10 @@ def check_options(options: ProbeOptions) -> None:
         raise OptionError("takes the place of `judge`", "features", hint="give one of them")
     for name, (least, most) in _RANGES.items():
         value = getattr(options, name)
-        if value is not None and (value < least or (most is not None and value > most)):
-            limits = f"{least} or more" if most is None else f"a number from {least} to {most}"
-            raise OptionError(f"cannot be {value}", name, hint=f"use {limits}")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and (not whole or value < least or (most is not None and value > most)):
+            limits = f"{least} or more" if most is None else f"a whole number from {least} to {most}"
+            raise OptionError(f"cannot be {value!r}", name, hint=f"use {limits}")
     check_side(options.resolution, "resolution")
     if options.dtype not in PRECISIONS:
         raise OptionError(f"{options.dtype!r} is no precision", "dtype", hint="use stored, fp32 or bf16")
