@@ -204,8 +204,11 @@ def refused(soak: Soak, run: Path, steps: int, what: str) -> bool:
         return False
     text = soak.said(run).read_text()
     last = text.splitlines()[-1]
-    assert code == 2 and "Traceback" not in text, f"{run}: exit code {code}\n{text}"
-    assert last.startswith(f"libreflux: error: {run}") and what in last and "; hint: " in last, last
+    assert code == 2, f"{run}: exit code {code}\n{text}"
+    assert "Traceback" not in text, f"{run}: exit code {code}\n{text}"
+    assert last.startswith(f"libreflux: error: {run}"), last
+    assert what in last, last
+    assert "; hint: " in last, last
     return True
 
 

@@ -43,7 +43,8 @@ def test_a_training_is_compared(monkeypatch: pytest.MonkeyPatch, tiny_model_dir:
 def test_a_case_has_a_process_of_its_own_and_a_failure_shows_its_log() -> None:
     arguments = json.dumps({"head_dim": 64, "dtype": "fp32"})
     done = process(["-m", "gpu.cases", "passes.attention", arguments], environment=ON_CPU)
-    assert done.code == 0 and RESULT in done.out, done.log()
+    assert done.code == 0, done.log()
+    assert RESULT in done.out, done.log()
     with pytest.raises(pytest.fail.Exception, match=r"No module named 'gpu\.cases\.nowhere'"):
         alone("nowhere.nothing")
     slow = process(["-c", "import os, time; os.system('sleep 60') if not print('begun', flush=True) else 0"], seconds=2)

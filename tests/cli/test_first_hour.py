@@ -183,7 +183,8 @@ def test_a_mistyped_word_gets_the_nearest_one(
     for name in ("flux.safetensors", "adapter.safetensors", "fox.png"):
         (tmp_path / name).touch()
     done = run(*args)
-    assert done.code == 2 and told in done.err, done.err
+    assert done.code == 2, done.err
+    assert told in done.err, done.err
     assert len([line for line in done.err.splitlines() if "error" in line]) == 1
 
 

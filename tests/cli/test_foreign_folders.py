@@ -85,7 +85,8 @@ def test_what_macos_leaves_on_other_disks_is_passed_over(
         assert code == 0, err
     assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes()
     code, _, err = libreflux(tmp_path, "export", model, "--int8", "--out", "int8")
-    assert code == 0 and not [*(tmp_path / "int8").rglob("._*")], err
+    assert code == 0, err
+    assert not [*(tmp_path / "int8").rglob("._*")], err
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -104,7 +105,8 @@ def test_a_lone_variant_is_read_and_said(
         assert all(torch.equal(tensor, kept[name].half()) for name, tensor in parts[part].state_dict().items())
     assert found.transformer.dtype == torch.float16
     code, _, err = libreflux(tmp_path, "generate", "x", "--model", model, "--steps", 1, "--out", "y.png")
-    assert code == 0 and err.count("as the variant fp16 alone: that is read") == 2, err
+    assert code == 0, err
+    assert err.count("as the variant fp16 alone: that is read") == 2, err
     code, _, err = libreflux(tmp_path, "export", model, "--int8", "--out", "int8")
     assert code == 0, err
     open_model(tmp_path / "int8").load_text()  # under plain names, which every program reads

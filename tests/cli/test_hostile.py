@@ -306,7 +306,8 @@ def test_what_is_not_damaged_is_drawn_without_the_network(
 
 def test_a_hub_id_asks_the_network(libreflux: Callable, tmp_path: Path) -> None:
     code, _, err = libreflux(tmp_path, "generate", "a fox", "--model", "nobody/nothing")
-    assert code == 97 and err.startswith("socket.getaddrinfo"), err
+    assert code == 97, err
+    assert err.startswith("socket.getaddrinfo"), err
 
 
 def lora_for_wider_layers(file: Path) -> None:

@@ -84,7 +84,8 @@ def test_a_grid_is_not_drawn_again(run: Callable[..., Any], kept: Path) -> None:
     records = [read_record(path) for path in sorted((kept / "grid" / "cells").iterdir())]
     for _ in range(2):
         done = run(*COMMANDS["grid"])
-        assert done.code == 0 and "0 of 2 cells drawn now" in done.out, done.err
+        assert done.code == 0, done.err
+        assert "0 of 2 cells drawn now" in done.out, done.err
     now = [read_record(path) for path in (kept / "grid" / "cells").iterdir()]
     assert sorted(now, key=lambda one: one.steps) == sorted(records, key=lambda one: one.steps)
 

@@ -115,7 +115,8 @@ def test_in_a_good_place_the_work_is_looked_at(run: Callable, place: Path, verb:
     words = [word.replace("PLACE", "good").replace("ADAPTER", "lost.safetensors") for word in VERBS[verb][1]]
     save_file({"x.lora_A.weight": torch.zeros(1)}, place / "lost.safetensors")
     result = run(*words)
-    assert result.code == 2 and (GONE in result.err or "lost.safetensors: " in result.err), result.err
+    assert result.code == 2, result.err
+    assert GONE in result.err or "lost.safetensors: " in result.err, result.err
     assert not [path for path in place.glob("good*") if not path.is_dir()]
     assert not [*place.rglob(".trial*")]
     assert not os.path.lexists(place / "nowhere")

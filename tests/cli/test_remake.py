@@ -284,6 +284,9 @@ def test_a_damaged_record_is_one_line(
         image.save(tmp_path / "x.png", pnginfo=info)
     refused = run("generate", "--remake", tmp_path / "x.png", "--out", tmp_path / "y.png")
     lines = [line for line in refused.err.splitlines() if not line.startswith("drawing")]
-    assert refused.code == 2 and len(lines) == 1 and told in lines[0] and "; hint: " in lines[0], refused.err
+    assert refused.code == 2, refused.err
+    assert len(lines) == 1, refused.err
+    assert told in lines[0], refused.err
+    assert "; hint: " in lines[0], refused.err
     assert "pydantic" not in refused.err
     assert not (tmp_path / "y.png").exists()

@@ -54,7 +54,8 @@ def test_a_picture_of_a_single_file_is_remade_and_compared(run: Callable, comfyu
     assert run("generate", "a fox", "--comfyui", comfyui, "--out", tmp_path / "a.png").code == 0
     assert read_record(tmp_path / "a.png").model == str(single)
     done = run("generate", "--remake", tmp_path / "a.png", "--comfyui", comfyui, "--out", tmp_path / "b.png")
-    assert done.code == 0 and "bit for bit" in done.err, done.err
+    assert done.code == 0, done.err
+    assert "bit for bit" in done.err, done.err
     done = run("generate", "--remake", tmp_path / "a.png", "--out", tmp_path / "c.png")
     assert done.code == 2
     assert "--base" in done.err
@@ -76,7 +77,8 @@ def test_a_picture_of_a_single_file_is_remade_and_compared(run: Callable, comfyu
         "--out",
         tmp_path / "grid",
     )
-    assert done.code == 0 and "2 of 2 cells" in done.out, done.err
+    assert done.code == 0, done.err
+    assert "2 of 2 cells" in done.out, done.err
 
 
 def test_merge_and_int8_make_folders_of_single_files(
@@ -111,7 +113,9 @@ def test_what_cannot_be_opened_is_one_line(
     (tmp_path / "empty").mkdir()
     named = {"DIR": comfyui, "FILE": next(comfyui.rglob("flux1-*")), "EMPTY": tmp_path / "empty"}
     done = run("generate", "a fox", *[named.get(one, one) for one in options], "--out", tmp_path / "a.png")
-    assert done.code == 2 and message in done.err and not (tmp_path / "a.png").exists(), done.err
+    assert done.code == 2, done.err
+    assert message in done.err, done.err
+    assert not (tmp_path / "a.png").exists(), done.err
     assert len([line for line in done.err.splitlines() if "error" in line]) == 1
 
 
@@ -122,4 +126,5 @@ def test_verbs_that_want_a_folder_say_how_to_make_one(
     training = ["train", recipe, f"model={single}", f"out={tmp_path / 'run'}"]
     for command in (["probe", single], training, [*training, "--dry-run"]):
         done = run(*command)
-        assert done.code == 2 and "libreflux export FILE --base MODEL --for diffusers" in done.err, done.err
+        assert done.code == 2, done.err
+        assert "libreflux export FILE --base MODEL --for diffusers" in done.err, done.err

@@ -79,7 +79,8 @@ def killed(case: str, sign: Path, **arguments: Any) -> None:
     while not sign.exists() and started.poll() is None and time.monotonic() < until:
         time.sleep(0.002)
     started.kill()
-    assert started.wait() == -signal.SIGKILL and sign.exists(), f"{case} was not killed at {sign}"
+    assert started.wait() == -signal.SIGKILL, f"{case} was not killed at {sign}"
+    assert sign.exists(), f"{case} was not killed at {sign}"
 
 
 def libreflux(*arguments: object, code: int = 0, seconds: float = LIMIT) -> Done:
@@ -109,5 +110,6 @@ def last_line(done: Done) -> str:
     """The refusal that a command ended with: one line on stderr, and no traceback anywhere."""
     assert "Traceback" not in done.out + done.err, done.log()
     refusals = [line for line in done.err.splitlines() if line.startswith("libreflux: error: ")]
-    assert len(refusals) == 1 and done.err.rstrip().endswith(refusals[0]), done.log()
+    assert len(refusals) == 1, done.log()
+    assert done.err.rstrip().endswith(refusals[0]), done.log()
     return refusals[0]

@@ -51,10 +51,12 @@ def test_an_offload_fits_where_what_keeps_more_is_refused_in_one_line(
 ) -> None:
     cap = (peaks[fits] + peaks[too_large]) // 2
     drawn = _draw(large, fits, tmp_path, cap)
-    assert drawn.code == 0 and (tmp_path / f"{fits}.png").is_file(), drawn.log()
+    assert drawn.code == 0, drawn.log()
+    assert (tmp_path / f"{fits}.png").is_file(), drawn.log()
     refused = _draw(large, too_large, tmp_path, cap)
     line = last_line(refused)
-    assert refused.code in (1, 2) and "out of memory; hint: " in line, refused.log()
+    assert refused.code in (1, 2), refused.log()
+    assert "out of memory; hint: " in line, refused.log()
     assert not (tmp_path / f"{too_large}.png").exists()
 
 
@@ -72,9 +74,11 @@ def test_training_beyond_the_cap_is_one_line_and_goes_on_under_a_larger_one(
     assert first.code == 0, first.log()
     refused = train(4, int(0.6 * first.peak))
     line = last_line(refused)
-    assert refused.code in (1, 2) and "out of memory; hint: " in line, refused.log()
+    assert refused.code in (1, 2), refused.log()
+    assert "out of memory; hint: " in line, refused.log()
     again = train(4, int(1.2 * first.peak))
-    assert again.code == 0 and "resumes after step 2" in again.err, again.log()
+    assert again.code == 0, again.log()
+    assert "resumes after step 2" in again.err, again.log()
 
 
 @pytest.mark.parametrize("base", ["bf16", "int8"])

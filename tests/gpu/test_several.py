@@ -48,5 +48,6 @@ def test_more_processes_than_cards_are_refused(places: dict[str, Path]) -> None:
     done = _train(recipe, CARDS + 1)
     assert done.code not in (0, None), done.log()
     refusals = [line for line in (done.out + done.err).splitlines() if "libreflux: error: " in line]
-    assert refusals and any("hint: " in line and "card" in line for line in refusals), done.log()
+    assert refusals, done.log()
+    assert any("hint: " in line and "card" in line for line in refusals), done.log()
     assert not (places["out"] / "checkpoints").exists()

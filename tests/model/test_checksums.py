@@ -62,7 +62,9 @@ def test_every_flipped_bit_of_every_file_is_named(int8_dir: Path, tmp_path: Path
             with pytest.raises(ModelError) as error:
                 read(folder, name)
             line = str(error.value)
-            assert str(folder / name) in line and "; hint: " in line and "\n" not in line, line
+            assert str(folder / name) in line, line
+            assert "; hint: " in line, line
+            assert "\n" not in line, line
             (folder / name).write_bytes(whole)
     opened(folder)
 

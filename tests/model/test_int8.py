@@ -269,7 +269,8 @@ def test_adapters_get_the_gradients_of_the_dense_base_and_the_base_gets_none() -
         assert base
         assert all(tensor.grad is None and not tensor.requires_grad for tensor in base)
     for name, gradient in gradients[0].items():
-        assert gradient is not None and gradient.abs().max() > 0, name
+        assert gradient is not None, name
+        assert gradient.abs().max() > 0, name
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-6, atol=1e-6)
 
 
@@ -319,7 +320,8 @@ def int8_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        assert tensor.dtype == theirs[name].dtype and tensor.equal(theirs[name]), name
+        assert tensor.dtype == theirs[name].dtype, name
+        assert tensor.equal(theirs[name]), name
 
 
 def test_every_way_to_int8_gives_the_same_tensors(tiny_model_dir: Path, int8_dir: Path, tmp_path: Path) -> None:

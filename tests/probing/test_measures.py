@@ -61,7 +61,8 @@ def near(found: Estimate, truth: np.ndarray | float) -> None:
     spare = (found.high - found.low) / 2
     assert (spare > 0).all()
     assert (spare < 0.02).all()
-    assert (found.low - spare <= truth).all() and (truth <= found.high + spare).all(), (found, truth)
+    assert (found.low - spare <= truth).all(), (found, truth)
+    assert (truth <= found.high + spare).all(), (found, truth)
 
 
 def test_the_exact_velocity_has_slope_one_and_the_bayes_loss(mixture: Mixture) -> None:
@@ -140,7 +141,8 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
         found = picture_moments(40, 0.5, seeding.rng(0, "replication", replication))
         for column, (estimate, value) in enumerate(((slope(found, weights), 1.0), (loss(found, weights), truth))):
             hits[column] += estimate.low[0] <= value <= estimate.high[0]
-    assert (hits >= 0.90 * 300).all() and (hits <= 0.99 * 300).all(), hits / 300
+    assert (hits >= 0.90 * 300).all(), hits / 300
+    assert (hits <= 0.99 * 300).all(), hits / 300
 
 
 def test_intervals_are_scipys() -> None:

@@ -138,7 +138,8 @@ def test_every_damage_to_every_file_is_seen(tmp_path: Path, caplog: pytest.LogCa
             path.write_bytes(contents)
             caplog.clear()
             newest = checkpoint.latest(tmp_path)
-            assert newest is not None and newest.step == 1, (name, number)
+            assert newest is not None, (name, number)
+            assert newest.step == 1, (name, number)
             assert "step-00000002 is not used: " in caplog.text
             assert str(target) in caplog.text
             assert name in caplog.text or name == "manifest.json"  # a name in the manifest may be the damaged one

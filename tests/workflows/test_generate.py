@@ -334,7 +334,8 @@ def test_what_is_typed_wrong_is_refused_before_torch_is_loaded(words: list[str],
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(words)], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0 and done.stderr.startswith("libreflux: error: "), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("libreflux: error: "), done.stderr
     assert not list(tmp_path.iterdir())
 
 

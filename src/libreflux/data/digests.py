@@ -131,7 +131,8 @@ class FileMemory:
                 if len(self._new) >= AT_ONCE:
                     self.save()
                 for row in known:
-                    assert row is not None and row.fault is not None
+                    assert row is not None
+                    assert row.fault is not None
                     yield Inspected(row.digest, row.width, row.height, row.fault)
 
     def paths_of(self, digests: Set[str]) -> Iterator[tuple[str, Path]]:

@@ -138,7 +138,8 @@ def _export_adapter(options: ExportOptions, out: Path) -> ExportResult:
         raise OptionError("has no effect on an adapter", "base", hint="remove it")
     if out.suffix != ".safetensors":
         raise OptionError("is no .safetensors file", str(out), hint="name one with `out`")
-    assert options.what is not None and options.program is not None
+    assert options.what is not None
+    assert options.program is not None
 
     from libreflux.adapter.export import export_adapter
 

@@ -62,7 +62,8 @@ def apart(context: ProbeContext, a: PictureBatch, b: PictureBatch) -> tuple[np.n
 
 def feature_distance(a: Look, b: Look) -> np.ndarray:
     """[N] root mean square difference of judge features, picture by picture."""
-    assert a.verdict is not None and b.verdict is not None
+    assert a.verdict is not None
+    assert b.verdict is not None
     found: np.ndarray = (a.verdict.features - b.verdict.features).double().square().mean(dim=1).sqrt().numpy()
     return found
 
