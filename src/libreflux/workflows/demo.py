@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from libreflux import plainjson
-from libreflux.errors import OptionError, RunError
+from libreflux.errors import OptionError, OptionHint, RunError
 from libreflux.files import atomic_write_text
 from libreflux.places import folder_place
 from libreflux.printing import counted
@@ -127,7 +127,7 @@ def demo_with(options: DemoOptions) -> DemoResult:
     folder_place(out, "run", "probe")
     data, run, recipe_file = out / "pictures", out / "run", out / "recipe.yaml"
     if recipe_file.exists() and not recipe_file.read_text("utf-8", "replace").startswith(RECIPE.partition("\n")[0]):
-        raise RunError("is not a demo's recipe", where=recipe_file, hint="name another folder with --out")
+        raise RunError("is not a demo's recipe", where=recipe_file, hint=OptionHint("name another folder with `out`"))
     places = {"data": scalar(str(data)), "out": scalar(str(run))}
     text = RECIPE.format(model=MODEL, steps=options.steps, warmup=min(20, options.steps // 10), **places)
     recipe = read_recipe(text, str(recipe_file))
@@ -215,7 +215,7 @@ def _write_pictures(data: Path, options: DemoOptions) -> None:
     if data.is_dir() and len(list(data.glob("[!.]*.png"))) == options.pictures:
         return
     if data.exists():
-        raise RunError("holds other pictures", where=data, hint="remove it, or name another folder with --out")
+        raise RunError("holds other pictures", where=data, hint=OptionHint("remove it, or name another folder with `out`"))
     data.parent.mkdir(parents=True, exist_ok=True)
     written = demo_data_with(
         DemoDataOptions(data, count=options.pictures, seed=SEED, pairs=0.2, progress=options.progress)
