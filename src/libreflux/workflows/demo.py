@@ -215,7 +215,8 @@ def _write_pictures(data: Path, options: DemoOptions) -> None:
     if data.is_dir() and len(list(data.glob("[!.]*.png"))) == options.pictures:
         return
     if data.exists():
-        raise RunError("holds other pictures", where=data, hint=OptionHint("remove it, or name another folder with `out`"))
+        hint = OptionHint("remove it, or name another folder with `out`")
+        raise RunError("holds other pictures", where=data, hint=hint)
     data.parent.mkdir(parents=True, exist_ok=True)
     written = demo_data_with(
         DemoDataOptions(data, count=options.pictures, seed=SEED, pairs=0.2, progress=options.progress)
