@@ -98,7 +98,7 @@ def test_what_is_refused_is_named_as_the_caller_wrote_it(
     ("options", "text"),
     [
         ({"pictures": 1}, "^pictures: cannot be 1; hint: use 2 or more$"),
-        ({"resolution": 8208}, "^resolution: cannot be 8208; hint: use a number from 16 to 8192$"),
+        ({"resolution": 8208}, "^resolution: cannot be 8208; hint: use a whole number from 16 to 8192$"),
         ({"seed": -1}, "^seed: cannot be -1"),
         ({"guidance": [3, 3]}, "^guidance: '3,3' has 3 twice"),
         ({"guidance": [float("nan")]}, "^guidance: cannot be nan"),
