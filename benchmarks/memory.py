@@ -185,6 +185,7 @@ def measure(what: str, folder: Path) -> dict[str, Any]:
 def _train(tree: dict[str, Any], meter: Meter) -> None:
     from diffusers import FluxTransformer2DModel
 
+    from libreflux.data.held_out import HeldOut
     from libreflux.training.callbacks import Started, StepInfo
     from libreflux.training.loop import fit
     from libreflux.workflows.run_record import RunRecorder
@@ -200,8 +201,8 @@ def _train(tree: dict[str, Any], meter: Meter) -> None:
         def on_save(self, step: int, folder: Path) -> None:
             meter.mark("training")
 
-        def on_measure(self, step: int, transformer: FluxTransformer2DModel) -> None:
-            super().on_measure(step, transformer)
+        def on_measure(self, step: int, transformer: FluxTransformer2DModel, held_out: HeldOut) -> None:
+            super().on_measure(step, transformer, held_out)
             meter.mark("measuring held-out pictures" if step == 0 else "after the last step")
 
         def on_sample(self, step: int, transformer: FluxTransformer2DModel) -> None:

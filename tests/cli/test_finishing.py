@@ -15,6 +15,7 @@ import pytest
 from libreflux.adapter.targets import lokr_row
 from libreflux.cli.train import summary
 from libreflux.model.facts import Facts
+from libreflux.model.opening import open_model
 from libreflux.recipe import load_recipe
 from libreflux.training.callbacks import Started
 from libreflux.training.loop import fit
@@ -71,10 +72,10 @@ def dies_before(name: str, step: int, patch: pytest.MonkeyPatch) -> None:
         return
     real = getattr(RunRecorder, name)
 
-    def listen(self: RunRecorder, at: int, thing: object) -> None:
+    def listen(self: RunRecorder, at: int, *things: object) -> None:
         if at == step:
             raise Killed
-        real(self, at, thing)
+        real(self, at, *things)
 
     patch.setattr(RunRecorder, name, listen)
 
@@ -164,6 +165,7 @@ STARTED = Started(
     steps=20000,
     pictures=8,
     epoch_steps=1,
+    source=open_model("emoji-base"),
     facts=Facts(),
     resolved=LAYERS,
     start_norm=0.00123,

@@ -23,7 +23,8 @@ from libreflux.data.order import step_plan
 from libreflux.data.prepare import encode_online
 from libreflux.data.sources import Sample
 from libreflux.errors import DataError, RunError
-from libreflux.recipe import DataSource, load_recipe
+from libreflux.model.opening import open_model
+from libreflux.recipe import DataSource
 
 SQUARE = View("square", 32)
 Prepared = tuple[Cache, list[tuple[DataSource, list[Sample]]]]
@@ -90,9 +91,8 @@ def test_without_a_text_cache_lengths_are_known_and_captions_encoded_when_read(
     assert cache.stored_texts([text_key(""), text_key("a fox")]).all()
     with pytest.raises(DataError, match="is not here"):
         cache.text(captions[:1])
-    values = [f"model={tiny_model_dir}", f"data.0.path={pictures}", "resolution=32", "steps=1", f"out={tmp_path}"]
     online = Batches(
-        cache, sources, views=[SQUARE], seed=0, encode=encode_online(load_recipe(None, values), cache, "cpu")
+        cache, sources, views=[SQUARE], seed=0, encode=encode_online(open_model(tiny_model_dir), cache, "cpu")
     )
     cached = Batches(full, sources, views=[SQUARE], seed=0)
     assert online.fingerprint() == cached.fingerprint()

@@ -194,7 +194,7 @@ def test_text_that_is_encoded_while_training_is_what_a_cache_would_hold(
     assert one.lengths == other.lengths
     assert one.lengths[0] > 12
     torch.testing.assert_close(one.tokens[0], other.tokens[0], rtol=2**-5, atol=2**-5)
-    cuda = encode_online(recipe, full.cache, "cuda")
+    cuda = encode_online(open_model(recipe.model), full.cache, "cuda")
     assert watch.opened[-1] == ("text", "cuda", torch.bfloat16, False)
     assert cuda([""]).lengths == [1]
 

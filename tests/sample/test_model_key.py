@@ -15,6 +15,7 @@ from libreflux import files
 from libreflux.adapter.io import load_adapter
 from libreflux.adapter.peft import CONFIG, FILES
 from libreflux.data.digests import FileMemory
+from libreflux.model.opening import open_model
 from libreflux.model.single_file import SingleFiles, find_comfyui
 from libreflux.sample.model_key import adapters_key, model_key
 from opened import opened
@@ -47,10 +48,10 @@ def moved(files_: SingleFiles, folder: Path) -> SingleFiles:
 
 
 def test_single_files_are_known_by_what_is_in_them(comfyui: SingleFiles, tiny_model_dir: Path, tmp_path: Path) -> None:
-    before = model_key(comfyui, FileMemory(tmp_path))
-    assert model_key(moved(comfyui, tmp_path / "moved"), FileMemory(tmp_path)) == before
+    before = model_key(open_model(comfyui), FileMemory(tmp_path))
+    assert model_key(open_model(moved(comfyui, tmp_path / "moved")), FileMemory(tmp_path)) == before
     other_base = dataclasses.replace(comfyui, tokenizer_2=None, base=str(tiny_model_dir))
-    assert model_key(other_base, FileMemory(tmp_path))["transformer"] == before["transformer"]
+    assert model_key(open_model(other_base), FileMemory(tmp_path))["transformer"] == before["transformer"]
     vae, t5 = comfyui.vae, comfyui.text_encoder_2
     assert vae is not None
     assert t5 is not None
@@ -61,12 +62,12 @@ def test_single_files_are_known_by_what_is_in_them(comfyui: SingleFiles, tiny_mo
     }
     for name, change in changed.items():
         change()
-        now = model_key(comfyui, FileMemory(tmp_path))
+        now = model_key(open_model(comfyui), FileMemory(tmp_path))
         assert {each for each in now if now[each] != before[each]} == {name}
         before = now
     assert comfyui.tokenizer_2 is not None
     change_json(comfyui.tokenizer_2 / "tokenizer_config.json", another="setting")
-    assert model_key(comfyui, FileMemory(tmp_path))["text_encoders"] != before["text_encoders"]
+    assert model_key(open_model(comfyui), FileMemory(tmp_path))["text_encoders"] != before["text_encoders"]
 
 
 def test_no_file_of_a_model_is_hashed_twice(
@@ -81,12 +82,12 @@ def test_no_file_of_a_model_is_hashed_twice(
 
     monkeypatch.setattr(files, "sha256_file", told)
     memory = FileMemory(tmp_path)
-    found = model_key(str(tiny_model_dir), memory)
+    found = model_key(open_model(tiny_model_dir), memory)
     assert read
     assert len(set(read)) == len(read)
     memory.save()
     read.clear()
-    assert model_key(str(tiny_model_dir), FileMemory(tmp_path)) == found
+    assert model_key(open_model(tiny_model_dir), FileMemory(tmp_path)) == found
     assert read == []
 
 

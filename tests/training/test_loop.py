@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from libreflux import files
 from libreflux.adapter.io import attach_file
+from libreflux.data.held_out import HeldOut
 from libreflux.data.order import step_plan
 from libreflux.data.prepare import prepare_recipe
 from libreflux.errors import AdapterError, RunError
@@ -62,7 +63,7 @@ class Recorder(Callbacks):
     def on_sample(self, step: int, transformer: FluxTransformer2DModel) -> None:
         self.tell("sample", step)
 
-    def on_measure(self, step: int, transformer: FluxTransformer2DModel) -> None:
+    def on_measure(self, step: int, transformer: FluxTransformer2DModel, held_out: HeldOut) -> None:
         self.tell("measure", step)
 
     def on_save(self, step: int, folder: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
+from libreflux.data.held_out import HeldOut
 from libreflux.errors import RunError
 from libreflux.model.faults import is_out_of_memory
 from libreflux.recipe import AdapterSpec, Recipe, read_recipe
@@ -95,7 +96,7 @@ def test_an_odd_batch_keeps_its_product_with_accumulate(recipe_tree: Tree, tmp_p
 
 def test_measuring_without_memory_has_its_own_mend(recipe_tree: Tree, tmp_path: Path) -> None:
     class Measuring(Callbacks):
-        def on_measure(self, step: int, transformer: FluxTransformer2DModel) -> None:
+        def on_measure(self, step: int, transformer: FluxTransformer2DModel, held_out: HeldOut) -> None:
             too_much()
 
     recipe = Recipe.model_validate(recipe_tree(tmp_path / "run", held_out={"share": 0.4, "every": 1}))

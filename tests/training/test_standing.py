@@ -46,7 +46,7 @@ class Watcher(Callbacks):
     def on_sample(self, step: int, transformer: Any) -> None:
         self.tell("sample", step)
 
-    def on_measure(self, step: int, transformer: Any) -> None:
+    def on_measure(self, step: int, transformer: Any, held_out: Any) -> None:
         self.tell("measure", step)
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from libreflux.data.crops import View, views
 from libreflux.data.precision import TextPrecision
+from libreflux.model.source import ModelSource
 from libreflux.recipe import DataSource, Recipe
 
 
@@ -17,7 +18,7 @@ class CacheSpec:
     """Pictures, captions and prompts, the model that encodes them, and where they are kept.
 
     Attributes:
-        model: name, folder or hub id; its VAE and text encoders are used.
+        model: name, folder or hub id, or such a model, open; its VAE and text encoders are used.
         data: the folders.
         views: crops and resolutions.
         text_padding: "drop" or "trim".
@@ -32,7 +33,7 @@ class CacheSpec:
         max_tokens: the most T5 tokens of a text; None: as many as the model reads once it is trained.
     """
 
-    model: str | Path
+    model: str | Path | ModelSource
     data: Sequence[DataSource]
     views: Sequence[View]
     text_padding: str
@@ -45,11 +46,16 @@ class CacheSpec:
     max_tokens: int | None = None
 
 
-def spec_of(recipe: Recipe) -> CacheSpec:
-    """What a recipe trains on and holds out; the folder of ``held_out.path`` is the last source."""
+def spec_of(recipe: Recipe, source: ModelSource | None = None) -> CacheSpec:
+    """What a recipe trains on and holds out; the folder of ``held_out.path`` is the last source.
+
+    Args:
+        recipe: see `prepare.prepare_recipe`.
+        source: its model, where that is open.
+    """
     apart = [] if recipe.held_out.path is None else [DataSource(path=recipe.held_out.path)]
     return CacheSpec(
-        model=recipe.model,
+        model=recipe.model if source is None else source,
         data=[*recipe.data, *apart],
         views=views(recipe.crop, recipe.resolution),
         text_padding=recipe.text_padding,

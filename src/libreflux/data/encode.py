@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,7 +28,7 @@ from libreflux.model import latents
 from libreflux.model import text as text_tokens
 from libreflux.model.device import release
 from libreflux.model.faults import explained
-from libreflux.model.opening import open_model, open_t5_tokenizer
+from libreflux.model.source import ModelSource
 from libreflux.model.text import TextEncoders
 from libreflux.printing import counted, readable
 
@@ -43,12 +42,12 @@ class Encoders:
     """A model's VAE and text encoders, each opened when its turn comes.
 
     Attributes:
-        model: name, folder or hub id.
+        source: the model.
         device: where they run.
         text_dtype: of the text encoders; the VAE is fp32.
     """
 
-    model: str | Path
+    source: ModelSource
     device: str
     text_dtype: torch.dtype
 
@@ -60,7 +59,7 @@ class Encoders:
             RunError: no memory for it.
         """
         with explained("opening the VAE", f"free some memory{self._elsewhere}"):
-            return open_model(self.model).load_vae(dtype=torch.float32, device=self.device)
+            return self.source.load_vae(dtype=torch.float32, device=self.device)
 
     def open_text(self) -> TextEncoders:
         """The text encoders, on the device or, in fp32 on a card, beside it.
@@ -71,7 +70,7 @@ class Encoders:
         """
         resting = by_block(self.text_dtype, self.device)
         with explained("opening the text encoders", self._mend_texts):
-            return open_model(self.model).load_text(dtype=self.text_dtype, device=self.device, by_block=resting)
+            return self.source.load_text(dtype=self.text_dtype, device=self.device, by_block=resting)
 
     def explained_crop(self, crop: Crop) -> AbstractContextManager[None]:
         """See `faults.explained`."""
@@ -169,7 +168,7 @@ def encode_texts(
     """
     if not texts:
         return
-    order = _by_length(texts, open_t5_tokenizer(encoders.model), max_tokens)
+    order = _by_length(texts, encoders.source.load_t5_tokenizer(), max_tokens)
     text = encoders.open_text()
     stored = done = 0
     for places in _parts(order):
@@ -190,7 +189,7 @@ def count_tokens(
     """Notes how long distinct texts are, which the order of training goes by, and stores nothing else of them."""
     if not texts:
         return
-    tokenizer = open_t5_tokenizer(encoders.model)
+    tokenizer = encoders.source.load_t5_tokenizer()
     for part in _parts(texts, 64 * SHARD_ITEMS):
         writer.add_token_counts(part, text_tokens.count_tokens(tokenizer, part, max_tokens=max_tokens))
         bar.advance(len(part))

@@ -22,7 +22,7 @@ from libreflux.data.cache import LATENTS, PARTS, Cache, index_folders, writing
 from libreflux.data.cache_spec import CacheSpec, spec_of
 from libreflux.data.captions import check_weights
 from libreflux.data.crops import View, views
-from libreflux.data.digests import FileMemory, encoder_digests
+from libreflux.data.digests import TEXT_PARTS, VAE_PARTS, FileMemory, encoder_digests
 from libreflux.data.encode import Crop, Encoders, count_tokens, encode_crops, encode_texts
 from libreflux.data.forecast import check_disk
 from libreflux.data.held_out import HeldOut, refuse_trained, split
@@ -36,8 +36,8 @@ from libreflux.data.summary import Told, summarise
 from libreflux.data.vocabulary import cuts_untold, tell_cut, tell_foreign
 from libreflux.errors import DataError
 from libreflux.model.facts import trained_facts
-from libreflux.model.locate import locate
 from libreflux.model.opening import open_model
+from libreflux.model.source import ModelSource
 from libreflux.model.text import TextConditioning, check_trained_padding
 from libreflux.places import folder_place
 from libreflux.printing import get_logger
@@ -51,13 +51,19 @@ _AT_ONCE = 2**16
 
 
 def prepare_recipe(
-    recipe: Recipe, *, device: str = "cpu", progress: Progress | None = None, told: Told | None = None
+    recipe: Recipe,
+    source: ModelSource | None = None,
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    told: Told | None = None,
 ) -> tuple[Batches, HeldOut | None]:
     """Prepares what a recipe needs, its sample prompts too.
 
     Args:
         recipe: its model, data, held-out pictures, crops, resolutions, latents, text padding, text cache, cache folder
             and seed are used.
+        source: the model, where that is open; None: it is opened by its name.
         device: where the encoders run.
         progress: see :func:`prepare`.
         told: likewise.
@@ -68,8 +74,9 @@ def prepare_recipe(
     Raises:
         DataError: also for held-out pictures that are trained on, or a share that holds out nothing or everything.
     """
-    cache, sources = prepare_cache(recipe, device=device, progress=progress, told=told)
-    encode = encode_online(recipe, cache, device) if recipe.text_cache == "none" else None
+    source = open_model(recipe.model if source is None else source)
+    cache, sources = prepare_cache(recipe, source, device=device, progress=progress, told=told)
+    encode = encode_online(source, cache, device) if recipe.text_cache == "none" else None
     wanted, shown = recipe.held_out, views(recipe.crop, recipe.resolution)
     if wanted.path is None:
         trained, held_out = split(sources, wanted.share)
@@ -87,6 +94,7 @@ def prepare_recipe(
 
 def prepare_cache(
     recipe: Recipe,
+    source: ModelSource | None = None,
     *,
     device: str = "cpu",
     part: Part = WHOLE,
@@ -95,7 +103,7 @@ def prepare_cache(
     read_all: bool = False,
 ) -> tuple[Cache, Sources]:
     """Prepares what a recipe trains on and holds out, or a part of it; see :func:`prepare`."""
-    return prepare(spec_of(recipe), device=device, part=part, progress=progress, told=told, read_all=read_all)
+    return prepare(spec_of(recipe, source), device=device, part=part, progress=progress, told=told, read_all=read_all)
 
 
 def prepare(
@@ -133,9 +141,10 @@ def prepare(
     own = out if part == WHOLE else out / PARTS / f"{part[0]:04d}-of-{part[1]:04d}"
     if not (own / INDEX).is_file():  # a whole cache may be on a disk that is only read
         folder_place(own)
-    folder, max_tokens = locate(spec.model), spec.max_tokens
+    source, max_tokens = open_model(spec.model), spec.max_tokens
+    folder = source.fetch(*VAE_PARTS, *TEXT_PARTS)
     if max_tokens is None:
-        max_tokens = trained_facts(open_model(spec.model).facts, text_padding=text_padding).max_tokens
+        max_tokens = trained_facts(source.facts, text_padding=text_padding).max_tokens
     memory = FileMemory(own, [each for each in index_folders(out) if each != own])
     bar = ProgressCount(progress)
     sources, quarantined = _read(spec, memory, part, bar, told)
@@ -168,7 +177,7 @@ def prepare(
             todo = wanted.missing(_known(out, settings))  # another process may have written before our lock
             bar.expect(len(todo.crops) + len(todo.texts) + len(todo.counted))
             memory.save()
-            encoders = Encoders(spec.model, device, DTYPES[precision])
+            encoders = Encoders(source, device, DTYPES[precision])
             encode_crops(todo.crops, encoders, writer, bar)
             encode_texts(todo.texts, text_padding, max_tokens, encoders, writer, bar)
             count_tokens(todo.counted, max_tokens, encoders, writer, bar)
@@ -297,9 +306,9 @@ def _read(
     return sources, quarantined
 
 
-def encode_online(recipe: Recipe, cache: Cache, device: str) -> Callable[[Sequence[str]], TextConditioning]:
+def encode_online(source: ModelSource, cache: Cache, device: str) -> Callable[[Sequence[str]], TextConditioning]:
     """Captions → what the cache would hold of them: it says how, and has their lengths."""
-    encoders = Encoders(recipe.model, device, dtype_of(cache.settings))
+    encoders = Encoders(source, device, dtype_of(cache.settings))
     text = encoders.open_text()
 
     def encode(captions: Sequence[str]) -> TextConditioning:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 from dataclasses import dataclass, field
@@ -220,14 +219,8 @@ def find_facts(name: str, folder: Path, *, guidance_embeds: bool, masked: bool =
     nearest, like = (_DEV, "FLUX.1-dev") if guidance_embeds else (_SCHNELL, "FLUX.1-schnell")
     if masked:
         nearest, like = dataclasses.replace(_LIBREFLUX, guidance_embeds=guidance_embeds), "LibreFLUX"
-    warn_taken_for(name, like)
-    return nearest
-
-
-@functools.cache  # a command opens a model more than once
-def warn_taken_for(name: str, like: str) -> None:
-    """Once a process and model: that its facts were guessed by likeness."""
     logger.warning("%s has no %s: taken for a model like %s", name, FACTS_FILE, like)
+    return nearest
 
 
 _TOLD = "_libreflux_facts"
@@ -260,4 +253,5 @@ def facts_of(transformer: Any) -> Facts:
     if facts.guidance_embeds != guided:
         hint = "correct the file, or pass facts"
         raise ModelError("guidance_embeds in libreflux.json is not the transformer's", where=folder, hint=hint)
+    tell_facts(transformer, facts)  # whoever asks next hears no second notice
     return facts

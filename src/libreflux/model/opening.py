@@ -53,6 +53,11 @@ class FolderSource(ModelSource):
         with quiet(), verified_part(folder), one_line(folder):
             return FlowMatchEulerDiscreteScheduler.from_pretrained(folder, local_files_only=True)
 
+    @property
+    def config_file(self) -> Path:
+        """See `ModelSource.config_file`."""
+        return self.path / "transformer" / "config.json"
+
     def has(self, part: str) -> bool:
         """See `ModelSource.has`."""
         return part_folder(self.path, part).is_dir()
@@ -115,6 +120,11 @@ class FilesSource(ModelSource):
         super().__init__(str(files), files.transformer, facts, config)
         self._files, self._base = files, base
 
+    @property
+    def config_file(self) -> Path | None:
+        """See `ModelSource.config_file`."""
+        return None if self._base is None else self._base.config_file
+
     def has(self, part: str) -> bool:
         """See `ModelSource.has`."""
         return self._held(part) is not None or (self._base is not None and self._base.has(part))
@@ -175,15 +185,18 @@ class FilesSource(ModelSource):
         return load_text(self.places(*TEXT_PARTS), dtype, device, by_block=by_block)
 
 
-def open_model(name: str | Path | SingleFiles) -> ModelSource:
+def open_model(name: str | Path | SingleFiles | ModelSource) -> ModelSource:
     """A handle on a model: located, looked at and told about once. Its parts are loaded when they are asked for.
 
     Args:
-        name: "emoji-base" and its kin, a diffusers folder or a hub id, see `locate`; or single files.
+        name: "emoji-base" and its kin, a diffusers folder or a hub id, see `locate`; or single files. A model that is
+            open already is returned as it is.
 
     Raises:
         ModelError: no such model, or one that is no model of the FLUX family.
     """
+    if isinstance(name, ModelSource):
+        return name
     if isinstance(name, SingleFiles):
         return _open_files(name)
     path = locate(name, weights=False)
@@ -209,15 +222,6 @@ def _open_files(files: SingleFiles) -> ModelSource:
     config = transformer_config(given, None if base is None else base.config)
     facts = _file_facts(given, base, bool(config.get("guidance_embeds", False)))
     return FilesSource(files, base, facts, config)
-
-
-def open_t5_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """T5's tokenizer of a model, see `locate`, without a weight.
-
-    Raises:
-        ModelError: no such model, or no tokenizer in it.
-    """
-    return load_t5_tokenizer(part_folder(locate(name, weights=False), "tokenizer_2"))
 
 
 def _file_facts(file: TensorFile, base: ModelSource | None, guidance_embeds: bool) -> Facts:

@@ -77,6 +77,11 @@ class ModelSource:
         """
         raise NotImplementedError
 
+    @property
+    def config_file(self) -> Path | None:
+        """Where `config` was read; None where it follows from a single file alone."""
+        raise NotImplementedError
+
     def part_config(self, part: str) -> dict[str, Any]:
         """config.json of the transformer, the VAE or a text encoder.
 

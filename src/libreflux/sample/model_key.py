@@ -10,51 +10,34 @@ from libreflux.adapter.io import AdapterFile
 from libreflux.data.digests import TEXT_PARTS, VAE_PARTS, FileMemory, parts_digest
 from libreflux.decided import digest
 from libreflux.model.facts import Facts
-from libreflux.model.locate import locate, part_folder
-from libreflux.model.opening import open_model
 from libreflux.model.parts import json_object
-from libreflux.model.single_file import SingleFiles
-from libreflux.model.source import weights_hash
+from libreflux.model.source import ModelSource, weights_hash
 from libreflux.model.tensor_file import TensorFile
 
 FORMULA = 1
 """Raised when the same model and the same request come to give another picture, not only other last bits."""
 
 
-def model_key(source: str | SingleFiles, memory: FileMemory) -> dict[str, str]:
+def model_key(source: ModelSource, memory: FileMemory) -> dict[str, str]:
     """The weights and configuration of the transformer, the VAE, and the text encoders with their tokenizers.
 
     Args:
-        source: a name, see `locate`, or single files.
+        source: the model; all its weights are fetched.
         memory: knows the files that were read before; of a model that has not changed none is read again.
     """
-    if isinstance(source, SingleFiles):
-        return _single_key(source, memory)
-    folder = locate(source)
+    source.fetch("transformer", *VAE_PARTS, *TEXT_PARTS)
+    config = source.config_file  # of single files without a base the file itself tells all
     return {
-        "transformer": weights_hash(folder, memory.sha256),
-        "transformer_config": config_digest(folder / "transformer" / "config.json"),
-        "vae": parts_digest({part: part_folder(folder, part) for part in VAE_PARTS}, memory),
-        "text_encoders": parts_digest({part: part_folder(folder, part) for part in TEXT_PARTS}, memory),
+        "transformer": weights_hash(source.path, memory.sha256),
+        "transformer_config": "" if config is None else config_digest(config),
+        "vae": _places_digest(source, VAE_PARTS, memory),
+        "text_encoders": _places_digest(source, TEXT_PARTS, memory),
     }
 
 
-def _single_key(source: SingleFiles, memory: FileMemory) -> dict[str, str]:
-    opened = open_model(source)
-
-    def told(parts: tuple[str, ...]) -> str:
-        found = opened.places(*parts)
-        return parts_digest(
-            {part: place.path if isinstance(place, TensorFile) else place for part, place in found.items()}, memory
-        )
-
-    base = None if source.base is None else locate(source.base, weights=False) / "transformer" / "config.json"
-    return {
-        "transformer": weights_hash(source.transformer, memory.sha256),
-        "transformer_config": "" if base is None else config_digest(base),  # the file itself tells the rest
-        "vae": told(VAE_PARTS),
-        "text_encoders": told(TEXT_PARTS),
-    }
+def _places_digest(source: ModelSource, parts: tuple[str, ...], memory: FileMemory) -> str:
+    places = source.places(*parts).items()
+    return parts_digest({part: at.path if isinstance(at, TensorFile) else at for part, at in places}, memory)
 
 
 def config_digest(path: Path) -> str:

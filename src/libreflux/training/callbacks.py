@@ -13,6 +13,7 @@ from libreflux.adapter.targets import Resolved
 from libreflux.data.held_out import HeldOut
 from libreflux.data.summary import SourceSummary
 from libreflux.model.facts import Facts
+from libreflux.model.source import ModelSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class Started:
         pictures: samples of the data: each picture once in each view.
         held_out: pictures that are never trained on; None if the recipe asks for none.
         epoch_steps: steps of the first epoch that shows a picture.
+        source: the base model.
         facts: of the model that is trained: the base's, freed of a distillation's own defaults.
         resolved: the adapted layers.
         start_norm: ||delta|| / ||W|| over them before the first step; None in a resumed run.
@@ -36,6 +38,7 @@ class Started:
     steps: int
     pictures: int
     epoch_steps: int
+    source: ModelSource
     facts: Facts
     resolved: Sequence[Resolved]
     start_norm: float | None = None
@@ -115,7 +118,7 @@ class Callbacks:
         at its last step too, until that was whole and RUN/adapter.safetensors was written: leave the same each time.
         """
 
-    def on_measure(self, step: int, transformer: FluxTransformer2DModel) -> None:
+    def on_measure(self, step: int, transformer: FluxTransformer2DModel, held_out: HeldOut) -> None:
         """Time to measure the held-out pictures after `step` steps, 0 and the last included; else as `on_sample`.
 
         Under torchrun the other processes wait, however long it takes.

@@ -34,24 +34,27 @@ UPDATE_BYTES = 30  # per element of the optimizer's largest bucket: fp32 copies 
 BLOCK_8BIT, SMALL_8BIT = 256, 4096
 
 
-def estimate_recipe(recipe: Recipe, *, text_tokens: int, captions: int | None = None) -> Estimate:
+def estimate_recipe(
+    recipe: Recipe, source: ModelSource | None = None, *, text_tokens: int, captions: int | None = None
+) -> Estimate:
     """`estimate` of a recipe, with all its phases, for the device that it would train on here.
 
     Args:
         recipe: its model's configuration files are read.
+        source: the model, where that is open; None: it is opened by its name.
         text_tokens: of the longest prompt.
         captions: how many there are; None: more than are encoded at a time.
 
     Raises:
         LibrefluxError: a fault of the model or the targets, see `loop.plan_layers`.
     """
-    opened, cpu = open_model(recipe.model), on_cpu(recipe)
+    opened, cpu = open_model(recipe.model if source is None else source), on_cpu(recipe)
     transformer = _transformer(opened, recipe)
     encoding = _Encoding.of(opened, recipe, cpu)
     shown = views(recipe.crop, recipe.resolution)
     found = estimate(
         transformer,
-        plan_layers(recipe).layers,
+        plan_layers(recipe, opened).layers,
         adapter_dtype=parameter_dtype(recipe.optimizer),
         moments_8bit=recipe.optimizer.kind == "adamw_8bit",
         batch=recipe.batch,

@@ -14,12 +14,14 @@ from diffusers import FluxTransformer2DModel
 from libreflux import files
 from libreflux.adapter import plan
 from libreflux.data.batches import Batches
+from libreflux.data.held_out import HeldOut
 from libreflux.data.prepare import prepare_cache, prepare_recipe
 from libreflux.errors import RecipeError, RunError
 from libreflux.model import attention, numerics
 from libreflux.model.device import make_current, pick_device
 from libreflux.model.facts import Facts, trained_facts
 from libreflux.model.opening import open_model
+from libreflux.model.source import ModelSource
 from libreflux.places import folder_place
 from libreflux.printing import get_logger
 from libreflux.recipe import Recipe
@@ -115,8 +117,8 @@ def _train(training: Training, callbacks: Callbacks, newest: Checkpoint | None) 
     callbacks.on_start(training.started())
     saved = newest
     with StopRequest() as stop, opened as metrics:
-        if standing.measure_due(recipe, first):
-            _measure(training, callbacks)
+        if training.held_out is not None and standing.measure_due(recipe, first):
+            _measure(training, training.held_out, callbacks)
         if standing.sample_due(recipe, first):
             _sample(training, callbacks)
         while training.step < recipe.steps:
@@ -138,15 +140,14 @@ def _train(training: Training, callbacks: Callbacks, newest: Checkpoint | None) 
             if last or training.step % recipe.save.every == 0:
                 saved = saving.save(training, metrics, callbacks)
             watched = last or stop.signum is None
-            if watched and standing.measure_due(recipe, training.step):
-                _measure(training, callbacks)
+            if watched and training.held_out is not None and standing.measure_due(recipe, training.step):
+                _measure(training, training.held_out, callbacks)
             if watched and standing.sample_due(recipe, training.step):
                 _sample(training, callbacks)
         if training.step > (saved.step if saved else 0):
             saved = saving.save(training, metrics, callbacks)
-        if training.step < recipe.steps:
+        if saved is None or training.step < recipe.steps:
             raise Interrupted(signum, training.step, training.run)
-    assert saved is not None
     return saved
 
 
@@ -156,10 +157,10 @@ def _metrics(training: Training) -> contextlib.AbstractContextManager[checkpoint
     return checkpoint.Metrics(training.run, training.step)
 
 
-def _measure(training: Training, callbacks: Callbacks) -> None:
+def _measure(training: Training, held_out: HeldOut, callbacks: Callbacks) -> None:
     recipe = training.recipe
     with memory.explained(f"held-out pictures after step {training.step}", recipe, memory.measuring(recipe)):
-        callbacks.on_measure(training.step, training.transformer)
+        callbacks.on_measure(training.step, training.transformer, held_out)
 
 
 def _sample(training: Training, callbacks: Callbacks) -> None:
@@ -185,26 +186,28 @@ def _metrics_line(info: StepInfo) -> dict[str, Any]:
     }
 
 
-def plan_layers(recipe: Recipe) -> plan.Plan:
+def plan_layers(recipe: Recipe, source: ModelSource) -> plan.Plan:
     """The layers that a recipe adapts, from the model's configuration alone: no weight is loaded.
 
+    Args:
+        recipe: the run's.
+        source: its model.
+
     Raises:
-        ModelError: no such model.
         RecipeError: a guidance-embedded model without `guidance`, or `guidance` for any other; a student's steps on
             a ladder that depends on the picture's size.
         AdapterError: a pattern that matches nothing, or a file that does not fit; see `adapter.plan`.
     """
-    opened = open_model(recipe.model)
-    if opened.facts.guidance_embeds and recipe.guidance is None:
+    if source.facts.guidance_embeds and recipe.guidance is None:
         hint = "set the value to train and draw at, e.g. guidance: 1.0"
         raise RecipeError("this model has a guidance embedding", where="guidance", hint=hint)
-    if recipe.guidance is not None and not opened.facts.guidance_embeds:
+    if recipe.guidance is not None and not source.facts.guidance_embeds:
         raise RecipeError("this model has no guidance embedding", where="guidance", hint="remove this key")
-    if opened.facts.shift is None and recipe.distil is not None and recipe.distil.steps is not None:
+    if source.facts.shift is None and recipe.distil is not None and recipe.distil.steps is not None:
         hint = "write a fixed shift into its libreflux.json, or remove this key"
         raise RecipeError("this model's steps depend on the picture's size", where="distil.steps", hint=hint)
     with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config(dict(opened.config))
+        transformer = FluxTransformer2DModel.from_config(dict(source.config))
     return plan.plan(recipe.adapter, transformer)
 
 
@@ -220,19 +223,21 @@ def open_for_training(
     """Base, adapter, data and optimizer, as they were after `newest`, or as they are at the start."""
     if recipe.optimizer.kind == "adamw_8bit":
         require_8bit()
-    resolved = plan_layers(recipe).layers  # first: a misspelt pattern should not cost an hour of preparing
+    source = open_model(recipe.model)
+    resolved = plan_layers(recipe, source).layers  # first: a misspelt pattern should not cost an hour of preparing
     with memory.explained("preparing", recipe, memory.preparing(recipe)):
         if ranks.world > 1:
-            prepare_cache(recipe, device=device, part=(ranks.rank, ranks.world), progress=callbacks.on_prepare)
+            prepare_cache(recipe, source, device=device, part=(ranks.rank, ranks.world), progress=callbacks.on_prepare)
             ranks.meet()  # else the first rank, looking through all, would encode again what slower ones still encode
         batches, held_out = ranks.in_turn(
-            lambda: prepare_recipe(recipe, device=device, progress=callbacks.on_prepare, told=callbacks.on_data),
-            lambda: prepare_recipe(recipe, device=device),
+            lambda: prepare_recipe(
+                recipe, source, device=device, progress=callbacks.on_prepare, told=callbacks.on_data
+            ),
+            lambda: prepare_recipe(recipe, source, device=device),
         )
     with callbacks.stage("reading the base model"):
-        base = open_model(recipe.model)
         dtype, quantise = BASE_DTYPES[recipe.base], recipe.base == "int8"
-        transformer = base.load_transformer(dtype=dtype, quantise=quantise, device=device)
+        transformer = source.load_transformer(dtype=dtype, quantise=quantise, device=device)
     check_attention(transformer, batches, device, callbacks)
     if recipe.gradient_checkpointing:
         numerics.enable_checkpointing(transformer)
@@ -240,12 +245,13 @@ def open_for_training(
     with callbacks.stage("making the adapter's first values"):
         adapter = plan.build(recipe.adapter, transformer, resolved, dtype=dtype, seed=recipe.seed)
     with callbacks.stage("hashing the base model's files"):
-        model_hash = base.hash
+        model_hash = source.hash
     training = Training(
         recipe=recipe,
         run=run,
         transformer=transformer,
-        facts=_trained_facts(base.facts, recipe),
+        source=source,
+        facts=_trained_facts(source.facts, recipe),
         resolved=resolved,
         adapter=adapter,
         optimizer=make_optimizer(recipe.optimizer, adapter.named_parameters(), recipe.seed),

@@ -24,6 +24,7 @@ from libreflux.errors import RunError
 from libreflux.flow.sigmas import independent, make_law, stratified
 from libreflux.model.device import with_fp64
 from libreflux.model.facts import Facts
+from libreflux.model.source import ModelSource
 from libreflux.recipe import Recipe, SigmaSpec
 from libreflux.training.callbacks import Started, StepInfo
 from libreflux.training.ema import Averages
@@ -99,6 +100,7 @@ class Training:
     """A run in memory. `step` counts finished optimizer steps.
 
     Attributes:
+        source: the base model.
         identity: hashes of what a resumed run must find unchanged.
         start_norm: ||delta|| / ||W|| of the adapter before the first step; None in a resumed run.
         skips: the steps that were skipped.
@@ -107,6 +109,7 @@ class Training:
 
     recipe: Recipe
     run: Path
+    source: ModelSource
     transformer: FluxTransformer2DModel
     facts: Facts
     resolved: Sequence[Resolved]
@@ -137,6 +140,7 @@ class Training:
             steps=self.recipe.steps,
             pictures=len(self.batches),
             epoch_steps=steps_of_epoch(epoch, samples, self.ranks.world, recipe.batch, recipe.accumulate),
+            source=self.source,
             facts=self.facts,
             resolved=self.resolved,
             start_norm=self.start_norm,
@@ -162,55 +166,56 @@ class Training:
             RunError: the step made weights that are not finite.
         """
         recipe, step, begun = self.recipe, self.step, time.perf_counter()
-        world, rank = self.ranks.world, self.ranks.rank
-        units = step_plan(recipe.seed, step, self.batches.samples, world, recipe.batch, recipe.accumulate)
+        units = step_plan(recipe.seed, step, self.batches.samples, self.ranks.world, recipe.batch, recipe.accumulate)
         sigmas = draw_sigmas(recipe.sigmas, units[0].total, recipe.seed, step)
         if recipe.distil is not None and recipe.distil.steps is not None:
             sigmas = on_rungs(sigmas, recipe.distil.steps, self.shift)
-        gradient = torch.zeros(sum(p.numel() for p in self.adapter.parameters()), device=self.device)
-        own = self._accumulate([unit for unit in units if unit.items and unit.rank == rank], sigmas, gradient)
+        parameters = list(self.adapter.parameters())
+        gradient = torch.zeros(sum(parameter.numel() for parameter in parameters), device=self.device)
+        pictures: list[tuple[int, str, bool]] = []
+        losses: list[Tensor] = []
+        for unit in units:
+            if not unit.items or unit.rank != self.ranks.rank:
+                continue
+            batch = self.batches.batch(unit)
+            noised = self._noised(batch, unit, sigmas)
+            of_unit = flow_matching_loss(self.transformer, noised, target=self._target(batch, noised))
+            (of_unit @ batch.loss_weights.to(self.device) / unit.total).backward()
+            accumulate_gradient(gradient, parameters)
+            pictures += zip(unit.slots, batch.sample_ids, batch.regularised, strict=True)
+            losses.append(of_unit.detach())
         # A slow rank is waited for in words, so that all begin the sum at once and it can have a strict time-out.
-        rows = sorted(row for part in self.ranks.gather(own) for row in part)
+        rows = sorted(row for part in self.ranks.gather(_rows(pictures, losses)) for row in part)
         self.ranks.sum_(gradient)
-        sample_ids, losses = [row[1] for row in rows], [row[2] for row in rows]
-        norms = group_norms(gradient, self.adapter) if recipe.gradient_norms else None
-        norm = clip_grad_norm(gradient, recipe.optimizer.clip)
-        faulty = at_fault(sample_ids, losses, norm, recipe.optimizer.clip)
-        learning_rate = self._update(gradient, skip=bool(faulty))
-        told = [] if faulty else rows
-        return StepInfo(
-            step=self.step,
-            steps=recipe.steps,
-            epoch=units[0].epoch,
-            loss=_mean([loss for _, _, loss, regularised in told if not regularised]),
-            regularisation_loss=_mean([loss for _, _, loss, regularised in told if regularised]),
-            gradient_norm=None if faulty else norm,
-            learning_rate=learning_rate,
-            seconds=time.perf_counter() - begun,
-            sample_ids=sample_ids,
-            sigmas=sigmas.tolist(),
-            losses=losses,
-            sigma_means=sigma_means(units, sigmas, world),
-            group_norms=None if faulty else norms,
-            at_fault=faulty,
-            skipped=self.skips.total,
+        moved = self._move(gradient, [row[1] for row in rows], [row[2] for row in rows])
+        return self._info(units, sigmas, rows, moved, time.perf_counter() - begun)
+
+    def _noised(self, batch: Batch, unit: Unit, sigmas: Tensor) -> NoisedBatch:
+        """A unit's pictures on the device, with the noise of their slots; `sigmas` [count] are the step's, by slot."""
+        shape, seed = batch.latents.shape[1:], self.recipe.seed
+        named = zip(batch.sample_ids, unit.slots, strict=True)
+        noise = torch.stack([keyed_noise(shape, seed, name, self.step, slot) for name, slot in named])
+        return NoisedBatch(
+            latents=batch.latents.to(self.device),
+            noise=noise.to(self.device),
+            sigma=sigmas[list(unit.slots)].to(self.device),
+            text=batch.text.to(self.device),
+            guidance=self.recipe.guidance,
         )
 
-    def _accumulate(self, units: Sequence[Unit], sigmas: Tensor, gradient: Tensor) -> list[_Row]:
-        """Adds the units' gradients to a flat one [P]; returns a row for each of their pictures."""
-        parameters, losses = list(self.adapter.parameters()), []
-        named: list[tuple[int, str, bool]] = []
-        for unit in units:
-            batch, of_unit = self._backward(unit, sigmas)
-            accumulate_gradient(gradient, parameters)
-            named += zip(unit.slots, batch.sample_ids, batch.regularised, strict=True)
-            losses.append(of_unit)
-        on_host = torch.cat(losses).tolist() if losses else []  # the passes' one wait for the device
-        return [(slot, name, loss, regularised) for (slot, name, regularised), loss in zip(named, on_host, strict=True)]
+    def _target(self, batch: Batch, noised: NoisedBatch) -> Tensor:
+        """What the network's velocity is compared with, by the recipe's objective; [B, h*w/4, 4C] fp32."""
+        if self.recipe.distil is None:
+            return regularised_target(self.transformer, self.adapter, noised, batch.regularised)
+        empty = self.batches.empty_prompt().to(self.device)
+        return distilled_target(self.transformer, self.adapter, noised, empty, self.recipe.distil, shift=self.shift)
 
-    def _update(self, gradient: Tensor, *, skip: bool) -> float:
-        """Moves the weights along a clipped gradient, unless it is to be skipped; returns the learning rate."""
+    def _move(self, gradient: Tensor, sample_ids: Sequence[str], losses: Sequence[float]) -> _Moved:
+        """Clips the step's gradient [P] and moves the weights along it, unless it or a loss is not finite."""
         spec = self.recipe.optimizer
+        norms = group_norms(gradient, self.adapter) if self.recipe.gradient_norms else None
+        norm = clip_grad_norm(gradient, spec.clip)
+        faulty = at_fault(sample_ids, losses, norm, spec.clip)
         learning_rate = lr_at(
             self.step,
             learning_rate=spec.learning_rate,
@@ -218,36 +223,52 @@ class Training:
             warmup=spec.warmup,
             schedule=spec.schedule,
         )
-        self.skips.count(skip)
-        if not skip:
+        self.skips.count(bool(faulty))
+        if not faulty:
             self.averages.before_change()
             self.optimizer.step(learning_rate, gradient)
             require_finite(self.adapter.parameters(), self.step + 1, self.run)
         self.step += 1
         self.averages.update(self.step)  # after a skipped step too: the averages' time is the number of the step
-        return learning_rate
+        return _Moved(learning_rate, None if faulty else norm, None if faulty else norms, faulty)
 
-    def _backward(self, unit: Unit, sigmas: Tensor) -> tuple[Batch, Tensor]:
-        """Leaves the unit's share of the step's gradient in the parameters; returns its batch and losses [B]."""
-        batch, seed = self.batches.batch(unit), self.recipe.seed
-        named = zip(batch.sample_ids, unit.slots, strict=True)
-        noise = torch.stack([keyed_noise(batch.latents.shape[1:], seed, name, self.step, slot) for name, slot in named])
-        device, distil, net, adapter = self.device, self.recipe.distil, self.transformer, self.adapter
-        noised = NoisedBatch(
-            latents=batch.latents.to(device),
-            noise=noise.to(device),
-            sigma=sigmas[list(unit.slots)].to(device),
-            text=batch.text.to(device),
-            guidance=self.recipe.guidance,
+    def _info(
+        self, units: Sequence[Unit], sigmas: Tensor, rows: Sequence[_Row], moved: _Moved, seconds: float
+    ) -> StepInfo:
+        told = [] if moved.at_fault else rows
+        return StepInfo(
+            step=self.step,
+            steps=self.recipe.steps,
+            epoch=units[0].epoch,
+            loss=_mean([loss for _, _, loss, regularised in told if not regularised]),
+            regularisation_loss=_mean([loss for _, _, loss, regularised in told if regularised]),
+            gradient_norm=moved.norm,
+            learning_rate=moved.learning_rate,
+            seconds=seconds,
+            sample_ids=[row[1] for row in rows],
+            sigmas=sigmas.tolist(),
+            losses=[row[2] for row in rows],
+            sigma_means=sigma_means(units, sigmas, self.ranks.world),
+            group_norms=moved.group_norms,
+            at_fault=moved.at_fault,
+            skipped=self.skips.total,
         )
-        if distil is None:
-            target = regularised_target(net, adapter, noised, batch.regularised)
-        else:
-            empty = self.batches.empty_prompt().to(device)
-            target = distilled_target(net, adapter, noised, empty, distil, shift=self.shift)
-        losses = flow_matching_loss(net, noised, target=target)
-        (losses @ batch.loss_weights.to(self.device) / unit.total).backward()
-        return batch, losses.detach()
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """What `Training._move` did; norm and group norms are None, and `at_fault` names pictures, if it did nothing."""
+
+    learning_rate: float
+    norm: float | None
+    group_norms: dict[str, float] | None
+    at_fault: Sequence[str]
+
+
+def _rows(pictures: Sequence[tuple[int, str, bool]], losses: Sequence[Tensor]) -> list[_Row]:
+    """A row for each of one process's pictures; `losses` are [B] of each pass."""
+    on_host = torch.cat(list(losses)).tolist() if losses else []  # the passes' one wait for the device
+    return [(slot, name, loss, regularised) for (slot, name, regularised), loss in zip(pictures, on_host, strict=True)]
 
 
 def _mean(values: Sequence[float]) -> float | None:

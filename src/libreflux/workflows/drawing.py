@@ -182,7 +182,7 @@ class AdaptedSource:
 
 
 def open_for_drawing(
-    model: str | SingleFiles,
+    model: str | SingleFiles | ModelSource,
     adapters: Iterable[str] = (),
     device: str = "auto",
     offload: Offload = "auto",

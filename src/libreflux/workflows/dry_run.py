@@ -141,8 +141,8 @@ def dry_run_with(options: DryRunOptions) -> DryRunResult:
     recipe = resolve_recipe(options.recipe, options.overrides)
     with planned_model(recipe.model) as (name, notice):
         planned = recipe.model_copy(update={"model": name})
-        plan = plan_layers(planned)
         opened = open_model(name)
+        plan = plan_layers(planned, opened)
         tokens = trained_facts(opened.facts, text_padding=recipe.text_padding).max_tokens
         data, fault = None, None
         try:
@@ -150,11 +150,11 @@ def dry_run_with(options: DryRunOptions) -> DryRunResult:
         except DataError as error:
             fault = error
         texts = None if data is None else data.texts
-        estimate = estimate_recipe(planned, text_tokens=tokens, captions=texts)
+        estimate = estimate_recipe(planned, opened, text_tokens=tokens, captions=texts)
         on_a_card = None
         if estimate.on_cpu and planned.device == "auto" and estimate.weights >= LARGE:
             on_a_card = estimate_recipe(
-                planned.model_copy(update={"device": "cuda"}), text_tokens=tokens, captions=texts
+                planned.model_copy(update={"device": "cuda"}), opened, text_tokens=tokens, captions=texts
             )
     disk = disk_use(recipe, estimate, data)
     return DryRunResult(

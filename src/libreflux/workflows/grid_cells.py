@@ -16,6 +16,7 @@ from libreflux.flow.solve import Step
 from libreflux.model.facts import Facts
 from libreflux.model.opening import open_model
 from libreflux.model.single_file import SingleFiles
+from libreflux.model.source import ModelSource
 from libreflux.sample.metadata import GenerationRecord, read_record, save_png
 from libreflux.sample.model_key import FORMULA, adapters_key, facts_key, model_key
 from libreflux.workflows.adapters import adapted_facts, load_arguments
@@ -120,6 +121,7 @@ class Cells:
         self.made = 0
         self._memory = FileMemory(out)
         self._opened: tuple[str, AdaptedSource, DrawingSession] | None = None
+        self._sources: dict[str, ModelSource] = {}
         self._models: dict[str, CellModel] = {}
 
     def drawn(self, progress: Progress) -> list[list[Cell]]:
@@ -177,13 +179,19 @@ class Cells:
         """Of hashes: nothing is loaded into memory, and no file is read that has not changed since the last grid."""
         name = column.model
         if name not in self._models:
-            source, files = self.shared.sources[name], load_arguments(self.shared.adapters)
-            known, facts = model_key(source, self._memory), adapted_facts(open_model(source).facts, files)
-            others = [] if isinstance(source, str) else [repr(source)]
+            source, files = self._source(name), load_arguments(self.shared.adapters)
+            known, facts = model_key(source, self._memory), adapted_facts(source.facts, files)
+            named = self.shared.sources[name]
+            others = [] if isinstance(named, str) else [repr(named)]
             older = [known["transformer"], [[file.sha256, weight] for file, weight in files], *others]
             key = {"model": known, "adapters": adapters_key(files), "facts": facts_key(facts)}
             self._models[name] = CellModel(facts, key, older)
         return self._models[name]
+
+    def _source(self, name: str) -> ModelSource:
+        if name not in self._sources:
+            self._sources[name] = open_model(self.shared.sources[name])
+        return self._sources[name]
 
     def draw(self, column: Column, row: Row, on_step: Callable[[Step], None]) -> Cell:
         """The cell, drawn and kept."""
@@ -217,7 +225,7 @@ class Cells:
             self._opened = None  # before the next one needs the memory
             shared = self.shared
             source = open_for_drawing(
-                shared.sources[model], shared.adapters, shared.device, shared.offload, shared.quantize
+                self._source(model), shared.adapters, shared.device, shared.offload, shared.quantize
             )
             columns = [column for column in self.columns if column.model == model]
             wanted = [self._record(source, column, row) for column in columns for row in self.rows]

@@ -10,7 +10,7 @@ from libreflux.probing.report.page import write_page
 from libreflux.probing.results import FILE, Result
 from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.probe_compare import FREEDOM_FILE, compare
-from libreflux.workflows.probe_measure import measure
+from libreflux.workflows.probe_measure import measure, read_model
 from libreflux.workflows.probe_options import ProbeOptions, check_options
 
 
@@ -64,7 +64,7 @@ def probe_with(options: ProbeOptions) -> ProbeResult:
     """
     check_options(options)
     if options.against is None:
-        folder, result = measure(options)
+        folder, result = measure(options, read_model(options))
         return ProbeResult(folder, result, write_page([result], folder))
     found = compare(options, options.against)
     page = write_page(_in_order(found.result, found.others), found.folder, freedom=found.freedom)

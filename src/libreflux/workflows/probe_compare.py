@@ -49,10 +49,7 @@ def compare(options: ProbeOptions, against: str) -> Comparison:
     Raises:
         DataError: a result that was measured with other settings.
     """
-    if options.out is not None:
-        try_out(Path(options.out))
     model = read_model(options)
-    try_out(out_of(options, model))
     places = {out_of(options, model)}
     results: list[Result] = []
     for name, role in ((against, "against"), (options.reference, "reference")):
@@ -60,7 +57,7 @@ def compare(options: ProbeOptions, against: str) -> Comparison:
             name = distilled_from(against, results[0])
         if name is not None:
             results.append(_given(name) or _measured(options, name, role, model, places))
-    folder, result = measure(options)
+    folder, result = measure(options, model)
     check_comparable([result, *results])
     rows = freedom(result, *results)
     atomic_write_json(folder / FREEDOM_FILE, {"schema": 1, "freedom": [row.as_json() for row in rows]})
@@ -92,19 +89,22 @@ def _given(name: str) -> Result | None:
     if not (path / FILE).is_file() and path.name != FILE:
         return None
     found = read_result(path)
+    folder = path if path.is_dir() else path.parent
     for picture in found.pictures:
-        assert found.folder is not None
-        if not (file := found.folder / picture.file).is_file():
+        if not (file := folder / picture.file).is_file():
             raise DataError("a picture of this result is missing", where=file, hint="copy the whole folder")
     return found
 
 
 def _measured(options: ProbeOptions, name: str, role: str, freed: ProbedModel, places: set[Path]) -> Result:
     """Another model, measured as the first one is, in a folder that none of them has yet."""
-    other = dataclasses.replace(options, model=name, adapters=())
+    out = None if options.out is None else Path(options.out) / role
+    other = dataclasses.replace(options, model=name, adapters=(), out=out)
     model = read_model(other)
-    out = model.own_out if options.out is None else Path(options.out) / role
-    if out in places:
-        out = out.with_name(f"{out.name}-{model.sha256[:6]}")
-    places.add(out)
-    return measure(dataclasses.replace(other, out=out), freed.trained_subjects)[1]
+    own = out_of(other, model)
+    if own in places:
+        own = own.with_name(f"{own.name}-{model.sha256[:6]}")
+        try_out(own)
+        other, model = dataclasses.replace(other, out=own), model.kept_in(own)
+    places.add(own)
+    return measure(other, model, freed.trained_subjects)[1]

@@ -106,7 +106,7 @@ def _prepare(
     report: Report,
 ) -> tuple[Cache, Sources]:
     spec = CacheSpec(
-        model=model.name,
+        model=model.source,
         data=[DataSource(path=str(folder), caption_dropout=0.0)],
         views=[_view(settings)],
         text_padding=model.facts.text_padding,

@@ -18,7 +18,6 @@ from libreflux.model.device import make_current, pick_device, release
 from libreflux.model.faults import explained
 from libreflux.model.latents import own_side
 from libreflux.model.locate import part_folder
-from libreflux.model.opening import open_model
 from libreflux.model.parts import json_object
 from libreflux.places import file_place, folder_place
 from libreflux.printing import get_logger
@@ -45,23 +44,21 @@ FOLDERS = ("data", CACHE, "drawn", "pictures", "sections")
 """Of a result."""
 
 
-def measure(options: ProbeOptions, trained_subjects: tuple[str, ...] | None = None) -> tuple[Path, Result]:
-    """Measures `options.model` alone, and writes its probe.json.
+def measure(
+    options: ProbeOptions, model: ProbedModel, trained_subjects: tuple[str, ...] | None = None
+) -> tuple[Path, Result]:
+    """Measures a model alone, and writes its probe.json.
 
     Args:
         options: of the probe.
+        model: what `read_model` makes of them.
         trained_subjects: what goes before the subjects that the model itself says it was trained on; None: nothing.
 
     Returns:
         The result's folder and the result.
     """
     device = pick_device(options.device)
-    make_current(device)
-    if options.out is not None:
-        try_out(Path(options.out))  # before the weights' checksum
-    model = read_model(options)
     out = out_of(options, model)
-    try_out(out)
     judge_file = _judge_file(options, model)
     judge = _judge(options, judge_file)
     settings = _settings(options, model, judge_file, trained_subjects)
@@ -97,8 +94,13 @@ def measure(options: ProbeOptions, trained_subjects: tuple[str, ...] | None = No
 
 
 def read_model(options: ProbeOptions) -> ProbedModel:
-    """The model of these options; see `ProbedModel.read`."""
-    return ProbedModel.read(options.model, options.adapters, None if options.out is None else Path(options.out))
+    """The model of these options, see `ProbedModel.read`; a device and a folder that can be used are made sure of."""
+    make_current(pick_device(options.device))
+    if options.out is not None:
+        try_out(Path(options.out))  # before the weights' checksum
+    model = ProbedModel.read(options.model, options.adapters, None if options.out is None else Path(options.out))
+    try_out(out_of(options, model))
+    return model
 
 
 def out_of(options: ProbeOptions, model: ProbedModel) -> Path:
@@ -122,10 +124,9 @@ def open_context(
     padding_texts: PaddingTexts,
 ) -> ProbeContext:
     """Loads the weights, puts the adapters on them, and gives all of it to the measures."""
-    source = open_model(model.name)
-    transformer = source.load_transformer(dtype=DTYPES[data.settings.dtype], device=device)
+    transformer = model.source.load_transformer(dtype=DTYPES[data.settings.dtype], device=device)
     # In fp32, as the pipeline has it: it is small beside the transformer.
-    vae = source.load_vae(dtype=torch.float32, device=device)
+    vae = model.source.load_vae(dtype=torch.float32, device=device)
     for file, weight in model.files:
         attach_file(transformer, file, weight, dtype=transformer.dtype)
     how = [data.settings.resolution, data.settings.dtype, data.settings.batch]
@@ -150,7 +151,7 @@ def _decided(model: ProbedModel, cache: Cache) -> dict[str, Any]:
     """Of the model and the prepared data what decides a measure; the cache knows VAE, text encoders and tokens."""
     return {
         "transformer": model.sha256,
-        "transformer_config": config_digest(model.folder / "transformer" / "config.json"),
+        "transformer_config": config_digest(model.source.path / "transformer" / "config.json"),
         "adapters": adapters_key(model.files),
         "facts": facts_key(model.facts),
         "cache": cache.settings,
@@ -184,7 +185,7 @@ def _settings(
     changed: dict[str, Any] = {**(QUICK if options.quick else {}), **(LARGE if model.large else {})}
     changed |= LARGE_QUICK if model.large and options.quick else {}
     if "resolution" not in named:
-        config = part_folder(model.folder, "vae") / "config.json"
+        config = part_folder(model.source.path, "vae") / "config.json"
         changed["resolution"] = own_side(json_object(config), config)
     own = own_guidance(model.facts)
     changed |= {"own_guidance": own, "diversity_guidance": tuple(sorted({1.0, own}))}
@@ -200,5 +201,5 @@ def _settings(
 def _padding_texts(model: ProbedModel, data: ProbeData, device: torch.device) -> PaddingTexts:
     # In fp32, so that figures of a card and a CPU compare; T5-XXL does not fit a card whole then.
     resting = device.type != "cpu"
-    encoders = open_model(model.name).load_text(dtype=torch.float32, device=device, by_block=resting)
+    encoders = model.source.load_text(dtype=torch.float32, device=device, by_block=resting)
     return padding.encode(encoders, model.facts, data.captions, data.settings)

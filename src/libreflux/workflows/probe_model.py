@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +13,10 @@ from libreflux.adapter.io import AdapterFile
 from libreflux.data.digests import FileMemory
 from libreflux.files import sha256_file
 from libreflux.model.facts import Facts
-from libreflux.model.locate import EMOJI, locate, part_folder
+from libreflux.model.locate import EMOJI, PARTS, locate, part_folder
 from libreflux.model.opening import open_model
 from libreflux.model.parts import visible
-from libreflux.model.source import weights_hash
+from libreflux.model.source import ModelSource, weights_hash
 from libreflux.model.text import check_trained_padding
 from libreflux.workflows.adapters import adapted_facts, load_arguments, notice_other_base
 
@@ -30,18 +31,14 @@ class ProbedModel:
     """A model under its adapters.
 
     Attributes:
-        name: as the user named it.
-        folder: where it is.
-        facts: the model's, under its adapters.
+        source: the model, with its facts as they are under its adapters.
         sha256: of its transformer's weights.
         files: the adapters with their weights.
         family: whether it draws in the emoji family's latents.
         memory: of checksums that were computed before.
     """
 
-    name: str
-    folder: Path
-    facts: Facts
+    source: ModelSource
     sha256: str
     files: list[tuple[AdapterFile, float]]
     family: bool
@@ -60,14 +57,28 @@ class ProbedModel:
             ModelError: no such model, or a text padding that it was not trained with.
             AdapterError: an adapter that cannot be read, or two that do not go together.
         """
-        files = load_arguments(adapters)
-        facts = adapted_facts(open_model(name).facts, files)
-        check_trained_padding(facts.text_padding)
-        folder = locate(name)
+        files, source = load_arguments(adapters), open_model(name)
+        source = source.with_facts(adapted_facts(source.facts, files))
+        check_trained_padding(source.facts.text_padding)
+        source.fetch(*PARTS)
         memory = FileMemory((out or PROBES / _slug(name, files)) / CACHE)
-        sha256 = weights_hash(folder, memory.sha256)
+        sha256 = weights_hash(source.path, memory.sha256)
         notice_other_base(sha256, files)
-        return ProbedModel(name, folder, facts, sha256, files, _is_family(name, folder), memory)
+        return ProbedModel(source, sha256, files, _is_family(source), memory)
+
+    @property
+    def name(self) -> str:
+        """As the user named it."""
+        return self.source.name
+
+    @property
+    def facts(self) -> Facts:
+        """The model's, under its adapters."""
+        return self.source.facts
+
+    def kept_in(self, out: Path) -> ProbedModel:
+        """The same model, its result and checksums kept in another folder."""
+        return dataclasses.replace(self, memory=FileMemory(out / CACHE))
 
     @property
     def own_out(self) -> Path:
@@ -77,7 +88,7 @@ class ProbedModel:
     @property
     def large(self) -> bool:
         """Whether it has billions of parameters."""
-        files = visible(self.folder / "transformer", "*.safetensors")
+        files = visible(self.source.path / "transformer", "*.safetensors")
         return sum(file.stat().st_size for file in files) > LARGE_BYTES
 
     @property
@@ -105,10 +116,10 @@ def _slug(name: str, files: Sequence[tuple[AdapterFile, float]]) -> str:
     return re.sub(r"[^\w.+-]+", "-", "+".join(names)).strip(".-") or "model"
 
 
-def _is_family(name: str, folder: Path) -> bool:
+def _is_family(source: ModelSource) -> bool:
     """Whether a model draws in the emoji family's latents: it has the very VAE."""
-    if name in EMOJI:
+    if source.name in EMOJI:
         return True
-    here, ours = (visible(part_folder(each, "vae"), "*.safetensors") for each in (folder, locate(EMOJI[0])))
+    here, ours = (visible(part_folder(each, "vae"), "*.safetensors") for each in (source.path, locate(EMOJI[0])))
     sizes = [[file.stat().st_size for file in files] for files in (here, ours)]
     return sizes[0] == sizes[1] and [sha256_file(f) for f in here] == [sha256_file(f) for f in ours]

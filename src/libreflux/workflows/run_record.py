@@ -19,6 +19,7 @@ from libreflux.model.device import release
 from libreflux.model.facts import Facts
 from libreflux.model.finite import NotFiniteError
 from libreflux.model.opening import open_model
+from libreflux.model.source import ModelSource
 from libreflux.probing.held_out import measure_held_out
 from libreflux.recipe import Recipe
 from libreflux.sample.grid import sheet
@@ -50,10 +51,10 @@ class RunRecorder(Callbacks):
         self.started_at: int | None = None
         if recipe.tensorboard:
             require_tensorboard()
+        self._source: ModelSource | str = recipe.model
         self._facts: Facts | None = None
         self._vae: AutoencoderKL | None = None
         self._board: Board | None = None
-        self._held_out: HeldOut | None = None
 
     def __enter__(self) -> RunRecorder:
         return self
@@ -80,7 +81,7 @@ class RunRecorder(Callbacks):
         self.events.on_notice(line)
 
     def on_start(self, started: Started) -> None:
-        self._facts, self._held_out, self.started_at = started.facts, started.held_out, started.step
+        self._source, self._facts, self.started_at = started.source, started.facts, started.step
         checkpoint.rewind(started.run / checkpoint.HELD_OUT, started.step)
         for step, path in checkpoint.numbered(started.run / SHEETS, ".png").items():
             if step > started.step:  # those steps are taken again, after a fork from here otherwise
@@ -97,10 +98,8 @@ class RunRecorder(Callbacks):
     def on_save(self, step: int, folder: Path) -> None:
         self.events.on_save(step, folder)
 
-    def on_measure(self, step: int, transformer: FluxTransformer2DModel) -> None:
-        recipe, held_out = self.recipe, self._held_out
-        assert held_out is not None
-        total = len(held_out)
+    def on_measure(self, step: int, transformer: FluxTransformer2DModel, held_out: HeldOut) -> None:
+        recipe, total = self.recipe, len(held_out)
         found = measure_held_out(
             transformer,
             held_out,
@@ -129,7 +128,7 @@ class RunRecorder(Callbacks):
     def sample_sheet(self, transformer: FluxTransformer2DModel) -> Image.Image:
         """The recipe's sample prompts (rows) at its guidance scales (columns), drawn with a live transformer."""
         if self._vae is None:
-            self._vae = open_model(self.recipe.model).load_vae(dtype=torch.float32)
+            self._vae = open_model(self._source).load_vae(dtype=torch.float32)
         self._vae.to(transformer.device)
         try:
             return self._drawn(transformer, self._vae)

@@ -61,7 +61,7 @@ class Recorder(Callbacks):
         if DEVICE.startswith("cuda"):
             self.peak = torch.cuda.max_memory_allocated()
 
-    def on_measure(self, step: int, transformer: FluxTransformer2DModel) -> None:
+    def on_measure(self, step: int, transformer: FluxTransformer2DModel, held_out: HeldOut) -> None:
         assert self.held_out is not None
         found = measure_held_out(transformer, self.held_out, sigmas=(0.3, 0.7), batch=self.recipe.batch)
         self.measured.append(float(found.loss.value.mean()))
