@@ -27,7 +27,7 @@ from libreflux.sample.guidance import BatchCfg, GuidedVelocity
 from libreflux.sample.noise import Generators, start
 from libreflux.sample.output import decoded, to_pil
 from libreflux.sample.parts import FluxParts
-from libreflux.sample.request import DrawRequest, Texts
+from libreflux.sample.request import DrawRequest
 from libreflux.sample.settings import Settings, resolve
 from libreflux.sample.step_end import TENSORS, on_step_end
 
@@ -273,9 +273,14 @@ class LibreFluxPipeline(FluxParts):
         check_values({"height": height, "width": width})
         rows, columns = (side // latent_space.stride(self.vae) for side in (height, width))
         settings = resolve(self.facts, rows * columns // 4, request)
-        positive, negative = self._conditioning(request.positive), None
+        limit, positive, negative = request.max_sequence_length, request.prompt_conditioning, None
+        if positive is None:
+            positive = self.encode_prompt(request.prompts, request.prompt_2, limit)
         if settings.guided_steps:
-            negative = matched(self._conditioning(request.negative), len(positive))
+            negatives, ready = request.negative_prompts, request.negative_conditioning
+            if ready is None:
+                ready = self.encode_prompt(negatives, request.negative_prompt_2, limit)
+            negative = matched(ready, len(positive))
             negative = negative.repeat(request.num_images_per_prompt).to(self._execution_device)
         positive = positive.repeat(request.num_images_per_prompt).to(self._execution_device)
         shape = (len(positive), int(self.vae.config.latent_channels), rows, columns)
@@ -304,13 +309,6 @@ class LibreFluxPipeline(FluxParts):
             yield step
             if self.interrupt:
                 return
-
-    def _conditioning(self, texts: Texts) -> TextConditioning:
-        """As it was given, or encoded."""
-        if texts.ready is not None:
-            return texts.ready
-        assert texts.prompts is not None
-        return self.encode_prompt(texts.prompts, texts.prompts_2, texts.max_tokens)
 
     def _output(self, latents: Tensor, output_type: str, tile: bool | None) -> list[Image.Image] | np.ndarray | Tensor:
         if output_type == "latent":

@@ -11,6 +11,7 @@ from libreflux.errors import RecipeError
 from libreflux.flow.solve import Step
 from libreflux.model.text import TextConditioning
 from libreflux.sample.checks import CHECKED, check_values
+from libreflux.sample.encoding import listed
 from libreflux.sample.guidance import BatchCfg
 from libreflux.sample.noise import Generators
 from libreflux.sample.step_end import StepEndCallback, check_tensors
@@ -58,48 +59,34 @@ class DrawRequest:
     def __post_init__(self) -> None:
         check_values({name: getattr(self, name) for name in CHECKED})
         check_tensors(self.callback_on_step_end_tensor_inputs, "callback_on_step_end_tensor_inputs")
+        if self.prompt_conditioning is None and not self.prompts:
+            raise RecipeError("no prompt", hint="pass prompt or its conditioning")
+        if self.prompt_conditioning is not None:
+            self._refuse_text("prompt", self.prompt, self.prompt_2)
 
     @property
-    def positive(self) -> Texts:
-        """What the pictures shall show."""
-        return Texts("prompt", self.prompt, self.prompt_2, self.prompt_conditioning, self.max_sequence_length)
+    def prompts(self) -> list[str]:
+        """What the pictures shall show; none where the conditioning is given."""
+        return [] if self.prompt is None else listed(self.prompt)
 
     @property
-    def negative(self) -> Texts:
-        """What the pictures shall keep away from; the empty prompt if nothing was said."""
-        prompt = "" if self.negative_prompt is None else self.negative_prompt
-        second, ready = self.negative_prompt_2, self.negative_conditioning
-        return Texts("negative_prompt", prompt, second, ready, self.max_sequence_length)
+    def negative_prompts(self) -> list[str]:
+        """What the pictures shall keep away from: the empty prompt if nothing was said; read only where it is guided.
 
+        Raises:
+            RecipeError: no text, or text beside its conditioning.
+        """
+        if self.negative_conditioning is not None:
+            self._refuse_text("negative_prompt", self.negative_prompt, self.negative_prompt_2)
+        given = [""] if self.negative_prompt is None else listed(self.negative_prompt)
+        if not given:
+            raise RecipeError("no negative_prompt", hint="pass negative_prompt or its conditioning")
+        return given
 
-@dataclass(frozen=True, eq=False)
-class Texts:
-    """One side of a request: prompts to encode, or ready-made conditioning.
-
-    Attributes:
-        name: of the argument, for messages.
-        prompts: CLIP's texts, and T5's.
-        prompts_2: T5's, where they are others.
-        ready: conditioning instead of texts.
-        max_tokens: T5's limit; None is the model's own.
-
-    Raises:
-        RecipeError: neither texts nor conditioning, or both.
-    """
-
-    name: str
-    prompts: Prompts | None
-    prompts_2: Prompts | None
-    ready: TextConditioning | None
-    max_tokens: int | None
-
-    def __post_init__(self) -> None:
-        if self.ready is None:
-            if self.prompts is None or (not isinstance(self.prompts, str) and not self.prompts):
-                raise RecipeError(f"no {self.name}", hint=f"pass {self.name} or its conditioning")
-            return
-        if self.prompts or self.prompts_2:
-            raise RecipeError(f"both {self.name} and its conditioning were given", hint="pass one of them")
-        if self.max_tokens is not None:
+    def _refuse_text(self, name: str, prompts: Prompts | None, prompts_2: Prompts | None) -> None:
+        """Raises RecipeError for text, or a limit of text, beside ready-made conditioning."""
+        if prompts or prompts_2:
+            raise RecipeError(f"both {name} and its conditioning were given", hint="pass one of them")
+        if self.max_sequence_length is not None:
             what = "has no effect on ready-made conditioning"
             raise RecipeError(what, where="max_sequence_length", hint="encode with it")
