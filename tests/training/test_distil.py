@@ -93,7 +93,7 @@ def test_one_step_of_the_student_leads_where_the_teachers_guided_steps_lead(
             *_, last = euler(guided, x, fine[3 * rung : 3 * rung + 4])
         arrived = x + (coarse[rung + 1] - coarse[rung]) * target[i : i + 1]
         torch.testing.assert_close(arrived, last.x, atol=2e-5, rtol=1e-4)
-    assert teacher_path(sigma, spec, shift).T.tolist() == [fine[3 * rung : 3 * rung + 4].tolist() for rung in rungs]
+    assert teacher_path(sigma, 4, 3, shift).T.tolist() == [fine[3 * rung : 3 * rung + 4].tolist() for rung in rungs]
 
 
 def test_without_steps_the_target_is_the_bases_guided_velocity(student: tuple[Any, Adapter]) -> None:

@@ -170,7 +170,7 @@ def distilled_target(
     with adapter.disabled():
         if spec.steps is None:
             return teacher(batch.x_sigma, batch.sigma)
-        return chord(teacher, batch.x_sigma, teacher_path(batch.sigma, spec, shift))
+        return chord(teacher, batch.x_sigma, teacher_path(batch.sigma, spec.steps, spec.substeps, shift))
 
 
 def on_rungs(sigma: Tensor, steps: int, shift: float = 1.0) -> Tensor:
@@ -202,9 +202,8 @@ def chord(field: Field, x: Tensor, path: Tensor) -> Tensor:
     return (end - x) / (path[-1] - path[0]).view(wide)
 
 
-def teacher_path(sigma: Tensor, spec: DistilSpec, shift: float = 1.0) -> Tensor:
+def teacher_path(sigma: Tensor, steps: int, substeps: int, shift: float = 1.0) -> Tensor:
     """[substeps + 1, B]: from each sigma, a rung of the student's ladder, along the teacher's finer one to the next."""
-    assert spec.steps is not None
-    fine = ladder(spec.steps * spec.substeps, shift).to(sigma)
+    fine = ladder(steps * substeps, shift).to(sigma)
     start = (fine[None, :] - sigma[:, None]).abs().argmin(dim=1)
-    return fine[start[None, :] + torch.arange(spec.substeps + 1, device=sigma.device)[:, None]]
+    return fine[start[None, :] + torch.arange(substeps + 1, device=sigma.device)[:, None]]

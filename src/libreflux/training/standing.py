@@ -167,11 +167,10 @@ def _refuse_foreign(run: Path, newest: Checkpoint) -> None:
         return
     step = int(told[0]["step"]) if told[0].get("step", "").isdigit() else None
     saved = {one.step: one.adapter for one in checkpoint.listed(run)}
-    same = told[0].get("model_hash") == own[0].get("model_hash") and told[1] == own[1] and step is not None
-    if not same or (step in saved and told != _header(saved[step])):
+    same = told[0].get("model_hash") == own[0].get("model_hash") and told[1] == own[1]
+    if step is None or not same or (step in saved and told != _header(saved[step])):
         hint = "move it away: this run would replace it; or choose another `out`"
         raise RunError("this run has not made this file", where=result, hint=hint)
-    assert step is not None
     if step > newest.step:
         line = "%s is of step %d and stays until that is trained again: the newest checkpoint that can be read is of %d"
         log.warning(line, result, step, newest.step)

@@ -22,23 +22,21 @@ def chosen_model(model: str | None, base: str | None, comfyui: Path | None) -> s
     for name, given in (("model", model), ("base", base)):
         if given == "":
             raise OptionError("is empty", name, hint="name a model, or leave it out")
-    is_file = model is not None and model.lower().endswith(".safetensors")
-    if is_file and not Path(str(model)).expanduser().is_file():
-        raise ModelError(
-            "no such file", where=model, hint=did_you_mean(Path(str(model)).expanduser(), "correct the path")
-        )
-    if base is not None and not is_file and comfyui is None:
+    file = Path(model).expanduser() if model is not None and model.lower().endswith(".safetensors") else None
+    if file is not None and not file.is_file():
+        raise ModelError("no such file", where=model, hint=did_you_mean(file, "correct the path"))
+    if base is not None and file is None and comfyui is None:
         hint = "remove it, or name a .safetensors file with `model`"
         raise OptionError("has no effect without a single file", "base", hint=hint)
-    if comfyui is not None and model is not None and not is_file:
+    if comfyui is not None and model is not None and file is None:
         raise OptionError(f"has no effect beside {model}", "comfyui", hint="remove one of the two")
-    if not is_file and comfyui is None:
+    if comfyui is not None:
+        from libreflux.model.single_file import find_comfyui
+
+        return find_comfyui(comfyui.expanduser(), transformer=file, base=base)
+    if file is None:
         return model
 
-    from libreflux.model.single_file import SingleFiles, find_comfyui
+    from libreflux.model.single_file import SingleFiles
 
-    transformer = Path(str(model)).expanduser() if is_file else None
-    if comfyui is not None:
-        return find_comfyui(comfyui.expanduser(), transformer=transformer, base=base)
-    assert transformer is not None
-    return SingleFiles(transformer=transformer, base=base)
+    return SingleFiles(transformer=file, base=base)

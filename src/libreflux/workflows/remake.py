@@ -106,8 +106,7 @@ def remake_with(options: RemakeOptions) -> RemakeResult:
     if model is None and options.comfyui is None:
         is_file = record.model.lower().endswith(".safetensors")
         model = record.model if is_file else told_model(record.model, picture)
-    named = named_model(model, options.base, options.comfyui)
-    assert named is not None
+    named = named_model(model, options.base, options.comfyui) or record.model
     adapters = _found(record, adapter_texts(options.adapters), picture)
     source = open_for_drawing(named, adapters, options.device, options.offload, record.quantize)
     try:
