@@ -23,12 +23,12 @@ from libreflux.errors import RecipeError
 from libreflux.flow.guidance import cfg
 from libreflux.flow.path import interpolate
 from libreflux.flow.schedule import ladder
-from libreflux.flow.solve import euler
 from libreflux.model.facts import read_facts, write_facts
 from libreflux.model.latents import image_ids, pack
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
 from libreflux.recipe import DistilSpec, Recipe, load_recipe
+from libreflux.sample.denoise import denoise
 from libreflux.training.callbacks import Callbacks, Started
 from libreflux.training.loop import fit
 from libreflux.training.objective import NoisedBatch, chord, distilled_target, on_rungs, teacher_path
@@ -84,13 +84,13 @@ def test_one_step_of_the_student_leads_where_the_teachers_guided_steps_lead(
     ids = image_ids(4, 6)
     for i, rung in enumerate(rungs):
 
-        def guided(x: Tensor, at: float, words: TextConditioning = text.index([i])) -> Tensor:
+        def guided(x: Tensor, at: float, step: int, words: TextConditioning = text.index([i])) -> Tensor:
             both = [velocity(transformer, x, torch.tensor([at]), prompt, ids) for prompt in (words, empty)]
             return cfg(both[0], both[1], 2.5)
 
         x = pack(interpolate(latents, noise, sigma))[i : i + 1]
         with torch.no_grad(), adapter.disabled():
-            *_, last = euler(guided, x, fine[3 * rung : 3 * rung + 4])
+            *_, last = denoise(guided, x, fine[3 * rung : 3 * rung + 4])
         arrived = x + (coarse[rung + 1] - coarse[rung]) * target[i : i + 1]
         torch.testing.assert_close(arrived, last.x, atol=2e-5, rtol=1e-4)
     assert teacher_path(sigma, 4, 3, shift).T.tolist() == [fine[3 * rung : 3 * rung + 4].tolist() for rung in rungs]

@@ -1,15 +1,11 @@
-"""Euler's method for dx/dsigma = v(x, sigma)."""
+"""A step of Euler's method for dx/dsigma = v(x, sigma)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
-
-Velocity = Callable[[Tensor, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,20 +41,3 @@ def euler_step(x: Tensor, velocity: Tensor, sigma: float, sigma_next: float) -> 
         sigma, sigma_next: where the step begins and ends.
     """
     return x + (sigma_next - sigma) * velocity.to(x.dtype)
-
-
-def euler(velocity: Velocity, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
-    """Every step of Euler's method along the sigmas.
-
-    Args:
-        velocity: takes the state [B, …] and sigma (a float, exact in fp32), returns dx/dsigma of the same shape.
-        x: the state at sigmas[0], [B, …]; accumulated in fp32 (fp64 stays fp64) whatever dtype the velocity has.
-        sigmas: [steps + 1], falling or rising, as from `schedule.ladder`.
-    Yields:
-        `steps` Steps; the last one holds the state at sigmas[-1].
-    """
-    x = at_least_fp32(x)
-    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
-        v = velocity(x, sigma)
-        x = euler_step(x, v, sigma, sigma_next)
-        yield Step(index=index, sigma=sigma, sigma_next=sigma_next, x=x, velocity=v)
