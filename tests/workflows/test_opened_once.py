@@ -12,17 +12,7 @@ import pytest
 import libreflux
 from libreflux.emoji import compose
 from libreflux.model.opening import FolderSource
-from libreflux.probing.settings import QUICK
-
-LESS_PROBED = {
-    "sigmas": (0.5,),
-    "draw_steps": 1,
-    "diversity_prompts": 2,
-    "diversity_seeds": 2,
-    "negative_prompts": 2,
-    "padding_pictures": 2,
-    "padding_tokens": (20,),
-}
+from workflows.quick import measure_less
 
 
 @pytest.fixture
@@ -82,8 +72,7 @@ def test_training_and_its_dry_run(opened: Counter[str], watched: dict[str, Any])
 def test_probing(
     opened: Counter[str], tiny_model_dir: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in LESS_PROBED.items():
-        monkeypatch.setitem(QUICK, name, value)
+    measure_less(monkeypatch)
     model = str(tiny_model_dir)
     numbers: dict[str, Any] = {"quick": True, "pictures": 2, "prompts": 2, "guidance": [1], "steps": [1]}
     libreflux.probe(model, against=model, data=str(pictures), out=str(tmp_path / "probe"), **numbers)

@@ -11,17 +11,7 @@ import pytest
 
 import libreflux
 from libreflux.errors import OptionError, RecipeError
-from libreflux.probing.settings import QUICK
-
-LESS = {
-    "sigmas": (0.5,),
-    "draw_steps": 2,
-    "diversity_prompts": 2,
-    "diversity_seeds": 2,
-    "negative_prompts": 2,
-    "padding_pictures": 2,
-    "padding_tokens": (20,),
-}
+from workflows.quick import measure_less
 
 
 def told(file: Path) -> Any:
@@ -37,8 +27,7 @@ def test_what_python_measures_is_what_the_command_measures(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    for name, value in LESS.items():
-        monkeypatch.setitem(QUICK, name, value)
+    measure_less(monkeypatch)
     ours, theirs, model = tmp_path / "python", tmp_path / "command", str(tiny_model_dir)
     found = libreflux.probe(
         model,

@@ -76,9 +76,9 @@ def export_with(options: ExportOptions) -> ExportResult:
 
         import libreflux
 
-        made = libreflux.export("emoji-libre", int8=True, out="emoji-int8")
+        made = libreflux.export("emoji-libre", program="diffusers", out="emoji-diffusers")
         print(made.size / 1e6, "MB")
-        libreflux.export("emoji-libre", program="diffusers", out="emoji-diffusers")
+        libreflux.export("runs/mine", program="comfyui", out="mine.safetensors")
     """
     out = Path(options.out)
     adapter = options.what is not None and options.comfyui is None and is_adapter(options.what)
