@@ -39,6 +39,26 @@ def python_api() -> Iterator[str]:
         yield _autodoc(kind, f"libreflux.{name}{signature}")
 
 
+CLASSES = (
+    "libreflux.model.source.ModelSource",
+    "libreflux.model.facts.Facts",
+    "libreflux.adapter.io.AdapterFile",
+    "libreflux.sample.metadata.GenerationRecord",
+    "libreflux.workflows.generate.GeneratedPicture",
+    "libreflux.workflows.train_events.TrainEvents",
+    "libreflux.training.callbacks.StepInfo",
+    "libreflux.workflows.progress.Progress",
+)
+"""What the public functions take and return, besides their own results, whose fields stand with each function."""
+
+
+def python_classes() -> Iterator[str]:
+    """Each class that a caller meets, by its docstring."""
+    for name in CLASSES:
+        yield f"### {name.rpartition('.')[2]}\n"
+        yield _autodoc("class", name)
+
+
 def python_errors() -> Iterator[str]:
     """Each kind of error that a caller can meet."""
     for name, found in vars(errors).items():
@@ -171,6 +191,7 @@ def _section(kind: Any) -> Any:
 
 WRITERS: dict[str, Callable[[], Iterator[str]]] = {
     "python-api": python_api,
+    "python-classes": python_classes,
     "python-errors": python_errors,
     "verbs": verbs,
     "recipe-keys": recipe_keys,
