@@ -176,10 +176,10 @@ def test_no_process_looks_through_the_cache_while_others_prepare_their_part(
     began.mkdir()
     real, all_of_it = loop.prepare_cache, loop.prepare_recipe
 
-    def part_of(recipe: Recipe, part: tuple[int, int], **more: Any) -> Any:
+    def part_of(recipe: Recipe, source: Any, part: tuple[int, int], **more: Any) -> Any:
         if part[0] == 1:
             time.sleep(LATE)
-        made = real(recipe, part=part, **more)
+        made = real(recipe, source, part=part, **more)
         (began / f"part-{part[0]}").touch()
         return made
 

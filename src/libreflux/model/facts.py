@@ -223,6 +223,12 @@ def find_facts(name: str, folder: Path, *, guidance_embeds: bool, masked: bool =
     return nearest
 
 
+def check_guided(facts: Facts, guided: bool, where: object, hint: str = "correct the file") -> None:
+    """Raises ModelError unless the facts know whether the transformer has a guidance embedding."""
+    if facts.guidance_embeds != guided:
+        raise ModelError("guidance_embeds in libreflux.json is not the transformer's", where=where, hint=hint)
+
+
 _TOLD = "_libreflux_facts"
 _STORED_HUB_ID = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]")
 
@@ -250,8 +256,6 @@ def facts_of(transformer: Any) -> Facts:
     stored = _STORED_HUB_ID.search(came_from)
     name = f"{stored[1]}/{stored[2]}" if stored else str(place.parent if place.name == "transformer" else place)
     facts = find_facts(name, folder, guidance_embeds=guided)
-    if facts.guidance_embeds != guided:
-        hint = "correct the file, or pass facts"
-        raise ModelError("guidance_embeds in libreflux.json is not the transformer's", where=folder, hint=hint)
+    check_guided(facts, guided, folder, hint="correct the file, or pass facts")
     tell_facts(transformer, facts)  # whoever asks next hears no second notice
     return facts

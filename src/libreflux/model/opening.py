@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from libreflux import plainjson
 from libreflux.errors import ModelError
 from libreflux.model.checksums import check_small, tell_unchecked, verified_part
-from libreflux.model.facts import Facts, find_facts
+from libreflux.model.facts import Facts, check_guided, find_facts
 from libreflux.model.int8 import dequantise_model
 from libreflux.model.int8_files import METHOD, load_int8, stored_as
 from libreflux.model.load import load_part, load_t5_tokenizer, load_text, one_line, quiet
@@ -209,9 +209,7 @@ def open_model(name: str | Path | SingleFiles | ModelSource) -> ModelSource:
     if kind not in ("FluxTransformer2DModel", _MASKED):
         raise ModelError(f"its transformer is a {kind}", where=path, hint="use a model of the FLUX.1 family")
     facts = find_facts(str(name), path, guidance_embeds=guided, masked=kind == _MASKED)
-    if facts.guidance_embeds != guided:
-        what = "guidance_embeds in libreflux.json is not the transformer's"
-        raise ModelError(what, where=path, hint="correct the file")
+    check_guided(facts, guided, path)
     stored_as(config, where)
     return FolderSource(str(name), path, facts, config)
 

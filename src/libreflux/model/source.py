@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import copy
 import hashlib
@@ -31,7 +32,7 @@ TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 Device = torch.device | str
 
 
-class ModelSource:
+class ModelSource(abc.ABC):
     """A model on disk, see `open_model`. Nothing of its weights is read before a part is loaded.
 
     Attributes:
@@ -65,30 +66,30 @@ class ModelSource:
         """diffusers' own, for pipelines other than ours; ours follows `facts.shift`."""
         return FlowMatchEulerDiscreteScheduler()
 
+    @abc.abstractmethod
     def has(self, part: str) -> bool:
         """Whether the model has "vae" or one of `TEXT_PARTS`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def places(self, *parts: str) -> dict[str, Path | TensorFile]:
         """Where "vae" and `TEXT_PARTS` are: their folders or files, with their weights.
 
         Raises:
             ModelError: there is no such part.
         """
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def config_file(self) -> Path | None:
         """Where `config` was read; None where it follows from a single file alone."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def part_config(self, part: str) -> dict[str, Any]:
         """config.json of the transformer, the VAE or a text encoder.
 
         Raises:
             ModelError: there is no such part.
         """
-        raise NotImplementedError
 
     def load_transformer(
         self, *, dtype: torch.dtype | str | None = None, quantise: bool | None = None, device: Device = "cpu"
@@ -151,13 +152,13 @@ class ModelSource:
             check_weights(getattr(text, part).state_dict(), self._place(part))
         return text
 
+    @abc.abstractmethod
     def load_t5_tokenizer(self) -> PreTrainedTokenizerBase:
         """T5's tokenizer, without a weight.
 
         Raises:
             ModelError: there is none.
         """
-        raise NotImplementedError
 
     def _configs(self) -> dict[str, Mapping[str, Any]]:
         """The configurations of the parts that it has; what is wrong with one is told when its part is loaded."""
@@ -167,24 +168,27 @@ class ModelSource:
                 found[part] = self.part_config(part)
         return found
 
+    @abc.abstractmethod
     def _place(self, part: str) -> Path:
         """What a message names of a part."""
-        raise NotImplementedError
 
     def fetch(self, *parts: str) -> Path:
         """`path`, once the weights of these parts are on disk."""
         return self.path
 
+    @abc.abstractmethod
     def _read_transformer(
         self, dtype: torch.dtype | None, quantise: bool | None, device: Device
     ) -> FluxTransformer2DModel:
-        raise NotImplementedError
+        """The transformer; see `load_transformer`."""
 
+    @abc.abstractmethod
     def _read_vae(self, dtype: torch.dtype | None, device: Device) -> AutoencoderKL:
-        raise NotImplementedError
+        """The VAE; see `load_vae`."""
 
+    @abc.abstractmethod
     def _read_text(self, dtype: torch.dtype | None, device: Device, by_block: bool) -> TextEncoders:
-        raise NotImplementedError
+        """The text encoders; see `load_text`."""
 
 
 def weights_hash(folder: Path, sha256: Callable[[Path], str] = sha256_file) -> str:
