@@ -17,7 +17,7 @@ from libreflux import files
 from libreflux.errors import ModelError, RecipeError
 from libreflux.model.locate import locate
 from libreflux.workflows import generate
-from libreflux.workflows.models import chosen_model
+from libreflux.workflows.model_options import chosen_model
 from libreflux.workflows.train import no_empty_run
 from rights import bound_by_modes
 
@@ -210,7 +210,7 @@ def test_a_bug_keeps_its_traceback(run: Callable, monkeypatch: pytest.MonkeyPatc
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(generate, "picture_targets", broken)
+    monkeypatch.setattr(generate, "picture_paths_of", broken)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         run("generate", "x")
 

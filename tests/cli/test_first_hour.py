@@ -26,7 +26,7 @@ from libreflux.probing.freedom import FreedomRow
 from libreflux.probing.report.summary import summary
 from libreflux.recipe import Recipe, load_recipe
 from libreflux.recipe.faults import ELSEWHERE, dotted_keys
-from libreflux.recipe.keys import recipe_keys
+from libreflux.recipe.key_list import recipe_keys
 from libreflux.training import trace
 from libreflux.workflows.known_models import WORDS
 

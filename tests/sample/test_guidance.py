@@ -10,9 +10,9 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from torch import nn
 
 from libreflux.flow.guidance import cfg, rescale
+from libreflux.sample.draw_settings import guided_steps
 from libreflux.sample.guidance import BatchCfg
 from libreflux.sample.pipeline import LibreFluxPipeline
-from libreflux.sample.settings import guided_steps
 from opened import tensor_of
 
 LONG, SHORT = "a small green frog sits under a tall tree, and the sky behind it is orange", "a fox"

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 from libreflux.data.held_out import HeldOut
 from libreflux.errors import RunError
-from libreflux.model.faults import is_out_of_memory
+from libreflux.model.device_faults import is_out_of_memory
 from libreflux.recipe import AdapterSpec, Recipe, read_recipe
 from libreflux.training import memory
 from libreflux.training.callbacks import Callbacks

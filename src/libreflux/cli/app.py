@@ -81,10 +81,12 @@ def _of_a_device(error: Exception) -> LibrefluxError | None:
     """The line for memory that ran out, or a card that failed, where no verb has said more of it."""
     if "torch" not in sys.modules:
         return None
-    from libreflux.model import faults
+    from libreflux.model import device_faults
 
     verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "libreflux")
-    return faults.told(error, verb, "smaller sizes, or --device cpu where the verb has it (a recipe: device: cpu)")
+    return device_faults.told(
+        error, verb, "smaller sizes, or --device cpu where the verb has it (a recipe: device: cpu)"
+    )
 
 
 def _recipe_key(error: Exception) -> str:

@@ -42,7 +42,7 @@ def recipe(
     whole: Annotated[bool, typer.Option("--all", help="The keys of inner sections too.")] = False,
 ) -> None:
     """List the keys that a recipe may have: what each means, and its default."""
-    from libreflux.recipe.keys import recipe_keys
+    from libreflux.recipe.key_list import recipe_keys
 
     keys, width = recipe_keys(key, deep=whole), terminal.text_width()
     column = max(len(one.name) for one in keys) + 2

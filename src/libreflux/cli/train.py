@@ -168,7 +168,7 @@ def _memory_used() -> int:
 def summary(started: Started, layers: bool, width: int) -> list[str]:
     """What is told of a run before its first step, in lines of at most `width` characters; with each layer or not."""
     from libreflux.adapter.targets import brief, table
-    from libreflux.training.standing import all_done
+    from libreflux.training.run_state import all_done
 
     if started.step == started.steps:
         lines = [f"{all_done(started.steps)}; what was due after the last one is made now"]

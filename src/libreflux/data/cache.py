@@ -87,7 +87,7 @@ class Cache:
             if damaged and not partial:
                 where = next(iter(damaged.values()))
                 told = "a damaged row" if where.name == INDEX else "missing or cut short"
-                raise DataError(told, where=where, hint=self._mend)
+                raise DataError(told, where=where, hint=self._hint)
             listed = read_shards(index, folder)
             for shard in listed:
                 seen = bytearray(len(shard.sums or b"") // 4)
@@ -99,13 +99,13 @@ class Cache:
                 self.damaged_rows += rows.damaged
                 if rows.damaged and not partial:
                     told = f"{counted(rows.damaged, 'damaged row')} of {name}"
-                    raise DataError(told, where=folder / INDEX, hint=self._mend)
+                    raise DataError(told, where=folder / INDEX, hint=self._hint)
                 shards = rows.columns["shard"]
                 rows.columns["shard"] = np.where(shards == COUNTED, COUNTED, shards + shift).astype(np.int32)
                 found.append(rows)
 
     @property
-    def _mend(self) -> str:
+    def _hint(self) -> str:
         """What makes damage good: the cache is named, since a recipe on disk may name another."""
         return f"{MEND}, with --out {self.folder}"
 
@@ -193,7 +193,7 @@ class Cache:
                 raise DataError("cannot be read", where=path, hint="make it readable") from None
             raise DataError("has gone since the cache was opened", where=path, hint=MEND) from None
         except (OSError, SafetensorError) as error:
-            raise DataError(f"damaged shard ({error})", where=path, hint=self._mend) from None
+            raise DataError(f"damaged shard ({error})", where=path, hint=self._hint) from None
 
 
 class CacheWriter:

@@ -27,7 +27,7 @@ from libreflux.data.sources import Sample
 from libreflux.model import latents
 from libreflux.model import text as text_tokens
 from libreflux.model.device import release
-from libreflux.model.faults import explained
+from libreflux.model.device_faults import explained
 from libreflux.model.source import ModelSource
 from libreflux.model.text import TextEncoders
 from libreflux.printing import counted, readable
@@ -69,24 +69,24 @@ class Encoders:
             RunError: no memory for them.
         """
         resting = by_block(self.text_dtype, self.device)
-        with explained("opening the text encoders", self._mend_texts):
+        with explained("opening the text encoders", self._smaller_texts):
             return self.source.load_text(dtype=self.text_dtype, device=self.device, by_block=resting)
 
     def explained_crop(self, crop: Crop) -> AbstractContextManager[None]:
-        """See `faults.explained`."""
+        """See `device_faults.explained`."""
         width, height = crop.size
         doing = f"encoding a crop of {width} x {height} pixels, {crop.sample.path}"
         return explained(doing, f"a smaller resolution{self._elsewhere}")
 
     def explained_texts(self, texts: Sequence[str]) -> AbstractContextManager[None]:
-        """See `faults.explained`."""
+        """See `device_faults.explained`."""
         longest = max((len(text) for text in texts), default=0)
         return explained(
-            f"encoding {counted(len(texts), 'caption')} of up to {counted(longest, 'character')}", self._mend_texts
+            f"encoding {counted(len(texts), 'caption')} of up to {counted(longest, 'character')}", self._smaller_texts
         )
 
     @property
-    def _mend_texts(self) -> str:
+    def _smaller_texts(self) -> str:
         wide, on_cpu = self.text_dtype == torch.float32, torch.device(self.device).type == "cpu"
         smaller = f"text_precision: {'bf16' if on_cpu else 'fp32 (T5 goes block by block)'}"
         if wide != on_cpu:  # that is what it has already

@@ -18,9 +18,9 @@ import numpy as np
 
 from libreflux import checksums, plainjson
 from libreflux.data.shards import AFRESH, INDEX, SHARDS, Shard, read_shards
-from libreflux.decided import differing
 from libreflux.errors import DataError
 from libreflux.printing import counted, get_logger
+from libreflux.result_key import differing
 
 logger = get_logger(__name__)
 

@@ -89,7 +89,7 @@ def verify(folder: Path, own: Path, bar: ProgressCount) -> None:
             continue
         try:
             with placed(part), lock(part), indexing.connect(part) as index, indexing.transaction(index):
-                _mend(index, part, found)
+                _make_good(index, part, found)
         except LibrefluxError:
             if found.damaged and own in (part, folder):  # else another process may be at it
                 raise
@@ -135,7 +135,7 @@ def _reader(part: Path) -> Callable[[Shard], bytes]:
     return read
 
 
-def _mend(index: sqlite3.Connection, part: Path, found: _Found) -> None:
+def _make_good(index: sqlite3.Connection, part: Path, found: _Found) -> None:
     there = read_shards(index, part)  # another process may have prepared meanwhile
     for shard in found.damaged:
         if shard in there:

@@ -13,7 +13,7 @@ from accelerate import cpu_offload
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
-from libreflux.model.kept import dtype_of
+from libreflux.model.keep_fp32 import dtype_of
 
 BLOCKS = ("T5Block", "CLIPEncoderLayer")
 """Classes whose weights come and go together; of other modules each has its own."""

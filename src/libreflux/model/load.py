@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from libreflux.errors import LibrefluxError, ModelError, RunError
 from libreflux.model.by_block import run_by_block
 from libreflux.model.checksums import verified_part
-from libreflux.model.faults import is_device_error, is_out_of_memory
+from libreflux.model.device_faults import is_device_error, is_out_of_memory
 from libreflux.model.parts import COPY, check_part, check_tokenizer, named, visible, weight_variant
 from libreflux.model.ranges import RangedFile
 from libreflux.model.single_file import TensorFile, file_config, load_text_encoder

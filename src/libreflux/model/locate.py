@@ -191,11 +191,11 @@ def _download(text: str, weights: Collection[str], *, fetch: bool) -> Path:
         raise ModelError(
             f"no folder of this name, and it cannot be had from the hub ({hub_reason(error)})",
             where=text,
-            hint=_mend(hub_id, error),
+            hint=_download_hint(hub_id, error),
         ) from error
 
 
-def _mend(hub_id: str, error: Exception) -> str:
+def _download_hint(hub_id: str, error: Exception) -> str:
     from huggingface_hub import errors
 
     there = nearest(Path(hub_id).expanduser())

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from libreflux import plainjson
 from libreflux.errors import ModelError
 from libreflux.model.checksums import verified_part
-from libreflux.model.formats import check_plain
 from libreflux.model.locate import FOREIGN_HINT, foreign_format
+from libreflux.model.quantised_files import check_plain
 from libreflux.model.ranges import RangedFile
 from libreflux.printing import counted, get_logger
 

@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from libreflux import plainjson
 from libreflux.errors import ModelError
 from libreflux.model.int8 import int8_layers, quantise_model, quantise_weight
-from libreflux.model.kept import dtype_of
+from libreflux.model.keep_fp32 import dtype_of
 from libreflux.model.keys import BFL_BLOCKS, Row, config_of, count_blocks, renamed, transformer_rows, vae_rows
 from libreflux.model.parts import check_layers
 from libreflux.model.tensor_file import TensorFile

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from libreflux.errors import ModelError
-from libreflux.model import formats
+from libreflux.model import quantised_files
 from libreflux.model.ranges import RangedFile
 
 _WRAPPERS = ("model.", "module.", "transformer.", "_orig_mod.")
@@ -63,30 +63,30 @@ class TensorFile:
             if name.startswith(self.prefix)
         }
         left_out = _NOT_USED.get(part, ())
-        names = [n for n in self._stored if not n.startswith(left_out) and not n.endswith(formats.REST)]
+        names = [n for n in self._stored if not n.startswith(left_out) and not n.endswith(quantised_files.REST)]
         self.shapes = {name: self._file.ranges[self._stored[name]].shape for name in sorted(names)}
 
     @property
     def dtype(self) -> torch.dtype:
         """What its tensors are computed in where nobody says otherwise: the dtype that most of its numbers have."""
-        return formats.main_dtype(self._file.ranges[self._stored[name]] for name in self.shapes)
+        return quantised_files.main_dtype(self._file.ranges[self._stored[name]] for name in self.shapes)
 
     def check_formats(self) -> None:
         """Raises ModelError, with the format's name, where a tensor is stored in a way that is not read."""
         with self._reading():
-            marked = formats.marks(self.metadata, self._stored, self._file.read, self.path)
+            marked = quantised_files.marks(self.metadata, self._stored, self._file.read, self.path)
         ranges = {name: self._file.ranges[full] for name, full in self._stored.items()}
-        formats.check_formats(self.shapes, ranges, marked, self.path)
+        quantised_files.check_formats(self.shapes, ranges, marked, self.path)
 
     def read(self, name: str) -> Tensor:
         """One tensor, mapped from the file where it is dense there."""
         full = self._stored[name]
         with self._reading():
             tensor = self._file.read(full)
-            if not formats.is_quantised(self._file.ranges[full]):
+            if not quantised_files.is_quantised(self._file.ranges[full]):
                 return tensor
-            scale = formats.scale_name(name, self._stored)
-            return formats.widened(tensor, None if scale is None else self._file.read(self._stored[scale]))
+            scale = quantised_files.scale_name(name, self._stored)
+            return quantised_files.widened(tensor, None if scale is None else self._file.read(self._stored[scale]))
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from libreflux.errors import ModelError
-from libreflux.model.kept import cast, keep_wide
+from libreflux.model.keep_fp32 import cast, keep_wide
 from libreflux.model.numerics import pinned
 from libreflux.printing import get_logger
 

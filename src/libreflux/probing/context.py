@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from libreflux.data.held_out import HeldOut
-from libreflux.decided import adopt, digest
 from libreflux.files import atomic_save_safetensors, atomic_write_bytes
 from libreflux.flow.schedule import ladder
 from libreflux.flow.solve import Step
@@ -33,6 +32,7 @@ from libreflux.probing.metrics.measures import Velocity
 from libreflux.probing.results import Coordinate, Picture
 from libreflux.probing.settings import Settings
 from libreflux.probing.subjects import ParsedPrompt, find_subject, groups, parse_prompt
+from libreflux.result_key import adopt, digest
 from libreflux.sample.finite import check_latents
 from libreflux.sample.guidance import GuidedVelocity
 from libreflux.sample.noise import noise

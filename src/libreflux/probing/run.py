@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from libreflux import plainjson
-from libreflux.decided import digest
 from libreflux.files import atomic_write_json
-from libreflux.model.faults import explained
+from libreflux.model.device_faults import explained
 from libreflux.model.numerics import pinned
 from libreflux.probing.context import ProbeContext
 from libreflux.probing.results import Measure, Picture, Result, write_result
@@ -19,6 +18,7 @@ from libreflux.probing.section import Section, SectionResult
 from libreflux.probing.sections import diversity, guidance, negative, padding, steps, velocity_metrics
 from libreflux.probing.settings import Settings
 from libreflux.probing.subjects import ParsedPrompt
+from libreflux.result_key import digest
 
 SECTIONS = (
     velocity_metrics.SECTION,

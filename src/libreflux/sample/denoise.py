@@ -29,7 +29,7 @@ def denoise(
     Args:
         velocity_at: the velocity, with prompts and guidance.
         noise: packed [B, N, 4C].
-        sigmas: [steps + 1], falling to 0, see `settings.resolve`.
+        sigmas: [steps + 1], falling to 0, see `draw_settings.resolve`.
         on_step_end: called after each step; the latents that it returns take the place of the step's.
         check: called with the latents of the first and of the last step; raises if they are not finite.
 

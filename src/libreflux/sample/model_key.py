@@ -8,11 +8,11 @@ from typing import Any
 
 from libreflux.adapter.io import AdapterFile
 from libreflux.data.digests import TEXT_PARTS, VAE_PARTS, FileMemory, parts_digest
-from libreflux.decided import digest
 from libreflux.model.facts import Facts
 from libreflux.model.parts import json_object
 from libreflux.model.source import ModelSource, weights_hash
 from libreflux.model.tensor_file import TensorFile
+from libreflux.result_key import digest
 
 FORMULA = 1
 """Raised when the same model and the same request come to give another picture, not only other last bits."""

@@ -21,6 +21,7 @@ from libreflux.model import latents as latent_space
 from libreflux.model.text import TextConditioning, TextEncoders
 from libreflux.sample.checks import check_values
 from libreflux.sample.denoise import denoise
+from libreflux.sample.draw_settings import DrawSettings, resolve
 from libreflux.sample.encoding import encode_prompts, listed, matched
 from libreflux.sample.finite import blamed, check_latents
 from libreflux.sample.guidance import BatchCfg, GuidedVelocity
@@ -28,7 +29,6 @@ from libreflux.sample.noise import Generators, start
 from libreflux.sample.output import decoded, to_pil
 from libreflux.sample.parts import FluxParts
 from libreflux.sample.request import DrawRequest
-from libreflux.sample.settings import Settings, resolve
 from libreflux.sample.step_end import TENSORS, on_step_end
 
 
@@ -57,7 +57,7 @@ class Drawing:
         seeds: of the pictures; empty where the caller gave the noise.
     """
 
-    settings: Settings
+    settings: DrawSettings
     guided: GuidedVelocity
     noise: Tensor
     rows: int

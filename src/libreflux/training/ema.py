@@ -24,7 +24,7 @@ from libreflux.errors import RunError
 from libreflux.model.stream import save_live
 from libreflux.printing import counted, get_logger
 from libreflux.training.checkpoint import step_folders, step_name
-from libreflux.training.overlapped import Lane, Overlapped, lane_for
+from libreflux.training.host_copies import Lane, Overlapped, lane_for
 
 log = get_logger(__name__)
 

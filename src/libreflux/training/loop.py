@@ -25,14 +25,14 @@ from libreflux.model.source import ModelSource
 from libreflux.places import folder_place
 from libreflux.printing import get_logger
 from libreflux.recipe import Recipe
-from libreflux.training import checkpoint, ema, memory, nonfinite, saving, standing
+from libreflux.training import checkpoint, ema, memory, nonfinite, run_state, saving
 from libreflux.training.callbacks import Callbacks, StepInfo
 from libreflux.training.checkpoint import Checkpoint
 from libreflux.training.interrupt import Interrupted, StopRequest
 from libreflux.training.optimizer import make_optimizer, parameter_dtype
 from libreflux.training.optimizer8 import require_8bit
 from libreflux.training.ranks import Ranks, joined
-from libreflux.training.standing import Standing
+from libreflux.training.run_state import RunState
 from libreflux.training.step import Training
 
 log = get_logger(__name__)
@@ -57,7 +57,7 @@ def fit(recipe: Recipe, callbacks: Callbacks | None = None, *, fork: bool = Fals
     Raises:
         Interrupted: SIGINT, SIGTERM or SIGHUP; the step was finished and saved.
         RunError: another process holds the run folder, the recipe, data or base have changed since the run began,
-            training would write over a result (see `training.standing`), too many steps in a row were skipped (see
+            training would write over a result (see `training.run_state`), too many steps in a row were skipped (see
             `training.nonfinite`), or memory ran out.
         LibrefluxError: a fault of the model, the data or the targets; see its kinds.
     """
@@ -72,7 +72,7 @@ def fit(recipe: Recipe, callbacks: Callbacks | None = None, *, fork: bool = Fals
             make_current(device)
         ranks = held.enter_context(joined(device))
         held.enter_context(numerics.pinned(device))
-        where = ranks.in_turn(lambda: _locked(recipe, run, ranks.world, held, fork), lambda: standing.found(run))
+        where = ranks.in_turn(lambda: _locked(recipe, run, ranks.world, held, fork), lambda: run_state.read_state(run))
         done = where.newest
         if done is None or where.left(recipe):
             heard = callbacks if ranks.first else Callbacks()
@@ -81,10 +81,10 @@ def fit(recipe: Recipe, callbacks: Callbacks | None = None, *, fork: bool = Fals
         return ranks.in_turn(lambda: _finish(recipe, run, done), lambda: run / checkpoint.ADAPTER)
 
 
-def _locked(recipe: Recipe, run: Path, world: int, held: contextlib.ExitStack, fork: bool) -> Standing:
+def _locked(recipe: Recipe, run: Path, world: int, held: contextlib.ExitStack, fork: bool) -> RunState:
     folder_place(run, *checkpoint.WRITTEN, *(["tensorboard"] if recipe.tensorboard else []))
     held.enter_context(files.lock(run))
-    return standing.settled(recipe, run, world, fork=fork)
+    return run_state.settle(recipe, run, world, fork=fork)
 
 
 def _finish(recipe: Recipe, run: Path, last: Checkpoint) -> Path:
@@ -117,9 +117,9 @@ def _train(training: Training, callbacks: Callbacks, newest: Checkpoint | None) 
     callbacks.on_start(training.started())
     saved = newest
     with StopRequest() as stop, opened as metrics:
-        if training.held_out is not None and standing.measure_due(recipe, first):
+        if training.held_out is not None and run_state.measure_due(recipe, first):
             _measure(training, training.held_out, callbacks)
-        if standing.sample_due(recipe, first):
+        if run_state.sample_due(recipe, first):
             _sample(training, callbacks)
         while training.step < recipe.steps:
             signum = ranks.agree_max(stop.signum or 0)
@@ -140,9 +140,9 @@ def _train(training: Training, callbacks: Callbacks, newest: Checkpoint | None) 
             if last or training.step % recipe.save.every == 0:
                 saved = saving.save(training, metrics, callbacks)
             watched = last or stop.signum is None
-            if watched and training.held_out is not None and standing.measure_due(recipe, training.step):
+            if watched and training.held_out is not None and run_state.measure_due(recipe, training.step):
                 _measure(training, training.held_out, callbacks)
-            if watched and standing.sample_due(recipe, training.step):
+            if watched and run_state.sample_due(recipe, training.step):
                 _sample(training, callbacks)
         if training.step > (saved.step if saved else 0):
             saved = saving.save(training, metrics, callbacks)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from libreflux.model import faults
+from libreflux.model import device_faults
 from libreflux.recipe import Recipe
 
 ESTIMATES = "`train --dry-run` estimates every phase"
@@ -29,7 +29,7 @@ def explained(doing: str, recipe: Recipe, hint: str | None = None) -> Iterator[N
     sides = ", ".join(map(str, recipe.resolution))
     where = f"{doing}, batch {recipe.batch}, resolution {sides}, device {recipe.device}"
     again = "run the same command again: it goes on from the last checkpoint"
-    with faults.explained(where, hint or training(recipe), again):
+    with device_faults.explained(where, hint or training(recipe), again):
         yield
 
 

@@ -21,8 +21,8 @@ from libreflux.errors import OptionError, OptionHint
 from libreflux.files import sha256_file
 from libreflux.flow.solve import Step
 from libreflux.model.device import make_current, pick_device, release
+from libreflux.model.device_faults import explained
 from libreflux.model.facts import Facts
-from libreflux.model.faults import explained
 from libreflux.model.int8 import int8_layers
 from libreflux.model.opening import open_model
 from libreflux.model.single_file import SingleFiles

@@ -10,7 +10,7 @@ from libreflux.errors import OptionError
 from libreflux.places import new_place
 from libreflux.workflows.adapters import load_adapter
 from libreflux.workflows.keywords import by_keywords
-from libreflux.workflows.models import chosen_model
+from libreflux.workflows.model_options import chosen_model
 from libreflux.workflows.progress import Progress, silent
 
 MODEL_PROGRAMS = ("diffusers", "bfl")

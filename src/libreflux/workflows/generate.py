@@ -19,7 +19,7 @@ from libreflux.workflows.generate_options import (
 )
 from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.picture_options import adapter_texts, named_model
-from libreflux.workflows.targets import picture_targets
+from libreflux.workflows.picture_paths import picture_paths_of
 
 __all__ = ["GenerateOptions", "GenerateResult", "GeneratedPicture", "generate", "generate_with"]
 
@@ -78,7 +78,7 @@ def generate_with(options: GenerateOptions) -> GenerateResult:
     """
     prompts, seconds = texts_of_options(options)
     wanted = [(prompt, options.seed + index) for prompt in prompts for index in range(options.count)]
-    targets = None if options.out is None else picture_targets(Path(options.out), wanted, options.count)
+    targets = None if options.out is None else picture_paths_of(Path(options.out), wanted, options.count)
     check_numbers(options)
 
     from libreflux.workflows.adapters import default_model

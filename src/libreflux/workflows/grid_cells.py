@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from libreflux.data.digests import FileMemory
-from libreflux.decided import adopt, digest
 from libreflux.errors import LibrefluxError
 from libreflux.flow.solve import Step
 from libreflux.model.facts import Facts
 from libreflux.model.opening import open_model
 from libreflux.model.single_file import SingleFiles
 from libreflux.model.source import ModelSource
+from libreflux.result_key import adopt, digest
 from libreflux.sample.metadata import GenerationRecord, read_record, save_png
 from libreflux.sample.model_key import FORMULA, adapters_key, facts_key, model_key
 from libreflux.workflows.adapters import adapted_facts, load_arguments

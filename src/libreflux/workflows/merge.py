@@ -13,7 +13,7 @@ from libreflux.places import new_place
 from libreflux.printing import get_logger
 from libreflux.workflows.adapters import adapted_facts, load_arguments, notice_other_base
 from libreflux.workflows.keywords import by_keywords
-from libreflux.workflows.models import chosen_model
+from libreflux.workflows.model_options import chosen_model
 
 if TYPE_CHECKING:
     from libreflux.adapter.io import AdapterFile

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from libreflux.recipe import Recipe
-from libreflux.training.standing import all_done
+from libreflux.training.run_state import all_done
 
 PROMPT = "a red apple on blue"
 

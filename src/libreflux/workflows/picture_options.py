@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from libreflux.errors import OptionError
 from libreflux.values import check_side
-from libreflux.workflows.models import chosen_model
+from libreflux.workflows.model_options import chosen_model
 
 if TYPE_CHECKING:
     from libreflux.model.single_file import SingleFiles
@@ -118,6 +118,6 @@ def refuse_unguided(steps: int, no_cfg_until: int, start: float, stop: float) ->
         hint = f"use at most {steps - 1}, or `guidance` 1 instead" if steps > 1 else "remove it, or use more `steps`"
         raise OptionError(f"leaves no step of {steps} guided", "no_cfg_until", hint=hint)
 
-    from libreflux.sample.settings import guided_steps
+    from libreflux.sample.draw_settings import guided_steps
 
     guided_steps(steps, no_cfg_until, start, stop)

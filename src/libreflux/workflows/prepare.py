@@ -107,7 +107,7 @@ def prepare_with(options: PrepareOptions) -> PrepareResult:
 
     from libreflux.data.prepare import prepare_cache
     from libreflux.model.device import make_current, pick_device
-    from libreflux.model.faults import explained
+    from libreflux.model.device_faults import explained
 
     device = str(pick_device(recipe.device))
     smaller = "a smaller resolution, or device: cpu"

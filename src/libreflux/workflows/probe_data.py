@@ -14,13 +14,13 @@ from libreflux.data.cache_spec import CacheSpec
 from libreflux.data.crops import View, bucket_step
 from libreflux.data.held_out import HeldOut
 from libreflux.data.prepare import Sources, prepare
-from libreflux.decided import digest
 from libreflux.errors import DataError, OptionError
 from libreflux.probing.judges import Judge
 from libreflux.probing.sections import negative
 from libreflux.probing.settings import Settings
 from libreflux.probing.subjects import ParsedPrompt, parse_prompt
 from libreflux.recipe import DataSource
+from libreflux.result_key import digest
 from libreflux.workflows.probe_model import CACHE, ProbedModel
 from libreflux.workflows.progress import Progress, Report
 

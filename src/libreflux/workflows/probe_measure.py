@@ -12,10 +12,9 @@ import torch
 
 from libreflux.adapter.io import attach_file
 from libreflux.data.cache import Cache
-from libreflux.decided import digest
 from libreflux.files import lock, sha256_file
 from libreflux.model.device import make_current, pick_device, release
-from libreflux.model.faults import explained
+from libreflux.model.device_faults import explained
 from libreflux.model.latents import own_side
 from libreflux.model.locate import part_folder
 from libreflux.model.parts import json_object
@@ -31,6 +30,7 @@ from libreflux.probing.section import Section
 from libreflux.probing.sections import padding
 from libreflux.probing.settings import LARGE, LARGE_QUICK, QUICK, Settings, own_guidance, rungs
 from libreflux.probing.subjects import read_seen
+from libreflux.result_key import digest
 from libreflux.sample.metadata import versions
 from libreflux.sample.model_key import adapters_key, config_digest, facts_key
 from libreflux.workflows.probe_data import ProbeData

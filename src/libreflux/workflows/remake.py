@@ -24,8 +24,8 @@ from libreflux.workflows.adapters import adapter_argument
 from libreflux.workflows.drawing import open_for_drawing
 from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.picture_options import Offload, adapter_texts, check_memory, named_model
+from libreflux.workflows.picture_paths import ANOTHER_PLACE, picture_paths_of
 from libreflux.workflows.progress import Progress, silent
-from libreflux.workflows.targets import ANOTHER_PLACE, picture_targets
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def remake_with(options: RemakeOptions) -> RemakeResult:
 
 def _target(out: Path, record: GenerationRecord, picture: Path) -> Path:
     """The new picture's file, tried; never the old one."""
-    (target,) = picture_targets(out, [(record.prompt, record.seed)])
+    (target,) = picture_paths_of(out, [(record.prompt, record.seed)])
     if target != out:
         target = out / f"{picture.stem}-again.png"
     if os.path.exists(target) and os.path.samefile(target, picture):

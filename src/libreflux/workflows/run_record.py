@@ -27,7 +27,7 @@ from libreflux.sample.metadata import save_png
 from libreflux.sample.pipeline import LibreFluxPipeline
 from libreflux.training import checkpoint
 from libreflux.training.callbacks import Callbacks, Started, StepInfo
-from libreflux.training.standing import SHEETS
+from libreflux.training.run_state import SHEETS
 from libreflux.workflows.tensorboard import Board, require_tensorboard
 from libreflux.workflows.train_events import TrainEvents
 

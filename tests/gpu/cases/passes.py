@@ -88,11 +88,11 @@ def attention(head_dim: int, dtype: str) -> float:
 def failed_assertion() -> str:
     """The line of a kernel that failed: an index out of range of an embedding, which CUDA finds while it computes."""
     from libreflux.errors import DeviceError
-    from libreflux.model import faults
+    from libreflux.model import device_faults
 
     table = torch.zeros(4, 8, device=DEVICE)
     try:
-        with faults.explained("reading an embedding", "a smaller table", "start again"):
+        with device_faults.explained("reading an embedding", "a smaller table", "start again"):
             torch.nn.functional.embedding(torch.tensor([7], device=DEVICE), table)
             torch.cuda.synchronize()
     except DeviceError as error:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import T5EncoderModel
 
 from libreflux.model.by_block import run_by_block
-from libreflux.model.kept import dtype_of
+from libreflux.model.keep_fp32 import dtype_of
 from libreflux.model.opening import open_model
 from libreflux.model.single_file import SingleFiles
 from libreflux.model.text import TextEncoders

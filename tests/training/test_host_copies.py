@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from libreflux.recipe import Recipe
-from libreflux.training import ema, overlapped
+from libreflux.training import ema, host_copies
 from libreflux.training.ema import Averages
+from libreflux.training.host_copies import CudaLane, Lane, lane_for
 from libreflux.training.loop import fit
-from libreflux.training.overlapped import CudaLane, Lane, lane_for
 
 
 class LateLane:
@@ -114,7 +114,7 @@ def test_an_error_of_the_worker_is_raised_by_the_next_call(call: str) -> None:
 
 
 def test_only_tensors_of_one_card_are_copied_beside_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overlapped, "CudaLane", lambda device: device)
+    monkeypatch.setattr(host_copies, "CudaLane", lambda device: device)
 
     class OnCard:
         device = torch.device("cuda:1")
@@ -180,5 +180,5 @@ def test_a_card_copies_after_its_step_and_steps_after_the_copy(monkeypatch: pyte
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here memory can be pinned")
 def test_memory_that_cannot_be_pinned_is_told_and_used(caplog: pytest.LogCaptureFixture) -> None:
-    assert overlapped.host_buffer(8, True).shape == (8,)
+    assert host_copies.host_buffer(8, True).shape == (8,)
     assert "cannot be pinned" in caplog.text

@@ -22,7 +22,7 @@ SHEETS = "samples"
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunState:
     """Where a run goes on.
 
     Attributes:
@@ -53,13 +53,13 @@ def measure_due(recipe: Recipe, step: int) -> bool:
     return recipe.held_out.due(step, recipe.steps)
 
 
-def found(run: Path) -> Standing:
-    """Where a run folder stands, for processes that another one has looked through it for, by `settled`."""
+def read_state(run: Path) -> RunState:
+    """Where a run folder stands, for processes that another one has looked through it for, by `settle`."""
     newest = checkpoint.latest(run)
-    return Standing(newest, newest is not None and _is_published(run, newest))
+    return RunState(newest, newest is not None and _is_published(run, newest))
 
 
-def settled(recipe: Recipe, run: Path, world: int, *, fork: bool) -> Standing:
+def settle(recipe: Recipe, run: Path, world: int, *, fork: bool) -> RunState:
     """Finds where a run folder stands and removes what killed processes left there.
 
     Args:
@@ -78,17 +78,17 @@ def settled(recipe: Recipe, run: Path, world: int, *, fork: bool) -> Standing:
     newest = checkpoint.recover(run)
     if newest is None:
         _refuse_lost(run, recipe)
-        return Standing(None, published=False)
+        return RunState(None, published=False)
     if newest.step == recipe.steps and changed:
         raise _nothing_to_fork(run, newest.step)
     if newest.step > recipe.steps:
         hint = f"set steps to at least {newest.step}, or choose another `out`"
         raise RunError(f"step {newest.step} is done already, beyond steps: {recipe.steps}", where=run, hint=hint)
     _refuse_foreign(run, newest)
-    standing = Standing(newest, _is_published(run, newest))
-    if not standing.left(recipe):
+    state = RunState(newest, _is_published(run, newest))
+    if not state.left(recipe):
         _check_data(recipe, run, newest, fork=fork)
-    return standing
+    return state
 
 
 def _nothing_to_fork(run: Path, step: int) -> RunError:

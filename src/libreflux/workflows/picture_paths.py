@@ -13,7 +13,7 @@ from libreflux.places import file_place
 ANOTHER_PLACE = OptionHint("name another place with `out`")
 
 
-def picture_targets(out: Path, pictures: Sequence[tuple[str, int]], count: int = 1) -> list[Path]:
+def picture_paths_of(out: Path, pictures: Sequence[tuple[str, int]], count: int = 1) -> list[Path]:
     """Where each picture goes: the one file, or numbered names in a folder; the place is tried.
 
     Args:

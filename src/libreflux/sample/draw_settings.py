@@ -16,7 +16,7 @@ from libreflux.sample.request import DrawRequest
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class DrawSettings:
     """How a call draws.
 
     Attributes:
@@ -34,7 +34,7 @@ class Settings:
     embedded: float | None
 
 
-def resolve(facts: Facts, image_tokens: int, request: DrawRequest) -> Settings:
+def resolve(facts: Facts, image_tokens: int, request: DrawRequest) -> DrawSettings:
     """Settings from checked values (see `checks`); None is the model's own.
 
     Args:
@@ -61,7 +61,7 @@ def resolve(facts: Facts, image_tokens: int, request: DrawRequest) -> Settings:
     if scale > 1:
         guided = guided_steps(steps, request.no_cfg_until, request.guidance_start, request.guidance_stop)
     embedded = facts.embedded_guidance if request.embedded_guidance is None else request.embedded_guidance
-    return Settings(steps=steps, sigmas=sigmas, scale=scale, guided_steps=guided, embedded=embedded)
+    return DrawSettings(steps=steps, sigmas=sigmas, scale=scale, guided_steps=guided, embedded=embedded)
 
 
 def guided_steps(steps: int, no_cfg_until: int = 0, start: float = 0.0, stop: float = 1.0) -> range:
