@@ -9,9 +9,11 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+import PIL
 from PIL import Image, ImageCms
 
 SIZE = (24, 16)
+PILLOW = int(PIL.__version__.split(".")[0])
 
 
 def noise(mode: str = "RGB", size: tuple[int, int] = SIZE, seed: int = 0) -> Image.Image:
@@ -83,6 +85,11 @@ def tiff(bits: int, data: bytes, *, zero_is_white: bool = False, sample_format: 
     words |= {279: len(data), 339: sample_format} | ({338: alpha} if alpha else {})
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(words.items()))
     return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(words)) + entries + bytes(4)
+
+
+def premultiplied() -> bytes:
+    """Grey of 100 where alpha is whole, and nothing beside it."""
+    return tiff(8, bytes([100, 255, 0, 0] * 8), alpha=1)
 
 
 def interlaced() -> bytes:
@@ -205,3 +212,6 @@ UNUSUAL: dict[str, tuple[str, Callable[[], bytes]]] = {
     "one_pixel": ("png", lambda: saved(noise(size=SIZES["one_pixel"]), "PNG")),
     "thread": ("png", lambda: saved(noise(size=SIZES["thread"]), "PNG")),
 }
+if PILLOW < 13:  # it takes such YCbCr for pixels of four bytes, and does not know grey with a premultiplied alpha
+    UNUSABLE["ycbcr_tiff"] = ("tif", "truncated", UNUSUAL.pop("ycbcr_tiff")[1])
+    UNUSABLE["premultiplied"] = ("tif", "neither PNG", premultiplied)

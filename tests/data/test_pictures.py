@@ -12,7 +12,7 @@ from PIL import Image, ImageCms
 
 from libreflux.data.pictures import inspect, load_rgb
 from libreflux.errors import DataError
-from odd_pictures import SIZE, SIZES, UNUSABLE, UNUSUAL, deep, noise, png_of, saved, tiff
+from odd_pictures import PILLOW, SIZE, SIZES, UNUSABLE, UNUSUAL, deep, noise, png_of, premultiplied, saved, tiff
 from rights import bound_by_modes
 
 
@@ -92,7 +92,7 @@ def test_what_cannot_be_used_has_a_reason_on_one_line(tmp_path: Path, name: str)
     assert "\n" not in found.fault
     assert str(tmp_path) not in found.fault
     assert (found.width, found.height) == (0, 0)
-    assert reason in found.fault
+    assert reason.lower() in found.fault.lower()  # Pillow's capitals change
     with pytest.raises(DataError, match="hint: repair it or remove it"):
         load_rgb(path)
 
@@ -184,6 +184,9 @@ def test_black_and_white_are_where_the_format_says(
     assert set(map(tuple, np.asarray(load_rgb(tmp_path / "a.tif")).reshape(-1, 3).tolist())) == seen, name
 
 
+NEEDS_PILLOW_13 = pytest.mark.skipif(PILLOW < 13, reason="Pillow 13 reads it, older ones refuse it: odd_pictures.py")
+
+
 @pytest.mark.parametrize(
     ("name", "make", "seen"),
     [
@@ -201,7 +204,7 @@ def test_black_and_white_are_where_the_format_says(
         ),
         ("palette", lambda: png_of(8, 3, bytes([0, 1] * 4), b"\0", bytes([9, 9, 9, 7, 7, 7])), {RED, grey(7)}),
         ("deep grey and alpha", lambda: png_of(16, 4, deep(40000, 65535, 100, 0) * 4), {RED, grey(156)}),
-        ("premultiplied", lambda: tiff(8, bytes([100, 255, 0, 0] * 8), alpha=1), {RED, grey(100)}),
+        pytest.param("premultiplied", premultiplied, {RED, grey(100)}, marks=NEEDS_PILLOW_13),
     ],
 )
 def test_what_a_format_calls_transparent_shows_the_background(

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.integrate
 import scipy.stats
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def bayes_losses(sigma: float) -> tuple[float, float]:
         part = share * scipy.stats.norm.pdf(x, (1 - sigma) * mean, math.sqrt(variance))
         velocity = covariance / variance * (x - (1 - sigma) * mean) - mean
         density, mixed, square = density + part, mixed + part * velocity, square + part * velocity**2
-    return within, within + float(np.trapezoid(square - mixed**2 / np.maximum(density, 1e-300), x))
+    return within, within + float(scipy.integrate.trapezoid(square - mixed**2 / np.maximum(density, 1e-300), x))
 
 
 @pytest.fixture(scope="module")

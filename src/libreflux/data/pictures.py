@@ -160,6 +160,8 @@ def _scale_transparency(file: Image.Image, path: Path) -> None:
         depth = raw.read(_PNG_DEPTH + 1)[_PNG_DEPTH]
     if file.mode == "L" and depth in (2, 4):
         file.info["transparency"] = mark * 255 // (2**depth - 1)
+    elif file.mode == "1":
+        file.info["transparency"] = 255 if mark else 0  # Pillow itself only from 12.1 on
     elif file.mode == "RGB" and depth == 16:
         file.info["transparency"] = tuple(value >> 8 for value in mark)
 

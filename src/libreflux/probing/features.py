@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from libreflux.errors import ModelError
 from libreflux.files import sha256_file
@@ -66,6 +67,7 @@ def load_features(folder: Path) -> Features:
         if (folder / name).is_file() and "auto_map" in json_object(folder / name):
             what = "names Python code of its own (auto_map), which is not run"
             raise ModelError(what, where=folder / name, hint="use a model that transformers has itself")
+    # Not `from transformers import AutoImageProcessor`: that name asks for torchvision, in 5.12 still.
     ours: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         with quiet():
