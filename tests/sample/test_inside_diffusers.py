@@ -233,7 +233,7 @@ def test_what_cannot_be_loaded_is_refused_and_changes_nothing(folder: Path, tmp_
         pipe.load_lora_weights("someone/a-lora")
     with pytest.raises(RecipeError, match="weight: 'much' is no weight"):
         pipe.load_lora_weights(good, weight="much")  # type: ignore[arg-type]
-    with pytest.raises(RecipeError, match="weight: 10+ is no weight"):
+    with pytest.raises(RecipeError, match=r"weight: 10+ is no weight"):
         pipe.load_lora_weights(good, weight=10**400)
     with pytest.raises(RecipeError, match="path: is no path but a dict"):
         pipe.load_lora_weights({"a": torch.zeros(1)})  # type: ignore[arg-type]
