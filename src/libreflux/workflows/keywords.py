@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import re
 import textwrap
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from libreflux.errors import OptionError
 from libreflux.values import plain_number
+from libreflux.workflows.kinds import check_kind
 
 TEXTS = {"prompts", "prompt_2", "negative", "negative_2"}
 """Options that may be empty: an empty text is one too."""
@@ -31,6 +33,8 @@ def by_keywords(options: Callable[P, OptionsT], workflow: Callable[[OptionsT], R
         workflow: takes one of them.
     """
 
+    annotations = {field.name: str(field.type) for field in dataclasses.fields(options)}  # type: ignore[arg-type]
+
     @functools.wraps(workflow)
     def call(*args: P.args, **kwargs: P.kwargs) -> Result:
         made = options(*args, **kwargs)
@@ -38,6 +42,8 @@ def by_keywords(options: Callable[P, OptionsT], workflow: Callable[[OptionsT], R
             if isinstance(value, str) and value == "" and name not in TEXTS:
                 raise OptionError("is empty", name, hint="give it a value, or leave it out")
             value = str(value) if isinstance(value, Path) and name in MODELS else plain_number(value)
+            value = tuple(value) if isinstance(value, Iterator) else value
+            check_kind(name, annotations[name], value)
             object.__setattr__(made, name, value)
         return workflow(made)
 
