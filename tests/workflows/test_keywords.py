@@ -12,7 +12,7 @@ import pytest
 
 import libreflux
 from libreflux.cli.verb import Verb
-from libreflux.errors import OptionError, OptionHint, RecipeError, RunError
+from libreflux.errors import AdapterError, OptionError, OptionHint, RecipeError, RunError
 from libreflux.workflows.keywords import by_keywords
 
 
@@ -101,6 +101,18 @@ def test_a_value_of_another_kind_is_refused_in_one_line(
 def test_lists_may_be_iterators_and_single_values() -> None:
     found = by_keywords(ListOptions, kept_with)(iter(["a", "b"]), sizes=3, file=Path("x"))  # type: ignore[arg-type]
     assert found == ListOptions(("a", "b"), sizes=3, file=Path("x"))  # type: ignore[arg-type]
+
+
+def test_a_path_may_begin_with_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    made = libreflux.demo_data("~/python", count=1)
+    assert made.folder == tmp_path / "home" / "python"
+    assert run("export", "emoji-base", "--for", "diffusers", "--out=~/command").code == 0
+    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["command", "python"]
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    with pytest.raises(AdapterError, match=f"^{tmp_path / 'home' / 'a.safetensors'}: no such adapter file"):
+        libreflux.merge("emoji-base", "~/a.safetensors", out="m")
 
 
 def test_an_option_is_named_as_the_caller_typed_it() -> None:

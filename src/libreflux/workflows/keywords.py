@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 import re
 import textwrap
 import typing
@@ -20,6 +21,8 @@ TEXTS = {"prompts", "prompt_2", "negative", "negative_2"}
 """Options that may be empty: an empty text is one too."""
 MODELS = {"model", "what", "base", "against", "reference"}
 """Options that name a model: a path of one is a name too."""
+PATHS = {f"{kinds}{none}" for kinds in ("Path | str", "str | Path") for none in ("", " | None")}
+"""Annotations of paths, in which ~ is the home."""
 P = ParamSpec("P")
 OptionsT = TypeVar("OptionsT")
 Result = TypeVar("Result")
@@ -44,6 +47,8 @@ def by_keywords(options: Callable[P, OptionsT], workflow: Callable[[OptionsT], R
             value = str(value) if isinstance(value, Path) and name in MODELS else plain_number(value)
             value = tuple(value) if isinstance(value, Iterator) else value
             check_kind(name, annotations[name], value)
+            if annotations[name] in PATHS and isinstance(value, str | Path) and name not in MODELS:
+                value = Path(os.path.expanduser(value))
             object.__setattr__(made, name, value)
         return workflow(made)
 
