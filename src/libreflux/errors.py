@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import copyreg
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from libreflux.printing import printable, shortened
+
+
+def remade(error: Exception) -> tuple[Any, ...]:
+    """The `__reduce__` of an exception whose constructor takes more than its message: it is copied without a call.
+
+    So it crosses from a process to the one that started it, where pickle would otherwise call the constructor wrongly.
+    """
+    return copyreg.__newobj__, (type(error), *error.args), vars(error)  # type: ignore[attr-defined]
 
 
 class LibrefluxError(Exception):
@@ -25,6 +35,9 @@ class LibrefluxError(Exception):
     def __init__(self, what: str, *, where: object | None = None, hint: str | None = None) -> None:
         self.what, self.where, self.hint = what, where, hint
         super().__init__(str(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return remade(self)
 
     def __str__(self) -> str:
         line = f"{shortened(self.where)}: {shortened(self.what)}" if self.where is not None else shortened(self.what)

@@ -94,7 +94,7 @@ def test_with_a_rank_every_lokr_becomes_a_lora(program: str, tmp_path: Path) -> 
     assert len(attach_file(flux, tmp_path / "out.safetensors").layers) == len(linear_shapes(tiny_transformer()))
     torch.testing.assert_close(delta(tmp_path / "out.safetensors"), delta(own), rtol=1e-3, atol=1e-4)
     again = load_adapter(tmp_path / "out.safetensors")
-    with pytest.raises(AdapterError, match="has no LoKr that a rank could make a LoRA of; hint: leave out --rank"):
+    with pytest.raises(AdapterError, match="has no LoKr that a rank could make a LoRA of; hint: leave out `rank`"):
         export_adapter(again, program, tmp_path / "again.safetensors", rank=64)
 
 

@@ -43,6 +43,21 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     assert sorted(tmp_path.rglob("*")) == before
 
 
+GONE = [["generate", "x"], ["grid", "x"], ["prepare", "x", "--out", "y"]]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it removes no folder that is in use")
+@pytest.mark.parametrize("verb", GONE, ids=lambda verb: verb[0])
+def test_a_current_folder_that_is_gone_is_one_line(run: Callable, place: Path, verb: list[str]) -> None:
+    gone = place / "gone"
+    gone.mkdir()
+    os.chdir(gone)
+    gone.rmdir()
+    done = run(*verb)
+    os.chdir(place)
+    refused(done, "the current folder has been removed; hint: change to one that is there")
+
+
 @pytest.mark.parametrize(
     ("args", "parts"),
     [

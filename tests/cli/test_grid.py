@@ -162,6 +162,8 @@ def test_bad_input_is_one_line(run: Callable[..., Any], tiny_model_dir: Path, tm
         (["--width", 100], "--width: 100 is not a multiple of 16"),
         (["--steps", 0], "--steps: cannot be 0"),
         (["--seeds", "1.5"], "--seeds: cannot be 1.5"),
+        (["--model", "no/such/model/here"], "no such model"),
+        (["--adapter", "no.safetensors"], "no such adapter file"),
     ):
         done = run("grid", "x", "--model", tiny_model_dir, *options, "--out", tmp_path / "g")
         assert done.code == 2

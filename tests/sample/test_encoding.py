@@ -27,6 +27,9 @@ def test_ahead_is_as_in_a_call(model: Opened, pipe: LibreFluxPipeline) -> None:
         assert torch.equal(found[text].pooled, alone.pooled)
     with pytest.raises(RecipeError, match="max_sequence_length: cannot be 513; hint: use 1 to 512"):
         encode_ahead(model.text, model.facts, [Text("a fox", max_tokens=513)])
+    for no_count in (2.5, True):
+        with pytest.raises(RecipeError, match=f"max_sequence_length: cannot be {no_count}; hint: use 1 to 512"):
+            encode_ahead(model.text, model.facts, [Text("a fox", max_tokens=no_count)])  # type: ignore[arg-type]
 
 
 def test_a_pipeline_without_encoders_draws_the_same_in_int8_too(tiny_model_dir: Path) -> None:

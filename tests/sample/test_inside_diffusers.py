@@ -199,6 +199,20 @@ def test_several_adapters_are_weighed_and_shared(folder: Path, tmp_path: Path) -
     assert torch.equal(latents(pipe), latents(LibreFluxPipeline.from_pretrained(folder)))
 
 
+def test_facts_are_those_of_the_adapters_in_use(folder: Path, tmp_path: Path) -> None:
+    pipe = LibreFluxPipeline.from_pretrained(folder)
+    for name, steps in (("one", "11"), ("two", "22")):
+        said = {"text_padding": "drop", "sampling_steps": steps}
+        pipe.load_lora_weights(adapter(tmp_path / f"{name}.safetensors", metadata=said), name)
+    assert pipe.facts.steps == 22
+    pipe.set_adapters("one", 0.5)
+    assert (pipe.facts.steps, pipe.facts.text_padding) == (11, "drop")
+    pipe.set_adapters(["one", "two"])
+    assert pipe.facts.steps == 22
+    pipe.set_adapters([])
+    assert pipe.facts == KEEP
+
+
 def test_facts_follow_in_every_pipeline_over_the_transformer(folder: Path, tmp_path: Path) -> None:
     pipe = LibreFluxPipeline.from_pretrained(folder)
     pipe.load_lora_weights(adapter(tmp_path / "a.safetensors"))
@@ -218,6 +232,8 @@ def test_what_cannot_be_loaded_is_refused_and_changes_nothing(folder: Path, tmp_
         pipe.load_lora_weights("someone/a-lora")
     with pytest.raises(RecipeError, match="weight: 'much' is no weight"):
         pipe.load_lora_weights(good, weight="much")  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match=r"weight: 10+ is no weight"):
+        pipe.load_lora_weights(good, weight=10**400)
     with pytest.raises(RecipeError, match="path: is no path but a dict"):
         pipe.load_lora_weights({"a": torch.zeros(1)})  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="no adapter is called 'x'; hint: loaded: none"):

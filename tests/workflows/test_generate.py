@@ -281,6 +281,7 @@ def test_a_refusal_names_the_option_as_python_has_it(given: dict[str, Any], told
         ({"seeds": None}, "seeds: cannot be None"),
         ({"seeds": [-1]}, "seeds: cannot be -1"),
         ({"prompts": ()}, "prompts: nothing to draw"),
+        ({"prompts": "a \ud83d"}, r"prompts: half a character in 'a \\ud83d'; hint: write it as UTF-8"),
         ({"offload": "gpu"}, "offload: cannot be 'gpu'"),
     ],
     ids=str,

@@ -53,6 +53,19 @@ def test_a_recipe_says_everything_but_the_cache() -> None:
         recipe_of_options(PrepareOptions("photos"))
 
 
+def test_a_recipe_may_be_a_tree_of_its_keys() -> None:
+    tree = {"model": "emoji-base", "data": [{"path": "photos"}], "resolution": 64, "steps": 1, "out": "runs/a"}
+    assert recipe_of_options(PrepareOptions(tree)) == recipe_of_options(PrepareOptions(Recipe.model_validate(tree)))
+    with pytest.raises(OptionError, match="device: the recipe says this"):
+        recipe_of_options(PrepareOptions(tree, device="cpu"))
+
+
+@pytest.mark.parametrize("data", [3, None, b"photos", [None], ["photos", 3]], ids=str)
+def test_what_is_no_data_is_refused(data: Any) -> None:
+    with pytest.raises(OptionError, match=r"data: (cannot be|is empty)"):
+        recipe_of_options(PrepareOptions(data, out="cache"))
+
+
 def test_what_is_not_said_is_as_a_recipe_has_it() -> None:
     recipe = recipe_of_options(PrepareOptions(["a", "b"], out="cache", background="black"))
     assert [(source.path, source.background, source.crops_per_picture) for source in recipe.data] == [

@@ -23,7 +23,7 @@ from libreflux.cli import (
     train,
 )
 from libreflux.cli.verb import Verb, Verbs
-from libreflux.errors import LibrefluxError, RecipeError
+from libreflux.errors import LibrefluxError, RecipeError, RunError
 from libreflux.places import PLACE_ERRORS, WRITE_ERRORS
 from libreflux.printing import never_fail, say, say_table
 from libreflux.training.interrupt import unwinding
@@ -102,6 +102,14 @@ def _recipe_key(error: Exception) -> str:
     return f". Keys of the recipe go without dashes: {key}=VALUE." if key else ""
 
 
+def _check_folder() -> None:
+    """Raises RunError in a folder that was removed: libraries that are loaded there end the process without a word."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise RunError("the current folder has been removed", hint="change to one that is there") from None
+
+
 def _check_arguments() -> None:
     """Raises RecipeError for an argument that is not UTF-8: prompts and names go into files that are."""
     for word in sys.argv[1:]:
@@ -115,6 +123,7 @@ def main() -> NoReturn:
     never_fail()
     try:
         with unwinding():
+            _check_folder()
             _check_arguments()
             code = app(prog_name="libreflux", standalone_mode=False)
     except LibrefluxError as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
@@ -107,7 +109,11 @@ class Verb(TyperCommand):
             if not value and name not in TEXTS:
                 hint = "give it a value, or leave it out; is a variable not set?"
                 raise RecipeError("is empty", where=where, hint=hint)
-        return super().parse_args(ctx, args)
+        rest: list[str] = super().parse_args(ctx, args)
+        for name, value in ctx.params.items():
+            if isinstance(value, Path):  # of --out=~/x the shell leaves the ~
+                ctx.params[name] = Path(os.path.expanduser(value))
+        return rest
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the verb; an option that a workflow refuses is named as it is typed here."""

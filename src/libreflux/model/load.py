@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -180,9 +181,22 @@ def one_line(where: Path) -> Iterator[None]:
         raise ModelError(f"cannot be loaded ({reason})", where=where, hint=COPY) from error
 
 
+_LOADING = threading.RLock()
+"""Held while the libraries load: they change torch for the whole process meanwhile, and two at once never undo it."""
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without progress bars, which flicker by in a second, and reports on tensors, of which we say what matters."""
+    """Without progress bars, which flicker by in a second, and reports on tensors, of which we say what matters.
+
+    One thread at a time.
+    """
+    with _LOADING, _silenced():
+        yield
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
     libraries = [kind.utils.logging for kind in (diffusers, transformers)]
     before = [(each.is_progress_bar_enabled(), each.get_verbosity()) for each in libraries]
     for each in libraries:

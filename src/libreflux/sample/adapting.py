@@ -24,6 +24,7 @@ class _Loaded:
     adapter: Adapter
     file: AdapterFile
     weight: float
+    used: bool = True
 
 
 class Adapting:
@@ -37,12 +38,13 @@ class Adapting:
     def facts(self) -> Facts:
         """What is used where a call says nothing: the model's own facts, under the adapters that are loaded.
 
-        Facts that are set hold until an adapter is loaded or unloaded.
+        An adapter that `set_adapters` leaves out has no say. Facts that are set hold until an adapter is loaded or
+        unloaded.
         """
         loaded = self._loaded()
         if self._set is not None and self._set[1] == tuple(loaded):
             return self._set[0]
-        return adapted_facts(self._own, [(one.file, one.weight) for one in loaded.values()])
+        return adapted_facts(self._own, [(one.file, one.weight) for one in loaded.values() if one.used])
 
     @facts.setter
     def facts(self, facts: Facts) -> None:
@@ -91,6 +93,8 @@ class Adapting:
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0) -> None:
         """Use these adapters alone, at these weights (one for all, or one each); the others stay loaded at 0.
 
+        The facts are then those of the adapters in use.
+
         Raises:
             RecipeError: a name that is not loaded, or weights that are not as many.
         """
@@ -107,7 +111,7 @@ class Adapting:
             )
         weights: Mapping[str, float] = {name: _weight(one) for name, one in zip(names, given, strict=True)}
         for name, one in loaded.items():
-            one.weight = weights.get(name, 0.0)
+            one.weight, one.used = weights.get(name, 0.0), name in weights
             for layer in one.adapter.layers.values():
                 layer.strength = one.weight
 
@@ -149,7 +153,7 @@ def _read(path: object, weight_name: str | None) -> AdapterFile:
 def _weight(value: float) -> float:
     try:
         strength = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         strength = float("nan")
     if isinstance(value, bool | str) or not abs(strength) < float("inf"):
         raise RecipeError(f"{value!r} is no weight", where="weight", hint="use a number such as 0.8")

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from libreflux.errors import remade
 from libreflux.printing import hush
 
 
@@ -34,6 +35,9 @@ class Interrupted(Exception):
         super().__init__(
             f"stopped by {signal.Signals(signum).name} after step {step}, saved in {run}; the same command resumes it"
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return remade(self)
 
 
 if sys.platform == "win32":

@@ -95,7 +95,7 @@ def _trained_steps(path: Path) -> int:
 def load_arguments(texts: str | Path | Iterable[str | Path]) -> list[tuple[AdapterFile, float]]:
     """The files that adapter arguments name, read, each with its weight; see `adapter_argument` and `adapter_file`."""
     named = [adapter_argument(str(text)) for text in ([texts] if isinstance(texts, str | Path) else texts or ())]
-    chosen = [(adapter_file(Path(path)), weight) for path, weight in named]
+    chosen = [(adapter_file(Path(os.path.expanduser(path))), weight) for path, weight in named]
 
     from libreflux.adapter import io
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from libreflux.errors import OptionError, RunError
 from libreflux.places import new_place
 from libreflux.workflows.keywords import by_keywords
+from libreflux.workflows.picture_options import check_whole
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ def average_with(options: AverageOptions) -> AverageResult:
         raise OptionError("one of `width` and `lerp` is needed", None, hint="`width` 0.1 is a good start")
     if options.step is not None and options.width is None:
         raise OptionError("`step` belongs to `width`", None, hint="remove it")
+    if options.step is not None:
+        check_whole("step", options.step, 0)
     if out.suffix != ".safetensors":
         raise RunError("the name of an adapter file ends in .safetensors", where=out, hint="add it")
     new_place(out)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from libreflux import plainjson
-from libreflux.errors import OptionError, OptionHint, RunError
+from libreflux.errors import OptionHint, RunError
 from libreflux.files import atomic_write_text
 from libreflux.places import folder_place
 from libreflux.printing import counted
@@ -19,6 +19,7 @@ from libreflux.recipe import read_recipe
 from libreflux.recipe.yaml_text import scalar
 from libreflux.workflows.demo_data import DemoDataOptions, DemoDataResult, demo_data_with
 from libreflux.workflows.keywords import by_keywords
+from libreflux.workflows.picture_options import check_whole
 from libreflux.workflows.progress import Progress, silent
 from libreflux.workflows.train import TrainOptions, TrainResult, train_with
 from libreflux.workflows.train_events import TrainEvents
@@ -117,10 +118,8 @@ def demo_with(options: DemoOptions) -> DemoResult:
 
         print(libreflux.demo("out/demo", steps=2, pictures=32).page)  # some minutes: measuring takes most of them
     """
-    if options.steps < 1:
-        raise OptionError("is no number of steps", "steps", hint="give 1 or more")
-    if options.pictures < 32:
-        raise OptionError("are too few", "pictures", hint="give 32 or more")
+    check_whole("steps", options.steps, 1)
+    check_whole("pictures", options.pictures, 32)
     from libreflux.training.checkpoint import check_recipe
 
     out, tell = Path(options.out), options.on_part or (lambda line: None)

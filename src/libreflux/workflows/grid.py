@@ -115,6 +115,8 @@ def grid_with(options: GridOptions) -> GridResult:
     prompts, models, adapters, out = _checked(options)
 
     from libreflux.files import lock
+    from libreflux.model.opening import open_model
+    from libreflux.workflows.adapters import load_arguments
     from libreflux.workflows.drawing import device_for
     from libreflux.workflows.grid_cells import CellOptions, Cells, Column, Row
     from libreflux.workflows.grid_page import write
@@ -134,7 +136,10 @@ def grid_with(options: GridOptions) -> GridResult:
         quantize=options.quantize,
         offload=options.offload,
     )
-    device_for(options.device, options.offload, options.quantize)  # before there is a folder
+    device_for(options.device, options.offload, options.quantize)  # this and what follows: before there is a folder
+    load_arguments(adapters)
+    for source in sources.values():
+        open_model(source)
     with lock(out):
         cells = Cells(out, shared, columns, rows)
         table = list(zip(*cells.drawn(options.progress), strict=True))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from libreflux.errors import OptionError
+from libreflux.plainjson import is_text
 from libreflux.values import check_side
 from libreflux.workflows.model_options import chosen_model
 
@@ -54,10 +55,12 @@ def check_prompts(prompts: Sequence[object], negative: object) -> None:
 
 
 def check_texts(name: str, texts: Sequence[object]) -> None:
-    """Raises OptionError for one that is no text."""
+    """Raises OptionError for one that is no text, or has no UTF-8."""
     for text in texts:
         if not isinstance(text, str):
             raise OptionError(f"cannot be {text!r}", name, hint="give a text")
+        if not is_text(text):
+            raise OptionError(f"half a character in {text[:40]!r}", name, hint="write it as UTF-8")
 
 
 def check_picture(width: int | None, height: int | None, steps: int | None) -> None:

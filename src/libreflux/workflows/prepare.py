@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from libreflux.errors import OptionError
 from libreflux.recipe import Recipe, load_recipe
 from libreflux.workflows.keywords import by_keywords
+from libreflux.workflows.kinds import check_kind
 from libreflux.workflows.progress import Progress, silent
+from libreflux.workflows.recipes import RecipeArgument, resolve_recipe
 
 if TYPE_CHECKING:
     from libreflux.data.summary import SourceSummary
@@ -24,7 +26,7 @@ class PrepareOptions:
     """What is encoded, and how. None of model, resolution and what else a recipe says is given beside a recipe.
 
     Attributes:
-        data: folders of captioned pictures; or one recipe, or the path of its file (.yaml).
+        data: folders of captioned pictures; or one recipe, the path of its file (.yaml), or a tree of its keys.
         out: the cache folder, written or continued; a recipe names its own.
         model: whose VAE and text encoders are used; None: emoji-base.
         resolution: sides of the crops in pixels; None: 128.
@@ -41,7 +43,7 @@ class PrepareOptions:
         progress: shows how far checking and encoding are.
     """
 
-    data: Recipe | Path | str | Sequence[Path | str]
+    data: RecipeArgument | Sequence[Path | str]
     _: KW_ONLY
     out: Path | str | None = None
     model: str | None = None
@@ -122,8 +124,13 @@ def prepare_with(options: PrepareOptions) -> PrepareResult:
 def recipe_of_options(options: PrepareOptions) -> Recipe:
     """The recipe that is named, or one of which preparing reads the rest."""
     data = options.data
-    if not isinstance(data, Recipe | Path | str) and len(data) == 1:
-        data = data[0]
+    if isinstance(data, Mapping):
+        data = resolve_recipe(data)
+    if not isinstance(data, Recipe | Path | str):
+        check_kind("data", "Path | Sequence[Path]", data)
+        if not data:
+            raise OptionError("is empty", "data", hint="name a folder of captioned pictures")
+        data = data[0] if len(data) == 1 else data
     if isinstance(data, Recipe) or (isinstance(data, Path | str) and Path(data).suffix in (".yaml", ".yml")):
         for name in _OF_A_RECIPE:
             if getattr(options, name) is not None:

@@ -22,7 +22,7 @@ def resolve_recipe(recipe: RecipeArgument, overrides: Sequence[str] = ()) -> Rec
     Raises:
         RecipeError: no such file, unreadable, an unknown key, or a bad value.
     """
-    overrides = [overrides] if isinstance(overrides, str) else list(overrides)
+    overrides = [overrides] if isinstance(overrides, str) else list(overrides or ())
     if isinstance(recipe, str | Path):
         return load_recipe(Path(recipe), overrides)
     if isinstance(recipe, Recipe):
