@@ -109,8 +109,11 @@ class FolderSource(ModelSource):
 class FilesSource(ModelSource):
     """Single files, and their base for the rest.
 
-    Args:
+    Attributes:
         files: the files.
+
+    Args:
+        files: see there.
         base: the model that has what no file has; None without.
         facts: see `ModelSource`.
         config: see `ModelSource`.
@@ -118,7 +121,7 @@ class FilesSource(ModelSource):
 
     def __init__(self, files: SingleFiles, base: ModelSource | None, facts: Facts, config: Mapping[str, Any]) -> None:
         super().__init__(str(files), files.transformer, facts, config)
-        self._files, self._base = files, base
+        self.files, self._base = files, base
 
     @property
     def config_file(self) -> Path | None:
@@ -143,13 +146,13 @@ class FilesSource(ModelSource):
         return self._rest("tokenizer_2").load_t5_tokenizer() if held is None else load_t5_tokenizer(Path(str(held)))
 
     def _held(self, part: str) -> TensorFile | Path | None:
-        found: TensorFile | Path | None = getattr(self._files, part) if part in TOKENIZERS else self._files.holder(part)
+        found: TensorFile | Path | None = getattr(self.files, part) if part in TOKENIZERS else self.files.holder(part)
         return found
 
     def _rest(self, part: str) -> ModelSource:
         if self._base is None:
             hint = "name with --base a model that has it, or with --comfyui a folder of such files"
-            raise ModelError(f"no {part} in this file", where=self._files.transformer, hint=hint)
+            raise ModelError(f"no {part} in this file", where=self.files.transformer, hint=hint)
         return self._base
 
     def places(self, *parts: str) -> dict[str, Path | TensorFile]:
@@ -171,7 +174,7 @@ class FilesSource(ModelSource):
     def _read_transformer(
         self, dtype: torch.dtype | None, quantise: bool | None, device: Device
     ) -> FluxTransformer2DModel:
-        given = TensorFile(self._files.transformer, "transformer")
+        given = TensorFile(self.files.transformer, "transformer")
         return load_transformer(given, self.config, dtype=dtype, quantise=bool(quantise), device=device)
 
     def _read_vae(self, dtype: torch.dtype | None, device: Device) -> AutoencoderKL:

@@ -126,8 +126,10 @@ def grid_with(options: GridOptions) -> GridResult:
     scales = [None] if options.guidance is None else [float(one) for one in options.guidance]
     columns = [Column(*each) for each in itertools.product(sources, steps, scales)]
     rows = [Row(*each) for each in itertools.product(prompts, options.seeds)]
+    device_for(options.device, options.offload, options.quantize)  # this and what follows: before there is a folder
+    load_arguments(adapters)
     shared = CellOptions(
-        sources,
+        {name: open_model(source) for name, source in sources.items()},
         adapters,
         negative=options.negative,
         width=options.width,
@@ -136,10 +138,6 @@ def grid_with(options: GridOptions) -> GridResult:
         quantize=options.quantize,
         offload=options.offload,
     )
-    device_for(options.device, options.offload, options.quantize)  # this and what follows: before there is a folder
-    load_arguments(adapters)
-    for source in sources.values():
-        open_model(source)
     with lock(out):
         cells = Cells(out, shared, columns, rows)
         table = list(zip(*cells.drawn(options.progress), strict=True))

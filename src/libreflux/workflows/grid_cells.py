@@ -13,8 +13,7 @@ from libreflux.data.digests import FileMemory
 from libreflux.errors import LibrefluxError
 from libreflux.flow.solve import Step
 from libreflux.model.facts import Facts
-from libreflux.model.opening import open_model
-from libreflux.model.single_file import SingleFiles
+from libreflux.model.opening import FilesSource
 from libreflux.model.source import ModelSource
 from libreflux.result_key import adopt, digest
 from libreflux.sample.metadata import GenerationRecord, read_record, save_png
@@ -60,14 +59,14 @@ class CellOptions:
     """What all cells of a grid share.
 
     Attributes:
-        sources: name of a column's model to the model.
+        sources: name of a column's model to the model, open.
         adapters: put on every model, `PATH[:WEIGHT]`.
         negative: negative prompt, of the cells that are guided.
         width, height: pixels; None is the model's own size.
         device, quantize, offload: see `GenerateOptions`.
     """
 
-    sources: Mapping[str, str | SingleFiles]
+    sources: Mapping[str, ModelSource]
     adapters: Sequence[str] = ()
     negative: str = ""
     width: int | None = None
@@ -121,7 +120,6 @@ class Cells:
         self.made = 0
         self._memory = FileMemory(out)
         self._opened: tuple[str, AdaptedSource, DrawingSession] | None = None
-        self._sources: dict[str, ModelSource] = {}
         self._models: dict[str, CellModel] = {}
 
     def drawn(self, progress: Progress) -> list[list[Cell]]:
@@ -179,19 +177,13 @@ class Cells:
         """Of hashes: nothing is loaded into memory, and no file is read that has not changed since the last grid."""
         name = column.model
         if name not in self._models:
-            source, files = self._source(name), load_arguments(self.shared.adapters)
+            source, files = self.shared.sources[name], load_arguments(self.shared.adapters)
             known, facts = model_key(source, self._memory), adapted_facts(source.facts, files)
-            named = self.shared.sources[name]
-            others = [] if isinstance(named, str) else [repr(named)]
+            others = [repr(source.files)] if isinstance(source, FilesSource) else []
             older = [known["transformer"], [[file.sha256, weight] for file, weight in files], *others]
             key = {"model": known, "adapters": adapters_key(files), "facts": facts_key(facts)}
             self._models[name] = CellModel(facts, key, older)
         return self._models[name]
-
-    def _source(self, name: str) -> ModelSource:
-        if name not in self._sources:
-            self._sources[name] = open_model(self.shared.sources[name])
-        return self._sources[name]
 
     def draw(self, column: Column, row: Row, on_step: Callable[[Step], None]) -> Cell:
         """The cell, drawn and kept."""
@@ -225,7 +217,7 @@ class Cells:
             self._opened = None  # before the next one needs the memory
             shared = self.shared
             source = open_for_drawing(
-                self._source(model), shared.adapters, shared.device, shared.offload, shared.quantize
+                shared.sources[model], shared.adapters, shared.device, shared.offload, shared.quantize
             )
             columns = [column for column in self.columns if column.model == model]
             wanted = [self._record(source, column, row) for column in columns for row in self.rows]
