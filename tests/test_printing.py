@@ -6,6 +6,7 @@ import ast
 import io
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,37 @@ def test_no_line_goes_another_way(way: str) -> None:
     found = {path.relative_to(ROOT).as_posix() for path in files if way in calls(path.read_text(encoding="utf-8"))}
     assert len(files) > 100
     assert found == WAYS[way]
+
+
+TYPED = {
+    "model/device.py",  # of torchrun and docker
+    "probing/report/html.py",  # names of CSS
+    "workflows/demo.py",  # commands to do the demo by hand
+    "workflows/dry_run.py",  # the report of `train --dry-run`
+    "workflows/model_card.py",  # a command in a model's README
+    "workflows/next_steps.py",  # commands to go on with
+}
+"""Files outside cli/ whose texts may have options of a command line; others name a call's, see `OptionHint`."""
+
+
+def texts(source: str) -> list[str]:
+    """The string literals of a module, and the pieces of its f-strings, without docstrings."""
+    tree = ast.parse(source)
+    told = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in told]
+    return [node.value for node in found if isinstance(node.value, str)]
+
+
+def test_a_python_caller_is_told_of_no_option_of_a_command() -> None:
+    assert texts('"""x --a"""\ny = f"{1} --b"\n"""z --c"""') == [" --b"]
+    files = [path for path in ROOT.rglob("*.py") if not {"build", "cli"} & set(path.relative_to(ROOT).parts)]
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in files
+        if any(re.search(r"(^|[\s`(])--[a-z]", text) for text in texts(path.read_text(encoding="utf-8")))
+    }
+    assert len(files) > 100
+    assert found == TYPED
 
 
 def test_every_logger_of_ours_has_the_filter() -> None:

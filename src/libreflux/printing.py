@@ -75,6 +75,10 @@ def fold(text: str, width: int, indent: str = "  ") -> str:
     return "\n".join(part for line in text.split("\n") for part in folded(line))
 
 
+WITH_OPTIONS = {"with_options": True}
+"""`extra` of a message in which words in backquotes are options, which a command shows as they are typed there."""
+
+
 def get_logger(name: str) -> logging.Logger:
     """The logger of a module of ours: its messages are printable, whoever handles them."""
     logger = logging.getLogger(name)

@@ -94,7 +94,7 @@ def test_with_a_rank_every_lokr_becomes_a_lora(program: str, tmp_path: Path) -> 
     assert len(attach_file(flux, tmp_path / "out.safetensors").layers) == len(linear_shapes(tiny_transformer()))
     torch.testing.assert_close(delta(tmp_path / "out.safetensors"), delta(own), rtol=1e-3, atol=1e-4)
     again = load_adapter(tmp_path / "out.safetensors")
-    with pytest.raises(AdapterError, match="has no LoKr that a rank could make a LoRA of; hint: leave out --rank"):
+    with pytest.raises(AdapterError, match="has no LoKr that a rank could make a LoRA of; hint: leave out `rank`"):
         export_adapter(again, program, tmp_path / "again.safetensors", rank=64)
 
 
@@ -107,7 +107,7 @@ def test_a_lokr_without_a_rank_stays_one_or_is_refused(program: str, pattern: st
         export_adapter(file, program, tmp_path / "out.safetensors")
         assert [name for name in load_file(tmp_path / "out.safetensors") if name.endswith("lokr_w1")]
         return
-    with pytest.raises(AdapterError, match=rf"{program} reads no LoKr; hint: add --rank 64"):
+    with pytest.raises(AdapterError, match=rf"{program} reads no LoKr; hint: add `rank` 64"):
         export_adapter(file, program, tmp_path / "out.safetensors")
 
 

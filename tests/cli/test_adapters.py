@@ -63,6 +63,6 @@ def test_the_demo_model_says_what_it_is(caplog: pytest.LogCaptureFixture) -> Non
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
         "emoji-libre is a demo model: emoji only, 128 px",
-        "for photographs: --model jimmycarter/LibreFLUX (34 GB)",
+        "for photographs: `model` jimmycarter/LibreFLUX (34 GB)",
     ]
     assert all(len(line) <= 80 for line in lines)

@@ -14,7 +14,7 @@ from torch import Tensor
 from libreflux.adapter.formats import lycoris_name, read_names
 from libreflux.adapter.io import SCHEMA, AdapterFile
 from libreflux.adapter.layers import LORA_SUFFIXES, LoKr, LoRA, delta_from_tensors, delta_norm
-from libreflux.errors import AdapterError
+from libreflux.errors import AdapterError, OptionHint
 from libreflux.files import atomic_save_safetensors
 from libreflux.model.keys import OWN_BLOCKS, Row, layer_rows, swap_halves
 
@@ -141,10 +141,11 @@ def _check_rank(where: str, deltas: Mapping[str, LoKr | LoRA], program: str, ran
     """Raises AdapterError for a LoKr that the program does not read, and for a rank that nothing needs."""
     lokr = [layer for layer, delta in deltas.items() if isinstance(delta, LoKr)]
     if lokr and rank is None and not PROGRAMS[program].lokr:
-        hint = "add --rank 64 for the nearest LoRA, or merge the adapter into a model"
+        hint = OptionHint("add `rank` 64 for the nearest LoRA, or merge the adapter into a model")
         raise AdapterError(f"{program} reads no LoKr", where=f"{where}, {lokr[0]}", hint=hint)
     if rank is not None and not lokr:
-        raise AdapterError("has no LoKr that a rank could make a LoRA of", where=where, hint="leave out --rank")
+        what = "has no LoKr that a rank could make a LoRA of"
+        raise AdapterError(what, where=where, hint=OptionHint("leave out `rank`"))
 
 
 def _metadata(told: Mapping[str, str], layers: Iterable[str]) -> dict[str, str]:

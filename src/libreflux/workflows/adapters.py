@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from libreflux.errors import AdapterError
-from libreflux.printing import get_logger
+from libreflux.printing import WITH_OPTIONS, get_logger
 
 logger = get_logger(__name__)
 
@@ -140,7 +140,7 @@ def default_model(texts: Iterable[str]) -> str:
 
             return told_model(told, file.where)
     logger.warning("%s is a demo model: emoji only, 128 px", DEMO_MODEL)
-    logger.warning("for photographs: --model %s (%d GB)", *FOR_PHOTOGRAPHS)
+    logger.warning("for photographs: `model` %s (%d GB)", *FOR_PHOTOGRAPHS, extra=WITH_OPTIONS)
     return DEMO_MODEL
 
 
