@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import libreflux
 from libreflux.cli.progress import progress
 from libreflux.cli.terminal import SafeConsole
 from libreflux.errors import LibrefluxError, RunError
-from libreflux.printing import get_logger, printable, say, say_json, say_table
+from libreflux.printing import get_logger, printable, quoted_command, quoted_path, say, say_json, say_table
 
 ROOT = Path(libreflux.__file__).parent
 HOSTILE = "a\x1b]0;title\x07\x1b[2J b\u202egpj.exe\ud83d\x9b\n\u2028c"
@@ -147,3 +148,17 @@ def test_a_name_of_thousands_of_characters_is_shown_by_its_ends() -> None:
     assert len(told) < 700
     assert told.startswith("axx")
     assert told.endswith("xxb: is not there; hint: look")
+
+
+WORDS = ["merge", "my run", 'a "b"', "it's", "C:\\x y\\"]
+
+
+def test_a_command_is_quoted_for_the_systems_own_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert quoted_command(WORDS, windows=True) == r'''merge "my run" "a \"b\"" it's "C:\x y\\"'''
+    assert shlex.split(quoted_command(WORDS, windows=False)) == WORDS
+    assert quoted_command([Path("a b"), 3]) == ('"a b" 3' if os.name == "nt" else "'a b' 3")
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    assert quoted_path("~/my run", windows=False) == "~/'my run'"
+    assert quoted_path("~/my run", windows=True) == '"/home/me/my run"'
+    assert [quoted_path(path, windows=False) for path in ("~/", "my run", "~me")] == ["'~/'", "'my run'", "'~me'"]

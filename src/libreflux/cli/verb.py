@@ -82,8 +82,7 @@ def _spelled_warnings(names: Mapping[str, str]) -> Iterator[None]:
             record.msg = OptionHint(record.msg).spelled(names)
         return True
 
-    handlers = logging.root.handlers or [logging.lastResort]
-    shown = [handler for handler in handlers if handler is not None]
+    shown = [handler for handler in (*logging.root.handlers, logging.lastResort) if handler is not None]
     for handler in shown:
         handler.addFilter(spell)
     try:
