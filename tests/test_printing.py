@@ -100,6 +100,25 @@ def test_no_line_goes_another_way(way: str) -> None:
     assert found == WAYS[way]
 
 
+def test_only_the_command_prints() -> None:
+    """Whatever a workflow has to tell is in its result, in a callback or in a warning."""
+    files = [path for path in ROOT.rglob("*.py") if not {"build", "cli"} & set(path.relative_to(ROOT).parts)]
+    names = re.compile(r"\b(say|say_table|say_json|never_fail)\b")
+    assert names.search(names_of("from libreflux.printing import counted, say as tell"))
+    assert names.search(names_of("import libreflux.printing\nlibreflux.printing.say_json('1')"))
+    found = {file.relative_to(ROOT).as_posix() for file in files if names.search(names_of(file.read_text("utf-8")))}
+    assert len(files) > 100
+    assert found == {"printing.py"}
+
+
+def names_of(source: str) -> str:
+    """Every name that a module imports, reads or calls, in a line."""
+    nodes = list(ast.walk(ast.parse(source)))
+    imported = [alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names]
+    attributes = [node.attr for node in nodes if isinstance(node, ast.Attribute)]
+    return " ".join([*imported, *attributes, *(node.id for node in nodes if isinstance(node, ast.Name))])
+
+
 TYPED = {
     "model/device.py",  # of torchrun and docker
     "probing/report/html.py",  # names of CSS
