@@ -6,6 +6,8 @@ import ast
 import io
 import logging
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ import libreflux
 from libreflux.cli.progress import progress
 from libreflux.cli.terminal import SafeConsole
 from libreflux.errors import LibrefluxError, RunError
-from libreflux.printing import get_logger, printable, say, say_json, say_table
+from libreflux.printing import get_logger, printable, quoted_command, quoted_path, say, say_json, say_table
 
 ROOT = Path(libreflux.__file__).parent
 HOSTILE = "a\x1b]0;title\x07\x1b[2J b\u202egpj.exe\ud83d\x9b\n\u2028c"
@@ -98,6 +100,56 @@ def test_no_line_goes_another_way(way: str) -> None:
     assert found == WAYS[way]
 
 
+def test_only_the_command_prints() -> None:
+    """Whatever a workflow has to tell is in its result, in a callback or in a warning."""
+    files = [path for path in ROOT.rglob("*.py") if not {"build", "cli"} & set(path.relative_to(ROOT).parts)]
+    names = re.compile(r"\b(say|say_table|say_json|never_fail)\b")
+    assert names.search(names_of("from libreflux.printing import counted, say as tell"))
+    assert names.search(names_of("import libreflux.printing\nlibreflux.printing.say_json('1')"))
+    found = {file.relative_to(ROOT).as_posix() for file in files if names.search(names_of(file.read_text("utf-8")))}
+    assert len(files) > 100
+    assert found == {"printing.py"}
+
+
+def names_of(source: str) -> str:
+    """Every name that a module imports, reads or calls, in a line."""
+    nodes = list(ast.walk(ast.parse(source)))
+    imported = [alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names]
+    attributes = [node.attr for node in nodes if isinstance(node, ast.Attribute)]
+    return " ".join([*imported, *attributes, *(node.id for node in nodes if isinstance(node, ast.Name))])
+
+
+TYPED = {
+    "model/device.py",  # of torchrun and docker
+    "probing/report/html.py",  # names of CSS
+    "workflows/demo.py",  # commands to do the demo by hand
+    "workflows/dry_run.py",  # the report of `train --dry-run`
+    "workflows/model_card.py",  # a command in a model's README
+    "workflows/next_steps.py",  # commands to go on with
+}
+"""Files outside cli/ whose texts may have options of a command line; others name a call's, see `OptionHint`."""
+
+
+def texts(source: str) -> list[str]:
+    """The string literals of a module, and the pieces of its f-strings, without docstrings."""
+    tree = ast.parse(source)
+    told = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in told]
+    return [node.value for node in found if isinstance(node.value, str)]
+
+
+def test_a_python_caller_is_told_of_no_option_of_a_command() -> None:
+    assert texts('"""x --a"""\ny = f"{1} --b"\n"""z --c"""') == [" --b"]
+    files = [path for path in ROOT.rglob("*.py") if not {"build", "cli"} & set(path.relative_to(ROOT).parts)]
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in files
+        if any(re.search(r"(^|[\s`(])--[a-z]", text) for text in texts(path.read_text(encoding="utf-8")))
+    }
+    assert len(files) > 100
+    assert found == TYPED
+
+
 def test_every_logger_of_ours_has_the_filter() -> None:
     import libreflux.cli.app
     import libreflux.training.loop
@@ -115,3 +167,17 @@ def test_a_name_of_thousands_of_characters_is_shown_by_its_ends() -> None:
     assert len(told) < 700
     assert told.startswith("axx")
     assert told.endswith("xxb: is not there; hint: look")
+
+
+WORDS = ["merge", "my run", 'a "b"', "it's", "C:\\x y\\"]
+
+
+def test_a_command_is_quoted_for_the_systems_own_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert quoted_command(WORDS, windows=True) == r'''merge "my run" "a \"b\"" it's "C:\x y\\"'''
+    assert shlex.split(quoted_command(WORDS, windows=False)) == WORDS
+    assert quoted_command([Path("a b"), 3]) == ('"a b" 3' if os.name == "nt" else "'a b' 3")
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    assert quoted_path("~/my run", windows=False) == "~/'my run'"
+    assert quoted_path("~/my run", windows=True) == '"/home/me/my run"'
+    assert [quoted_path(path, windows=False) for path in ("~/", "my run", "~me")] == ["'~/'", "'my run'", "'~me'"]

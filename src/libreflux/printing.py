@@ -7,9 +7,11 @@ import io
 import logging
 import os
 import re
+import shlex
+import subprocess
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 # Control characters, lone surrogates, line ends of Unicode's, and marks that turn the direction of what follows.
@@ -73,6 +75,35 @@ def fold(text: str, width: int, indent: str = "  ") -> str:
         )
 
     return "\n".join(part for line in text.split("\n") for part in folded(line))
+
+
+def quoted_command(words: Iterable[object], *, windows: bool = os.name == "nt") -> str:
+    """A command line that gives a program these words when it is pasted into a shell.
+
+    Args:
+        words: of the command; `str` is asked what each says.
+        windows: whether it is read by the rules of Windows; else by those of POSIX shells.
+    """
+    texts = [str(word) for word in words]
+    return subprocess.list2cmdline(texts) if windows else shlex.join(texts)
+
+
+def quoted_path(path: str, *, windows: bool = os.name == "nt") -> str:
+    """A path as a word of a command line; `~/` at its start is the home, which shells of Windows do not write out.
+
+    Args:
+        path: as a file keeps it.
+        windows: see `quoted_command`.
+    """
+    if not path.startswith("~/") or len(path) == 2:
+        return quoted_command([path], windows=windows)
+    if windows:
+        return quoted_command([os.path.expanduser(path)], windows=True)
+    return f"~/{quoted_command([path[2:]], windows=False)}"
+
+
+WITH_OPTIONS = {"with_options": True}
+"""`extra` of a message in which words in backquotes are options, which a command shows as they are typed there."""
 
 
 def get_logger(name: str) -> logging.Logger:

@@ -107,7 +107,7 @@ def test_a_lokr_without_a_rank_stays_one_or_is_refused(program: str, pattern: st
         export_adapter(file, program, tmp_path / "out.safetensors")
         assert [name for name in load_file(tmp_path / "out.safetensors") if name.endswith("lokr_w1")]
         return
-    with pytest.raises(AdapterError, match=rf"{program} reads no LoKr; hint: add --rank 64"):
+    with pytest.raises(AdapterError, match=rf"{program} reads no LoKr; hint: add `rank` 64"):
         export_adapter(file, program, tmp_path / "out.safetensors")
 
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import ntpath
+import posixpath
+
 import pytest
 
 from libreflux.adapter.io import AdapterFile
@@ -7,7 +10,7 @@ from libreflux.cli.progress import rate
 from libreflux.errors import AdapterError
 from libreflux.model.facts import KNOWN, freed
 from libreflux.printing import clock
-from libreflux.workflows.adapters import adapted_facts, adapter_argument, default_model, notice_other_base
+from libreflux.workflows.adapters import adapted_facts, adapter_argument, as_typed, default_model, notice_other_base
 
 
 @pytest.mark.parametrize(
@@ -29,6 +32,39 @@ def test_adapter_argument(text: str, wanted: tuple[str, float]) -> None:
 def test_bad_weights_are_refused(text: str) -> None:
     with pytest.raises(AdapterError, match="is no weight"):
         adapter_argument(text)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (r"C:\Users\me\runs\a", "~/runs/a"),
+        ("c:/users/ME/runs/a", "~/runs/a"),
+        (r"C:\Users\me", r"C:\Users\me"),
+        (r"C:\Users\mean\a", r"C:\Users\mean\a"),
+        (r"D:\runs\a", r"D:\runs\a"),
+        (r"runs\a", r"runs\a"),
+    ],
+)
+def test_a_home_of_windows_is_kept_as_any_other(monkeypatch: pytest.MonkeyPatch, given: str, kept: str) -> None:
+    monkeypatch.setenv("USERPROFILE", "C:\\Users\\me")
+    assert as_typed(given, ntpath) == kept
+
+
+@pytest.mark.parametrize(
+    ("home", "given", "kept"),
+    [
+        ("/home/me", "/home/me/a b", "~/a b"),
+        ("/home/me/", "/home/me/a\\b", "~/a\\b"),
+        ("/home/me", "/home/me", "/home/me"),
+        ("/home/me", "/home/mean/a", "/home/mean/a"),
+        ("/home/me", "/Home/me/a", "/Home/me/a"),
+        ("/", "/a", "/a"),
+        ("me", "me/a", "me/a"),
+    ],
+)
+def test_a_home_that_the_shell_wrote_out(monkeypatch: pytest.MonkeyPatch, home: str, given: str, kept: str) -> None:
+    monkeypatch.setenv("HOME", home)
+    assert as_typed(given, posixpath) == kept
 
 
 def test_clock_and_rate() -> None:
@@ -63,6 +99,6 @@ def test_the_demo_model_says_what_it_is(caplog: pytest.LogCaptureFixture) -> Non
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
         "emoji-libre is a demo model: emoji only, 128 px",
-        "for photographs: --model jimmycarter/LibreFLUX (34 GB)",
+        "for photographs: `model` jimmycarter/LibreFLUX (34 GB)",
     ]
     assert all(len(line) <= 80 for line in lines)

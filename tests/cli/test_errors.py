@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from libreflux import files
-from libreflux.errors import ModelError, RecipeError
+from libreflux.errors import ModelError, RecipeError, RunError
 from libreflux.model.locate import locate
 from libreflux.workflows import generate
+from libreflux.workflows import train as workflow
 from libreflux.workflows.model_options import chosen_model
-from libreflux.workflows.train import no_empty_run
 from rights import bound_by_modes
 
 
@@ -205,11 +205,12 @@ def test_the_refusal_of_a_new_run_is_told_whoever_holds_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str, held: bool, stays: bool
 ) -> None:
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     out = tmp_path / "run"
     with contextlib.ExitStack() as others:
 
         def begin() -> None:
-            with no_empty_run(out):
+            with workflow.no_empty_run(out):
                 with files.lock(out):
                     pass
                 if held:
@@ -219,6 +220,71 @@ def test_the_refusal_of_a_new_run_is_told_whoever_holds_its_folder(
         with pytest.raises(RecipeError, match="the refusal"):
             begin()
     assert out.exists() == stays
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_where_open_files_stay_a_new_runs_folder_goes_after_its_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    """As on Windows; and where another process has taken the lock by then, its folder stays whole."""
+    out = tmp_path / "run"
+    removed: list[Path] = []
+    unlink, rmtree = Path.unlink, shutil.rmtree
+    with contextlib.ExitStack() as others:
+
+        def refusing(remove: Callable) -> Callable:
+            def checked(path: Path) -> None:
+                if taken and not removed:
+                    others.enter_context(files.lock(out))
+                removed.append(path)
+                try:
+                    with files.lock(out):
+                        pass
+                except RunError:
+                    raise PermissionError(13, "is open", str(path)) from None
+                remove(path)
+
+            return checked
+
+        def begin() -> None:
+            with workflow.no_empty_run(out):
+                with files.lock(out):
+                    (out / "recipe.json").write_text("{}")
+                raise RecipeError("the refusal")
+
+        monkeypatch.setattr(workflow, "OPEN_FILES_STAY", True)
+        monkeypatch.setattr(Path, "unlink", refusing(unlink))
+        monkeypatch.setattr(workflow.shutil, "rmtree", refusing(rmtree))
+        with pytest.raises(RecipeError, match="the refusal"):
+            begin()
+    assert removed[0] == out / ".lock"
+    assert out.exists() == taken
+    assert (out / "recipe.json").exists() == taken
+
+
+@pytest.mark.parametrize(
+    ("rank", "world", "told"),
+    [
+        ("zero", "2", "RANK and WORLD_SIZE are not numbers; hint: start it by torchrun"),
+        ("0", "", "RANK and WORLD_SIZE are not numbers; hint: start it by torchrun"),
+        ("2", "2", "no process has RANK 2 of WORLD_SIZE 2; hint: start it by torchrun, or unset both"),
+        (
+            "-1",
+            "2",
+            "no process has RANK -1 of WORLD_SIZE 2; hint: start it by torchrun, or unset both",
+        ),
+    ],
+)
+def test_torchruns_numbers_that_are_none_are_one_line(
+    run: Callable, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str, world: str, told: str
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    for command in (["prepare", tmp_path, "--out", tmp_path / "cache"], ["train", recipe, f"out={tmp_path / 'run'}"]):
+        done = run(*command)
+        assert (done.code, done.err) == (2, f"libreflux: error: environment: {told}\n")
+    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_bug_keeps_its_traceback(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

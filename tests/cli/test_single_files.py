@@ -127,4 +127,4 @@ def test_verbs_that_want_a_folder_say_how_to_make_one(
     for command in (["probe", single], training, [*training, "--dry-run"]):
         done = run(*command)
         assert done.code == 2, done.err
-        assert "libreflux export FILE --base MODEL --for diffusers" in done.err, done.err
+        assert "hint: `libreflux export` for diffusers, with its base, makes a model of it" in done.err, done.err

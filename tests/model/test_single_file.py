@@ -171,7 +171,7 @@ def test_the_largest_text_encoder_is_taken_and_named(
     assert found.text_encoder_2 == tmp_path / "t5xxl.safetensors"
     assert "t5xxl.safetensors" in caplog.text
     (tmp_path / "flux1-other.safetensors").write_bytes(b"")
-    with pytest.raises(ModelError, match=r"2 files are called flux1.*--model"):
+    with pytest.raises(ModelError, match=r"2 files are called flux1.*`model`"):
         find_comfyui(tmp_path)
 
 
@@ -211,7 +211,7 @@ def test_files_that_do_not_fit_are_named(files: Path, tmp_path: Path, case: str,
 
 
 def test_what_no_file_has_is_asked_for(files: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no text_encoder in this file; hint: name with --base"):
+    with pytest.raises(ModelError, match=r"no text_encoder in this file; hint: name with `base`"):
         open_model(SingleFiles(transformer=next(files.glob("flux1-*")))).load_text()
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(next(files.glob("flux1-*")).read_bytes()[:5000])

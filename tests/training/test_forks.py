@@ -50,7 +50,7 @@ def test_a_changed_recipe_goes_on_only_with_fork_and_is_remembered(recipe_tree: 
     source = recipe_tree(out)["data"][0]
     optimizer = {"kind": "adamw", "learning_rate": 5e-4}
     tree = recipe_tree(out, steps=4, batch=1, base="bf16", optimizer=optimizer, data=[{**source, "prefix": "b "}])
-    with pytest.raises(RunError, match=r"data\.0\.prefix .*batch \(2 -> 1\).*0\.0005\); hint: .*--fork"):
+    with pytest.raises(RunError, match=r"data\.0\.prefix .*batch \(2 -> 1\).*0\.0005\); hint: .*`fork`"):
         run(tree)
     assert (out / checkpoint.RECIPE).read_bytes() == before
     steps = run(tree, fork=True)
@@ -100,7 +100,7 @@ def test_a_fork_that_is_killed_before_its_first_checkpoint_goes_on_without_the_o
             plan.append({"recipe": new, "moment": None, "fork": True})
     results = fork_runs(plan)
     assert [result["code"] for result in results] == [0, 0, 0, SIGKILL, 2, SIGKILL, 0]
-    assert "--fork" in results[4]["errors"][0]
+    assert "`fork`" in results[4]["errors"][0]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert [one["step"] for one in remembered(killed)] == [2]
     assert remembered(killed) == remembered(whole)
@@ -122,7 +122,7 @@ def test_what_the_checkpoints_tensors_settle_cannot_fork(
     run(recipe_tree(tmp_path / "run", steps=1))
     with pytest.raises(RunError, match=rf"{named}.*hint: restore .*or choose another `out`") as refusal:
         run(recipe_tree(tmp_path / "run", steps=2, batch=1, **change), fork=True)
-    assert "--fork" not in str(refusal.value)
+    assert "`fork`" not in str(refusal.value)
 
 
 def test_data_may_change_under_a_fork_and_the_base_may_not(
@@ -137,7 +137,7 @@ def test_data_may_change_under_a_fork_and_the_base_may_not(
     tree = recipe_tree(tmp_path / "run", model=str(model), data=[{"path": str(folder)}], steps=2)
     run(tree)
     (folder / "0.txt").write_text("another caption")
-    with pytest.raises(RunError, match=r"pictures, captions or encoders have changed.*--fork"):
+    with pytest.raises(RunError, match=r"pictures, captions or encoders have changed.*`fork`"):
         run(tree | {"steps": 3})
     assert [info.step for info in run(tree | {"steps": 3}, fork=True)] == [3]
     assert [(one["step"], one["changed"]) for one in remembered(tmp_path / "run")] == [(2, {})]
@@ -241,7 +241,7 @@ def test_another_path_or_machine_is_no_change(
     elsewhere = {**tree, "data": [{"path": pictures_in(tmp_path / "other", sorted(pictures_dir.glob("*.png"))[:4])}]}
     with pytest.raises(RunError, match=r"all 5 steps are done, and its pictures, captions or encoders have changed"):
         run({**elsewhere, "steps": 5})
-    with pytest.raises(RunError, match=r"pictures, captions or encoders have changed .*: data\.0\.path .*--fork"):
+    with pytest.raises(RunError, match=r"pictures, captions or encoders have changed .*: data\.0\.path .*`fork`"):
         run({**elsewhere, "steps": 6})
     run({**elsewhere, "steps": 6}, fork=True)
     [entry] = remembered(tmp_path / "run")

@@ -288,7 +288,7 @@ def test_a_finished_run_says_that_its_data_have_changed(own_data: dict[str, Any]
         run({**own_data, "text_precision": "bf16"})
     (tmp_path / "b" / "4.png").rename(tmp_path / "4.png")
     (tmp_path / "b" / "4.txt").rename(tmp_path / "4.txt")
-    with pytest.raises(RunError, match="hint: raise steps and go on with --fork, put them back"):
+    with pytest.raises(RunError, match="hint: raise steps and go on with `fork`, put them back"):
         run(own_data)
     assert (tmp_path / "run" / checkpoint.ADAPTER).read_bytes() == result
     assert run({**own_data, "steps": 2}, fork=True) == [("start", 1)]

@@ -26,5 +26,5 @@ def test_a_run_on_samples_resumes_to_the_bit_and_cannot_turn_to_the_mean(
     assert mean.read_bytes() != whole.read_bytes()
     for run, other in (("whole", "mean"), ("mean", "sample")):
         tree = recipe_tree(tmp_path / run, latents=other, steps=5)
-        with pytest.raises(RunError, match=r"latents \(.*\); hint: .*--fork"):
+        with pytest.raises(RunError, match=r"latents \(.*\); hint: .*`fork`"):
             fit(Recipe.model_validate(tree))

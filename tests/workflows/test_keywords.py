@@ -13,6 +13,7 @@ import pytest
 import libreflux
 from libreflux.cli.verb import Verb
 from libreflux.errors import AdapterError, OptionError, OptionHint, RecipeError, RunError
+from libreflux.printing import WITH_OPTIONS, get_logger
 from libreflux.workflows.keywords import by_keywords
 
 
@@ -163,3 +164,19 @@ def test_a_verb_spells_hints_that_say_so_and_no_others() -> None:
         app(["--own"], standalone_mode=False)
     with pytest.raises(RunError, match=r"^x: is taken; hint: choose another `out`$"):
         app([], standalone_mode=False)
+
+
+def test_a_verb_spells_warnings_that_say_so_and_no_others(caplog: pytest.LogCaptureFixture) -> None:
+    import typer
+
+    app, logger = typer.Typer(), get_logger("libreflux.test")
+
+    @app.command(cls=Verb)
+    def draw(out: str = "x") -> None:
+        logger.warning("name %s with `out`, not `model`", "%s", extra=WITH_OPTIONS)
+        logger.warning("choose another `out`")
+
+    app([], standalone_mode=False)
+    logger.warning("a call's `out`", extra=WITH_OPTIONS)
+    told = ["name %s with --out, not `model`", "choose another `out`", "a call's `out`"]
+    assert [record.getMessage() for record in caplog.records] == told

@@ -172,6 +172,7 @@ def test_of_several_processes_the_result_says_which_this_is(folder: Path, monkey
     train("recipe.yaml", overrides=["samples.every=0", "held_out={}", "steps=1"])
     monkeypatch.setattr("libreflux.training.loop.fit", lambda recipe, *_, **__: Path(recipe.out, "adapter.safetensors"))
     monkeypatch.setitem(os.environ, "RANK", "1")
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
     with files.lock(folder / "run"):  # the first one holds it for all
         result = train("recipe.yaml", overrides=["samples.every=0", "held_out={}", "steps=1"])
     assert result.rank == 1

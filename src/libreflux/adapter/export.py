@@ -141,11 +141,11 @@ def _check_rank(where: str, deltas: Mapping[str, LoKr | LoRA], program: str, ran
     """Raises AdapterError for a LoKr that the program does not read, and for a rank that nothing needs."""
     lokr = [layer for layer, delta in deltas.items() if isinstance(delta, LoKr)]
     if lokr and rank is None and not PROGRAMS[program].lokr:
-        hint = "add --rank 64 for the nearest LoRA, or merge the adapter into a model"
+        hint = OptionHint("add `rank` 64 for the nearest LoRA, or merge the adapter into a model")
         raise AdapterError(f"{program} reads no LoKr", where=f"{where}, {lokr[0]}", hint=hint)
     if rank is not None and not lokr:
-        hint = OptionHint("leave out `rank`")
-        raise AdapterError("has no LoKr that a rank could make a LoRA of", where=where, hint=hint)
+        what = "has no LoKr that a rank could make a LoRA of"
+        raise AdapterError(what, where=where, hint=OptionHint("leave out `rank`"))
 
 
 def _metadata(told: Mapping[str, str], layers: Iterable[str]) -> dict[str, str]:

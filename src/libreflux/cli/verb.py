@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
 from libreflux.errors import LibrefluxError, OptionError, OptionHint, RecipeError
+from libreflux.printing import WITH_OPTIONS
 from libreflux.workflows.keywords import TEXTS
 
 MEANT = {
@@ -72,6 +75,25 @@ def panel_of(verb: str | None, parameter: str | None) -> tuple[int, int, str] | 
     return None
 
 
+@contextmanager
+def _spelled_warnings(names: Mapping[str, str]) -> Iterator[None]:
+    """In the block, messages that were logged `WITH_OPTIONS` name them as they are typed."""
+
+    def spell(record: logging.LogRecord) -> bool:
+        if WITH_OPTIONS.items() <= vars(record).items():
+            record.msg = OptionHint(record.msg).spelled(names)
+        return True
+
+    shown = [handler for handler in (*logging.root.handlers, logging.lastResort) if handler is not None]
+    for handler in shown:
+        handler.addFilter(spell)
+    try:
+        yield
+    finally:
+        for handler in shown:
+            handler.removeFilter(spell)
+
+
 class Verbs(TyperGroup):
     """The group of all verbs, which knows what other programs call them."""
 
@@ -116,9 +138,10 @@ class Verb(TyperCommand):
         return rest
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs the verb; an option that a workflow refuses is named as it is typed here."""
+        """Runs the verb; an option that a workflow refuses, or names in a warning, is named as it is typed here."""
         try:
-            return super().invoke(ctx)
+            with _spelled_warnings(self._spellings()):
+                return super().invoke(ctx)
         except OptionError as error:
             raise error.spelled(self._spellings()) from None
         except LibrefluxError as error:

@@ -107,7 +107,7 @@ class Cache:
     @property
     def _hint(self) -> str:
         """What makes damage good: the cache is named, since a recipe on disk may name another."""
-        return f"{MEND}, with --out {self.folder}"
+        return f"{MEND}, into {self.folder}"
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Refuses a cache made with other settings; see ``index.refuse_other_settings``."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from libreflux import plainjson
-from libreflux.errors import ModelError
+from libreflux.errors import ModelError, OptionHint
 from libreflux.model.facts import FACTS_FILE, KNOWN, known_facts, needs_login, read_facts
 from libreflux.places import nearest
 
@@ -34,9 +34,9 @@ _PICKLE = ("is a pickle, which runs code when it is opened", "use the model's sa
 _REFUSED = dict.fromkeys((".ckpt", ".pt", ".pth", ".bin", ".pkl"), _PICKLE) | {
     ".safetensors": (
         "is a single file",
-        "`libreflux export FILE --base MODEL --for diffusers --out DIR` makes a model of it",
+        "`libreflux export` for diffusers, with its base, makes a model of it",
     ),
-    ".gguf": ("GGUF is not read", "use the safetensors weights; `libreflux export --int8` makes them small"),
+    ".gguf": ("GGUF is not read", "use the safetensors weights; `libreflux export` in int8 makes them small"),
 }
 
 
@@ -98,7 +98,7 @@ def told_model(name: str, told_by: object) -> str:
     try:
         locate(name, fetch=False)
     except ModelError as error:
-        hint = "name the model yourself with --model; nothing is downloaded because a file says so"
+        hint = OptionHint("name the model yourself with `model`; nothing is downloaded because a file says so")
         raise ModelError(f"its model {name} is not at hand ({error.what})", where=told_by, hint=hint) from None
     return name
 
@@ -148,7 +148,7 @@ def foreign_format(config: Mapping[str, Any]) -> str | None:
     return f"{method}{f' ({str(detail)[:60]})' if detail else ''}"
 
 
-FOREIGN_HINT = "use the model in bf16 or fp32; `libreflux export --int8` makes it small"
+FOREIGN_HINT = "use the model in bf16 or fp32; `libreflux export` in int8 makes it small"
 
 
 def _refuse_format(part: Path) -> None:

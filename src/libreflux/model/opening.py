@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransf
 from transformers import PreTrainedTokenizerBase
 
 from libreflux import plainjson
-from libreflux.errors import ModelError
+from libreflux.errors import ModelError, OptionHint
 from libreflux.model.checksums import check_small, tell_unchecked, verified_part
 from libreflux.model.facts import Facts, check_guided, find_facts
 from libreflux.model.int8 import dequantise_model
@@ -151,7 +151,7 @@ class FilesSource(ModelSource):
 
     def _rest(self, part: str) -> ModelSource:
         if self._base is None:
-            hint = "name with --base a model that has it, or with --comfyui a folder of such files"
+            hint = OptionHint("name with `base` a model that has it, or with `comfyui` a folder of such files")
             raise ModelError(f"no {part} in this file", where=self.files.transformer, hint=hint)
         return self._base
 

@@ -42,7 +42,7 @@ _OTHERS = {
     ".qweight": "GPTQ, AWQ or SVDQuant",
 }
 """Formats that are not read, by what their tensors' names end in or contain."""
-_HINT = "use the bf16, fp16 or fp8 file; `libreflux export --int8` makes it small"
+_HINT = "use the bf16, fp16 or fp8 file; `libreflux export` in int8 makes it small"
 
 
 def marks(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from libreflux import plainjson
-from libreflux.errors import ModelError
+from libreflux.errors import ModelError, OptionHint
 from libreflux.model.int8 import int8_layers, quantise_model, quantise_weight
 from libreflux.model.keep_fp32 import dtype_of
 from libreflux.model.keys import BFL_BLOCKS, Row, config_of, count_blocks, renamed, transformer_rows, vae_rows
@@ -98,7 +98,7 @@ def find_comfyui(folder: Path, *, transformer: Path | None = None, base: str | N
             files = [file for file in files if not file.name[2].isalpha()]
         if part == "transformer" and transformer is None and len(files) != 1:
             named = ", ".join(file.name for file in files[:3]) or "none"
-            hint = "name the transformer with --model FILE"
+            hint = OptionHint("name the transformer with `model` FILE")
             raise ModelError(f"{len(files)} files are called flux1-*.safetensors ({named})", where=folder, hint=hint)
         if files:
             found[part] = max(files, key=lambda file: file.stat().st_size)
@@ -130,7 +130,7 @@ def transformer_config(file: TensorFile, base: Mapping[str, Any] | None = None) 
         raise ModelError(f"not a FLUX.1 transformer: {error.what}", where=file.path, hint=error.hint) from None
     rope = (base or {}).get("axes_dims_rope")
     if "axes_dims_rope" not in config and (rope is None or sum(rope) != config["attention_head_dim"]):
-        hint = "name with --base the model that it was made from"
+        hint = OptionHint("name with `base` the model that it was made from")
         raise ModelError("no size in it tells how positions are encoded", where=file.path, hint=hint)
     return {"axes_dims_rope": rope} | config
 

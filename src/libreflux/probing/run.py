@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from libreflux import plainjson
+from libreflux.errors import OptionHint
 from libreflux.files import atomic_write_json
 from libreflux.model.device_faults import explained
 from libreflux.model.numerics import pinned
@@ -96,7 +97,7 @@ def _adopt_section(out: Path, name: str, key: str, older: str) -> None:
         write_section(out, name, key, *known)
 
 
-SMALLER = "a smaller --batch or --resolution, --dtype bf16, or --device cpu"
+SMALLER = OptionHint("a smaller `batch` or `resolution`, `dtype` bf16, or `device` cpu")
 
 
 @contextmanager

@@ -165,7 +165,7 @@ class FluxParts(Adapting, DiffusionPipeline):
         """
         self._refuse_adapted()
         if int8_layers(self.transformer):
-            hint = "open it with quantise=False, or copy its folder; `libreflux export --int8` writes int8"
+            hint = "open it with quantise=False, or copy its folder; `libreflux export` writes int8"
             raise ModelError("diffusers does not write int8", where=save_directory, hint=hint)
         super().save_pretrained(save_directory, **options)
         write_facts(Path(save_directory), self.facts)

@@ -6,7 +6,7 @@ is then another cut of the pictures: some of them are shown once more or once le
 
 RUN/recipe.json becomes the new recipe, with one entry more under `forks`:
     {"step": 400, "changed": {"batch": [2, 4]}, "data_hash": …}    null for a key that one side does not have
-It is written before the fork's first step. A fork that is killed before its first checkpoint goes on without --fork.
+It is written before the fork's first step. A fork that is killed before its first checkpoint goes on without `fork`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any
 from libreflux.data.cache import index_folders
 from libreflux.data.digests import FileMemory
 from libreflux.data.held_out import HeldOut, places
-from libreflux.errors import RunError
+from libreflux.errors import OptionHint, RunError
 from libreflux.recipe import Recipe
 from libreflux.training import checkpoint, run_recipe
 
 Fork = dict[str, Any]
 
-MEND = "restore these keys to resume, go on under the new ones with --fork, or choose another `out`"
+MEND = OptionHint("restore these keys to resume, go on under the new ones with `fork`, or choose another `out`")
 
 
 def allow(run: Path, recipe: Recipe, world: int, *, fork: bool) -> bool:
@@ -122,10 +122,10 @@ def history(
     agreed = known[-1]["data_hash"] if known and known[-1]["step"] == step else state["data_hash"]
     moved = run_recipe.moved(run, recipe)
     if agreed != data_hash and not fork:
-        hint = "put them back as they were, go on with what is there now with --fork, or choose another `out`"
+        ways = "put them back as they were, go on with what is there now with `fork`, or choose another `out`"
         told = "the pictures, captions or encoders have changed since this run began"
         told += f": {run_recipe.told_changes(moved)}" if moved else ""
-        raise RunError(told, where=run, hint=hint)
+        raise RunError(told, where=run, hint=OptionHint(ways))
     changed = checkpoint.changes(run, recipe, world)
     if not changed and agreed == data_hash:
         return known

@@ -79,8 +79,8 @@ def average(run: Path, width: float, step: int | None = None) -> Averaged:
         raise RunError(f"width {width:g} is not in 0.01 to 0.28", hint="0.05 to 0.15 is usual")
     paths = _average_files(run)
     if not paths:
-        without = OptionHint("train with ema: [0.05, 0.1] in the recipe, or use `lerp`")
-        raise RunError("keeps no averages", where=run, hint=without)
+        ways = OptionHint("train with ema: [0.05, 0.1] in the recipe, or use `lerp`")
+        raise RunError("keeps no averages", where=run, hint=ways)
     wanted = max(paths) if step is None else step
     if wanted not in paths:
         near = ", ".join(map(str, sorted(sorted(paths, key=lambda one: abs(one - wanted))[:3])))

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 
 import torch
 
+from libreflux.errors import OptionHint
 from libreflux.model import device_faults
 from libreflux.recipe import Recipe
 
-ESTIMATES = "`train --dry-run` estimates every phase"
+ESTIMATES = "a dry run estimates every phase"
 
 
 @contextmanager
@@ -35,7 +36,8 @@ def explained(doing: str, recipe: Recipe, hint: str | None = None) -> Iterator[N
 
 def training(recipe: Recipe) -> str:
     """What makes a step smaller, by the keys that are not set so already."""
-    return f"{_in_order(smaller_steps(recipe))}; {ESTIMATES}, --fork goes on from a checkpoint in the same `out`"
+    ways = _in_order(smaller_steps(recipe))
+    return OptionHint(f"{ways}; {ESTIMATES}, `fork` goes on from a checkpoint in the same `out`")
 
 
 def smaller_steps(recipe: Recipe) -> list[str]:
@@ -75,15 +77,16 @@ def measuring(recipe: Recipe) -> str:
     """What makes measuring held-out pictures smaller: a batch of them goes through the model at a time."""
     ways = ["held_out.every: 0"]
     if recipe.batch > 1:
-        ways.append(f"with --fork, batch: 1 with accumulate: {recipe.accumulate * recipe.batch}")
-    ways.append("with --fork, a smaller first value of resolution")
-    return f"{_in_order(ways)}; {ESTIMATES}"
+        ways.append(f"with `fork`, batch: 1 with accumulate: {recipe.accumulate * recipe.batch}")
+    ways.append("with `fork`, a smaller first value of resolution")
+    return OptionHint(f"{_in_order(ways)}; {ESTIMATES}")
 
 
 def drawing(recipe: Recipe) -> str:
     """What makes drawing smaller: a picture has the side of the largest resolution."""
     off = "samples.every: 0" + (" with samples.at_start: false" if recipe.samples.at_start else "")
-    return f"{_in_order([off, f'with --fork, resolution below {max(recipe.resolution)}'])}; {ESTIMATES}"
+    ways = [off, f"with `fork`, resolution below {max(recipe.resolution)}"]
+    return OptionHint(f"{_in_order(ways)}; {ESTIMATES}")
 
 
 def on_cpu(recipe: Recipe) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from libreflux.errors import RunError
+from libreflux.errors import OptionHint, RunError
 from libreflux.printing import counted, get_logger
 from libreflux.training import checkpoint
 from libreflux.training.callbacks import StepInfo
@@ -65,7 +65,7 @@ def require_finite(parameters: Iterable[nn.Parameter], step: int, run: Path) -> 
     """Raises RunError if the update of `step` left a weight that is not finite: too late to skip it."""
     largest = torch.nn.utils.get_total_norm([parameter.detach() for parameter in parameters], float("inf"))
     if not math.isfinite(float(largest)):
-        hint = "go on from the last checkpoint with a lower optimizer.learning_rate and --fork"
+        hint = OptionHint("go on from the last checkpoint with a lower optimizer.learning_rate and `fork`")
         raise RunError(f"step {step} made weights that are not finite; nothing of it is saved", where=run, hint=hint)
 
 
@@ -82,12 +82,13 @@ def watch(info: StepInfo, skips: Skips, limit: int, run: Path, *, tell: bool) ->
         log.warning("step %d is skipped: its loss or gradient is not finite; pictures %s", info.step, pictures)
     if skips.in_a_row >= limit:
         good = info.step - skips.in_a_row - 1  # the step after it was taken, and led to the weights of the skipped ones
+        way_back = _way_back(run, good)
         raise RunError(
             f"{counted(skips.in_a_row, 'step')} in a row up to step {info.step} "
             "had a loss or gradient that is not finite, "
             f"the last one with pictures {pictures}",
             where=run,
-            hint=f"look at these pictures, raise max_skipped, or, if the weights are spoilt, {_way_back(run, good)}",
+            hint=OptionHint(f"look at these pictures, raise max_skipped, or, if the weights are spoilt, {way_back}"),
         )
 
 
@@ -96,4 +97,4 @@ def _way_back(run: Path, good: int) -> str:
     if not kept:
         return "start again in another `out` with a lower optimizer.learning_rate: no checkpoint before them is kept"
     later = f"remove the folders after {kept[-1].name} in {kept[-1].parent}"
-    return f"{later} and go on with a lower optimizer.learning_rate and --fork"
+    return f"{later} and go on with a lower optimizer.learning_rate and `fork`"

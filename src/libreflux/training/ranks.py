@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from libreflux.errors import RunError
+from libreflux.processes import own_rank
 
 T = TypeVar("T")
 
@@ -144,12 +145,7 @@ def joined(device: str, timeout: float = TIMEOUT) -> Iterator[Ranks]:
     Raises:
         RunError: torchrun's environment is not whole, or another process did not come.
     """
-    try:
-        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    except ValueError:
-        raise RunError(
-            "RANK and WORLD_SIZE are not numbers", where="environment", hint="start it by torchrun"
-        ) from None
+    rank, world = own_rank()
     if world == 1:
         yield Ranks()
         return

@@ -10,7 +10,7 @@ import safetensors
 
 from libreflux import plainjson
 from libreflux.data.unchanged import data_hash_now
-from libreflux.errors import DataError, RunError
+from libreflux.errors import DataError, OptionHint, RunError
 from libreflux.printing import get_logger
 from libreflux.recipe import Recipe
 from libreflux.training import checkpoint, ema, forks
@@ -194,5 +194,5 @@ def _check_data(recipe: Recipe, run: Path, last: Checkpoint, *, fork: bool) -> N
     if fork:
         raise _nothing_to_fork(run, last.step)
     told = f"{all_done(last.step)}, and its pictures, captions or encoders have changed since"
-    hint = "raise steps and go on with --fork, put them back as they were, or choose another `out`"
+    hint = OptionHint("raise steps and go on with `fork`, put them back as they were, or choose another `out`")
     raise RunError(told, where=run, hint=hint)

@@ -7,10 +7,11 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from libreflux.errors import AdapterError
-from libreflux.printing import get_logger
+from libreflux.printing import WITH_OPTIONS, get_logger
 
 logger = get_logger(__name__)
 
@@ -41,11 +42,18 @@ def adapter_argument(text: str) -> tuple[str, float]:
     return path, value
 
 
-def as_typed(path: str) -> str:
-    """The path of an adapter argument as a picture keeps it: a home that the shell wrote out is `~` again."""
-    home = os.path.expanduser("~")
-    inside = os.path.isabs(home) and home != os.sep and path.startswith(home.rstrip(os.sep) + os.sep)
-    return f"~{path[len(home.rstrip(os.sep)) :]}" if inside else path
+def as_typed(path: str, system: ModuleType = os.path) -> str:
+    """The path of an adapter argument as a picture keeps it: a home that the shell wrote out is `~` again.
+
+    Args:
+        path: as the command got it.
+        system: the rules of paths, `posixpath` or `ntpath`; below a home both give `~/` and slashes.
+    """
+    separators = {system.sep, system.altsep or system.sep}
+    home = system.expanduser("~").rstrip("".join(separators))
+    start, rest = path[: len(home)], path[len(home) :]
+    inside = system.isabs(home) and rest[:1] in separators and system.normcase(start) == system.normcase(home)
+    return f"~/{rest[1:].replace(system.sep, '/')}" if inside else path
 
 
 def adapter_file(path: Path) -> Path:
@@ -140,7 +148,7 @@ def default_model(texts: Iterable[str]) -> str:
 
             return told_model(told, file.where)
     logger.warning("%s is a demo model: emoji only, 128 px", DEMO_MODEL)
-    logger.warning("for photographs: --model %s (%d GB)", *FOR_PHOTOGRAPHS)
+    logger.warning("for photographs: `model` %s (%d GB)", *FOR_PHOTOGRAPHS, extra=WITH_OPTIONS)
     return DEMO_MODEL
 
 

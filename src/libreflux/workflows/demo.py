@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from libreflux import plainjson
 from libreflux.errors import OptionHint, RunError
 from libreflux.files import atomic_write_text
 from libreflux.places import folder_place
-from libreflux.printing import counted
+from libreflux.printing import counted, quoted_command
 from libreflux.recipe import read_recipe
 from libreflux.recipe.yaml_text import scalar
 from libreflux.workflows.demo_data import DemoDataOptions, DemoDataResult, demo_data_with
@@ -198,7 +197,7 @@ def by_hand(out: Path, pictures: int) -> list[str]:
         ["generate", "a rocket on white", "--model", MODEL, "--adapter", run, *drawn],
         ["merge", MODEL, run, "--out", hand / "model"],
     ]
-    return [shlex.join(["libreflux", *map(str, line)]) for line in words]
+    return [quoted_command(["libreflux", *line]) for line in words]
 
 
 @contextmanager

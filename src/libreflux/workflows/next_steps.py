@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import shlex
 from pathlib import Path
 
+from libreflux.printing import quoted_command
 from libreflux.recipe import Recipe
 from libreflux.training.run_state import all_done
 
@@ -37,7 +37,7 @@ def commands(recipe: Recipe) -> list[str]:
         width = recipe.ema[-1]
         found.append(["average", run, "--width", f"{width:g}", "--out", _free(run, "-averaged", ".safetensors")])
     found.append(["merge", model, adapter, "--out", _free(run, "-merged")])
-    return [shlex.join(["libreflux", *words]) for words in found]
+    return [quoted_command(["libreflux", *words]) for words in found]
 
 
 def _named(path: str) -> str:

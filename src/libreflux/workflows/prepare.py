@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from libreflux.errors import OptionError
+from libreflux.processes import own_rank
 from libreflux.recipe import Recipe, load_recipe
 from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.kinds import check_kind
@@ -156,9 +156,10 @@ def parse_part(text: str | None) -> tuple[int, int]:
 
     Raises:
         OptionError: no such part.
+        RunError: torchrun's environment has no such numbers.
     """
     if text is None:
-        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        return own_rank()
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise OptionError(f"{text!r} is no part", "shard", hint="write 1/4 to 4/4 for four parts")

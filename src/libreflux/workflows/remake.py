@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from PIL import Image
 from libreflux.errors import DataError, OptionError, OptionHint, RecipeError
 from libreflux.model.locate import told_model
 from libreflux.places import file_place
-from libreflux.printing import counted
+from libreflux.printing import counted, quoted_path
 from libreflux.sample.checks import check_values
 from libreflux.sample.encoding import check_max_tokens
 from libreflux.sample.metadata import GenerationRecord, differences, open_png, read_record, save_png
@@ -184,7 +183,7 @@ def _named(row: Mapping[str, Any]) -> str:
     """Where an adapter was; its file's name alone in pictures that do not say."""
     path = row.get("path")
     text = path if isinstance(path, str) and path else str(row.get("file"))
-    return f"~/{shlex.quote(text[2:])}" if text.startswith("~/") and len(text) > 2 else shlex.quote(text)
+    return quoted_path(text)
 
 
 def _compared(picture: Path, image: Image.Image, changed: Sequence[str]) -> tuple[bool, str]:

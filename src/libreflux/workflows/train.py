@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass, field
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from libreflux import files
 from libreflux.errors import LibrefluxError, RunError
+from libreflux.processes import own_rank
 from libreflux.recipe import Recipe
 from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.recipes import RecipeArgument, resolve_recipe
@@ -19,6 +20,9 @@ from libreflux.workflows.train_events import TrainEvents
 
 if TYPE_CHECKING:
     from libreflux.training.interrupt import Interrupted
+
+OPEN_FILES_STAY = sys.platform == "win32"
+"""Whether a file, such as that of a lock, cannot be removed while it is open."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def train_with(options: TrainOptions) -> TrainResult:
         print(libreflux.train(recipe, overrides=["samples.every=0"]).adapter)  # run/adapter.safetensors
     """
     recipe = resolve_recipe(options.recipe, options.overrides)
-    run, rank = Path(recipe.out), _rank()
+    run, (rank, _) = Path(recipe.out), own_rank()
     _refuse_second_trainer(run, rank)
 
     from libreflux.training.interrupt import Interrupted
@@ -101,10 +105,6 @@ def train_with(options: TrainOptions) -> TrainResult:
         )
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def _refuse_second_trainer(run: Path, rank: int) -> None:
     """At once: what is imported next takes seconds. Of several processes the first one holds the lock for all."""
     if run.is_dir() and rank == 0:
@@ -115,17 +115,27 @@ def _refuse_second_trainer(run: Path, rank: int) -> None:
 @contextmanager
 def no_empty_run(run: Path) -> Iterator[None]:
     """A run that is refused before its first result leaves no folder behind, if there was none before."""
-    existed = run.exists() or _rank() != 0  # of several processes the first one tidies up
+    existed = run.exists() or own_rank()[0] != 0  # of several processes the first one tidies up
     try:
         yield
     except LibrefluxError:
-        from libreflux.training.checkpoint import RECIPE
-
         if not existed and run.is_dir():
-            with suppress(RunError, OSError), files.lock(run):  # what hinders the tidying must not hide the refusal
-                if {path.name for path in run.iterdir()} <= {files.LOCK, RECIPE}:
-                    shutil.rmtree(run)
+            with suppress(RunError, OSError):  # what hinders the tidying must not hide the refusal
+                _remove_empty_run(run)
         raise
+
+
+def _remove_empty_run(run: Path) -> None:
+    """Removes a run folder without a result, unless another process holds it."""
+    from libreflux.training.checkpoint import RECIPE
+
+    with files.lock(run):
+        empty = {path.name for path in run.iterdir()} <= {files.LOCK, RECIPE}
+        if empty and not OPEN_FILES_STAY:
+            shutil.rmtree(run)
+    if empty and OPEN_FILES_STAY:
+        (run / files.LOCK).unlink()  # first: it fails where another process has taken the lock since
+        shutil.rmtree(run)
 
 
 train = by_keywords(TrainOptions, train_with)
