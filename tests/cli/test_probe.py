@@ -290,6 +290,7 @@ def test_mistakes_are_one_line(
     assert result.code == 2
     assert told in result.err
     assert len(result.err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_against_prints_the_freedom_of_models_that_were_measured_alike(

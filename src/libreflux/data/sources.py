@@ -116,7 +116,7 @@ def read(source: DataSource, inspected: Inspect = inspect_all, part: Part = (0, 
             format that is not read; the first of them, named.
     """
     folder = Path(os.path.normpath(Path(source.path).expanduser()))
-    _require_folder(folder)
+    require_folder(folder)
     found = walk(folder)
     if not found.pictures:
         raise DataError("no picture in this folder", where=folder, hint="check the path")
@@ -171,7 +171,8 @@ def _merge(
     return [sample for _, sample in sorted(merged.items())], quarantined
 
 
-def _require_folder(folder: Path) -> None:
+def require_folder(folder: Path) -> None:
+    """Raises DataError unless pictures can be looked for there."""
     try:
         if folder.is_dir():
             return

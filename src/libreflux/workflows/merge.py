@@ -35,7 +35,7 @@ class MergeOptions:
     """
 
     model: str
-    adapters: Sequence[str]
+    adapters: str | Path | Sequence[str | Path]
     _: KW_ONLY
     out: Path | str
     base: str | None = None

@@ -14,6 +14,7 @@ from libreflux.data.cache_spec import CacheSpec
 from libreflux.data.crops import View, bucket_step
 from libreflux.data.held_out import HeldOut
 from libreflux.data.prepare import Sources, prepare
+from libreflux.data.sources import require_folder
 from libreflux.errors import DataError, OptionError
 from libreflux.probing.judges import Judge
 from libreflux.probing.sections import negative
@@ -59,13 +60,12 @@ class ProbeData:
         """Reads and encodes what is not encoded yet; `data` None is the emoji family's own.
 
         Raises:
-            OptionError: no data for a model that is not of the emoji family.
             DataError: fewer than two pictures or captions, or whatever `prepare` refuses.
         """
         known = tuple(judge.subjects) if judge is not None else ()
         folder, texts = data, None
         if folder is None:
-            folder, texts, known = _family_data(model.family, settings, out)
+            folder, texts, known = _family_data(settings, out)
         known = tuple(dict.fromkeys([*known, *(settings.seen or ())]))
         with progress("preparing", "item") as report:
             cache, sources = _prepare(model, folder, (), out, settings, device, report)
@@ -86,10 +86,21 @@ class ProbeData:
         return ProbeData(counted, held_out, cache, prompts, captions, known)
 
 
-def _family_data(family: bool, settings: Settings, out: Path) -> tuple[Path, list[str], tuple[str, ...]]:
-    if not family:
+def check_data(model: ProbedModel, data: Path | None) -> None:
+    """Refuses what cannot be measured with, before there is a result's folder.
+
+    Raises:
+        OptionError: no data for a model that is not of the emoji family.
+        DataError: no such folder.
+    """
+    if data is not None:
+        require_folder(data.expanduser())
+    elif not model.family:
         hint = "name a folder of captioned pictures that it was not trained on"
         raise OptionError("is not of the emoji family, whose pictures we have", "data", hint=hint)
+
+
+def _family_data(settings: Settings, out: Path) -> tuple[Path, list[str], tuple[str, ...]]:
     from libreflux.emoji import held_out
 
     folder = held_out.write_held_out(out / "data" / f"emoji-{settings.pictures}", settings.pictures)

@@ -33,7 +33,7 @@ from libreflux.probing.subjects import read_seen
 from libreflux.result_key import digest
 from libreflux.sample.metadata import versions
 from libreflux.sample.model_key import adapters_key, config_digest, facts_key
-from libreflux.workflows.probe_data import ProbeData
+from libreflux.workflows.probe_data import ProbeData, check_data
 from libreflux.workflows.probe_model import CACHE, ProbedModel
 from libreflux.workflows.probe_options import ProbeOptions
 
@@ -61,6 +61,7 @@ def measure(
     out = out_of(options, model)
     judge_file = _judge_file(options, model)
     judge = _judge(options, judge_file)
+    check_data(model, None if options.data is None else Path(options.data))
     settings = _settings(options, model, judge_file, trained_subjects)
     with lock(out), contextlib.ExitStack() as bars:
         data = ProbeData.make(

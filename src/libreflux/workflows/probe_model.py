@@ -45,7 +45,7 @@ class ProbedModel:
     memory: FileMemory
 
     @staticmethod
-    def read(name: str, adapters: Sequence[str], out: Path | None) -> ProbedModel:
+    def read(name: str, adapters: str | Path | Sequence[str | Path], out: Path | None) -> ProbedModel:
         """What can be known of a model without its weights, but for their checksum.
 
         Args:

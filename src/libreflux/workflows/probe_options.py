@@ -46,7 +46,7 @@ class ProbeOptions:
 
     model: str
     _: KW_ONLY
-    adapters: Sequence[str] = ()
+    adapters: str | Path | Sequence[str | Path] = ()
     against: str | None = None
     reference: str | None = None
     data: Path | str | None = None
