@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,24 +12,52 @@ import libreflux
 
 NAMES = [name for name in libreflux.__all__ if name != "__version__"]
 
+REFUSED = {
+    "average": "('nowhere', width=0.1, out='a.safetensors')",
+    "demo": "(steps=0)",
+    "demo_data": "('pictures', count=0)",
+    "dry_run": "('nowhere.yaml')",
+    "export": "('nowhere', program='bfl', out='a.safetensors')",
+    "generate": "([])",
+    "grid": "([])",
+    "load_adapter": "('nowhere')",
+    "merge": "('nowhere', ['nothing'], out='model')",
+    "open_model": "('nowhere')",
+    "prepare": "('nowhere.yaml')",
+    "probe": "('nowhere')",
+    "remake": "('nowhere.png')",
+    "train": "('nowhere.yaml')",
+    "LibreFluxPipeline": ".from_pretrained('nowhere')",
+    "Recipe": "(model='emoji-base')",
+}
+"""A call of each name that it refuses at once, in one line."""
 EVERY_MODULE = """\
 import importlib, pkgutil, sys
 import libreflux
+from libreflux.errors import LibrefluxError
 for module in pkgutil.walk_packages(libreflux.__path__, "libreflux."):
     if not module.name.endswith("__main__"):  # it runs the command line
         importlib.import_module(module.name)
 assert "libreflux.workflows.merge" in sys.modules and "libreflux.cli.app" in sys.modules
-for name in sys.argv[1:]:
+for name, call in zip(sys.argv[1::2], sys.argv[2::2]):
     assert f"libreflux.{name}" not in sys.modules, f"a module hides libreflux.{name}"
-    assert callable(getattr(libreflux, name)), f"libreflux.{name} is a {type(getattr(libreflux, name)).__name__}"
     assert name in dir(libreflux)
+    try:
+        eval(f"libreflux.{name}{call}")
+    except (LibrefluxError, ValueError):  # pydantic's, of Recipe, is a ValueError
+        continue
+    raise AssertionError(f"libreflux.{name}{call} was not refused")
 """
 
 
-def test_no_module_hides_a_name() -> None:
+def test_no_module_hides_a_name_and_each_can_be_called(tmp_path: Path) -> None:
     assert {"Recipe", "merge", "average", "probe", "export", "load_adapter", "open_model"} <= set(NAMES)
-    done = subprocess.run([sys.executable, "-c", EVERY_MODULE, *NAMES], capture_output=True, text=True, timeout=120)
+    assert sorted(REFUSED) == sorted(NAMES)
+    calls = [word for row in REFUSED.items() for word in row]
+    command = [sys.executable, "-c", EVERY_MODULE, *calls]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -59,7 +59,11 @@ class ModelSource(abc.ABC):
     @cached_property
     def hash(self) -> str:
         """SHA-256 of the transformer's weights, see `weights_hash`; reads all of them."""
-        return weights_hash(self.fetch("transformer"))
+        return self.hash_with(sha256_file)
+
+    def hash_with(self, sha256: Callable[[Path], str]) -> str:
+        """`hash`, each file's by a function that may remember it, see `data.digests`."""
+        return weights_hash(self.fetch("transformer"), sha256)
 
     @property
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:

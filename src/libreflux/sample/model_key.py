@@ -10,7 +10,7 @@ from libreflux.adapter.io import AdapterFile
 from libreflux.data.digests import TEXT_PARTS, VAE_PARTS, FileMemory, parts_digest
 from libreflux.model.facts import Facts
 from libreflux.model.parts import json_object
-from libreflux.model.source import ModelSource, weights_hash
+from libreflux.model.source import ModelSource
 from libreflux.model.tensor_file import TensorFile
 from libreflux.result_key import digest
 
@@ -28,7 +28,7 @@ def model_key(source: ModelSource, memory: FileMemory) -> dict[str, str]:
     source.fetch("transformer", *VAE_PARTS, *TEXT_PARTS)
     config = source.config_file  # of single files without a base the file itself tells all
     return {
-        "transformer": weights_hash(source.path, memory.sha256),
+        "transformer": source.hash_with(memory.sha256),
         "transformer_config": "" if config is None else config_digest(config),
         "vae": _places_digest(source, VAE_PARTS, memory),
         "text_encoders": _places_digest(source, TEXT_PARTS, memory),

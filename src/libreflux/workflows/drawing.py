@@ -26,7 +26,7 @@ from libreflux.model.facts import Facts
 from libreflux.model.int8 import int8_layers
 from libreflux.model.opening import open_model
 from libreflux.model.single_file import SingleFiles
-from libreflux.model.source import ModelSource, weights_hash
+from libreflux.model.source import ModelSource
 from libreflux.model.text import TextConditioning, TextEncoders, check_padding
 from libreflux.printing import counted
 from libreflux.sample.encoding import Text, encode_ahead, encode_in_turn
@@ -134,7 +134,7 @@ class AdaptedSource:
         return LibreFluxPipeline.size_of(self.vae)
 
     def load(self, records: Iterable[GenerationRecord], sha256: Callable[[Path], str] = sha256_file) -> DrawingSession:
-        """Ready to draw these pictures, and whatever else has their texts; `sha256` see `weights_hash`."""
+        """Ready to draw these pictures, and whatever else has their texts; `sha256` see `ModelSource.hash_with`."""
         release(self.device)  # what was drawn with before
         with explained(f"encoding the prompts on {self.device}", FEWER_ENCODERS):
             texts, encoders = self.encoded([text for record in records for text in texts_of(record)])
@@ -150,7 +150,7 @@ class AdaptedSource:
         if int8_layers(transformer):
             _refuse_int8(self.offload)
             dtype = f"int8, {dtype}"
-        transformer_hash = weights_hash(self.source.path, sha256)
+        transformer_hash = self.source.hash_with(sha256)
         notice_other_base(transformer_hash, self.files)
         for file, weight in self.files:
             attach_file(transformer, file, weight, dtype=transformer.dtype)

@@ -16,7 +16,7 @@ from libreflux.model.facts import Facts
 from libreflux.model.locate import EMOJI, PARTS, locate, part_folder
 from libreflux.model.opening import open_model
 from libreflux.model.parts import visible
-from libreflux.model.source import ModelSource, weights_hash
+from libreflux.model.source import ModelSource
 from libreflux.model.text import check_trained_padding
 from libreflux.workflows.adapters import adapted_facts, load_arguments, notice_other_base
 
@@ -62,7 +62,7 @@ class ProbedModel:
         check_trained_padding(source.facts.text_padding)
         source.fetch(*PARTS)
         memory = FileMemory((out or PROBES / _slug(name, files)) / CACHE)
-        sha256 = weights_hash(source.path, memory.sha256)
+        sha256 = source.hash_with(memory.sha256)
         notice_other_base(sha256, files)
         return ProbedModel(source, sha256, files, _is_family(source), memory)
 
