@@ -10,7 +10,7 @@ from torch import Tensor
 from libreflux.errors import RecipeError
 from libreflux.flow.solve import Step
 from libreflux.model.text import TextConditioning
-from libreflux.sample.checks import CHECKED, check_values
+from libreflux.sample.checks import arguments_of, check_values
 from libreflux.sample.guidance import BatchCfg
 from libreflux.sample.noise import Generators
 from libreflux.sample.step_end import StepEndCallback, check_tensors
@@ -56,7 +56,7 @@ class DrawRequest:
     return_dict: bool = True
 
     def __post_init__(self) -> None:
-        check_values({name: getattr(self, name) for name in CHECKED})
+        check_values(arguments_of(self))
         check_tensors(self.callback_on_step_end_tensor_inputs, "callback_on_step_end_tensor_inputs")
 
     @property
