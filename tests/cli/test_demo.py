@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from collections.abc import Callable
@@ -52,7 +53,7 @@ def test_demo_writes_what_it_promises_and_runs_again(
 ) -> None:
     out = Path("my demo #2")  # a path that needs quoting everywhere
     monkeypatch.chdir(tmp_path)
-    named = {"pictures": 6, "prompts": 2, "guidance": (1.0, 4.0), "steps": (2, 4)}
+    named = demo.Measured(pictures=6, prompts=2, guidance=(1.0, 4.0), steps=(2, 4))
     less = {"draw_steps": 2, "diversity_prompts": 2, "diversity_seeds": 2, "negative_prompts": 2, "padding_pictures": 2}
     monkeypatch.setattr(demo, "MEASURED", named)
     for name, value in less.items():
@@ -87,7 +88,8 @@ def test_demo_writes_what_it_promises_and_runs_again(
 
     demo.demo(out, steps=3, pictures=32)
     measured, by_hand = (read_result(folder).settings for folder in (out / "probe", out / "by-hand/probe"))
-    assert {name: measured[name] for name in named} == json.loads(json.dumps(named))
+    wanted = json.loads(json.dumps(dataclasses.asdict(named)))
+    assert {name: measured[name] for name in wanted} == wanted
     assert measured == by_hand
     assert (out / "run/adapter.safetensors").read_bytes() == first
     with pytest.raises(RunError, match="steps"):

@@ -230,7 +230,7 @@ def test_steps_show_what_comes(pipe: LibreFluxPipeline) -> None:
     with pytest.raises(RecipeError, match=r"output_type: has no effect on steps\(\)"):
         next(pipe.steps(SHORT, output_type="pt"))
     with pytest.raises(TypeError, match="guidance_scal"):
-        next(pipe.steps(SHORT, guidance_scal=3))
+        next(pipe.steps(SHORT, guidance_scal=3))  # type: ignore[call-arg]
 
 
 def test_tiles_bound_what_the_decoder_sees(pipe: LibreFluxPipeline, monkeypatch: pytest.MonkeyPatch) -> None:

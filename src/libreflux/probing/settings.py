@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from libreflux.flow.schedule import ladder
 from libreflux.model.facts import Facts
@@ -75,7 +75,29 @@ class Settings:
         return found
 
 
-QUICK: dict[str, Any] = {
+class Changes(TypedDict, total=False):
+    """Some of the `Settings`, by their names."""
+
+    seed: int
+    sigmas: tuple[float, ...]
+    pictures: int
+    prompts: int
+    guidance: tuple[float, ...]
+    steps: tuple[int, ...]
+    own_guidance: float
+    diversity_prompts: int
+    diversity_seeds: int
+    diversity_guidance: tuple[float, ...]
+    negative_prompts: int
+    padding_pictures: int
+    padding_sigmas: tuple[float, ...]
+    padding_tokens: tuple[int, ...]
+    resolution: int
+    batch: int
+    dtype: str
+
+
+QUICK: Changes = {
     "sigmas": QUICK_SIGMAS,
     "pictures": 64,
     "prompts": 16,
@@ -89,7 +111,7 @@ QUICK: dict[str, Any] = {
     "padding_tokens": (20, 256),
 }
 """What `--quick` changes."""
-LARGE: dict[str, Any] = {
+LARGE: Changes = {
     "pictures": 64,
     "prompts": 16,
     "diversity_prompts": 4,
@@ -100,7 +122,7 @@ LARGE: dict[str, Any] = {
     "batch": 1,
 }
 """What changes for a model of billions of parameters."""
-LARGE_QUICK: dict[str, Any] = {"pictures": 16, "prompts": 4, "diversity_prompts": 2, "diversity_seeds": 3}
+LARGE_QUICK: Changes = {"pictures": 16, "prompts": 4, "diversity_prompts": 2, "diversity_seeds": 3}
 
 
 def own_guidance(facts: Facts) -> float:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from libreflux.errors import OptionError
 from libreflux.model.facts import MOST_STEPS
@@ -17,18 +17,39 @@ MOST_PIXELS = 2**26
 """Of one picture: 8192 x 8192, 262,144 tokens. A picture's own record, too, may name no more."""
 
 
-def check_values(given: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
+class Arguments(TypedDict, total=False):
+    """Arguments of `LibreFluxPipeline.__call__` that `check_values` knows, by their names there."""
+
+    height: int | None
+    width: int | None
+    num_inference_steps: int | None
+    sigmas: Sequence[float] | None
+    guidance_scale: float | None
+    embedded_guidance: float | None
+    no_cfg_until: int
+    guidance_start: float
+    guidance_stop: float
+    guidance_rescale: float
+    batch_cfg: bool | str
+    num_images_per_prompt: int
+    output_type: str
+    tile: bool | None
+    return_dict: bool
+    max_sequence_length: int | None
+
+
+def check_values(given: Arguments, names: Mapping[str, str] | None = None) -> None:
     """Raises OptionError for a value out of range; None is not checked.
 
     Args:
-        given: some arguments of `LibreFluxPipeline.__call__`.
+        given: what a user said, of these types or not.
         names: what the user calls them, if otherwise.
     """
     for name, value in given.items():
         good, hint = _CHECKS[name]
         if value is not None and not good(value):
             raise OptionError(f"cannot be {value!r}", (names or {}).get(name, name), hint=hint)
-    width, height = (given.get(name) for name in ("width", "height"))
+    width, height = given.get("width"), given.get("height")
     if width and height and width * height > MOST_PIXELS:
         what = f"{width} x {height} pixels are more than {MOST_PIXELS / 1e6:.0f} million"
         raise OptionError(what, (names or {}).get("width", "width"), hint="draw a smaller picture")
@@ -102,5 +123,8 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "return_dict": (_is_switch, "use True or False"),
     "max_sequence_length": (_is_count(0), "use a count of tokens"),
 }
-CHECKED = tuple(_CHECKS)
-"""Every argument that `check_values` knows."""
+
+
+def arguments_of(request: object) -> Arguments:
+    """All of them, of an object that has them as attributes."""
+    return cast(Arguments, {name: getattr(request, name) for name in _CHECKS})

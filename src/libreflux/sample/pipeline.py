@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,22 @@ from libreflux.sample.output import decoded, to_pil
 from libreflux.sample.parts import FluxParts
 from libreflux.sample.request import DrawRequest
 from libreflux.sample.step_end import TENSORS, on_step_end
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+
+def _taking(
+    other: Callable[Concatenate[Any, P], Any],
+) -> Callable[[Callable[..., Result]], Callable[Concatenate[Any, P], Result]]:
+    """Gives a method that passes its arguments on the signature of the one that they are for."""
+
+    def signed(method: Callable[..., Result]) -> Callable[Concatenate[Any, P], Result]:
+        result = inspect.signature(method).return_annotation
+        method.__signature__ = inspect.signature(other).replace(return_annotation=result)  # type: ignore[attr-defined]
+        return method
+
+    return signed
 
 
 @dataclass
@@ -241,6 +257,7 @@ class LibreFluxPipeline(FluxParts):
             images = self._output(latents, request.output_type, request.tile)
         return LibreFluxOutput(images=images, seeds=drawing.seeds)
 
+    @_taking(__call__)
     @torch.no_grad()
     def steps(self, *args: Any, **options: Any) -> Iterator[tuple[Step, list[Image.Image]]]:
         """Draw as a call with these arguments does, step by step.

@@ -10,7 +10,7 @@ from torch import Tensor
 from libreflux.errors import RecipeError
 from libreflux.flow.solve import Step
 from libreflux.model.text import TextConditioning
-from libreflux.sample.checks import CHECKED, check_values
+from libreflux.sample.checks import arguments_of, check_values
 from libreflux.sample.encoding import listed
 from libreflux.sample.guidance import BatchCfg
 from libreflux.sample.noise import Generators
@@ -57,7 +57,7 @@ class DrawRequest:
     return_dict: bool = True
 
     def __post_init__(self) -> None:
-        check_values({name: getattr(self, name) for name in CHECKED})
+        check_values(arguments_of(self))
         check_tensors(self.callback_on_step_end_tensor_inputs, "callback_on_step_end_tensor_inputs")
         if self.prompt_conditioning is None and not self.prompts:
             raise RecipeError("no prompt", hint="pass prompt or its conditioning")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from libreflux import plainjson
 from libreflux.errors import OptionHint, RunError
@@ -31,8 +31,6 @@ MODEL = "emoji-schnell"
 PICTURES = 1500
 STEPS = 200
 SEED = 1
-MEASURED: dict[str, Any] = {"pictures": 64, "prompts": 10, "guidance": (1.0, 2.0, 4.0, 6.0), "steps": (4, 28)}
-"""What is measured, `probe --quick` in the rest."""
 
 RECIPE = """\
 # What `libreflux demo` trained; change anything and run it again under another `out`.
@@ -60,6 +58,19 @@ save: {{every: 100, keep: 2}}
 seed: 0
 out: {out}
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What the demo measures, as `probe --quick` in the rest; see `ProbeOptions`."""
+
+    pictures: int = 64
+    prompts: int = 10
+    guidance: tuple[float, ...] = (1.0, 2.0, 4.0, 6.0)
+    steps: tuple[int, ...] = (4, 28)
+
+
+MEASURED = Measured()
 
 
 @dataclass(frozen=True)
@@ -154,7 +165,18 @@ def _measure(adapter: Path, out: Path, progress: Progress) -> tuple[list[Result]
     """Before, after, and what is aimed at; and how far it has come."""
     from libreflux.workflows.probe import probe
 
-    found = probe(MODEL, adapters=[str(adapter)], against=MODEL, quick=True, out=out, progress=progress, **MEASURED)
+    found = probe(
+        MODEL,
+        adapters=[str(adapter)],
+        against=MODEL,
+        quick=True,
+        out=out,
+        progress=progress,
+        pictures=MEASURED.pictures,
+        prompts=MEASURED.prompts,
+        guidance=MEASURED.guidance,
+        steps=MEASURED.steps,
+    )
     return found.in_order, list(found.freedom or ())
 
 
@@ -186,8 +208,8 @@ def by_hand(out: Path, pictures: int) -> list[str]:
     """Commands that do the demo again, into a folder of their own."""
     hand = out / "by-hand"
     data, run = hand / "pictures", hand / "run"
-    scales, counts = (",".join(f"{value:g}" for value in MEASURED[key]) for key in ("guidance", "steps"))
-    measured = ["--pictures", MEASURED["pictures"], "--prompts", MEASURED["prompts"]]
+    scales, counts = (",".join(f"{value:g}" for value in values) for values in (MEASURED.guidance, MEASURED.steps))
+    measured = ["--pictures", MEASURED.pictures, "--prompts", MEASURED.prompts]
     measured += ["--guidance", scales, "--steps", counts]
     drawn = ["--guidance", 4, "--seed", SEED, "--out", hand / "one.png"]
     words: list[list[object]] = [

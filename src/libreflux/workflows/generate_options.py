@@ -112,8 +112,15 @@ def check_numbers(options: GenerateOptions) -> None:
     from libreflux.sample.checks import check_values
 
     picture_options.check_picture(options.width, options.height, options.steps)
-    names = ("guidance", "embedded_guidance", "guidance_start", "guidance_stop", "guidance_rescale", "no_cfg_until")
-    picture_options.check_guidance({name: getattr(options, name) for name in names})
+    given = picture_options.Guidance(
+        guidance=options.guidance,
+        embedded_guidance=options.embedded_guidance,
+        no_cfg_until=options.no_cfg_until,
+        guidance_start=options.guidance_start,
+        guidance_stop=options.guidance_stop,
+        guidance_rescale=options.guidance_rescale,
+    )
+    picture_options.check_guidance(given)
     check_values({"batch_cfg": options.batch_cfg, "tile": options.tile})
     picture_options.refuse_unused(options.guidance, guided_only(options))
     if options.sigmas is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -14,6 +15,7 @@ from libreflux.workflows.model_options import chosen_model
 
 if TYPE_CHECKING:
     from libreflux.model.single_file import SingleFiles
+    from libreflux.sample.checks import Arguments
 
 Offload = Literal["auto", "none", "model", "sequential"]
 """What of a model is in memory beside what computes; the pictures are the same bits whichever way.
@@ -67,7 +69,7 @@ def check_picture(width: int | None, height: int | None, steps: int | None) -> N
     """Raises OptionError for a size or a number of steps out of range; None is not known yet."""
     from libreflux.sample.checks import check_values
 
-    given = {"width": width, "height": height, "num_inference_steps": steps}
+    given: Arguments = {"width": width, "height": height, "num_inference_steps": steps}
     check_values(given, {"num_inference_steps": "steps"})
 
 
@@ -93,17 +95,37 @@ def check_whole(name: str, value: Any, least: int, most: int | None = None) -> N
         raise OptionError(f"cannot be {value!r}", name, hint=hint)
 
 
-def check_guidance(values: Mapping[str, Any]) -> None:
-    """Raises OptionError for numbers of guidance that are out of range, or that say one thing twice.
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """The options of guidance, by their names; a scale that is None is the model's own.
 
-    Args:
-        values: of the options, by their names; a scale that is None is the model's own.
+    Attributes:
+        guidance, embedded_guidance, no_cfg_until, guidance_start, guidance_stop, guidance_rescale: see
+            `GenerateOptions`.
     """
+
+    guidance: float | None
+    embedded_guidance: float | None
+    no_cfg_until: int
+    guidance_start: float
+    guidance_stop: float
+    guidance_rescale: float
+
+
+def check_guidance(given: Guidance) -> None:
+    """Raises OptionError for numbers of guidance that are out of range, or that say one thing twice."""
     from libreflux.sample.checks import check_values
 
-    renamed = {"guidance_scale" if name == "guidance" else name: value for name, value in values.items()}
-    check_values(renamed, {"guidance_scale": "guidance"})
-    if values["no_cfg_until"] and values["guidance_start"]:
+    values: Arguments = {
+        "guidance_scale": given.guidance,
+        "embedded_guidance": given.embedded_guidance,
+        "guidance_start": given.guidance_start,
+        "guidance_stop": given.guidance_stop,
+        "guidance_rescale": given.guidance_rescale,
+        "no_cfg_until": given.no_cfg_until,
+    }
+    check_values(values, {"guidance_scale": "guidance"})
+    if given.no_cfg_until and given.guidance_start:
         raise OptionError("does what `guidance_start` does", "no_cfg_until", hint="give one of them")
 
 

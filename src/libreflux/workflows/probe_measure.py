@@ -28,7 +28,7 @@ from libreflux.probing.judges import Judge, load_judge
 from libreflux.probing.results import FILE, Result
 from libreflux.probing.section import Section
 from libreflux.probing.sections import padding
-from libreflux.probing.settings import LARGE, LARGE_QUICK, QUICK, Settings, own_guidance, rungs
+from libreflux.probing.settings import LARGE, LARGE_QUICK, QUICK, Changes, Settings, own_guidance, rungs
 from libreflux.probing.subjects import read_seen
 from libreflux.result_key import digest
 from libreflux.sample.metadata import versions
@@ -183,7 +183,7 @@ def _settings(
     options: ProbeOptions, model: ProbedModel, judge_file: Path | None, trained_subjects: tuple[str, ...] | None
 ) -> Settings:
     named = options.named_settings()
-    changed: dict[str, Any] = {**(QUICK if options.quick else {}), **(LARGE if model.large else {})}
+    changed: Changes = {**(QUICK if options.quick else {}), **(LARGE if model.large else {})}
     changed |= LARGE_QUICK if model.large and options.quick else {}
     if "resolution" not in named:
         config = part_folder(model.source.path, "vae") / "config.json"

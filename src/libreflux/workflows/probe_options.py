@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from libreflux.errors import OptionError
 from libreflux.values import check_side, listed_numbers, number_list
 from libreflux.workflows.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from libreflux.probing.settings import Changes
 
 PRECISIONS = ("stored", "fp32", "bf16")
 MOST_GUIDANCE = MOST_STEPS = 1e4
@@ -66,7 +69,7 @@ class ProbeOptions:
     device: str = "auto"
     progress: Progress = field(default=silent, repr=False, compare=False)
 
-    def named_settings(self) -> dict[str, Any]:
+    def named_settings(self) -> Changes:
         """The settings of a probe that are given here: those that are not None."""
         given = {
             "pictures": self.pictures,
@@ -76,7 +79,7 @@ class ProbeOptions:
             "guidance": None if self.guidance is None else tuple(map(float, self.guidance)),
             "steps": None if self.steps is None else tuple(map(int, self.steps)),
         }
-        return {name: value for name, value in given.items() if value is not None}
+        return cast("Changes", {name: value for name, value in given.items() if value is not None})
 
     def __post_init__(self) -> None:
         for name in ("guidance", "steps"):
