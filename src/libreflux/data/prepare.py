@@ -135,12 +135,8 @@ def prepare(
         RunError: another process is writing the same folder.
     """
     out, text_padding = Path(spec.out), spec.text_padding
-    if out.exists() and not out.is_dir():
-        raise DataError("is a file", where=out, hint="name a folder for the cache")
     check_trained_padding(text_padding)
-    own = out if part == WHOLE else out / PARTS / f"{part[0]:04d}-of-{part[1]:04d}"
-    if not (own / INDEX).is_file():  # a whole cache may be on a disk that is only read
-        folder_place(own)
+    own = _own_folder(out, part)
     source, max_tokens = open_model(spec.model), spec.max_tokens
     folder = source.fetch(*VAE_PARTS, *TEXT_PARTS)
     if max_tokens is None:
@@ -150,15 +146,7 @@ def prepare(
     sources, quarantined = _read(spec, memory, part, bar, told)
     report_quarantine(own, quarantined, sum(len(samples) for _, samples in sources), spec.max_quarantined)
     precision = resolve(spec.text_precision, device, index_folders(out))
-    settings: dict[str, Any] = {
-        **encoder_digests(folder, memory),
-        "text_padding": text_padding,
-        "max_tokens": max_tokens,
-        "precision": "float32",  # of the VAE, and of the text encoders where nothing else is said
-        "latents": LATENTS[spec.latents],
-        "text": "int8" if spec.text_cache == "int8" else "bfloat16",
-        **as_settings(precision),
-    }
+    settings = {**encoder_digests(folder, memory), **_settings(spec, max_tokens), **as_settings(precision)}
     wanted = Wanted(sources, spec.views, ["", *spec.prompts] if part[0] == 0 else [], spec.text_cache != "none")
     if read_all:
         _refuse_other_settings(out, settings)  # nothing of another model's cache is removed
@@ -186,6 +174,27 @@ def prepare(
     cache = Cache(out, partial=part != WHOLE)  # of other parts each is made whole by its own process
     tell_cut([samples for _, samples in sources], wanted.prompts, cache.token_counts, max_tokens)
     return cache, sources
+
+
+def _own_folder(out: Path, part: Part) -> Path:
+    """Where a process writes its part of a cache; raises unless it can, or everything is there already."""
+    if out.exists() and not out.is_dir():
+        raise DataError("is a file", where=out, hint="name a folder for the cache")
+    own = out if part == WHOLE else out / PARTS / f"{part[0]:04d}-of-{part[1]:04d}"
+    if not (own / INDEX).is_file():  # a whole cache may be on a disk that is only read
+        folder_place(own)
+    return own
+
+
+def _settings(spec: CacheSpec, max_tokens: int) -> dict[str, Any]:
+    """Of the settings that a cache keeps, those that its spec decides."""
+    return {
+        "text_padding": spec.text_padding,
+        "max_tokens": max_tokens,
+        "precision": "float32",  # of the VAE, and of the text encoders where nothing else is said
+        "latents": LATENTS[spec.latents],
+        "text": "int8" if spec.text_cache == "int8" else "bfloat16",
+    }
 
 
 def _tell_enlarged(crops: Sequence[Crop]) -> None:

@@ -226,15 +226,7 @@ def open_for_training(
     source = open_model(recipe.model)
     resolved = plan_layers(recipe, source).layers  # first: a misspelt pattern should not cost an hour of preparing
     with memory.explained("preparing", recipe, memory.preparing(recipe)):
-        if ranks.world > 1:
-            prepare_cache(recipe, source, device=device, part=(ranks.rank, ranks.world), progress=callbacks.on_prepare)
-            ranks.meet()  # else the first rank, looking through all, would encode again what slower ones still encode
-        batches, held_out = ranks.in_turn(
-            lambda: prepare_recipe(
-                recipe, source, device=device, progress=callbacks.on_prepare, told=callbacks.on_data
-            ),
-            lambda: prepare_recipe(recipe, source, device=device),
-        )
+        batches, held_out = _prepared(recipe, source, callbacks, ranks, device)
     with callbacks.stage("reading the base model"):
         dtype, quantise = BASE_DTYPES[recipe.base], recipe.base == "int8"
         transformer = source.load_transformer(dtype=dtype, quantise=quantise, device=device)
@@ -269,6 +261,19 @@ def open_for_training(
         with callbacks.stage("measuring the adapter's norms"):
             training.start_norm = plan.start_norm(recipe.adapter, adapter)
     return training
+
+
+def _prepared(
+    recipe: Recipe, source: ModelSource, callbacks: Callbacks, ranks: Ranks, device: str
+) -> tuple[Batches, HeldOut | None]:
+    """The data, encoded: each process encodes a part, then each reads all."""
+    if ranks.world > 1:
+        prepare_cache(recipe, source, device=device, part=(ranks.rank, ranks.world), progress=callbacks.on_prepare)
+        ranks.meet()  # else the first rank, looking through all, would encode again what slower ones still encode
+    return ranks.in_turn(
+        lambda: prepare_recipe(recipe, source, device=device, progress=callbacks.on_prepare, told=callbacks.on_data),
+        lambda: prepare_recipe(recipe, source, device=device),
+    )
 
 
 def check_attention(transformer: FluxTransformer2DModel, batches: Batches, device: str, callbacks: Callbacks) -> None:
