@@ -1,4 +1,4 @@
-"""One way to run the command line, in this process, and one small trained run for all tests of its verbs."""
+"""One way to run the command line, in this process; what its tests share: a small trained run, and what probes need."""
 
 from __future__ import annotations
 
@@ -46,6 +46,31 @@ def run_fixture() -> Callable[..., Result]:
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five composed pictures with captions."""
     return compose.write_folder(tmp_path_factory.mktemp("data") / "pictures", 5, 1)
+
+
+@pytest.fixture(scope="session")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained judge of emoji; read it, do not write into it."""
+    import torch
+
+    from libreflux.probing.judges import Judge
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("judge") / "judge.safetensors"
+    Judge([subject.name for subject in compose.subjects()], list(compose.COLOURS)).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of one subject: compose.write_folder with no pair, its short captions alone; read them only."""
+    folder = tmp_path_factory.mktemp("probed") / "plain"
+    folder.mkdir()
+    for index in range(5):
+        what = compose.scene(5, index, pairs=0.0)
+        compose.render(what).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(compose.short_caption(what))
+    return folder
 
 
 RECIPE = """\

@@ -1,4 +1,4 @@
-"""A damaged or hostile model or adapter: `generate` says what, where and the hint on one line, and writes nothing."""
+"""A damaged or hostile model: `generate` says what, where and the hint on one line, and writes nothing."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 
+from cli.refusing import refused, replaced
 from libreflux.emoji.build.tokenizers import build_clip_tokenizer
 from libreflux.model import int8_files
 from libreflux.model.quantise import quantise_folder
@@ -45,12 +46,6 @@ def layouts(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> d
         shutil.copytree(tiny_model_dir, root / name, ignore=shutil.ignore_patterns("libreflux.json", "transformer"))
         tiny_transformer(guidance_embeds=guidance_embeds).save_pretrained(root / name / "transformer")
     return found
-
-
-def replaced(file: Path, content: bytes | str) -> None:
-    """Another file of this name, which may have had hard links."""
-    file.unlink()
-    file.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def edited(file: Path, change: Callable[[Any], object]) -> None:
@@ -270,15 +265,6 @@ DAMAGED: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
 }
 
 
-def refused(outcome: tuple[int, str, str], parts: tuple[str, ...]) -> None:
-    code, out, err = outcome
-    assert (code, out, err.count("\n")) == (2, "", 1), err
-    assert err.startswith("libreflux: error: ")
-    assert "; hint: " in err
-    for part in parts:
-        assert part in err
-
-
 @pytest.mark.parametrize("case", DAMAGED)
 def test_a_damaged_model(libreflux: Callable, layouts: dict[str, Path], tmp_path: Path, case: str) -> None:
     layout, damage, parts = DAMAGED[case]
@@ -308,46 +294,3 @@ def test_a_hub_id_asks_the_network(libreflux: Callable, tmp_path: Path) -> None:
     code, _, err = libreflux(tmp_path, "generate", "a fox", "--model", "nobody/nothing")
     assert code == 97, err
     assert err.startswith("socket.getaddrinfo"), err
-
-
-def lora_for_wider_layers(file: Path) -> None:
-    prefix = "lycoris_transformer_blocks_0_attn_to_q"
-    save_file(
-        {
-            f"{prefix}.lora_down.weight": torch.zeros(2, 64),
-            f"{prefix}.lora_up.weight": torch.zeros(64, 2),
-            f"{prefix}.alpha": torch.tensor(2.0),
-        },
-        file,
-    )
-
-
-def lora_for_other_layers(file: Path) -> None:
-    save_file({"lycoris_layers_0_qkv.lora_down.weight": torch.zeros(2, 32)}, file)
-
-
-def truncated_lora(file: Path) -> None:
-    lora_for_wider_layers(file)
-    replaced(file, file.read_bytes()[:-20])
-
-
-ADAPTERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "of wider layers": (lora_for_wider_layers, ("to_q", "hint")),
-    "of other layers": (lora_for_other_layers, ("tensors that fit no linear layer of this model",)),
-    "truncated": (
-        truncated_lora,
-        ("not a whole",),
-    ),
-    "empty": (lambda file: file.write_bytes(b""), ("not a whole safetensors file",)),
-    "a pickle": (lambda file: torch.save({}, file), ("not a whole safetensors file",)),
-    "no adapter": (lambda file: save_file({"x": torch.zeros(1)}, file), (": x",)),
-}
-
-
-@pytest.mark.parametrize("case", ADAPTERS)
-def test_a_wrong_adapter(libreflux: Callable, tiny_model_dir: Path, tmp_path: Path, case: str) -> None:
-    damage, parts = ADAPTERS[case]
-    damage(tmp_path / "a.safetensors")
-    outcome = libreflux(tmp_path, "generate", "a fox", "--model", tiny_model_dir, "--adapter", "a.safetensors")
-    refused(outcome, ("a.safetensors", *parts))
-    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
