@@ -13,6 +13,7 @@ from typing import ParamSpec, TypeVar
 
 from libreflux.errors import OptionError
 from libreflux.values import plain_number
+from libreflux.workflows.argument_types import check_types
 
 TEXTS = {"prompts", "prompt_2", "negative", "negative_2"}
 """Options that may be empty: an empty text is one too."""
@@ -38,7 +39,9 @@ def by_keywords(options: Callable[P, OptionsT], workflow: Callable[[OptionsT], R
             if isinstance(value, str) and value == "" and name not in TEXTS:
                 raise OptionError("is empty", name, hint="give it a value, or leave it out")
             value = str(value) if isinstance(value, Path) and name in MODELS else plain_number(value)
+            value = str(value) if name == "device" and type(value).__module__ == "torch" else value
             object.__setattr__(made, name, value)
+        check_types(made)
         return workflow(made)
 
     call.__name__ = call.__qualname__ = workflow.__name__.removesuffix("_with")

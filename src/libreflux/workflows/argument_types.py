@@ -1,0 +1,120 @@
+"""Arguments of a wrong type, refused by what the options' types say, before a workflow meets them. Loads no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from libreflux.errors import OptionError
+from libreflux.recipe import Recipe
+
+_TOLD = {
+    str: "a text",
+    Path: "a path",
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    Sequence: "a list",
+    Mapping: "a mapping",
+    Recipe: "a recipe",
+    Callable: "a function",
+}
+"""A type to what an error calls it; values of other types are not checked here."""
+_TEXT_KINDS = {str, Path}
+
+
+def check_types(options: object) -> None:
+    """Refuses a value that is of none of the types that its field has.
+
+    Args:
+        options: a dataclass. Of what is typed as a list, one element alone will do, and numbers in it are not looked
+            at; a path will do for a text, as it names a model, and a whole number is any number without a fraction.
+
+    Raises:
+        OptionError: names the types.
+    """
+    hints = _hints(type(options))
+    for name, value in vars(options).items():
+        kinds = _kinds(hints[name])
+        if kinds and not any(_fits(value, kind) for kind in kinds):
+            told = list(dict.fromkeys(_told(kind) for kind in kinds if kind is not types.NoneType))
+            told += ["None"] if types.NoneType in kinds else []
+            hint = f"give {' or '.join([', '.join(told[:-1]), told[-1]] if len(told) > 1 else told)}"
+            raise OptionError(f"cannot be {value!r}", name, hint=hint)
+
+
+def check_path(value: object, name: str) -> Path:
+    """The path, its home written out.
+
+    Raises:
+        OptionError: it is none.
+    """
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise OptionError(f"cannot be {value!r}", name, hint="give a path")
+    return Path(value).expanduser()
+
+
+def _hints(options: type[Any]) -> Mapping[str, Any]:
+    """The types of its fields; `object` in place of what is imported for type checkers alone."""
+    names = dict(vars(sys.modules[options.__module__]))
+    while True:
+        try:
+            return typing.get_type_hints(options, names)
+        except NameError as error:
+            names[str(error.name)] = object
+
+
+def _kinds(hint: Any) -> Collection[Any]:
+    """The types that a hint joins by `or`; none where one of them is not checked here."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        joined = [_kinds(one) for one in typing.get_args(hint)]
+        return [kind for kinds in joined for kind in kinds] if all(joined) else ()
+    known = hint is types.NoneType or _name(hint) in _TOLD
+    return (hint,) if known else ()
+
+
+def _name(kind: Any) -> Any:
+    """The row of `_TOLD` that tells of a type."""
+    origin = typing.get_origin(kind) or kind
+    return Callable if getattr(origin, "_is_protocol", False) else origin
+
+
+def _told(kind: Any) -> str:
+    """What an error calls a type."""
+    name = _name(kind)
+    if name is not Sequence:
+        return _TOLD[name]
+    inner = set(map(_name, _kinds(typing.get_args(kind)[0])))
+    return f"a list of {'paths' if Path in inner else 'texts' if inner == {str} else 'numbers'}"
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    name = _name(kind)
+    if name is Sequence:
+        (inner,) = typing.get_args(kind)
+        return _is_list(value, _kinds(inner)) or any(_fits(value, one) for one in _kinds(inner))
+    if name is Callable:
+        return callable(value)
+    if name in _TEXT_KINDS:
+        return isinstance(value, str | os.PathLike)
+    if name in (int, float):
+        return _is_number(value, whole=name is int)
+    return isinstance(value, name)
+
+
+def _is_list(value: Any, kinds: Collection[Any]) -> bool:
+    """Of texts or paths every element is looked at, where that does not use them up."""
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping | Recipe):
+        return False
+    texts = kinds and set(map(_name, kinds)) <= _TEXT_KINDS and isinstance(value, list | tuple)
+    return not texts or all(isinstance(one, str | os.PathLike) for one in value)
+
+
+def _is_number(value: Any, *, whole: bool) -> bool:
+    """Python's, numpy's or torch's, and no truth value; its range is looked at by who uses it."""
+    return not isinstance(value, bool) and (hasattr(value, "__index__") or (not whole and hasattr(value, "__float__")))
