@@ -32,8 +32,8 @@ def check_types(options: object) -> None:
     """Refuses a value that is of none of the types that its field has.
 
     Args:
-        options: a dataclass. Of what is typed as a list, one element alone will do, and numbers in it are not looked
-            at; a path will do for a text, as it names a model, and a whole number is any number without a fraction.
+        options: a dataclass. What is typed as a list may be one element alone, and a text may be a path, as it names a
+            model. Any number will do for a number: its range, and whether it is whole, is for whoever uses it.
 
     Raises:
         OptionError: names the types.
@@ -42,10 +42,11 @@ def check_types(options: object) -> None:
     for name, value in vars(options).items():
         kinds = _kinds(hints[name])
         if kinds and not any(_fits(value, kind) for kind in kinds):
-            told = list(dict.fromkeys(_told(kind) for kind in kinds if kind is not types.NoneType))
-            told += ["None"] if types.NoneType in kinds else []
-            hint = f"give {' or '.join([', '.join(told[:-1]), told[-1]] if len(told) > 1 else told)}"
-            raise OptionError(f"cannot be {value!r}", name, hint=hint)
+            raise OptionError(f"cannot be {value!r}", name, hint=f"give {_either(kinds)}")
+        for inner in (_kinds(typing.get_args(kind)[0]) for kind in kinds if _name(kind) is Sequence):
+            wrong = [one for one in _texts(value, inner) if not isinstance(one, str | os.PathLike)]
+            if wrong:
+                raise OptionError(f"cannot be {wrong[0]!r}", name, hint=f"give {_either(inner)}")
 
 
 def check_path(value: object, name: str) -> Path:
@@ -93,28 +94,28 @@ def _told(kind: Any) -> str:
     return f"a list of {'paths' if Path in inner else 'texts' if inner == {str} else 'numbers'}"
 
 
+def _either(kinds: Collection[Any]) -> str:
+    """Types as an error joins them."""
+    told = list(dict.fromkeys(_told(kind) for kind in kinds if kind is not types.NoneType))
+    told += ["None"] if types.NoneType in kinds else []
+    return " or ".join([", ".join(told[:-1]), told[-1]] if len(told) > 1 else told)
+
+
 def _fits(value: Any, kind: Any) -> bool:
     name = _name(kind)
     if name is Sequence:
-        (inner,) = typing.get_args(kind)
-        return _is_list(value, _kinds(inner)) or any(_fits(value, one) for one in _kinds(inner))
+        several = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | Recipe)
+        return several or any(_fits(value, one) for one in _kinds(typing.get_args(kind)[0]))
     if name is Callable:
         return callable(value)
     if name in _TEXT_KINDS:
         return isinstance(value, str | os.PathLike)
     if name in (int, float):
-        return _is_number(value, whole=name is int)
+        return hasattr(value, "__index__") or hasattr(value, "__float__")
     return isinstance(value, name)
 
 
-def _is_list(value: Any, kinds: Collection[Any]) -> bool:
-    """Of texts or paths every element is looked at, where that does not use them up."""
-    if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping | Recipe):
-        return False
-    texts = kinds and set(map(_name, kinds)) <= _TEXT_KINDS and isinstance(value, list | tuple)
-    return not texts or all(isinstance(one, str | os.PathLike) for one in value)
-
-
-def _is_number(value: Any, *, whole: bool) -> bool:
-    """Python's, numpy's or torch's, and no truth value; its range is looked at by who uses it."""
-    return not isinstance(value, bool) and (hasattr(value, "__index__") or (not whole and hasattr(value, "__float__")))
+def _texts(value: Any, kinds: Collection[Any]) -> Sequence[Any]:
+    """The elements of what is to be a list of texts or paths; none of what looking would use up."""
+    texts = set(map(_name, kinds)) <= _TEXT_KINDS
+    return value if texts and isinstance(value, list | tuple) else ()

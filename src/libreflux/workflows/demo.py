@@ -18,6 +18,7 @@ from libreflux.recipe import read_recipe
 from libreflux.recipe.yaml_text import scalar
 from libreflux.workflows.demo_data import DemoDataOptions, DemoDataResult, demo_data_with
 from libreflux.workflows.keywords import by_keywords
+from libreflux.workflows.picture_options import check_whole
 from libreflux.workflows.progress import Progress, silent
 from libreflux.workflows.train import TrainOptions, TrainResult, train_with
 from libreflux.workflows.train_events import TrainEvents
@@ -131,6 +132,8 @@ def demo_with(options: DemoOptions) -> DemoResult:
         raise OptionError("is no number of steps", "steps", hint="give 1 or more")
     if options.pictures < 32:
         raise OptionError("are too few", "pictures", hint="give 32 or more")
+    check_whole("steps", options.steps, 1)
+    check_whole("pictures", options.pictures, 32)
     from libreflux.training.checkpoint import check_recipe
 
     out, tell = Path(options.out), options.on_part or (lambda line: None)

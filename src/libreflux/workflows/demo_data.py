@@ -9,6 +9,7 @@ from pathlib import Path
 from libreflux.errors import DataError, OptionError
 from libreflux.places import folder_place, new_place
 from libreflux.workflows.keywords import by_keywords
+from libreflux.workflows.picture_options import check_whole
 from libreflux.workflows.progress import Progress, silent
 
 
@@ -91,6 +92,7 @@ def _check(options: DemoDataOptions, looks: tuple[str, ...]) -> None:
         raise OptionError("is no number of pictures", "count", hint="give 1 or more")
     if options.seed < 0:
         raise OptionError("is negative", "seed", hint="give 0 or more")
+    check_whole("seed", options.seed, 0)
     if not 0 <= options.pairs <= 1:
         raise OptionError("is no share", "pairs", hint="give a number from 0 to 1")
 

@@ -11,6 +11,7 @@ from libreflux.places import new_place
 from libreflux.workflows.adapters import load_adapter
 from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.models import chosen_model
+from libreflux.workflows.picture_options import check_whole
 from libreflux.workflows.progress import Progress, silent
 
 MODEL_PROGRAMS = ("diffusers", "bfl")
@@ -131,6 +132,8 @@ def _check(options: ExportOptions, adapter: bool) -> None:
         raise OptionError("has no effect on a model", "rank", hint="remove it")
     if options.rank is not None and options.rank < 1:
         raise OptionError(f"cannot be {options.rank}", "rank", hint="use 1 or more")
+    if options.rank is not None:
+        check_whole("rank", options.rank, 1)
 
 
 def _export_adapter(options: ExportOptions, out: Path) -> ExportResult:
