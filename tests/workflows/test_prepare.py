@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import libreflux
 from libreflux.data.cache import Cache
 from libreflux.errors import OptionError
 from libreflux.recipe import Recipe
@@ -63,7 +64,7 @@ def test_a_recipe_may_be_a_tree_of_its_keys() -> None:
 @pytest.mark.parametrize("data", [3, None, b"photos", [None], ["photos", 3]], ids=str)
 def test_what_is_no_data_is_refused(data: Any) -> None:
     with pytest.raises(OptionError, match=r"data: (cannot be|is empty)"):
-        recipe_of_options(PrepareOptions(data, out="cache"))
+        libreflux.prepare(data, out="cache")
 
 
 def test_what_is_not_said_is_as_a_recipe_has_it() -> None:

@@ -211,4 +211,11 @@ def weights_hash(folder: Path, sha256: Callable[[Path], str] = sha256_file) -> s
 
 
 def _device(device: Device) -> Device:
-    return pick_device() if device == "auto" else device
+    if device == "auto":
+        return pick_device()
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError):
+        hint = "use auto, cpu, cuda, cuda:N or mps"
+        raise RecipeError(f"{device!r} is no device", where="device", hint=hint) from None
+    return device

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from libreflux.errors import AdapterError
 from libreflux.printing import WITH_OPTIONS, get_logger
+from libreflux.workflows.argument_types import check_path
 
 logger = get_logger(__name__)
 
@@ -120,6 +121,7 @@ def load_adapter(path: str | Path) -> AdapterFile:
             do; or a folder of PEFT's or diffusers'.
 
     Raises:
+        OptionError: no path.
         AdapterError: there is no adapter, or it cannot be read.
         NotFiniteError: NaN or infinite numbers in it.
 
@@ -131,9 +133,11 @@ def load_adapter(path: str | Path) -> AdapterFile:
         pipe.load_lora_weights(libreflux.load_adapter("runs/mine"), weight=0.8)
         pipe("a red apple on blue").images[0].save("apple.png")
     """
+    where = check_path(path, "path")
+
     from libreflux.adapter import io
 
-    return io.load_adapter(adapter_file(Path(path).expanduser()))
+    return io.load_adapter(adapter_file(where))
 
 
 def default_model(texts: Iterable[str]) -> str:

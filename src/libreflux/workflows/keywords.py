@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import os
@@ -15,14 +14,12 @@ from typing import ParamSpec, TypeVar
 
 from libreflux.errors import OptionError
 from libreflux.values import plain_number
-from libreflux.workflows.kinds import check_kind
+from libreflux.workflows.argument_types import check_types, path_fields
 
 TEXTS = {"prompts", "prompt_2", "negative", "negative_2"}
 """Options that may be empty: an empty text is one too."""
 MODELS = {"model", "what", "base", "against", "reference"}
 """Options that name a model: a path of one is a name too."""
-PATHS = {f"{kinds}{none}" for kinds in ("Path | str", "str | Path") for none in ("", " | None")}
-"""Annotations of paths, in which ~ is the home."""
 P = ParamSpec("P")
 OptionsT = TypeVar("OptionsT")
 Result = TypeVar("Result")
@@ -36,8 +33,6 @@ def by_keywords(options: Callable[P, OptionsT], workflow: Callable[[OptionsT], R
         workflow: takes one of them.
     """
 
-    annotations = {field.name: str(field.type) for field in dataclasses.fields(options)}  # type: ignore[arg-type]
-
     @functools.wraps(workflow)
     def call(*args: P.args, **kwargs: P.kwargs) -> Result:
         made = options(*args, **kwargs)
@@ -46,10 +41,12 @@ def by_keywords(options: Callable[P, OptionsT], workflow: Callable[[OptionsT], R
                 raise OptionError("is empty", name, hint="give it a value, or leave it out")
             value = str(value) if isinstance(value, Path) and name in MODELS else plain_number(value)
             value = tuple(value) if isinstance(value, Iterator) else value
-            check_kind(name, annotations[name], value)
-            if annotations[name] in PATHS and isinstance(value, str | Path) and name not in MODELS:
-                value = Path(os.path.expanduser(value))
+            value = str(value) if name == "device" and type(value).__module__ == "torch" else value
             object.__setattr__(made, name, value)
+        check_types(made)
+        for name in path_fields(type(made)) - MODELS:
+            if (path := getattr(made, name)) is not None:
+                object.__setattr__(made, name, Path(os.path.expanduser(path)))
         return workflow(made)
 
     call.__name__ = call.__qualname__ = workflow.__name__.removesuffix("_with")

@@ -13,7 +13,6 @@ from libreflux.errors import OptionError
 from libreflux.processes import own_rank
 from libreflux.recipe import Recipe, load_recipe
 from libreflux.workflows.keywords import by_keywords
-from libreflux.workflows.kinds import check_kind
 from libreflux.workflows.progress import Progress, silent
 from libreflux.workflows.recipes import RecipeArgument, resolve_recipe
 
@@ -127,7 +126,6 @@ def recipe_of_options(options: PrepareOptions) -> Recipe:
     if isinstance(data, Mapping):
         data = resolve_recipe(data)
     if not isinstance(data, Recipe | Path | str):
-        check_kind("data", "Path | Sequence[Path]", data)
         if not data:
             raise OptionError("is empty", "data", hint="name a folder of captioned pictures")
         data = data[0] if len(data) == 1 else data
