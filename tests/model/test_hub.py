@@ -138,7 +138,7 @@ def test_what_a_file_names_is_used_where_it_is_and_never_fetched(hub: Hub, tmp_p
     hub.requests.clear()
     said = opened(hub, tmp_path, "org/tiny", call=told)
     assert said.startswith("ModelError: a.png: its model org/tiny is not at hand (not downloaded before); hint: ")
-    assert "--model" in said
+    assert "name the model yourself with `model`" in said
     assert "\n" not in said
     for name in ("org/tiny@../../../x", "../org/tiny"):
         assert "not at hand (no such model" in opened(hub, tmp_path, name, call=told)
