@@ -174,6 +174,7 @@ WORDS = ["merge", "my run", 'a "b"', "it's", "C:\\x y\\"]
 
 def test_a_command_is_quoted_for_the_systems_own_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     assert quoted_command(WORDS, windows=True) == r'''merge "my run" "a \"b\"" it's "C:\x y\\"'''
+    assert quoted_command(["a&b", "a b&c", "plain"], windows=True) == '"a&b" "a b&c" plain'
     assert shlex.split(quoted_command(WORDS, windows=False)) == WORDS
     assert quoted_command([Path("a b"), 3]) == ('"a b" 3' if os.name == "nt" else "'a b' 3")
     monkeypatch.setenv("HOME", "/home/me")

@@ -85,7 +85,13 @@ def quoted_command(words: Iterable[object], *, windows: bool = os.name == "nt") 
         windows: whether it is read by the rules of Windows; else by those of POSIX shells.
     """
     texts = [str(word) for word in words]
-    return subprocess.list2cmdline(texts) if windows else shlex.join(texts)
+    return " ".join(map(_quoted_for_windows, texts)) if windows else shlex.join(texts)
+
+
+def _quoted_for_windows(word: str) -> str:
+    """By the rules of programs there, and in quotes where cmd.exe would take a letter for an order of its own."""
+    quoted = subprocess.list2cmdline([word])
+    return f'"{quoted}"' if not quoted.startswith('"') and set("&|<>^()") & set(word) else quoted
 
 
 def quoted_path(path: str, *, windows: bool = os.name == "nt") -> str:

@@ -61,9 +61,23 @@ WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("demo_data", ("d",), {"seed": 1.5}, "seed: cannot be 1.5; hint: use a whole number from 0"),
     ("demo", ("d",), {"pictures": 40.5}, "pictures: cannot be 40.5; hint: use a whole number from 32"),
     ("demo", ("d",), {"pictures": None}, "pictures: cannot be None; hint: give a whole number"),
+    ("generate", ("a fox",), {"device": Path("cpu")}, "device: cannot be PosixPath('cpu'); hint: give a text"),
+    (
+        "train",
+        ("r.yaml",),
+        {"overrides": Path("a=b")},
+        "overrides: cannot be PosixPath('a=b'); hint: give a list of texts",
+    ),
+    (
+        "average",
+        ("x",),
+        {"out": "a", "width": np.array([0.1, 0.2])},
+        "width: cannot be [0.1, 0.2]; hint: give a number or None",
+    ),
     ("load_adapter", (3,), {}, "path: cannot be 3; hint: give a path"),
     ("load_adapter", ("",), {}, "path: cannot be ''; hint: give a path"),
     ("open_model", (3,), {}, "no such model: 3"),
+    ("open_model", ("~nobody-of-this-name/model",), {}, "no such model: ~nobody-of-this-name/model"),
 ]
 
 

@@ -17,7 +17,7 @@ from libreflux import seeding
 from libreflux.data.cache import Cache
 from libreflux.data.captions import CaptionChoice, caption_weights
 from libreflux.data.crops import View
-from libreflux.data.index import MEND, latents_key, text_key
+from libreflux.data.index import PREPARE_AGAIN, latents_key, text_key
 from libreflux.data.order import Samples, Unit
 from libreflux.data.sources import Sample
 from libreflux.errors import DataError
@@ -201,7 +201,9 @@ class Batches:
         if counts.min() < 0:
             missing = int(counts.argmin()) - 1  # -1 is the empty prompt
             number = max(0, int(np.searchsorted(self._choice.first, missing, side="right")) - 1)
-            raise DataError("a caption of it is not in the cache", where=self._pictures[number].path, hint=MEND)
+            raise DataError(
+                "a caption of it is not in the cache", where=self._pictures[number].path, hint=PREPARE_AGAIN
+            )
         return counts[1:]
 
     def _rates(self) -> tuple[np.ndarray, np.ndarray]:
@@ -237,6 +239,6 @@ class Batches:
             bad = (sizes[:, 0] < 0) | ((codes != found) & (index > 0))
             if bad.any():
                 where = self._pictures[numbers[bad.argmax()]].path
-                raise DataError("not in the cache", where=where, hint=MEND)
+                raise DataError("not in the cache", where=where, hint=PREPARE_AGAIN)
             found = codes
         return found

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from libreflux.data import index as indexing
 from libreflux.data import int8_text
-from libreflux.data.index import COUNTED, INDEX, MEND, SHARDS, Rows, latents_key, text_key
+from libreflux.data.index import COUNTED, INDEX, PREPARE_AGAIN, SHARDS, Rows, latents_key, text_key
 from libreflux.data.shards import SHARD_NAME, CheckedShard, add_shard, read_shards, shard_sums
 from libreflux.errors import DataError
 from libreflux.files import atomic_save_safetensors, lock, sweep
@@ -66,9 +66,9 @@ class Cache:
         for number, part in enumerate(folders):
             self._read_part(part, number * _PART_STRIDE, partial, tables)
         if not folders:
-            raise DataError("no cache in this folder", where=self.folder, hint=MEND)
+            raise DataError("no cache in this folder", where=self.folder, hint=PREPARE_AGAIN)
         if not self.settings and not partial:
-            raise DataError("this cache was never begun", where=self.folder, hint=MEND)
+            raise DataError("this cache was never begun", where=self.folder, hint=PREPARE_AGAIN)
         empty = np.zeros(0, np.int64)
         none = {"shard": empty, "height": empty, "width": empty, "tokens": empty}
         self._latents, self._texts = (
@@ -107,7 +107,7 @@ class Cache:
     @property
     def _hint(self) -> str:
         """What makes damage good: the cache is named, since a recipe on disk may name another."""
-        return f"{MEND}, into {self.folder}"
+        return f"{PREPARE_AGAIN}, into {self.folder}"
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Refuses a cache made with other settings; see ``index.refuse_other_settings``."""
@@ -155,7 +155,7 @@ class Cache:
     def _of_crop(self, picture: str, crop: str, name: Callable[[str, str], str]) -> Tensor:
         [row] = self._latents.find([latents_key(picture, crop)])
         if row < 0:
-            raise DataError(f"crop {crop} of picture {picture} is not here", where=self.folder, hint=MEND)
+            raise DataError(f"crop {crop} of picture {picture} is not here", where=self.folder, hint=PREPARE_AGAIN)
         return self._tensor(int(self._latents.columns["shard"][row]), name(picture, crop))
 
     def text(self, captions: Sequence[str]) -> TextConditioning:
@@ -168,7 +168,7 @@ class Cache:
         for caption, row in zip(captions, self._texts.find([text_key(caption) for caption in captions]), strict=True):
             shard = COUNTED if row < 0 else int(self._texts.columns["shard"][row])
             if shard == COUNTED:
-                raise DataError(f"caption {caption!r} is not here", where=self.folder, hint=MEND)
+                raise DataError(f"caption {caption!r} is not here", where=self.folder, hint=PREPARE_AGAIN)
             tokens.append(self._tokens(shard, caption))
             pooled.append(self._tensor(shard, text_name("pooled", caption)))
         return TextConditioning(tokens=tokens, pooled=torch.stack(pooled))
@@ -191,7 +191,7 @@ class Cache:
         except (FileNotFoundError, PermissionError):  # safetensors says the first of a file without rights too
             if path.exists():
                 raise DataError("cannot be read", where=path, hint="make it readable") from None
-            raise DataError("has gone since the cache was opened", where=path, hint=MEND) from None
+            raise DataError("has gone since the cache was opened", where=path, hint=PREPARE_AGAIN) from None
         except (OSError, SafetensorError) as error:
             raise DataError(f"damaged shard ({error})", where=path, hint=self._hint) from None
 

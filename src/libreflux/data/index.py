@@ -25,7 +25,7 @@ from libreflux.result_key import differing
 logger = get_logger(__name__)
 
 SCHEMA = 2
-MEND = "run `libreflux prepare` again"
+PREPARE_AGAIN = "run `libreflux prepare` again"
 ELSEWHERE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
 """What sqlite says of a disk, not of a file."""
 TEXT_PRECISION = "text_precision"  # a setting

@@ -316,7 +316,7 @@ def _read(
 
 
 def encode_online(source: ModelSource, cache: Cache, device: str) -> Callable[[Sequence[str]], TextConditioning]:
-    """Captions → what the cache would hold of them: it says how, and has their lengths."""
+    """A function that encodes captions as the cache would; the cache gives the precision and the token counts."""
     encoders = Encoders(source, device, dtype_of(cache.settings))
     text = encoders.open_text()
 

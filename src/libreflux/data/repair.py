@@ -1,4 +1,4 @@
-"""What is damaged of a cache is forgotten, so that whoever prepares finds it missing: that is made anew, no more.
+"""Removes damaged entries from a cache, so that the next prepare makes only those again.
 
 What is lost, cut short or damaged in the index is seen whenever a cache is prepared. To see a flipped bit in a shard
 all of it is read: ``libreflux prepare`` does so; a run compares what it reads.

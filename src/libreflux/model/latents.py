@@ -12,7 +12,7 @@ from torch import Tensor
 
 from libreflux.errors import ModelError
 from libreflux.model.numerics import pinned
-from libreflux.values import MOST_SIDE
+from libreflux.values import MOST_SIDE, SIDE_STEP
 
 TILE_ABOVE = 1536
 """Pixels of the longer side beyond which a picture is decoded in tiles, unless the caller says otherwise."""
@@ -76,7 +76,7 @@ def own_side(config: Mapping[str, Any], where: object = None) -> int:
     if not isinstance(side, int) or not 1 <= side <= MOST_SIDE:
         hint = f"write 1 to {MOST_SIDE} in the VAE's config.json"
         raise ModelError(f"sample_size cannot be {side!r}", where=where, hint=hint)
-    return max(16, side // 16 * 16)
+    return max(SIDE_STEP, side // SIDE_STEP * SIDE_STEP)
 
 
 def stride(vae: AutoencoderKL) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -57,7 +58,7 @@ def locate(name: str | Path, *, weights: bool | Collection[str] = True, fetch: b
     text = str(name)
     if not text:  # as a path it would be the folder that one stands in
         raise ModelError("no model is named", hint=_suggestion(text, None))
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if text in EMOJI and not path.exists():
         path = WEIGHTS / text
         if not path.is_dir():
@@ -198,7 +199,7 @@ def _download(text: str, weights: Collection[str], *, fetch: bool) -> Path:
 def _download_hint(hub_id: str, error: Exception) -> str:
     from huggingface_hub import errors
 
-    there = nearest(Path(hub_id).expanduser())
+    there = nearest(Path(os.path.expanduser(hub_id)))
     if there is not None and (there / "model_index.json").is_file():
         return f"did you mean {there}?"
     near = difflib.get_close_matches(hub_id, KNOWN, n=1, cutoff=0.8)

@@ -211,8 +211,9 @@ def weights_hash(folder: Path, sha256: Callable[[Path], str] = sha256_file) -> s
 
 
 def _device(device: Device) -> Device:
-    if device == "auto":
-        return pick_device()
+    """The device; one that is named must be there, but for those that compute nothing, such as "meta"."""
+    if isinstance(device, str) and (device == "auto" or device.startswith(("cuda", "mps"))):
+        return pick_device(device)
     try:
         torch.device(device)
     except (RuntimeError, TypeError):

@@ -27,7 +27,7 @@ from libreflux.training import checkpoint, run_recipe
 
 Fork = dict[str, Any]
 
-MEND = OptionHint("restore these keys to resume, go on under the new ones with `fork`, or choose another `out`")
+RESTORE = OptionHint("restore these keys to resume, go on under the new ones with `fork`, or choose another `out`")
 
 
 def allow(run: Path, recipe: Recipe, world: int, *, fork: bool) -> bool:
@@ -53,7 +53,7 @@ def allow(run: Path, recipe: Recipe, world: int, *, fork: bool) -> bool:
         hint = "restore held_out.share, or choose another `out`: the pictures it adds have been trained on"
         checkpoint.require_same({"held_out.share": [before, after]}, run, hint)
     if not fork:
-        checkpoint.require_same(changed, run, MEND)
+        checkpoint.require_same(changed, run, RESTORE)
     return bool(changed)
 
 

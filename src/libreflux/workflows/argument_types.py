@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 import sys
 import types
@@ -64,7 +65,7 @@ def check_path(value: object, name: str) -> Path:
     """
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise OptionError(f"cannot be {value!r}", name, hint="give a path")
-    return Path(value).expanduser()
+    return Path(os.path.expanduser(value))
 
 
 def _hints(options: type[Any]) -> Mapping[str, Any]:
@@ -115,10 +116,13 @@ def _fits(value: Any, kind: Any) -> bool:
         return several or any(_fits(value, one) for one in _kinds(typing.get_args(kind)[0]))
     if name is Callable:
         return callable(value)
-    if name in _TEXT_KINDS:
-        return isinstance(value, str | os.PathLike) and (name is str or _may_be_a_path(value))
+    if name is str:
+        return isinstance(value, str)
+    if name is Path:
+        return isinstance(value, str | os.PathLike) and _may_be_a_path(value)
     if name in (int, float):
-        return hasattr(value, "__index__") or hasattr(value, "__float__")
+        single = getattr(value, "ndim", None) == 0  # of torch or numpy
+        return isinstance(value, numbers.Real) or single
     return isinstance(value, name)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -101,7 +102,7 @@ def export_with(options: ExportOptions) -> ExportResult:
 
 def is_adapter(text: str | Path) -> bool:
     """Whether it is a run's folder, or a file with an adapter's tensors; what is neither is taken for a model."""
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if path.is_dir():
         from libreflux.adapter.peft import FILES
 

@@ -10,7 +10,7 @@ import textwrap
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from libreflux.errors import OptionError
 from libreflux.values import plain_number
@@ -39,8 +39,7 @@ def by_keywords(options: Callable[P, OptionsT], workflow: Callable[[OptionsT], R
         for name, value in list(vars(made).items()):
             if isinstance(value, str) and value == "" and name not in TEXTS:
                 raise OptionError("is empty", name, hint="give it a value, or leave it out")
-            value = str(value) if isinstance(value, Path) and name in MODELS else plain_number(value)
-            value = tuple(value) if isinstance(value, Iterator) else value
+            value = _plain(str(value) if isinstance(value, Path) and name in MODELS else plain_number(value))
             value = str(value) if name == "device" and type(value).__module__ == "torch" else value
             object.__setattr__(made, name, value)
         check_types(made)
@@ -55,6 +54,13 @@ def by_keywords(options: Callable[P, OptionsT], workflow: Callable[[OptionsT], R
     call.__doc__ = f"{inspect.getdoc(workflow)}\n\n{_arguments(options)}\n\n{_returned(result)}"
     del call.__wrapped__
     return call
+
+
+def _plain(value: Any) -> Any:
+    """An array as a list, an iterator as a tuple: both may be read twice."""
+    if getattr(value, "ndim", 0):
+        return value.tolist()
+    return tuple(value) if isinstance(value, Iterator) else value
 
 
 def _arguments(options: object) -> str:

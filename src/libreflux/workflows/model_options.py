@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ def chosen_model(model: str | None, base: str | None, comfyui: Path | None) -> s
     for name, given in (("model", model), ("base", base)):
         if given == "":
             raise OptionError("is empty", name, hint="name a model, or leave it out")
-    file = Path(model).expanduser() if model is not None and model.lower().endswith(".safetensors") else None
+    file = Path(os.path.expanduser(model)) if model is not None and model.lower().endswith(".safetensors") else None
     if file is not None and not file.is_file():
         raise ModelError("no such file", where=model, hint=did_you_mean(file, "correct the path"))
     if base is not None and file is None and comfyui is None:
@@ -33,7 +34,7 @@ def chosen_model(model: str | None, base: str | None, comfyui: Path | None) -> s
     if comfyui is not None:
         from libreflux.model.single_file import find_comfyui
 
-        return find_comfyui(comfyui.expanduser(), transformer=file, base=base)
+        return find_comfyui(Path(os.path.expanduser(comfyui)), transformer=file, base=base)
     if file is None:
         return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ def check_data(model: ProbedModel, data: Path | None) -> None:
         DataError: no such folder.
     """
     if data is not None:
-        require_folder(data.expanduser())
+        require_folder(Path(os.path.expanduser(data)))
     elif not model.family:
         hint = "name a folder of captioned pictures that it was not trained on"
         raise OptionError("is not of the emoji family, whose pictures we have", "data", hint=hint)
