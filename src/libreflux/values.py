@@ -34,6 +34,11 @@ def check_side(pixels: int | None, where: str) -> None:
         raise OptionError(f"{pixels} is not a multiple of {SIDE_STEP}", where, hint=f"use {nearest}")
 
 
+def is_whole(value: object) -> bool:
+    """Whether it is one whole number, Python's or numpy's, and no truth value."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def plain_number(value: Any) -> Any:
     """numpy's and torch's numbers as Python's, which JSON and records hold; anything else as it is."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

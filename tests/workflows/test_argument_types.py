@@ -75,6 +75,7 @@ WRONG: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
         "width: cannot be [0.1, 0.2]; hint: give a number or None",
     ),
     ("load_adapter", (3,), {}, "path: cannot be 3; hint: give a path"),
+    ("load_adapter", ("a\0b",), {}, r"path: cannot be 'a\x00b'; hint: give a path"),
     ("load_adapter", ("",), {}, "path: cannot be ''; hint: give a path"),
     ("open_model", (3,), {}, "no such model: 3"),
     ("open_model", ("~nobody-of-this-name/model",), {}, "no such model: ~nobody-of-this-name/model"),

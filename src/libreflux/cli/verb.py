@@ -16,6 +16,8 @@ from libreflux.errors import LibrefluxError, OptionError, OptionHint, RecipeErro
 from libreflux.printing import WITH_OPTIONS
 from libreflux.workflows.keywords import TEXTS
 
+PATH_TYPES = ("path", "file", "directory")
+"""What the older typers call parameters of paths, which are texts still when they are parsed."""
 MEANT = {
     "generate": "sample draw infer inference txt2img text2image image render run remake",
     "grid": "sheet xyz compare plot",
@@ -132,9 +134,10 @@ class Verb(TyperCommand):
                 hint = "give it a value, or leave it out; is a variable not set?"
                 raise RecipeError("is empty", where=where, hint=hint)
         rest: list[str] = super().parse_args(ctx, args)
-        for name, value in ctx.params.items():
-            if isinstance(value, Path):  # of --out=~/x the shell leaves the ~
-                ctx.params[name] = Path(os.path.expanduser(value))
+        for param in self.params:
+            value, kind = ctx.params.get(param.name), getattr(param, "type", None)
+            if isinstance(value, Path) or (isinstance(value, str) and getattr(kind, "name", None) in PATH_TYPES):
+                ctx.params[param.name] = type(value)(os.path.expanduser(value))  # of --out=~/x the shell leaves the ~
         return rest
 
     def invoke(self, ctx: Any) -> Any:

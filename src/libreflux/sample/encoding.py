@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import numbers
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from libreflux.model.device import release
 from libreflux.model.facts import Facts
 from libreflux.model.text import TextConditioning, TextEncoders
 from libreflux.printing import counted, get_logger
+from libreflux.values import is_whole
 
 logger = get_logger(__name__)
 
@@ -144,8 +144,7 @@ def _visiting(encoder: nn.Module, device: torch.device) -> Iterator[None]:
 
 def check_max_tokens(facts: Facts, max_tokens: int | None, name: str = "max_sequence_length") -> None:
     """Raises OptionError for a limit out of the model's range; `name` is what the user calls it."""
-    whole = isinstance(max_tokens, numbers.Integral) and not isinstance(max_tokens, bool)
-    if max_tokens is not None and not (whole and 1 <= max_tokens <= facts.max_tokens):
+    if max_tokens is not None and not (is_whole(max_tokens) and 1 <= max_tokens <= facts.max_tokens):
         raise OptionError(f"cannot be {max_tokens}", name, hint=f"use 1 to {facts.max_tokens}")
 
 

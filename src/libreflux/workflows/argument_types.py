@@ -57,13 +57,13 @@ def path_fields(options: type[Any]) -> set[str]:
     return {name for name, kinds in found.items() if kinds == _TEXT_KINDS}
 
 
-def check_path(value: object, name: str) -> Path:
+def check_path(value: Any, name: str) -> Path:
     """The path, its home written out.
 
     Raises:
         OptionError: it is none.
     """
-    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+    if not _fits(value, Path) or not os.fspath(value):
         raise OptionError(f"cannot be {value!r}", name, hint="give a path")
     return Path(os.path.expanduser(value))
 

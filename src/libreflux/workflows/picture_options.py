@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from libreflux.errors import OptionError
 from libreflux.plainjson import is_text
-from libreflux.values import check_side
+from libreflux.values import check_side, is_whole
 from libreflux.workflows.model_options import chosen_model
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def check_memory(offload: str, quantize: str | None) -> None:
 
 def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
     """Raises OptionError for a value that is no whole number of this range."""
-    good = isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
+    good = is_whole(value) and int(value) >= least
     if not good or (most is not None and value > most):
         hint = f"use a whole number from {least}{'' if most is None else f' to {most}'}"
         raise OptionError(f"cannot be {value!r}", name, hint=hint)
