@@ -15,8 +15,7 @@ from libreflux.adapter.layers import LoKr, LoRA, delta_norm
 from libreflux.adapter.targets import Target, resolve
 from libreflux.model.device import with_fp64
 from libreflux.probing.drawing import mean_square
-from libreflux.training.optimizer import clip_grad_norm
-from libreflux.training.step import group_norms
+from libreflux.training.gradient import clip_grad_norm, group_norms
 from tiny import tiny_transformer
 
 

@@ -24,10 +24,11 @@ from libreflux.model.source import weights_hash
 from libreflux.recipe import Recipe, SigmaSpec
 from libreflux.training import checkpoint
 from libreflux.training.callbacks import Callbacks
+from libreflux.training.gradient import accumulate_gradient
 from libreflux.training.loop import open_for_training
 from libreflux.training.objective import NoisedBatch, flow_matching_loss, keyed_noise
 from libreflux.training.ranks import Ranks
-from libreflux.training.step import accumulate_gradient, draw_sigmas
+from libreflux.training.step import draw_sigmas
 from training.recorded import Tree
 from training.recorded import recorded_fit as _fit
 
@@ -159,15 +160,19 @@ def test_gradient_norms_of_layer_groups_are_written_on_request(recipe_tree: Tree
     assert max(info.group_norms.values()) < info.gradient_norm
 
 
-def test_gradients_are_summed_in_fp32() -> None:
+@pytest.mark.parametrize("at_once", [None, 0, 6, 100])
+def test_gradients_are_summed_in_fp32(at_once: int | None) -> None:
     """1 + 8 x 2^-9: each summand is half a unit of bf16 at 1 and would vanish."""
-    parameters = [torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16)), torch.nn.Parameter(torch.zeros(3))]
-    total = torch.zeros(7)
+    sizes = [(2, 2), (3,), (1,), (2,)]
+    parameters = [torch.nn.Parameter(torch.zeros(size, dtype=torch.bfloat16)) for size in sizes]
+    total = torch.zeros(10)
     for value in [1.0, *[2.0**-9] * 8]:
-        parameters[0].grad = torch.full((2, 2), value, dtype=torch.bfloat16)
-        accumulate_gradient(total, parameters)
-        assert parameters[0].grad is None
-    assert total.tolist() == [1 + 2**-6] * 4 + [0.0] * 3
+        for index in (0, 2, 3):
+            parameters[index].grad = torch.full(sizes[index], value * (index + 1), dtype=torch.bfloat16)
+        accumulate_gradient(total, parameters, at_once=at_once)
+        assert all(parameter.grad is None for parameter in parameters)
+    one = 1 + 2**-6
+    assert total.tolist() == [one] * 4 + [0.0] * 3 + [3 * one] + [4 * one] * 2
 
 
 # ---- who is told what ---------------------------------------------------------------------------------------------

@@ -17,19 +17,17 @@ from libreflux.errors import RunError
 from libreflux.files import atomic_save_safetensors
 from libreflux.recipe import OptimizerSpec
 from libreflux.training import optimizer as module
+from libreflux.training.gradient import clip_grad_norm, flat_gradient, row_norms
 from libreflux.training.optimizer import (
     AdamWBF16,
     AdamWFP32,
     Schedule,
-    clip_grad_norm,
-    flat_gradient,
     lr_at,
     make_optimizer,
     parameter_dtype,
-    rounding_noise,
-    stochastic_round_,
 )
 from libreflux.training.optimizer8 import AdamW8bit
+from libreflux.training.rounding import rounding_noise, stochastic_round_
 
 Kind = Literal["adamw", "adamw_bf16"]
 COPIES = 4096  # equal numbers with independent rounding: their mean is the expectation over seeds
@@ -264,6 +262,14 @@ def test_clip_grad_norm() -> None:
     assert clip_grad_norm(gradient, None) == pytest.approx(1.0)
     assert math.isnan(clip_grad_norm(torch.tensor([1.0, math.nan]), 1.0))
     assert clip_grad_norm(torch.tensor([1.0, -math.inf]), 1.0) == math.inf
+
+
+def test_norms_by_rows_are_those_of_fp64() -> None:
+    for count in (1, 4095, 4096, 3 * 4096 + 5):
+        gradient = torch.randn(count, generator=torch.Generator().manual_seed(count)) * torch.logspace(-6, 6, count)
+        wanted = float(gradient.double().norm())
+        assert float(row_norms(gradient).norm()) == pytest.approx(wanted, rel=1e-5)
+    assert not row_norms(torch.tensor([1.0, float("nan")])).isfinite().all()
 
 
 def test_learning_rates() -> None:

@@ -24,12 +24,13 @@ from libreflux.model.opening import open_model
 from libreflux.model.source import ModelSource
 from libreflux.recipe import Recipe
 from libreflux.training import trace
+from libreflux.training.bf16_update import CHUNK, CHUNK_ON_A_CARD, SCRATCH_BYTES
 from libreflux.training.loop import BASE_DTYPES, plan_layers
 from libreflux.training.memory import on_cpu
 from libreflux.training.optimizer import BUCKET, parameter_dtype
 from libreflux.training.phases import Estimate, Phase, libraries
 
-UPDATE_BYTES = 30  # per element of the optimizer's largest bucket: fp32 copies of parameter, moments and noise
+UPDATE_BYTES = 30  # of fp32 AdamW, per element of its largest bucket
 # bitsandbytes: numbers of a moment that share an fp32 scale; smaller parameters than the second keep fp32 moments.
 BLOCK_8BIT, SMALL_8BIT = 256, 4096
 
@@ -221,10 +222,17 @@ def estimate(
         moments=moments,
         gradient=4 * count,
         activations=trace.trace_pass(transformer, batch, latent_size, text_tokens, guidance),
-        update=UPDATE_BYTES * min(count, max(BUCKET, *(parameter.numel() for parameter in parameters))),
+        update=_update(parameters, on_cpu),
         averages=averages * 4 * count,
         checkpoint=own + moments + averages * 4 * count,
     )
+
+
+def _update(parameters: Sequence[Tensor], on_cpu: bool) -> int:
+    largest, count = max(one.numel() for one in parameters), sum(one.numel() for one in parameters)
+    if parameters[0].dtype == torch.bfloat16:
+        return SCRATCH_BYTES * min(largest, CHUNK if on_cpu else CHUNK_ON_A_CARD)
+    return UPDATE_BYTES * min(count, max(BUCKET, largest))
 
 
 def _moments_8bit(parameter: Tensor) -> int:

@@ -7,21 +7,29 @@ second moment under beta2 = 0.999 cannot fall, since one step takes 0.1 % off it
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from libreflux import seeding
 from libreflux.errors import RunError
-from libreflux.model.device import with_fp64
 from libreflux.recipe import OptimizerSpec
+from libreflux.training import bf16_update
+from libreflux.training.bf16_update import Factors
+from libreflux.training.gradient import flat_gradient
 from libreflux.training.optimizer8 import AdamW8bit
+from libreflux.training.rounding import Noise, rounding_noise, stochastic_round_
+
+if TYPE_CHECKING:
+    from libreflux.training.bf16_kernel import BucketKernel
 
 Schedule = Literal["constant", "cosine", "linear"]
 BUCKET = 1 << 22
+GENERATOR, HASH = 1, 2
+"""Kinds of rounding noise, see `training.rounding`; a state that names none is of the first."""
 
 
 def lr_at(step: int, *, learning_rate: float, steps: int, warmup: int = 0, schedule: Schedule = "constant") -> float:
@@ -45,51 +53,6 @@ def lr_at(step: int, *, learning_rate: float, steps: int, warmup: int = 0, sched
     if schedule == "cosine":
         return learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
     raise RunError(f"schedule {schedule!r} is unknown", hint="use constant, cosine or linear")
-
-
-def flat_gradient(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """All gradients as one fp32 vector [P], in the parameters' order; a parameter without one counts as zeros."""
-    return torch.cat(
-        [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1).to(torch.float32) for p in parameters]
-    )
-
-
-def clip_grad_norm(gradient: Tensor, max_norm: float | None) -> float:
-    """Scale a flat gradient [P] in place so that its 2-norm is at most max_norm (None: leave it).
-
-    Returns:
-        The norm before clipping; nan or inf, and nothing scaled, if some of the gradient is not finite.
-    """
-    # fp64: torch's fp32 norm of 1e8 numbers carries an error that depends on the thread count. In parts: torch makes an
-    # fp64 copy of what it is given, which for a 1 B slice's gradient was the peak of the whole step (600 MiB).
-    parts = [torch.linalg.vector_norm(with_fp64(part), dtype=torch.float64) for part in gradient.split(BUCKET)]
-    norm = float(torch.linalg.vector_norm(torch.stack(parts)))
-    if max_norm is not None and math.isfinite(norm) and norm > max_norm:
-        gradient.mul_(max_norm / norm)
-    return norm
-
-
-def stochastic_round_(target: Tensor, value: Tensor, noise: Tensor) -> None:
-    """Write fp32 numbers into a bf16 tensor so that the expected result is the number itself.
-
-    bf16 is the upper half of an fp32; adding a uniform 16-bit number to the lower half and cutting that off rounds away
-    from zero with probability (distance to the lower neighbour) / (distance of the neighbours), for both signs alike.
-
-    Args:
-        target: bf16, any shape; overwritten.
-        value: fp32 of target's shape, contiguous; used as scratch.
-        noise: int16, as many elements, uniform over all 65536 values.
-    """
-    bits = value.view(torch.int32)
-    bits.add_(noise.view(value.shape)).add_(1 << 15).bitwise_and_(-(1 << 16))
-    target.copy_(value)
-
-
-def rounding_noise(count: int, rows: int, seed: int, step: int, name: str, device: torch.device) -> Tensor:
-    """[rows, count] int16, uniform, a function of (seed, step, name) and the kind of device: equal on all ranks."""
-    generator = torch.Generator(device=device).manual_seed(seeding.key(seed, "rounding", step, name) & (2**63 - 1))
-    words = torch.randint(-(2**63), 2**63 - 1, ((rows * count + 3) // 4,), generator=generator, device=device)
-    return words.view(torch.int16)[: rows * count].view(rows, count)
 
 
 class Optimizer(Protocol):
@@ -202,6 +165,21 @@ class _Bucket:
         self.count = sum(self.sizes)
         self.exp_avg = torch.zeros(self.count, dtype=rows[0][1].dtype, device=rows[0][1].device)
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
+        self._kernel: BucketKernel | None = None
+
+    def kernel(self) -> BucketKernel | None:
+        """What moves all its parameters at once, see `training.bf16_kernel`; None where they move one by one."""
+        device = self.exp_avg.device
+        if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+            return None
+        from libreflux.training import bf16_kernel
+
+        parameters = [parameter.detach() for _, parameter in self.rows]
+        addresses = [parameter.data_ptr() for parameter in parameters]
+        if self._kernel is None or self._kernel.addresses != addresses:
+            made = bf16_kernel.works_on(device)
+            self._kernel = bf16_kernel.BucketKernel(parameters, self.exp_avg, self.exp_avg_sq) if made else None
+        return self._kernel
 
     def gather(self) -> Tensor:
         """The parameters as one fp32 vector."""
@@ -272,6 +250,9 @@ class AdamWBF16(_AdamW):
         betas: decay rates of the moments, in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: decoupled, per step learning_rate * weight_decay.
+
+    Attributes:
+        rounding: how the noise is made, `HASH`, or `GENERATOR` after loading a state of before there was another.
     """
 
     dtype = torch.bfloat16
@@ -286,9 +267,45 @@ class AdamWBF16(_AdamW):
         weight_decay: float = 0.01,
     ) -> None:
         super().__init__(named_parameters, betas=betas, eps=eps, weight_decay=weight_decay)
-        self.seed = seed
+        self.seed, self.rounding = seed, HASH
+        self._scratch: dict[torch.device, bf16_update.Scratch] = {}
+
+    def state_dict_tensors(self) -> dict[str, Tensor]:
+        """Also `rounding`, unless it is `GENERATOR`."""
+        own = {} if self.rounding == GENERATOR else {"rounding": torch.tensor(self.rounding)}
+        return {**super().state_dict_tensors(), **own}
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        moments = dict(tensors)
+        rounding = int(moments.pop("rounding", torch.tensor(GENERATOR)))
+        if rounding not in (HASH, GENERATOR):
+            hint = "resume with the version of libreflux that it was saved by, or a newer one"
+            raise RunError(f"optimizer state has rounding noise of kind {rounding}, which is unknown", hint=hint)
+        super().load_state_tensors(moments)
+        self.rounding = rounding
 
     def _update(self, bucket: _Bucket, grad: Tensor, learning_rate: float) -> None:
+        if self.rounding == GENERATOR:
+            self._update_by_generator(bucket, grad, learning_rate)
+            return
+        factors = Factors.at(self.steps, learning_rate, self.betas, self.eps, self.weight_decay)
+        noises = [Noise.of(self.seed, self.steps, name) for name, _ in bucket.rows]
+        if fused := bucket.kernel():
+            fused(grad, factors, noises)
+            return
+        scratch = self._scratch_on(grad.device)
+        flat = (part.split(bucket.sizes) for part in (bucket.exp_avg, bucket.exp_avg_sq, grad))
+        for (_, parameter), m, v, g, noise in zip(bucket.rows, *flat, noises, strict=True):
+            bf16_update.update(parameter.detach().view(-1), m, v, g, factors=factors, noise=noise, scratch=scratch)
+
+    def _scratch_on(self, device: torch.device) -> bf16_update.Scratch:
+        if device not in self._scratch:
+            largest = max(size for bucket in self.buckets for size in bucket.sizes)
+            at_once = bf16_update.CHUNK if device.type == "cpu" else bf16_update.CHUNK_ON_A_CARD
+            self._scratch[device] = bf16_update.Scratch(device, min(at_once, largest))
+        return self._scratch[device]
+
+    def _update_by_generator(self, bucket: _Bucket, grad: Tensor, learning_rate: float) -> None:
         beta1, beta2 = self.betas
         m = bucket.exp_avg.float().lerp_(grad, 1 - beta1)
         v = bucket.exp_avg_sq.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

@@ -5,29 +5,29 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from libreflux import seeding
 from libreflux.adapter.adapter import Adapter
-from libreflux.adapter.targets import Resolved, group
+from libreflux.adapter.targets import Resolved
 from libreflux.data.batches import Batch, Batches
 from libreflux.data.held_out import HeldOut
 from libreflux.data.order import Unit, step_plan, steps_of_epoch
 from libreflux.errors import RunError
 from libreflux.flow.sigmas import independent, make_law, stratified
-from libreflux.model.device import with_fp64
 from libreflux.model.facts import Facts
 from libreflux.model.source import ModelSource
 from libreflux.recipe import Recipe, SigmaSpec
 from libreflux.training.callbacks import Started, StepInfo
 from libreflux.training.ema import Averages
+from libreflux.training.gradient import accumulate_gradient, clip_grad_norm, group_norms
 from libreflux.training.nonfinite import Skips, at_fault, require_finite
 from libreflux.training.objective import (
     NoisedBatch,
@@ -37,7 +37,7 @@ from libreflux.training.objective import (
     on_rungs,
     regularised_target,
 )
-from libreflux.training.optimizer import Optimizer, clip_grad_norm, lr_at
+from libreflux.training.optimizer import Optimizer, lr_at
 from libreflux.training.ranks import Ranks
 
 _Row = tuple[int, str, float, bool]
@@ -56,29 +56,6 @@ def draw_sigmas(spec: SigmaSpec, count: int, seed: int, step: int) -> Tensor:
     law = make_law(spec.law, shift=spec.shift, uniform_floor=spec.uniform_floor, **spec.params)
     draw = stratified if spec.stratified else independent
     return draw(law, count, seeding.generator(seed, "sigma", step))
-
-
-def accumulate_gradient(total: Tensor, parameters: Iterable[nn.Parameter]) -> None:
-    """Adds the parameters' gradients to a flat fp32 vector [P], in their order, and forgets them.
-
-    In fp32 whatever the parameters' dtype: eight passes summed in bf16 would each be rounded to 8 bits.
-    """
-    offset = 0
-    for parameter in parameters:
-        if parameter.grad is not None:
-            total[offset : offset + parameter.numel()] += parameter.grad.reshape(-1)
-            parameter.grad = None
-        offset += parameter.numel()
-
-
-def group_norms(gradient: Tensor, adapter: Adapter) -> dict[str, float]:
-    """The norm of a flat gradient [P], in the adapter's order, by layer; like layers of all blocks are one group."""
-    sizes = [sum(parameter.numel() for parameter in layer.delta.parameters()) for layer in adapter.layers.values()]
-    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in with_fp64(gradient).split(sizes)]
-    squares: dict[str, float] = {}
-    for name, norm in zip(adapter.layers, torch.stack(norms).tolist(), strict=True):  # one wait for the device
-        squares[group(name)] = squares.get(group(name), 0.0) + norm**2
-    return {name: math.sqrt(square) for name, square in squares.items()}
 
 
 def sigma_means(units: Sequence[Unit], sigmas: Tensor, world: int) -> list[float | None]:
