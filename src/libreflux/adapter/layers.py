@@ -15,28 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from libreflux.adapter.factors import lokr_shapes
+from libreflux.adapter.products import add_lokr, add_lora, lokr_apply
 from libreflux.errors import AdapterError
 from libreflux.model.device import with_fp64
-
-
-def lokr_apply(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """kron(w1, w2) @ x without building the product: (A kron B) vec(X) = vec(A X B^T) (Van Loan 2000, eq. 2).
-
-    Args:
-        x: [..., b * d].
-        w1: [a, b].
-        w2: [c, d].
-
-    Returns:
-        [..., a * c]. The order of the two contractions is the one with fewer multiplications.
-    """
-    (a, b), (c, d) = w1.shape, w2.shape
-    tiles = x.reshape(-1, b, d)
-    if b * c * (d + a) <= a * d * (b + c):
-        y = torch.einsum("ab,tbc->tac", w1, F.linear(tiles, w2))
-    else:
-        y = F.linear(torch.einsum("ab,tbd->tad", w1, tiles), w2)
-    return y.reshape(*x.shape[:-1], a * c)
 
 
 class LoKr(nn.Module):
@@ -68,6 +49,10 @@ class LoKr(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return lokr_apply(x, self.lokr_w1.to(x.dtype), self.lokr_w2.to(x.dtype))
+
+    def add_to(self, out: Tensor, x: Tensor, strength: float) -> Tensor:
+        """out + strength * delta(x); `out` is overwritten."""
+        return add_lokr(out, x, self.lokr_w1, self.lokr_w2, strength)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of a LyCORIS file, by suffix; alpha is 1, which full-matrix LoKr ignores."""
@@ -109,6 +94,10 @@ class LoRA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * F.linear(F.linear(x, self.lora_down.to(x.dtype)), self.lora_up.to(x.dtype))
 
+    def add_to(self, out: Tensor, x: Tensor, strength: float) -> Tensor:
+        """out + strength * delta(x)."""
+        return add_lora(out, x, self.lora_down, self.lora_up, strength * self.scale)
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of a LyCORIS or kohya file, by suffix."""
         return {
@@ -142,11 +131,8 @@ class AdaptedLinear(nn.Module):
         self.in_features, self.out_features = features(base)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.enabled:
-            out: Tensor = self.base(x)
-            return out
-        delta = self.delta(x)
-        return self.base(x) + (delta if self.strength == 1.0 else self.strength * delta)
+        out: Tensor = self.base(x)
+        return self.delta.add_to(out, x, self.strength) if self.enabled else out
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, strength={self.strength}"
