@@ -60,6 +60,8 @@ def add_lokr(out: Tensor, x: Tensor, w1: Tensor, w2: Tensor, strength: float = 1
     x, w1, w2 = x.to(out.dtype), w1.to(out.dtype), w2.to(out.dtype)
     if torch.compiler.is_compiling() or not out.is_contiguous():
         return out + strength * lokr_apply(x, w1, w2)
+    if out._is_view():  # of a tensor that autograd may not see overwritten
+        out = out.clone()
     added: Tensor = _AddLoKr.apply(out, x, w1, w2, strength)
     return added
 

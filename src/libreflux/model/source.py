@@ -20,6 +20,7 @@ from libreflux.files import sha256_file
 from libreflux.model.device import pick_device, pick_dtype
 from libreflux.model.facts import Facts, tell_facts
 from libreflux.model.finite import check_weights
+from libreflux.model.fused_attention import fuse_attention
 from libreflux.model.int8_files import weight_files
 from libreflux.model.load import quiet
 from libreflux.model.parts import check_fit
@@ -120,6 +121,7 @@ class ModelSource(abc.ABC):
         with quiet():
             transformer = self._read_transformer(chosen, quantise, place)
         tell_facts(transformer, self.facts)
+        fuse_attention(transformer)
         check_weights(transformer.state_dict(), self._place("transformer"))
         return transformer
 
