@@ -8,6 +8,7 @@ the backward pass, in the dtype of the computation, and is never kept.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -139,13 +140,15 @@ class Int8Linear(nn.Module):
         weight: q, int8 [out, in].
         scale: fp32 [out]; stays fp32 when the module is cast.
         bias: [out] or None.
+        multiply: another product of (x, weight, scale, bias), see `w8a8.quantise_activations`; None: x stays as it is.
 
-    All three are buffers, zero at first (scale one): nothing here can require a gradient.
+    The first three are buffers, zero at first (scale one): nothing here can require a gradient.
     """
 
     weight: Tensor
     scale: Tensor
     bias: Tensor | None
+    multiply: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
 
     def __init__(
         self,
@@ -165,9 +168,10 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        product: Tensor = _Int8Product.apply(
-            x, self.weight, self.scale, None if self.bias is None else self.bias.to(x.dtype)
-        )
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.multiply is not None:
+            return self.multiply(x, self.weight, self.scale, bias)
+        product: Tensor = _Int8Product.apply(x, self.weight, self.scale, bias)
         return product
 
     def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
