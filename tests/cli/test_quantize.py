@@ -1,4 +1,4 @@
-"""`--quantize int8`: what a folder in int8 draws, recorded and drawn again."""
+"""`--quantize`: what a folder in int8 draws, recorded and drawn again."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -47,6 +48,20 @@ def test_draws_what_the_exported_model_draws(run: Callable, tiny_model_dir: Path
     assert told["drawn"].hashes == told["dense"].hashes  # of what is stored
     assert "Quantized: int8" in told["drawn"].parameters()
     assert "Quantized" not in told["stored"].parameters()
+
+
+def test_w8a8_draws_nearly_the_same_and_is_drawn_again(
+    run: Callable, tiny_model_dir: Path, drawn: Path, tmp_path: Path
+) -> None:
+    path, again = tmp_path / "a.png", tmp_path / "again.png"
+    assert run("generate", *COMMON, "--model", tiny_model_dir, "--quantize", "w8a8", "--out", path).code == 0
+    told = read_record(path)
+    assert (told.quantize, told.dtype) == ("w8a8", "w8a8 (int8), float32")
+    with Image.open(path) as image, Image.open(drawn) as other:
+        distance = np.abs(np.asarray(image, dtype=np.int16) - np.asarray(other, dtype=np.int16))
+    assert 0 < distance.mean() < 4
+    assert run("generate", "--remake", path, "--out", again).code == 0
+    assert pixels(again) == pixels(path)
 
 
 def test_the_published_layout_in_shards_and_bf16(run: Callable, tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ from training.recorded import recorded_fit as _fit
 # ---- how it resumes -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "threads", "base"), [("adamw", 1, "bf16"), ("adamw_bf16", 2, "int8")])
+@pytest.mark.parametrize(
+    ("kind", "threads", "base"), [("adamw", 1, "bf16"), ("adamw_bf16", 2, "int8"), ("adamw_bf16", 1, "w8a8")]
+)
 def test_stopped_runs_resume_to_the_bit(recipe_tree: Tree, tmp_path: Path, kind: str, threads: int, base: str) -> None:
     changes: dict[str, Any] = {
         "threads": threads,
@@ -47,7 +49,9 @@ def test_stopped_runs_resume_to_the_bit(recipe_tree: Tree, tmp_path: Path, kind:
         assert newest.step == step
         assert not (tmp_path / "stopped" / checkpoint.ADAPTER).exists()
         saved = {**load_file(newest.adapter), **load_file(newest.optimizer)}
-        assert all(".lokr_w" in name or name.endswith(".alpha") or name == "step" for name in saved)  # no base weight
+        assert all(
+            ".lokr_w" in name or name.endswith(".alpha") or name in ("step", "rounding") for name in saved
+        )  # no base weight
     recorder, resumed = _fit(stopped)
     assert recorder.events[0] == ("start", 2)
     assert resumed.read_bytes() == expected.read_bytes()

@@ -41,7 +41,7 @@ from libreflux.errors import LibrefluxError, OptionError
         ({"steps": 4, "no_cfg_until": 4}, "no_cfg_until: leaves no step of 4 guided; hint: use at most 3, or `guid"),
         ({"no_cfg_until": 1, "guidance_start": 0.5}, "no_cfg_until: does what `guidance_start` does"),
         ({"offload": "gpu"}, "offload: cannot be 'gpu'; hint: use one of auto, none, model, sequential"),
-        ({"quantize": "int4"}, "quantize: cannot be 'int4'; hint: use one of int8"),
+        ({"quantize": "int4"}, "quantize: cannot be 'int4'; hint: use one of int8, w8a8"),
         ({"base": "x"}, "base: has no effect without a single file"),
     ],
     ids=str,

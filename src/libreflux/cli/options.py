@@ -40,9 +40,10 @@ class Quantize(enum.StrEnum):
     """`--quantize`: how a transformer's weights are kept in memory, whatever is stored."""
 
     int8 = "int8"
+    w8a8 = "w8a8"
 
     @property
-    def as_value(self) -> Literal["int8"]:
+    def as_value(self) -> Literal["int8", "w8a8"]:
         """As workflows take it."""
         return self.value
 
@@ -51,7 +52,7 @@ QuantizeOption = Annotated[
     Quantize | None,
     typer.Option(
         help="int8: quantise the transformer tensor by tensor while it is read; a quarter of fp32's memory, half of "
-        "bf16's. Default: as stored.",
+        "bf16's; w8a8: its activations have 8 bits too, which is faster and less exact. Default: as stored.",
         show_default=False,
     ),
 ]

@@ -42,7 +42,7 @@ class GenerationRecord:
         batch_cfg: True, False or "auto": how the passes were batched, which decides the last bits.
         tile: whether the VAE decoded in tiles; None is by size.
         embedded_guidance: of a guidance-distilled model; None for others.
-        quantize: "int8" where the transformer was quantised while it was read; None: as stored.
+        quantize: "int8" or "w8a8" where the transformer was quantised while it was read; None: as stored.
         dtype: of the transformer's weights; "int8, " and the dtype of its other tensors where its linears are int8.
         device: what computed it: the last bits are its own.
         hashes: name (e.g. "transformer") to SHA-256.
@@ -70,7 +70,7 @@ class GenerationRecord:
     batch_cfg: bool | Literal["auto"] = "auto"
     tile: bool | None = None
     embedded_guidance: float | None = None
-    quantize: Literal["int8"] | None = None
+    quantize: Literal["int8", "w8a8"] | None = None
     dtype: str = "float32"
     device: str = "unrecorded"
     hashes: dict[str, str] = field(default_factory=dict)

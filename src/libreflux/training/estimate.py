@@ -22,10 +22,11 @@ from libreflux.model.int8 import quantise_model
 from libreflux.model.numerics import enable_checkpointing
 from libreflux.model.opening import open_model
 from libreflux.model.source import ModelSource
+from libreflux.model.w8a8 import quantise_activations
 from libreflux.recipe import Recipe
 from libreflux.training import trace
 from libreflux.training.bf16_update import CHUNK, CHUNK_ON_A_CARD, SCRATCH_BYTES
-from libreflux.training.loop import BASE_DTYPES, plan_layers
+from libreflux.training.loop import BASE_DTYPES, INT8_BASES, plan_layers
 from libreflux.training.memory import on_cpu
 from libreflux.training.optimizer import BUCKET, parameter_dtype
 from libreflux.training.phases import Estimate, Phase, libraries
@@ -94,8 +95,10 @@ def _latent_size(size: tuple[int, int]) -> tuple[int, int]:
 
 def _transformer(opened: ModelSource, recipe: Recipe) -> FluxTransformer2DModel:
     transformer = trace.meta_transformer(opened.part_config("transformer"), BASE_DTYPES[recipe.base])
-    if recipe.base == "int8":
+    if recipe.base in INT8_BASES:
         quantise_model(transformer)
+    if recipe.base == "w8a8":
+        quantise_activations(transformer, "int8")
     if recipe.gradient_checkpointing:
         enable_checkpointing(transformer)
     return transformer

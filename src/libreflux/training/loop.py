@@ -22,6 +22,7 @@ from libreflux.model.device import make_current, pick_device
 from libreflux.model.facts import Facts, trained_facts
 from libreflux.model.opening import open_model
 from libreflux.model.source import ModelSource
+from libreflux.model.w8a8 import kind_for, quantise_activations
 from libreflux.places import folder_place
 from libreflux.printing import get_logger
 from libreflux.recipe import Recipe
@@ -37,7 +38,9 @@ from libreflux.training.step import Training
 
 log = get_logger(__name__)
 
-BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}  # int8: of what stays dense
+# Of an 8-bit base: of what stays dense.
+BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16, "w8a8": torch.bfloat16}
+INT8_BASES = ("int8", "w8a8")
 
 
 def fit(recipe: Recipe, callbacks: Callbacks | None = None, *, fork: bool = False) -> Path:
@@ -228,8 +231,10 @@ def open_for_training(
     with memory.explained("preparing", recipe, memory.preparing(recipe)):
         batches, held_out = _prepared(recipe, source, callbacks, ranks, device)
     with callbacks.stage("reading the base model"):
-        dtype, quantise = BASE_DTYPES[recipe.base], recipe.base == "int8"
+        dtype, quantise = BASE_DTYPES[recipe.base], recipe.base in INT8_BASES
         transformer = source.load_transformer(dtype=dtype, quantise=quantise, device=device)
+        if recipe.base == "w8a8":
+            quantise_activations(transformer, kind_for(device))
     check_attention(transformer, batches, device, callbacks)
     if recipe.gradient_checkpointing:
         numerics.enable_checkpointing(transformer)

@@ -47,7 +47,7 @@ def smaller_steps(recipe: Recipe) -> list[str]:
         ways.append("text_cache: int8 (no encoder stays in memory)")
     if not recipe.gradient_checkpointing:
         ways.append("gradient_checkpointing: true")
-    if recipe.base != "int8":
+    if recipe.base not in ("int8", "w8a8"):
         ways.append("base: int8")
     if recipe.batch > 1 and recipe.batch % 2 == 0:
         ways.append(f"batch: {recipe.batch // 2} with accumulate: {recipe.accumulate * 2}")

@@ -16,6 +16,7 @@ from libreflux.adapter.adapter import Adapter
 from libreflux.adapter.io import file_metadata, load_adapter, save_adapter
 from libreflux.errors import RunError
 from libreflux.model.stream import save_live
+from libreflux.model.w8a8 import kind_for
 from libreflux.printing import get_logger
 from libreflux.recipe import Recipe
 from libreflux.training import checkpoint, ema, forks, nonfinite, run_recipe
@@ -43,7 +44,7 @@ def restore(training: Training, newest: Checkpoint, fork: bool) -> None:
     recipe, world, now = training.recipe, training.ranks.world, training.identity["data_hash"]
     training.forks = forks.history(training.run, recipe, world, newest.step, state, now, fork=fork)
     forks.refuse_trained(recipe, training.forks, training.held_out)
-    here = _machine(training.device)
+    here = _machine(training.device, training.recipe.base)
     for key, value in here.items():
         before = re.sub(r"^cuda:\d+", "cuda", str(state.get(key)))
         if before != str(value):
@@ -91,7 +92,7 @@ def save(training: Training, metrics: checkpoint.Metrics | None, callbacks: Call
             "recipe": recipe.fingerprint(training.ranks.world),
             "skips": dataclasses.asdict(training.skips),
             **training.identity,
-            **_machine(training.device),
+            **_machine(training.device, training.recipe.base),
         },
     )
     prune(recipe, training.run, training.skips)
@@ -140,8 +141,10 @@ def write_snapshot(training: Training) -> None:
         files.write_manifest(folder)
 
 
-def _machine(device: str) -> dict[str, Any]:
+def _machine(device: str, base: str) -> dict[str, Any]:
     """What the last bits of a result depend on besides the recipe; not on the number of the card, of its kind alone."""
+    activations = {"activations": kind_for(device)} if base == "w8a8" else {}
     kind = torch.device(device).type
     chip = torch.cuda.get_device_name(device) if kind == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": f"{kind} ({chip})"}
+    threads = torch.get_num_threads()
+    return {"torch": torch.__version__, "threads": threads, "device": f"{kind} ({chip})", **activations}

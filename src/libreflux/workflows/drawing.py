@@ -28,6 +28,7 @@ from libreflux.model.opening import open_model
 from libreflux.model.single_file import SingleFiles
 from libreflux.model.source import ModelSource
 from libreflux.model.text import TextConditioning, TextEncoders, check_padding
+from libreflux.model.w8a8 import kind_for, quantise_activations
 from libreflux.printing import counted
 from libreflux.sample.encoding import Text, encode_ahead, encode_in_turn
 from libreflux.sample.metadata import GenerationRecord, versions
@@ -149,7 +150,11 @@ class AdaptedSource:
         dtype = str(transformer.dtype).removeprefix("torch.")
         if int8_layers(transformer):
             _refuse_int8(self.offload)
-            dtype = f"int8, {dtype}"
+            kind = "int8"
+            if self.quantize == "w8a8":
+                quantise_activations(transformer, activations := kind_for(self.device))
+                kind = f"w8a8 ({activations})"
+            dtype = f"{kind}, {dtype}"
         transformer_hash = self.source.hash_with(sha256)
         notice_other_base(transformer_hash, self.files)
         for file, weight in self.files:

@@ -42,7 +42,7 @@ class GenerateOptions:
         width, height: pixels, multiples of 16; None is the model's own size.
         tile: decode in tiles, in less memory; None: above 1536 pixels.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        quantize: "int8" quantises the transformer while it is read; None: as stored.
+        quantize: "int8" quantises the transformer while it is read, "w8a8" its activations too; None: as stored.
         offload: what of the model is in memory beside what computes, see `picture_options.Offload`.
         metadata: whether a PNG says how it was made.
         out: a .png file for one picture, else a folder; replaced. None writes nothing: the result has the pictures.

@@ -22,8 +22,11 @@ Offload = Literal["auto", "none", "model", "sequential"]
 "auto": the text encoders go before the transformer comes; "none": all stays; "model" and "sequential", on CUDA: every
 part waits in RAM and comes whole, or layer by layer.
 """
-Quantize = Literal["int8"]
-"""How a transformer's weights are kept in memory, whatever is stored."""
+Quantize = Literal["int8", "w8a8"]
+"""How a transformer's weights are kept in memory, whatever is stored.
+
+"int8": in int8, multiplied in the model's own dtype; "w8a8": in int8, multiplied by activations of 8 bits too.
+"""
 
 MOST_PICTURES = 100_000
 """Of one prompt."""
