@@ -26,6 +26,7 @@ from libreflux.cli.verb import Verb, Verbs
 from libreflux.errors import LibrefluxError, RecipeError, RunError
 from libreflux.places import PLACE_ERRORS, WRITE_ERRORS
 from libreflux.printing import never_fail, say, say_table
+from libreflux.processes import ask_for_large_pages
 from libreflux.training.interrupt import unwinding
 
 app = typer.Typer(
@@ -121,6 +122,7 @@ def _check_arguments() -> None:
 def main() -> NoReturn:
     """Run the command line and exit: 0 done, 2 a user's mistake, 129, 130, 143 a signal, 1 a card or a bug."""
     never_fail()
+    ask_for_large_pages()
     try:
         with unwinding():
             _check_folder()

@@ -102,6 +102,7 @@ class Training:
     skips: Skips = field(default_factory=Skips)
     forks: Sequence[dict[str, Any]] = ()
     held_out: HeldOut | None = None
+    _gradient: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
     def shift(self) -> float:
@@ -148,7 +149,7 @@ class Training:
         if recipe.distil is not None and recipe.distil.steps is not None:
             sigmas = on_rungs(sigmas, recipe.distil.steps, self.shift)
         parameters = list(self.adapter.parameters())
-        gradient = torch.zeros(sum(parameter.numel() for parameter in parameters), device=self.device)
+        gradient = self._zero_gradient()
         pictures: list[tuple[int, str, bool]] = []
         losses: list[Tensor] = []
         for unit in units:
@@ -166,6 +167,12 @@ class Training:
         self.ranks.sum_(gradient)
         moved = self._move(gradient, [row[1] for row in rows], [row[2] for row in rows])
         return self._info(units, sigmas, rows, moved, time.perf_counter() - begun)
+
+    def _zero_gradient(self) -> Tensor:
+        """[P] fp32 zeros, in the same memory at each step: new memory costs more than zeros."""
+        if self._gradient is None:
+            self._gradient = torch.empty(sum(one.numel() for one in self.adapter.parameters()), device=self.device)
+        return self._gradient.zero_()
 
     def _noised(self, batch: Batch, unit: Unit, sigmas: Tensor) -> NoisedBatch:
         """A unit's pictures on the device, with the noise of their slots; `sigmas` [count] are the step's, by slot."""
