@@ -1,13 +1,14 @@
 """FLUX.1-schnell's size without a GPU: an int8 model of random weights on disk, opened and drawn with as a user would.
 
-    python benchmarks/full_size.py --folder DIR [--tiny] [--keep] [--steps 2] [--size 256] [--guidance 3.5]
+    python -m benchmarks.full_size --folder DIR [--tiny] [--keep] [--steps 2] [--size 256] [--guidance 3.5]
+    python -m benchmarks.full_size --folder DIR --train [--tiny] [--keep]
 
 DIR gets about 22 GB, one tensor at a time: the transformer in int8 (11.9 B parameters), T5-XXL, CLIP-L and the VAE in
 bf16, all of FLUX.1's own sizes. The tokenizers are the emoji family's: the vocabulary is smaller, the encoders are not.
 A process of its own then opens the folder, encodes prompt and negative prompt, lets the encoders go, loads the
 transformer, draws and decodes. Peaks are VmHWM. What the same products cost as dense bf16 matrices is measured in that
 process, layer shape by layer shape, before and after the steps: their sum over the time of a step is the share of this
-machine's matmul speed that is reached.
+machine's matmul speed that is reached. With --train an adapter is trained on it instead, see `full_size_training`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from benchmarks import full_size_training
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -234,20 +236,33 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--guidance", type=float, default=3.5)
-    parser.add_argument("--draw", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--train", action="store_true", help="train an adapter, three steps, instead of drawing")
+    for part in ("--draw", "--prepare", "--fit"):
+        parser.add_argument(part, action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.draw:
         draw(options.folder, options)
+        return
+    if options.prepare:
+        full_size_training.prepare(options.folder, tiny=options.tiny)
+        return
+    if options.fit:
+        full_size_training.run(options.folder, tiny=options.tiny)
         return
     start = time.perf_counter()
     build(options.folder, tiny=options.tiny)
     size = sum(file.stat().st_size for file in options.folder.rglob("*") if file.is_file())
     told = f"| on disk | {size / 1e9:.1f} GB, written in {time.perf_counter() - start:.0f} s, peak {peak():.1f} GiB |"
     print(f"| what | measured |\n|---|---|\n{told}", flush=True)
-    done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--draw"], check=False)
+    if options.train:
+        code = full_size_training.train(options.folder, options)
+    else:
+        code = subprocess.run(
+            [sys.executable, "-m", "benchmarks.full_size", *sys.argv[1:], "--draw"], check=False
+        ).returncode
     if not options.keep:
         shutil.rmtree(options.folder)
-    sys.exit(done.returncode)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
