@@ -23,6 +23,7 @@ Kind = Literal["int8", "fp8"]
 
 E4M3 = torch.float8_e4m3fn
 _LARGEST: dict[Kind, float] = {"int8": 127.0, "fp8": 448.0}
+_SMALLEST = 1e-30  # scale: that of a row of zeros
 _AT_ONCE = 2**20  # numbers that a CPU quantises or scales together: they stay in its caches
 _FEWEST = 17  # rows that `torch._int_mm` takes on CUDA
 
@@ -124,11 +125,10 @@ def quantise_rows(x: Tensor, kind: Kind, before: Tensor | None = None) -> tuple[
         before: fp32 [k], or None for ones.
 
     Returns:
-        q [t, k] and fp32 scale [t, 1], with |x before - scale q| <= scale / 2 for int8; a row of zeros has scale 1.
+        q [t, k] and fp32 scale [t, 1], with |x before - scale q| <= scale / 2 for int8; scale is at least 1e-30.
     """
     wide = x.float() if before is None else x.float() * before
-    scale = wide.abs().amax(dim=1, keepdim=True).div_(_LARGEST[kind])
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = wide.abs().amax(dim=1, keepdim=True).div_(_LARGEST[kind]).clamp_(min=_SMALLEST)
     scaled = wide.div_(scale) if wide is not x else wide / scale
     return (scaled.round_().to(torch.int8) if kind == "int8" else scaled.to(E4M3)), scale
 
@@ -196,8 +196,7 @@ def _quantise_part(x: Tensor, q: Tensor, scale: Tensor, before: Tensor | None, s
             wide.mul_(before)
         low, high = wide.aminmax(dim=1, keepdim=True)
         torch.maximum(high, -low, out=scale)
-    scale.div_(_LARGEST["int8"])
-    scale.masked_fill_(scale == 0, 1.0)
+    scale.div_(_LARGEST["int8"]).clamp_(min=_SMALLEST)
     q.copy_(wide.div_(scale).round_())
 
 
