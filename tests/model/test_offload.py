@@ -6,6 +6,7 @@ shows.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterator
 
@@ -199,8 +200,9 @@ def test_nothing_is_kept_of_an_interrupted_pass() -> None:
 def test_waiting_blocks_are_spread_evenly(blocks: int) -> None:
     for count in range(1, blocks + 1):
         chosen = spread(count, blocks)
-        assert len(set(chosen)) == count and 0 <= chosen[0] and chosen[-1] < blocks
-        gaps = {after - before for before, after in zip(chosen, chosen[1:], strict=False)}
+        assert len(set(chosen)) == count
+        assert set(chosen) <= set(range(blocks))
+        gaps = {after - before for before, after in itertools.pairwise(chosen)}
         assert not gaps or max(gaps) - min(gaps) <= 1
     assert spread(blocks, blocks) == list(range(blocks))
     assert spread(0, blocks) == []

@@ -261,7 +261,8 @@ def _key(slot: _Slot) -> tuple[int, str]:
 def _move_rest(transformer: nn.Module, device: torch.device, waiting: set[tuple[int, str]]) -> None:
     for module in transformer.modules():
         tensors = ((module._parameters, True), (module._buffers, False))
-        for slot in (_Slot(module, name, kind) for found, kind in tensors for name in found if found[name] is not None):  # type: ignore[attr-defined]
+        found = [(name, is_parameter) for held, is_parameter in tensors for name in held if held[name] is not None]
+        for slot in (_Slot(module, name, is_parameter) for name, is_parameter in found):
             with torch.no_grad():
                 moved = slot.tensor if _key(slot) in waiting else slot.tensor.to(device)
             if moved is not slot.tensor:  # what is there already stays the same parameter, an optimizer's perhaps

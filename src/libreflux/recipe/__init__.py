@@ -102,6 +102,10 @@ class Recipe(Section):
     gradient_checkpointing: bool = Field(
         default=False, description="keep each block's input alone and compute it again in backward: less memory, slower"
     )
+    offload_blocks: Literal["auto"] | Annotated[Whole, Field(ge=0)] = Field(
+        default=0,
+        description="blocks of the base that wait in RAM and come to a small card in turn; auto: as few as have to",
+    )
     steps: Whole = Field(ge=1, description="optimizer steps of the whole run")
     max_skipped: Whole = Field(
         default=5,
@@ -203,6 +207,13 @@ class Recipe(Section):
             raise ValueError("data.crops_per_picture would do nothing under crop: centre; remove it or use square")
         return self
 
+    @model_validator(mode="after")
+    def _offloading(self) -> Recipe:
+        if self.offload_blocks and not self.gradient_checkpointing:
+            told = "offload_blocks needs gradient_checkpointing: true"
+            raise ValueError(f"{told}: without it, every block that waits would stay on the card until backward")
+        return self
+
     @property
     def cache_dir(self) -> Path:
         """Folder of the prepared data."""
@@ -265,6 +276,7 @@ _INDECISIVE = frozenset(
         "deterministic",
         "threads",
         "gradient_checkpointing",
+        "offload_blocks",
         "text_precision",  # the cache's settings hold it, and the data's fingerprint those
     }
 )

@@ -20,14 +20,15 @@ from libreflux.data.encode import SHARD_ITEMS
 from libreflux.data.precision import DTYPES
 from libreflux.model.int8 import quantise_model
 from libreflux.model.numerics import enable_checkpointing
+from libreflux.model.offload import blocks_of, frozen_sizes
 from libreflux.model.opening import open_model
 from libreflux.model.source import ModelSource
 from libreflux.recipe import Recipe
 from libreflux.training import trace
-from libreflux.training.loop import BASE_DTYPES, plan_layers
 from libreflux.training.memory import on_cpu
 from libreflux.training.optimizer import BUCKET, parameter_dtype
 from libreflux.training.phases import Estimate, Phase, libraries
+from libreflux.training.planned import BASE_DTYPES, plan_layers
 
 UPDATE_BYTES = 30  # per element of the optimizer's largest bucket: fp32 copies of parameter, moments and noise
 # bitsandbytes: numbers of a moment that share an fp32 scale; smaller parameters than the second keep fp32 moments.
@@ -45,8 +46,10 @@ def estimate_recipe(
         text_tokens: of the longest prompt.
         captions: how many there are; None: more than are encoded at a time.
 
+    Under `offload_blocks: auto` it is that of a card which has room for all blocks.
+
     Raises:
-        LibrefluxError: a fault of the model or the targets, see `loop.plan_layers`.
+        LibrefluxError: a fault of the model or the targets, see `planned.plan_layers`.
     """
     opened, cpu = open_model(recipe.model if source is None else source), on_cpu(recipe)
     transformer = _transformer(opened, recipe)
@@ -75,7 +78,8 @@ def estimate_recipe(
     preparing = [_encoding_pictures(opened, recipe, cpu)]
     if encoding is not None:
         preparing.append(_encoding_captions(encoding, at_once, text_tokens, cpu))
-    return dataclasses.replace(found, preparing=tuple(preparing), between=(*drawing, *measuring))
+    found = dataclasses.replace(found, preparing=tuple(preparing), between=(*drawing, *measuring))
+    return found if recipe.offload_blocks == "auto" else found.offloaded(recipe.offload_blocks)
 
 
 def largest_crop(shown: Sequence[View]) -> tuple[int, int]:
@@ -224,6 +228,7 @@ def estimate(
         update=UPDATE_BYTES * min(count, max(BUCKET, *(parameter.numel() for parameter in parameters))),
         averages=averages * 4 * count,
         checkpoint=own + moments + averages * 4 * count,
+        blocks=tuple(map(frozen_sizes, blocks_of(transformer))),
     )
 
 

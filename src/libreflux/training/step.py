@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,7 @@ class Training:
         start_norm: ||delta|| / ||W|| of the adapter before the first step; None in a resumed run.
         skips: the steps that were skipped.
         forks: the changes of the recipe so far, see `training.forks`.
+        decided: recipe key -> what its `auto` stands for in this run.
     """
 
     recipe: Recipe
@@ -125,6 +126,7 @@ class Training:
     skips: Skips = field(default_factory=Skips)
     forks: Sequence[dict[str, Any]] = ()
     held_out: HeldOut | None = None
+    decided: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def shift(self) -> float:

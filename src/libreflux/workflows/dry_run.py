@@ -19,7 +19,7 @@ from libreflux.printing import clock, counted, fold, readable
 from libreflux.recipe import Recipe
 from libreflux.training.checkpoint import METRICS, RECIPE
 from libreflux.training.estimate import estimate_recipe
-from libreflux.training.loop import plan_layers
+from libreflux.training.planned import plan_layers
 from libreflux.workflows.disk_use import DiskUse, disk_use
 from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.memory_verdict import Verdict, verdict
