@@ -12,11 +12,13 @@ A copy here is a tensor of its own. What autograd keeps of it stays valid, whate
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from libreflux.errors import OptionError
@@ -68,6 +70,18 @@ def saved_bytes(blocks: Sequence[Sequence[int]], count: int) -> int:
 def waiting_bytes(blocks: Sequence[Sequence[int]], count: int) -> int:
     """Bytes of pinned RAM that `count` waiting blocks take, what torch rounds up included; `blocks` as above."""
     return sum(_chunks(size for index in spread(count, len(blocks)) for size in blocks[index])[0])
+
+
+def fewest(blocks: int, fits: Callable[[int], bool]) -> int:
+    """The least number of waiting blocks, of so many, with which something fits; where none is enough, all of them."""
+    counts = [0, *range(LEAST, blocks + 1)]
+    return next(filter(fits, counts), counts[-1])
+
+
+def block_count(config: Mapping[str, Any]) -> int:
+    """Blocks of both kinds of a transformer of this configuration."""
+    defaults = inspect.signature(FluxTransformer2DModel.__init__).parameters
+    return sum(int(config.get(name, defaults[name].default)) for name in ("num_layers", "num_single_layers"))
 
 
 def check_count(count: int, blocks: int, where: str = "offload_blocks") -> None:

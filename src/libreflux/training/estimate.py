@@ -46,7 +46,7 @@ def estimate_recipe(
         text_tokens: of the longest prompt.
         captions: how many there are; None: more than are encoded at a time.
 
-    Under `offload_blocks: auto` it is that of a card which has room for all blocks.
+    Under `offload_blocks: auto` it is that of a card which has room for all blocks, see `offloading.needed`.
 
     Raises:
         LibrefluxError: a fault of the model or the targets, see `planned.plan_layers`.
@@ -79,7 +79,7 @@ def estimate_recipe(
     if encoding is not None:
         preparing.append(_encoding_captions(encoding, at_once, text_tokens, cpu))
     found = dataclasses.replace(found, preparing=tuple(preparing), between=(*drawing, *measuring))
-    return found if recipe.offload_blocks == "auto" else found.offloaded(recipe.offload_blocks)
+    return found if cpu or recipe.offload_blocks == "auto" else found.offloaded(recipe.offload_blocks)
 
 
 def largest_crop(shown: Sequence[View]) -> tuple[int, int]:

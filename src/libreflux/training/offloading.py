@@ -31,12 +31,7 @@ def check(recipe: Recipe, source: ModelSource, device: torch.device | str) -> No
 def check_count(recipe: Recipe, source: ModelSource) -> None:
     """Raises OptionError for more blocks than the model has, or too few to save anything."""
     if recipe.offload_blocks != "auto":
-        offload.check_count(recipe.offload_blocks, block_count(source), KEY)
-
-
-def block_count(source: ModelSource) -> int:
-    """Blocks of both kinds."""
-    return int(source.config["num_layers"]) + int(source.config["num_single_layers"])
+        offload.check_count(recipe.offload_blocks, offload.block_count(source.config), KEY)
 
 
 def needed(estimate: Estimate, capacity: float) -> int:
@@ -50,13 +45,12 @@ def needed(estimate: Estimate, capacity: float) -> int:
     """
     if estimate.on_cpu:
         return 0
-    total = len(estimate.blocks)
-    for count in (0, *range(offload.LEAST, total + 1)):
+
+    def fits(count: int) -> bool:
         found = estimate.offloaded(count)
-        peak = max(phase.peak for phase in (found.training, *found.between))
-        if CARD_RESERVE * peak <= capacity:
-            return count
-    return total if total >= offload.LEAST else 0
+        return CARD_RESERVE * max(phase.peak for phase in (found.training, *found.between)) <= capacity
+
+    return offload.fewest(len(estimate.blocks), fits)
 
 
 def free_memory(device: torch.device | str) -> int:
@@ -80,7 +74,7 @@ def decide(
     """
     if recipe.offload_blocks != "auto":
         return recipe.offload_blocks
-    total, known = block_count(source), run_recipe.decided(run).get(KEY)
+    total, known = offload.block_count(source.config), run_recipe.decided(run).get(KEY)
     if torch.device(device).type not in offload.DEVICES:
         count, told = 0, f"of no use on {torch.device(device).type}"
     elif isinstance(known, int) and (known == 0 or offload.LEAST <= known <= total):

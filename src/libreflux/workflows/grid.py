@@ -47,7 +47,7 @@ class GridOptions:
         seeds: a row for each, with one noise.
         negative: negative prompt.
         width, height: pixels, multiples of 16; None is the model's own size.
-        device, quantize, offload: see `GenerateOptions`.
+        device, quantize, offload, offload_blocks: see `GenerateOptions`.
         out: folder of grid.png, index.html and the cells; continued.
         progress: shows the steps of the cells that are missing, see `workflows.progress`.
     """
@@ -67,6 +67,7 @@ class GridOptions:
     device: str = "auto"
     quantize: Quantize | None = None
     offload: Offload = "auto"
+    offload_blocks: OffloadBlocks = 0
     out: str | Path = "out/grid"
     progress: Progress = field(default=silent, repr=False, compare=False)
 

@@ -63,7 +63,7 @@ class CellOptions:
         adapters: put on every model, `PATH[:WEIGHT]`.
         negative: negative prompt, of the cells that are guided.
         width, height: pixels; None is the model's own size.
-        device, quantize, offload: see `GenerateOptions`.
+        device, quantize, offload, offload_blocks: see `GenerateOptions`.
     """
 
     sources: Mapping[str, ModelSource]
@@ -74,6 +74,7 @@ class CellOptions:
     device: str = "auto"
     quantize: Quantize | None = None
     offload: Offload = "auto"
+    offload_blocks: OffloadBlocks = 0
 
     def negative_at(self, scale: float) -> str:
         """The negative prompt of a cell, which is of no effect without guidance."""

@@ -36,7 +36,7 @@ class RemakeOptions:
         model: where its model is now; None: where it was.
         base, comfyui: see `GenerateOptions`.
         adapters: where its adapters are now, in their order; the weights are the picture's.
-        device, offload: see `GenerateOptions`.
+        device, offload, offload_blocks: see `GenerateOptions`.
         metadata: whether the new PNG says how it was made.
         out: a .png file, or a folder. None writes nothing.
         progress: shows the steps, see `workflows.progress`.
@@ -52,6 +52,7 @@ class RemakeOptions:
     adapters: str | Path | Sequence[str | Path] = ()
     device: str = "auto"
     offload: Offload = "auto"
+    offload_blocks: OffloadBlocks = 0
     metadata: bool = True
     out: str | Path | None = None
     progress: Progress = field(default=silent, repr=False, compare=False)
