@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from libreflux.model.numerics import enable_checkpointing
 from libreflux.model.offload import (
     ALIGNED,
     BlockOffload,
+    block_names,
     blocks_of,
     check_count,
     check_device,
@@ -33,7 +35,10 @@ from libreflux.model.offload import (
     saved_bytes,
     spread,
     waiting_bytes,
+    waiting_names,
 )
+from libreflux.model.opening import open_model
+from libreflux.model.single_file import SingleFiles
 
 BLOCKS = 5
 
@@ -233,6 +238,41 @@ def test_the_order_is_foreseen_both_ways() -> None:
         index, last = following(index, last, 3, gradient=True), index
     assert visited == [0, 1, 2, 2, 1, 0, 0, 1, 2, 2, 1, 0]
     assert [following(index, None, 3, gradient=False) for index in range(3)] == [1, 2, 0]
+
+
+@pytest.mark.parametrize("stored", ["dense", "single file"])
+def test_what_waits_is_quantised_on_the_device_and_comes_back(
+    stored: str, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    back: list[Tensor] = []
+    name: object = str(tiny_model_dir)
+    if stored == "single file":
+        name = SingleFiles(
+            transformer=next((tiny_model_dir / "transformer").glob("*.safetensors")), base=str(tiny_model_dir)
+        )
+    source = open_model(name)
+    names = waiting_names(source.config, 1)
+    plain = source.load_transformer(quantise=True)
+    monkeypatch.setattr(Tensor, "cpu", lambda tensor: back.append(tensor) or tensor)
+    found = source.load_transformer(quantise=True, waiting=names)
+    block = found.get_submodule(names[0]).state_dict()
+    assert {tensor.data_ptr() for tensor in back} == {tensor.data_ptr() for tensor in block.values()}
+    assert any(tensor.dtype == torch.int8 for tensor in back)
+    for key, tensor in plain.state_dict().items():
+        assert torch.equal(found.state_dict()[key], tensor)
+
+
+def test_dense_weights_stay_mapped_where_blocks_wait(tiny_model_dir: Path) -> None:
+    found = open_model(tiny_model_dir).load_transformer(device="meta", waiting=["transformer_blocks.0"])
+    assert found.device.type == "cpu"
+
+
+def test_blocks_have_the_names_that_the_configuration_tells() -> None:
+    made, _ = network("fp32")
+    names = block_names(made.config)
+    assert [made.get_submodule(name) for name in names] == blocks_of(made)
+    assert waiting_names(made.config, 3) == [names[index] for index in spread(3, BLOCKS)]
+    assert len(block_names({})) == 57  # FLUX.1's
 
 
 def test_counts_and_devices_of_no_use_are_refused() -> None:

@@ -78,10 +78,18 @@ def fewest(blocks: int, fits: Callable[[int], bool]) -> int:
     return next(filter(fits, counts), counts[-1])
 
 
-def block_count(config: Mapping[str, Any]) -> int:
-    """Blocks of both kinds of a transformer of this configuration."""
+def block_names(config: Mapping[str, Any]) -> list[str]:
+    """Names of the blocks of a transformer of this configuration, in the order of `blocks_of`."""
     defaults = inspect.signature(FluxTransformer2DModel.__init__).parameters
-    return sum(int(config.get(name, defaults[name].default)) for name in ("num_layers", "num_single_layers"))
+    kinds = {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
+    counts = {kind: int(config.get(key, defaults[key].default)) for kind, key in kinds.items()}
+    return [f"{kind}.{number}" for kind, count in counts.items() for number in range(count)]
+
+
+def waiting_names(config: Mapping[str, Any], count: int) -> list[str]:
+    """Names of the blocks that wait, if `count` of them do."""
+    names = block_names(config)
+    return [names[index] for index in spread(count, len(names))]
 
 
 def check_count(count: int, blocks: int, where: str = "offload_blocks") -> None:

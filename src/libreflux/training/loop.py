@@ -20,7 +20,7 @@ from libreflux.errors import RunError
 from libreflux.model import attention, numerics
 from libreflux.model.device import make_current, pick_device
 from libreflux.model.facts import Facts, trained_facts
-from libreflux.model.offload import BlockOffload
+from libreflux.model.offload import BlockOffload, waiting_names
 from libreflux.model.opening import open_model
 from libreflux.model.source import ModelSource
 from libreflux.places import folder_place
@@ -206,8 +206,8 @@ def open_for_training(
     waiting = offloading.decide(recipe, run, source, device, ranks, callbacks)  # when the encoders have gone
     with callbacks.stage("reading the base model"):
         dtype, quantise = BASE_DTYPES[recipe.base], recipe.base == "int8"
-        place = "cpu" if waiting else device  # the card may have no room for the whole of it
-        transformer = source.load_transformer(dtype=dtype, quantise=quantise, device=place)
+        names = waiting_names(source.config, waiting)
+        transformer = source.load_transformer(dtype=dtype, quantise=quantise, device=device, waiting=names)
     check_attention(transformer, batches, device, callbacks)
     if recipe.gradient_checkpointing:
         numerics.enable_checkpointing(transformer)

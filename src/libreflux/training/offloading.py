@@ -31,7 +31,7 @@ def check(recipe: Recipe, source: ModelSource, device: torch.device | str) -> No
 def check_count(recipe: Recipe, source: ModelSource) -> None:
     """Raises OptionError for more blocks than the model has, or too few to save anything."""
     if recipe.offload_blocks != "auto":
-        offload.check_count(recipe.offload_blocks, offload.block_count(source.config), KEY)
+        offload.check_count(recipe.offload_blocks, len(offload.block_names(source.config)), KEY)
 
 
 def needed(estimate: Estimate, capacity: float) -> int:
@@ -74,7 +74,7 @@ def decide(
     """
     if recipe.offload_blocks != "auto":
         return recipe.offload_blocks
-    total, known = offload.block_count(source.config), run_recipe.decided(run).get(KEY)
+    total, known = len(offload.block_names(source.config)), run_recipe.decided(run).get(KEY)
     if torch.device(device).type not in offload.DEVICES:
         count, told = 0, f"of no use on {torch.device(device).type}"
     elif isinstance(known, int) and (known == 0 or offload.LEAST <= known <= total):

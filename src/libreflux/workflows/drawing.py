@@ -24,7 +24,7 @@ from libreflux.model.device import make_current, pick_device, release
 from libreflux.model.device_faults import explained
 from libreflux.model.facts import Facts
 from libreflux.model.int8 import int8_layers
-from libreflux.model.offload import block_count, check_count, check_device
+from libreflux.model.offload import block_names, check_count, check_device, waiting_names
 from libreflux.model.opening import open_model
 from libreflux.model.single_file import SingleFiles
 from libreflux.model.source import ModelSource
@@ -152,9 +152,12 @@ class AdaptedSource:
         encoders: TextEncoders | None,
         sha256: Callable[[Path], str],
     ) -> DrawingSession:
-        waits = self.offload in WAITING or self.offload_blocks != 0
-        place = torch.device("cpu") if waits else self.device
-        transformer = self.source.load_transformer(quantise=True if self.quantize else None, device=place)
+        chosen = 0 if self.offload_blocks == "auto" else self.offload_blocks  # how many is known with the weights
+        on_cpu = self.offload in WAITING or self.offload_blocks == "auto"
+        place = torch.device("cpu") if on_cpu else self.device
+        names = waiting_names(self.source.config, chosen)
+        quantise = True if self.quantize else None
+        transformer = self.source.load_transformer(quantise=quantise, device=place, waiting=names)
         dtype = str(transformer.dtype).removeprefix("torch.")
         if int8_layers(transformer):
             _refuse_int8(self.offload)
@@ -213,7 +216,7 @@ def open_for_drawing(
     files, named = load_arguments(adapters), [adapter_argument(text)[0] for text in adapters]
     source = open_model(model)
     if offload_blocks != "auto":
-        check_count(offload_blocks, block_count(source.config))
+        check_count(offload_blocks, len(block_names(source.config)))
     source = source.with_facts(adapted_facts(source.facts, files))
     check_padding(source.facts.text_padding)
     vae = source.load_vae(device="cpu" if offload in WAITING else place)
