@@ -19,7 +19,7 @@ from libreflux.model.single_file import CONFIGS
 from libreflux.recipe import load_recipe
 from libreflux.training import trace
 from libreflux.training.estimate import estimate_recipe
-from libreflux.training.offloading import needed
+from libreflux.training.memory_plan import needed
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 MILLIONS = {

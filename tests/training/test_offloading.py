@@ -16,7 +16,7 @@ from libreflux.model import offload
 from libreflux.model.opening import open_model
 from libreflux.model.source import ModelSource
 from libreflux.recipe import Recipe
-from libreflux.training import checkpoint, offloading, run_recipe
+from libreflux.training import checkpoint, memory_plan, run_recipe
 from libreflux.training.callbacks import Callbacks
 from libreflux.training.loop import fit
 from libreflux.training.phases import CARD_RESERVE, Estimate, Phase
@@ -99,8 +99,8 @@ def test_auto_is_decided_once_told_and_kept(
     recipe_tree: Tree, tmp_path: Path, stand_in: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = [1.0]
-    monkeypatch.setattr(offloading, "free_memory", lambda _: free[0])
-    monkeypatch.setattr(offloading, "needed", lambda estimate, room: BLOCKS if room == 1.0 else 0)
+    monkeypatch.setattr(memory_plan, "free_memory", lambda _: free[0])
+    monkeypatch.setattr(memory_plan, "needed", lambda estimate, room: BLOCKS if room == 1.0 else 0)
 
     def run(**changes: Any) -> list[str]:
         notices = Notices()
@@ -108,10 +108,10 @@ def test_auto_is_decided_once_told_and_kept(
         fit(Recipe.model_validate(tree), notices)
         return [line for line in notices.lines if line.startswith("offload_blocks")]
 
-    assert run(steps=2) == ["offload_blocks: auto is 3 of 3 blocks; 0.0 GiB of the card are free"]
+    assert run(steps=2) == ["offload_blocks: auto; 3 of 3 blocks wait in RAM (0.0 GiB are free)"]
     assert run_recipe.decided(tmp_path / "run") == {"offload_blocks": BLOCKS}
     free[0] = 2.0
-    assert run(steps=3) == ["offload_blocks: auto is 3 of 3 blocks; as when the run began"]
+    assert run(steps=3) == ["offload_blocks: auto; 3 of 3 blocks wait in RAM (as when the run began)"]
     assert stand_in == [BLOCKS, BLOCKS]
     stored = json.loads((tmp_path / "run" / checkpoint.RECIPE).read_text())
     assert (stored["offload_blocks"], stored["decided"]) == ("auto", {"offload_blocks": BLOCKS})
@@ -123,8 +123,8 @@ def test_auto_is_decided_once_told_and_kept(
 def test_auto_on_a_cpu_is_none(recipe_tree: Tree, tmp_path: Path, tiny_model_dir: Path) -> None:
     recipe = Recipe.model_validate(recipe_tree(tmp_path, gradient_checkpointing=True, offload_blocks="auto"))
     notices = Notices()
-    assert offloading.decide(recipe, tmp_path, open_model(tiny_model_dir), "cpu", Ranks(), notices) == 0
-    assert notices.lines == ["offload_blocks: auto is 0 of 3 blocks; of no use on cpu"]
+    assert memory_plan.plan_memory(recipe, tmp_path, open_model(tiny_model_dir), "cpu", Ranks(), notices).waiting == 0
+    assert notices.lines == ["offload_blocks: auto; 0 of 3 blocks wait in RAM (of no use on cpu)"]
 
 
 def test_what_does_nothing_is_refused(recipe_tree: Tree, tmp_path: Path, stand_in: list[int]) -> None:
@@ -166,10 +166,10 @@ def test_as_few_blocks_wait_as_the_card_asks_for() -> None:
     peaks = {count: whole.offloaded(count).largest.peak for count in (0, 3, 4, 5)}
     assert sorted(peaks.values(), reverse=True) == list(peaks.values())
     for count, peak in peaks.items():
-        assert offloading.needed(whole, CARD_RESERVE * peak) == count
-    assert offloading.needed(whole, CARD_RESERVE * peaks[3] - 1) == 4
-    assert offloading.needed(whole, 0) == 5  # nothing helps, and the memory verdict says so
-    assert offloading.needed(dataclasses.replace(whole, blocks=[(100,)] * 2), 0) == 0
-    assert offloading.needed(an_estimate(on_cpu=True), 0) == 0
+        assert memory_plan.needed(whole, CARD_RESERVE * peak) == count
+    assert memory_plan.needed(whole, CARD_RESERVE * peaks[3] - 1) == 4
+    assert memory_plan.needed(whole, 0) == 5  # nothing helps, and the memory verdict says so
+    assert memory_plan.needed(dataclasses.replace(whole, blocks=[(100,)] * 2), 0) == 0
+    assert memory_plan.needed(an_estimate(on_cpu=True), 0) == 0
     preparing = Phase(name="preparing", held=10**9, activations=0, libraries=0)  # before the base is there
-    assert offloading.needed(dataclasses.replace(whole, preparing=(preparing,)), CARD_RESERVE * peaks[0]) == 0
+    assert memory_plan.needed(dataclasses.replace(whole, preparing=(preparing,)), CARD_RESERVE * peaks[0]) == 0

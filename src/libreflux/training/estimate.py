@@ -46,7 +46,7 @@ def estimate_recipe(
         text_tokens: of the longest prompt.
         captions: how many there are; None: more than are encoded at a time.
 
-    Under `offload_blocks: auto` it is that of a card which has room for all blocks, see `offloading.needed`.
+    What is `auto` is decided by `memory_plan.fitted`: here no block waits, and each is computed again in backward.
 
     Raises:
         LibrefluxError: a fault of the model or the targets, see `planned.plan_layers`.
@@ -79,6 +79,13 @@ def estimate_recipe(
     if encoding is not None:
         preparing.append(_encoding_captions(encoding, at_once, text_tokens, cpu))
     found = dataclasses.replace(found, preparing=tuple(preparing), between=(*drawing, *measuring))
+    if recipe.gradient_checkpointing == "auto":
+        transformer.disable_gradient_checkpointing()
+        size = _latent_size(largest_crop(shown))
+        unchecked = trace.trace_pass(transformer, recipe.batch, size, text_tokens, recipe.guidance)
+        if encoding is not None and recipe.text_cache == "none":
+            unchecked = max(unchecked, found.activations)
+        found = dataclasses.replace(found, unchecked=unchecked)
     return found if cpu or recipe.offload_blocks == "auto" else found.offloaded(recipe.offload_blocks)
 
 

@@ -20,13 +20,13 @@ from libreflux.errors import RunError
 from libreflux.model import attention, numerics
 from libreflux.model.device import make_current, pick_device
 from libreflux.model.facts import Facts, trained_facts
-from libreflux.model.offload import BlockOffload, waiting_names
+from libreflux.model.offload import BlockOffload, blocks_of, spread, waiting_names
 from libreflux.model.opening import open_model
 from libreflux.model.source import ModelSource
 from libreflux.places import folder_place
 from libreflux.printing import get_logger
 from libreflux.recipe import Recipe
-from libreflux.training import checkpoint, ema, memory, nonfinite, offloading, run_state, saving
+from libreflux.training import checkpoint, ema, memory, memory_plan, nonfinite, run_state, saving
 from libreflux.training.callbacks import Callbacks, StepInfo
 from libreflux.training.checkpoint import Checkpoint
 from libreflux.training.interrupt import Interrupted, StopRequest
@@ -199,24 +199,25 @@ def open_for_training(
     if recipe.optimizer.kind == "adamw_8bit":
         require_8bit()
     source = open_model(recipe.model)
-    offloading.check(recipe, source, device)
+    memory_plan.check(recipe, source, device)
     resolved = plan_layers(recipe, source).layers  # first: a misspelt pattern should not cost an hour of preparing
     with memory.explained("preparing", recipe, memory.preparing(recipe)):
         batches, held_out = _prepared(recipe, source, callbacks, ranks, device)
-    waiting = offloading.decide(recipe, run, source, device, ranks, callbacks)  # when the encoders have gone
+    planned = memory_plan.plan_memory(recipe, run, source, device, ranks, callbacks)  # when the encoders have gone
     with callbacks.stage("reading the base model"):
         dtype, quantise = BASE_DTYPES[recipe.base], recipe.base == "int8"
-        names = waiting_names(source.config, waiting)
+        names = waiting_names(source.config, planned.waiting)
         transformer = source.load_transformer(dtype=dtype, quantise=quantise, device=device, waiting=names)
     check_attention(transformer, batches, device, callbacks)
-    if recipe.gradient_checkpointing:
-        numerics.enable_checkpointing(transformer)
+    if planned.kept is not None:
+        blocks = blocks_of(transformer)
+        numerics.enable_checkpointing(transformer, [blocks[index] for index in spread(planned.kept, len(blocks))])
     dtype = parameter_dtype(recipe.optimizer)
     with callbacks.stage("making the adapter's first values"):
         adapter = plan.build(recipe.adapter, transformer, resolved, dtype=dtype, seed=recipe.seed, device=device)
-    if waiting:
-        with callbacks.stage(f"pinning {waiting} blocks of the base in RAM"):
-            BlockOffload(transformer, waiting, device)
+    if planned.waiting:
+        with callbacks.stage(f"pinning {planned.waiting} blocks of the base in RAM"):
+            BlockOffload(transformer, planned.waiting, device)
     with callbacks.stage("hashing the base model's files"):
         model_hash = source.hash
     training = Training(
@@ -234,7 +235,7 @@ def open_for_training(
         device=device,
         held_out=held_out,
         identity={"model_hash": model_hash, "data_hash": batches.fingerprint()},
-        decided={offloading.KEY: waiting} if recipe.offload_blocks == "auto" else {},
+        decided=planned.decided,
     )
     if newest is not None:
         with callbacks.stage(f"reading the checkpoint of step {newest.step}"):

@@ -45,7 +45,7 @@ def smaller_steps(recipe: Recipe) -> list[str]:
     ways = []
     if recipe.text_cache == "none":
         ways.append("text_cache: int8 (no encoder stays in memory)")
-    if not recipe.gradient_checkpointing:
+    if recipe.gradient_checkpointing is not True:
         ways.append("gradient_checkpointing: true")
     if recipe.base != "int8":
         ways.append("base: int8")

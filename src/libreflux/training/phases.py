@@ -68,6 +68,8 @@ class Estimate:
         between: the phases between training's steps, drawing and measuring.
         blocks: the frozen tensors' bytes of each block, in order.
         waiting: how many of them wait in RAM, see `model.offload`.
+        unchecked: the activations without gradient checkpointing, under `gradient_checkpointing: auto`; else None.
+        kept: under auto, how many blocks keep what they compute for backward.
     """
 
     on_cpu: bool
@@ -84,6 +86,18 @@ class Estimate:
     between: tuple[Phase, ...] = ()
     blocks: Sequence[Sequence[int]] = ()
     waiting: int = 0
+    unchecked: int | None = None
+    kept: int = 0
+
+    def keeping(self, count: int) -> Estimate:
+        """The same run with `count` blocks that are not computed again in backward; of `gradient_checkpointing: auto`.
+
+        Blocks of both kinds are spread evenly: for FLUX.1 the straight line is within 1.5 % of what is traced.
+        """
+        assert self.unchecked is not None
+        assert self.kept == 0
+        more = (self.unchecked - self.activations) * count // max(1, len(self.blocks))
+        return dataclasses.replace(self, activations=self.activations + more, kept=count)
 
     def offloaded(self, count: int) -> Estimate:
         """The same run with `count` blocks that wait in RAM."""
@@ -160,7 +174,8 @@ class Estimate:
         yield "optimizer moments", self.moments
         yield "gradient", self.gradient
         pass_is_larger = self.activations >= self.update
-        yield "activations, largest batch" if pass_is_larger else "optimizer step", phase.activations
+        kept = f", {self.kept} of {len(self.blocks)} blocks kept" if self.kept else ""
+        yield f"activations{kept or ', largest batch'}" if pass_is_larger else "optimizer step", phase.activations
         if self.on_cpu:
             yield "averages", self.averages
         yield "kernels and holes in the heap" if self.on_cpu else "workspaces and rounding", phase.libraries

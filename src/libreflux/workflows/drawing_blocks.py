@@ -12,7 +12,7 @@ from libreflux.model.int8 import int8_layers, quantise_model
 from libreflux.printing import counted, get_logger
 from libreflux.sample.metadata import GenerationRecord
 from libreflux.training import trace
-from libreflux.training.offloading import free_memory
+from libreflux.training.memory_plan import free_memory
 from libreflux.training.phases import CARD_RESERVE, libraries
 from libreflux.workflows.picture_options import OffloadBlocks
 

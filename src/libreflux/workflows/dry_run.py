@@ -20,7 +20,7 @@ from libreflux.printing import clock, counted, fold, readable
 from libreflux.recipe import Recipe
 from libreflux.training.checkpoint import METRICS, RECIPE
 from libreflux.training.estimate import estimate_recipe
-from libreflux.training.offloading import check_count
+from libreflux.training.memory_plan import check_count
 from libreflux.training.phases import Estimate
 from libreflux.training.planned import plan_layers
 from libreflux.workflows.disk_use import DiskUse, disk_use

@@ -13,7 +13,7 @@ import torch
 
 from libreflux.recipe import Recipe
 from libreflux.training.memory import smaller_steps
-from libreflux.training.offloading import KEY, free_memory, needed
+from libreflux.training.memory_plan import fitted, free_memory
 from libreflux.training.phases import Estimate
 from libreflux.training.run_recipe import decided
 
@@ -32,7 +32,7 @@ class Verdict:
         smaller: changes of the recipe that need less, in the order to try them.
         on_a_card: the estimate for a card, of a large model where none is; else None.
 
-    What is for a card that is not here is, under `offload_blocks: auto`, for the smallest one that holds it.
+    What is `auto` in the recipe is decided for the device; for a card that is not here, for the smallest that holds it.
     """
 
     estimate: Estimate
@@ -80,17 +80,17 @@ def verdict(recipe: Recipe, estimate: Estimate, on_a_card: Estimate | None = Non
         on_a_card: for a card, where there is none.
     """
     place, size = None, 0
-    auto = recipe.offload_blocks == "auto"
     if estimate.on_cpu:
         place, size = "this machine's memory", psutil.virtual_memory().total
+        estimate = fitted(recipe, estimate, free_memory("cpu"), decided(Path(recipe.out)))
     elif (card := _own_card(recipe.device)) is not None:
         place, size = "this card's", torch.cuda.get_device_properties(card).total_memory
-        if auto:
-            estimate = estimate.offloaded(_decided(recipe, estimate, card))
-    elif auto:
-        estimate = _on_the_smallest(estimate)
-    if auto and on_a_card is not None:
-        on_a_card = _on_the_smallest(on_a_card)
+        free = free_memory(torch.device("cuda", card)) if _is_auto(recipe) else 0
+        estimate = fitted(recipe, estimate, free, decided(Path(recipe.out)))
+    else:
+        estimate = _on_the_smallest(recipe, estimate)
+    if on_a_card is not None:
+        on_a_card = _on_the_smallest(recipe, on_a_card)
     return Verdict(estimate=estimate, place=place, size=size, smaller=smaller_steps(recipe), on_a_card=on_a_card)
 
 
@@ -103,19 +103,17 @@ def _own_card(device: str) -> int | None:
     return index if index < torch.cuda.device_count() else None
 
 
-def _decided(recipe: Recipe, estimate: Estimate, card: int) -> int:
-    """How many blocks wait in the run that is begun, or would wait in one that began now."""
-    known = decided(Path(recipe.out)).get(KEY)
-    return known if isinstance(known, int) else needed(estimate, free_memory(torch.device("cuda", card)))
+def _is_auto(recipe: Recipe) -> bool:
+    return "auto" in (recipe.offload_blocks, recipe.gradient_checkpointing)
 
 
 def _room(card: int) -> float:
     return 0.98 * card * 2**30
 
 
-def _on_the_smallest(found: Estimate) -> Estimate:
-    """With as few waiting blocks as the smallest card asks for that holds it with any; as it is where none does."""
-    tried = (found.offloaded(needed(found, _room(card))) for card in CARDS)
+def _on_the_smallest(recipe: Recipe, found: Estimate) -> Estimate:
+    """As it is fitted to the smallest card that holds it then; as it is where none does."""
+    tried = (fitted(recipe, found, _room(card)) for card in CARDS)
     return next((one for one, card in zip(tried, CARDS, strict=False) if one.reserved <= _room(card)), found)
 
 
@@ -123,7 +121,7 @@ def _card_for(found: Estimate) -> str:
     enough = next((size for size in CARDS if found.reserved <= _room(size)), None)
     told = f"at its peak ({found.largest.name}) {_gib(found.reserved)}"
     if found.waiting:
-        told += f" with {found.waiting} of {len(found.blocks)} blocks in RAM"
+        told += f" with {found.waiting} of {len(found.blocks)} blocks in RAM, fewer on a larger card"
     return f"{told}: more than one card has" if enough is None else f"{told}: one of {enough} GB holds it"
 
 
