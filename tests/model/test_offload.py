@@ -6,6 +6,7 @@ shows.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import weakref
 from collections.abc import Iterator
@@ -183,6 +184,49 @@ def test_all_else_moves_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     homes = [tensor for block in blocks_of(made) for tensor in frozen(block)]
     assert all(torch.equal(one, other) for one, other in zip(homes, numbers, strict=True))
     assert len({home.untyped_storage().data_ptr() for home in homes}) == 1  # they share one piece of memory
+
+
+class Stream:
+    """A CUDA stream's calls, written down."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log, self.events = name, log, 0
+
+    def wait_stream(self, other: Stream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self) -> str:
+        self.events += 1
+        self.log.append(f"copy {self.events}")
+        return f"copy {self.events}"
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for {event}")
+
+
+def test_copies_run_beside_the_computation_and_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for CUDA's streams: each side waits for the other one exactly where it must."""
+    log: list[str] = []
+    computing, copying = Stream("computing", log), Stream("copying", log)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: computing)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(log.append(f"on {stream.name}")))
+    made, _ = network("int8")
+    waiting = BlockOffload(made, 3, "cpu")
+    waiting._side = copying  # type: ignore[assignment]
+    for index, block in enumerate(blocks_of(made)):
+        block.register_forward_hook(lambda *_, index=index: log.append(f"block {index}"))
+    with torch.no_grad():
+        passed(made)
+
+    def fetched(number: int) -> list[str]:
+        return ["copying waits for computing", "on copying", f"copy {number}"]
+
+    expected = [*fetched(1), "computing waits for copy 1", *fetched(2), "block 0", "block 1"]
+    expected += ["computing waits for copy 2", *fetched(3), "block 2", "block 3"]
+    expected += ["computing waits for copy 3", *fetched(4), "block 4"]
+    assert log == expected
+    waiting.release()  # of a copy under way the memory is given back after it
+    assert log[len(expected) :] == ["computing waits for copy 4"]
 
 
 def test_nothing_is_kept_of_an_interrupted_pass() -> None:
