@@ -72,7 +72,13 @@ def test_the_gradient_has_the_same_bits_however_many_blocks_are_computed_again(
 
 def an_estimate(**changes: Any) -> Estimate:
     rest = dict.fromkeys(("adapter", "moments", "gradient", "update", "averages", "checkpoint"), 0)
-    own = {"on_cpu": True, "weights": 500, "activations": 100, "unchecked": 1100, "blocks": [(100,)] * 10}
+    own: dict[str, Any] = {
+        "on_cpu": True,
+        "weights": 500,
+        "activations": 100,
+        "unchecked": 1100,
+        "blocks": [(100,)] * 10,
+    }
     return Estimate(**rest | own | changes)
 
 
@@ -129,6 +135,10 @@ def test_auto_is_decided_once_told_and_kept(
     assert run_recipe.decided(tmp_path / "run") == {"gradient_checkpointing": 1}
     room[0] = 0
     assert run(2) == [f"{line} (as when the run began)"]
+    notices = Notices()
+    fit(recipe(steps=3, accumulate=2), notices, fork=True)  # a changed recipe may need more
+    assert line.replace("1 of", "0 of") + " (0.0 GiB are free, too few by the estimate)" in notices.lines
+    assert run_recipe.decided(tmp_path / "run") == {"gradient_checkpointing": 0}
 
 
 def test_the_bytes_of_a_run_are_those_without_checkpointing(recipe_tree: Tree, tmp_path: Path) -> None:

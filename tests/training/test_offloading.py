@@ -98,9 +98,9 @@ def test_a_run_has_the_same_bytes_with_all_blocks_waiting(
 def test_auto_is_decided_once_told_and_kept(
     recipe_tree: Tree, tmp_path: Path, stand_in: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = [1.0]
+    free = [2**40]
     monkeypatch.setattr(memory_plan, "free_memory", lambda _: free[0])
-    monkeypatch.setattr(memory_plan, "needed", lambda estimate, room: BLOCKS if room == 1.0 else 0)
+    monkeypatch.setattr(memory_plan, "needed", lambda estimate, room: BLOCKS if room == 2**40 else 0)
 
     def run(**changes: Any) -> list[str]:
         notices = Notices()
@@ -108,9 +108,9 @@ def test_auto_is_decided_once_told_and_kept(
         fit(Recipe.model_validate(tree), notices)
         return [line for line in notices.lines if line.startswith("offload_blocks")]
 
-    assert run(steps=2) == ["offload_blocks: auto; 3 of 3 blocks wait in RAM (0.0 GiB are free)"]
+    assert run(steps=2) == ["offload_blocks: auto; 3 of 3 blocks wait in RAM (1,024.0 GiB are free)"]
     assert run_recipe.decided(tmp_path / "run") == {"offload_blocks": BLOCKS}
-    free[0] = 2.0
+    free[0] = 2**41
     assert run(steps=3) == ["offload_blocks: auto; 3 of 3 blocks wait in RAM (as when the run began)"]
     assert stand_in == [BLOCKS, BLOCKS]
     stored = json.loads((tmp_path / "run" / checkpoint.RECIPE).read_text())

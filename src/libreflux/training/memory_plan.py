@@ -16,7 +16,7 @@ from libreflux.model.facts import trained_facts
 from libreflux.model.source import ModelSource
 from libreflux.printing import counted
 from libreflux.recipe import Recipe
-from libreflux.training import run_recipe
+from libreflux.training import checkpoint, run_recipe
 from libreflux.training.callbacks import Callbacks
 from libreflux.training.estimate import estimate_recipe
 from libreflux.training.phases import CARD_RESERVE, Estimate
@@ -67,11 +67,13 @@ def needed(estimate: Estimate, capacity: float) -> int:
     if estimate.on_cpu:
         return 0
 
-    def fits(count: int) -> bool:
-        found = estimate.offloaded(count)
-        return CARD_RESERVE * max(phase.peak for phase in (found.training, *found.between)) <= capacity
+    return offload.fewest(len(estimate.blocks), lambda count: holding(estimate.offloaded(count)) <= capacity)
 
-    return offload.fewest(len(estimate.blocks), fits)
+
+def holding(estimate: Estimate) -> float:
+    """Bytes of the largest phase that holds the base, the allocator's reserve of a card included."""
+    peak = max(phase.peak for phase in (estimate.training, *estimate.between))
+    return peak if estimate.on_cpu else CARD_RESERVE * peak
 
 
 def affordable(estimate: Estimate, capacity: float) -> int:
@@ -123,6 +125,23 @@ def free_memory(device: torch.device | str) -> int:
     return int(torch.cuda.mem_get_info(device)[0]) + reserved - used
 
 
+def decided_before(recipe: Recipe, run: Path, world: int | None = None) -> dict[str, Any]:
+    """What a run that goes on decided when it began; nothing of one that begins, or that is to fork.
+
+    Args:
+        recipe: as resolved now.
+        run: the run folder.
+        world: processes; None: as many as the run has.
+
+    Raises:
+        RunError: recipe.json is torn.
+    """
+    if not checkpoint.listed(run) or not (run / run_recipe.RECIPE).exists():
+        return {}
+    count = run_recipe.read(run / run_recipe.RECIPE)[1] if world is None else world
+    return {} if checkpoint.changes(run, recipe, count) else run_recipe.decided(run)
+
+
 def plan_memory(
     recipe: Recipe, run: Path, source: ModelSource, device: torch.device | str, ranks: Ranks, callbacks: Callbacks
 ) -> MemoryPlan:
@@ -138,7 +157,8 @@ def plan_memory(
     """
     total = len(offload.block_names(source.config))
     asked = {OFFLOAD: recipe.offload_blocks, CHECKPOINTING: recipe.gradient_checkpointing}
-    known = {key: _number(value, total) for key, value in run_recipe.decided(run).items() if key in asked}
+    begun = decided_before(recipe, run, ranks.world).items()
+    known = {key: _number(value, total) for key, value in begun if key in asked}
     automatic = [key for key, value in asked.items() if value == "auto"]
     on_card = torch.device(device).type in offload.DEVICES
     if not on_card:
@@ -153,7 +173,7 @@ def plan_memory(
             found = fitted(recipe, estimate_recipe(recipe, source, text_tokens=tokens), free, known)
             decided = {OFFLOAD: ranks.agree_max(found.waiting), CHECKPOINTING: -ranks.agree_max(-found.kept)}
             decided = {key: decided[key] for key in automatic}
-        told = f"{free / 2**30:,.1f} GiB are free"
+        told = f"{free / 2**30:,.1f} GiB are free{'' if holding(found) <= free else ', too few by the estimate'}"
     waiting = decided.get(OFFLOAD, recipe.offload_blocks)
     assert isinstance(waiting, int)
     if waiting and CHECKPOINTING in decided:  # what autograd keeps of a block that waits would stay on the card

@@ -13,9 +13,8 @@ import torch
 
 from libreflux.recipe import Recipe
 from libreflux.training.memory import smaller_steps
-from libreflux.training.memory_plan import fitted, free_memory
+from libreflux.training.memory_plan import decided_before, fitted, free_memory
 from libreflux.training.phases import Estimate
-from libreflux.training.run_recipe import decided
 
 CARDS = (8, 10, 12, 16, 24, 32, 40, 48, 80, 96, 141)
 """Sizes in GB, as cards are sold by; of each some 2 % are the driver's."""
@@ -82,11 +81,13 @@ def verdict(recipe: Recipe, estimate: Estimate, on_a_card: Estimate | None = Non
     place, size = None, 0
     if estimate.on_cpu:
         place, size = "this machine's memory", psutil.virtual_memory().total
-        estimate = fitted(recipe, estimate, free_memory("cpu"), decided(Path(recipe.out)))
+        if _is_auto(recipe):
+            estimate = fitted(recipe, estimate, free_memory("cpu"), decided_before(recipe, Path(recipe.out)))
     elif (card := _own_card(recipe.device)) is not None:
         place, size = "this card's", torch.cuda.get_device_properties(card).total_memory
-        free = free_memory(torch.device("cuda", card)) if _is_auto(recipe) else 0
-        estimate = fitted(recipe, estimate, free, decided(Path(recipe.out)))
+        if _is_auto(recipe):
+            free = free_memory(torch.device("cuda", card))
+            estimate = fitted(recipe, estimate, free, decided_before(recipe, Path(recipe.out)))
     else:
         estimate = _on_the_smallest(recipe, estimate)
     if on_a_card is not None:
