@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from libreflux.errors import RecipeError
 from libreflux.places import did_you_mean
 from libreflux.recipe import faults, yaml_text
+from libreflux.recipe.auto import CountOrAuto, FlagOrAuto
 from libreflux.recipe.sections import (
     AdapterSpec,
     DataSource,
@@ -99,12 +100,12 @@ class Recipe(Section):
     sigmas: SigmaSpec = Field(default_factory=SigmaSpec, description="law of the noise level")
     batch: Whole = Field(default=1, ge=1, description="pictures per forward pass on each device")
     accumulate: Whole = Field(default=1, ge=1, description="forward passes per step")
-    gradient_checkpointing: bool | Literal["auto"] = Field(
+    gradient_checkpointing: FlagOrAuto = Field(
         default=False,
         description="true: keep each block's input alone and compute it again in backward, in less memory, slower; "
         "auto: only of blocks for which memory is short",
     )
-    offload_blocks: int | Literal["auto"] = Field(
+    offload_blocks: CountOrAuto = Field(
         default=0,
         description="blocks of the base that wait in RAM and come to a small card in turn; auto: as few as have to",
     )
@@ -150,22 +151,6 @@ class Recipe(Section):
     @classmethod
     def _expanded(cls, value: str | None) -> str | None:
         return value and os.path.expanduser(value)
-
-    @field_validator("gradient_checkpointing", mode="before")
-    @classmethod
-    def _flag_or_auto(cls, value: Any) -> Any:
-        try:
-            return value if value == "auto" else TypeAdapter(bool).validate_python(value)
-        except ValidationError:
-            raise ValueError(f"wanted true, false or auto, not {value!r}") from None
-
-    @field_validator("offload_blocks", mode="before")
-    @classmethod
-    def _number_or_auto(cls, value: Any) -> Any:
-        try:
-            return value if value == "auto" else TypeAdapter(Annotated[Whole, Field(ge=0)]).validate_python(value)
-        except ValidationError:
-            raise ValueError(f"wanted a whole number from 0, or auto, not {value!r}") from None
 
     @field_validator("text_padding", mode="before")
     @classmethod
