@@ -27,6 +27,14 @@ def test_a_pass_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
         assert max(row.values()) < 1e-6
 
 
+def test_a_pass_with_waiting_blocks_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "DEVICE", "cpu")
+    monkeypatch.setattr(passes, "SIDE", 4)
+    for kind, row in passes.offloaded("int8").items():
+        assert row.pop("norm") > 0, kind
+        assert set(row.values()) == {0.0}, kind
+
+
 def test_a_training_is_compared(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, tmp_path: Path) -> None:
     monkeypatch.setattr(training, "DEVICE", "cpu")
     photos = compose.write_folder(tmp_path / "photos", 10, 1, pairs=0.0)

@@ -20,6 +20,17 @@ def test_a_pass_agrees_with_the_cpus(precision: str) -> None:
             assert error < TOLERANCES[precision], f"{kind}: {name} {error:.2e}"  # also where it is NaN
 
 
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_blocks_that_wait_in_ram_change_nothing(precision: str) -> None:
+    """The kernels are the same; only their sums in backward may come in another order."""
+    found = alone("passes.offloaded", precision=precision)
+    assert len(found) == 4
+    for kind, row in found.items():
+        assert row.pop("norm") > 0
+        assert row["velocity"] == row["loss"] == 0.0, kind
+        assert row["gradient"] < TOLERANCES[precision], kind
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_attentions_gradients_agree_with_the_plain_formula(head_dim: int, dtype: str) -> None:

@@ -18,7 +18,18 @@ from libreflux.sample.request import DrawRequest
 from libreflux.workflows.drawing import DrawingSession, texts_of
 from libreflux.workflows.generate_options import GenerateOptions
 
-NOT_OF_A_PICTURE = {"prompts", "base", "comfyui", "count", "offload", "metadata", "out", "progress", "on_picture"}
+NOT_OF_A_PICTURE = {
+    "prompts",
+    "base",
+    "comfyui",
+    "count",
+    "offload",
+    "offload_blocks",
+    "metadata",
+    "out",
+    "progress",
+    "on_picture",
+}
 """Options that say where the model is, how many pictures there are, or what becomes of them."""
 OF_THE_MODEL = {"schema", "model", "quantize", "dtype", "device", "hashes", "adapters", "versions"}
 """Fields of a record that say what drew the picture."""

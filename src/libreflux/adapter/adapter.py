@@ -112,6 +112,7 @@ def attach(
     init: Kind = "perturbed",
     seed: int = 0,
     scale: float = 1e-3,
+    device: torch.device | str | None = None,
 ) -> Adapter:
     """Freeze a transformer and put a new LoKr or LoRA on each resolved layer.
 
@@ -122,6 +123,7 @@ def attach(
         init: of a LoKr, see `init.init_lokr`; a LoRA has the one start of `init.init_lora`.
         seed: of the run.
         scale: of the perturbed init.
+        device: of the adapter's parameters, and of what makes them; None: where each layer is.
 
     Returns:
         The adapter, whose parameters are the only ones that require gradients.
@@ -133,12 +135,13 @@ def attach(
         if base is None or features(base) != (row.in_features, row.out_features):
             raise AdapterError("was resolved for another model", where=row.name, hint="resolve the targets again")
         size: tuple[int, int] = (row.in_features, row.out_features)
+        place = device_of(base) if device is None else device
         if row.rank is not None:
-            lora = LoRA(*size, row.rank, alpha=row.alpha, dtype=dtype, device=device_of(base))
+            lora = LoRA(*size, row.rank, alpha=row.alpha, dtype=dtype, device=place)
             layers[row.name] = AdaptedLinear(base, lora)
             init_lora(lora, seed, row.name)
         elif row.factor is not None:
-            layers[row.name] = AdaptedLinear(base, LoKr(*size, row.factor, dtype=dtype, device=device_of(base)))
+            layers[row.name] = AdaptedLinear(base, LoKr(*size, row.factor, dtype=dtype, device=place))
             init_lokr(layers[row.name], init, seed, row.name, scale)
         else:
             raise AdapterError("comes from a file", where=row.name, hint="attach the file")

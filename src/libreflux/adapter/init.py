@@ -81,7 +81,7 @@ def init_lokr(layer: AdaptedLinear, kind: Kind, seed: int, name: str, scale: flo
             if not scale > 0:
                 raise AdapterError(f"init scale {scale} must be positive", where=name, hint="use init: ones for none")
             delta.lokr_w1.fill_(1.0)
-            weight = _base_weight(layer, name)
+            weight = _base_weight(layer, name).to(delta.lokr_w2.device)  # of a block that waits in RAM it comes over
             if weight.device.type in CARDS:
                 generator = seeding.generator(seed, "adapter-init", name, device=weight.device)
             delta.lokr_w2.copy_(perturbed_w2(weight, (c, d), scale, generator))

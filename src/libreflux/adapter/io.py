@@ -155,7 +155,12 @@ def _names_bfl(tensors: Iterable[str]) -> bool:
 
 
 def attach_file(
-    transformer: nn.Module, path: Path | str | AdapterFile, weight: float = 1.0, *, dtype: torch.dtype | None = None
+    transformer: nn.Module,
+    path: Path | str | AdapterFile,
+    weight: float = 1.0,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> Adapter:
     """Freeze a transformer and put an adapter file on it.
 
@@ -167,6 +172,7 @@ def attach_file(
         path: an adapter file, or one that is read already.
         weight: strength of the adapter.
         dtype: of the adapter's parameters; None keeps the file's.
+        device: of the adapter's parameters; None: where each layer is.
 
     Raises:
         AdapterError: the file is broken, does not fit this model, or changes it beyond all numbers; the model is then
@@ -179,6 +185,6 @@ def attach_file(
         base = found[name]
         delta = delta_from_tensors(tensors, *features(base), f"{file.where}, {name}", dtype=dtype)
         check_strength(delta, weight, f"{file.where}, {name}")
-        layers[name] = AdaptedLinear(base, delta.to(device=device_of(base)), weight)
+        layers[name] = AdaptedLinear(base, delta.to(device=device_of(base) if device is None else device), weight)
         layers[name].origin = file.where
     return install(transformer, {name: layers[name] for name in found if name in layers})

@@ -77,7 +77,13 @@ def plan(spec: AdapterSpec, transformer: nn.Module) -> Plan:
 
 
 def build(
-    spec: AdapterSpec, transformer: nn.Module, layers: list[Resolved], *, dtype: torch.dtype, seed: int
+    spec: AdapterSpec,
+    transformer: nn.Module,
+    layers: list[Resolved],
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    device: torch.device | str | None = None,
 ) -> Adapter:
     """Freezes a transformer and attaches the planned adapter with its first values.
 
@@ -87,10 +93,12 @@ def build(
         layers: from `plan`.
         dtype: of the adapter's parameters.
         seed: of the run.
+        device: of the adapter's parameters, and of what makes them; None: where each layer is.
     """
     if spec.init_from is not None:
-        return attach_file(transformer, spec.init_from, dtype=dtype)
-    return attach(transformer, layers, dtype=dtype, init=spec.init or "kaiming", seed=seed, scale=spec.scale)
+        return attach_file(transformer, spec.init_from, dtype=dtype, device=device)
+    init = spec.init or "kaiming"
+    return attach(transformer, layers, dtype=dtype, init=init, seed=seed, scale=spec.scale, device=device)
 
 
 def start_norm(spec: AdapterSpec, adapter: Adapter) -> float:

@@ -7,12 +7,32 @@ from typing import Annotated
 
 import typer
 
-from libreflux.cli.options import Base, Batch, ComfyUI, Offload, OffloadOption, QuantizeOption
+from libreflux.cli.options import (
+    Base,
+    Batch,
+    ComfyUI,
+    Offload,
+    OffloadBlocksOption,
+    OffloadOption,
+    QuantizeOption,
+    block_number,
+)
 from libreflux.errors import RecipeError
 from libreflux.printing import say
 from libreflux.values import number_list
 
-REMAKE_TAKES = ("remake", "model", "base", "comfyui", "adapters", "device", "offload", "no_metadata", "out")
+REMAKE_TAKES = (
+    "remake",
+    "model",
+    "base",
+    "comfyui",
+    "adapters",
+    "device",
+    "offload",
+    "offload_blocks",
+    "no_metadata",
+    "out",
+)
 
 
 def generate(
@@ -85,6 +105,7 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     quantize: QuantizeOption = None,
     offload: OffloadOption = Offload.auto,
+    offload_blocks: OffloadBlocksOption = "0",
     remake: Annotated[
         Path | None,
         typer.Option(
@@ -109,6 +130,7 @@ def generate(
             adapters=adapters or (),
             device=device,
             offload=offload.as_value,
+            offload_blocks=block_number(offload_blocks),
             metadata=not no_metadata,
             out=out,
             progress=progress,
@@ -150,6 +172,7 @@ def generate(
         device=device,
         quantize=None if quantize is None else quantize.as_value,
         offload=offload.as_value,
+        offload_blocks=block_number(offload_blocks),
         metadata=not no_metadata,
         out=out,
         progress=progress,

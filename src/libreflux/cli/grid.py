@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from libreflux.cli.options import Base, ComfyUI, Offload, OffloadOption, QuantizeOption
+from libreflux.cli.options import (
+    Base,
+    ComfyUI,
+    Offload,
+    OffloadBlocksOption,
+    OffloadOption,
+    QuantizeOption,
+    block_number,
+)
 from libreflux.printing import counted, say
 from libreflux.values import number_list
 
@@ -39,6 +47,7 @@ def grid(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     quantize: QuantizeOption = None,
     offload: OffloadOption = Offload.auto,
+    offload_blocks: OffloadBlocksOption = "0",
     out: Annotated[Path, typer.Option(help="Folder of grid.png, index.html and the cells; continued.")] = Path(
         "out/grid"
     ),
@@ -62,6 +71,7 @@ def grid(
         device=device,
         quantize=None if quantize is None else quantize.as_value,
         offload=offload.as_value,
+        offload_blocks=block_number(offload_blocks),
         out=out,
         progress=progress,
     )

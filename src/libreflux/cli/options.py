@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from libreflux.errors import OptionError
+
 
 class Batch(enum.StrEnum):
     """`--batch-cfg`."""
@@ -63,6 +65,29 @@ OffloadOption = Annotated[
         "sequential: every part waits in RAM and comes whole, or layer by layer."
     ),
 ]
+OffloadBlocksOption = Annotated[
+    str,
+    typer.Option(
+        metavar="N|auto",
+        help="Blocks of the transformer that wait in RAM and come to a CUDA card in turn; auto: as few as its free "
+        "memory asks for.",
+    ),
+]
+
+
+def block_number(text: str) -> int | Literal["auto"]:
+    """What `--offload-blocks` says.
+
+    Raises:
+        OptionError: neither a whole number nor auto.
+    """
+    if text == "auto":
+        return "auto"
+    if not text.isascii() or not text.isdigit():
+        raise OptionError(f"cannot be {text!r}", "offload_blocks", hint="use a whole number, or auto")
+    return int(text)
+
+
 Base = Annotated[
     str | None,
     typer.Option(metavar="MODEL", help="Model that has what a single file lacks, tokenizers for one."),

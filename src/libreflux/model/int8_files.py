@@ -100,7 +100,11 @@ def _stream(folder: Path, empty: FluxTransformer2DModel, device: torch.device | 
 
 
 def load_int8(
-    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    waiting: tuple[str, ...] = (),
 ) -> FluxTransformer2DModel:
     """An int8 transformer from a folder, dense or int8, frozen and in evaluation mode.
 
@@ -108,6 +112,7 @@ def load_int8(
         folder: a model's `transformer` folder.
         dtype: of what is not int8; None keeps what is stored.
         device: where to.
+        waiting: first parts of names that go back to RAM, once they were quantised on the device.
 
     Raises:
         ModelError: see `stream_int8`.
@@ -119,6 +124,7 @@ def load_int8(
         module = transformer.get_submodule(path)
         quantised = isinstance(module, Int8Linear) and attribute != "bias"
         value = tensor if quantised or dtype is None else tensor.to(dtype)
+        value = value.cpu() if name.startswith(waiting) else value
         is_parameter = attribute in module._parameters
         setattr(module, attribute, nn.Parameter(value, requires_grad=False) if is_parameter else value)
     return transformer.eval()

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -98,9 +98,19 @@ def _read(flag: Callable[[], Any]) -> Any:
         return None
 
 
-def enable_checkpointing(transformer: FluxTransformer2DModel) -> None:
-    """Gradient checkpointing whose second forward pass, which runs inside `backward`, is pinned as the first one is."""
-    transformer.enable_gradient_checkpointing(_checkpointed)
+def enable_checkpointing(transformer: FluxTransformer2DModel, kept: Iterable[nn.Module] = ()) -> None:
+    """Gradient checkpointing whose second forward pass, which runs inside `backward`, is pinned as the first one is.
+
+    Args:
+        transformer: FLUX's.
+        kept: blocks that keep what they compute for backward, and are not computed again.
+    """
+    keeping = frozenset(map(id, kept))
+
+    def computed(block: nn.Module, *args: Any) -> Any:
+        return block(*args) if id(block) in keeping else _checkpointed(block, *args)
+
+    transformer.enable_gradient_checkpointing(computed)
 
 
 def pin_checkpointing(transformer: nn.Module) -> None:

@@ -82,18 +82,19 @@ class FolderSource(ModelSource):
         return locate(self.name, weights=parts)
 
     def _read_transformer(
-        self, dtype: torch.dtype | None, quantise: bool | None, device: Device
+        self, dtype: torch.dtype | None, quantise: bool | None, device: Device, waiting: tuple[str, ...]
     ) -> FluxTransformer2DModel:
         folder = self.fetch("transformer") / "transformer"
         in_int8 = stored_as(self.config, folder / "config.json") == METHOD
         if not in_int8 and not quantise:
-            loaded: FluxTransformer2DModel = load_part(FluxTransformer2DModel, folder, dtype, device)
+            place = "cpu" if waiting else device
+            loaded: FluxTransformer2DModel = load_part(FluxTransformer2DModel, folder, dtype, place)
             return loaded
         if in_int8:
             tell_unchecked(folder.parent)
         check_part(folder, neighbours=in_int8)
         with one_line(folder):
-            transformer = load_int8(folder, dtype=dtype, device=device)
+            transformer = load_int8(folder, dtype=dtype, device=device, waiting=waiting)
             if quantise is False:
                 dequantise_model(transformer, transformer.dtype)
         return transformer
@@ -172,10 +173,12 @@ class FilesSource(ModelSource):
         return self._rest(part)._place(part) if held is None else held.path if isinstance(held, TensorFile) else held
 
     def _read_transformer(
-        self, dtype: torch.dtype | None, quantise: bool | None, device: Device
+        self, dtype: torch.dtype | None, quantise: bool | None, device: Device, waiting: tuple[str, ...]
     ) -> FluxTransformer2DModel:
         given = TensorFile(self.files.transformer, "transformer")
-        return load_transformer(given, self.config, dtype=dtype, quantise=bool(quantise), device=device)
+        return load_transformer(
+            given, self.config, dtype=dtype, quantise=bool(quantise), device=device, waiting=waiting
+        )
 
     def _read_vae(self, dtype: torch.dtype | None, device: Device) -> AutoencoderKL:
         vae = self.places("vae")["vae"]

@@ -142,6 +142,7 @@ def load_transformer(
     dtype: torch.dtype | None = None,
     quantise: bool = False,
     device: torch.device | str = "cpu",
+    waiting: tuple[str, ...] = (),
 ) -> FluxTransformer2DModel:
     """The transformer in a file, frozen and in evaluation mode; dense tensors on the CPU stay mapped.
 
@@ -151,6 +152,7 @@ def load_transformer(
         dtype: of what is not int8; None: the file's main one, see `TensorFile.dtype`.
         quantise: in int8, tensor by tensor.
         device: where to.
+        waiting: first parts of names that go back to RAM, once they were quantised on the device.
 
     Raises:
         ModelError: a tensor is missing, left over, or of another shape.
@@ -165,10 +167,11 @@ def load_transformer(
         tensor = tensor.to(device)
         if layer in int8 and attribute == "weight":
             q, scale = quantise_weight(tensor, name)
-            _place(empty, name, q)
-            _place(empty, f"{layer}.scale", scale)
+            found = {name: q, f"{layer}.scale": scale}
         else:
-            _place(empty, name, tensor.to(dtype))
+            found = {name: tensor.to(dtype)}
+        for part, value in found.items():
+            _place(empty, part, value.cpu() if name.startswith(waiting) else value)
     assert not int8 or int8 == set(int8_layers(empty))
     return empty.requires_grad_(False).eval()
 

@@ -6,7 +6,7 @@ import abc
 import contextlib
 import copy
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,12 @@ class ModelSource(abc.ABC):
         """
 
     def load_transformer(
-        self, *, dtype: torch.dtype | str | None = None, quantise: bool | None = None, device: Device = "cpu"
+        self,
+        *,
+        dtype: torch.dtype | str | None = None,
+        quantise: bool | None = None,
+        device: Device = "cpu",
+        waiting: Sequence[str] = (),
     ) -> FluxTransformer2DModel:
         """The transformer in evaluation mode, without gradients; each tensor goes to the device as it is read.
 
@@ -108,6 +113,8 @@ class ModelSource(abc.ABC):
             quantise: True: in int8, quantised tensor by tensor if it is stored otherwise; False: dense, scale * q where
                 it is stored in int8; None: as stored.
             device: where to; "auto" as in `device.pick_device`.
+            waiting: names of blocks that stay in RAM, see `offload.BlockOffload`, which is to bring the rest to the
+                device: dense weights are all in RAM then.
 
         Raises:
             RecipeError: a dtype or a quantise that is none.
@@ -119,7 +126,8 @@ class ModelSource(abc.ABC):
         chosen, place = pick_dtype(dtype), _device(device)
         check_fit(self.path, self.config, self._configs())
         with quiet():
-            transformer = self._read_transformer(chosen, quantise, place)
+            prefixes = tuple(f"{name}." for name in waiting)
+            transformer = self._read_transformer(chosen, quantise, place, prefixes)
         tell_facts(transformer, self.facts)
         fuse_attention(transformer)
         check_weights(transformer.state_dict(), self._place("transformer"))
@@ -184,7 +192,7 @@ class ModelSource(abc.ABC):
 
     @abc.abstractmethod
     def _read_transformer(
-        self, dtype: torch.dtype | None, quantise: bool | None, device: Device
+        self, dtype: torch.dtype | None, quantise: bool | None, device: Device, waiting: tuple[str, ...]
     ) -> FluxTransformer2DModel:
         """The transformer; see `load_transformer`."""
 

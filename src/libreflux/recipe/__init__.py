@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from libreflux.errors import RecipeError
 from libreflux.places import did_you_mean
 from libreflux.recipe import faults, yaml_text
+from libreflux.recipe.auto import CountOrAuto, FlagOrAuto
 from libreflux.recipe.sections import (
     AdapterSpec,
     DataSource,
@@ -101,8 +102,14 @@ class Recipe(Section):
     sigmas: SigmaSpec = Field(default_factory=SigmaSpec, description="law of the noise level")
     batch: Whole = Field(default=1, ge=1, description="pictures per forward pass on each device")
     accumulate: Whole = Field(default=1, ge=1, description="forward passes per step")
-    gradient_checkpointing: bool = Field(
-        default=False, description="keep each block's input alone and compute it again in backward: less memory, slower"
+    gradient_checkpointing: FlagOrAuto = Field(
+        default=False,
+        description="true: keep each block's input alone and compute it again in backward, in less memory, slower; "
+        "auto: only of blocks for which memory is short",
+    )
+    offload_blocks: CountOrAuto = Field(
+        default=0,
+        description="blocks of the base that wait in RAM and come to a small card in turn; auto: as few as have to",
     )
     steps: Whole = Field(ge=1, description="optimizer steps of the whole run")
     max_skipped: Whole = Field(
@@ -205,6 +212,13 @@ class Recipe(Section):
             raise ValueError("data.crops_per_picture would do nothing under crop: centre; remove it or use square")
         return self
 
+    @model_validator(mode="after")
+    def _offloading(self) -> Recipe:
+        if self.offload_blocks and self.gradient_checkpointing is False:
+            told = "offload_blocks needs gradient_checkpointing: true or auto"
+            raise ValueError(f"{told}: without it, every block that waits would stay on the card until backward")
+        return self
+
     @property
     def cache_dir(self) -> Path:
         """Folder of the prepared data."""
@@ -267,6 +281,7 @@ _INDECISIVE = frozenset(
         "deterministic",
         "threads",
         "gradient_checkpointing",
+        "offload_blocks",
         "text_precision",  # the cache's settings hold it, and the data's fingerprint those
     }
 )

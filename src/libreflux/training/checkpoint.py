@@ -42,7 +42,7 @@ ADAPTER = "adapter.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 AVERAGES = "ema.safetensors"
 STATE = "state.json"
-RECIPE = run_recipe.RECIPE
+RECIPE, claim = run_recipe.RECIPE, run_recipe.claim
 METRICS = "metrics.jsonl"
 HELD_OUT = "held_out.jsonl"
 
@@ -245,18 +245,6 @@ def require_same(changed: Mapping[str, Sequence[Any]], run: Path, hint: str) -> 
     if changed:
         told = run_recipe.told_changes(changed)
         raise RunError(f"the recipe has changed since this run began: {told}", where=run, hint=hint)
-
-
-def claim(run: Path, recipe: Recipe, world: int = 1, forks: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Writes RUN/recipe.json, once the recipe may go on here and everything it names was found.
-
-    Args:
-        run: the run folder, locked.
-        recipe: as resolved now.
-        world: processes.
-        forks: earlier changes of the recipe, see `training.forks`.
-    """
-    files.atomic_write_json(run / RECIPE, recipe.resolved() | {"world": world, "forks": list(forks)})
 
 
 def stored_forks(run: Path) -> list[dict[str, Any]]:

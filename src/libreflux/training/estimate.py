@@ -20,16 +20,17 @@ from libreflux.data.encode import SHARD_ITEMS
 from libreflux.data.precision import DTYPES
 from libreflux.model.int8 import quantise_model
 from libreflux.model.numerics import enable_checkpointing
+from libreflux.model.offload import blocks_of, frozen_sizes
 from libreflux.model.opening import open_model
 from libreflux.model.source import ModelSource
 from libreflux.model.w8a8 import quantise_activations
 from libreflux.recipe import Recipe
 from libreflux.training import trace
 from libreflux.training.bf16_update import CHUNK, CHUNK_ON_A_CARD, SCRATCH_BYTES
-from libreflux.training.loop import BASE_DTYPES, INT8_BASES, plan_layers
 from libreflux.training.memory import on_cpu
 from libreflux.training.optimizer import BUCKET, parameter_dtype
 from libreflux.training.phases import Estimate, Phase, libraries
+from libreflux.training.planned import BASE_DTYPES, INT8_BASES, plan_layers
 
 UPDATE_BYTES = 30  # of fp32 AdamW, per element of its largest bucket
 # bitsandbytes: numbers of a moment that share an fp32 scale; smaller parameters than the second keep fp32 moments.
@@ -47,8 +48,10 @@ def estimate_recipe(
         text_tokens: of the longest prompt.
         captions: how many there are; None: more than are encoded at a time.
 
+    What is `auto` is decided by `memory_plan.fitted`: here no block waits, and each is computed again in backward.
+
     Raises:
-        LibrefluxError: a fault of the model or the targets, see `loop.plan_layers`.
+        LibrefluxError: a fault of the model or the targets, see `planned.plan_layers`.
     """
     opened, cpu = open_model(recipe.model if source is None else source), on_cpu(recipe)
     transformer = _transformer(opened, recipe)
@@ -77,7 +80,15 @@ def estimate_recipe(
     preparing = [_encoding_pictures(opened, recipe, cpu)]
     if encoding is not None:
         preparing.append(_encoding_captions(encoding, at_once, text_tokens, cpu))
-    return dataclasses.replace(found, preparing=tuple(preparing), between=(*drawing, *measuring))
+    found = dataclasses.replace(found, preparing=tuple(preparing), between=(*drawing, *measuring))
+    if recipe.gradient_checkpointing == "auto":
+        transformer.disable_gradient_checkpointing()
+        size = _latent_size(largest_crop(shown))
+        unchecked = trace.trace_pass(transformer, recipe.batch, size, text_tokens, recipe.guidance)
+        if encoding is not None and recipe.text_cache == "none":
+            unchecked = max(unchecked, found.activations)
+        found = dataclasses.replace(found, unchecked=unchecked)
+    return found if cpu or recipe.offload_blocks == "auto" else found.offloaded(recipe.offload_blocks)
 
 
 def largest_crop(shown: Sequence[View]) -> tuple[int, int]:
@@ -228,6 +239,7 @@ def estimate(
         update=_update(parameters, on_cpu),
         averages=averages * 4 * count,
         checkpoint=own + moments + averages * 4 * count,
+        blocks=tuple(map(frozen_sizes, blocks_of(transformer))),
     )
 
 

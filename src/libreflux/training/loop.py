@@ -16,31 +16,29 @@ from libreflux.adapter import plan
 from libreflux.data.batches import Batches
 from libreflux.data.held_out import HeldOut
 from libreflux.data.prepare import prepare_cache, prepare_recipe
-from libreflux.errors import RecipeError, RunError
+from libreflux.errors import RunError
 from libreflux.model import attention, numerics
 from libreflux.model.device import make_current, pick_device
 from libreflux.model.facts import Facts, trained_facts
+from libreflux.model.offload import BlockOffload, blocks_of, spread, waiting_names
 from libreflux.model.opening import open_model
 from libreflux.model.source import ModelSource
 from libreflux.model.w8a8 import kind_for, quantise_activations
 from libreflux.places import folder_place
 from libreflux.printing import get_logger
 from libreflux.recipe import Recipe
-from libreflux.training import checkpoint, ema, memory, nonfinite, run_state, saving
+from libreflux.training import checkpoint, ema, memory, memory_plan, nonfinite, run_state, saving
 from libreflux.training.callbacks import Callbacks, StepInfo
 from libreflux.training.checkpoint import Checkpoint
 from libreflux.training.interrupt import Interrupted, StopRequest
 from libreflux.training.optimizer import make_optimizer, parameter_dtype
 from libreflux.training.optimizer8 import require_8bit
+from libreflux.training.planned import BASE_DTYPES, INT8_BASES, plan_layers
 from libreflux.training.ranks import Ranks, joined
 from libreflux.training.run_state import RunState
 from libreflux.training.step import Training
 
 log = get_logger(__name__)
-
-# Of an 8-bit base: of what stays dense.
-BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16, "w8a8": torch.bfloat16}
-INT8_BASES = ("int8", "w8a8")
 
 
 def fit(recipe: Recipe, callbacks: Callbacks | None = None, *, fork: bool = False) -> Path:
@@ -116,7 +114,7 @@ def _train(training: Training, callbacks: Callbacks, newest: Checkpoint | None) 
     opened = _metrics(training)
     if ranks.first:
         ema.rewind(training.run, first)  # like the metrics before the claim: what is left there then is of this recipe
-        checkpoint.claim(training.run, recipe, ranks.world, training.forks)
+        checkpoint.claim(training.run, recipe, ranks.world, training.forks, training.decided)
     callbacks.on_start(training.started())
     saved = newest
     with StopRequest() as stop, opened as metrics:
@@ -189,31 +187,6 @@ def _metrics_line(info: StepInfo) -> dict[str, Any]:
     }
 
 
-def plan_layers(recipe: Recipe, source: ModelSource) -> plan.Plan:
-    """The layers that a recipe adapts, from the model's configuration alone: no weight is loaded.
-
-    Args:
-        recipe: the run's.
-        source: its model.
-
-    Raises:
-        RecipeError: a guidance-embedded model without `guidance`, or `guidance` for any other; a student's steps on
-            a ladder that depends on the picture's size.
-        AdapterError: a pattern that matches nothing, or a file that does not fit; see `adapter.plan`.
-    """
-    if source.facts.guidance_embeds and recipe.guidance is None:
-        hint = "set the value to train and draw at, e.g. guidance: 1.0"
-        raise RecipeError("this model has a guidance embedding", where="guidance", hint=hint)
-    if recipe.guidance is not None and not source.facts.guidance_embeds:
-        raise RecipeError("this model has no guidance embedding", where="guidance", hint="remove this key")
-    if source.facts.shift is None and recipe.distil is not None and recipe.distil.steps is not None:
-        hint = "write a fixed shift into its libreflux.json, or remove this key"
-        raise RecipeError("this model's steps depend on the picture's size", where="distil.steps", hint=hint)
-    with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config(dict(source.config))
-    return plan.plan(recipe.adapter, transformer)
-
-
 def open_for_training(
     recipe: Recipe,
     run: Path,
@@ -227,20 +200,27 @@ def open_for_training(
     if recipe.optimizer.kind == "adamw_8bit":
         require_8bit()
     source = open_model(recipe.model)
+    memory_plan.check(recipe, source, device)
     resolved = plan_layers(recipe, source).layers  # first: a misspelt pattern should not cost an hour of preparing
     with memory.explained("preparing", recipe, memory.preparing(recipe)):
         batches, held_out = _prepared(recipe, source, callbacks, ranks, device)
+    planned = memory_plan.plan_memory(recipe, run, source, device, ranks, callbacks)  # when the encoders have gone
     with callbacks.stage("reading the base model"):
         dtype, quantise = BASE_DTYPES[recipe.base], recipe.base in INT8_BASES
-        transformer = source.load_transformer(dtype=dtype, quantise=quantise, device=device)
+        names = waiting_names(source.config, planned.waiting)
+        transformer = source.load_transformer(dtype=dtype, quantise=quantise, device=device, waiting=names)
         if recipe.base == "w8a8":
             quantise_activations(transformer, kind_for(device))
     check_attention(transformer, batches, device, callbacks)
-    if recipe.gradient_checkpointing:
-        numerics.enable_checkpointing(transformer)
+    if planned.kept is not None:
+        blocks = blocks_of(transformer)
+        numerics.enable_checkpointing(transformer, [blocks[index] for index in spread(planned.kept, len(blocks))])
     dtype = parameter_dtype(recipe.optimizer)
     with callbacks.stage("making the adapter's first values"):
-        adapter = plan.build(recipe.adapter, transformer, resolved, dtype=dtype, seed=recipe.seed)
+        adapter = plan.build(recipe.adapter, transformer, resolved, dtype=dtype, seed=recipe.seed, device=device)
+    if planned.waiting:
+        with callbacks.stage(f"pinning {planned.waiting} blocks of the base in RAM"):
+            BlockOffload(transformer, planned.waiting, device)
     with callbacks.stage("hashing the base model's files"):
         model_hash = source.hash
     training = Training(
@@ -258,6 +238,7 @@ def open_for_training(
         device=device,
         held_out=held_out,
         identity={"model_hash": model_hash, "data_hash": batches.fingerprint()},
+        decided=planned.decided,
     )
     if newest is not None:
         with callbacks.stage(f"reading the checkpoint of step {newest.step}"):

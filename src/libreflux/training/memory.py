@@ -45,10 +45,12 @@ def smaller_steps(recipe: Recipe) -> list[str]:
     ways = []
     if recipe.text_cache == "none":
         ways.append("text_cache: int8 (no encoder stays in memory)")
-    if not recipe.gradient_checkpointing:
+    if recipe.gradient_checkpointing is not True:
         ways.append("gradient_checkpointing: true")
     if recipe.base not in ("int8", "w8a8"):
         ways.append("base: int8")
+    if not on_cpu(recipe):
+        ways.append("a larger number for offload_blocks" if recipe.offload_blocks else "offload_blocks: auto (slower)")
     if recipe.batch > 1 and recipe.batch % 2 == 0:
         ways.append(f"batch: {recipe.batch // 2} with accumulate: {recipe.accumulate * 2}")
     elif recipe.batch > 1:

@@ -6,8 +6,11 @@ the other, and a run needs as much as its largest phase.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+from libreflux.model import offload
 
 MIB = 2**20
 # What a CPU process holds besides tensors; measured, see docs/log.md (the memory estimate, second and third time).
@@ -52,7 +55,7 @@ class Estimate:
 
     Attributes:
         on_cpu: whether the device is the CPU: the averages are in its memory too then.
-        weights: the frozen base.
+        weights: the frozen base, as far as it is on the device.
         adapter: the trained parameters.
         moments: the optimizer's two.
         gradient: the flat fp32 sum over accumulated passes.
@@ -63,6 +66,10 @@ class Estimate:
         encoders: both text encoders, where they stay to encode every batch (`text_cache: none`).
         preparing: the phases before training.
         between: the phases between training's steps, drawing and measuring.
+        blocks: the frozen tensors' bytes of each block, in order.
+        waiting: how many of them wait in RAM, see `model.offload`.
+        unchecked: the activations without gradient checkpointing, under `gradient_checkpointing: auto`; else None.
+        kept: under auto, how many blocks keep what they compute for backward.
     """
 
     on_cpu: bool
@@ -77,6 +84,26 @@ class Estimate:
     encoders: int = 0
     preparing: tuple[Phase, ...] = ()
     between: tuple[Phase, ...] = ()
+    blocks: Sequence[Sequence[int]] = ()
+    waiting: int = 0
+    unchecked: int | None = None
+    kept: int = 0
+
+    def keeping(self, count: int) -> Estimate:
+        """The same run with `count` blocks that are not computed again in backward; of `gradient_checkpointing: auto`.
+
+        Blocks of both kinds are spread evenly: for FLUX.1 the straight line is within 1.5 % of what is traced.
+        """
+        assert self.unchecked is not None
+        assert self.kept == 0
+        more = (self.unchecked - self.activations) * count // max(1, len(self.blocks))
+        return dataclasses.replace(self, activations=self.activations + more, kept=count)
+
+    def offloaded(self, count: int) -> Estimate:
+        """The same run with `count` blocks that wait in RAM."""
+        saved = offload.saved_bytes(self.blocks, count) - offload.saved_bytes(self.blocks, self.waiting)
+        between = tuple(dataclasses.replace(phase, held=phase.held - saved) for phase in self.between)
+        return dataclasses.replace(self, weights=self.weights - saved, between=between, waiting=count)
 
     @property
     def held(self) -> int:
@@ -115,12 +142,13 @@ class Estimate:
 
     @property
     def host(self) -> int:
-        """CPU memory that a run on a card holds: the averages, and a pinned copy of the adapter that feeds them.
+        """CPU memory that a run on a card holds: averages with a pinned copy of the adapter, and the waiting blocks.
 
         torch rounds pinned memory up to a power of two.
         """
         pinned = 1 << max(0, self.adapter - 1).bit_length()
-        return self.averages + pinned if self.averages and not self.on_cpu else 0
+        averages = self.averages + pinned if self.averages and not self.on_cpu else 0
+        return averages + offload.waiting_bytes(self.blocks, self.waiting)
 
     def table(self) -> str:
         """Aligned text: a line for each phase, the parts of training below it, the peak last."""
@@ -132,20 +160,22 @@ class Estimate:
         lines.append(_line("CPU memory at its peak" if self.on_cpu else "device memory at its peak", self.total))
         if not self.on_cpu:
             lines.append(_line(f"with the allocator's reserve, x {CARD_RESERVE:.2f}", self.reserved))
-            lines.append(_line("CPU memory beside it: averages", self.host))
+            lines.append(_line(f"CPU memory beside it: averages{', blocks' if self.waiting else ''}", self.host))
         return "\n".join(lines)
 
     def _parts(self) -> Iterator[tuple[str, int]]:
         """Of training; they add up to its peak."""
         phase = self.training
-        yield "base weights", self.weights
+        waiting = f", {self.waiting} of {len(self.blocks)} blocks in RAM" if self.waiting else ""
+        yield f"base weights{waiting}", self.weights
         if self.encoders:
             yield "text encoders", self.encoders
         yield "adapter", self.adapter
         yield "optimizer moments", self.moments
         yield "gradient", self.gradient
         pass_is_larger = self.activations >= self.update
-        yield "activations, largest batch" if pass_is_larger else "optimizer step", phase.activations
+        kept = f", {self.kept} of {len(self.blocks)} blocks kept" if self.kept else ""
+        yield f"activations{kept or ', largest batch'}" if pass_is_larger else "optimizer step", phase.activations
         if self.on_cpu:
             yield "averages", self.averages
         yield "kernels and holes in the heap" if self.on_cpu else "workspaces and rounding", phase.libraries

@@ -9,18 +9,48 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from libreflux import plainjson
+from libreflux import files, plainjson
 from libreflux.errors import RunError
 from libreflux.recipe import Recipe, faults
 
 RECIPE = "recipe.json"
+_BESIDE = ("world", "forks", "decided")  # what the file holds besides the recipe
+
+
+def claim(
+    run: Path,
+    recipe: Recipe,
+    world: int = 1,
+    forks: Sequence[Mapping[str, Any]] = (),
+    decided: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes RUN/recipe.json, once the recipe may go on here and everything it names was found.
+
+    Args:
+        run: the run folder, locked.
+        recipe: as resolved now.
+        world: processes.
+        forks: earlier changes of the recipe, see `training.forks`.
+        decided: recipe key -> what its `auto` stands for in this run.
+    """
+    beside = {"world": world, "forks": list(forks)} | ({"decided": dict(decided)} if decided else {})
+    files.atomic_write_json(run / RECIPE, recipe.resolved() | beside)
+
+
+def decided(run: Path) -> dict[str, Any]:
+    """Recipe key -> what its `auto` was decided to be when the run began; empty before that, and in older runs."""
+    if not (run / RECIPE).exists():
+        return {}
+    found = plainjson.parse((run / RECIPE).read_text(encoding="utf-8")).get("decided", {})
+    return dict(found) if isinstance(found, dict) else {}
 
 
 def read(path: Path) -> tuple[Recipe, int, list[dict[str, Any]]]:
     """The recipe, the number of processes it ran on, and its forks."""
     try:
         tree = plainjson.parse(path.read_text(encoding="utf-8"))
-        world, forks = int(tree.pop("world")), list(tree.pop("forks", []))
+        world, forks = int(tree["world"]), list(tree.get("forks", []))
+        tree = {name: value for name, value in tree.items() if name not in _BESIDE}
         return Recipe.model_validate(tree), world, forks
     except ValidationError as error:
         refused = faults.explain(error, str(path), Recipe)

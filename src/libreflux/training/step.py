@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,7 @@ class Training:
         start_norm: ||delta|| / ||W|| of the adapter before the first step; None in a resumed run.
         skips: the steps that were skipped.
         forks: the changes of the recipe so far, see `training.forks`.
+        decided: recipe key -> what its `auto` stands for in this run.
     """
 
     recipe: Recipe
@@ -102,6 +103,7 @@ class Training:
     skips: Skips = field(default_factory=Skips)
     forks: Sequence[dict[str, Any]] = ()
     held_out: HeldOut | None = None
+    decided: Mapping[str, Any] = field(default_factory=dict)
     _gradient: Tensor | None = field(default=None, init=False, repr=False)
 
     @property

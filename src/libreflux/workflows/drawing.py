@@ -24,6 +24,7 @@ from libreflux.model.device import make_current, pick_device, release
 from libreflux.model.device_faults import explained
 from libreflux.model.facts import Facts
 from libreflux.model.int8 import int8_layers
+from libreflux.model.offload import block_names, check_count, check_device, waiting_names
 from libreflux.model.opening import open_model
 from libreflux.model.single_file import SingleFiles
 from libreflux.model.source import ModelSource
@@ -34,10 +35,11 @@ from libreflux.sample.encoding import Text, encode_ahead, encode_in_turn
 from libreflux.sample.metadata import GenerationRecord, versions
 from libreflux.sample.pipeline import LibreFluxPipeline
 from libreflux.workflows.adapters import adapted_facts, adapter_argument, as_typed, load_arguments, notice_other_base
-from libreflux.workflows.picture_options import Offload, Quantize
+from libreflux.workflows.picture_options import Offload, OffloadBlocks, Quantize
 
 SMALLER = OptionHint(
-    "a smaller `width` and `height`, `quantize` int8, `offload` model or sequential (on CUDA), or `device` cpu"
+    "a smaller `width` and `height`, `quantize` int8, `offload` model, `offload_blocks` auto or `offload` sequential "
+    "(on CUDA), or `device` cpu"
 )
 FEWER_ENCODERS = OptionHint("`offload` sequential (on CUDA), or `device` cpu")
 WAITING: tuple[Offload, ...] = ("model", "sequential")
@@ -113,7 +115,7 @@ class AdaptedSource:
         device: what computes.
         files: the adapters with their weights.
         named: their paths, as the user named them.
-        offload, quantize: see `picture_options`.
+        offload, quantize, offload_blocks: see `picture_options`.
     """
 
     source: ModelSource
@@ -123,6 +125,7 @@ class AdaptedSource:
     named: Sequence[str]
     offload: Offload = "auto"
     quantize: Quantize | None = None
+    offload_blocks: OffloadBlocks = 0
 
     @property
     def facts(self) -> Facts:
@@ -136,17 +139,26 @@ class AdaptedSource:
 
     def load(self, records: Iterable[GenerationRecord], sha256: Callable[[Path], str] = sha256_file) -> DrawingSession:
         """Ready to draw these pictures, and whatever else has their texts; `sha256` see `ModelSource.hash_with`."""
+        records = list(records)
         release(self.device)  # what was drawn with before
         with explained(f"encoding the prompts on {self.device}", FEWER_ENCODERS):
             texts, encoders = self.encoded([text for record in records for text in texts_of(record)])
         with explained(f"reading the model onto {self.device}", SMALLER):
-            return self._opened(texts, encoders, sha256)
+            return self._opened(records, texts, encoders, sha256)
 
     def _opened(
-        self, texts: dict[Text, TextConditioning], encoders: TextEncoders | None, sha256: Callable[[Path], str]
+        self,
+        records: Sequence[GenerationRecord],
+        texts: dict[Text, TextConditioning],
+        encoders: TextEncoders | None,
+        sha256: Callable[[Path], str],
     ) -> DrawingSession:
-        place = torch.device("cpu") if self.offload in WAITING else self.device
-        transformer = self.source.load_transformer(quantise=True if self.quantize else None, device=place)
+        chosen = 0 if self.offload_blocks == "auto" else self.offload_blocks  # how many is known with the weights
+        on_cpu = self.offload in WAITING or self.offload_blocks == "auto"
+        place = torch.device("cpu") if on_cpu else self.device
+        names = waiting_names(self.source.config, chosen)
+        quantise = True if self.quantize else None
+        transformer = self.source.load_transformer(quantise=quantise, device=place, waiting=names)
         dtype = str(transformer.dtype).removeprefix("torch.")
         if int8_layers(transformer):
             _refuse_int8(self.offload)
@@ -159,6 +171,11 @@ class AdaptedSource:
         notice_other_base(transformer_hash, self.files)
         for file, weight in self.files:
             attach_file(transformer, file, weight, dtype=transformer.dtype)
+        if self.offload_blocks != 0:
+            from libreflux.workflows.drawing_blocks import let_wait  # what estimates a run takes a second to import
+
+            tokens = max(max(text.lengths) for text in texts.values())
+            let_wait(transformer, self.offload_blocks, self.vae, records, tokens, self.device)
         pipe = LibreFluxPipeline.from_parts(transformer, self.vae, encoders, self.facts, self.source.scheduler)
         pipe.set_progress_bar_config(disable=True)
         if self.offload == "model":
@@ -192,23 +209,28 @@ def open_for_drawing(
     device: str = "auto",
     offload: Offload = "auto",
     quantize: Quantize | None = None,
+    offload_blocks: OffloadBlocks = 0,
 ) -> AdaptedSource:
     """Choose a model with adapter arguments (`PATH[:WEIGHT]`); what can be refused is, before large weights are loaded.
 
     Raises:
-        OptionError: an offload that the device has no use for.
+        OptionError: an offload that the device has no use for, or more waiting blocks than the model has.
         ModelError, AdapterError, RunError: see `open_model`, `load_arguments` and `pick_device`.
     """
-    place, adapters = device_for(device, offload, quantize), list(adapters)
+    place, adapters = device_for(device, offload, quantize, offload_blocks), list(adapters)
     files, named = load_arguments(adapters), [adapter_argument(text)[0] for text in adapters]
     source = open_model(model)
+    if offload_blocks != "auto":
+        check_count(offload_blocks, len(block_names(source.config)))
     source = source.with_facts(adapted_facts(source.facts, files))
     check_padding(source.facts.text_padding)
     vae = source.load_vae(device="cpu" if offload in WAITING else place)
-    return AdaptedSource(source, vae, place, files, named, offload, quantize)
+    return AdaptedSource(source, vae, place, files, named, offload, quantize, offload_blocks)
 
 
-def device_for(name: str, offload: Offload, quantize: Quantize | None = None) -> torch.device:
+def device_for(
+    name: str, offload: Offload, quantize: Quantize | None = None, offload_blocks: OffloadBlocks = 0
+) -> torch.device:
     """The device of a name, see `pick_device`, made the current one.
 
     Raises:
@@ -221,6 +243,8 @@ def device_for(name: str, offload: Offload, quantize: Quantize | None = None) ->
     if offload in WAITING and place.type != "cuda":
         what = f"{offload} is of no use on {place.type}"
         raise OptionError(what, "offload", hint="leave it out, or use a CUDA device")
+    if offload_blocks not in ("auto", 0):
+        check_device(place)
     make_current(place)
     return place
 
@@ -228,7 +252,7 @@ def device_for(name: str, offload: Offload, quantize: Quantize | None = None) ->
 def _refuse_int8(offload: Offload) -> None:
     if offload == "sequential":  # accelerate's hooks move parameters, and int8 weights are buffers
         what = "does nothing for int8 weights, which all stay on the device"
-        raise OptionError(what, "offload", value="sequential", hint="use `offload` model")
+        raise OptionError(what, "offload", value="sequential", hint="use `offload_blocks` auto or `offload` model")
 
 
 def texts_of(record: GenerationRecord) -> list[Text]:

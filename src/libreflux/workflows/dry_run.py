@@ -14,12 +14,15 @@ from libreflux.data.forecast import Forecast, forecast
 from libreflux.errors import DataError, LibrefluxError
 from libreflux.model.facts import trained_facts
 from libreflux.model.known import planned_model
+from libreflux.model.offload import check_device
 from libreflux.model.opening import open_model
 from libreflux.printing import clock, counted, fold, readable
 from libreflux.recipe import Recipe
 from libreflux.training.checkpoint import METRICS, RECIPE
 from libreflux.training.estimate import estimate_recipe
-from libreflux.training.loop import plan_layers
+from libreflux.training.memory_plan import check_count
+from libreflux.training.phases import Estimate
+from libreflux.training.planned import plan_layers
 from libreflux.workflows.disk_use import DiskUse, disk_use
 from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.memory_verdict import Verdict, verdict
@@ -80,7 +83,8 @@ class DryRunResult:
         forecast: of the data; None: they would be refused.
         disk: what is written, and what is free.
         time_left: None before there are steps with a rate.
-        fault: why training would be refused: the data, or else the disk; None: nothing is known against it.
+        fault: why training would be refused: the data, the disk, or `offload_blocks` without a card; None: nothing is
+            known against it.
     """
 
     recipe: Recipe
@@ -142,6 +146,7 @@ def dry_run_with(options: DryRunOptions) -> DryRunResult:
     with planned_model(recipe.model) as (name, notice):
         planned = recipe.model_copy(update={"model": name})
         opened = open_model(name)
+        check_count(planned, opened)
         plan = plan_layers(planned, opened)
         tokens = trained_facts(opened.facts, text_padding=recipe.text_padding).max_tokens
         data, fault = None, None
@@ -166,8 +171,17 @@ def dry_run_with(options: DryRunOptions) -> DryRunResult:
         forecast=data,
         disk=disk,
         time_left=time_left(recipe),
-        fault=fault or disk.fault,
+        fault=fault or disk.fault or _idle_offloading(recipe, estimate),
     )
+
+
+def _idle_offloading(recipe: Recipe, estimate: Estimate) -> LibrefluxError | None:
+    try:
+        if recipe.offload_blocks not in ("auto", 0):
+            check_device("cpu" if estimate.on_cpu else "cuda")
+    except LibrefluxError as error:
+        return error
+    return None
 
 
 def steps_line(recipe: Recipe, data: Forecast | None) -> str:

@@ -11,7 +11,7 @@ from libreflux.errors import OptionError
 from libreflux.printing import counted
 from libreflux.values import listed_numbers
 from libreflux.workflows import picture_options
-from libreflux.workflows.picture_options import Offload, Quantize, listed
+from libreflux.workflows.picture_options import Offload, OffloadBlocks, Quantize, listed
 from libreflux.workflows.progress import Progress, silent
 
 
@@ -44,6 +44,7 @@ class GenerateOptions:
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         quantize: "int8" quantises the transformer while it is read, "w8a8" its activations too; None: as stored.
         offload: what of the model is in memory beside what computes, see `picture_options.Offload`.
+        offload_blocks: of the transformer that wait in RAM, see `picture_options.OffloadBlocks`.
         metadata: whether a PNG says how it was made.
         out: a .png file for one picture, else a folder; replaced. None writes nothing: the result has the pictures.
         progress: shows the steps, see `workflows.progress`.
@@ -77,6 +78,7 @@ class GenerateOptions:
     device: str = "auto"
     quantize: Quantize | None = None
     offload: Offload = "auto"
+    offload_blocks: OffloadBlocks = 0
     metadata: bool = True
     out: str | Path | None = None
     progress: Progress = field(default=silent, repr=False, compare=False)
@@ -97,7 +99,7 @@ def texts_of_options(options: GenerateOptions) -> tuple[tuple[str, ...], Sequenc
     picture_options.check_whole("seed", options.seed, 0)
     picture_options.check_whole("count", options.count, 1, picture_options.MOST_PICTURES)
     picture_options.check_sides(options.width, options.height)
-    picture_options.check_memory(options.offload, options.quantize)
+    picture_options.check_memory(options.offload, options.quantize, options.offload_blocks)
     seconds = listed(options.prompt_2)
     picture_options.check_texts("prompt_2", seconds)
     picture_options.check_texts("negative_2", listed(options.negative_2))

@@ -20,7 +20,7 @@ from libreflux.sample.metadata import GenerationRecord, read_record, save_png
 from libreflux.sample.model_key import FORMULA, adapters_key, facts_key, model_key
 from libreflux.workflows.adapters import adapted_facts, load_arguments
 from libreflux.workflows.drawing import AdaptedSource, DrawingSession, open_for_drawing
-from libreflux.workflows.picture_options import Offload, Quantize, check_picture
+from libreflux.workflows.picture_options import Offload, OffloadBlocks, Quantize, check_picture
 from libreflux.workflows.progress import Progress
 
 
@@ -63,7 +63,7 @@ class CellOptions:
         adapters: put on every model, `PATH[:WEIGHT]`.
         negative: negative prompt, of the cells that are guided.
         width, height: pixels; None is the model's own size.
-        device, quantize, offload: see `GenerateOptions`.
+        device, quantize, offload, offload_blocks: see `GenerateOptions`.
     """
 
     sources: Mapping[str, ModelSource]
@@ -74,6 +74,7 @@ class CellOptions:
     device: str = "auto"
     quantize: Quantize | None = None
     offload: Offload = "auto"
+    offload_blocks: OffloadBlocks = 0
 
     def negative_at(self, scale: float) -> str:
         """The negative prompt of a cell, which is of no effect without guidance."""
@@ -216,9 +217,8 @@ class Cells:
         if self._opened is None or self._opened[0] != model:
             self._opened = None  # before the next one needs the memory
             shared = self.shared
-            source = open_for_drawing(
-                shared.sources[model], shared.adapters, shared.device, shared.offload, shared.quantize
-            )
+            memory = shared.offload, shared.quantize, shared.offload_blocks
+            source = open_for_drawing(shared.sources[model], shared.adapters, shared.device, *memory)
             columns = [column for column in self.columns if column.model == model]
             wanted = [self._record(source, column, row) for column in columns for row in self.rows]
             self._opened = model, source, source.load(wanted, self._memory.sha256)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -12,6 +13,7 @@ import torch
 
 from libreflux.recipe import Recipe
 from libreflux.training.memory import smaller_steps
+from libreflux.training.memory_plan import decided_before, fitted, free_memory
 from libreflux.training.phases import Estimate
 
 CARDS = (8, 10, 12, 16, 24, 32, 40, 48, 80, 96, 141)
@@ -28,6 +30,8 @@ class Verdict:
         size: its bytes; 0 without one.
         smaller: changes of the recipe that need less, in the order to try them.
         on_a_card: the estimate for a card, of a large model where none is; else None.
+
+    What is `auto` in the recipe is decided for the device; for a card that is not here, for the smallest that holds it.
     """
 
     estimate: Estimate
@@ -57,6 +61,8 @@ class Verdict:
             return f"for a card: {_card_for(found)}"
         told = f"{self.fits}: at its peak ({found.largest.name}) {_gib(found.reserved)} of {_gib(self.size)}, "
         told += self.place
+        if found.waiting:
+            told += f", with {found.waiting} of {len(found.blocks)} blocks in RAM"
         if self.fits == "may fit":
             told += f"; {_gib(found.total)} without the allocator's reserve"
         elif self.fits == "does not fit" and hint:
@@ -75,8 +81,17 @@ def verdict(recipe: Recipe, estimate: Estimate, on_a_card: Estimate | None = Non
     place, size = None, 0
     if estimate.on_cpu:
         place, size = "this machine's memory", psutil.virtual_memory().total
+        if _is_auto(recipe):
+            estimate = fitted(recipe, estimate, free_memory("cpu"), decided_before(recipe, Path(recipe.out)))
     elif (card := _own_card(recipe.device)) is not None:
         place, size = "this card's", torch.cuda.get_device_properties(card).total_memory
+        if _is_auto(recipe):
+            free = free_memory(torch.device("cuda", card))
+            estimate = fitted(recipe, estimate, free, decided_before(recipe, Path(recipe.out)))
+    else:
+        estimate = _on_the_smallest(recipe, estimate)
+    if on_a_card is not None:
+        on_a_card = _on_the_smallest(recipe, on_a_card)
     return Verdict(estimate=estimate, place=place, size=size, smaller=smaller_steps(recipe), on_a_card=on_a_card)
 
 
@@ -89,9 +104,25 @@ def _own_card(device: str) -> int | None:
     return index if index < torch.cuda.device_count() else None
 
 
+def _is_auto(recipe: Recipe) -> bool:
+    return "auto" in (recipe.offload_blocks, recipe.gradient_checkpointing)
+
+
+def _room(card: int) -> float:
+    return 0.98 * card * 2**30
+
+
+def _on_the_smallest(recipe: Recipe, found: Estimate) -> Estimate:
+    """As it is fitted to the smallest card that holds it then; as it is where none does."""
+    tried = (fitted(recipe, found, _room(card)) for card in CARDS)
+    return next((one for one, card in zip(tried, CARDS, strict=False) if one.reserved <= _room(card)), found)
+
+
 def _card_for(found: Estimate) -> str:
-    enough = next((size for size in CARDS if found.reserved <= 0.98 * size * 2**30), None)
+    enough = next((size for size in CARDS if found.reserved <= _room(size)), None)
     told = f"at its peak ({found.largest.name}) {_gib(found.reserved)}"
+    if found.waiting:
+        told += f" with {found.waiting} of {len(found.blocks)} blocks in RAM, fewer on a larger card"
     return f"{told}: more than one card has" if enough is None else f"{told}: one of {enough} GB holds it"
 
 

@@ -28,6 +28,9 @@ Quantize = Literal["int8", "w8a8"]
 "int8": in int8, multiplied in the model's own dtype; "w8a8": in int8, multiplied by activations of 8 bits too.
 """
 
+OffloadBlocks = int | Literal["auto"]
+"""How many of the transformer's blocks wait in RAM, on CUDA; "auto": as few as the free memory asks for; 0: none."""
+
 MOST_PICTURES = 100_000
 """Of one prompt."""
 
@@ -82,8 +85,13 @@ def check_sides(width: int | None, height: int | None) -> None:
             check_side(side, name)
 
 
-def check_memory(offload: str, quantize: str | None) -> None:
-    """Raises OptionError for a word that is none of `Offload` or `Quantize`."""
+def check_memory(offload: str, quantize: str | None, offload_blocks: object = 0) -> None:
+    """Raises OptionError for a word that is none of `Offload` or `Quantize`, and for no number of blocks."""
+    if offload_blocks != "auto":
+        check_whole("offload_blocks", offload_blocks, 0)
+    if offload_blocks != 0 and offload in ("model", "sequential"):
+        what = f"has no effect beside `offload` {offload}"
+        raise OptionError(what, "offload_blocks", hint="give one of them")
     for name, value, known in (("offload", offload, get_args(Offload)), ("quantize", quantize, get_args(Quantize))):
         if value not in known and not (name == "quantize" and value is None):
             raise OptionError(f"cannot be {value!r}", name, hint=f"use one of {', '.join(known)}")

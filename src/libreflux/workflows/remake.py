@@ -22,7 +22,7 @@ from libreflux.sample.metadata import GenerationRecord, differences, open_png, r
 from libreflux.workflows.adapters import adapter_argument
 from libreflux.workflows.drawing import open_for_drawing
 from libreflux.workflows.keywords import by_keywords
-from libreflux.workflows.picture_options import Offload, adapter_texts, check_memory, named_model
+from libreflux.workflows.picture_options import Offload, OffloadBlocks, adapter_texts, check_memory, named_model
 from libreflux.workflows.picture_paths import ANOTHER_PLACE, picture_paths_of
 from libreflux.workflows.progress import Progress, silent
 
@@ -36,7 +36,7 @@ class RemakeOptions:
         model: where its model is now; None: where it was.
         base, comfyui: see `GenerateOptions`.
         adapters: where its adapters are now, in their order; the weights are the picture's.
-        device, offload: see `GenerateOptions`.
+        device, offload, offload_blocks: see `GenerateOptions`.
         metadata: whether the new PNG says how it was made.
         out: a .png file, or a folder. None writes nothing.
         progress: shows the steps, see `workflows.progress`.
@@ -52,6 +52,7 @@ class RemakeOptions:
     adapters: str | Path | Sequence[str | Path] = ()
     device: str = "auto"
     offload: Offload = "auto"
+    offload_blocks: OffloadBlocks = 0
     metadata: bool = True
     out: str | Path | None = None
     progress: Progress = field(default=silent, repr=False, compare=False)
@@ -97,7 +98,7 @@ def remake_with(options: RemakeOptions) -> RemakeResult:
         assert again.same_pixels and not again.differences
     """
     picture = Path(options.picture)
-    check_memory(options.offload, None)
+    check_memory(options.offload, None, options.offload_blocks)
     record = read_record(picture)
     _check(record, picture)
     target = None if options.out is None else _target(Path(options.out), record, picture)
@@ -107,7 +108,8 @@ def remake_with(options: RemakeOptions) -> RemakeResult:
         model = record.model if is_file else told_model(record.model, picture)
     named = named_model(model, options.base, options.comfyui) or record.model
     adapters = _found(record, adapter_texts(options.adapters), picture)
-    source = open_for_drawing(named, adapters, options.device, options.offload, record.quantize)
+    memory = options.offload, record.quantize, options.offload_blocks
+    source = open_for_drawing(named, adapters, options.device, *memory)
     try:
         check_max_tokens(source.facts, record.max_tokens, f"{picture}: max_tokens")
     except OptionError as error:

@@ -14,6 +14,7 @@ from libreflux.adapter.adapter import Adapter
 from libreflux.model.attention import check_gradients, lengths_to_check
 from libreflux.model.latents import image_ids, pack
 from libreflux.model.numerics import pinned
+from libreflux.model.offload import BlockOffload, blocks_of
 from libreflux.model.opening import open_model
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
@@ -76,6 +77,23 @@ def compare(precision: str) -> dict[str, dict[str, float]]:
         errors = {key: float((there[key] - here[key]).norm() / here[key].norm()) for key in here}
         found[name] = {**errors, "norm": float(here["gradient"].norm())}
         print(found[name], flush=True)
+    return found
+
+
+def offloaded(precision: str) -> dict[str, dict[str, float]]:
+    """Relative errors, in norm, of passes on the card with all blocks waiting in RAM against passes without.
+
+    Each twice: the second one finds copies of the first one's memory.
+    """
+    plain, waiting = Adapted(precision, DEVICE), Adapted(precision, DEVICE)
+    BlockOffload(waiting.net, len(blocks_of(waiting.net)), DEVICE)
+    found = {}
+    for (kind, lengths), again in itertools.product(LENGTHS.items(), (False, True)):
+        one, other = waiting.passed(lengths, checkpointing=True), plain.passed(lengths, checkpointing=True)
+        errors = {key: float((one[key] - other[key]).norm() / other[key].norm()) for key in one}
+        found[f"{kind}{', again' if again else ''}"] = {**errors, "norm": float(other["gradient"].norm())}
+    homes = {tensor.device.type for block in blocks_of(waiting.net) for tensor in block.buffers()}
+    assert homes <= {"cpu"}
     return found
 
 

@@ -1,0 +1,40 @@
+"""What follows from a recipe and a model's configuration alone, before a weight is loaded."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import FluxTransformer2DModel
+
+from libreflux.adapter import plan
+from libreflux.errors import RecipeError
+from libreflux.model.source import ModelSource
+from libreflux.recipe import Recipe
+
+# Of an 8-bit base: of what stays dense.
+BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16, "w8a8": torch.bfloat16}
+INT8_BASES = ("int8", "w8a8")
+
+
+def plan_layers(recipe: Recipe, source: ModelSource) -> plan.Plan:
+    """The layers that a recipe adapts, from the model's configuration alone: no weight is loaded.
+
+    Args:
+        recipe: the run's.
+        source: its model.
+
+    Raises:
+        RecipeError: a guidance-embedded model without `guidance`, or `guidance` for any other; a student's steps on
+            a ladder that depends on the picture's size.
+        AdapterError: a pattern that matches nothing, or a file that does not fit; see `adapter.plan`.
+    """
+    if source.facts.guidance_embeds and recipe.guidance is None:
+        hint = "set the value to train and draw at, e.g. guidance: 1.0"
+        raise RecipeError("this model has a guidance embedding", where="guidance", hint=hint)
+    if recipe.guidance is not None and not source.facts.guidance_embeds:
+        raise RecipeError("this model has no guidance embedding", where="guidance", hint="remove this key")
+    if source.facts.shift is None and recipe.distil is not None and recipe.distil.steps is not None:
+        hint = "write a fixed shift into its libreflux.json, or remove this key"
+        raise RecipeError("this model's steps depend on the picture's size", where="distil.steps", hint=hint)
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config(dict(source.config))
+    return plan.plan(recipe.adapter, transformer)
