@@ -1,0 +1,140 @@
+"""The parts of the benchmark by name. Each is a process of its own and leaves one JSON file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speed import drawing, layer, machine, optimizers, passes, sizes
+from benchmarks.speed.flops import guided_flops, tokens_of, training_flops
+from benchmarks.speed.results import Figure, Found, Row
+from benchmarks.speed.sizes import SIZES, Size
+from benchmarks.speed.timing import Contender, Measured, take_turns
+
+CAPTION = 64
+"""Tokens of the caption in a training step."""
+QUICK = (passes.OURS, passes.STACK, passes.OURS_W8A8, passes.OURS_BF16, drawing.DIFFUSERS)
+"""Who takes part in passes of a quick run."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a part is to run.
+
+    Attributes:
+        size: a name of `sizes.SIZES`.
+        device: cpu or cuda.
+        quick: fewer rounds, contenders and pixels.
+        room: bytes that contenders may hold together.
+        work: a folder for what is made on the way.
+        only: contenders by name; None: all.
+    """
+
+    size: str
+    device: str
+    quick: bool
+    room: float
+    work: Path
+    only: frozenset[str] | None = None
+
+    @property
+    def shape(self) -> Size:
+        return SIZES[self.size]
+
+    def turns(self, contenders: list[Contender], rounds: int) -> list[Measured]:
+        """`timing.take_turns` of those that take part."""
+        chosen = [one for one in contenders if self.only is None or one.name in self.only]
+        return take_turns(chosen, rounds=rounds, device=self.device, room=self.room) if chosen else []
+
+
+def limits(setting: Setting) -> Found:
+    """The machine's own."""
+    found = machine.limits(setting.device, setting.size)
+    figures = [
+        Figure(f"largest product in {kind}", found[kind], "10¹² operations/s")
+        for kind in ("bf16", "int8", "fp8")
+        if kind in found and (kind != "fp8" or setting.device == "cuda")
+    ]
+    return Found(figures=[*figures, Figure("memory, a copy", found["copy_gb_s"], "GB/s")], limits=found)
+
+
+def training(setting: Setting, which: int) -> Found:
+    """A training step at the size's smaller or larger picture."""
+    size, side = setting.shape, setting.shape.sides[which]
+    found = passes.contenders(size, side, CAPTION, setting.device)
+    if setting.quick:
+        found = [one for one in found if one.name in QUICK]
+    measured = setting.turns(found, 2 if setting.quick or which else size.rounds)
+    flops = training_flops(size, tokens_of(side), CAPTION)
+    title = f"training step, {side} px, caption of {CAPTION} tokens"
+    return Found([Row(title, (passes.STACK, passes.OURS_BF16), flops, measured)])
+
+
+def guidance(setting: Setting) -> Found:
+    """A guided step; in a quick run of the smaller picture."""
+    size = setting.shape
+    side = min(size.sides[0], size.drawn) if setting.quick else size.drawn
+    found = drawing.contenders(size, side, setting.device)
+    if setting.quick:
+        found = [one for one in found if one.name in QUICK]
+    measured = setting.turns(found, 2 if setting.quick else size.rounds)
+    flops = guided_flops(size, tokens_of(side), drawing.TOKENS)
+    title = f"step of guidance, {side} px, prompts of {drawing.TOKENS[0]} and {drawing.TOKENS[1]} tokens"
+    return Found([Row(title, (passes.STACK, drawing.DIFFUSERS, passes.OURS_BF16), flops, measured)])
+
+
+def adapted_layer(setting: Setting) -> Found:
+    """LoKr on one linear, at the tokens of the size's larger picture."""
+    size = setting.shape
+    rows = tokens_of(size.sides[-1]) + CAPTION
+    measured = setting.turns(layer.contenders(size, rows, setting.device), 3 if setting.quick else 7)
+    title = f"LoKr factor {layer.FACTOR} on {size.width} → {4 * size.width}, forward and backward, {rows} rows"
+    return Found([Row(title, (layer.BARE, "lycoris, bypass"), None, measured)])
+
+
+def optimizer(setting: Setting, of: str | None = None) -> Found:
+    """Of the size's adapter, or of another size's."""
+    size = setting.shape if of is None else sizes.SIZES[of]
+    count = sum(rows * columns for rows, columns in optimizers.shapes(size))
+    measured = setting.turns(optimizers.contenders(size, setting.device), 3 if setting.quick else 5)
+    title = f"optimizer step, {count / 1e6:,.0f} M parameters" if count > 2e6 else f"optimizer step, {count:,} parameters"
+    return Found([Row(title, ("torch AdamW, bf16, fused", "torch AdamW, fp32"), None, measured)])
+
+
+Part = Callable[[Setting], Found]
+PARTS: dict[str, Part] = {
+    "limits": limits,
+    "layer": adapted_layer,
+    "optimizer": optimizer,
+    "training-small": lambda setting: training(setting, 0),
+    "guidance": guidance,
+    "training-large": lambda setting: training(setting, 1),
+    "optimizer-600m": lambda setting: optimizer(setting, "full"),
+}
+IN_QUICK = ("limits", "layer", "optimizer", "training-small", "guidance")
+
+
+def chosen(setting: Setting) -> list[str]:
+    """The names of the parts that such a run has."""
+    if setting.quick:
+        return list(IN_QUICK)
+    left_out = {"slice": set(), "full": {"optimizer-600m"}, "emoji": {"optimizer-600m"}}[setting.size]
+    return [name for name in PARTS if name not in left_out]
+
+
+def as_json(name: str, found: Found, limit: float | None) -> dict[str, Any]:
+    """A part's file, less what the machine and the clock say."""
+    tree: dict[str, Any] = {
+        "part": name,
+        "rows": [row.as_json(limit) for row in found.rows],
+        "figures": [vars(one) for one in found.figures],
+    }
+    return tree | ({} if found.limits is None else {"limits": found.limits})
+
+
+def limit_of(parts: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """The measured limit in bf16 among parts that are done."""
+    found = parts.get("limits", {}).get("limits", {}).get("bf16")
+    return float(found) if found else None
