@@ -1,6 +1,7 @@
 """How long things take here, beside what others take, measured in turn within one run.
 
-    python -m benchmarks.speed [PART...] [--size slice|full|emoji] [--device cpu|cuda] [--quick] [--out DIR] [--json FILE]
+    python -m benchmarks.speed [PART...] [--size slice|full|emoji] [--device cpu|cuda] [--quick]
+        [--out DIR] [--json FILE]
     python -m benchmarks.speed page RESULTS.json... > docs/performance.md
 
 Each part is a process of its own and leaves DIR/PART.json; what is there is not measured again, unless `--again` asks
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.speed.names import wanted
 from benchmarks.speed.results import text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,8 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     failed = False
-    for name in wanted(options):
-        if options.again or not (out / f"{name}.json").is_file():
+    for name in options.wanted:
+        again = options.again and (name in options.parts or not options.parts)
+        if again or not (out / f"{name}.json").is_file():
             print(f"— {name} …", flush=True)
             failed |= child(words, name, out, options.limit)
         if (out / f"{name}.json").is_file():
@@ -74,16 +78,11 @@ def parsed(words: Sequence[str]) -> argparse.Namespace:
 
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     options.size = options.size or ("full" if options.device == "cuda" else "slice")
+    try:
+        options.wanted = wanted(options.parts, options.size, options.quick)
+    except ValueError as error:
+        parser.error(str(error))
     return options
-
-
-def wanted(options: argparse.Namespace) -> list[str]:
-    from benchmarks.speed.parts import PARTS, chosen
-
-    if unknown := sorted(set(options.parts) - set(PARTS)):
-        sys.exit(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    names = options.parts or chosen(setting_of(options))
-    return ["limits", *(name for name in names if name != "limits")]  # what shares are of
 
 
 def child(words: Sequence[str], name: str, out: Path, limit: float | None) -> bool:
@@ -113,6 +112,7 @@ def setting_of(options: argparse.Namespace, work: str = ".") -> Any:
 def run_part(options: argparse.Namespace, name: str) -> int:
     """Measures one part in this process and writes its file."""
     warnings.filterwarnings("ignore")  # of other libraries
+    logging.disable(logging.WARNING)  # likewise
     from benchmarks.speed.machine import described
     from benchmarks.speed.parts import PARTS, as_json, limit_of
 

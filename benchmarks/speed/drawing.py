@@ -5,19 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-
-from benchmarks.speed.passes import (
-    OURS,
-    OURS_BF16,
-    OURS_W8A8,
-    STACK,
-    compile_blocks,
-    diffusers_pass,
-    others,
-    ours,
-)
+from benchmarks.speed.passes import OURS, OURS_BF16, OURS_W8A8, STACK, compile_blocks, ours
 from benchmarks.speed.sizes import Size, prompt, weight_bytes
+from benchmarks.speed.theirs import diffusers_pass, others
 from benchmarks.speed.timing import Contender, Run
+
 from libreflux.model.latents import image_ids
 from libreflux.model.numerics import pinned
 from libreflux.sample.guidance import GuidedVelocity

@@ -1,12 +1,12 @@
-"""Floating-point operations that a piece of work needs, from its shapes: what its share of the machine's limit is of."""
+"""Floating-point operations that a piece of work needs, from its shapes; the share of the machine's limit is theirs."""
 
 from __future__ import annotations
+
+from benchmarks.speed.sizes import Size, empty_network
 
 from libreflux.adapter.layers import linear_shapes
 from libreflux.adapter.plan import plan
 from libreflux.recipe import AdapterSpec
-
-from benchmarks.speed.sizes import Size, empty_network
 
 
 def tokens_of(side: int) -> int:

@@ -6,10 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-
 from benchmarks.speed.sizes import Size
 from benchmarks.speed.timing import Contender, Run
+from torch import nn
+
 from libreflux.adapter.layers import AdaptedLinear, LoKr
 
 FACTOR = 4

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from benchmarks.speed.timing import median_seconds
 
 PACKAGES = ("torch", "diffusers", "transformers", "optimum-quanto", "lycoris-lora", "torchao", "peft", "bitsandbytes")

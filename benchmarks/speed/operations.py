@@ -9,9 +9,13 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 VIEWS = frozenset(
-    "view t transpose unsqueeze squeeze expand split slice select detach as_strided _unsafe_view permute alias unbind "
-    "chunk split_with_sizes _reshape_alias empty lift_fresh is_same_size empty_like new_empty empty_strided".split()
+    (
+        *("view", "t", "transpose", "unsqueeze", "squeeze", "expand", "split", "slice", "select", "detach"),
+        *("as_strided", "_unsafe_view", "permute", "alias", "unbind", "chunk", "split_with_sizes", "_reshape_alias"),
+        *("empty", "empty_like", "new_empty", "empty_strided", "lift_fresh", "is_same_size"),
+    )
 )
+"""Operations that move and compute nothing."""
 
 
 class Operations(TorchDispatchMode):

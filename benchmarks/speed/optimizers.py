@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from benchmarks.speed.sizes import Size, empty_network
+from benchmarks.speed.theirs import RATE
+from benchmarks.speed.timing import Contender, Run
 from torch import nn
 
-from benchmarks.speed.passes import RATE
-from benchmarks.speed.sizes import Size, empty_network
-from benchmarks.speed.timing import Contender, Run
 from libreflux.adapter.plan import plan
 from libreflux.recipe import AdapterSpec, OptimizerSpec
 from libreflux.training.optimizer import make_optimizer

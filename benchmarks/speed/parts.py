@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed import drawing, layer, machine, optimizers, passes, sizes
+from benchmarks.speed import drawing, layer, machine, optimizers, passes, runs, sizes
 from benchmarks.speed.flops import guided_flops, tokens_of, training_flops
+from benchmarks.speed.ratios import Measured
 from benchmarks.speed.results import Figure, Found, Row
 from benchmarks.speed.sizes import SIZES, Size
-from benchmarks.speed.timing import Contender, Measured, take_turns
+from benchmarks.speed.timing import Contender, take_turns
 
 CAPTION = 64
 """Tokens of the caption in a training step."""
 QUICK = (passes.OURS, passes.STACK, passes.OURS_W8A8, passes.OURS_BF16, drawing.DIFFUSERS)
-"""Who takes part in passes of a quick run."""
+"""Who takes part in the passes of a quick run."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,38 @@ def optimizer(setting: Setting, of: str | None = None) -> Found:
     size = setting.shape if of is None else sizes.SIZES[of]
     count = sum(rows * columns for rows, columns in optimizers.shapes(size))
     measured = setting.turns(optimizers.contenders(size, setting.device), 3 if setting.quick else 5)
-    title = f"optimizer step, {count / 1e6:,.0f} M parameters" if count > 2e6 else f"optimizer step, {count:,} parameters"
+    title = (
+        f"optimizer step, {count / 1e6:,.0f} M parameters" if count > 2e6 else f"optimizer step, {count:,} parameters"
+    )
     return Found([Row(title, ("torch AdamW, bf16, fused", "torch AdamW, fp32"), None, measured)])
+
+
+def preparing(setting: Setting) -> Found:
+    """The emoji family's own parts on its own pictures, by the path that `libreflux prepare` takes."""
+    count = 16 if setting.size == "emoji" else 64 if setting.quick else 256
+    return Found(figures=runs.prepared(setting.work, count, setting.device))
+
+
+def checkpoints(setting: Setting) -> Found:
+    """Saving and loading the size's adapter."""
+    saving, loading = runs.checkpoints(setting.shape, setting.work, setting.device)
+    turns = 3 if setting.size == "emoji" else 5
+    found = [
+        Row("saving a checkpoint, adapter and moments", (runs.TORCH_SAVE,), None, setting.turns(saving, turns)),
+        Row("loading a checkpoint, adapter and moments", ("torch.load",), None, setting.turns(loading, turns)),
+    ]
+    return Found(found)
+
+
+def start(setting: Setting) -> Found:
+    """From the command to the end of the first step, emoji-base."""
+    measured = setting.turns(runs.starts(setting.work, setting.device), 1 if setting.size == "emoji" else 3)
+    return Found([Row("a new process, emoji-base, until one step is saved", (), None, measured)])
+
+
+def estimate(setting: Setting) -> Found:
+    """The estimate of `train --dry-run` beside the peak of a real run; see benchmarks/memory.py."""
+    return Found(figures=runs.estimates(setting.size, setting.work))
 
 
 Part = Callable[[Setting], Found]
@@ -111,17 +142,12 @@ PARTS: dict[str, Part] = {
     "training-small": lambda setting: training(setting, 0),
     "guidance": guidance,
     "training-large": lambda setting: training(setting, 1),
+    "prepare": preparing,
+    "checkpoint": checkpoints,
+    "start": start,
+    "estimate": estimate,
     "optimizer-600m": lambda setting: optimizer(setting, "full"),
 }
-IN_QUICK = ("limits", "layer", "optimizer", "training-small", "guidance")
-
-
-def chosen(setting: Setting) -> list[str]:
-    """The names of the parts that such a run has."""
-    if setting.quick:
-        return list(IN_QUICK)
-    left_out = {"slice": set(), "full": {"optimizer-600m"}, "emoji": {"optimizer-600m"}}[setting.size]
-    return [name for name in PARTS if name not in left_out]
 
 
 def as_json(name: str, found: Found, limit: float | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.speed.timing import Measured, ratio_through
+from benchmarks.speed.ratios import Measured, ratio_through
 
 HEAD = ("contender", "median", "from–to", "share of limit", "peak", "operations", "of it")
 
@@ -33,6 +33,7 @@ class Row:
         seconds = None if self.flops is None or not limit else self.flops / limit / 1e12
         return {
             "title": self.title,
+            "references": list(self.references),
             "tflop": None if self.flops is None else self.flops / 1e12,
             "limit_seconds": seconds,
             "contenders": [self._contender(one, seconds) for one in self.measured],
@@ -96,7 +97,7 @@ def text(part: Mapping[str, Any]) -> str:
     """A part's JSON for a terminal."""
     blocks = []
     for row in part["rows"]:
-        references = list(dict.fromkeys(name for one in row["contenders"] for name in one.get("times_faster_than", ())))
+        references = present(row)
         head = [*HEAD[:3], *(f"times as fast as {name}" for name in references), *HEAD[3:]]
         lines = [head, *(cells(one, references) for one in row["contenders"] if "median" in one)]
         missing = [f"{one['name']}: {one['reason']}" for one in row["contenders"] if "median" not in one]
@@ -105,6 +106,12 @@ def text(part: Mapping[str, Any]) -> str:
         lines = [[one["name"], number(one["value"]), one["unit"]] for one in part["figures"]]
         blocks.append("\n".join([part["part"], *aligned(lines)]))
     return "\n\n".join(blocks)
+
+
+def present(row: Mapping[str, Any]) -> list[str]:
+    """The references of a row that have figures."""
+    measured = [one["name"] for one in row["contenders"] if "median" in one]
+    return [name for name in row["references"] if name in measured]
 
 
 def cells(one: Mapping[str, Any], references: Sequence[str]) -> list[str]:

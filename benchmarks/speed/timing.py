@@ -12,13 +12,13 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-
 from benchmarks.speed.operations import Operations
+from benchmarks.speed.ratios import Measured
 
 Run = Callable[[], Mapping[str, float] | None]
 """Does the work once; may return seconds of named parts of it."""
@@ -34,6 +34,7 @@ class Contender:
         ours: whether a failure is ours: others' may fail, and the table then says why.
         bytes: that it holds, about; contenders that do not fit together are measured in groups.
         counted: whether its operations can be counted: not those inside other libraries' tensors or compiled blocks.
+        elsewhere: whether the work is done in another process, whose memory is not measured.
     """
 
     name: str
@@ -41,45 +42,7 @@ class Contender:
     ours: bool = False
     bytes: float = 0.0
     counted: bool = True
-
-
-@dataclass
-class Measured:
-    """What was found of one contender.
-
-    Attributes:
-        seconds: by round; rounds of one name are of the same turn.
-        parts: seconds of named parts of the work, by round.
-        peak_bytes: that it held and needed at most; None where that cannot be told.
-        operations: dispatched in one run; None: not counted.
-        reason: why there is no figure; None: there is one.
-    """
-
-    name: str
-    ours: bool = False
-    seconds: dict[str, float] = field(default_factory=dict)
-    parts: dict[str, dict[str, float]] = field(default_factory=dict)
-    peak_bytes: int | None = None
-    operations: int | None = None
-    reason: str | None = None
-
-
-def ratio(of: Mapping[str, float], to: Mapping[str, float]) -> float | None:
-    """The median over the rounds that both have of `of`'s seconds over `to`'s; None without such a round."""
-    shared = [name for name in of if name in to]
-    return statistics.median(of[name] / to[name] for name in shared) if shared else None
-
-
-def ratio_through(of: Measured, to: Measured, others: Sequence[Measured]) -> float | None:
-    """`ratio`; of two that were never in one group, the product of the ratios through one that was with both."""
-    direct = ratio(of.seconds, to.seconds)
-    if direct is not None:
-        return direct
-    for between in others:
-        first, second = ratio(of.seconds, between.seconds), ratio(between.seconds, to.seconds)
-        if first is not None and second is not None:
-            return first * second
-    return None
+    elsewhere: bool = False
 
 
 def groups(contenders: Sequence[Contender], room: float) -> list[list[Contender]]:
@@ -112,6 +75,7 @@ def take_turns(contenders: Sequence[Contender], *, rounds: int, device: str, roo
 def _measure_group(group: Sequence[Contender], found: dict[str, Measured], rounds: int, device: str, name: str) -> None:
     runs: dict[str, Run] = {}
     held: dict[str, int] = {}
+    elsewhere = {one.name: one.elsewhere for one in group}
     for one in group:
         if found[one.name].reason is not None:
             continue
@@ -123,11 +87,11 @@ def _measure_group(group: Sequence[Contender], found: dict[str, Measured], round
         names = list(runs)
         for each in names[turn % len(names) :] + names[: turn % len(names)] if names else []:
             taken, rise, parts = timed(runs[each], device)
-            one = found[each]
-            one.seconds[f"{name}.{turn}"] = taken
-            one.parts[f"{name}.{turn}"] = dict(parts)
-            if rise is not None:
-                one.peak_bytes = max(one.peak_bytes or 0, held[each] + rise)
+            seen = found[each]
+            seen.seconds[f"{name}.{turn}"] = taken
+            seen.parts[f"{name}.{turn}"] = dict(parts)
+            if rise is not None and not elsewhere[each]:
+                seen.peak_bytes = max(seen.peak_bytes or 0, held[each] + rise)
 
 
 def _built(one: Contender, found: Measured) -> Run | None:
@@ -139,7 +103,9 @@ def _built(one: Contender, found: Measured) -> Run | None:
     except ImportError as error:
         found.reason = f"skipped: {error}"
     except Exception as error:
-        found.reason = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error) else ''}"
+        found.reason = (
+            f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error) else ''}"
+        )
         if one.ours:
             traceback.print_exc()
     else:
