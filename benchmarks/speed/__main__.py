@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed [PART...] [--size slice|full|emoji] [--device cpu|cuda] [--quick]
         [--out DIR] [--json FILE]
-    python -m benchmarks.speed page RESULTS.json... > docs/performance.md
+    python -m benchmarks.speed page [RESULTS.json...] > docs/performance.md    # default: the recorded ones
 
 Each part is a process of its own and leaves DIR/PART.json; what is there is not measured again, unless `--again` asks
 for it. The table is printed as parts end. What cannot be imported is skipped, and the table names it. The libraries
@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.names import wanted
+from benchmarks.speed.names import PARTS, wanted
 from benchmarks.speed.results import text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] == ["page"]:
         from benchmarks.speed.page import page
 
-        print(page([json.loads(Path(one).read_text(encoding="utf-8")) for one in words[1:]]), end="")
+        sys.stdout.write(page([Path(one) for one in words[1:]] or None))
         return 0
     options = parsed(words)
     if options.here:
@@ -114,11 +114,11 @@ def run_part(options: argparse.Namespace, name: str) -> int:
     warnings.filterwarnings("ignore")  # of other libraries
     logging.disable(logging.WARNING)  # likewise
     from benchmarks.speed.machine import described
-    from benchmarks.speed.parts import PARTS, as_json, limit_of
+    from benchmarks.speed.parts import WORK, as_json, limit_of
 
     out, begun = Path(options.out), time.time()
     with tempfile.TemporaryDirectory() as work:
-        found = PARTS[name](setting_of(options, work))
+        found = WORK[name](setting_of(options, work))
     tree = {
         "schema": SCHEMA,
         **as_json(name, found, limit_of(read_parts(out))),
@@ -142,8 +142,8 @@ def read_parts(out: Path) -> dict[str, Mapping[str, Any]]:
 
 def together(out: Path) -> dict[str, Any]:
     """All parts of a folder in one tree."""
-    parts = list(read_parts(out).values())
-    return {"schema": SCHEMA, "parts": [one for one in parts if "part" in one]}
+    parts = read_parts(out)
+    return {"schema": SCHEMA, "parts": [parts[name] for name in PARTS if name in parts]}
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from benchmarks.speed.passes import OURS, OURS_BF16, OURS_W8A8, STACK, compile_blocks, ours
+from benchmarks.speed.passes import BASES, OURS, OURS_BF16, OURS_W8A8, STACK, compile_blocks, of_compiled, ours
 from benchmarks.speed.sizes import Size, prompt, weight_bytes
 from benchmarks.speed.theirs import diffusers_pass, others
 from benchmarks.speed.timing import Contender, Run
@@ -24,7 +24,7 @@ def contenders(size: Size, side: int, device: str) -> list[Contender]:
     int8, bf16 = weight_bytes(size, 1), weight_bytes(size, 2)
     own = partial(_ours, size, side, device)
     theirs = partial(_theirs, size, side, device)
-    found = [
+    return [
         Contender(OURS, partial(own, "int8"), ours=True, bytes=int8),
         Contender(STACK, partial(theirs, "quanto"), bytes=int8, counted=False),
         Contender(DIFFUSERS, partial(theirs, "bf16"), bytes=bf16),
@@ -32,13 +32,17 @@ def contenders(size: Size, side: int, device: str) -> list[Contender]:
         Contender(OURS_BF16, partial(own, "bf16"), ours=True, bytes=bf16),
         Contender("diffusers, torchao int8", partial(theirs, "torchao"), bytes=int8, counted=False),
     ]
-    if device == "cuda":
-        made = partial(theirs, "bf16", compiled=True)
-        found.append(Contender(f"{DIFFUSERS}, compiled", made, bytes=bf16, counted=False))
-        for base in ("int8", "bf16", "w8a8"):
-            made, held = partial(own, base, compiled=True), bf16 if base == "bf16" else int8
-            found.append(Contender(f"ours {base}, compiled", made, ours=True, bytes=held, counted=False))
-    return found
+
+
+def compiled_contenders(size: Size, side: int, device: str) -> list[Contender]:
+    """The same step with compiled blocks, beside the first of `contenders`."""
+    own = partial(_ours, size, side, device, compiled=True)
+    theirs = partial(_theirs, size, side, device, "bf16", compiled=True)
+    return [
+        contenders(size, side, device)[0],
+        Contender(f"{DIFFUSERS}, compiled", theirs, bytes=weight_bytes(size, 2), counted=False),
+        *(Contender(f"ours {base}, compiled", partial(own, base), **of_compiled(size, base)) for base in BASES),
+    ]
 
 
 def _ours(size: Size, side: int, device: str, base: str, *, compiled: bool = False) -> Run:

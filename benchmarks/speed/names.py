@@ -16,10 +16,16 @@ PARTS = (
     "start",
     "estimate",
     "optimizer-600m",
+    *(COMPILED := ("training-small-compiled", "guidance-compiled", "training-large-compiled")),
 )
 QUICK = ("limits", "layer", "optimizer", "training-small", "guidance")
-LEFT_OUT = {"slice": (), "full": ("estimate", "optimizer-600m"), "emoji": ("optimizer-600m",)}
-"""By size: the full one's adapter has 600 M parameters anyway, and benchmarks/gpu/recipes.sh measures its memory."""
+LEFT_OUT = {
+    "slice": COMPILED,
+    "full": ("estimate", "optimizer-600m"),
+    "emoji": ("optimizer-600m", *COMPILED),
+}
+"""By size: the full one's adapter has 600 M parameters anyway, and benchmarks/gpu/recipes.sh measures
+its memory. Blocks are compiled where it is asked for, and at the full size."""
 
 
 def chosen(size: str, quick: bool) -> Sequence[str]:

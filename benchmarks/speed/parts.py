@@ -1,4 +1,4 @@
-"""The parts of the benchmark by name. Each is a process of its own and leaves one JSON file."""
+"""What each part of `names.PARTS` measures."""
 
 from __future__ import annotations
 
@@ -61,11 +61,12 @@ def limits(setting: Setting) -> Found:
     return Found(figures=[*figures, Figure("memory, a copy", found["copy_gb_s"], "GB/s")], limits=found)
 
 
-def training(setting: Setting, which: int) -> Found:
+def training(setting: Setting, which: int, *, compiled: bool = False) -> Found:
     """A training step at the size's smaller or larger picture."""
     size, side = setting.shape, setting.shape.sides[which]
-    found = passes.contenders(size, side, CAPTION, setting.device)
-    if setting.quick:
+    made = passes.compiled_contenders if compiled else passes.contenders
+    found = made(size, side, CAPTION, setting.device)
+    if setting.quick and not compiled:
         found = [one for one in found if one.name in QUICK]
     measured = setting.turns(found, 2 if setting.quick or which else size.rounds)
     flops = training_flops(size, tokens_of(side), CAPTION)
@@ -73,12 +74,13 @@ def training(setting: Setting, which: int) -> Found:
     return Found([Row(title, (passes.STACK, passes.OURS_BF16), flops, measured)])
 
 
-def guidance(setting: Setting) -> Found:
+def guidance(setting: Setting, *, compiled: bool = False) -> Found:
     """A guided step; in a quick run of the smaller picture."""
     size = setting.shape
     side = min(size.sides[0], size.drawn) if setting.quick else size.drawn
-    found = drawing.contenders(size, side, setting.device)
-    if setting.quick:
+    made = drawing.compiled_contenders if compiled else drawing.contenders
+    found = made(size, side, setting.device)
+    if setting.quick and not compiled:
         found = [one for one in found if one.name in QUICK]
     measured = setting.turns(found, 2 if setting.quick else size.rounds)
     flops = guided_flops(size, tokens_of(side), drawing.TOKENS)
@@ -135,7 +137,7 @@ def estimate(setting: Setting) -> Found:
 
 
 Part = Callable[[Setting], Found]
-PARTS: dict[str, Part] = {
+WORK: dict[str, Part] = {
     "limits": limits,
     "layer": adapted_layer,
     "optimizer": optimizer,
@@ -147,6 +149,9 @@ PARTS: dict[str, Part] = {
     "start": start,
     "estimate": estimate,
     "optimizer-600m": lambda setting: optimizer(setting, "full"),
+    "training-small-compiled": lambda setting: training(setting, 0, compiled=True),
+    "guidance-compiled": lambda setting: guidance(setting, compiled=True),
+    "training-large-compiled": lambda setting: training(setting, 1, compiled=True),
 }
 
 

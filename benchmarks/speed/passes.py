@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from functools import partial
+from typing import Any
 
 import torch
 from benchmarks.speed.sizes import Size, network, prompt, weight_bytes
@@ -26,14 +27,15 @@ STACK = "the report's stack"
 OURS = "ours int8"
 OURS_BF16 = "ours bf16"
 OURS_W8A8 = "ours w8a8"
+BASES = ("int8", "bf16", "w8a8")
 
 
 def contenders(size: Size, side: int, tokens: int, device: str) -> list[Contender]:
     """Of one training step: forward, backward, clip, optimizer."""
-    own = partial(_ours, size, side, tokens, device)
+    own = partial(own_step, size, side, tokens, device)
     int8, bf16 = weight_bytes(size, 1), weight_bytes(size, 2)
     extra = 0.9 * weight_bytes(size, 1)  # adapter, its gradient, moments, activations: measured on the slice
-    found = [
+    return [
         Contender(OURS, partial(own, "int8"), ours=True, bytes=int8 + extra),
         Contender(STACK, partial(lokr_step, size, side, device, "quanto"), bytes=int8 + extra, counted=False),
         Contender(OURS_W8A8, partial(own, "w8a8"), ours=True, bytes=int8 + extra),
@@ -42,12 +44,21 @@ def contenders(size: Size, side: int, tokens: int, device: str) -> list[Contende
         Contender("torchao int8, lycoris", partial(lokr_step, size, side, device, "torchao"), bytes=int8 + extra),
         Contender("peft LoRA 16, bf16 base", partial(lora_step, size, side, device), bytes=bf16),
     ]
-    if device == "cuda":
-        for base in ("int8", "bf16", "w8a8"):
-            made = partial(own, base, compiled=True)
-            held = bf16 if base == "bf16" else int8
-            found.append(Contender(f"ours {base}, compiled", made, ours=True, bytes=held + extra, counted=False))
-    return found
+
+
+def compiled_contenders(size: Size, side: int, tokens: int, device: str) -> list[Contender]:
+    """The same step with compiled blocks, beside the first of `contenders`."""
+    first = contenders(size, side, tokens, device)[0]
+    own = partial(own_step, size, side, tokens, device, compiled=True)
+    return [
+        first,
+        *(Contender(f"ours {base}, compiled", partial(own, base), **of_compiled(size, base)) for base in BASES),
+    ]
+
+
+def of_compiled(size: Size, base: str) -> dict[str, Any]:
+    """What compiled contenders have in common; the operations inside compiled blocks are not to be seen."""
+    return {"ours": True, "bytes": weight_bytes(size, 3 if base == "bf16" else 2), "counted": False}
 
 
 def ours(size: Size, device: str, base: str, *, compiled: bool = False) -> FluxTransformer2DModel:
@@ -81,7 +92,8 @@ def adapted(size: Size, transformer: nn.Module) -> Adapter:
     return plan.build(spec, transformer, layers, dtype=torch.bfloat16, seed=0)
 
 
-def _ours(size: Size, side: int, tokens: int, device: str, base: str, *, compiled: bool = False) -> Run:
+def own_step(size: Size, side: int, tokens: int, device: str, base: str, *, compiled: bool = False) -> Run:
+    """One training step of ours: forward, backward, clip, optimizer; see `ours` for the base."""
     transformer = ours(size, device, base)
     adapter = adapted(size, transformer)
     enable_checkpointing(transformer)
