@@ -12,6 +12,7 @@ that libreflux is compared with come with `pip install libreflux[bench]`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     options = parsed(words)
     if options.here:
-        return run_part(options, options.parts[0])
+        with quiet():
+            return run_part(options, options.parts[0])
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     failed = False
@@ -49,10 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         again = options.again and (name in options.parts or not options.parts)
         if again or not (out / f"{name}.json").is_file():
             print(f"— {name} …", flush=True)
-            failed |= child(words, name, out, options.limit)
+            failed |= child(options, name)
         if (out / f"{name}.json").is_file():
             print(text(json.loads((out / f"{name}.json").read_text(encoding="utf-8"))) + "\n", flush=True)
     if options.json:
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
         Path(options.json).write_text(json.dumps(together(out), indent=1) + "\n", encoding="utf-8")
     return int(failed)
 
@@ -85,19 +88,26 @@ def parsed(words: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def child(words: Sequence[str], name: str, out: Path, limit: float | None) -> bool:
+def child(options: argparse.Namespace, name: str) -> bool:
     """Whether the part failed, in a process of its own: an illegal access on a card spoils a process for good."""
-    given = [word for word in words if word not in parsed(words).parts]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "benchmarks.speed", name, "--here", *given, "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.speed", name, "--here", *for_child(options)]
     try:
-        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, timeout=limit, check=False)
+        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, timeout=options.limit, check=False)
     except subprocess.TimeoutExpired:
-        print(f"{name}: not done within {limit:g} s", flush=True)
+        print(f"{name}: not done within {options.limit:g} s", flush=True)
         return True
     if done.returncode:
         print(f"{name}: failed (exit code {done.returncode})", flush=True)
     return done.returncode != 0
+
+
+def for_child(options: argparse.Namespace) -> list[str]:
+    """The options that a part's process needs."""
+    words = ["--size", options.size, "--device", options.device, "--out", options.out]
+    words += ["--quick"] if options.quick else []
+    words += [] if options.memory is None else ["--memory", str(options.memory)]
+    return words + [word for name in options.only or () for word in ("--only", name)]
 
 
 def setting_of(options: argparse.Namespace, work: str = ".") -> Any:
@@ -109,10 +119,19 @@ def setting_of(options: argparse.Namespace, work: str = ".") -> Any:
     return Setting(options.size, options.device, options.quick, room, Path(work), only)
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without other libraries' warnings."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    logging.disable(before)
+
+
 def run_part(options: argparse.Namespace, name: str) -> int:
     """Measures one part in this process and writes its file."""
-    warnings.filterwarnings("ignore")  # of other libraries
-    logging.disable(logging.WARNING)  # likewise
     from benchmarks.speed.machine import described
     from benchmarks.speed.parts import WORK, as_json, limit_of
 

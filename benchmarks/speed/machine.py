@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from benchmarks.speed.timing import median_seconds
 
-PACKAGES = ("torch", "diffusers", "transformers", "optimum-quanto", "lycoris-lora", "torchao", "peft", "bitsandbytes")
+PACKAGES = ("diffusers", "transformers", "optimum-quanto", "lycoris-lora", "torchao", "peft", "bitsandbytes")
 SHAPES = ((320, 3072, 12288), (1088, 3072, 12288), (1088, 12288, 3072), (1088, 3072, 3072))
 LARGE = ((4160, 3072, 12288), (4160, 12288, 3072), (8192, 8192, 8192))
 SMALL = ((64, 256, 1024), (64, 1024, 256))
@@ -30,7 +30,7 @@ def described(device: str) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "memory_gib": round(memory_bytes(device) / 2**30, 1),
         "python": platform.python_version(),
-        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "versions": {"torch": torch.__version__} | {name: version for name in PACKAGES if (version := _version(name))},
     }
 
 

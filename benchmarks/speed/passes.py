@@ -27,6 +27,7 @@ STACK = "the report's stack"
 OURS = "ours int8"
 OURS_BF16 = "ours bf16"
 OURS_W8A8 = "ours w8a8"
+W8A8 = "libreflux.model.w8a8"
 BASES = ("int8", "bf16", "w8a8")
 
 
@@ -67,13 +68,13 @@ def ours(size: Size, device: str, base: str, *, compiled: bool = False) -> FluxT
     Raises:
         ImportError: w8a8 is not there.
     """
-    if base == "w8a8" and importlib.util.find_spec("libreflux.model.w8a8") is None:
-        raise ImportError("libreflux.model.w8a8 is missing")
+    if base == "w8a8" and importlib.util.find_spec(W8A8) is None:
+        raise ImportError(f"{W8A8} is missing")
     made = network(size, device)
     if base != "bf16":
         quantise_model(made)
     if base == "w8a8":
-        importlib.import_module("libreflux.model.w8a8").quantise_activations(made)
+        importlib.import_module(W8A8).quantise_activations(made)
     if compiled:
         compile_blocks(made)
     return made
