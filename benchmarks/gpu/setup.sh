@@ -2,7 +2,7 @@
 # wheels come from .gpu/whl, see README.md.
 G=$PWD/benchmarks/gpu OUT=${OUT:-$PWD/out/gpu} W=$(dirname "$(mktemp -u)")/libreflux-gpu
 mkdir -p "$OUT" "$W"
-if [ ! -f "$W/site/.done" ]; then
+if [ ! -f "$W/site/.done" ] && compgen -G '.gpu/whl/*.whl' > /dev/null; then
   python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$W/site" .gpu/whl/*.whl 2>&1 | grep -v WARN
   mkdir -p "$W/site/libreflux-0.1.0.dist-info" # its version is asked for
   printf 'Metadata-Version: 2.1\nName: libreflux\nVersion: 0.1.0\n' > "$W/site/libreflux-0.1.0.dist-info/METADATA"
