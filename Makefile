@@ -65,6 +65,7 @@ test-gpu: $(if $(PY),,install)
 soak: install
 	$(BIN)/python tests/soak.py
 
+QUICK := $(if $(filter quick,$(BENCH)),-quick)
 BENCH_STAMP := $(VENV)/.bench-installed
 
 # A stamp of its own: the libraries that are compared with are large, and nothing else needs them.
@@ -73,7 +74,7 @@ $(BENCH_STAMP): $(STAMP)
 	@touch $@
 
 bench: $(BENCH_STAMP)
-	$(BIN)/python -m benchmarks.speed $(if $(filter quick,$(BENCH)),--quick) --again --out out/bench --json out/bench.json
+	$(BIN)/python -m benchmarks.speed --again --out out/bench$(QUICK) --json out/bench$(QUICK).json $(if $(QUICK),--quick)
 
 lint: install
 	$(BIN)/ruff check

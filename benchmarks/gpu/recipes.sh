@@ -10,7 +10,7 @@ mkdir -p "$W/runs" && cd "$W/runs"
 [ -d photos ] || "$PY" "$G/photos.py" photos 24 "$S"
 export PEAK_LOG=$OUT/peaks
 L="$PY -m libreflux"
-common="model=$M data.0.path=photos device=$D samples.every=0 samples.at_start=false held_out.share=0 optimizer.warmup=0 save.every=1000 save.averages_every=null"
+common="model=$M data.0.path=photos device=$D samples.every=0 samples.at_start=false held_out.share=0 optimizer.warmup=0 save.every=1000 save.averages_every=null ${TINY:+resolution=$S}"
 for name in flux-24gb-free flux-24gb-style flux-8xh100; do # what is foretold, to compare with the peaks below
   timed "dry-run-$name" $L train "$ROOT/recipes/$name.yaml" $common out="dry-$name" --dry-run
 done

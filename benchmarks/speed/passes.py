@@ -35,14 +35,19 @@ def contenders(size: Size, side: int, tokens: int, device: str) -> list[Contende
     """Of one training step: forward, backward, clip, optimizer."""
     own = partial(own_step, size, side, tokens, device)
     int8, bf16 = weight_bytes(size, 1), weight_bytes(size, 2)
-    extra = 0.9 * weight_bytes(size, 1)  # adapter, its gradient, moments, activations: measured on the slice
+    extra = 0.9 * weight_bytes(size, 1)  # about: the adapter, its gradient and moments, activations
     return [
         Contender(OURS, partial(own, "int8"), ours=True, bytes=int8 + extra),
         Contender(STACK, partial(lokr_step, size, side, device, "quanto"), bytes=int8 + extra, counted=False),
         Contender(OURS_W8A8, partial(own, "w8a8"), ours=True, bytes=int8 + extra),
         Contender(OURS_BF16, partial(own, "bf16"), ours=True, bytes=bf16 + extra),
         Contender("lycoris, bf16 base", partial(lokr_step, size, side, device, "bf16"), bytes=bf16 + extra),
-        Contender("torchao int8, lycoris", partial(lokr_step, size, side, device, "torchao"), bytes=int8 + extra),
+        Contender(
+            "torchao int8, lycoris",
+            partial(lokr_step, size, side, device, "torchao"),
+            bytes=int8 + extra,
+            counted=False,
+        ),
         Contender("peft LoRA 16, bf16 base", partial(lora_step, size, side, device), bytes=bf16),
     ]
 
