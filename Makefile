@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest coverage test-gpu soak lint docs emoji
+.PHONY: help install demo test test-lowest coverage test-gpu soak bench lint docs emoji
 
 help:
 	@echo 'make install   the package, editable, with its pinned dependencies, into $(VENV)'
@@ -17,6 +17,7 @@ help:
 	@echo 'make test-gpu  install, then the tests for a card; PY=python3: with that Python as it is, nothing is installed'
 	@echo 'make emoji     install, then the emoji family from nothing: about 6 hours on two cores, resumable; WORK=DIR'
 	@echo 'make soak      install, then kill training 50 times, fill its disk, compare the bytes: some minutes'
+	@echo 'make bench     install, what is compared with into $(BENCH_VENV), then how fast things are: 20 minutes; BENCH=quick: 4'
 	@echo 'make lint      install, then ruff, mypy, and import-linter: which room may import which'
 	@echo 'make docs      install, then the documentation: out/docs/index.html; a warning is an error'
 
@@ -63,6 +64,15 @@ test-gpu: $(if $(PY),,install)
 
 soak: install
 	$(BIN)/python tests/soak.py
+
+QUICK := $(if $(filter quick,$(BENCH)),-quick)
+BENCH_VENV := .venv-bench
+
+# A virtual environment of its own: the libraries that are compared with are large, and two of them slow every import.
+bench: install
+	test -x $(BENCH_VENV)/bin/python || $(PYTHON) -m venv $(BENCH_VENV)
+	VIRTUAL_ENV=$(CURDIR)/$(BENCH_VENV) $(BIN)/uv pip install --compile-bytecode -c constraints.txt -b constraints.txt -e '.[bench]'
+	$(BENCH_VENV)/bin/python -m benchmarks.speed --again --out out/bench$(QUICK) --json out/bench$(QUICK).json $(if $(QUICK),--quick)
 
 lint: install
 	$(BIN)/ruff check

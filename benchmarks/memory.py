@@ -74,7 +74,7 @@ def make(name: str, folder: Path) -> None:
     from libreflux.model.locate import locate
 
     changes, words, keys = RUNS[name]
-    shutil.copytree(locate("emoji-base"), folder / "model")
+    shutil.copytree(locate("emoji-base"), folder / "model", ignore=shutil.ignore_patterns("checksums.json"))
     for part, change in changes.items():
         _random_part(folder / "model" / part, change)
     write_facts(folder / "model", dataclasses.replace(read_facts(folder / "model"), steps=2))
@@ -256,9 +256,9 @@ def main() -> None:
     print(f"{'run':<8}{'phase':<30}{'estimated':>12}{'measured':>12}{'ratio':>8}   (MiB)")
     for name in options.runs or RUNS:
         with tempfile.TemporaryDirectory() as folder:
-            _child(name, folder)
+            child(name, folder)
             for kind in options.only or KINDS:
-                found = json.loads(_child(kind, folder).splitlines()[-1])
+                found = json.loads(child(kind, folder).splitlines()[-1])
                 for phase, measured in found["measured"].items():
                     estimated = found["estimated"][phase]
                     row = f"{name:<8}{phase:<30}{estimated:>12,.0f}{measured:>12,.0f}{estimated / measured:>8.2f}"
@@ -267,7 +267,8 @@ def main() -> None:
                     print("".join(f"    {key}: {value}\n" for key, value in found.items()), flush=True)
 
 
-def _child(verb: str, folder: str) -> str:
+def child(verb: str, folder: str) -> str:
+    """What a process of its own prints: VERB is a name of `RUNS`, which is made in the folder, or one of `KINDS`."""
     command = [sys.executable, __file__, "--work", verb, folder]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

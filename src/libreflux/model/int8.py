@@ -72,16 +72,21 @@ def up_to_bf16(positive: Tensor) -> Tensor:
     return ((positive.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
 
 
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether a product takes a CPU's path: compiled, and elsewhere, it takes the plain one."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """scale * q [out, in] in `dtype`: one new matrix and no other temporary of its size; bf16 holds every q exactly."""
-    if weight.device.type == "cpu" or torch.compiler.is_compiling():
+    if on_cpu(weight) or torch.compiler.is_compiling():
         return weight.to(dtype).mul_(scale.to(dtype)[:, None])
     return torch.mul(weight, scale[:, None], out=torch.empty(weight.shape, dtype=dtype, device=weight.device))
 
 
 def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """x (scale * q)^T + bias [..., out] in x's dtype."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not on_cpu(x):
         return F.linear(x, dequantise(weight, scale, x.dtype), bias)
     if x.dtype == torch.bfloat16 and x.numel() <= _FEW * weight.shape[1] and not any(n % 64 for n in weight.shape):
         rows = x.reshape(-1, weight.shape[1])
@@ -122,7 +127,7 @@ class _Int8Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         weight, scale = ctx.saved_tensors
-        make = _dense_for_now if grad.device.type == "cpu" else dequantise
+        make = _dense_for_now if on_cpu(grad) else dequantise
         return grad @ make(weight, scale, grad.dtype), None, None, None
 
 

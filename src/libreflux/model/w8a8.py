@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from libreflux.model import int8
 from libreflux.model.int8 import Int8Linear
 
 Kind = Literal["int8", "fp8"]
@@ -105,7 +106,7 @@ def scaled_product(
     """
     k, n = matrix.shape
     rows = x.reshape(-1, k)
-    if rows.device.type == "cpu" and kind == "int8" and not torch.compiler.is_compiling():
+    if kind == "int8" and int8.on_cpu(rows):
         made = _on_a_cpu(rows, matrix, after, bias, before)
     elif rows.device.type == "cuda" and kind == "int8" and len(rows) < _FEWEST:
         made = rows.new_zeros(_FEWEST, k)
@@ -127,9 +128,10 @@ def quantise_rows(x: Tensor, kind: Kind, before: Tensor | None = None) -> tuple[
     Returns:
         q [t, k] and fp32 scale [t, 1], with |x before - scale q| <= scale / 2 for int8; scale is at least 1e-30.
     """
-    wide = x.float() if before is None else x.float() * before
-    scale = wide.abs().amax(dim=1, keepdim=True).div_(_LARGEST[kind]).clamp_(min=_SMALLEST)
-    scaled = wide.div_(scale) if wide is not x else wide / scale
+    scaled = x if before is None else x * before
+    largest = torch.linalg.vector_norm(scaled, float("inf"), dim=1, keepdim=True, dtype=torch.float32)
+    scale = largest.div_(_LARGEST[kind]).clamp_(min=_SMALLEST)
+    scaled = scaled / scale
     return (scaled.round_().to(torch.int8) if kind == "int8" else scaled.to(E4M3)), scale
 
 
@@ -141,7 +143,7 @@ def _at_once(
     if kind == "int8":
         made = torch._int_mm(q, right).float().mul_(scale)
     else:
-        right = right.float().to(E4M3)
+        right = right.to(E4M3)
         if x.device.type == "cuda" and x.dtype == torch.bfloat16:
             columns = scale.new_ones(1, matrix.shape[1]) if after is None else after[None]
             scaled = torch._scaled_mm(q, right, scale_a=scale, scale_b=columns, out_dtype=x.dtype)
@@ -205,7 +207,7 @@ def plain_product(
 ) -> Tensor:
     """The twin of `scaled_product`: the same numbers, multiplied in fp64."""
     q, scale = quantise_rows(x.reshape(-1, len(matrix)), kind, before)
-    right = matrix.double() if kind == "int8" else matrix.float().to(E4M3).double()
+    right = matrix.double() if kind == "int8" else matrix.to(E4M3).double()
     made = q.double() @ right * scale
     made = made if after is None else made * after
     made = made if bias is None else made + bias
