@@ -28,6 +28,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from libreflux.errors import ModelError, OptionHint, RunError
+from libreflux.model.compile_choice import Work
 from libreflux.printing import counted
 
 WITHOUT = OptionHint("set `compile` off")
@@ -61,7 +62,7 @@ class CompiledBlocks:
         self.graphs_by_kind: dict[str, int] = {}
         self._paused = False
         kinds: dict[Hashable, _Kind] = {}
-        for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
+        for block in blocks_of(transformer):
             structure = _structure(block)
             if structure not in kinds:
                 kinds[structure] = _Kind(self, type(block), f"{type(block).__name__} {len(kinds) + 1}")
@@ -95,8 +96,7 @@ class _Kind:
     """What blocks of one structure share: a compiled function for each way to call them."""
 
     def __init__(self, owner: CompiledBlocks, block: type[nn.Module], name: str) -> None:
-        self.owner, self.block, self.name = weakref.ref(owner), block, name
-        self.backend = owner.backend
+        self.owner, self.block, self.name = owner, block, name
         self.functions: dict[Hashable, Callable[..., tuple[Tensor, Tensor]]] = {}
 
     def call(
@@ -109,8 +109,8 @@ class _Kind:
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The block's forward pass; arguments and results are those of diffusers' block."""
-        owner = self.owner()
-        if owner is None or owner._paused:
+        owner = self.owner
+        if owner._paused:
             plain: tuple[Tensor, Tensor] = self.block.forward(
                 block, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
             )
@@ -124,7 +124,7 @@ class _Kind:
         way = graded, samples > 1, words > 1, mask is not None
         new = way not in self.functions
         if new:
-            self.functions[way] = _compiled(self.block.forward, self.backend)
+            self.functions[way] = _compiled(self.block.forward, owner.backend)
         _mark(hidden_states, 0, 1)
         _mark(encoder_hidden_states, 0, 1)
         _mark(temb, 0)
@@ -144,30 +144,36 @@ class _Kind:
         return out
 
 
-def require_compiler(device: torch.device | str) -> None:
-    """Whether torch can compile for a device here.
-
-    Raises:
-        RunError: it cannot: no C++ compiler for a CPU, no Triton for a card, or another kind of device.
-    """
+def missing_compiler(device: torch.device | str) -> str | None:
+    """Why torch cannot compile for a device here; None: it can."""
     kind = torch.device(device).type
     if kind == "cuda":
         from torch.utils._triton import has_triton
 
-        if not has_triton():
-            raise RunError("Triton is missing, with which torch compiles for a card", where="compile", hint=WITHOUT)
-    elif kind == "cpu":
-        from torch._inductor import cpp_builder, exc
+        return None if has_triton() else "there is no Triton, with which torch compiles for a card"
+    if kind != "cpu":
+        return f"compiling for {kind} is not supported"
 
-        try:
-            compiler = cpp_builder.get_cpp_compiler()
-        except exc.InvalidCxxCompiler:
-            compiler = None
-        if compiler is None or shutil.which(compiler) is None:
-            hint = OptionHint("install g++ or clang++, name it in CXX, or set `compile` off")
-            raise RunError("there is no C++ compiler, with which torch compiles for a CPU", where="compile", hint=hint)
-    else:
-        raise RunError(f"compiling for {kind} is not supported", where="compile", hint=WITHOUT)
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        compiler = cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        compiler = None
+    found = compiler is not None and shutil.which(compiler) is not None
+    return None if found else "there is no C++ compiler (g++, clang++ or CXX), with which torch compiles for a CPU"
+
+
+def work_of(transformer: FluxTransformer2DModel, passes: int, *, training: bool) -> Work:
+    """What `compile_choice.choose` asks for, of so many passes through a transformer with its adapters."""
+    blocks = blocks_of(transformer)
+    kinds = len({_structure(block) for block in blocks})
+    return Work(kinds=kinds, blocks=len(blocks), passes=passes, training=training)
+
+
+def blocks_of(transformer: FluxTransformer2DModel) -> list[nn.Module]:
+    """A transformer's blocks, double ones first."""
+    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
 def _attach(block: nn.Module, kind: _Kind) -> None:
@@ -216,11 +222,15 @@ def _with_grad(tensor: Tensor) -> Tensor:
 
 
 def _mark(tensor: Tensor | None, *dims: int) -> None:
-    """Says that these sizes vary, from the first call on; a size of 1 is a constant to torch whatever is said."""
+    """Says that these sizes vary, from the first call on; a size of 1 is a constant to torch whatever is said.
+
+    "Maybe", since the compiler makes a constant of a size that it finds equal to another by chance, such as four tokens
+    beside a factor of four: that is one graph more, where `mark_dynamic` would end the run.
+    """
     if tensor is not None:
         for dim in dims:
             if tensor.shape[dim] > 1:
-                torch._dynamo.mark_dynamic(tensor, dim)
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 def _graphs() -> int:

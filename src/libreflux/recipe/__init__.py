@@ -137,6 +137,10 @@ class Recipe(Section):
         description="on CUDA the same bits again, by slower kernels; else sums inside kernels have no fixed order",
     )
     threads: Whole | None = Field(default=None, ge=1, description="CPU threads; default: as many as torch chooses")
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="compile the blocks by kind, which changes last bits; auto: on a card, where it saves time",
+    )
     out: Place = Field(description="run folder")
     cache: Place | None = Field(default=None, description="folder of the prepared data; default: out/cache")
 
@@ -144,6 +148,11 @@ class Recipe(Section):
     @classmethod
     def _expanded(cls, value: str | None) -> str | None:
         return value and os.path.expanduser(value)
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # which on and off are to YAML
 
     @field_validator("text_padding", mode="before")
     @classmethod
@@ -265,6 +274,7 @@ _INDECISIVE = frozenset(
         "deterministic",
         "threads",
         "gradient_checkpointing",
+        "compile",  # the checkpoint holds what was decided
         "text_precision",  # the cache's settings hold it, and the data's fingerprint those
     }
 )

@@ -22,6 +22,7 @@ from libreflux.data.held_out import HeldOut
 from libreflux.data.order import Unit, step_plan, steps_of_epoch
 from libreflux.errors import RunError
 from libreflux.flow.sigmas import independent, make_law, stratified
+from libreflux.model.compiling import CompiledBlocks
 from libreflux.model.device import with_fp64
 from libreflux.model.facts import Facts
 from libreflux.model.source import ModelSource
@@ -105,6 +106,7 @@ class Training:
         start_norm: ||delta|| / ||W|| of the adapter before the first step; None in a resumed run.
         skips: the steps that were skipped.
         forks: the changes of the recipe so far, see `training.forks`.
+        compiled: the transformer's blocks; None where they are not.
     """
 
     recipe: Recipe
@@ -125,6 +127,7 @@ class Training:
     skips: Skips = field(default_factory=Skips)
     forks: Sequence[dict[str, Any]] = ()
     held_out: HeldOut | None = None
+    compiled: CompiledBlocks | None = None
 
     @property
     def shift(self) -> float:
