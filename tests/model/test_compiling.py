@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
@@ -133,7 +131,9 @@ def test_blocks_do_not_hold_themselves() -> None:
 
 def test_kinds_are_blocks_of_one_structure() -> None:
     transformer, _ = adapted("lora", "single_transformer_blocks.0.attn.to_q")
-    assert CompiledBlocks(transformer, backend=CAPTURED).kinds == 3  # a double one, and the single ones with and without
+    assert (
+        CompiledBlocks(transformer, backend=CAPTURED).kinds == 3
+    )  # a double one, and the single ones with and without
 
 
 def test_what_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from libreflux.cli.options import Base, Batch, ComfyUI, Offload, OffloadOption, QuantizeOption
+from libreflux.cli.options import Base, Batch, ComfyUI, Compile, CompileOption, Offload, OffloadOption, QuantizeOption
 from libreflux.errors import RecipeError
 from libreflux.printing import say
 from libreflux.values import number_list
 
-REMAKE_TAKES = ("remake", "model", "base", "comfyui", "adapters", "device", "offload", "no_metadata", "out")
+REMAKE_TAKES = ("remake", "model", "base", "comfyui", "adapters", "device", "offload", "compile", "no_metadata", "out")
 
 
 def generate(
@@ -85,6 +85,7 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     quantize: QuantizeOption = None,
     offload: OffloadOption = Offload.auto,
+    compile: CompileOption = Compile.auto,
     remake: Annotated[
         Path | None,
         typer.Option(
@@ -95,7 +96,7 @@ def generate(
     out: Annotated[Path, typer.Option(help="A .png file for one picture, else a folder; replaced.")] = Path("out"),
 ) -> None:
     """Draw pictures. The same command draws the same bytes, and each PNG says how it was made."""
-    from libreflux.cli.progress import progress
+    from libreflux.cli.progress import notice, progress
 
     if remake is not None:
         _refuse_beside_remake(context)
@@ -109,11 +110,13 @@ def generate(
             adapters=adapters or (),
             device=device,
             offload=offload.as_value,
+            compile=compile.as_value,
             metadata=not no_metadata,
             out=out,
             progress=progress,
             on_difference=lambda line: say(f"{remake}: {line}", err=True),
             on_picture=say,
+            on_notice=notice,
         )
         say(remake_with(again).comparison, err=True)
         return
@@ -150,10 +153,12 @@ def generate(
         device=device,
         quantize=None if quantize is None else quantize.as_value,
         offload=offload.as_value,
+        compile=compile.as_value,
         metadata=not no_metadata,
         out=out,
         progress=progress,
         on_picture=say,
+        on_notice=notice,
     )
     generate_with(options)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from libreflux.cli.options import Base, ComfyUI, Offload, OffloadOption, QuantizeOption
+from libreflux.cli.options import Base, ComfyUI, Compile, CompileOption, Offload, OffloadOption, QuantizeOption
 from libreflux.printing import counted, say
 from libreflux.values import number_list
 
@@ -39,12 +39,13 @@ def grid(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     quantize: QuantizeOption = None,
     offload: OffloadOption = Offload.auto,
+    compile: CompileOption = Compile.auto,
     out: Annotated[Path, typer.Option(help="Folder of grid.png, index.html and the cells; continued.")] = Path(
         "out/grid"
     ),
 ) -> None:
     """Compare models, guidance scales and steps on the same noise. Cells that exist are not drawn again."""
-    from libreflux.cli.progress import progress
+    from libreflux.cli.progress import notice, progress
     from libreflux.workflows.grid import GridOptions, grid_with
 
     options = GridOptions(
@@ -62,8 +63,10 @@ def grid(
         device=device,
         quantize=None if quantize is None else quantize.as_value,
         offload=offload.as_value,
+        compile=compile.as_value,
         out=out,
         progress=progress,
+        on_notice=notice,
     )
     done = grid_with(options)
     say(done.sheet, f"{done.page}, to be looked at; {done.drawn:,} of {counted(done.total, 'cell')} drawn now")

@@ -41,14 +41,14 @@ PANELS: dict[str, dict[str, str]] = {
         "Model and adapters": "model adapters base comfyui",
         "Sampling": "steps sigmas guidance guidance_start guidance_stop guidance_rescale no_cfg_until "
         "embedded_guidance",
-        "Memory and speed": "device quantize offload tile batch_cfg",
+        "Memory and speed": "device quantize offload compile tile batch_cfg",
         "Output": "out no_metadata",
     },
     "grid": {
         "What to draw": "negative seeds width height",
         "Model and adapters": "model adapters base comfyui",
         "Sampling": "guidance steps",
-        "Memory and speed": "device quantize offload",
+        "Memory and speed": "device quantize offload compile",
         "Output": "out",
     },
     "prepare": {

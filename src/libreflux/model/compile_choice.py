@@ -1,7 +1,7 @@
 """Whether blocks are compiled: decided once, before the work, from what it would cost and save. Loads no torch.
 
-The numbers are one H200's, with torch 2.11 and FLUX.1's 57 blocks: a training pass in int8 at 1024 px fell from 1.146 to
-0.741 s, one at 512 px from 1.033 to 0.403 s. Compiling itself and compiled drawing have not been measured there: the
+The numbers are one H200's, with torch 2.11 and FLUX.1's 57 blocks: a training pass in int8 at 1024 px fell from 1.146
+to 0.741 s, one at 512 px from 1.033 to 0.403 s. Compiling itself and compiled drawing have not been measured there: the
 other numbers are guesses that err on the side of not compiling.
 """
 

@@ -249,4 +249,6 @@ def _explained(name: str) -> Iterator[None]:
         raise RunError(what, where=name, hint=WITHOUT) from error
     except exc.TorchDynamoException as error:
         told = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"cannot be compiled by torch {torch.__version__}: {told}", where=name, hint=WITHOUT) from error
+        raise ModelError(
+            f"cannot be compiled by torch {torch.__version__}: {told}", where=name, hint=WITHOUT
+        ) from error

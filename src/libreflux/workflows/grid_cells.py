@@ -12,6 +12,7 @@ from typing import Any
 from libreflux.data.digests import FileMemory
 from libreflux.errors import LibrefluxError
 from libreflux.flow.solve import Step
+from libreflux.model.compile_choice import Compile
 from libreflux.model.facts import Facts
 from libreflux.model.opening import FilesSource
 from libreflux.model.source import ModelSource
@@ -63,7 +64,7 @@ class CellOptions:
         adapters: put on every model, `PATH[:WEIGHT]`.
         negative: negative prompt, of the cells that are guided.
         width, height: pixels; None is the model's own size.
-        device, quantize, offload: see `GenerateOptions`.
+        device, quantize, offload, compile, on_notice: see `GenerateOptions`.
     """
 
     sources: Mapping[str, ModelSource]
@@ -74,6 +75,8 @@ class CellOptions:
     device: str = "auto"
     quantize: Quantize | None = None
     offload: Offload = "auto"
+    compile: Compile = "auto"
+    on_notice: Callable[[str], None] | None = None
 
     def negative_at(self, scale: float) -> str:
         """The negative prompt of a cell, which is of no effect without guidance."""
@@ -217,7 +220,13 @@ class Cells:
             self._opened = None  # before the next one needs the memory
             shared = self.shared
             source = open_for_drawing(
-                shared.sources[model], shared.adapters, shared.device, shared.offload, shared.quantize
+                shared.sources[model],
+                shared.adapters,
+                shared.device,
+                shared.offload,
+                shared.quantize,
+                shared.compile,
+                shared.on_notice,
             )
             columns = [column for column in self.columns if column.model == model]
             wanted = [self._record(source, column, row) for column in columns for row in self.rows]
