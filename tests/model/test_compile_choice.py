@@ -54,5 +54,5 @@ def test_what_is_told() -> None:
 
 
 def test_what_cannot_be_compiled_is_refused() -> None:
-    with pytest.raises(RunError, match="^compile: no Triton; hint: set `compile` off$"):
+    with pytest.raises(RunError, match=r"^compile: no Triton; hint: set `compile` off$"):
         choose("on", "cuda", TRAINING, missing="no Triton")

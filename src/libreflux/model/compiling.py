@@ -198,7 +198,7 @@ def _compiled(forward: Callable[..., Any], backend: str) -> Callable[..., tuple[
     # torch keeps what it compiled with the code object, and what it knows of sizes by the code's name.
     code = block_forward.__code__.replace(co_name=f"block_forward_{next(_numbers)}")
     own = types.FunctionType(code, block_forward.__globals__, code.co_name, None, block_forward.__closure__)
-    options = None
+    options: dict[str, str | int | bool | Callable[..., Any]] | None = None
     if backend == "inductor":
         known = torch._inductor.config.get_config_copy()
         options = {name: value for name, value in _PINNED.items() if name in known}

@@ -154,7 +154,8 @@ def differences(was: GenerationRecord, now: GenerationRecord) -> list[str]:
         rows.append((f"adapter {index + 1}", one, other))
     rows += [(name, was.versions.get(name), now.versions.get(name)) for name in was.versions | now.versions]
     rows += [("the dtype", was.dtype, now.dtype), ("the device", was.device, now.device)]
-    rows.append(("the network", *("compiled" if record.compile else "plain" for record in (was, now))))
+    then, today = ("compiled" if record.compile else "plain" for record in (was, now))
+    rows.append(("the network", then, today))
     return [f"{name} was {a or 'none'}, is {b or 'none'}" for name, a, b in rows if a != b]
 
 

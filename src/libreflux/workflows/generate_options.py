@@ -45,8 +45,8 @@ class GenerateOptions:
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         quantize: "int8" quantises the transformer while it is read; None: as stored.
         offload: what of the model is in memory beside what computes, see `picture_options.Offload`.
-        compile: "on" compiles the transformer's blocks, which takes a minute or more and changes last bits; "auto": on a
-            card, where so many pictures are drawn that it saves time; "off": not.
+        compile: "on" compiles the transformer's blocks, which takes a minute or more and changes last bits; "auto" does
+            on a card, where so many pictures are drawn that it saves time.
         metadata: whether a PNG says how it was made.
         out: a .png file for one picture, else a folder; replaced. None writes nothing: the result has the pictures.
         progress: shows the steps, see `workflows.progress`.
