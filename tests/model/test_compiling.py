@@ -48,7 +48,7 @@ def gradients(transformer: FluxTransformer2DModel, adapter: Adapter, *lengths: i
     return list(torch.autograd.grad(predicted(transformer, *lengths, side=side).square().mean(), parameters))
 
 
-def test_lengths_and_sizes_share_a_graph_for_each_kind(recwarn: pytest.WarningsRecorder) -> None:
+def test_lengths_and_sizes_share_a_graph_for_each_kind() -> None:
     transformer, adapter = adapted()
     twin, twins = adapted()
     names, keys = [name for name, _ in transformer.named_modules()], list(transformer.state_dict())
@@ -101,16 +101,16 @@ def test_torchs_limit_is_an_error_in_one_line(monkeypatch: pytest.MonkeyPatch) -
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1):
         predicted(transformer, 5)
         transformer.single_transformer_blocks[0].norm.norm.eps = 1e-3  # what a graph holds as a constant
-        with pytest.raises(RunError, match="FluxSingleTransformerBlock 1: compiled 1 times.*set `compile` off"):
+        with pytest.raises(RunError, match=r"FluxSingleTransformerBlock 1: compiled 1 times.*set `compile` off"):
             predicted(transformer, 5)
 
 
 def test_a_compiler_that_is_turned_off_is_an_error() -> None:
     transformer = tiny_transformer().requires_grad_(False)
     CompiledBlocks(transformer, backend=CAPTURED)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        with pytest.raises(RunError, match="turned off in this process"):
-            predicted(transformer, 5)
+    turned_off = torch.compiler.set_stance("force_eager")
+    with torch.no_grad(), turned_off, pytest.raises(RunError, match="turned off in this process"):
+        predicted(transformer, 5)
 
 
 def test_blocks_do_not_hold_themselves() -> None:

@@ -38,6 +38,7 @@ _PINNED = {
     "max_autotune_gemm": False,
     "max_autotune_pointwise": False,
     "coordinate_descent_tuning": False,
+    "shape_padding": False,
     "deterministic": True,
 }
 _numbers = itertools.count()
@@ -200,8 +201,9 @@ def _compiled(forward: Callable[..., Any], backend: str) -> Callable[..., tuple[
     own = types.FunctionType(code, block_forward.__globals__, code.co_name, None, block_forward.__closure__)
     options: dict[str, str | int | bool | Callable[..., Any]] | None = None
     if backend == "inductor":
-        known = torch._inductor.config.get_config_copy()
-        options = {name: value for name, value in _PINNED.items() if name in known}
+        from torch._inductor import config
+
+        options = {name: value for name, value in _PINNED.items() if hasattr(config, name)}
     compiled: Callable[..., tuple[Tensor, Tensor]] = torch.compile(
         own, fullgraph=True, backend=backend, options=options
     )
