@@ -66,7 +66,7 @@ class CompiledBlocks:
         for block in blocks_of(transformer):
             structure = _structure(block)
             if structure not in kinds:
-                kinds[structure] = _Kind(self, type(block), f"{type(block).__name__} {len(kinds) + 1}")
+                kinds[structure] = _Kind(self, block, f"{type(block).__name__} {len(kinds) + 1}")
             _attach(block, kinds[structure])
         self.kinds = len(kinds)
 
@@ -96,8 +96,9 @@ class CompiledBlocks:
 class _Kind:
     """What blocks of one structure share: a compiled function for each way to call them."""
 
-    def __init__(self, owner: CompiledBlocks, block: type[nn.Module], name: str) -> None:
-        self.owner, self.block, self.name = owner, block, name
+    def __init__(self, owner: CompiledBlocks, block: nn.Module, name: str) -> None:
+        self.owner, self.block, self.name = owner, type(block), name
+        self.trains = any(parameter.requires_grad for parameter in block.parameters())
         self.functions: dict[Hashable, Callable[..., tuple[Tensor, Tensor]]] = {}
 
     def call(
@@ -118,7 +119,7 @@ class _Kind:
             return plain
         mask = (joint_attention_kwargs or {}).get("attention_mask")
         graded = torch.is_grad_enabled()
-        if graded and any(parameter.requires_grad for parameter in block.parameters()):
+        if graded and self.trains:
             # The first block's inputs have no gradient, those of all others have: it would be a graph of its own.
             hidden_states, encoder_hidden_states = _with_grad(hidden_states), _with_grad(encoder_hidden_states)
         samples, words = hidden_states.shape[0], encoder_hidden_states.shape[1]

@@ -81,7 +81,7 @@ def compare(precision: str) -> dict[str, dict[str, float]]:
 
 
 def compiled(precision: str) -> dict[str, Any]:
-    """Relative errors, in norm, of compiled blocks against plain ones on the card; the graphs; the seconds they took."""
+    """Relative errors, in norm, of compiled blocks against plain ones on the card; graphs, kinds, seconds."""
     net, lengths = Adapted(precision, DEVICE), [(7, 7), (9, 9), (20, 20)]
     plain = [net.passed(each, checkpointing=True) for each in lengths]
     blocks = CompiledBlocks(net.net)
