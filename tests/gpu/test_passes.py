@@ -31,6 +31,15 @@ def test_blocks_that_wait_in_ram_change_nothing(precision: str) -> None:
         assert row["gradient"] < TOLERANCES[precision], kind
 
 
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_compiled_blocks_agree_with_plain_ones(precision: str) -> None:
+    found = alone("passes.compiled", seconds=600, precision=precision)
+    print(found)  # how long compiling took is what nobody has measured on a card
+    assert found["graphs"] == 2 * found["kinds"]  # with gradients and without; of three lengths of text
+    for name, error in found["errors"].items():
+        assert error < TOLERANCES[precision], f"{name} {error:.2e}"
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_attentions_gradients_agree_with_the_plain_formula(head_dim: int, dtype: str) -> None:

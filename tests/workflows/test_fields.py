@@ -30,8 +30,9 @@ NOT_OF_A_PICTURE = {
     "progress",
     "on_picture",
 }
+NOT_OF_A_PICTURE |= {"on_notice"}
 """Options that say where the model is, how many pictures there are, or what becomes of them."""
-OF_THE_MODEL = {"schema", "model", "quantize", "dtype", "device", "hashes", "adapters", "versions"}
+OF_THE_MODEL = {"schema", "model", "quantize", "compile", "dtype", "device", "hashes", "adapters", "versions"}
 """Fields of a record that say what drew the picture."""
 AS_TEXT = {"prompt", "prompt_2", "negative", "negative_2", "max_tokens"}
 """Fields of a record that are encoded before the pipeline is called."""
@@ -64,7 +65,7 @@ def test_every_given_option_is_what_the_record_says(tiny_model_dir: Path) -> Non
         "quantize": "int8",
     }
     other: dict[str, Any] = {"no_cfg_until": 1, "steps": 3}  # beside which a start and a ladder are refused
-    default = {"model", "adapters", "device", "embedded_guidance"}
+    default = {"model", "adapters", "device", "embedded_guidance", "compile"}
     assert names_of(GenerateOptions) - NOT_OF_A_PICTURE == given.keys() | other.keys() | default
     record = libreflux.generate("a fox", model=tiny_model_dir, device="cpu", **given).pictures[0].record
     for name, value in given.items():

@@ -11,6 +11,8 @@ from libreflux.cli.options import (
     Base,
     Batch,
     ComfyUI,
+    Compile,
+    CompileOption,
     Offload,
     OffloadBlocksOption,
     OffloadOption,
@@ -30,6 +32,7 @@ REMAKE_TAKES = (
     "device",
     "offload",
     "offload_blocks",
+    "compile",
     "no_metadata",
     "out",
 )
@@ -106,6 +109,7 @@ def generate(
     quantize: QuantizeOption = None,
     offload: OffloadOption = Offload.auto,
     offload_blocks: OffloadBlocksOption = "0",
+    compile: CompileOption = Compile.auto,
     remake: Annotated[
         Path | None,
         typer.Option(
@@ -116,7 +120,7 @@ def generate(
     out: Annotated[Path, typer.Option(help="A .png file for one picture, else a folder; replaced.")] = Path("out"),
 ) -> None:
     """Draw pictures. The same command draws the same bytes, and each PNG says how it was made."""
-    from libreflux.cli.progress import progress
+    from libreflux.cli.progress import notice, progress
 
     if remake is not None:
         _refuse_beside_remake(context)
@@ -131,11 +135,13 @@ def generate(
             device=device,
             offload=offload.as_value,
             offload_blocks=block_number(offload_blocks),
+            compile=compile.as_value,
             metadata=not no_metadata,
             out=out,
             progress=progress,
             on_difference=lambda line: say(f"{remake}: {line}", err=True),
             on_picture=say,
+            on_notice=notice,
         )
         say(remake_with(again).comparison, err=True)
         return
@@ -173,10 +179,12 @@ def generate(
         quantize=None if quantize is None else quantize.as_value,
         offload=offload.as_value,
         offload_blocks=block_number(offload_blocks),
+        compile=compile.as_value,
         metadata=not no_metadata,
         out=out,
         progress=progress,
         on_picture=say,
+        on_notice=notice,
     )
     generate_with(options)
 

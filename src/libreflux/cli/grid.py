@@ -10,6 +10,8 @@ import typer
 from libreflux.cli.options import (
     Base,
     ComfyUI,
+    Compile,
+    CompileOption,
     Offload,
     OffloadBlocksOption,
     OffloadOption,
@@ -48,12 +50,13 @@ def grid(
     quantize: QuantizeOption = None,
     offload: OffloadOption = Offload.auto,
     offload_blocks: OffloadBlocksOption = "0",
+    compile: CompileOption = Compile.auto,
     out: Annotated[Path, typer.Option(help="Folder of grid.png, index.html and the cells; continued.")] = Path(
         "out/grid"
     ),
 ) -> None:
     """Compare models, guidance scales and steps on the same noise. Cells that exist are not drawn again."""
-    from libreflux.cli.progress import progress
+    from libreflux.cli.progress import notice, progress
     from libreflux.workflows.grid import GridOptions, grid_with
 
     options = GridOptions(
@@ -72,8 +75,10 @@ def grid(
         quantize=None if quantize is None else quantize.as_value,
         offload=offload.as_value,
         offload_blocks=block_number(offload_blocks),
+        compile=compile.as_value,
         out=out,
         progress=progress,
+        on_notice=notice,
     )
     done = grid_with(options)
     say(done.sheet, f"{done.page}, to be looked at; {done.drawn:,} of {counted(done.total, 'cell')} drawn now")

@@ -50,6 +50,26 @@ class Quantize(enum.StrEnum):
         return self.value
 
 
+class Compile(enum.StrEnum):
+    """`--compile`: whether the transformer's blocks are compiled."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+    @property
+    def as_value(self) -> Literal["auto", "on", "off"]:
+        """As workflows take it."""
+        return self.value
+
+
+CompileOption = Annotated[
+    Compile,
+    typer.Option(
+        help="on: compile the transformer's blocks first, which takes a minute or more and changes last bits; auto: on "
+        "a card, where so many pictures are drawn that it saves time; a picture that is drawn again: as it was."
+    ),
+]
 QuantizeOption = Annotated[
     Quantize | None,
     typer.Option(

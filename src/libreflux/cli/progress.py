@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from libreflux.cli import terminal
-from libreflux.printing import clock, printable, readable
+from libreflux.printing import clock, printable, readable, say
 from libreflux.workflows.progress import Report
 
 PLAIN_EVERY = 15.0
@@ -29,6 +29,11 @@ def rate(per_second: float, unit: str) -> str:
     if per_second <= 0:
         return ""
     return f"{readable(per_second)} {unit}s/s" if per_second >= 1 else f"{readable(1 / per_second)} s/{unit}"
+
+
+def notice(line: str) -> None:
+    """A line on stderr that a user should see, beside a bar too."""
+    say(line, err=True)
 
 
 def line_width(console: Console | None = None) -> int:

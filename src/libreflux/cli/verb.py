@@ -41,14 +41,14 @@ PANELS: dict[str, dict[str, str]] = {
         "Model and adapters": "model adapters base comfyui",
         "Sampling": "steps sigmas guidance guidance_start guidance_stop guidance_rescale no_cfg_until "
         "embedded_guidance",
-        "Memory and speed": "device quantize offload offload_blocks tile batch_cfg",
+        "Memory and speed": "device quantize offload offload_blocks compile tile batch_cfg",
         "Output": "out no_metadata",
     },
     "grid": {
         "What to draw": "negative seeds width height",
         "Model and adapters": "model adapters base comfyui",
         "Sampling": "guidance steps",
-        "Memory and speed": "device quantize offload offload_blocks",
+        "Memory and speed": "device quantize offload offload_blocks compile",
         "Output": "out",
     },
     "prepare": {

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from libreflux.errors import RecipeError
 from libreflux.places import did_you_mean
 from libreflux.recipe import faults, yaml_text
-from libreflux.recipe.auto import CountOrAuto, FlagOrAuto
+from libreflux.recipe.auto import CountOrAuto, FlagOrAuto, OnOffOrAuto
 from libreflux.recipe.sections import (
     AdapterSpec,
     DataSource,
@@ -146,6 +146,10 @@ class Recipe(Section):
         description="on CUDA the same bits again, by slower kernels; else sums inside kernels have no fixed order",
     )
     threads: Whole | None = Field(default=None, ge=1, description="CPU threads; default: as many as torch chooses")
+    compile: OnOffOrAuto = Field(
+        default="auto",
+        description="compile the blocks by kind, which changes last bits; auto: on a card, where it saves time",
+    )
     out: Place = Field(description="run folder")
     cache: Place | None = Field(default=None, description="folder of the prepared data; default: out/cache")
 
@@ -282,6 +286,7 @@ _INDECISIVE = frozenset(
         "threads",
         "gradient_checkpointing",
         "offload_blocks",
+        "compile",  # the checkpoint holds what was decided
         "text_precision",  # the cache's settings hold it, and the data's fingerprint those
     }
 )

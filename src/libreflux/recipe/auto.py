@@ -23,5 +23,10 @@ def _count(value: Any) -> Any:
         raise ValueError(f"wanted a whole number from 0, or auto, not {value!r}") from None
 
 
+def _word(value: Any) -> Any:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # which on and off are to YAML
+
+
 FlagOrAuto = Annotated[bool | Literal["auto"], BeforeValidator(_flag)]
 CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count)]
+OnOffOrAuto = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)]

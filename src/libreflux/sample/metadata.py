@@ -43,6 +43,7 @@ class GenerationRecord:
         tile: whether the VAE decoded in tiles; None is by size.
         embedded_guidance: of a guidance-distilled model; None for others.
         quantize: "int8" or "w8a8" where the transformer was quantised while it was read; None: as stored.
+        compile: whether the transformer's blocks were compiled, which decides the last bits.
         dtype: of the transformer's weights; "int8, " and the dtype of its other tensors where its linears are int8.
         device: what computed it: the last bits are its own.
         hashes: name (e.g. "transformer") to SHA-256.
@@ -71,11 +72,17 @@ class GenerationRecord:
     tile: bool | None = None
     embedded_guidance: float | None = None
     quantize: Literal["int8", "w8a8"] | None = None
+    compile: bool = False
     dtype: str = "float32"
     device: str = "unrecorded"
     hashes: dict[str, str] = field(default_factory=dict)
     adapters: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def passes(self) -> int:
+        """Through the transformer, at most: guided steps take two."""
+        return self.steps * (2 if self.guidance > 1 else 1)
 
     def parameters(self) -> str:
         """The text that A1111-compatible viewers show."""
@@ -107,6 +114,8 @@ class GenerationRecord:
             facts["Model hash"] = self.hashes["transformer"][:10]
         if self.quantize is not None:
             facts["Quantized"] = self.quantize
+        if self.compile:
+            facts["Compiled"] = True
         if self.adapters:
             facts["Adapters"] = " ".join(f"{row['file']}:{row['weight']:g}" for row in self.adapters)
         facts["Version"] = f"libreflux {self.versions.get('libreflux', '?')}"
@@ -145,6 +154,8 @@ def differences(was: GenerationRecord, now: GenerationRecord) -> list[str]:
         rows.append((f"adapter {index + 1}", one, other))
     rows += [(name, was.versions.get(name), now.versions.get(name)) for name in was.versions | now.versions]
     rows += [("the dtype", was.dtype, now.dtype), ("the device", was.device, now.device)]
+    then, today = ("compiled" if record.compile else "plain" for record in (was, now))
+    rows.append(("the network", then, today))
     return [f"{name} was {a or 'none'}, is {b or 'none'}" for name, a, b in rows if a != b]
 
 
@@ -170,7 +181,10 @@ def png_bytes(image: Image.Image, record: GenerationRecord | None = None) -> byt
     if record is not None:
         # As UTF-8 iTXt when the text is not Latin-1, which Pillow decides by itself.
         info.add_text("parameters", record.parameters())
-        info.add_text(CHUNK, json.dumps(dataclasses.asdict(record), sort_keys=True))
+        told = dataclasses.asdict(record)
+        if not record.compile:
+            del told["compile"]  # versions that know no such key read the picture too
+        info.add_text(CHUNK, json.dumps(told, sort_keys=True))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", pnginfo=info, compress_level=6)
     return buffer.getvalue()

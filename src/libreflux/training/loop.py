@@ -30,6 +30,7 @@ from libreflux.recipe import Recipe
 from libreflux.training import checkpoint, ema, memory, memory_plan, nonfinite, run_state, saving
 from libreflux.training.callbacks import Callbacks, StepInfo
 from libreflux.training.checkpoint import Checkpoint
+from libreflux.training.compiled import compiled_blocks, require_compiler, uncompiled
 from libreflux.training.interrupt import Interrupted, StopRequest
 from libreflux.training.optimizer import make_optimizer, parameter_dtype
 from libreflux.training.optimizer8 import require_8bit
@@ -131,6 +132,8 @@ def _train(training: Training, callbacks: Callbacks, newest: Checkpoint | None) 
             if metrics is not None:
                 metrics.write(_metrics_line(info))
             callbacks.on_step(info)
+            if training.compiled is not None and (line := training.compiled.news()):
+                callbacks.on_notice(line)
             nonfinite.watch(info, training.skips, recipe.max_skipped, training.run, tell=ranks.first)
             last = training.step == recipe.steps
             snapshots = recipe.save.averages_every if ranks.first and recipe.ema else None
@@ -160,13 +163,15 @@ def _metrics(training: Training) -> contextlib.AbstractContextManager[checkpoint
 
 def _measure(training: Training, held_out: HeldOut, callbacks: Callbacks) -> None:
     recipe = training.recipe
-    with memory.explained(f"held-out pictures after step {training.step}", recipe, memory.measuring(recipe)):
+    told = f"held-out pictures after step {training.step}"
+    with memory.explained(told, recipe, memory.measuring(recipe)), uncompiled(training.compiled):
         callbacks.on_measure(training.step, training.transformer, held_out)
 
 
 def _sample(training: Training, callbacks: Callbacks) -> None:
     recipe = training.recipe
-    with memory.explained(f"samples after step {training.step}", recipe, memory.drawing(recipe)):
+    told = f"samples after step {training.step}"
+    with memory.explained(told, recipe, memory.drawing(recipe)), uncompiled(training.compiled):
         callbacks.on_sample(training.step, training.transformer)
 
 
@@ -199,6 +204,7 @@ def open_for_training(
     """Base, adapter, data and optimizer, as they were after `newest`, or as they are at the start."""
     if recipe.optimizer.kind == "adamw_8bit":
         require_8bit()
+    require_compiler(recipe, device)
     source = open_model(recipe.model)
     memory_plan.check(recipe, source, device)
     resolved = plan_layers(recipe, source).layers  # first: a misspelt pattern should not cost an hour of preparing
@@ -239,6 +245,7 @@ def open_for_training(
         held_out=held_out,
         identity={"model_hash": model_hash, "data_hash": batches.fingerprint()},
         decided=planned.decided,
+        compiled=compiled_blocks(recipe, transformer, device, newest, callbacks),
     )
     if newest is not None:
         with callbacks.stage(f"reading the checkpoint of step {newest.step}"):

@@ -22,6 +22,7 @@ from libreflux.recipe import Recipe
 from libreflux.training import checkpoint, ema, forks, nonfinite, run_recipe
 from libreflux.training.callbacks import Callbacks
 from libreflux.training.checkpoint import Checkpoint
+from libreflux.training.compiled import COMPILED
 from libreflux.training.step import Training
 
 log = get_logger(__name__)
@@ -51,6 +52,9 @@ def restore(training: Training, newest: Checkpoint, fork: bool) -> None:
             log.warning("resumed with %s %s instead of %s: the result may differ in its last bits", key, value, before)
     for key, (then, value) in run_recipe.last_bits_changed(training.run, recipe).items():
         log.warning("resumed with %s %s instead of %s: the result may differ in its last bits", key, value, then)
+    if bool(state.get(COMPILED)) != (training.compiled is not None):
+        pair = ("compiled", "plain") if training.compiled else ("plain", "compiled")
+        log.warning("resumed with %s blocks instead of %s ones: the result may differ in its last bits", *pair)
     training.adapter.load_state_dict(load_adapter(newest.adapter).tensors)
     training.optimizer.load_state_tensors(load_file(newest.optimizer))  # mapped: read as it is copied, never whole
     if training.recipe.ema and training.ranks.first:
@@ -93,6 +97,7 @@ def save(training: Training, metrics: checkpoint.Metrics | None, callbacks: Call
             "skips": dataclasses.asdict(training.skips),
             **training.identity,
             **_machine(training.device, training.recipe.base),
+            **({COMPILED: True} if training.compiled else {}),
         },
     )
     prune(recipe, training.run, training.skips)

@@ -22,6 +22,7 @@ from libreflux.data.held_out import HeldOut
 from libreflux.data.order import Unit, step_plan, steps_of_epoch
 from libreflux.errors import RunError
 from libreflux.flow.sigmas import independent, make_law, stratified
+from libreflux.model.compiling import CompiledBlocks
 from libreflux.model.facts import Facts
 from libreflux.model.source import ModelSource
 from libreflux.recipe import Recipe, SigmaSpec
@@ -83,6 +84,7 @@ class Training:
         skips: the steps that were skipped.
         forks: the changes of the recipe so far, see `training.forks`.
         decided: recipe key -> what its `auto` stands for in this run.
+        compiled: the transformer's blocks; None where they are not.
     """
 
     recipe: Recipe
@@ -104,6 +106,7 @@ class Training:
     forks: Sequence[dict[str, Any]] = ()
     held_out: HeldOut | None = None
     decided: Mapping[str, Any] = field(default_factory=dict)
+    compiled: CompiledBlocks | None = None
     _gradient: Tensor | None = field(default=None, init=False, repr=False)
 
     @property

@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FluxTransformer2DModel
 from PIL import Image
 
 from libreflux.adapter.io import AdapterFile, attach_file
 from libreflux.errors import OptionError, OptionHint
 from libreflux.files import sha256_file
 from libreflux.flow.solve import Step
+from libreflux.model import compile_choice
+from libreflux.model.compile_choice import Compile
+from libreflux.model.compiling import CompiledBlocks, missing_compiler, work_of
 from libreflux.model.device import make_current, pick_device, release
 from libreflux.model.device_faults import explained
 from libreflux.model.facts import Facts
@@ -58,6 +61,8 @@ class DrawingSession:
         dtype: of the transformer's weights, see `GenerationRecord`.
         hashes: "transformer" to its SHA-256.
         adapters: file name, SHA-256, weight and path as it was named of each adapter, in order.
+        compiled: the transformer's blocks; None where they are not.
+        on_notice: told of what was compiled.
     """
 
     pipe: LibreFluxPipeline
@@ -67,6 +72,8 @@ class DrawingSession:
     dtype: str
     hashes: dict[str, str]
     adapters: list[dict[str, Any]] = field(default_factory=list)
+    compiled: CompiledBlocks | None = None
+    on_notice: Callable[[str], None] | None = None
 
     def stamped(self, record: GenerationRecord) -> GenerationRecord:
         """The same picture, made with this model on this machine."""
@@ -76,6 +83,7 @@ class DrawingSession:
             device=_device_name(self.device),
             hashes=self.hashes,
             adapters=self.adapters,
+            compile=self.compiled is not None,
             versions=versions(),
         )
 
@@ -102,6 +110,8 @@ class DrawingSession:
                 callback_on_step=on_step,
             ).images
         assert isinstance(image, Image.Image)
+        if self.compiled is not None and self.on_notice is not None and (line := self.compiled.news()):
+            self.on_notice(line)
         return image
 
 
@@ -115,7 +125,8 @@ class AdaptedSource:
         device: what computes.
         files: the adapters with their weights.
         named: their paths, as the user named them.
-        offload, quantize, offload_blocks: see `picture_options`.
+        offload, quantize, offload_blocks, compile: see `picture_options`.
+        on_notice: told whether blocks are compiled, and of what was.
     """
 
     source: ModelSource
@@ -126,6 +137,8 @@ class AdaptedSource:
     offload: Offload = "auto"
     quantize: Quantize | None = None
     offload_blocks: OffloadBlocks = 0
+    compile: Compile = "auto"
+    on_notice: Callable[[str], None] | None = None
 
     @property
     def facts(self) -> Facts:
@@ -144,7 +157,22 @@ class AdaptedSource:
         with explained(f"encoding the prompts on {self.device}", FEWER_ENCODERS):
             texts, encoders = self.encoded([text for record in records for text in texts_of(record)])
         with explained(f"reading the model onto {self.device}", SMALLER):
-            return self._opened(records, texts, encoders, sha256)
+            session = self._opened(records, texts, encoders, sha256)
+        return dataclasses.replace(session, compiled=self._compiled(session.pipe.transformer, records))
+
+    def _compiled(
+        self, transformer: FluxTransformer2DModel, records: Sequence[GenerationRecord]
+    ) -> CompiledBlocks | None:
+        kind = self.device.type
+        if self.compile == "off" or (self.compile == "auto" and (kind != "cuda" or self.offload == "sequential")):
+            return None
+        work = work_of(transformer, sum(record.passes for record in records), training=False)
+        choice = compile_choice.choose(self.compile, kind, work, missing=missing_compiler(self.device))
+        if not choice.on:
+            return None
+        if choice.told is not None and self.on_notice is not None:
+            self.on_notice(choice.told)
+        return CompiledBlocks(transformer)
 
     def _opened(
         self,
@@ -186,7 +214,8 @@ class AdaptedSource:
             {"file": Path(file.where).name, "sha256": file.sha256, "weight": weight, "path": as_typed(named)}
             for (file, weight), named in zip(self.files, self.named, strict=True)
         ]
-        return DrawingSession(pipe, texts, self.facts, self.device, dtype, {"transformer": transformer_hash}, rows)
+        hashes = {"transformer": transformer_hash}
+        return DrawingSession(pipe, texts, self.facts, self.device, dtype, hashes, rows, on_notice=self.on_notice)
 
     def encoded(self, texts: Sequence[Text]) -> tuple[dict[Text, TextConditioning], TextEncoders | None]:
         """The texts, and the encoders if they are to stay; else nothing of them is left in memory."""
@@ -210,6 +239,8 @@ def open_for_drawing(
     offload: Offload = "auto",
     quantize: Quantize | None = None,
     offload_blocks: OffloadBlocks = 0,
+    compile: Compile = "auto",
+    on_notice: Callable[[str], None] | None = None,
 ) -> AdaptedSource:
     """Choose a model with adapter arguments (`PATH[:WEIGHT]`); what can be refused is, before large weights are loaded.
 
@@ -217,7 +248,7 @@ def open_for_drawing(
         OptionError: an offload that the device has no use for, or more waiting blocks than the model has.
         ModelError, AdapterError, RunError: see `open_model`, `load_arguments` and `pick_device`.
     """
-    place, adapters = device_for(device, offload, quantize, offload_blocks), list(adapters)
+    place, adapters = device_for(device, offload, quantize, offload_blocks, compile), list(adapters)
     files, named = load_arguments(adapters), [adapter_argument(text)[0] for text in adapters]
     source = open_model(model)
     if offload_blocks != "auto":
@@ -225,16 +256,20 @@ def open_for_drawing(
     source = source.with_facts(adapted_facts(source.facts, files))
     check_padding(source.facts.text_padding)
     vae = source.load_vae(device="cpu" if offload in WAITING else place)
-    return AdaptedSource(source, vae, place, files, named, offload, quantize, offload_blocks)
+    return AdaptedSource(source, vae, place, files, named, offload, quantize, offload_blocks, compile, on_notice)
 
 
 def device_for(
-    name: str, offload: Offload, quantize: Quantize | None = None, offload_blocks: OffloadBlocks = 0
+    name: str,
+    offload: Offload,
+    quantize: Quantize | None = None,
+    offload_blocks: OffloadBlocks = 0,
+    compile: Compile = "auto",
 ) -> torch.device:
     """The device of a name, see `pick_device`, made the current one.
 
     Raises:
-        OptionError: an offload that it, or an int8 model, has no use for.
+        OptionError: an offload that it, or an int8 model, has no use for; or compiling, where that cannot be done.
         RunError: no such device.
     """
     place = pick_device(name)
@@ -245,8 +280,18 @@ def device_for(
         raise OptionError(what, "offload", hint="leave it out, or use a CUDA device")
     if offload_blocks not in ("auto", 0):
         check_device(place)
+    if compile == "on":
+        _refuse_compiling(place, offload)
     make_current(place)
     return place
+
+
+def _refuse_compiling(place: torch.device, offload: Offload) -> None:
+    if offload == "sequential":  # accelerate's hooks run within each block
+        what = "does not go with `offload` sequential"
+        raise OptionError(what, "compile", value="on", hint="use `offload` model")
+    if (missing := missing_compiler(place)) is not None:
+        raise OptionError(missing, "compile", value="on", hint="set `compile` off")
 
 
 def _refuse_int8(offload: Offload) -> None:

@@ -87,7 +87,7 @@ def generate_with(options: GenerateOptions) -> GenerateResult:
     adapters = adapter_texts(options.adapters)
     named = named_model(options.model, options.base, options.comfyui) or default_model(adapters)
     memory = options.offload, options.quantize, options.offload_blocks
-    source = open_for_drawing(named, adapters, options.device, *memory)
+    source = open_for_drawing(named, adapters, options.device, *memory, options.compile, options.on_notice)
     common = dataclasses.replace(_common_record(options, source.facts, source.size), model=str(named))
     records = [
         dataclasses.replace(common, prompt=prompt, prompt_2=seconds[index // options.count], seed=seed)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from libreflux.errors import OptionError
+from libreflux.model.compile_choice import Compile
 from libreflux.printing import counted
 from libreflux.values import listed_numbers
 from libreflux.workflows import picture_options
@@ -45,10 +46,13 @@ class GenerateOptions:
         quantize: "int8" quantises the transformer while it is read, "w8a8" its activations too; None: as stored.
         offload: what of the model is in memory beside what computes, see `picture_options.Offload`.
         offload_blocks: of the transformer that wait in RAM, see `picture_options.OffloadBlocks`.
+        compile: "on" compiles the transformer's blocks, which takes a minute or more and changes last bits; "auto" does
+            on a card, where so many pictures are drawn that it saves time.
         metadata: whether a PNG says how it was made.
         out: a .png file for one picture, else a folder; replaced. None writes nothing: the result has the pictures.
         progress: shows the steps, see `workflows.progress`.
         on_picture: told of each picture's file once it is written.
+        on_notice: told whether blocks are compiled, and of what was.
     """
 
     prompts: str | Sequence[str]
@@ -79,10 +83,12 @@ class GenerateOptions:
     quantize: Quantize | None = None
     offload: Offload = "auto"
     offload_blocks: OffloadBlocks = 0
+    compile: Compile = "auto"
     metadata: bool = True
     out: str | Path | None = None
     progress: Progress = field(default=silent, repr=False, compare=False)
     on_picture: Callable[[Path], None] | None = field(default=None, repr=False, compare=False)
+    on_notice: Callable[[str], None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sigmas", listed_numbers(self.sigmas, "sigmas", distinct=False))
@@ -99,7 +105,7 @@ def texts_of_options(options: GenerateOptions) -> tuple[tuple[str, ...], Sequenc
     picture_options.check_whole("seed", options.seed, 0)
     picture_options.check_whole("count", options.count, 1, picture_options.MOST_PICTURES)
     picture_options.check_sides(options.width, options.height)
-    picture_options.check_memory(options.offload, options.quantize, options.offload_blocks)
+    picture_options.check_memory(options.offload, options.quantize, options.compile, options.offload_blocks)
     seconds = listed(options.prompt_2)
     picture_options.check_texts("prompt_2", seconds)
     picture_options.check_texts("negative_2", listed(options.negative_2))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from libreflux.errors import OptionError
+from libreflux.model.compile_choice import Compile
 from libreflux.places import file_place, folder_place
 from libreflux.values import MOST_NUMBERS, listed_numbers
 from libreflux.workflows.keywords import by_keywords
@@ -48,7 +49,7 @@ class GridOptions:
         seeds: a row for each, with one noise.
         negative: negative prompt.
         width, height: pixels, multiples of 16; None is the model's own size.
-        device, quantize, offload, offload_blocks: see `GenerateOptions`.
+        device, quantize, offload, offload_blocks, compile, on_notice: see `GenerateOptions`.
         out: folder of grid.png, index.html and the cells; continued.
         progress: shows the steps of the cells that are missing, see `workflows.progress`.
     """
@@ -69,8 +70,10 @@ class GridOptions:
     quantize: Quantize | None = None
     offload: Offload = "auto"
     offload_blocks: OffloadBlocks = 0
+    compile: Compile = "auto"
     out: str | Path = "out/grid"
     progress: Progress = field(default=silent, repr=False, compare=False)
+    on_notice: Callable[[str], None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("guidance", "steps", "seeds"):
@@ -128,8 +131,8 @@ def grid_with(options: GridOptions) -> GridResult:
     scales = [None] if options.guidance is None else [float(one) for one in options.guidance]
     columns = [Column(*each) for each in itertools.product(sources, steps, scales)]
     rows = [Row(*each) for each in itertools.product(prompts, options.seeds)]
-    memory = options.offload, options.quantize, options.offload_blocks
-    device_for(options.device, *memory)  # this and what follows: before there is a folder
+    # This and what follows: before there is a folder.
+    device_for(options.device, options.offload, options.quantize, options.offload_blocks, options.compile)
     load_arguments(adapters)
     shared = CellOptions(
         {name: open_model(source) for name, source in sources.items()},
@@ -141,6 +144,8 @@ def grid_with(options: GridOptions) -> GridResult:
         quantize=options.quantize,
         offload=options.offload,
         offload_blocks=options.offload_blocks,
+        compile=options.compile,
+        on_notice=options.on_notice,
     )
     with lock(out):
         cells = Cells(out, shared, columns, rows)
@@ -160,7 +165,7 @@ def _checked(options: GridOptions) -> tuple[tuple[str, ...], list[str], tuple[st
     folder_place(out, "cells")
     for name in (SHEET, PAGE):
         file_place(out / name)
-    check_memory(options.offload, options.quantize, options.offload_blocks)
+    check_memory(options.offload, options.quantize, options.compile, options.offload_blocks)
     check_picture(options.width, options.height, None)
     names = {"guidance_scale": "guidance"}
     _check_each("guidance", options.guidance, lambda scale: check_values({"guidance_scale": scale}, names))

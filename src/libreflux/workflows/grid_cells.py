@@ -12,6 +12,7 @@ from typing import Any
 from libreflux.data.digests import FileMemory
 from libreflux.errors import LibrefluxError
 from libreflux.flow.solve import Step
+from libreflux.model.compile_choice import Compile
 from libreflux.model.facts import Facts
 from libreflux.model.opening import FilesSource
 from libreflux.model.source import ModelSource
@@ -63,7 +64,7 @@ class CellOptions:
         adapters: put on every model, `PATH[:WEIGHT]`.
         negative: negative prompt, of the cells that are guided.
         width, height: pixels; None is the model's own size.
-        device, quantize, offload, offload_blocks: see `GenerateOptions`.
+        device, quantize, offload, offload_blocks, compile, on_notice: see `GenerateOptions`.
     """
 
     sources: Mapping[str, ModelSource]
@@ -75,6 +76,8 @@ class CellOptions:
     quantize: Quantize | None = None
     offload: Offload = "auto"
     offload_blocks: OffloadBlocks = 0
+    compile: Compile = "auto"
+    on_notice: Callable[[str], None] | None = None
 
     def negative_at(self, scale: float) -> str:
         """The negative prompt of a cell, which is of no effect without guidance."""
@@ -218,7 +221,8 @@ class Cells:
             self._opened = None  # before the next one needs the memory
             shared = self.shared
             memory = shared.offload, shared.quantize, shared.offload_blocks
-            source = open_for_drawing(shared.sources[model], shared.adapters, shared.device, *memory)
+            how = *memory, shared.compile, shared.on_notice
+            source = open_for_drawing(shared.sources[model], shared.adapters, shared.device, *how)
             columns = [column for column in self.columns if column.model == model]
             wanted = [self._record(source, column, row) for column in columns for row in self.rows]
             self._opened = model, source, source.load(wanted, self._memory.sha256)

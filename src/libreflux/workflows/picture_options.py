@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from libreflux.errors import OptionError
+from libreflux.model.compile_choice import Compile
 from libreflux.plainjson import is_text
 from libreflux.values import check_side, is_whole
 from libreflux.workflows.model_options import chosen_model
@@ -85,14 +86,18 @@ def check_sides(width: int | None, height: int | None) -> None:
             check_side(side, name)
 
 
-def check_memory(offload: str, quantize: str | None, offload_blocks: object = 0) -> None:
-    """Raises OptionError for a word that is none of `Offload` or `Quantize`, and for no number of blocks."""
+def check_memory(offload: str, quantize: str | None, compile: str, offload_blocks: object = 0) -> None:
+    """Raises OptionError for a word that is none of `Offload`, `Quantize` or `Compile`, and for no number of blocks."""
     if offload_blocks != "auto":
         check_whole("offload_blocks", offload_blocks, 0)
     if offload_blocks != 0 and offload in ("model", "sequential"):
         what = f"has no effect beside `offload` {offload}"
         raise OptionError(what, "offload_blocks", hint="give one of them")
-    for name, value, known in (("offload", offload, get_args(Offload)), ("quantize", quantize, get_args(Quantize))):
+    for name, value, known in (
+        ("offload", offload, get_args(Offload)),
+        ("quantize", quantize, get_args(Quantize)),
+        ("compile", compile, get_args(Compile)),
+    ):
         if value not in known and not (name == "quantize" and value is None):
             raise OptionError(f"cannot be {value!r}", name, hint=f"use one of {', '.join(known)}")
 

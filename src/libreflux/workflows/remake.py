@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from libreflux.errors import DataError, OptionError, OptionHint, RecipeError
+from libreflux.model.compile_choice import Compile
 from libreflux.model.locate import told_model
 from libreflux.places import file_place
 from libreflux.printing import counted, quoted_path
@@ -37,11 +38,13 @@ class RemakeOptions:
         base, comfyui: see `GenerateOptions`.
         adapters: where its adapters are now, in their order; the weights are the picture's.
         device, offload, offload_blocks: see `GenerateOptions`.
+        compile: "on" or "off", see `GenerateOptions`; "auto": as the picture was drawn.
         metadata: whether the new PNG says how it was made.
         out: a .png file, or a folder. None writes nothing.
         progress: shows the steps, see `workflows.progress`.
         on_difference: told, before anything is drawn, of each thing that has changed since the picture was made.
         on_picture: told of the new picture's file once it is written.
+        on_notice: see `GenerateOptions`.
     """
 
     picture: str | Path
@@ -53,11 +56,13 @@ class RemakeOptions:
     device: str = "auto"
     offload: Offload = "auto"
     offload_blocks: OffloadBlocks = 0
+    compile: Compile = "auto"
     metadata: bool = True
     out: str | Path | None = None
     progress: Progress = field(default=silent, repr=False, compare=False)
     on_difference: Callable[[str], None] | None = field(default=None, repr=False, compare=False)
     on_picture: Callable[[Path], None] | None = field(default=None, repr=False, compare=False)
+    on_notice: Callable[[str], None] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ def remake_with(options: RemakeOptions) -> RemakeResult:
         assert again.same_pixels and not again.differences
     """
     picture = Path(options.picture)
-    check_memory(options.offload, None, options.offload_blocks)
+    check_memory(options.offload, None, options.compile, options.offload_blocks)
     record = read_record(picture)
     _check(record, picture)
     target = None if options.out is None else _target(Path(options.out), record, picture)
@@ -109,7 +114,8 @@ def remake_with(options: RemakeOptions) -> RemakeResult:
     named = named_model(model, options.base, options.comfyui) or record.model
     adapters = _found(record, adapter_texts(options.adapters), picture)
     memory = options.offload, record.quantize, options.offload_blocks
-    source = open_for_drawing(named, adapters, options.device, *memory)
+    asked: Compile = ("on" if record.compile else "off") if options.compile == "auto" else options.compile
+    source = open_for_drawing(named, adapters, options.device, *memory, asked, options.on_notice)
     try:
         check_max_tokens(source.facts, record.max_tokens, f"{picture}: max_tokens")
     except OptionError as error:

@@ -12,6 +12,7 @@ from gpu.alone import DEVICE
 from libreflux.adapter import plan
 from libreflux.adapter.adapter import Adapter
 from libreflux.model.attention import check_gradients, lengths_to_check
+from libreflux.model.compiling import CompiledBlocks
 from libreflux.model.latents import image_ids, pack
 from libreflux.model.numerics import pinned
 from libreflux.model.offload import BlockOffload, blocks_of
@@ -95,6 +96,20 @@ def offloaded(precision: str) -> dict[str, dict[str, float]]:
     homes = {tensor.device.type for block in blocks_of(waiting.net) for tensor in block.buffers()}
     assert homes <= {"cpu"}
     return found
+
+
+def compiled(precision: str) -> dict[str, Any]:
+    """Relative errors, in norm, of compiled blocks against plain ones on the card; graphs, kinds, seconds."""
+    net, lengths = Adapted(precision, DEVICE), [(7, 7), (9, 9), (20, 20)]
+    plain = [net.passed(each, checkpointing=True) for each in lengths]
+    blocks = CompiledBlocks(net.net)
+    errors: dict[str, float] = {}
+    for each, wanted in zip(lengths, plain, strict=True):
+        found = net.passed(each, checkpointing=True)
+        for key, tensor in wanted.items():
+            error = float((found[key] - tensor).norm() / tensor.norm())
+            errors[key] = max(errors.get(key, 0.0), error)
+    return {"errors": errors, "graphs": blocks.graphs, "kinds": blocks.kinds, "seconds": blocks.seconds}
 
 
 def attention(head_dim: int, dtype: str) -> float:

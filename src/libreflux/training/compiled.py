@@ -1,0 +1,70 @@
+"""Whether a run's blocks are compiled, and the passes in it that are not."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+from diffusers import FluxTransformer2DModel
+
+from libreflux.errors import RunError
+from libreflux.model import compile_choice
+from libreflux.model.compiling import CompiledBlocks, missing_compiler, work_of
+from libreflux.recipe import Recipe
+from libreflux.training.callbacks import Callbacks
+from libreflux.training.checkpoint import Checkpoint
+
+COMPILED = "compiled"
+"""In a checkpoint's state.json where blocks were compiled; left out where not, as versions did that knew no such."""
+
+
+def require_compiler(recipe: Recipe, device: str) -> None:
+    """Before anything is read: raises RunError where `compile: on` cannot be done."""
+    if recipe.compile == "on" and (missing := missing_compiler(device)) is not None:
+        raise RunError(missing, where="compile", hint="set compile: off")
+
+
+def compiled_blocks(
+    recipe: Recipe,
+    transformer: FluxTransformer2DModel,
+    device: str,
+    newest: Checkpoint | None,
+    callbacks: Callbacks,
+) -> CompiledBlocks | None:
+    """The blocks compiled, if that is asked for or pays; a resumed run's as they were.
+
+    Args:
+        recipe: the run's.
+        transformer: with its adapter.
+        device: where it computes.
+        newest: the checkpoint that the run goes on from; None at the start.
+        callbacks: told what was decided.
+
+    Raises:
+        RunError: `compile: on`, and torch cannot compile here.
+    """
+    if recipe.compile == "off":
+        return None
+    before, kind = _before(newest, device), torch.device(device).type
+    asked = recipe.compile == "on" or before or (kind == "cuda" and before is None)
+    missing = missing_compiler(device) if asked else None
+    work = work_of(transformer, recipe.steps * recipe.accumulate, training=True)
+    choice = compile_choice.choose(recipe.compile, kind, work, missing=missing, before=before)
+    if choice.told is not None:
+        callbacks.on_notice(choice.told)
+    return CompiledBlocks(transformer) if choice.on else None
+
+
+def uncompiled(compiled: CompiledBlocks | None) -> AbstractContextManager[None]:
+    """Sample pictures and held-out ones are few passes, which would need graphs of their own."""
+    return contextlib.nullcontext() if compiled is None else compiled.paused()
+
+
+def _before(newest: Checkpoint | None, device: str) -> bool | None:
+    """What was decided for the run that goes on; None at the start, and on another kind of device."""
+    if newest is None:
+        return None
+    state = newest.state()
+    kind = str(state.get("device", "")).partition(" ")[0].partition(":")[0]
+    return bool(state.get(COMPILED)) if kind == torch.device(device).type else None

@@ -1,0 +1,115 @@
+"""`compile` in recipes: the steps are those of a plain run, and a run goes on as it was begun."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from libreflux.errors import RunError
+from libreflux.model import compiling
+from libreflux.recipe import Recipe, load_recipe
+from libreflux.training import checkpoint, compiled
+from libreflux.training.loop import fit
+from training.recorded import Recorder, Tree
+
+SMALL = {"adapter": {"targets": [{"layers": "**.attn.to_q", "factor": 4}]}, "batch": 1}
+
+
+class Listener(Recorder):
+    """Keeps the notices too, and how much was compiled whenever samples are due."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notices: list[str] = []
+
+    def on_notice(self, line: str) -> None:
+        self.notices.append(line)
+
+
+class NotCompiled:
+    """In the place of `CompiledBlocks`: compiles nothing."""
+
+    def __init__(self, transformer: object) -> None:
+        pass
+
+    def news(self) -> str | None:
+        return None
+
+
+def trained(tree: dict[str, Any]) -> Listener:
+    heard = Listener()
+    fit(Recipe.model_validate(tree), heard)
+    return heard
+
+
+def state_of(run: Path) -> dict[str, Any]:
+    newest = checkpoint.latest(run)
+    assert newest is not None
+    return newest.state()
+
+
+def test_compiled_steps_are_those_of_a_plain_run(
+    recipe_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured = functools.partial(compiling.CompiledBlocks, backend="aot_eager")
+    monkeypatch.setattr(compiled, "CompiledBlocks", captured)
+    tree = recipe_tree(tmp_path / "run", **SMALL, steps=3)
+    tree["data"] = [{**tree["data"][0], "caption_dropout": 0}]  # an empty prompt would have graphs of its own
+    found, wanted = (trained({**tree, "compile": asked, "out": str(tmp_path / asked)}) for asked in ("on", "off"))
+    assert [info.loss for info in found.steps] == pytest.approx([info.loss for info in wanted.steps], rel=1e-5)
+    assert found.notices[0] == "blocks are compiled: 2 kinds, at their first calls"
+    assert found.notices[1].startswith("compiled 2 kinds of block in ")
+    assert len(found.notices) == 2  # captions of several lengths, and no graph more
+    assert found.notices[1].endswith("(2 graphs so far)")
+    assert wanted.notices == []
+    assert state_of(tmp_path / "on")["compiled"] is True
+    assert "compiled" not in state_of(tmp_path / "off")
+
+
+def test_a_run_goes_on_as_it_was_begun(
+    recipe_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compiled, "CompiledBlocks", NotCompiled)
+    monkeypatch.setattr(compiled, "missing_compiler", lambda device: None)
+    run = tmp_path / "run"
+    tree = recipe_tree(run, **SMALL)
+    trained({**tree, "steps": 1, "compile": "on"})
+    assert trained({**tree, "steps": 2}).notices == ["blocks are compiled, as they were before"]
+    assert state_of(run)["compiled"] is True
+    assert "last bits" not in caplog.text
+    assert trained({**tree, "steps": 3, "compile": "off"}).notices == []
+    assert "resumed with plain blocks instead of compiled ones: the result may differ in its last bits" in caplog.text
+    assert trained({**tree, "steps": 4}).notices == []
+    assert "compiled" not in state_of(run)
+    trained({**tree, "steps": 5, "compile": "on"})
+    assert "resumed with compiled blocks instead of plain ones" in caplog.text
+
+
+def test_another_kind_of_device_decides_anew(tmp_path: Path) -> None:
+    folder = checkpoint.write(tmp_path, 1, {}, {"compiled": True, "device": "cuda (NVIDIA H100)"})
+    assert compiled._before(folder, "cuda:1") is True
+    assert compiled._before(folder, "cpu") is None
+
+
+def test_without_a_compiler_on_is_refused_before_anything_is_read(
+    recipe_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "missing_compiler", lambda device: "there is no compiler")
+    tree = recipe_tree(tmp_path / "run", compile="on", model="no-such-model")
+    with pytest.raises(RunError, match=r"^compile: there is no compiler; hint: set compile: off$"):
+        fit(Recipe.model_validate(tree))
+
+
+def test_words_that_yaml_reads_as_truth(recipe_tree: Tree, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    for written, meant in (("on", "on"), ("off", "off"), ('"on"', "on"), ("auto", "auto")):
+        path.write_text(json.dumps(recipe_tree(tmp_path / "run"))[:-1] + f', "compile": {written}}}', encoding="utf-8")
+        recipe = load_recipe(path)
+        assert recipe.compile == meant
+        path.write_text(recipe.to_yaml(), encoding="utf-8")
+        assert load_recipe(path) == recipe
+        assert load_recipe(path, ["compile=off"]).compile == "off"
