@@ -28,6 +28,8 @@ from typing import Any
 from benchmarks.speed.names import PARTS, wanted
 from benchmarks.speed.results import text
 
+from libreflux.processes import ask_for_large_pages
+
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = 1
 
@@ -40,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(page([Path(one) for one in words[1:]] or None))
         return 0
+    ask_for_large_pages()  # as the command does; all contenders have them
     options = parsed(words)
     if options.here:
         with quiet():

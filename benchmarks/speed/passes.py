@@ -14,6 +14,7 @@ from torch import nn
 
 from libreflux.adapter import plan
 from libreflux.adapter.adapter import Adapter
+from libreflux.model.compiling import CompiledBlocks
 from libreflux.model.fused_attention import fuse_attention
 from libreflux.model.int8 import quantise_model
 from libreflux.model.numerics import enable_checkpointing, pinned
@@ -75,12 +76,12 @@ def ours(size: Size, device: str, base: str, *, compiled: bool = False) -> FluxT
     if base == "w8a8":
         quantise_activations(made, kind_for(device))
     if compiled:
-        compile_blocks(made)
+        CompiledBlocks(made)
     return made
 
 
 def compile_blocks(transformer: FluxTransformer2DModel) -> None:
-    """Each kind of block once, as `torch.compile` finds them alike."""
+    """As diffusers would: each kind of block once, as `torch.compile` finds them alike."""
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         block.compile()
 
@@ -99,7 +100,7 @@ def own_step(size: Size, side: int, tokens: int, device: str, base: str, *, comp
     enable_checkpointing(transformer)
     transformer.train()
     if compiled:
-        compile_blocks(transformer)
+        CompiledBlocks(transformer)
     optimizer = make_optimizer(OptimizerSpec(kind="adamw_bf16", learning_rate=RATE), adapter.named_parameters(), 0)
     parameters = list(adapter.parameters())
     latents = torch.randn(1, 16, side // 8, side // 8, device=device)
