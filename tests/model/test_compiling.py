@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
@@ -127,6 +129,19 @@ def test_blocks_do_not_hold_themselves() -> None:
     finally:
         gc.enable()
     del compiled
+
+
+def test_a_copy_computes_with_its_own_weights() -> None:
+    transformer = tiny_transformer().requires_grad_(False)
+    compiled = CompiledBlocks(transformer, backend=CAPTURED)
+    other = copy.deepcopy(transformer)
+    with torch.no_grad(), compiled.paused():
+        before = predicted(transformer, 5)
+        assert torch.equal(predicted(other, 5), before)
+        for block in compiling.blocks_of(other):
+            block.attn.to_q.weight.mul_(-1)
+        assert torch.equal(predicted(transformer, 5), before)
+        assert not torch.equal(predicted(other, 5), before)
 
 
 def test_kinds_are_blocks_of_one_structure() -> None:

@@ -67,7 +67,7 @@ class CompiledBlocks:
             structure = _structure(block)
             if structure not in kinds:
                 kinds[structure] = _Kind(self, block, f"{type(block).__name__} {len(kinds) + 1}")
-            _attach(block, kinds[structure])
+            block.forward = _Forward(block, kinds[structure])
         self.kinds = len(kinds)
 
     @contextlib.contextmanager
@@ -146,6 +146,24 @@ class _Kind:
         return out
 
 
+class _Forward:
+    """In the place of a block's `forward`; a deep copy of the block calls itself, and shares what was compiled."""
+
+    def __init__(self, block: nn.Module, kind: _Kind) -> None:
+        self.block = weakref.ref(block)  # a block that held itself would keep its gigabytes until a garbage collection
+        self.kind = kind
+
+    def __call__(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        block = self.block()
+        assert block is not None
+        return self.kind.call(block, *args, **options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Forward:
+        block = self.block()
+        assert block is not None
+        return _Forward(memo.get(id(block), block), self.kind)
+
+
 def missing_compiler(device: torch.device | str) -> str | None:
     """Why torch cannot compile for a device here; None: it can."""
     kind = torch.device(device).type
@@ -176,17 +194,6 @@ def work_of(transformer: FluxTransformer2DModel, passes: int, *, training: bool)
 def blocks_of(transformer: FluxTransformer2DModel) -> list[nn.Module]:
     """A transformer's blocks, double ones first."""
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-
-
-def _attach(block: nn.Module, kind: _Kind) -> None:
-    own = weakref.ref(block)  # a block that holds itself would keep its gigabytes until the next garbage collection
-
-    def forward(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        live = own()
-        assert live is not None
-        return kind.call(live, *args, **options)
-
-    block.forward = forward
 
 
 def _compiled(forward: Callable[..., Any], backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
