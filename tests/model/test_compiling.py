@@ -139,7 +139,7 @@ def test_a_copy_computes_with_its_own_weights() -> None:
         before = predicted(transformer, 5)
         assert torch.equal(predicted(other, 5), before)
         for block in compiling.blocks_of(other):
-            block.attn.to_q.weight.mul_(-1)
+            block.get_submodule("attn.to_q").get_parameter("weight").mul_(-1)
         assert torch.equal(predicted(transformer, 5), before)
         assert not torch.equal(predicted(other, 5), before)
 

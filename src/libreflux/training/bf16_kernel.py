@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from libreflux.printing import get_logger
-from libreflux.training.bf16_update import Factors, plain_update
+from libreflux.training.bf16_update import Factors, places_apart, plain_update
 from libreflux.training.rounding import FIRST, LOW, SECOND, Noise
 
 log = get_logger(__name__)
@@ -123,11 +123,7 @@ def works_on(device: torch.device) -> bool:
 
 
 def trial(device: torch.device | str) -> float:
-    """The share of numbers, of two unequal parameters and their moments, in which kernel and plain twin differ.
-
-    By one place of bf16 some may: the order of roundings in fp32 is not the same, and decides where the noise lies
-    within 2^-24 of the border. By more than one place: all are counted as wrong.
-    """
+    """`places_apart` of kernel and plain twin, of two unequal parameters and their moments."""
     generator = torch.Generator().manual_seed(0)
     sizes = (_TRIED - 77, 77)
     factors, noises = Factors.at(3, 1e-2, (0.9, 0.999), 1e-8, 0.1), [Noise.of(1, 3, name) for name in "ab"]
@@ -138,5 +134,4 @@ def trial(device: torch.device | str) -> float:
     parts: Any = zip(*(one.split(sizes) for one in (*plain, grad)), noises, strict=True)
     for a, b, c, g, noise in parts:
         plain_update(a, b, c, g, factors=factors, noise=noise)
-    places = torch.cat([(a.view(torch.int16) - b.view(torch.int16)).abs() for a, b in zip(fast, plain, strict=True)])
-    return 1.0 if bool((places > 1).any()) else float((places > 0).double().mean())
+    return places_apart(fast, plain)
