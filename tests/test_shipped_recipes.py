@@ -75,10 +75,10 @@ def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 CAPTIONS = 10.5 if getattr(T5EncoderModel, "_supports_sdpa", False) else 12.9
 GIB = {  # by phase, for prompts of 512 tokens on a card
     "flux-12gb-style.yaml": [1.2, CAPTIONS - 10.5 + 4.4, 10.1, 10.1],  # T5 block by block
-    "flux-16gb-free.yaml": [3.5, CAPTIONS, 13.4, 12.2, 8.6],
-    "flux-24gb-free.yaml": [3.5, CAPTIONS, 19.6, 18.4, 14.8],
+    "flux-16gb-free.yaml": [3.5, CAPTIONS, 13.5, 12.2, 8.6],
+    "flux-24gb-free.yaml": [3.5, CAPTIONS, 19.7, 18.4, 14.8],
     "flux-24gb-style.yaml": [1.2, CAPTIONS, 12.8, 12.8],
-    "flux-8xh100.yaml": [3.5, CAPTIONS, 60.0, 44.1, 40.8],
+    "flux-8xh100.yaml": [3.5, CAPTIONS, 60.0, 44.1, 41.0],
 }
 SMALL = {"flux-12gb-style.yaml": (12, 17), "flux-16gb-free.yaml": (16, 35)}
 """GiB of the card, of which 2 % are the driver's, and how many of 57 blocks wait in RAM beside it."""

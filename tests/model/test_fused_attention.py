@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
@@ -120,6 +121,26 @@ def test_what_it_does_not_know_is_left_to_diffusers() -> None:
     assert weight.grad is not None
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert run(fused).equal(run(plain))
+
+
+@pytest.mark.parametrize("adapter", [None, "lokr", "lora"])
+def test_weights_that_hooks_bring_are_not_read_past_them(adapter: str | None) -> None:
+    """accelerate's hooks leave weights on meta until their module is called; norms, LoKr and LoRA among them."""
+    made = random_norms(tiny_transformer(), torch.float32)
+    if adapter is not None:
+        target = Target(layers="**.attn.**", factor=2) if adapter == "lokr" else Target(layers="**.attn.**", rank=2)
+        attach(made, resolve(linear_shapes(made), [target]), init="kaiming")
+        for name, parameter in made.named_parameters():
+            if "lora_up" in name or "lokr_w2" in name:
+                parameter.data.normal_(generator=torch.Generator().manual_seed(3))
+        made.requires_grad_(False)
+    with torch.no_grad():
+        plain = run(made)
+        fuse_attention(made)
+        assert run(made).equal(plain)
+        accelerate.cpu_offload(made, torch.device("cpu"))
+        assert made.get_submodule("single_transformer_blocks.0.attn.norm_q").get_parameter("weight").is_meta
+        assert run(made).equal(plain)
 
 
 def test_another_processor_stays() -> None:

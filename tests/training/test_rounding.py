@@ -109,6 +109,15 @@ def test_the_update_is_its_plain_twin() -> None:
     assert places_apart(fast[:1], numbers(500_000)[:1]) > 0.1
 
 
+def test_places_apart_tells_signs_and_neighbours() -> None:
+    one = torch.tensor([1.0, -1.0, 0.0]).bfloat16()
+    assert places_apart([one], [-one]) == 1.0
+    assert places_apart([one], [one]) == 0.0
+    above = (one.view(torch.int16) + 1).view(torch.bfloat16)
+    assert places_apart([one], [above]) == 1.0  # all of them
+    assert places_apart([torch.tensor([0.0]).bfloat16()], [torch.tensor([-0.0]).bfloat16()]) == 0.0
+
+
 @pytest.mark.parametrize("chunk", [64, 1024, 1 << 16])
 def test_chunks_change_nothing(chunk: int) -> None:
     assert all(a.equal(b) for a, b in zip(updated(50_001, chunk), updated(50_001, 1 << 20), strict=True))

@@ -47,12 +47,11 @@ class LoKr(nn.Module):
         self.lokr_w1 = nn.Parameter(torch.zeros(shape1, dtype=dtype, device=device))
         self.lokr_w2 = nn.Parameter(torch.zeros(shape2, dtype=dtype, device=device))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor | None = None, strength: float = 1.0) -> Tensor:
+        """delta(x); with `out`, which is overwritten, out + strength * delta(x)."""
+        if out is not None:
+            return add_lokr(out, x, self.lokr_w1, self.lokr_w2, strength)
         return lokr_apply(x, self.lokr_w1.to(x.dtype), self.lokr_w2.to(x.dtype))
-
-    def add_to(self, out: Tensor, x: Tensor, strength: float) -> Tensor:
-        """out + strength * delta(x); `out` is overwritten."""
-        return add_lokr(out, x, self.lokr_w1, self.lokr_w2, strength)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of a LyCORIS file, by suffix; alpha is 1, which full-matrix LoKr ignores."""
@@ -91,12 +90,11 @@ class LoRA(nn.Module):
         """Give the scale another numerator."""
         self.alpha, self.scale = alpha, alpha / self.rank
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor | None = None, strength: float = 1.0) -> Tensor:
+        """delta(x); with `out`, out + strength * delta(x)."""
+        if out is not None:
+            return add_lora(out, x, self.lora_down, self.lora_up, strength * self.scale)
         return self.scale * F.linear(F.linear(x, self.lora_down.to(x.dtype)), self.lora_up.to(x.dtype))
-
-    def add_to(self, out: Tensor, x: Tensor, strength: float) -> Tensor:
-        """out + strength * delta(x)."""
-        return add_lora(out, x, self.lora_down, self.lora_up, strength * self.scale)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of a LyCORIS or kohya file, by suffix."""
@@ -132,7 +130,10 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.base(x)
-        return self.delta.add_to(out, x, self.strength) if self.enabled else out
+        if not self.enabled:
+            return out
+        added: Tensor = self.delta(x, out, self.strength)  # called, and not a method of it: hooks may bring its weights
+        return added
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, strength={self.strength}"

@@ -76,7 +76,7 @@ class _AddLoKr(torch.autograd.Function):
         rows = tiles.shape[0]
         small = w1.expand(rows, a, b)
         if large_first(w1, w2):
-            ctx.save_for_backward(x, w1, w2, between := tiles.view(-1, d) @ w2.T)
+            ctx.save_for_backward(x, w1, w2, between := tiles.reshape(-1, d) @ w2.T)
             out.view(rows, a, c).baddbmm_(small, between.view(rows, b, c), alpha=strength)
         else:
             ctx.save_for_backward(x, w1, w2, between := torch.bmm(small, tiles))
@@ -96,14 +96,14 @@ class _AddLoKr(torch.autograd.Function):
         by_x = by_w1 = by_w2 = None
         if large_first(w1, w2):
             if of_x or of_w2:
-                below = torch.bmm(back, above).view(-1, c)
-                by_x = (below @ w2).view(x.shape) if of_x else None
-                by_w2 = below.T @ tiles.view(-1, d) if of_w2 else None
+                below = torch.bmm(back, above).reshape(-1, c)
+                by_x = (below @ w2).reshape(x.shape) if of_x else None
+                by_w2 = below.T @ tiles.reshape(-1, d) if of_w2 else None
             by_w1 = torch.bmm(above, between.view(rows, b, c).mT).sum(0) if of_w1 else None
         else:
-            by_w2 = above.view(-1, c).T @ between.view(-1, d) if of_w2 else None
+            by_w2 = above.reshape(-1, c).T @ between.view(-1, d) if of_w2 else None
             if of_x or of_w1:
-                below = (above.view(-1, c) @ w2).view(rows, a, d)
+                below = (above.reshape(-1, c) @ w2).view(rows, a, d)
                 by_x = torch.bmm(back, below).view(x.shape) if of_x else None
                 by_w1 = torch.bmm(below, tiles.mT).sum(0) if of_w1 else None
         return grad, by_x, by_w1, by_w2, None

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import shutil
 import time
 import types
@@ -170,7 +171,11 @@ def missing_compiler(device: torch.device | str) -> str | None:
     if kind == "cuda":
         from torch.utils._triton import has_triton
 
-        return None if has_triton() else "there is no Triton, with which torch compiles for a card"
+        if not has_triton():
+            return "there is no Triton, with which torch compiles for a card"
+        compilers = [os.environ["CC"]] if os.environ.get("CC") else ["clang", "gcc"]
+        here = any(shutil.which(name) for name in compilers)
+        return None if here else "there is no C compiler (gcc, clang or CC), which Triton needs"
     if kind != "cpu":
         return f"compiling for {kind} is not supported"
 

@@ -2,7 +2,8 @@
 
 diffusers' own way takes 16 operations for each of four or two tensors of a block forward, and 28 back; on a card the
 host then waits for launches, on a CPU each passes through memory. Here queries and keys of text and image lie in one
-tensor: 14 operations forward, 14 back. The forward pass has the same bits; the gradient stays in fp32 on the way.
+tensor: 14 operations forward, 14 back. On a CPU the forward pass has the same bits; the gradient stays in fp32
+for longer.
 """
 
 from __future__ import annotations
@@ -70,14 +71,17 @@ def _known(attn: FluxAttention, hidden_states: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and not attn.fused_projections
         and (hidden_states.is_meta or not torch.is_autocast_enabled(hidden_states.device.type))
-        and all(_frozen(norm, hidden_states.dtype) for norm in norms)
+        and all(_frozen(norm, hidden_states) for norm in norms)
         and len({norm.eps for norm in norms}) == 1
     )
 
 
-def _frozen(norm: nn.Module, dtype: torch.dtype) -> bool:
+def _frozen(norm: nn.Module, states: Tensor) -> bool:
+    """Whether a norm's weight can be read as it is: what moves weights by hooks brings them when the norm is called."""
     weight = norm.weight if isinstance(norm, nn.RMSNorm) else None
-    return weight is not None and weight.dtype == dtype and not weight.requires_grad
+    if weight is None or weight.requires_grad or norm._forward_pre_hooks or hasattr(norm, "_hf_hook"):
+        return False
+    return weight.dtype == states.dtype and weight.device == states.device
 
 
 def _heads(states: Tensor, attn: FluxAttention) -> Tensor:
@@ -135,21 +139,25 @@ class _NormAndRotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-        signed = sin.unflatten(-1, (-1, 2)) * sin.new_tensor([-1.0, 1.0])
+        signed = torch.stack([-sin[..., ::2], sin[..., 1::2]], dim=-1)  # no number of the host's: a card would wait
         cos, signed = cos[:, None], signed.flatten(-2)[:, None]
         wide = x.float()
         root = torch.rsqrt_(wide.pow(2).mean(-1, keepdim=True).add_(eps))
         ctx.save_for_backward(x, weight, cos, signed, root)
-        normed = torch.mul(wide, root, out=None if wide is x else wide).mul_(weight).to(x.dtype).float()
-        turned = _swapped(normed).mul_(signed)
-        return torch.mul(normed, cos).add_(turned).to(x.dtype)
+        wide = torch.mul(wide, root, out=None if wide is x else wide).mul_(weight)
+        if x.dtype != torch.float32:  # as between diffusers' norm and its rotation
+            wide.copy_(wide.to(x.dtype))
+        turned = _swapped(wide).mul_(signed)
+        return wide.mul_(cos).add_(turned).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, weight, cos, signed, root = ctx.saved_tensors
         above = grad.float()
-        by_y = torch.mul(above, cos).add_(_swapped(torch.mul(above, signed))).mul_(weight)
+        by_y = torch.mul(above, cos)
+        by_y.add_(_swapped(torch.mul(above, signed, out=None if above is grad else above))).mul_(weight)
+        del above
         wide = x.float()
         along = torch.mul(by_y, wide).mean(-1, keepdim=True).mul_(root).mul_(root)
         return by_y.addcmul_(wide, along, value=-1).mul_(root).to(x.dtype), None, None, None, None

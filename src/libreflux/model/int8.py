@@ -89,10 +89,10 @@ def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Te
     if not on_cpu(x):
         return F.linear(x, dequantise(weight, scale, x.dtype), bias)
     if x.dtype == torch.bfloat16 and x.numel() <= _FEW * weight.shape[1] and not any(n % 64 for n in weight.shape):
-        rows = x.reshape(-1, weight.shape[1])
+        rows = x.reshape(-1, weight.shape[1]).contiguous()
         out: Tensor = torch.ops.aten._weight_int8pack_mm(rows, weight, scale.to(x.dtype))
         out = out if bias is None else out.add_(bias)
-        return out if x.ndim == 2 else out.view(*x.shape[:-1], weight.shape[0])
+        return out if x.ndim == 2 else torch.ops.aten._unsafe_view(out, (*x.shape[:-1], weight.shape[0]))
     return F.linear(x, _dense_for_now(weight, scale, x.dtype), bias)
 
 

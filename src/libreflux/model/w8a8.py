@@ -49,7 +49,8 @@ def quantise_activations(transformer: nn.Module, kind: Kind | None) -> list[str]
     """
     names = []
     for name, module in transformer.named_modules():
-        if isinstance(module, Int8Linear) and not name.rpartition(".")[0].rpartition(".")[2].startswith("norm"):
+        within = name.removesuffix(".base").split(".")[:-1]  # an adapted linear's own is its base
+        if isinstance(module, Int8Linear) and not (within and within[-1].startswith("norm")):
             module.multiply = None if kind is None else (w8a8_int8 if kind == "int8" else w8a8_fp8)
             names.append(name)
     return names
@@ -114,7 +115,7 @@ def scaled_product(
         made = _at_once(made, matrix, after, bias, kind, before)[: len(rows)]
     else:
         made = _at_once(rows, matrix, after, bias, kind, before)
-    return made.view(*x.shape[:-1], n)
+    return made if x.ndim == 2 else torch.ops.aten._unsafe_view(made, (*x.shape[:-1], n))  # as `linear`: no view
 
 
 def quantise_rows(x: Tensor, kind: Kind, before: Tensor | None = None) -> tuple[Tensor, Tensor]:

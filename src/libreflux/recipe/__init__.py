@@ -65,7 +65,7 @@ class Recipe(Section):
     base: Literal["fp32", "bf16", "int8", "w8a8"] = Field(
         default="bf16",
         description="the frozen base's weights: bf16, fp32, or int8 (half the memory of bf16); "
-        "w8a8: int8, multiplied by activations of 8 bits too (faster, less exact)",
+        "w8a8: int8, multiplied by activations of 8 bits too (faster on a CPU, on a card with compile; less exact)",
     )
     objective: Literal["flow", "distil"] = Field(
         default="flow", description="flow: plain flow matching; distil: the base's guided steps in fewer and plain ones"

@@ -139,5 +139,11 @@ def places_apart(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 
     Two orders of rounding in fp32 lead to other bf16 numbers where the noise lies within 2^-24 of the border.
     """
-    places = torch.cat([(a.view(torch.int16) - b.view(torch.int16)).abs() for a, b in zip(found, wanted, strict=True)])
+    places = torch.cat([(_place(a) - _place(b)).abs() for a, b in zip(found, wanted, strict=True)])
     return 1.0 if bool((places > 1).any()) else float((places > 0).double().mean())
+
+
+def _place(numbers: Tensor) -> Tensor:
+    """Where bf16 numbers stand in their order, int32."""
+    bits = numbers.view(torch.int16).int()
+    return torch.where(bits < 0, -(bits & 0x7FFF), bits)

@@ -51,11 +51,13 @@ def accumulate_gradient(total: Tensor, parameters: Iterable[nn.Parameter], *, at
 def runs(parameters: Iterable[nn.Parameter], size: int) -> Iterator[list[nn.Parameter]]:
     """Neighbours of at most `size` numbers together, or single ones."""
     run: list[nn.Parameter] = []
+    count = 0
     for parameter in parameters:
-        if run and sum(one.numel() for one in run) + parameter.numel() > size:
+        if run and count + parameter.numel() > size:
             yield run
-            run = []
+            run, count = [], 0
         run.append(parameter)
+        count += parameter.numel()
     if run:
         yield run
 

@@ -163,6 +163,7 @@ def _metrics(training: Training) -> contextlib.AbstractContextManager[checkpoint
 
 def _measure(training: Training, held_out: HeldOut, callbacks: Callbacks) -> None:
     recipe = training.recipe
+    training.forget_gradient()
     told = f"held-out pictures after step {training.step}"
     with memory.explained(told, recipe, memory.measuring(recipe)), uncompiled(training.compiled):
         callbacks.on_measure(training.step, training.transformer, held_out)
@@ -170,6 +171,7 @@ def _measure(training: Training, held_out: HeldOut, callbacks: Callbacks) -> Non
 
 def _sample(training: Training, callbacks: Callbacks) -> None:
     recipe = training.recipe
+    training.forget_gradient()
     told = f"samples after step {training.step}"
     with memory.explained(told, recipe, memory.drawing(recipe)), uncompiled(training.compiled):
         callbacks.on_sample(training.step, training.transformer)

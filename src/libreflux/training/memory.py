@@ -47,7 +47,7 @@ def smaller_steps(recipe: Recipe) -> list[str]:
         ways.append("text_cache: int8 (no encoder stays in memory)")
     if recipe.gradient_checkpointing is not True:
         ways.append("gradient_checkpointing: true")
-    if recipe.base not in ("int8", "w8a8"):
+    if recipe.base in ("bf16", "fp32"):
         ways.append("base: int8")
     if not on_cpu(recipe):
         ways.append("a larger number for offload_blocks" if recipe.offload_blocks else "offload_blocks: auto (slower)")

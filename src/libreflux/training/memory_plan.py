@@ -182,4 +182,7 @@ def plan_memory(
         does = "wait in RAM" if key == OFFLOAD else "keep their activations, the others are computed again"
         callbacks.on_notice(f"{key}: auto; {decided[key]} of {counted(total, 'block')} {does} ({told})")
     kept = decided.get(CHECKPOINTING, 0 if recipe.gradient_checkpointing else None)
+    if not on_card:  # a card decides for itself, and what one decided stays
+        decided = {key: value for key, value in decided.items() if key != OFFLOAD}
+        decided |= {key: value for key, value in begun if key == OFFLOAD}
     return MemoryPlan(waiting, kept, decided)

@@ -173,6 +173,10 @@ class Training:
         moved = self._move(gradient, [row[1] for row in rows], [row[2] for row in rows])
         return self._info(units, sigmas, rows, moved, time.perf_counter() - begun)
 
+    def forget_gradient(self) -> None:
+        """Gives the memory of the gradient back, for what comes between two steps."""
+        self._gradient = None
+
     def _zero_gradient(self) -> Tensor:
         """[P] fp32 zeros, in the same memory at each step: new memory costs more than zeros."""
         if self._gradient is None:

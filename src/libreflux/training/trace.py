@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from libreflux.model import latents as latent_space
+from libreflux.model.fused_attention import fuse_attention
 from libreflux.model.text import TOKENS_PER_PASS, TextConditioning
 from libreflux.training.objective import NoisedBatch, flow_matching_loss
 
@@ -79,6 +80,7 @@ def meta_transformer(config: dict[str, Any], dtype: torch.dtype) -> FluxTransfor
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(config)
     nn.Module.to(transformer, dtype)  # diffusers' own `to` warns of modules to keep in fp32; FLUX has none
+    fuse_attention(transformer)
     return transformer.eval()
 
 

@@ -13,9 +13,11 @@ from libreflux.data.digests import FileMemory
 from libreflux.errors import LibrefluxError
 from libreflux.flow.solve import Step
 from libreflux.model.compile_choice import Compile
+from libreflux.model.device import pick_device
 from libreflux.model.facts import Facts
 from libreflux.model.opening import FilesSource
 from libreflux.model.source import ModelSource
+from libreflux.model.w8a8 import kind_for
 from libreflux.result_key import adopt, digest
 from libreflux.sample.metadata import GenerationRecord, read_record, save_png
 from libreflux.sample.model_key import FORMULA, adapters_key, facts_key, model_key
@@ -172,10 +174,15 @@ class Cells:
             "guidance": scale,
             "width": shared.width,
             "height": shared.height,
-            "quantize": shared.quantize,
+            "quantize": self._quantised(),
             **model.key,
         }
         return self._file(decided)
+
+    def _quantised(self) -> str | None:
+        """With what activations are rounded to, which the device decides."""
+        asked = self.shared.quantize
+        return f"w8a8 {kind_for(pick_device(self.shared.device))}" if asked == "w8a8" else asked
 
     def model(self, column: Column) -> CellModel:
         """Of hashes: nothing is loaded into memory, and no file is read that has not changed since the last grid."""
@@ -224,7 +231,8 @@ class Cells:
             how = *memory, shared.compile, shared.on_notice
             source = open_for_drawing(shared.sources[model], shared.adapters, shared.device, *how)
             columns = [column for column in self.columns if column.model == model]
-            wanted = [self._record(source, column, row) for column in columns for row in self.rows]
+            missing = [(column, row) for column in columns for row in self.rows if self.kept(column, row) is None]
+            wanted = [self._record(source, column, row) for column, row in missing]
             self._opened = model, source, source.load(wanted, self._memory.sha256)
         return self._opened[1:]
 
