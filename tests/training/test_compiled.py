@@ -20,7 +20,7 @@ SMALL = {"adapter": {"targets": [{"layers": "**.attn.to_q", "factor": 4}]}, "bat
 
 
 class Listener(Recorder):
-    """Keeps the notices too, and how much was compiled whenever samples are due."""
+    """Keeps the notices too."""
 
     def __init__(self) -> None:
         super().__init__()

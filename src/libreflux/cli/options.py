@@ -67,7 +67,7 @@ CompileOption = Annotated[
     Compile,
     typer.Option(
         help="on: compile the transformer's blocks first, which takes a minute or more and changes last bits; auto: on "
-        "a card, where so many pictures are drawn that it saves time; a picture that is drawn again: as it was."
+        "a card if that saves time; a picture that is drawn again: as it was."
     ),
 ]
 QuantizeOption = Annotated[

@@ -105,7 +105,7 @@ class Recipe(Section):
     gradient_checkpointing: FlagOrAuto = Field(
         default=False,
         description="true: keep each block's input alone and compute it again in backward, in less memory, slower; "
-        "auto: only of blocks for which memory is short",
+        "auto: for as many blocks as memory demands",
     )
     offload_blocks: CountOrAuto = Field(
         default=0,

@@ -37,8 +37,8 @@ class Noise:
         y = (z ^ (z >> 16)) FIRST + second,  z = i + first;  word = (y ^ (y >> 15)) SECOND
 
     Its lower and its upper half are each uniform over 65536 values. The parameter and its second moment are rounded by
-    the lower half, the first moment by the upper one. The two that share a half never meet within a step, and the next
-    step's gradient does not depend on the second moment.
+    the lower half, the first moment by the upper one. Sharing a half is harmless: a step combines both moments, which
+    do not share one, before anything is rounded.
     """
 
     first: int

@@ -27,6 +27,9 @@ from libreflux.training.step import Training
 
 log = get_logger(__name__)
 
+ARITHMETIC = 2
+"""A number for the order of our own roundings: LoKr, attention's gradient, int8 products. 1: before it was kept."""
+
 
 def restore(training: Training, newest: Checkpoint, fork: bool) -> None:
     """Puts a run where `newest` left it.
@@ -47,7 +50,7 @@ def restore(training: Training, newest: Checkpoint, fork: bool) -> None:
     forks.refuse_trained(recipe, training.forks, training.held_out)
     here = _machine(training.device, training.recipe.base)
     for key, value in here.items():
-        before = re.sub(r"^cuda:\d+", "cuda", str(state.get(key)))
+        before = re.sub(r"^cuda:\d+", "cuda", str(state.get(key, 1 if key == "arithmetic" else None)))
         if key == "activations" and before != str(value):
             log.warning("activations are rounded to %s from here on, instead of %s: another precision", value, before)
         elif before != str(value):
@@ -154,4 +157,5 @@ def _machine(device: str, base: str) -> dict[str, Any]:
     kind = torch.device(device).type
     chip = torch.cuda.get_device_name(device) if kind == "cuda" else torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
-    return {"torch": torch.__version__, "threads": threads, "device": f"{kind} ({chip})", **activations}
+    ours = {"arithmetic": ARITHMETIC, **activations}
+    return {"torch": torch.__version__, "threads": threads, "device": f"{kind} ({chip})", **ours}

@@ -47,7 +47,7 @@ class GenerateOptions:
         offload: what of the model is in memory beside what computes, see `picture_options.Offload`.
         offload_blocks: of the transformer that wait in RAM, see `picture_options.OffloadBlocks`.
         compile: "on" compiles the transformer's blocks, which takes a minute or more and changes last bits; "auto" does
-            on a card, where so many pictures are drawn that it saves time.
+            on a card, if that saves time.
         metadata: whether a PNG says how it was made.
         out: a .png file for one picture, else a folder; replaced. None writes nothing: the result has the pictures.
         progress: shows the steps, see `workflows.progress`.
