@@ -184,3 +184,26 @@ def test_a_misspelt_pattern_is_refused_before_preparing_and_can_be_mended(recipe
     assert checkpoint.listed(tmp_path / "run") == []
     _, adapter = _fit(recipe_tree(tmp_path / "run", steps=1))  # the mended recipe is not "changed": nothing had begun
     assert adapter.is_file()
+
+
+@pytest.mark.parametrize(
+    ("kept", "told"), [("arithmetic", "arithmetic 2 instead of 1"), ("activations", "int8 from here")]
+)
+def test_what_was_computed_otherwise_before_is_said(
+    recipe_tree: Tree, tmp_path: Path, caplog: pytest.LogCaptureFixture, kept: str, told: str
+) -> None:
+    """A run of a version that did not count its arithmetic yet; one that was begun where activations are e4m3."""
+    tree = recipe_tree(tmp_path / "run", base="w8a8", steps=1)
+    _fit(tree)
+    newest = checkpoint.latest(tmp_path / "run")
+    assert newest is not None
+    file = newest.path / "state.json"
+    state = json.loads(file.read_text())
+    if kept == "arithmetic":
+        del state[kept]
+    else:
+        state[kept] = "fp8"
+    file.write_text(json.dumps(state))
+    files.write_manifest(newest.path)
+    _fit({**tree, "steps": 2})
+    assert told in caplog.text
