@@ -296,6 +296,18 @@ def test_a_product_is_that_of_the_dense_weight(size: tuple[int, int], rows: int,
         assert float(error) < (5e-3 if dtype == torch.bfloat16 else 1e-6)
 
 
+def test_few_rows_at_any_address() -> None:
+    """Where torch's kernel for int8 weights as stored would end the process."""
+    torch.manual_seed(0)
+    weight, scale = quantise_weight(torch.randn(128, 128))
+    moved = torch.empty(128 * 128 + 8, dtype=torch.int8)[8:].view(128, 128).copy_(weight)
+    flat = torch.randn(4 * 128 + 1, dtype=torch.bfloat16)
+    for x in (flat[1:].view(4, 128), torch.randn(4, 130).bfloat16()[:, :128], torch.randn(128, 4).bfloat16().T):
+        for held in (weight, moved):
+            found = int8.product(x, held, scale, None)
+            torch.testing.assert_close(found, F.linear(x, dequantise(weight, scale, x.dtype)), rtol=0.05, atol=0.1)
+
+
 def test_threads_do_not_share_the_memory_of_a_dense_weight() -> None:
     """And one thread's next product does not change what the last one gave."""
     torch.manual_seed(0)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -158,5 +162,41 @@ def test_adapters_train_on_it_under_checkpointing(kind: Kind) -> None:
     assert 1e-4 < error(found[1], found[0]) < 0.2
 
 
-def test_which_kind_a_device_takes() -> None:
+def test_which_kind_a_device_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert w8a8.kind_for("cpu") == "int8"
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, kind in (((8, 0), "int8"), ((8, 9), "int8"), ((9, 0), "fp8"), ((12, 0), "fp8")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert w8a8.kind_for("cuda") == kind
+
+
+WRONG = """
+from libreflux.model import w8a8
+try:
+    w8a8.kind_for("cpu")
+except Exception as error:
+    print(error)
+"""
+
+
+def test_a_cpu_that_multiplies_wrongly_is_refused() -> None:
+    """oneDNN without VNNI sums pairs of products in 16 bits. A CPU without VNNI is refused anyway."""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", WRONG], capture_output=True, text=True, env=environment, check=True)
+    told = "w8a8: this CPU multiplies int8 by int8 wrongly, as CPUs without VNNI do; hint: use int8, which multiplies"
+    assert not done.stdout or done.stdout.startswith(told)
+    if "avx512_vnni" in Path("/proc/cpuinfo").read_text():
+        assert done.stdout
+
+
+def test_torchs_default_dtype_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries change it for the whole process while they load a model, in another thread perhaps."""
+    x, matrix, after, before, bias = operands(30, 96, 64, torch.float32)
+    rows: list[dict[str, Any]] = [{"after": after, "bias": bias}, {"after": None, "bias": None, "before": before}]
+    for options in rows:
+        wanted = scaled_product(x, matrix, kind="int8", **options)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            assert scaled_product(x, matrix, kind="int8", **options).equal(wanted)
+        finally:
+            torch.set_default_dtype(torch.float32)

@@ -88,12 +88,18 @@ def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Te
     """x (scale * q)^T + bias [..., out] in x's dtype."""
     if not on_cpu(x):
         return F.linear(x, dequantise(weight, scale, x.dtype), bias)
-    if x.dtype == torch.bfloat16 and x.numel() <= _FEW * weight.shape[1] and not any(n % 64 for n in weight.shape):
-        rows = x.reshape(-1, weight.shape[1]).contiguous()
+    if x.dtype == torch.bfloat16 and x.numel() <= _FEW * weight.shape[1] and _taken_as_stored(x, weight):
+        rows = x.reshape(-1, weight.shape[1])
         out: Tensor = torch.ops.aten._weight_int8pack_mm(rows, weight, scale.to(x.dtype))
         out = out if bias is None else out.add_(bias)
         return out if x.ndim == 2 else torch.ops.aten._unsafe_view(out, (*x.shape[:-1], weight.shape[0]))
     return F.linear(x, _dense_for_now(weight, scale, x.dtype), bias)
+
+
+def _taken_as_stored(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's kernel can read both: it ends the process at sizes and addresses that it does not expect."""
+    aligned = not (x.data_ptr() % 64 or weight.data_ptr() % 64 or any(n % 64 for n in weight.shape))
+    return aligned and x.is_contiguous() and weight.is_contiguous()
 
 
 class _Reused(threading.local):

@@ -4,18 +4,20 @@
     backward  dx = (q(dy s_w) W) s,  s of dy s_w    s_w lies along the sum, so it goes into dy before that is quantised
 
 (forward: Dettmers et al. 2022, arXiv:2208.07339, section 2, "vector-wise"). Products are summed in int32, so they are
-the same on every device. On Hopper and later, where int8 is no faster than bf16, they are of e4m3 numbers by rows
-(Micikevicius et al. 2022, arXiv:2209.05433), summed in fp32, from the same int8 weights.
+the same on every device that does it right. On Hopper and later, where int8 is no faster than bf16, they are of e4m3
+numbers by rows (Micikevicius et al. 2022, arXiv:2209.05433), summed in fp32, from the same int8 weights.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from libreflux.errors import RunError
 from libreflux.model import int8
 from libreflux.model.int8 import Int8Linear
 
@@ -30,11 +32,27 @@ _FEWEST = 17  # rows that `torch._int_mm` takes on CUDA
 
 
 def kind_for(device: torch.device | str) -> Kind:
-    """`fp8` from Hopper on (measured there: int8 0.93 times bf16, e4m3 by rows 1.44 times), `int8` elsewhere."""
+    """`fp8` from Hopper on (measured there: int8 0.93 times bf16, e4m3 by rows 1.44 times), `int8` elsewhere.
+
+    Raises:
+        RunError: a CPU whose int8 products are wrong: without VNNI, oneDNN sums pairs of them in 16 bits.
+    """
     device = torch.device(device)
+    if device.type == "cpu" and not exact_on_this_cpu():
+        told = "this CPU multiplies int8 by int8 wrongly, as CPUs without VNNI do"
+        raise RunError(told, where="w8a8", hint="use int8, which multiplies in the model's own dtype")
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0):
         return "fp8"
     return "int8"
+
+
+@functools.cache
+def exact_on_this_cpu() -> bool:
+    """Whether `torch._int_mm` gives the sums that it must, at their largest and at random."""
+    rows = torch.randint(-127, 128, (32, 192), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    rows[0] = 127
+    matrix = rows.T.contiguous()
+    return torch.equal(torch._int_mm(rows, matrix).long(), rows.long() @ matrix.long())
 
 
 def quantise_activations(transformer: nn.Module, kind: Kind | None) -> list[str]:
@@ -165,14 +183,14 @@ class _Scratch:
     """Memory for one call's pieces."""
 
     def __init__(self, rows: int, k: int, n: int) -> None:
-        self.wide = torch.empty(rows * max(k, n))
+        self.wide = torch.empty(rows * max(k, n), dtype=torch.float32)
         self.bits = torch.empty(rows, k, dtype=torch.int16)
 
 
 def _on_a_cpu(x: Tensor, matrix: Tensor, after: Tensor | None, bias: Tensor | None, before: Tensor | None) -> Tensor:
     """`_at_once` in int8 with all but the product done by some rows at a time, which takes a tenth of the time."""
     (rows, k), n = x.shape, matrix.shape[1]
-    q, scale = torch.empty(rows, k, dtype=torch.int8), torch.empty(rows, 1)
+    q, scale = torch.empty(rows, k, dtype=torch.int8), torch.empty(rows, 1, dtype=torch.float32)
     at_once = max(1, min(rows, _AT_ONCE // max(k, n)))
     scratch = _Scratch(at_once, k, n)
     for part, into, of_scale in zip(x.split(at_once), q.split(at_once), scale.split(at_once), strict=True):

@@ -68,8 +68,8 @@ class Scratch:
         self.size = size
         self.places = torch.arange(size, dtype=torch.int32, device=device)
         self.word, self.half = torch.empty_like(self.places), torch.empty_like(self.places)
-        self.p, self.m, self.v = torch.empty(3, size, device=device)
-        self.step = torch.empty((), device=device)
+        self.p, self.m, self.v = torch.empty(3, size, dtype=torch.float32, device=device)
+        self.step = torch.empty((), dtype=torch.float32, device=device)
 
 
 @torch.no_grad()

@@ -51,9 +51,9 @@ def restore(training: Training, newest: Checkpoint, fork: bool) -> None:
     here = _machine(training.device, training.recipe.base)
     for key, value in here.items():
         before = re.sub(r"^cuda:\d+", "cuda", str(state.get(key, 1 if key == "arithmetic" else None)))
-        if key == "activations" and before != str(value):
+        if key == "activations" and key in state and before != str(value):
             log.warning("activations are rounded to %s from here on, instead of %s: another precision", value, before)
-        elif before != str(value):
+        elif key != "activations" and before != str(value):
             log.warning("resumed with %s %s instead of %s: the result may differ in its last bits", key, value, before)
     for key, (then, value) in run_recipe.last_bits_changed(training.run, recipe).items():
         log.warning("resumed with %s %s instead of %s: the result may differ in its last bits", key, value, then)

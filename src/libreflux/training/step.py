@@ -180,7 +180,8 @@ class Training:
     def _zero_gradient(self) -> Tensor:
         """[P] fp32 zeros, in the same memory at each step: new memory costs more than zeros."""
         if self._gradient is None:
-            self._gradient = torch.empty(sum(one.numel() for one in self.adapter.parameters()), device=self.device)
+            count = sum(one.numel() for one in self.adapter.parameters())
+            self._gradient = torch.empty(count, dtype=torch.float32, device=self.device)
         return self._gradient.zero_()
 
     def _noised(self, batch: Batch, unit: Unit, sigmas: Tensor) -> NoisedBatch:
