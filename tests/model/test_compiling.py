@@ -16,6 +16,7 @@ from libreflux.model import compiling, numerics
 from libreflux.model.compiling import CompiledBlocks, missing_compiler, work_of
 from libreflux.model.int8 import quantise_model
 from libreflux.model.latents import image_ids
+from libreflux.model.offload import blocks_of
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
 from libreflux.recipe import AdapterSpec
@@ -138,7 +139,7 @@ def test_a_copy_computes_with_its_own_weights() -> None:
     with torch.no_grad(), compiled.paused():
         before = predicted(transformer, 5)
         assert torch.equal(predicted(other, 5), before)
-        for block in compiling.blocks_of(other):
+        for block in blocks_of(other):
             block.get_submodule("attn.to_q").get_parameter("weight").mul_(-1)
         assert torch.equal(predicted(transformer, 5), before)
         assert not torch.equal(predicted(other, 5), before)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from libreflux.errors import ModelError, OptionHint, RunError
 from libreflux.model.compile_choice import Work
+from libreflux.model.offload import blocks_of
 from libreflux.printing import counted
 
 WITHOUT = OptionHint("set `compile` off")
@@ -194,11 +195,6 @@ def work_of(transformer: FluxTransformer2DModel, passes: int, *, training: bool)
     blocks = blocks_of(transformer)
     kinds = len({_structure(block) for block in blocks})
     return Work(kinds=kinds, blocks=len(blocks), passes=passes, training=training)
-
-
-def blocks_of(transformer: FluxTransformer2DModel) -> list[nn.Module]:
-    """A transformer's blocks, double ones first."""
-    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
 def _compiled(forward: Callable[..., Any], backend: str) -> Callable[..., tuple[Tensor, Tensor]]:

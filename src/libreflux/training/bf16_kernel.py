@@ -1,6 +1,6 @@
 """`bf16_update.update` for all parameters of a bucket at once, as a Triton kernel, for CUDA. Not verified on a card.
 
-Over whole vectors the forty operations of a step would each pass through the card's memory; the kernel reads and writes
+Two dozen operations of a step would each pass whole vectors through the card's memory; the kernel reads and writes
 every number once. `bf16_update.plain_update` is its plain twin. The card must show that it agrees before it is used.
 
 Triton comes with PyTorch for CUDA, and needs a C compiler where it runs.
