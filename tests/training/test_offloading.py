@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from libreflux.model import offload
 from libreflux.model.opening import open_model
 from libreflux.model.source import ModelSource
 from libreflux.recipe import Recipe
-from libreflux.training import checkpoint, memory_plan, run_recipe
+from libreflux.training import memory_plan
 from libreflux.training.callbacks import Callbacks
 from libreflux.training.loop import fit
 from libreflux.training.phases import CARD_RESERVE, Estimate, Phase
@@ -95,7 +94,7 @@ def test_a_run_has_the_same_bytes_with_all_blocks_waiting(
     assert found[0] == found[1]
 
 
-def test_auto_is_decided_once_told_and_kept(
+def test_auto_is_decided_at_each_start_and_told(
     recipe_tree: Tree, tmp_path: Path, stand_in: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = [2**40]
@@ -109,21 +108,17 @@ def test_auto_is_decided_once_told_and_kept(
         return [line for line in notices.lines if line.startswith("offload_blocks")]
 
     assert run(steps=2) == ["offload_blocks: auto; 3 of 3 blocks wait in RAM (1,024.0 GiB are free)"]
-    assert run_recipe.decided(tmp_path / "run") == {"offload_blocks": BLOCKS}
-    free[0] = 2**41
-    assert run(steps=3) == ["offload_blocks: auto; 3 of 3 blocks wait in RAM (as when the run began)"]
-    assert stand_in == [BLOCKS, BLOCKS]
-    stored = json.loads((tmp_path / "run" / checkpoint.RECIPE).read_text())
-    assert (stored["offload_blocks"], stored["decided"]) == ("auto", {"offload_blocks": BLOCKS})
+    free[0] = 2**41  # another card
+    assert run(steps=3) == ["offload_blocks: auto; 0 of 3 blocks wait in RAM (2,048.0 GiB are free)"]
+    assert stand_in == [BLOCKS]
     tree = recipe_tree(tmp_path / "run", gradient_checkpointing=True, steps=4)
     fit(Recipe.model_validate(tree))  # without it: the bits are the same, so no fork is asked for
-    assert run_recipe.decided(tmp_path / "run") == {}
 
 
 def test_auto_on_a_cpu_is_none(recipe_tree: Tree, tmp_path: Path, tiny_model_dir: Path) -> None:
     recipe = Recipe.model_validate(recipe_tree(tmp_path, gradient_checkpointing=True, offload_blocks="auto"))
     notices = Notices()
-    assert memory_plan.plan_memory(recipe, tmp_path, open_model(tiny_model_dir), "cpu", Ranks(), notices).waiting == 0
+    assert memory_plan.plan_memory(recipe, open_model(tiny_model_dir), "cpu", Ranks(), notices).waiting == 0
     assert notices.lines == ["offload_blocks: auto; 0 of 3 blocks wait in RAM (of no use on cpu)"]
 
 

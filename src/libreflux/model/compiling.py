@@ -136,7 +136,7 @@ class _Kind:
         for table in image_rotary_emb:
             _mark(table, 0)
         before, began = _graphs(), time.perf_counter()
-        with _explained(self.name):
+        with explained(self.name):
             out = self.functions[way](
                 block, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
             )
@@ -192,9 +192,12 @@ def missing_compiler(device: torch.device | str) -> str | None:
 
 def work_of(transformer: FluxTransformer2DModel, passes: int, *, training: bool) -> Work:
     """What `compile_choice.choose` asks for, of so many passes through a transformer with its adapters."""
-    blocks = blocks_of(transformer)
-    kinds = len({_structure(block) for block in blocks})
-    return Work(kinds=kinds, blocks=len(blocks), passes=passes, training=training)
+    return Work(kinds=kinds_of(transformer), blocks=len(blocks_of(transformer)), passes=passes, training=training)
+
+
+def kinds_of(transformer: FluxTransformer2DModel) -> int:
+    """How many kinds of block a transformer has, with what is attached to it."""
+    return len({_structure(block) for block in blocks_of(transformer)})
 
 
 def _compiled(forward: Callable[..., Any], backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -249,7 +252,13 @@ def _graphs() -> int:
 
 
 @contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
+def explained(where: str) -> Iterator[None]:
+    """Turns what torch's compiler raises in the block into one line; it compiles backward passes in their first run.
+
+    Raises:
+        RunError: torch's limit of compilations was reached.
+        ModelError: something cannot be compiled.
+    """
     from torch._dynamo import exc
 
     try:
@@ -257,9 +266,9 @@ def _explained(name: str) -> Iterator[None]:
     except exc.FailOnRecompileLimitHit as error:
         limit = torch._dynamo.config.recompile_limit
         what = f"compiled {limit} times, and would have to be once more: something varies from call to call"
-        raise RunError(what, where=name, hint=WITHOUT) from error
+        raise RunError(what, where=where, hint=WITHOUT) from error
     except exc.TorchDynamoException as error:
         told = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(
-            f"cannot be compiled by torch {torch.__version__}: {told}", where=name, hint=WITHOUT
+            f"cannot be compiled by torch {torch.__version__}: {told}", where=where, hint=WITHOUT
         ) from error

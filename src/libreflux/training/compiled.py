@@ -10,7 +10,7 @@ from diffusers import FluxTransformer2DModel
 
 from libreflux.errors import RunError
 from libreflux.model import compile_choice
-from libreflux.model.compiling import CompiledBlocks, missing_compiler, work_of
+from libreflux.model.compiling import CompiledBlocks, explained, missing_compiler, work_of
 from libreflux.recipe import Recipe
 from libreflux.training.callbacks import Callbacks
 from libreflux.training.checkpoint import Checkpoint
@@ -54,6 +54,25 @@ def compiled_blocks(
     if choice.told is not None:
         callbacks.on_notice(choice.told)
     return CompiledBlocks(transformer) if choice.on else None
+
+
+def planned_line(recipe: Recipe, kinds: int, blocks: int, device: str, newest: Checkpoint | None) -> str | None:
+    """What would be said of it when the run starts, for a dry run; None: nothing.
+
+    Args:
+        recipe: the run's.
+        kinds: of block, see `CompiledBlocks`.
+        blocks: of the transformer.
+        device: type of the device that would train.
+        newest: the checkpoint that the run would go on from.
+    """
+    work = compile_choice.Work(kinds=kinds, blocks=blocks, passes=recipe.steps * recipe.accumulate, training=True)
+    return compile_choice.choose(recipe.compile, device, work, before=_before(newest, device)).told
+
+
+def errors_of(compiled: CompiledBlocks | None) -> AbstractContextManager[None]:
+    """Around a step: what torch's compiler raises in it, in one line."""
+    return contextlib.nullcontext() if compiled is None else explained("the backward pass of a block")
 
 
 def uncompiled(compiled: CompiledBlocks | None) -> AbstractContextManager[None]:

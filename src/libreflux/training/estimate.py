@@ -18,6 +18,7 @@ from libreflux.data.cache import index_folders
 from libreflux.data.crops import View, aspect_buckets, views
 from libreflux.data.encode import SHARD_ITEMS
 from libreflux.data.precision import DTYPES
+from libreflux.model.compiling import kinds_of
 from libreflux.model.int8 import quantise_model
 from libreflux.model.numerics import enable_checkpointing
 from libreflux.model.offload import blocks_of, frozen_sizes
@@ -240,6 +241,7 @@ def estimate(
         averages=averages * 4 * count,
         checkpoint=own + moments + averages * 4 * count,
         blocks=tuple(map(frozen_sizes, blocks_of(transformer))),
+        kinds=kinds_of(transformer),
     )
 
 

@@ -16,7 +16,7 @@ from libreflux.adapter import plan
 from libreflux.data.batches import Batches
 from libreflux.data.held_out import HeldOut
 from libreflux.data.prepare import prepare_cache, prepare_recipe
-from libreflux.errors import RunError
+from libreflux.errors import ModelError, RunError
 from libreflux.model import attention, numerics
 from libreflux.model.device import make_current, pick_device
 from libreflux.model.facts import Facts, trained_facts
@@ -30,7 +30,7 @@ from libreflux.recipe import Recipe
 from libreflux.training import checkpoint, ema, memory, memory_plan, nonfinite, run_state, saving
 from libreflux.training.callbacks import Callbacks, StepInfo
 from libreflux.training.checkpoint import Checkpoint
-from libreflux.training.compiled import compiled_blocks, require_compiler, uncompiled
+from libreflux.training.compiled import compiled_blocks, errors_of, require_compiler, uncompiled
 from libreflux.training.interrupt import Interrupted, StopRequest
 from libreflux.training.optimizer import make_optimizer, parameter_dtype
 from libreflux.training.optimizer8 import require_8bit
@@ -115,7 +115,7 @@ def _train(training: Training, callbacks: Callbacks, newest: Checkpoint | None) 
     opened = _metrics(training)
     if ranks.first:
         ema.rewind(training.run, first)  # like the metrics before the claim: what is left there then is of this recipe
-        checkpoint.claim(training.run, recipe, ranks.world, training.forks, training.decided)
+        checkpoint.claim(training.run, recipe, ranks.world, training.forks)
     callbacks.on_start(training.started())
     saved = newest
     with StopRequest() as stop, opened as metrics:
@@ -127,8 +127,14 @@ def _train(training: Training, callbacks: Callbacks, newest: Checkpoint | None) 
             signum = ranks.agree_max(stop.signum or 0)
             if signum:
                 break
-            with memory.explained(f"step {training.step + 1}", recipe):
-                info = training.take_step()
+            try:
+                with memory.explained(f"step {training.step + 1}", recipe), errors_of(training.compiled):
+                    info = training.take_step()
+            except ModelError:  # a signal to the whole group ends the compiler's own processes too
+                signum = stop.signum or 0
+                if not signum or training.compiled is None or ranks.world > 1:
+                    raise
+                break
             if metrics is not None:
                 metrics.write(_metrics_line(info))
             callbacks.on_step(info)
@@ -212,7 +218,7 @@ def open_for_training(
     resolved = plan_layers(recipe, source).layers  # first: a misspelt pattern should not cost an hour of preparing
     with memory.explained("preparing", recipe, memory.preparing(recipe)):
         batches, held_out = _prepared(recipe, source, callbacks, ranks, device)
-    planned = memory_plan.plan_memory(recipe, run, source, device, ranks, callbacks)  # when the encoders have gone
+    planned = memory_plan.plan_memory(recipe, source, device, ranks, callbacks)  # when the encoders have gone
     with callbacks.stage("reading the base model"):
         dtype, quantise = BASE_DTYPES[recipe.base], recipe.base in INT8_BASES
         names = waiting_names(source.config, planned.waiting)
@@ -246,7 +252,6 @@ def open_for_training(
         device=device,
         held_out=held_out,
         identity={"model_hash": model_hash, "data_hash": batches.fingerprint()},
-        decided=planned.decided,
         compiled=compiled_blocks(recipe, transformer, device, newest, callbacks),
     )
     if newest is not None:

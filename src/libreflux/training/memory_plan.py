@@ -1,11 +1,11 @@
-"""What a recipe leaves to the estimate: how many blocks of the base wait in RAM, and how many are computed again."""
+"""What a recipe leaves to the estimate: how many blocks of the base wait in RAM, and how many are computed again.
+
+Both are decided at each start for the memory that is free then: neither changes a bit of what is trained.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -16,7 +16,6 @@ from libreflux.model.facts import trained_facts
 from libreflux.model.source import ModelSource
 from libreflux.printing import counted
 from libreflux.recipe import Recipe
-from libreflux.training import checkpoint, run_recipe
 from libreflux.training.callbacks import Callbacks
 from libreflux.training.estimate import estimate_recipe
 from libreflux.training.phases import CARD_RESERVE, Estimate
@@ -34,12 +33,10 @@ class MemoryPlan:
     Attributes:
         waiting: blocks that wait in RAM, see `model.offload`.
         kept: blocks that keep what they compute for backward, and are not computed again; None: all of them.
-        decided: recipe key -> number, of each that is `auto`.
     """
 
     waiting: int
     kept: int | None
-    decided: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check(recipe: Recipe, source: ModelSource, device: torch.device | str) -> None:
@@ -94,27 +91,19 @@ def affordable(estimate: Estimate, capacity: float) -> int:
     return most if most == total else max(0, most - 1)
 
 
-def fitted(recipe: Recipe, estimate: Estimate, capacity: float, known: Mapping[str, Any] | None = None) -> Estimate:
+def fitted(recipe: Recipe, estimate: Estimate, capacity: float) -> Estimate:
     """The estimate with what is `auto` in the recipe decided for a device.
 
     Args:
         recipe: as resolved.
         estimate: from `estimate_recipe`.
         capacity: bytes of the device.
-        known: what was decided when the run began; None: it has not begun.
     """
-    waiting, kept = (_number((known or {}).get(key), len(estimate.blocks)) for key in (OFFLOAD, CHECKPOINTING))
     if recipe.offload_blocks == "auto":
-        estimate = estimate.offloaded(needed(estimate, capacity) if waiting is None or estimate.on_cpu else waiting)
+        estimate = estimate.offloaded(needed(estimate, capacity))
     if recipe.gradient_checkpointing == "auto":
-        count = affordable(estimate, capacity) if kept is None or estimate.waiting else kept
-        estimate = estimate.keeping(count)
+        estimate = estimate.keeping(affordable(estimate, capacity))
     return estimate
-
-
-def _number(value: Any, blocks: int) -> int | None:
-    good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= blocks
-    return value if good else None
 
 
 def free_memory(device: torch.device | str) -> int:
@@ -125,31 +114,13 @@ def free_memory(device: torch.device | str) -> int:
     return int(torch.cuda.mem_get_info(device)[0]) + reserved - used
 
 
-def decided_before(recipe: Recipe, run: Path, world: int | None = None) -> dict[str, Any]:
-    """What a run that goes on decided when it began; nothing of one that begins, or that is to fork.
-
-    Args:
-        recipe: as resolved now.
-        run: the run folder.
-        world: processes; None: as many as the run has.
-
-    Raises:
-        RunError: recipe.json is torn.
-    """
-    if not checkpoint.listed(run) or not (run / run_recipe.RECIPE).exists():
-        return {}
-    count = run_recipe.read(run / run_recipe.RECIPE)[1] if world is None else world
-    return {} if checkpoint.changes(run, recipe, count) else run_recipe.decided(run)
-
-
 def plan_memory(
-    recipe: Recipe, run: Path, source: ModelSource, device: torch.device | str, ranks: Ranks, callbacks: Callbacks
+    recipe: Recipe, source: ModelSource, device: torch.device | str, ranks: Ranks, callbacks: Callbacks
 ) -> MemoryPlan:
-    """What the recipe says, and what `auto` stands for: decided once, when the run begins, and told.
+    """What the recipe says, and what `auto` stands for with the memory that is free now: told.
 
     Args:
         recipe: as resolved.
-        run: the run folder.
         source: the model.
         device: what trains.
         ranks: of several processes the one with the least memory decides.
@@ -157,32 +128,22 @@ def plan_memory(
     """
     total = len(offload.block_names(source.config))
     asked = {OFFLOAD: recipe.offload_blocks, CHECKPOINTING: recipe.gradient_checkpointing}
-    begun = decided_before(recipe, run, ranks.world).items()
-    known = {key: _number(value, total) for key, value in begun if key in asked}
-    automatic = [key for key, value in asked.items() if value == "auto"]
-    on_card = torch.device(device).type in offload.DEVICES
-    if not on_card:
-        known[OFFLOAD] = 0
-    decided = {key: known.get(key) for key in automatic}
-    told = "as when the run began" if on_card or CHECKPOINTING in automatic else f"of no use on {device}"
-    if None in decided.values():
+    automatic = {key for key, value in asked.items() if value == "auto"}
+    waiting = 0 if OFFLOAD in automatic else int(recipe.offload_blocks)
+    kept = None if recipe.gradient_checkpointing is False else 0
+    told = f"of no use on {device}"
+    if automatic - (set() if torch.device(device).type in offload.DEVICES else {OFFLOAD}):
         with callbacks.stage("estimating the memory of the run"):
             release(torch.device(device))
             tokens = trained_facts(source.facts, text_padding=recipe.text_padding).max_tokens
             free = free_memory(device)
-            found = fitted(recipe, estimate_recipe(recipe, source, text_tokens=tokens), free, known)
-            decided = {OFFLOAD: ranks.agree_max(found.waiting), CHECKPOINTING: -ranks.agree_max(-found.kept)}
-            decided = {key: decided[key] for key in automatic}
+            found = fitted(recipe, estimate_recipe(recipe, source, text_tokens=tokens), free)
         told = f"{free / 2**30:,.1f} GiB are free{'' if holding(found) <= free else ', too few by the estimate'}"
-    waiting = decided.get(OFFLOAD, recipe.offload_blocks)
-    assert isinstance(waiting, int)
-    if waiting and CHECKPOINTING in decided:  # what autograd keeps of a block that waits would stay on the card
-        decided[CHECKPOINTING] = 0
-    for key in automatic:
+        waiting = ranks.agree_max(found.waiting)
+        if CHECKPOINTING in automatic:  # what autograd keeps of a block that waits would stay on the card
+            kept = 0 if waiting else -ranks.agree_max(-found.kept)
+    counts = {OFFLOAD: waiting, CHECKPOINTING: kept}
+    for key in (key for key in asked if key in automatic):
         does = "wait in RAM" if key == OFFLOAD else "keep their activations, the others are computed again"
-        callbacks.on_notice(f"{key}: auto; {decided[key]} of {counted(total, 'block')} {does} ({told})")
-    kept = decided.get(CHECKPOINTING, 0 if recipe.gradient_checkpointing else None)
-    if not on_card:  # a card decides for itself, and what one decided stays
-        decided = {key: value for key, value in decided.items() if key != OFFLOAD}
-        decided |= {key: value for key, value in begun if key == OFFLOAD}
-    return MemoryPlan(waiting, kept, decided)
+        callbacks.on_notice(f"{key}: auto; {counts[key]} of {counted(total, 'block')} {does} ({told})")
+    return MemoryPlan(waiting, kept)

@@ -67,6 +67,7 @@ class Estimate:
         preparing: the phases before training.
         between: the phases between training's steps, drawing and measuring.
         blocks: the frozen tensors' bytes of each block, in order.
+        kinds: kinds of block, see `model.compiling.CompiledBlocks`.
         waiting: how many of them wait in RAM, see `model.offload`.
         unchecked: the activations without gradient checkpointing, under `gradient_checkpointing: auto`; else None.
         kept: under auto, how many blocks keep what they compute for backward.
@@ -85,6 +86,7 @@ class Estimate:
     preparing: tuple[Phase, ...] = ()
     between: tuple[Phase, ...] = ()
     blocks: Sequence[Sequence[int]] = ()
+    kinds: int = 1
     waiting: int = 0
     unchecked: int | None = None
     kept: int = 0

@@ -14,16 +14,10 @@ from libreflux.errors import RunError
 from libreflux.recipe import Recipe, faults
 
 RECIPE = "recipe.json"
-_BESIDE = ("world", "forks", "decided")  # what the file holds besides the recipe
+_BESIDE = ("world", "forks", "decided")  # what the file holds besides the recipe; the last in older files alone
 
 
-def claim(
-    run: Path,
-    recipe: Recipe,
-    world: int = 1,
-    forks: Sequence[Mapping[str, Any]] = (),
-    decided: Mapping[str, Any] | None = None,
-) -> None:
+def claim(run: Path, recipe: Recipe, world: int = 1, forks: Sequence[Mapping[str, Any]] = ()) -> None:
     """Writes RUN/recipe.json, once the recipe may go on here and everything it names was found.
 
     Args:
@@ -31,18 +25,8 @@ def claim(
         recipe: as resolved now.
         world: processes.
         forks: earlier changes of the recipe, see `training.forks`.
-        decided: recipe key -> what its `auto` stands for in this run.
     """
-    beside = {"world": world, "forks": list(forks)} | ({"decided": dict(decided)} if decided else {})
-    files.atomic_write_json(run / RECIPE, recipe.resolved() | beside)
-
-
-def decided(run: Path) -> dict[str, Any]:
-    """Recipe key -> what its `auto` was decided to be when the run began; empty before that, and in older runs."""
-    if not (run / RECIPE).exists():
-        return {}
-    found = plainjson.parse((run / RECIPE).read_text(encoding="utf-8")).get("decided", {})
-    return dict(found) if isinstance(found, dict) else {}
+    files.atomic_write_json(run / RECIPE, recipe.resolved() | {"world": world, "forks": list(forks)})
 
 
 def read(path: Path) -> tuple[Recipe, int, list[dict[str, Any]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,6 @@ class Training:
         start_norm: ||delta|| / ||W|| of the adapter before the first step; None in a resumed run.
         skips: the steps that were skipped.
         forks: the changes of the recipe so far, see `training.forks`.
-        decided: recipe key -> what its `auto` stands for in this run.
         compiled: the transformer's blocks; None where they are not.
     """
 
@@ -105,7 +104,6 @@ class Training:
     skips: Skips = field(default_factory=Skips)
     forks: Sequence[dict[str, Any]] = ()
     held_out: HeldOut | None = None
-    decided: Mapping[str, Any] = field(default_factory=dict)
     compiled: CompiledBlocks | None = None
     _gradient: Tensor | None = field(default=None, init=False, repr=False)
 

@@ -18,7 +18,8 @@ from libreflux.model.offload import check_device
 from libreflux.model.opening import open_model
 from libreflux.printing import clock, counted, fold, readable
 from libreflux.recipe import Recipe
-from libreflux.training.checkpoint import METRICS, RECIPE
+from libreflux.training.checkpoint import METRICS, RECIPE, listed
+from libreflux.training.compiled import planned_line
 from libreflux.training.estimate import estimate_recipe
 from libreflux.training.memory_plan import check_count
 from libreflux.training.phases import Estimate
@@ -80,6 +81,7 @@ class DryRunResult:
         verdict: whether it fits, with the estimated bytes of each phase.
         text_tokens: of the longest prompt, for which memory is estimated.
         plan: the adapted layers.
+        compile: what is known of compiling blocks; None: they are not compiled.
         forecast: of the data; None: they would be refused.
         disk: what is written, and what is free.
         time_left: None before there are steps with a rate.
@@ -92,6 +94,7 @@ class DryRunResult:
     verdict: Verdict
     text_tokens: int
     plan: Plan
+    compile: str | None
     forecast: Forecast | None
     disk: DiskUse
     time_left: TimeLeft | None
@@ -114,6 +117,7 @@ class DryRunResult:
             UNKNOWN if self.time_left is None else self.time_left.line(),
             steps_line(self.recipe, self.forecast),
             f"adapter: {brief(self.plan.layers)}",
+            *([self.compile] if self.compile else []),
             f"\nmemory by phase, estimated for prompts of {self.text_tokens} tokens\n{self.verdict.estimate.table()}",
             f"\ndisk, estimated\n{disk}",
         ]
@@ -168,11 +172,19 @@ def dry_run_with(options: DryRunOptions) -> DryRunResult:
         verdict=verdict(recipe, estimate, on_a_card),
         text_tokens=tokens,
         plan=plan,
+        compile=_compiling(recipe, on_a_card or estimate),
         forecast=data,
         disk=disk,
         time_left=time_left(recipe),
         fault=fault or disk.fault or _idle_offloading(recipe, estimate),
     )
+
+
+def _compiling(recipe: Recipe, estimate: Estimate) -> str | None:
+    device = "cpu" if estimate.on_cpu else "cuda"
+    newest = next(iter(reversed(listed(Path(recipe.out)))), None)
+    told = planned_line(recipe, estimate.kinds, len(estimate.blocks), device, newest)
+    return None if told is None else f"compile: {recipe.compile}; {told}"
 
 
 def _idle_offloading(recipe: Recipe, estimate: Estimate) -> LibrefluxError | None:

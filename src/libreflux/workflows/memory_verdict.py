@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -13,7 +12,7 @@ import torch
 
 from libreflux.recipe import Recipe
 from libreflux.training.memory import smaller_steps
-from libreflux.training.memory_plan import decided_before, fitted, free_memory
+from libreflux.training.memory_plan import fitted, free_memory
 from libreflux.training.phases import Estimate
 
 CARDS = (8, 10, 12, 16, 24, 32, 40, 48, 80, 96, 141)
@@ -82,12 +81,11 @@ def verdict(recipe: Recipe, estimate: Estimate, on_a_card: Estimate | None = Non
     if estimate.on_cpu:
         place, size = "this machine's memory", psutil.virtual_memory().total
         if _is_auto(recipe):
-            estimate = fitted(recipe, estimate, free_memory("cpu"), decided_before(recipe, Path(recipe.out)))
+            estimate = fitted(recipe, estimate, free_memory("cpu"))
     elif (card := _own_card(recipe.device)) is not None:
         place, size = "this card's", torch.cuda.get_device_properties(card).total_memory
         if _is_auto(recipe):
-            free = free_memory(torch.device("cuda", card))
-            estimate = fitted(recipe, estimate, free, decided_before(recipe, Path(recipe.out)))
+            estimate = fitted(recipe, estimate, free_memory(torch.device("cuda", card)))
     else:
         estimate = _on_the_smallest(recipe, estimate)
     if on_a_card is not None:
