@@ -14,6 +14,7 @@ from libreflux.adapter.init import Kind, init_lokr, init_lora
 from libreflux.adapter.layers import AdaptedLinear, LoKr, LoRA, features, linears
 from libreflux.adapter.targets import Resolved
 from libreflux.errors import AdapterError
+from libreflux.model.switches import switched
 
 
 class Adapter:
@@ -77,17 +78,11 @@ class Adapter:
     def disabled(self) -> Iterator[None]:
         """The transformer without this adapter while the block runs; other adapters on the same layers stay.
 
-        Only for forward passes that end inside the block: gradient checkpointing would compute the blocks again,
-        in a later backward, with the adapter on. Take no gradient in it.
+        A gradient may pass through it, by its input: what gradient checkpointing computes again in a later backward
+        has the adapter off too, see `model.switches`.
         """
-        before = [layer.enabled for layer in self.layers.values()]
-        try:
-            for layer in self.layers.values():
-                layer.enabled = False
+        with switched([(layer, False) for layer in self.layers.values()]):
             yield
-        finally:
-            for layer, enabled in zip(self.layers.values(), before, strict=True):
-                layer.enabled = enabled
 
     def detach(self) -> None:
         """Take the adapter off again; other adapters on the same layers stay."""

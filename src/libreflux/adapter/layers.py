@@ -18,6 +18,7 @@ from libreflux.adapter.factors import lokr_shapes
 from libreflux.adapter.products import add_lokr, add_lora, lokr_apply
 from libreflux.errors import AdapterError
 from libreflux.model.device import with_fp64
+from libreflux.model.switches import Switched
 
 
 class LoKr(nn.Module):
@@ -105,7 +106,7 @@ class LoRA(nn.Module):
         }
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedLinear(Switched):
     """y = base(x) + weight * delta(x).
 
     Args:

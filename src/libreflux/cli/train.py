@@ -94,6 +94,7 @@ class TrainingDisplay(TrainEvents):
         self._layers = layers
         self._losses: list[float] = []
         self._kept: list[float] = []
+        self._judged: list[float] = []
         self._bars = ExitStack()
         self._report: Report | None = None
         self._doing = ""
@@ -125,7 +126,9 @@ class TrainingDisplay(TrainEvents):
             self._losses.append(info.loss)
         if info.regularisation_loss is not None:
             self._kept.append(info.regularisation_loss)
-        told = (("loss", self._losses), ("regularisation", self._kept))
+        if info.adversary is not None:
+            self._judged.append(info.adversary["discriminator_loss"])
+        told = (("loss", self._losses), ("regularisation", self._kept), ("discriminator", self._judged))
         parts = [f"{name} {fmean(losses[-50:]):.4f}" for name, losses in told if losses]
         parts += [f"gradient {info.gradient_norm:.3g}"] if info.gradient_norm is not None else []
         parts += [f"{readable(info.pictures_per_second)} pictures/s", f"{readable(_memory_used() / 1e9)} GB"]

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from libreflux.errors import RunError
+from libreflux.model.switches import as_switched_now
 
 # torch 2.9 asks for its newer names; setting those alone makes the older ones, which other libraries read, unreadable.
 warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")
@@ -99,7 +100,9 @@ def _read(flag: Callable[[], Any]) -> Any:
 
 
 def enable_checkpointing(transformer: FluxTransformer2DModel, kept: Iterable[nn.Module] = ()) -> None:
-    """Gradient checkpointing whose second forward pass, which runs inside `backward`, is pinned as the first one is.
+    """Gradient checkpointing whose second forward pass, which runs inside `backward`, is as the first one was.
+
+    It is pinned like that, and what can be switched off in a block (an adapter) is on or off as it was then.
 
     Args:
         transformer: FLUX's.
@@ -124,9 +127,15 @@ def pin_checkpointing(transformer: nn.Module) -> None:
 
 def _checkpointed(block: nn.Module, *args: Any) -> Any:
     device = next((arg.device for arg in args if isinstance(arg, Tensor)), torch.device("cpu"))
+    as_first = as_switched_now(block)
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with pinned(device), as_first():
+            yield
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return pinned(device), pinned(device)
+        return pinned(device), again()
 
     return checkpoint(block.__call__, *args, use_reentrant=False, context_fn=contexts)
 

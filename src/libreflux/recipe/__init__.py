@@ -20,10 +20,10 @@ from libreflux.errors import RecipeError
 from libreflux.places import did_you_mean
 from libreflux.recipe import faults, yaml_text
 from libreflux.recipe.auto import CountOrAuto, FlagOrAuto, OnOffOrAuto
+from libreflux.recipe.distil import AdversarialSpec, DistilSpec, refuse_faults
 from libreflux.recipe.sections import (
     AdapterSpec,
     DataSource,
-    DistilSpec,
     HeldOutSpec,
     OptimizerSpec,
     Place,
@@ -41,6 +41,7 @@ from libreflux.values import is_side
 
 __all__ = [
     "AdapterSpec",
+    "AdversarialSpec",
     "DataSource",
     "DistilSpec",
     "HeldOutSpec",
@@ -193,10 +194,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _distillation(self) -> Recipe:
-        if (self.objective == "distil") != (self.distil is not None):
-            raise ValueError("objective: distil and a distil section go together, e.g. distil: {guidance: 3}")
-        if self.objective == "distil" and any(source.regularisation for source in self.data):
-            raise ValueError("objective: distil keeps to the base already: leave out regularisation")
+        refuse_faults(self.objective, self.distil, self.data, self.steps)
         return self
 
     @model_validator(mode="after")

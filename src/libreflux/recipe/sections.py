@@ -216,26 +216,6 @@ class SigmaSpec(Section):
 _LAW_PARAMS = {"beta": ("alpha", "beta"), "logit-normal": ("mean", "std")}
 
 
-class DistilSpec(Section):
-    """What the student learns from its teacher, the base without the adapter."""
-
-    guidance: Real = Field(
-        default=1.0, gt=0, le=100, description="classifier-free guidance of the teacher, baked into the student"
-    )
-    steps: Annotated[Whole, Field(ge=1, le=1000)] | None = Field(
-        default=None, description="steps the student is to draw in; default: the teacher's velocity at any sigma"
-    )
-    substeps: Whole = Field(default=2, ge=2, le=1000, description="steps of the teacher to one of the student's")
-
-    @model_validator(mode="after")
-    def _of_use(self) -> DistilSpec:
-        if self.steps is None and "substeps" in self.model_fields_set:
-            raise ValueError("substeps is for steps, which is not set")
-        if self.steps is None and self.guidance == 1:
-            raise ValueError("without steps and at guidance 1 the teacher is the student: set one of them")
-        return self
-
-
 class OptimizerSpec(Section):
     """AdamW and its learning rate."""
 

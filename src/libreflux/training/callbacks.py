@@ -63,6 +63,8 @@ class StepInfo:
         sigma_means: mean noise level of each rank's pictures; None for a rank without any.
         group_norms: layer group -> gradient norm before clipping, if the recipe asks for `gradient_norms`.
         regularisation_loss: mean over the step's regularised pictures; None without any.
+        adversary: of a student that learns from an adversary, means over the step's pictures: `discriminator_loss`,
+            `adversarial_loss` and what else `training.adversary.Learned` tells, and `heads_gradient_norm`; else None.
         at_fault: the pictures for which this step was skipped, see `training.nonfinite`; none in any other.
         skipped: steps of the run that were skipped so far, this one included.
     """
@@ -80,6 +82,7 @@ class StepInfo:
     sigma_means: Sequence[float | None] = ()
     group_norms: dict[str, float] | None = None
     regularisation_loss: float | None = None
+    adversary: dict[str, float] | None = None
     at_fault: Sequence[str] = ()
     skipped: int = 0
 

@@ -5,6 +5,7 @@
     RUN/held_out.jsonl                                one line per measurement of the held-out pictures
     RUN/checkpoints/step-00000500/adapter.safetensors      only what is trained
                                  /optimizer.safetensors
+                                 /heads.safetensors        of an adversary, and heads_optimizer.safetensors
                                  /ema.safetensors          its averages, if the recipe asks for some
                                  /state.json
                                  /manifest.json            sizes and hashes, written last
@@ -41,6 +42,7 @@ FOLDER = "checkpoints"
 ADAPTER = "adapter.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 AVERAGES = "ema.safetensors"
+HEADS, HEADS_OPTIMIZER = "heads.safetensors", "heads_optimizer.safetensors"
 STATE = "state.json"
 RECIPE, claim = run_recipe.RECIPE, run_recipe.claim
 METRICS = "metrics.jsonl"
@@ -71,6 +73,10 @@ class Checkpoint:
     @property
     def optimizer(self) -> Path:
         return self.path / OPTIMIZER
+
+    @property
+    def heads(self) -> Path:
+        return self.path / HEADS
 
     @property
     def averages(self) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from libreflux.adapter.adapter import attach
+from libreflux.adapter.adapter import Adapter, attach
+from libreflux.adapter.layers import AdaptedLinear
 from libreflux.adapter.targets import Resolved
 from libreflux.data import precision
 from libreflux.data.cache import index_folders
@@ -25,10 +26,12 @@ from libreflux.model.offload import blocks_of, frozen_sizes
 from libreflux.model.opening import open_model
 from libreflux.model.source import ModelSource
 from libreflux.model.w8a8 import quantise_activations
-from libreflux.recipe import Recipe
+from libreflux.recipe import AdversarialSpec, Recipe
 from libreflux.training import trace
+from libreflux.training.adversary import Adversary
 from libreflux.training.bf16_update import CHUNK, CHUNK_ON_A_CARD, SCRATCH_BYTES
 from libreflux.training.memory import on_cpu
+from libreflux.training.objective import NoisedBatch
 from libreflux.training.optimizer import BUCKET, parameter_dtype
 from libreflux.training.phases import Estimate, Phase, libraries
 from libreflux.training.planned import BASE_DTYPES, INT8_BASES, plan_layers
@@ -58,6 +61,7 @@ def estimate_recipe(
     transformer = _transformer(opened, recipe)
     encoding = _Encoding.of(opened, recipe, cpu)
     shown = views(recipe.crop, recipe.resolution)
+    adversarial = recipe.distil.adversarial if recipe.distil is not None else None
     found = estimate(
         transformer,
         plan_layers(recipe, opened).layers,
@@ -69,6 +73,7 @@ def estimate_recipe(
         averages=len(recipe.ema),
         guidance=recipe.guidance,
         on_cpu=cpu,
+        adversarial=adversarial,
     )
     at_once = min(SHARD_ITEMS, captions or SHARD_ITEMS)
     if recipe.text_cache == "none":
@@ -85,7 +90,8 @@ def estimate_recipe(
     if recipe.gradient_checkpointing == "auto":
         transformer.disable_gradient_checkpointing()
         size = _latent_size(largest_crop(shown))
-        unchecked = trace.trace_pass(transformer, recipe.batch, size, text_tokens, recipe.guidance)
+        learn = None if adversarial is None else _learning(transformer, Adversary(adversarial, transformer, 0, "meta"))
+        unchecked = trace.trace_pass(transformer, recipe.batch, size, text_tokens, recipe.guidance, learn=learn)
         if encoding is not None and recipe.text_cache == "none":
             unchecked = max(unchecked, found.activations)
         found = dataclasses.replace(found, unchecked=unchecked)
@@ -210,6 +216,7 @@ def estimate(
     guidance: float | None = None,
     on_cpu: bool = False,
     moments_8bit: bool = False,
+    adversarial: AdversarialSpec | None = None,
 ) -> Estimate:
     """What training this adapter takes.
 
@@ -224,25 +231,38 @@ def estimate(
         guidance: for a model with a guidance embedding.
         on_cpu: whether it trains on the CPU.
         moments_8bit: whether the optimizer is `training.optimizer8.AdamW8bit`.
+        adversarial: of a student that learns from an adversary.
     """
     weights = trace.weights_of(transformer)
     adapter = attach(transformer, resolved, dtype=adapter_dtype, init="ones")
     parameters = list(adapter.parameters())
     count, own = sum(parameter.numel() for parameter in parameters), trace.size_in_bytes(parameters)
     moments = sum(map(_moments_8bit, parameters)) if moments_8bit else 2 * own
+    adversary = None if adversarial is None else Adversary(adversarial, transformer, 0, "meta")
+    learn = None if adversary is None else _learning(transformer, adversary)
+    heads = [] if adversary is None else adversary.parameters
+    of_heads = trace.size_in_bytes(heads)
     return Estimate(
         on_cpu=on_cpu,
         weights=weights,
         adapter=own,
         moments=moments,
         gradient=4 * count,
-        activations=trace.trace_pass(transformer, batch, latent_size, text_tokens, guidance),
-        update=_update(parameters, on_cpu),
+        heads=4 * of_heads,  # weights, two moments, gradient
+        activations=trace.trace_pass(transformer, batch, latent_size, text_tokens, guidance, learn=learn),
+        update=max(_update(some, on_cpu) for some in (parameters, heads) if some),
         averages=averages * 4 * count,
-        checkpoint=own + moments + averages * 4 * count,
+        checkpoint=own + moments + averages * 4 * count + 3 * of_heads,
         blocks=tuple(map(frozen_sizes, blocks_of(transformer))),
         kinds=kinds_of(transformer),
     )
+
+
+def _learning(transformer: FluxTransformer2DModel, adversary: Adversary) -> Callable[[NoisedBatch], object]:
+    """A pass of the adapter that is on a transformer, and of its adversary."""
+    layers = {name: each for name, each in transformer.named_modules() if isinstance(each, AdaptedLinear)}
+    adapter = Adapter(transformer, layers)
+    return lambda noised: adversary.learn(transformer, adapter, noised, noised, torch.ones_like(noised.sigma))
 
 
 def _update(parameters: Sequence[Tensor], on_cpu: bool) -> int:

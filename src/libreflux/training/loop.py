@@ -28,6 +28,7 @@ from libreflux.places import folder_place
 from libreflux.printing import get_logger
 from libreflux.recipe import Recipe
 from libreflux.training import checkpoint, ema, memory, memory_plan, nonfinite, run_state, saving
+from libreflux.training.adversary import adversary_of
 from libreflux.training.callbacks import Callbacks, StepInfo
 from libreflux.training.checkpoint import Checkpoint
 from libreflux.training.compiled import compiled_blocks, errors_of, require_compiler, uncompiled
@@ -187,6 +188,7 @@ def _metrics_line(info: StepInfo) -> dict[str, Any]:
     asked: dict[str, Any] = {} if info.group_norms is None else {"gradient_norms": info.group_norms}
     if info.regularisation_loss is not None:
         asked["regularisation_loss"] = info.regularisation_loss
+    asked |= info.adversary or {}
     return {
         "step": info.step,
         "epoch": info.epoch,
@@ -253,6 +255,7 @@ def open_for_training(
         held_out=held_out,
         identity={"model_hash": model_hash, "data_hash": batches.fingerprint()},
         compiled=compiled_blocks(recipe, transformer, device, newest, callbacks),
+        adversary=adversary_of(recipe, transformer, device),
     )
     if newest is not None:
         with callbacks.stage(f"reading the checkpoint of step {newest.step}"):

@@ -148,7 +148,8 @@ def distilled_target(
     The teacher is the frozen base itself with the adapter switched off, so that it costs no memory: one run bakes
     guidance in (Meng et al. 2022, arXiv 2210.03142, section 3.1, here for one guidance scale), the merged model is the
     base of the next, and each such run halves the number of steps. All of it regresses velocities; the real
-    FLUX.1-schnell was made with an adversarial loss instead (Sauer et al. 2024, arXiv 2403.12015).
+    FLUX.1-schnell was made with an adversarial loss instead (Sauer et al. 2024, arXiv 2403.12015): see
+    `training.adversary`.
 
     Args:
         transformer: the network with `adapter` on it.

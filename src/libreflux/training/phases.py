@@ -63,6 +63,7 @@ class Estimate:
         update: what the optimizer needs on top for a moment, after the activations are gone.
         averages: fp32 averages of the adapter, on the CPU.
         checkpoint: one checkpoint on disk.
+        heads: of an adversary: weights, moments and gradient.
         encoders: both text encoders, where they stay to encode every batch (`text_cache: none`).
         preparing: the phases before training.
         between: the phases between training's steps, drawing and measuring.
@@ -82,6 +83,7 @@ class Estimate:
     update: int
     averages: int
     checkpoint: int
+    heads: int = 0
     encoders: int = 0
     preparing: tuple[Phase, ...] = ()
     between: tuple[Phase, ...] = ()
@@ -111,7 +113,7 @@ class Estimate:
     def held(self) -> int:
         """What is in the device's memory from the first step to the last."""
         averages = self.averages if self.on_cpu else 0
-        return self.weights + self.adapter + self.moments + self.encoders + averages
+        return self.weights + self.adapter + self.moments + self.heads + self.encoders + averages
 
     @property
     def training(self) -> Phase:
@@ -175,6 +177,8 @@ class Estimate:
         yield "adapter", self.adapter
         yield "optimizer moments", self.moments
         yield "gradient", self.gradient
+        if self.heads:
+            yield "heads of the adversary, with moments", self.heads
         pass_is_larger = self.activations >= self.update
         kept = f", {self.kept} of {len(self.blocks)} blocks kept" if self.kept else ""
         yield f"activations{kept or ', largest batch'}" if pass_is_larger else "optimizer step", phase.activations

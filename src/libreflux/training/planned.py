@@ -7,6 +7,7 @@ from diffusers import FluxTransformer2DModel
 
 from libreflux.adapter import plan
 from libreflux.errors import RecipeError
+from libreflux.model.offload import block_names
 from libreflux.model.source import ModelSource
 from libreflux.recipe import Recipe
 
@@ -24,7 +25,7 @@ def plan_layers(recipe: Recipe, source: ModelSource) -> plan.Plan:
 
     Raises:
         RecipeError: a guidance-embedded model without `guidance`, or `guidance` for any other; a student's steps on
-            a ladder that depends on the picture's size.
+            a ladder that depends on the picture's size; a block that the model does not have, for an adversary.
         AdapterError: a pattern that matches nothing, or a file that does not fit; see `adapter.plan`.
     """
     if source.facts.guidance_embeds and recipe.guidance is None:
@@ -35,6 +36,16 @@ def plan_layers(recipe: Recipe, source: ModelSource) -> plan.Plan:
     if source.facts.shift is None and recipe.distil is not None and recipe.distil.steps is not None:
         hint = "write a fixed shift into its libreflux.json, or remove this key"
         raise RecipeError("this model's steps depend on the picture's size", where="distil.steps", hint=hint)
+    _check_blocks(recipe, source)
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(dict(source.config))
     return plan.plan(recipe.adapter, transformer)
+
+
+def _check_blocks(recipe: Recipe, source: ModelSource) -> None:
+    adversarial = None if recipe.distil is None else recipe.distil.adversarial
+    count = len(block_names(source.config))
+    wrong = [block for block in (adversarial and adversarial.blocks) or () if block >= count]
+    if wrong:
+        hint = f"use numbers from 0 to {count - 1}"
+        raise RecipeError(f"the model has no block {wrong[0]}", where="distil.adversarial.blocks", hint=hint)

@@ -62,6 +62,7 @@ def restore(training: Training, newest: Checkpoint, fork: bool) -> None:
         log.warning("resumed with %s blocks instead of %s ones: the result may differ in its last bits", *pair)
     training.adapter.load_state_dict(load_adapter(newest.adapter).tensors)
     training.optimizer.load_state_tensors(load_file(newest.optimizer))  # mapped: read as it is copied, never whole
+    _restore_heads(training, newest)
     if training.recipe.ema and training.ranks.first:
         if not newest.averages.exists():
             hint = "set ema: [] to go on without, or choose another `out`"
@@ -80,6 +81,18 @@ def restore(training: Training, newest: Checkpoint, fork: bool) -> None:
         training.skips.in_a_row = 0  # the change is what should end them
 
 
+def _restore_heads(training: Training, newest: Checkpoint) -> None:
+    """Raises RunError where the recipe has an adversary and the checkpoint has none, or the other way round."""
+    adversary = training.adversary
+    if (adversary is None) != (not newest.heads.exists()):
+        told = "heads of an adversary, and the recipe wants none" if adversary is None else "no heads of an adversary"
+        hint = "begin in another `out`, with this run's adapter as adapter.init_from"
+        raise RunError(f"this checkpoint has {told}", where=newest.path, hint=hint)
+    if adversary is not None:
+        moments = load_file(newest.path / checkpoint.HEADS_OPTIMIZER)
+        adversary.load(load_file(newest.heads), moments, newest.path)
+
+
 def save(training: Training, metrics: checkpoint.Metrics | None, callbacks: Callbacks) -> Checkpoint:
     """Writes a checkpoint (the first process alone, that has `metrics`) and prunes older ones."""
     recipe, step = training.recipe, training.step
@@ -90,6 +103,9 @@ def save(training: Training, metrics: checkpoint.Metrics | None, callbacks: Call
         checkpoint.ADAPTER: lambda path: save_adapter(training.adapter, path, _origin(training)),
         checkpoint.OPTIMIZER: lambda path: save_live(path, training.optimizer.state_dict_tensors()),
     }
+    if (adversary := training.adversary) is not None:
+        writers[checkpoint.HEADS] = lambda path: save_live(path, adversary.state_dict())
+        writers[checkpoint.HEADS_OPTIMIZER] = lambda path: save_live(path, adversary.optimizer.state_dict_tensors())
     if recipe.ema:
         writers[checkpoint.AVERAGES] = lambda path: _write_averages(training, path)
     metrics.sync()

@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from libreflux.model.compiling import CompiledBlocks
 from libreflux.model.facts import Facts
 from libreflux.model.source import ModelSource
 from libreflux.recipe import Recipe, SigmaSpec
+from libreflux.training.adversary import Adversary, Learned, lower_rungs, renoise_sigmas, told_means
 from libreflux.training.callbacks import Started, StepInfo
 from libreflux.training.ema import Averages
 from libreflux.training.gradient import accumulate_gradient, clip_grad_norm, group_norms
@@ -41,8 +42,8 @@ from libreflux.training.objective import (
 from libreflux.training.optimizer import Optimizer, lr_at
 from libreflux.training.ranks import Ranks
 
-_Row = tuple[int, str, float, bool]
-"""Of one picture: slot, sample id, loss, whether its source is for regularisation."""
+_Row = tuple[int, str, float, bool, Sequence[float]]
+"""Of one picture: slot, sample id, loss, whether its source is for regularisation, what the adversary tells of it."""
 
 
 def draw_sigmas(spec: SigmaSpec, count: int, seed: int, step: int) -> Tensor:
@@ -84,6 +85,7 @@ class Training:
         skips: the steps that were skipped.
         forks: the changes of the recipe so far, see `training.forks`.
         compiled: the transformer's blocks; None where they are not.
+        adversary: of a student that learns from one.
     """
 
     recipe: Recipe
@@ -105,6 +107,7 @@ class Training:
     forks: Sequence[dict[str, Any]] = ()
     held_out: HeldOut | None = None
     compiled: CompiledBlocks | None = None
+    adversary: Adversary | None = None
     _gradient: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
@@ -129,10 +132,12 @@ class Training:
         )
 
     def require_replicas(self) -> None:
-        """Raises RunError unless all ranks hold the same adapter, to the byte."""
+        """Raises RunError unless all ranks hold the same adapter, and heads of an adversary, to the byte."""
         digest = hashlib.sha256()
         for parameter in self.adapter.parameters() if self.ranks.world > 1 else ():
             digest.update(parameter.detach().cpu().view(torch.uint8).numpy().tobytes())
+        if self.adversary is not None and self.ranks.world > 1:
+            digest.update(self.adversary.digest().encode())
         digests = self.ranks.gather(digest.hexdigest())
         if len(set(digests)) > 1:
             hint = "run all processes on the same kind of device and the same versions"
@@ -148,27 +153,25 @@ class Training:
         """
         recipe, step, begun = self.recipe, self.step, time.perf_counter()
         units = step_plan(recipe.seed, step, self.batches.samples, self.ranks.world, recipe.batch, recipe.accumulate)
-        sigmas = draw_sigmas(recipe.sigmas, units[0].total, recipe.seed, step)
-        if recipe.distil is not None and recipe.distil.steps is not None:
-            sigmas = on_rungs(sigmas, recipe.distil.steps, self.shift)
+        sigmas = self._sigmas(units[0].total)
         parameters = list(self.adapter.parameters())
         gradient = self._zero_gradient()
         pictures: list[tuple[int, str, bool]] = []
-        losses: list[Tensor] = []
+        learned: list[Learned] = []
         for unit in units:
             if not unit.items or unit.rank != self.ranks.rank:
                 continue
             batch = self.batches.batch(unit)
             noised = self._noised(batch, unit, sigmas)
-            of_unit = flow_matching_loss(self.transformer, noised, target=self._target(batch, noised))
-            (of_unit @ batch.loss_weights.to(self.device) / unit.total).backward()
+            learned.append(self._learn(batch, unit, noised))
             accumulate_gradient(gradient, parameters)
             pictures += zip(unit.slots, batch.sample_ids, batch.regularised, strict=True)
-            losses.append(of_unit.detach())
         # A slow rank is waited for in words, so that all begin the sum at once and it can have a strict time-out.
-        rows = sorted(row for part in self.ranks.gather(_rows(pictures, losses)) for row in part)
+        rows = sorted(row for part in self.ranks.gather(_rows(pictures, learned)) for row in part)
         self.ranks.sum_(gradient)
-        moved = self._move(gradient, [row[1] for row in rows], [row[2] for row in rows])
+        if self.adversary is not None:
+            self.ranks.sum_(self.adversary.gradient)
+        moved = self._move(gradient, rows)
         return self._info(units, sigmas, rows, moved, time.perf_counter() - begun)
 
     def forget_gradient(self) -> None:
@@ -180,20 +183,47 @@ class Training:
         if self._gradient is None:
             count = sum(one.numel() for one in self.adapter.parameters())
             self._gradient = torch.empty(count, dtype=torch.float32, device=self.device)
+        if self.adversary is not None:
+            self.adversary.forget()
         return self._gradient.zero_()
+
+    def _sigmas(self, count: int) -> Tensor:
+        """The step's noise levels, [count] by slot; of a student of few steps, rungs of its ladder."""
+        recipe, distil = self.recipe, self.recipe.distil
+        sigmas = draw_sigmas(recipe.sigmas, count, recipe.seed, self.step)
+        if distil is None or distil.steps is None:
+            return sigmas
+        rungs = on_rungs(sigmas, distil.steps, self.shift)
+        early = distil.adversarial is not None and self.step < distil.adversarial.warmup
+        return lower_rungs(rungs, distil.steps, self.shift) if early else rungs
+
+    def _noise(self, batch: Batch, unit: Unit, *purpose: str) -> Tensor:
+        """[B, C, h, w] on the device, of the pictures' slots."""
+        shape, seed = batch.latents.shape[1:], self.recipe.seed
+        named = zip(batch.sample_ids, unit.slots, strict=True)
+        noise = torch.stack([keyed_noise(shape, seed, name, self.step, slot, *purpose) for name, slot in named])
+        return noise.to(self.device)
 
     def _noised(self, batch: Batch, unit: Unit, sigmas: Tensor) -> NoisedBatch:
         """A unit's pictures on the device, with the noise of their slots; `sigmas` [count] are the step's, by slot."""
-        shape, seed = batch.latents.shape[1:], self.recipe.seed
-        named = zip(batch.sample_ids, unit.slots, strict=True)
-        noise = torch.stack([keyed_noise(shape, seed, name, self.step, slot) for name, slot in named])
         return NoisedBatch(
             latents=batch.latents.to(self.device),
-            noise=noise.to(self.device),
+            noise=self._noise(batch, unit),
             sigma=sigmas[list(unit.slots)].to(self.device),
             text=batch.text.to(self.device),
             guidance=self.recipe.guidance,
         )
+
+    def _learn(self, batch: Batch, unit: Unit, noised: NoisedBatch) -> Learned:
+        """One forward and backward pass, or those with an adversary: gradients are left with the parameters."""
+        weights, adversary, seed = batch.loss_weights.to(self.device), self.adversary, self.recipe.seed
+        if adversary is None:
+            of_unit = flow_matching_loss(self.transformer, noised, target=self._target(batch, noised))
+            (of_unit @ weights / unit.total).backward()
+            return Learned(of_unit.detach(), {})
+        levels = renoise_sigmas(adversary.spec, unit.total, seed, self.step)[list(unit.slots)]
+        again = replace(noised, noise=self._noise(batch, unit, "adversary"), sigma=levels.to(self.device))
+        return adversary.learn(self.transformer, self.adapter, noised, again, weights / unit.total)
 
     def _target(self, batch: Batch, noised: NoisedBatch) -> Tensor:
         """What the network's velocity is compared with, by the recipe's objective; [B, h*w/4, 4C] fp32."""
@@ -202,12 +232,18 @@ class Training:
         empty = self.batches.empty_prompt().to(self.device)
         return distilled_target(self.transformer, self.adapter, noised, empty, self.recipe.distil, shift=self.shift)
 
-    def _move(self, gradient: Tensor, sample_ids: Sequence[str], losses: Sequence[float]) -> _Moved:
-        """Clips the step's gradient [P] and moves the weights along it, unless it or a loss is not finite."""
-        spec = self.recipe.optimizer
+    def _move(self, gradient: Tensor, rows: Sequence[_Row]) -> _Moved:
+        """Clips the step's gradient [P] and moves the weights along it, unless it or a loss is not finite.
+
+        An adversary's heads move with them, or neither does.
+        """
+        spec, adversary, sample_ids = self.recipe.optimizer, self.adversary, [row[1] for row in rows]
         norms = group_norms(gradient, self.adapter) if self.recipe.gradient_norms else None
         norm = clip_grad_norm(gradient, spec.clip)
-        faulty = at_fault(sample_ids, losses, norm, spec.clip)
+        faulty = at_fault(sample_ids, [row[2] for row in rows], norm, spec.clip)
+        heads_norm = None if adversary is None else adversary.norm()
+        if heads_norm is not None and not faulty:
+            faulty = at_fault(sample_ids, [math.fsum(row[4]) for row in rows], heads_norm, None)
         learning_rate = lr_at(
             self.step,
             learning_rate=spec.learning_rate,
@@ -220,9 +256,13 @@ class Training:
             self.averages.before_change()
             self.optimizer.step(learning_rate, gradient)
             require_finite(self.adapter.parameters(), self.step + 1, self.run)
+            if adversary is not None:
+                adversary.move(self.step + 1, self.run)
         self.step += 1
         self.averages.update(self.step)  # after a skipped step too: the averages' time is the number of the step
-        return _Moved(learning_rate, None if faulty else norm, None if faulty else norms, faulty)
+        if faulty:
+            return _Moved(learning_rate, None, None, None, faulty)
+        return _Moved(learning_rate, norm, norms, heads_norm, faulty)
 
     def _info(
         self, units: Sequence[Unit], sigmas: Tensor, rows: Sequence[_Row], moved: _Moved, seconds: float
@@ -232,8 +272,9 @@ class Training:
             step=self.step,
             steps=self.recipe.steps,
             epoch=units[0].epoch,
-            loss=_mean([loss for _, _, loss, regularised in told if not regularised]),
-            regularisation_loss=_mean([loss for _, _, loss, regularised in told if regularised]),
+            loss=_mean([loss for _, _, loss, regularised, _ in told if not regularised]),
+            regularisation_loss=_mean([loss for _, _, loss, regularised, _ in told if regularised]),
+            adversary=_adversary_told(told, moved.heads_norm),
             gradient_norm=moved.norm,
             learning_rate=moved.learning_rate,
             seconds=seconds,
@@ -249,18 +290,30 @@ class Training:
 
 @dataclass(frozen=True)
 class _Moved:
-    """What `Training._move` did; norm and group norms are None, and `at_fault` names pictures, if it did nothing."""
+    """What `Training._move` did; norms are None, and `at_fault` names pictures, if it did nothing."""
 
     learning_rate: float
     norm: float | None
     group_norms: dict[str, float] | None
+    heads_norm: float | None
     at_fault: Sequence[str]
 
 
-def _rows(pictures: Sequence[tuple[int, str, bool]], losses: Sequence[Tensor]) -> list[_Row]:
-    """A row for each of one process's pictures; `losses` are [B] of each pass."""
-    on_host = torch.cat(list(losses)).tolist() if losses else []  # the passes' one wait for the device
-    return [(slot, name, loss, regularised) for (slot, name, regularised), loss in zip(pictures, on_host, strict=True)]
+def _rows(pictures: Sequence[tuple[int, str, bool]], learned: Sequence[Learned]) -> list[_Row]:
+    """A row for each of one process's pictures; `learned` is of each pass."""
+    # The passes' one wait for the device.
+    table = torch.cat([one.table() for one in learned]).tolist() if learned else []
+    return [
+        (slot, name, loss, regularised, told)
+        for (slot, name, regularised), (loss, *told) in zip(pictures, table, strict=True)
+    ]
+
+
+def _adversary_told(rows: Sequence[_Row], heads_norm: float | None) -> dict[str, float] | None:
+    """Means over pictures; None without an adversary, and for a skipped step."""
+    if heads_norm is None:
+        return None
+    return {**told_means([row[4] for row in rows]), "heads_gradient_norm": heads_norm}
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -112,6 +112,7 @@ def trace_pass(
     guidance: float | None = None,
     *,
     backward: bool = True,
+    learn: Callable[[NoisedBatch], object] | None = None,
 ) -> int:
     """Peak bytes that one pass of an adapted meta transformer over a batch, loss included, has alive at a time.
 
@@ -122,6 +123,7 @@ def trace_pass(
         text_tokens: of each prompt.
         guidance: for a model with a guidance embedding.
         backward: whether a backward pass follows; without, no gradient is recorded, as when pictures are measured.
+        learn: what a pass does instead of plain flow matching, its backward passes included.
     """
     config = transformer.config
     latents = torch.empty(batch, config.in_channels // 4, *latent_size, device="meta")
@@ -134,9 +136,12 @@ def trace_pass(
     noised = NoisedBatch(latents, torch.empty_like(latents), sigma, text, guidance)
     blocks = contextlib.nullcontext() if backward else _one_of_like_blocks(transformer)
     with blocks, torch.set_grad_enabled(backward), attention_in_tiles(), LiveBytes() as live:
-        losses = flow_matching_loss(transformer, noised)
-        if backward:
-            losses.sum().backward()
+        if learn is not None:
+            learn(noised)
+        else:
+            losses = flow_matching_loss(transformer, noised)
+            if backward:
+                losses.sum().backward()
     for parameter in transformer.parameters():
         parameter.grad = None
     return live.peak

@@ -1,0 +1,258 @@
+"""Students that learn from an adversary, as runs: resumed to the bit, refused, skipped, counted, on two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from libreflux.adapter.io import load_adapter
+from libreflux.data.prepare import prepare_recipe
+from libreflux.errors import RecipeError, RunError
+from libreflux.recipe import Recipe, load_recipe
+from libreflux.training import checkpoint, estimate, trace
+from libreflux.training.adversary import Adversary
+from libreflux.training.estimate import estimate_recipe
+from libreflux.training.interrupt import Interrupted
+from libreflux.training.loop import fit
+from libreflux.training.step import Training
+from model.bases import adapted, based
+from tiny import poison_latents
+from training.recorded import Tree, recorded_fit
+from training.test_adversary import learned
+
+ADVERSARIAL: dict[str, Any] = {
+    "objective": "distil",
+    "distil": {"steps": 4, "adversarial": {"width": 8, "learning_rate": 2e-3, "warmup": 2}},
+    "sigmas": {"law": "uniform"},
+}
+SAVED = ("adapter", "optimizer", "heads", "heads_optimizer")
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / checkpoint.METRICS).read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "pictures_per_second"} for line in found]
+
+
+@pytest.mark.parametrize(("kind", "base", "checkpointing"), [("adamw", "fp32", False), ("adamw_bf16", "int8", True)])
+def test_a_stopped_run_resumes_to_the_bit(
+    recipe_tree: Tree, tmp_path: Path, kind: str, base: str, checkpointing: bool
+) -> None:
+    changes = {
+        **ADVERSARIAL,
+        "base": base,
+        "gradient_checkpointing": checkpointing,
+        "accumulate": 2,
+        "steps": 5,
+        "save": {"every": 5},
+        "optimizer": {"kind": kind, "learning_rate": 1e-3},
+    }
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    recorder, result = recorded_fit(recipe_tree(whole, **changes))
+    torch.manual_seed(99)
+    with pytest.raises(Interrupted):
+        recorded_fit(recipe_tree(stopped, **changes), at={("step", 3): lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    recorded_fit(recipe_tree(stopped, **changes))
+    ends = [checkpoint.step_folder(run, 5) for run in (whole, stopped)]
+    for name in SAVED:
+        one, other = ((end / f"{name}.safetensors").read_bytes() for end in ends)
+        assert one == other, name
+    assert lines(stopped) == lines(whole)
+    # The heads are in the checkpoint alone, and moved.
+    assert not any("head" in name for name in load_adapter(result).tensors)
+    assert load_adapter(result).metadata["sampling_steps"] == "4"
+    early, late = (load_file(checkpoint.step_folder(stopped, step) / "heads.safetensors") for step in (3, 5))
+    assert all(not torch.equal(early[name], late[name]) for name in early)
+    assert int(load_file(ends[0] / "heads_optimizer.safetensors")["step"]) == 5
+    # What is told.
+    first, last = lines(whole)[0], lines(whole)[-1]
+    assert first["discriminator_loss"] == pytest.approx(2.0)
+    assert first["adversarial_loss"] == first["loss"] == 0
+    assert last["loss"] == pytest.approx(last["adversarial_loss"]) != 0
+    assert {"penalty", "reconstruction_loss", "spread_ratio", "heads_gradient_norm"} < set(last)
+    assert [set(info.sigmas) <= {0.25, 0.5} for info in recorder.steps][:2] == [True, True]
+    assert {sigma for info in recorder.steps[2:] for sigma in info.sigmas} <= {0.25, 0.5, 0.75, 1.0}
+    assert recorder.steps[3].adversary is not None
+
+
+def test_a_student_may_begin_from_a_regression_and_a_checkpoint_without_heads_is_no_start(
+    recipe_tree: Tree, tmp_path: Path
+) -> None:
+    regression = {"objective": "distil", "distil": {"guidance": 3.0, "steps": 4}, "steps": 1}
+    started = fit(Recipe.model_validate(recipe_tree(tmp_path / "regression", **regression)))
+    assert not any(path.name.startswith("heads") for path in (tmp_path / "regression").rglob("*"))
+    assert "discriminator_loss" not in lines(tmp_path / "regression")[0]
+    changes = {**ADVERSARIAL, "steps": 3, "adapter": {"init_from": str(started)}}
+    fit(Recipe.model_validate(recipe_tree(tmp_path / "adversarial", **changes)))
+    assert lines(tmp_path / "adversarial")[-1]["heads_gradient_norm"] > 0
+    wrong = [
+        (tmp_path / "regression", {**ADVERSARIAL, "steps": 3}, "no heads of an adversary"),
+        (tmp_path / "adversarial", {**regression, "steps": 4, "adapter": changes["adapter"]}, "recipe wants none"),
+    ]
+    for run, others, told in wrong:
+        with pytest.raises(RunError, match="distil"):  # as for every other key
+            fit(Recipe.model_validate(recipe_tree(run, **others)))
+        with pytest.raises(RunError, match=told):
+            fit(Recipe.model_validate(recipe_tree(run, **others)), fork=True)
+    wider = {**changes, "steps": 4, "distil": {"steps": 4, "adversarial": {"width": 12}}}
+    with pytest.raises(RunError, match="not those of the recipe"):
+        fit(Recipe.model_validate(recipe_tree(tmp_path / "adversarial", **wider)), fork=True)
+    gentler = {**changes, "steps": 4, "distil": {"steps": 4, "adversarial": {"width": 8, "penalty": 1.0}}}
+    fit(Recipe.model_validate(recipe_tree(tmp_path / "adversarial", **gentler)), fork=True)
+
+
+def test_a_step_that_is_not_finite_moves_neither_side(recipe_tree: Tree, tmp_path: Path) -> None:
+    tree = recipe_tree(tmp_path / "run", **ADVERSARIAL, steps=3, batch=5, save={"every": 1, "keep": 9}, max_skipped=9)
+    prepare_recipe(Recipe.model_validate(tree))
+    [poisoned] = poison_latents(tmp_path / "cache", 1)
+    recorder, _ = recorded_fit(tree)
+    assert [list(info.at_fault) for info in recorder.steps] == [[poisoned]] * 3
+    assert all(info.adversary is None for info in recorder.steps)
+    folders = [checkpoint.step_folder(tmp_path / "run", step) for step in (1, 3)]
+    for name in SAVED:
+        one, other = (load_file(folder / f"{name}.safetensors") for folder in folders)
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_heads_with_a_gradient_that_is_not_finite_skip_the_step(
+    recipe_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Adversary, "norm", lambda _: float("nan"))
+    recorder, _ = recorded_fit(recipe_tree(tmp_path / "run", **ADVERSARIAL, steps=2))
+    assert [sorted(info.at_fault) for info in recorder.steps] == [sorted(info.sample_ids) for info in recorder.steps]
+    heads = load_file(checkpoint.step_folder(tmp_path / "run", 2) / "heads.safetensors")
+    assert not any(bool(tensor.any()) for name, tensor in heads.items() if "verdict" in name)
+
+
+def test_processes_whose_heads_differ_are_noticed() -> None:
+    _, transformer, adapter = None, based("fp32"), None
+    adapter = adapted(transformer)
+    adversary = Adversary(load_recipe(None, _overrides()).distil.adversarial, transformer, 0, "cpu")  # type: ignore[union-attr,arg-type]
+    told: list[str] = []
+
+    def gather(digest: str) -> list[str]:
+        told.append(digest)
+        return told
+
+    ranks = SimpleNamespace(world=2, gather=gather)
+    training: Any = SimpleNamespace(adapter=adapter, adversary=adversary, ranks=ranks, step=1, run="run")
+    Training.require_replicas(training)
+    Training.require_replicas(training)
+    with torch.no_grad():
+        adversary.parameters[-1].add_(1e-6)
+    with pytest.raises(RunError, match="differ after step 1"):
+        Training.require_replicas(training)
+
+
+def _overrides(*others: str) -> list[str]:
+    common = ["data.0.path=x", "resolution=128", "steps=9", "out=o", "objective=distil"]
+    return [*common, *(others or ["distil={steps: 4, adversarial: {}}"])]
+
+
+@pytest.mark.parametrize(
+    ("distil", "told"),
+    [
+        ("{adversarial: {}}", "adversarial needs steps"),
+        ("{steps: 4, guidance: 3, adversarial: {}}", "guidance does nothing under adversarial"),
+        ("{steps: 4, substeps: 8, adversarial: {}}", "substeps does nothing under adversarial"),
+        ("{steps: 4, adversarial: {warmup: 9}}", "warmup 9 would fill all of steps 9"),
+        ("{steps: 1, adversarial: {warmup: 3}}", "warmup does nothing with one step"),
+        ("{steps: 4, adversarial: {blocks: [1, 1]}}", "the same block is given twice"),
+        ("{steps: 4, adversarial: {blocks: []}}", "adversarial.blocks"),
+        ("{steps: 4, adversarial: {penatly: 1}}", "penalty"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(distil: str, told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        load_recipe(None, _overrides(f"distil={distil}"))
+
+
+def test_a_block_that_the_model_has_not_is_refused_before_anything_is_prepared(
+    recipe_tree: Tree, tmp_path: Path
+) -> None:
+    changes = {**ADVERSARIAL, "distil": {"steps": 4, "adversarial": {"blocks": [1, 3]}}}
+    with pytest.raises(RecipeError, match=r"no block 3.*0 to 2"):
+        fit(Recipe.model_validate(recipe_tree(tmp_path / "run", **changes)))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_recipes_without_an_adversary_are_the_bytes_that_they_were() -> None:
+    """Of version 0.1.0, which knew no adversary."""
+    recipe = load_recipe(None, _overrides("distil={guidance: 3, steps: 4}"))
+    assert recipe.resolved()["distil"] == {"guidance": 3.0, "steps": 4, "substeps": 2}
+    assert recipe.fingerprint() == "FINGERPRINT"
+    with_one = load_recipe(None, _overrides())
+    assert Recipe.model_validate(with_one.resolved()) == with_one
+    assert with_one.fingerprint() != load_recipe(None, _overrides("distil={steps: 4}")).fingerprint()
+
+
+# ---- what it takes ------------------------------------------------------------------------------------------------
+
+
+def test_the_estimate_counts_heads_and_the_teachers_passes(recipe_tree: Tree, tmp_path: Path) -> None:
+    def found(**distil: Any) -> Any:
+        changes = {"objective": "distil", "distil": {"guidance": 1.0, "steps": 4, **distil}, "samples": {"every": 0}}
+        return estimate_recipe(Recipe.model_validate(recipe_tree(tmp_path, **changes)), text_tokens=12)
+
+    plain, with_heads = found(), found(adversarial={"width": 8, "blocks": [0, 2]})
+    adversary = Adversary(
+        load_recipe(None, _overrides("distil={steps: 4, adversarial: {width: 8, blocks: [0, 2]}}")).distil.adversarial,
+        based("fp32"),
+        0,
+        "cpu",
+    )  # type: ignore[union-attr,arg-type]
+    count = sum(parameter.numel() for parameter in adversary.parameters)
+    assert with_heads.heads == 16 * count
+    assert (plain.heads, with_heads.held - plain.held) == (0, 16 * count)
+    assert with_heads.checkpoint - plain.checkpoint == 12 * count
+    assert with_heads.activations > 1.5 * plain.activations  # the student's graph and the teacher's
+    assert "heads of the adversary" in with_heads.table()
+    assert "adversary" not in plain.table()
+
+
+def test_the_trace_of_a_pass_is_the_real_one() -> None:
+    def pass_of(transformer: Any, device: str) -> tuple[Any, Adversary]:
+        spec = load_recipe(None, _overrides("distil={steps: 4, adversarial: {width: 8}}")).distil.adversarial  # type: ignore[union-attr]
+        return adapted(transformer), Adversary(spec, transformer, 0, device)  # type: ignore[arg-type]
+
+    real = based("fp32")
+    adapter, adversary = pass_of(real, "cpu")
+    with trace.attention_in_tiles(), trace.LiveBytes() as live:
+        learned(real, adapter, adversary)
+    meta = based("fp32")
+    adapted(meta)
+    meta.to("meta")
+    spec = adversary.spec
+    learn = estimate._learning(meta, Adversary(spec, meta, 0, "meta"))
+    traced = trace.trace_pass(meta, 2, (4, 6), 5, learn=learn)
+    assert abs(traced - live.peak) < 0.1 * live.peak
+
+
+# ---- several processes --------------------------------------------------------------------------------------------
+
+
+def test_two_processes_are_one_with_twice_the_passes(recipe_tree: Tree, tmp_path: Path) -> None:
+    from training.test_ranks import finish, start
+
+    common = {**ADVERSARIAL, "steps": 4, "ema": [], "device": "cpu", "save": {"every": 4}}
+    one, two = (recipe_tree(tmp_path / name, **common, accumulate=n) for name, n in (("one", 2), ("two", 1)))
+    fit(Recipe.model_validate(one))
+    shutil.copytree(tmp_path / "cache", tmp_path / "cache-two")
+    finish(start(tmp_path, {**two, "cache": str(tmp_path / "cache-two")}, 2), tmp_path)  # with equal replicas
+    for name in ("adapter", "heads"):
+        tensors = [
+            load_file(checkpoint.step_folder(tmp_path / run, 4) / f"{name}.safetensors") for run in ("one", "two")
+        ]
+        for key, tensor in tensors[0].items():
+            torch.testing.assert_close(tensors[1][key], tensor, rtol=1e-3, atol=1e-4)
+    for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        for name in ("loss", "discriminator_loss", "heads_gradient_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6)
