@@ -93,7 +93,7 @@ def learned(transformer: Any, adapter: Adapter, adversary: Adversary) -> tuple[A
     for parameter in adapter.parameters():
         parameter.grad = None
     found = adversary.learn(transformer, adapter, *pictures(), WEIGHTS)
-    gradients = [parameter.grad for parameter in adapter.parameters() if parameter.grad is not None]
+    gradients = [one.grad.clone() for one in adapter.parameters() if one.grad is not None]
     return found, gradients, adversary.gradient.clone()
 
 

@@ -48,7 +48,7 @@ BLOCKS = 5
 """Heads, where the recipe names no blocks."""
 
 TOLD = ("discriminator_loss", "adversarial_loss", "reconstruction_loss", "penalty", "spread_ratio")
-"""Names of the numbers that are told of each picture, see `Learned.told`."""
+"""Names of the numbers that are told of each picture, see `Learned.told`; the heads' own loss first."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,9 @@ class Adversary:
         velocity = batch.velocity(transformer, x, batch.sigma)
         drawn_x0 = x0_from_velocity(x, velocity, batch.sigma)
         with adapter.disabled():
-            with torch.no_grad():
-                real = self._features(transformer, again, again.x_sigma)
+            # Gradients are recorded for real pictures too, and none is needed: the same kernels, compiled or not, then
+            # compute both. Heads would find out another rounding.
+            real = {block: seen.detach() for block, seen in self._features(transformer, again, again.x_sigma).items()}
             drawn = self._features(transformer, again, interpolate(drawn_x0, pack(again.noise), again.sigma))
         # One pass of the teacher serves both: the heads see its features cut off, the student their gradient by them.
         cut = {block: seen.detach().requires_grad_() for block, seen in drawn.items()}
@@ -160,7 +161,7 @@ class Adversary:
                 "adversarial_loss": adversarial.detach(),
                 "reconstruction_loss": reconstruction.detach(),
                 "penalty": penalty.detach(),
-                "spread_ratio": drawn_x0.detach().std(dim=(1, 2)) / pack(batch.latents).std(dim=(1, 2)),
+                "spread_ratio": drawn_x0.detach().std(dim=(1, 2)) / batch.latents.std(dim=(1, 2, 3)).clamp(min=1e-6),
             },
         )
 

@@ -243,7 +243,7 @@ class Training:
         faulty = at_fault(sample_ids, [row[2] for row in rows], norm, spec.clip)
         heads_norm = None if adversary is None else adversary.norm()
         if heads_norm is not None and not faulty:
-            faulty = at_fault(sample_ids, [math.fsum(row[4]) for row in rows], heads_norm, None)
+            faulty = at_fault(sample_ids, [discriminator for *_, (discriminator, *_) in rows], heads_norm, None)
         learning_rate = lr_at(
             self.step,
             learning_rate=spec.learning_rate,
