@@ -20,6 +20,8 @@ import torch
 from benchmarks.speed.operations import Operations
 from benchmarks.speed.ratios import Measured
 
+LEAST_ROUNDS, ENOUGH = 2, 90.0
+"""On a slow machine rounds after the second are left out once a group has taken so many seconds."""
 Run = Callable[[], Mapping[str, float] | None]
 """Does the work once; may return seconds of named parts of it."""
 
@@ -83,7 +85,10 @@ def _measure_group(group: Sequence[Contender], found: dict[str, Measured], round
         run = _built(one, found[one.name])
         if run is not None:
             runs[one.name], held[one.name] = run, _difference(standing(device), before)
+    began = time.perf_counter()
     for turn in range(rounds):
+        if turn >= LEAST_ROUNDS and time.perf_counter() - began > ENOUGH:
+            break
         names = list(runs)
         for each in names[turn % len(names) :] + names[: turn % len(names)] if names else []:
             taken, rise, parts = timed(runs[each], device)
