@@ -59,11 +59,11 @@ def groups(contenders: Sequence[Contender], room: float) -> list[list[Contender]
 
 
 def take_turns(contenders: Sequence[Contender], *, rounds: int, device: str, room: float) -> list[Measured]:
-    """Measures all contenders, `rounds` times each; a round before them warms up and counts operations.
+    """Measures all contenders in turn; a round before those that are timed warms up and counts operations.
 
     Args:
         contenders: the first one is measured in each group.
-        rounds: that are timed.
+        rounds: that are timed, at most; at least `LEAST_ROUNDS`.
         device: cpu or cuda.
         room: bytes that contenders may hold together, see `groups`.
     """

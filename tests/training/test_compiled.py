@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch._inductor.exc import InductorError
 
 from libreflux.errors import ModelError, RunError
 from libreflux.model import compiling
@@ -118,16 +120,26 @@ def test_a_signal_that_ends_the_compiler_too_ends_the_run_as_others_do(
     own = Training.take_step
 
     def interrupted(training: Training) -> StepInfo:
-        if training.step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-            raise ModelError("cannot be compiled", where="a block")
+        if training.step == failing:
+            if signalled:
+                os.kill(os.getpid(), signal.SIGINT)
+            raise InductorError(RuntimeError("C++ compile error\nand more"), None)
         return own(training)
 
     monkeypatch.setattr(Training, "take_step", interrupted)
-    with pytest.raises(Interrupted) as stopped:
-        fit(Recipe.model_validate(recipe_tree(tmp_path / "run", **SMALL, steps=3, compile="on")))
+    recipe = Recipe.model_validate(recipe_tree(tmp_path / "run", **SMALL, steps=3, compile="on"))
+    failing, signalled = 0, True
+    with pytest.raises(Interrupted, match="before the first step was done; the same command begins again") as stopped:
+        fit(recipe)
+    assert stopped.value.step == 0
+    failing = 1
+    with pytest.raises(Interrupted, match="after step 1, saved in") as stopped:
+        fit(recipe)
     assert (stopped.value.signum, stopped.value.step) == (signal.SIGINT, 1)
     assert state_of(tmp_path / "run")["compiled"] is True
+    signalled = False
+    with pytest.raises(ModelError, match=r"^the backward pass of a block: cannot be compiled .*C\+\+ compile error;"):
+        fit(recipe)
 
 
 def test_a_dry_run_tells_it_for_a_card(recipe_tree: Tree, tmp_path: Path) -> None:
@@ -137,9 +149,23 @@ def test_a_dry_run_tells_it_for_a_card(recipe_tree: Tree, tmp_path: Path) -> Non
     assert told.compile.startswith("compile: auto; blocks are compiled: about 120 s to compile, and ")
     assert f"\n{told.compile}\n" in told.text(width=200)
     assert dry_run({**tree, "device": "cpu"}).compile is None
+    folder = checkpoint.write(tmp_path / "run", 1, {}, {"compiled": True, "device": "cuda (NVIDIA H100)"})
+    assert dry_run(tree).compile == "compile: auto; blocks are compiled, as they were before"
+    (folder.path / "state.json").write_text("{", encoding="utf-8")
+    assert dry_run(tree).compile == told.compile
+    shutil.rmtree(folder.path)
     assert dry_run({**tree, "steps": 2}).compile == (
         "compile: auto; blocks are not compiled: about 120 s to compile, and 0 s saved in 2 passes (estimated)"
     )
+
+
+def test_a_dry_run_says_that_a_compiler_is_missing(
+    recipe_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "missing_compiler", lambda device: "there is no compiler")
+    found = dry_run(recipe_tree(tmp_path / "run", **SMALL, compile="on"))
+    assert found.compile is None
+    assert str(found.fault) == "compile: there is no compiler; hint: set compile: off"
 
 
 def test_words_that_yaml_reads_as_truth(recipe_tree: Tree, tmp_path: Path) -> None:
