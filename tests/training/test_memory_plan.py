@@ -141,8 +141,8 @@ def test_auto_is_decided_at_each_start_and_told(
     room[0] = 0
     assert run(2) == [line.replace("1 of", "0 of") + " (0.0 GiB are free, too few by the estimate)"]
     whole = {"steps": 2, "gradient_checkpointing": False, "out": str(tmp_path / "whole")}
-    plain = fit(Recipe.model_validate(recipe().resolved() | whole))
-    assert plain.read_bytes() == (tmp_path / "run" / plain.name).read_bytes()
+    without = fit(Recipe.model_validate(recipe().resolved() | whole))
+    assert without.read_bytes() == (tmp_path / "run" / without.name).read_bytes()
 
 
 def test_runs_that_kept_such_a_decision_go_on(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
