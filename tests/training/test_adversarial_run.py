@@ -186,7 +186,7 @@ def test_a_block_that_the_model_has_not_is_refused_before_anything_is_prepared(
 
 
 def test_recipes_without_an_adversary_are_the_bytes_that_they_were() -> None:
-    """Of version 0.1.0, which knew no adversary."""
+    """Of versions that knew no adversary."""
     recipe = load_recipe(None, _overrides("distil={guidance: 3, steps: 4}"))
     assert recipe.resolved()["distil"] == {"guidance": 3.0, "steps": 4, "substeps": 2}
     assert recipe.fingerprint() == "4604a95e3aca6619790897394a133839a730136f54e108380178a80c499f0314"
