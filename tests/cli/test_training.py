@@ -52,6 +52,21 @@ def test_the_board_shows_every_step_once_though_one_was_trained_twice(
     assert board.Images("samples")[-1].encoded_image_string[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_an_adversarys_losses_are_told(run: Callable, recipe: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    student = ["objective=distil", "distil={steps: 4, adversarial: {width: 8}}", "samples.every=0"]
+    done = run("train", recipe, f"out={out}", "steps=2", "tensorboard=true", *student)
+    assert done.code == 0, done.err
+    assert re.search(r"training: 2/2, .* loss -?[\d.]+, discriminator [12]\.\d+, gradient ", done.err)
+    board = EventAccumulator(str(out / "tensorboard")).Reload()
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for name in ("discriminator_loss", "adversarial_loss", "heads_gradient_norm"):
+        values = [event.value for event in board.Scalars(f"adversary/{name}")]
+        assert values == pytest.approx([line[name] for line in lines], rel=1e-6)
+
+
 def test_without_tensorboard_it_is_refused_before_anything_is_done(
     run: Callable, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
