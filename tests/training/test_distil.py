@@ -131,6 +131,14 @@ def test_a_run_learns_the_teachers_guidance_and_its_adapter_says_how_to_draw(
     assert (facts["sampling_steps"], facts["guidance"]) == ("4", "1.0")
 
 
+def test_a_run_without_steps_can_be_resumed(recipe_tree: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    changes = {"objective": "distil", "distil": {"guidance": 3.0}}
+    fit(Recipe.model_validate(recipe_tree(tmp_path / "run", **changes, steps=1)))
+    fit(Recipe.model_validate(recipe_tree(tmp_path / "run", **changes, steps=2)))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [

@@ -66,20 +66,22 @@ class DistilSpec(Section):
 
     @model_validator(mode="after")
     def _of_use(self) -> DistilSpec:
-        if self.steps is None and "substeps" in self.model_fields_set:
+        # By value: a resolved recipe, which a run keeps and reads again, has every key.
+        other_substeps = self.substeps != type(self).model_fields["substeps"].default
+        if self.steps is None and other_substeps:
             raise ValueError("substeps is for steps, which is not set")
         if self.adversarial is not None:
-            self._adversarial_alone()
+            self._adversarial_alone(other_substeps)
         elif self.steps is None and self.guidance == 1:
             raise ValueError("without steps and at guidance 1 the teacher is the student: set one of them")
         return self
 
-    def _adversarial_alone(self) -> None:
+    def _adversarial_alone(self, other_substeps: bool) -> None:
         if self.steps is None:
             raise ValueError("adversarial needs steps, those that the student is to draw in, e.g. 4")
         if self.guidance != 1:
             raise ValueError("guidance does nothing under adversarial: draw data's pictures with it, and remove it")
-        if self.substeps != type(self).model_fields["substeps"].default:
+        if other_substeps:
             raise ValueError("substeps does nothing under adversarial; remove it")
         if self.steps == 1 and self.adversarial is not None and self.adversarial.warmup:
             raise ValueError("adversarial.warmup does nothing with one step; remove it")
