@@ -26,8 +26,8 @@ def based(base: str) -> FluxTransformer2DModel:
     return transformer
 
 
-def adapted(transformer: FluxTransformer2DModel) -> Adapter:
-    adapter = attach(transformer, resolve(linear_shapes(transformer), [Target(layers="**", factor=4)]), init="ones")
+def adapted(transformer: FluxTransformer2DModel, layers: str = "**") -> Adapter:
+    adapter = attach(transformer, resolve(linear_shapes(transformer), [Target(layers=layers, factor=4)]), init="ones")
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in adapter.parameters():

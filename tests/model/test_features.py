@@ -98,16 +98,17 @@ def test_what_was_on_stays_on_in_a_backward_pass_while_it_is_off() -> None:
 
 def test_a_gradient_through_compiled_blocks_and_through_waiting_ones() -> None:
     copied = based("fp32")
+    copied.transformer_blocks = torch.nn.ModuleList()  # half the time to compile
     wanted = gradient(copied, None)
     for kind in ("compiled", "waiting"):
         transformer = copy.deepcopy(copied)
-        adapter = adapted(transformer)
+        adapter = adapted(transformer, "**.attn.to_q")
         on = run(transformer, latents()).detach()
         numerics.enable_checkpointing(transformer)
         if kind == "compiled":
             CompiledBlocks(transformer, backend="aot_eager")
         else:
-            BlockOffload(transformer, 3, "cpu")
+            BlockOffload(transformer, 2, "cpu")
         student = run(transformer, latents())
         torch.testing.assert_close(student.detach(), on, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(gradient(transformer, adapter), wanted, atol=1e-7, rtol=1e-4)

@@ -22,7 +22,7 @@ class AdversarialSpec(Section):
     width: Whole = Field(default=128, ge=4, le=4096, description="channels inside a head")
     learning_rate: Real = Field(default=2e-4, gt=0, le=1000, description="learning rate of the heads, the same always")
     penalty: Real = Field(
-        default=0.1,
+        default=0.01,
         ge=0,
         description="weight of the squared gradient of each head by its own input features, on pictures of data (R1); "
         "more holds the heads back",
