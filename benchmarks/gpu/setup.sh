@@ -4,8 +4,6 @@ G=$PWD/benchmarks/gpu OUT=${OUT:-$PWD/out/gpu} W=$(dirname "$(mktemp -u)")/libre
 mkdir -p "$OUT" "$W"
 if [ ! -f "$W/site/.done" ] && compgen -G '.gpu/whl/*.whl' > /dev/null; then
   python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$W/site" .gpu/whl/*.whl 2>&1 | grep -v WARN
-  mkdir -p "$W/site/libreflux-0.1.0.dist-info" # its version is asked for
-  printf 'Metadata-Version: 2.1\nName: libreflux\nVersion: 0.1.0\n' > "$W/site/libreflux-0.1.0.dist-info/METADATA"
   touch "$W/site/.done"
 fi
 export PYTHONPATH=$G/cap:$PWD:$PWD/src:$W/site PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 COLUMNS=160

@@ -20,6 +20,8 @@ import torch
 from benchmarks.speed.operations import Operations
 from benchmarks.speed.ratios import Measured
 
+LEAST_ROUNDS, ENOUGH = 2, 90.0
+"""On a slow machine rounds after the second are left out once a group has taken so many seconds."""
 Run = Callable[[], Mapping[str, float] | None]
 """Does the work once; may return seconds of named parts of it."""
 
@@ -57,11 +59,11 @@ def groups(contenders: Sequence[Contender], room: float) -> list[list[Contender]
 
 
 def take_turns(contenders: Sequence[Contender], *, rounds: int, device: str, room: float) -> list[Measured]:
-    """Measures all contenders, `rounds` times each; a round before them warms up and counts operations.
+    """Measures all contenders in turn; a round before those that are timed warms up and counts operations.
 
     Args:
         contenders: the first one is measured in each group.
-        rounds: that are timed.
+        rounds: that are timed, at most; at least `LEAST_ROUNDS`.
         device: cpu or cuda.
         room: bytes that contenders may hold together, see `groups`.
     """
@@ -83,7 +85,10 @@ def _measure_group(group: Sequence[Contender], found: dict[str, Measured], round
         run = _built(one, found[one.name])
         if run is not None:
             runs[one.name], held[one.name] = run, _difference(standing(device), before)
+    began = time.perf_counter()
     for turn in range(rounds):
+        if turn >= LEAST_ROUNDS and time.perf_counter() - began > ENOUGH:
+            break
         names = list(runs)
         for each in names[turn % len(names) :] + names[: turn % len(names)] if names else []:
             taken, rise, parts = timed(runs[each], device)

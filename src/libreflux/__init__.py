@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from libreflux.workflows.remake import remake
     from libreflux.workflows.train import train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "LibreFluxPipeline",
     "Recipe",

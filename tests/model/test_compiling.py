@@ -11,9 +11,9 @@ from torch import Tensor
 
 from libreflux.adapter import plan
 from libreflux.adapter.adapter import Adapter
-from libreflux.errors import RunError
+from libreflux.errors import ModelError, RunError
 from libreflux.model import compiling, numerics
-from libreflux.model.compiling import CompiledBlocks, missing_compiler, work_of
+from libreflux.model.compiling import CompiledBlocks, explained, missing_compiler, work_of
 from libreflux.model.int8 import quantise_model
 from libreflux.model.latents import image_ids
 from libreflux.model.offload import blocks_of
@@ -114,6 +114,26 @@ def test_a_compiler_that_is_turned_off_is_an_error() -> None:
     turned_off = torch.compiler.set_stance("force_eager")
     with torch.no_grad(), turned_off, pytest.raises(RunError, match="turned off in this process"):
         predicted(transformer, 5)
+
+
+def test_a_compiler_that_fails_in_the_backward_pass_is_one_line() -> None:
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.exc import InductorError
+
+    def failing(graph: object, inputs: object) -> object:
+        raise InductorError(RuntimeError("C++ compile error\nwith much below"), None)
+
+    name = "fails_in_backward"
+    torch._dynamo.register_backend(aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=failing), name=name)
+    transformer, adapter = adapted()
+    CompiledBlocks(transformer, backend=name)
+    with (
+        pytest.raises(
+            ModelError, match=r"^backward: cannot be compiled by torch .*: RuntimeError: C\+\+ compile error;"
+        ),
+        explained("backward"),
+    ):
+        gradients(transformer, adapter, 7)
 
 
 def test_blocks_do_not_hold_themselves() -> None:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch._inductor.exc import InductorError
 
-from libreflux.errors import RunError
+from libreflux.errors import ModelError, RunError
 from libreflux.model import compiling
 from libreflux.recipe import Recipe, load_recipe
 from libreflux.training import checkpoint, compiled
+from libreflux.training.callbacks import StepInfo
+from libreflux.training.interrupt import Interrupted
 from libreflux.training.loop import fit
+from libreflux.training.step import Training
+from libreflux.workflows.dry_run import dry_run
 from training.recorded import Recorder, Tree
 
 SMALL = {"adapter": {"targets": [{"layers": "**.attn.to_q", "factor": 4}]}, "batch": 1}
@@ -102,6 +110,62 @@ def test_without_a_compiler_on_is_refused_before_anything_is_read(
     tree = recipe_tree(tmp_path / "run", compile="on", model="no-such-model")
     with pytest.raises(RunError, match=r"^compile: there is no compiler; hint: set compile: off$"):
         fit(Recipe.model_validate(tree))
+
+
+def test_a_signal_that_ends_the_compiler_too_ends_the_run_as_others_do(
+    recipe_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C goes to the whole group of processes: g++ ends, and torch says that it cannot compile."""
+    monkeypatch.setattr(compiled, "CompiledBlocks", NotCompiled)
+    own = Training.take_step
+
+    def interrupted(training: Training) -> StepInfo:
+        if training.step == failing:
+            if signalled:
+                os.kill(os.getpid(), signal.SIGINT)
+            raise InductorError(RuntimeError("C++ compile error\nand more"), None)
+        return own(training)
+
+    monkeypatch.setattr(Training, "take_step", interrupted)
+    recipe = Recipe.model_validate(recipe_tree(tmp_path / "run", **SMALL, steps=3, compile="on"))
+    failing, signalled = 0, True
+    with pytest.raises(Interrupted, match="before the first step was done; the same command begins again") as stopped:
+        fit(recipe)
+    assert stopped.value.step == 0
+    failing = 1
+    with pytest.raises(Interrupted, match="after step 1, saved in") as stopped:
+        fit(recipe)
+    assert (stopped.value.signum, stopped.value.step) == (signal.SIGINT, 1)
+    assert state_of(tmp_path / "run")["compiled"] is True
+    signalled = False
+    with pytest.raises(ModelError, match=r"^the backward pass of a block: cannot be compiled .*C\+\+ compile error;"):
+        fit(recipe)
+
+
+def test_a_dry_run_tells_it_for_a_card(recipe_tree: Tree, tmp_path: Path) -> None:
+    tree = recipe_tree(tmp_path / "run", **SMALL, steps=300_000, compile="auto", device="cuda")
+    told = dry_run(tree)
+    assert told.compile is not None
+    assert told.compile.startswith("compile: auto; blocks are compiled: about 120 s to compile, and ")
+    assert f"\n{told.compile}\n" in told.text(width=200)
+    assert dry_run({**tree, "device": "cpu"}).compile is None
+    folder = checkpoint.write(tmp_path / "run", 1, {}, {"compiled": True, "device": "cuda (NVIDIA H100)"})
+    assert dry_run(tree).compile == "compile: auto; blocks are compiled, as they were before"
+    (folder.path / "state.json").write_text("{", encoding="utf-8")
+    assert dry_run(tree).compile == told.compile
+    shutil.rmtree(folder.path)
+    assert dry_run({**tree, "steps": 2}).compile == (
+        "compile: auto; blocks are not compiled: about 120 s to compile, and 0 s saved in 2 passes (estimated)"
+    )
+
+
+def test_a_dry_run_says_that_a_compiler_is_missing(
+    recipe_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "missing_compiler", lambda device: "there is no compiler")
+    found = dry_run(recipe_tree(tmp_path / "run", **SMALL, compile="on"))
+    assert found.compile is None
+    assert str(found.fault) == "compile: there is no compiler; hint: set compile: off"
 
 
 def test_words_that_yaml_reads_as_truth(recipe_tree: Tree, tmp_path: Path) -> None:

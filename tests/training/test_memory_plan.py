@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from libreflux.model.numerics import enable_checkpointing
 from libreflux.model.offload import blocks_of, spread
 from libreflux.model.text import TextConditioning
 from libreflux.recipe import Recipe, load_recipe
-from libreflux.training import memory_plan, trace
+from libreflux.training import checkpoint, memory_plan, trace
 from libreflux.training.callbacks import Callbacks
 from libreflux.training.estimate import estimate_recipe
 from libreflux.training.loop import fit
@@ -123,7 +124,9 @@ def recipe(recipe_tree: Tree, tmp_path: Path) -> Callable[..., Recipe]:
     return made
 
 
-def test_auto_is_decided_at_each_start_and_told(recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_decided_at_each_start_and_told(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = estimate_recipe(recipe(), text_tokens=512)
     room = [plain.keeping(2).training.peak]
     monkeypatch.setattr(memory_plan, "free_memory", lambda _: room[0])
@@ -137,6 +140,19 @@ def test_auto_is_decided_at_each_start_and_told(recipe: Callable[..., Recipe], m
     assert run(1) == [f"{line} (0.1 GiB are free)"]
     room[0] = 0
     assert run(2) == [line.replace("1 of", "0 of") + " (0.0 GiB are free, too few by the estimate)"]
+    whole = {"steps": 2, "gradient_checkpointing": False, "out": str(tmp_path / "whole")}
+    without = fit(Recipe.model_validate(recipe().resolved() | whole))
+    assert without.read_bytes() == (tmp_path / "run" / without.name).read_bytes()
+
+
+def test_runs_that_kept_such_a_decision_go_on(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """As versions did before: `decided` in recipe.json."""
+    fit(recipe(steps=1))
+    kept = tmp_path / "run" / checkpoint.RECIPE
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"decided": {"gradient_checkpointing": 1}}))
+    fit(recipe(steps=2))
+    fit(recipe(steps=3, accumulate=2), fork=True)
+    assert "decided" not in json.loads(kept.read_text())
 
 
 def test_the_bytes_of_a_run_are_those_without_checkpointing(recipe_tree: Tree, tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ def test_a_run_has_the_same_bytes_with_all_blocks_waiting(
     assert found[0] == found[1]
 
 
+@pytest.mark.usefixtures("own_memory")
 def test_auto_is_decided_at_each_start_and_told(
     recipe_tree: Tree, tmp_path: Path, stand_in: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +113,9 @@ def test_auto_is_decided_at_each_start_and_told(
     assert run(steps=3) == ["offload_blocks: auto; 0 of 3 blocks wait in RAM (2,048.0 GiB are free)"]
     assert stand_in == [BLOCKS]
     tree = recipe_tree(tmp_path / "run", gradient_checkpointing=True, steps=4)
-    fit(Recipe.model_validate(tree))  # without it: the bits are the same, so no fork is asked for
+    found = fit(Recipe.model_validate(tree))  # without it: the bits are the same, so no fork is asked for
+    plain = fit(Recipe.model_validate(tree | {"out": str(tmp_path / "plain")}))
+    assert found.read_bytes() == plain.read_bytes()
 
 
 def test_auto_on_a_cpu_is_none(recipe_tree: Tree, tmp_path: Path, tiny_model_dir: Path) -> None:

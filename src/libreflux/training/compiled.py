@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 from diffusers import FluxTransformer2DModel
 
-from libreflux.errors import RunError
+from libreflux.errors import LibrefluxError, RunError
 from libreflux.model import compile_choice
 from libreflux.model.compiling import CompiledBlocks, explained, missing_compiler, work_of
 from libreflux.recipe import Recipe
 from libreflux.training.callbacks import Callbacks
-from libreflux.training.checkpoint import Checkpoint
+from libreflux.training.checkpoint import Checkpoint, listed
 
 COMPILED = "compiled"
 """In a checkpoint's state.json where blocks were compiled; left out where not, as versions did that knew no such."""
@@ -56,18 +57,33 @@ def compiled_blocks(
     return CompiledBlocks(transformer) if choice.on else None
 
 
-def planned_line(recipe: Recipe, kinds: int, blocks: int, device: str, newest: Checkpoint | None) -> str | None:
-    """What would be said of it when the run starts, for a dry run; None: nothing.
+def is_here(device: str) -> bool:
+    """Whether this machine has a device of this type."""
+    return device == "cpu" or (device == "cuda" and torch.cuda.is_available())
+
+
+def planned_line(recipe: Recipe, kinds: int, blocks: int, device: str) -> str | None:
+    """What would be said of it when the run starts, for a dry run; None: nothing, or `compile: on` is refused here.
 
     Args:
         recipe: the run's.
         kinds: of block, see `CompiledBlocks`.
         blocks: of the transformer.
-        device: type of the device that would train.
-        newest: the checkpoint that the run would go on from.
+        device: type of the device that would train; one that is not here is taken to have a compiler.
     """
     work = compile_choice.Work(kinds=kinds, blocks=blocks, passes=recipe.steps * recipe.accumulate, training=True)
-    return compile_choice.choose(recipe.compile, device, work, before=_before(newest, device)).told
+    missing = missing_compiler(device) if is_here(device) else None
+    if recipe.compile == "on" and missing is not None:
+        return None
+    return compile_choice.choose(recipe.compile, device, work, missing=missing, before=_last_kept(recipe, device)).told
+
+
+def _last_kept(recipe: Recipe, device: str) -> bool | None:
+    """What the run has decided so far, by the newest checkpoint that can be read; see `_before`."""
+    for newest in reversed(listed(Path(recipe.out))):
+        with contextlib.suppress(OSError, ValueError, LibrefluxError):  # damaged, or pruned by a run that goes on
+            return _before(newest, device)
+    return None
 
 
 def errors_of(compiled: CompiledBlocks | None) -> AbstractContextManager[None]:

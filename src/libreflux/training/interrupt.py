@@ -20,7 +20,7 @@ from libreflux.printing import hush
 
 
 class Interrupted(Exception):
-    """A run was stopped by a signal after it had saved; the same command goes on from there.
+    """A run was stopped by a signal after it had saved what was done; the same command goes on from there.
 
     Attributes:
         signum: one of `SIGNALS`.
@@ -32,9 +32,12 @@ class Interrupted(Exception):
     def __init__(self, signum: int, step: int, run: Path) -> None:
         self.signum, self.step, self.run = signum, step, run
         self.exit_code = 128 + signum
-        super().__init__(
-            f"stopped by {signal.Signals(signum).name} after step {step}, saved in {run}; the same command resumes it"
-        )
+        name = signal.Signals(signum).name
+        if step:
+            told = f"stopped by {name} after step {step}, saved in {run}; the same command resumes it"
+        else:
+            told = f"stopped by {name} before the first step was done; the same command begins again"
+        super().__init__(told)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return remade(self)

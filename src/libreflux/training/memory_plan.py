@@ -1,6 +1,7 @@
 """What a recipe leaves to the estimate: how many blocks of the base wait in RAM, and how many are computed again.
 
-Both are decided at each start for the memory that is free then: neither changes a bit of what is trained.
+Both are decided at each start for the memory that is free then. On a CPU neither changes a bit of what is trained
+(tests/training/test_memory_plan.py, test_offloading.py); on a card that is not verified.
 """
 
 from __future__ import annotations

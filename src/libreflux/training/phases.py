@@ -86,7 +86,7 @@ class Estimate:
     preparing: tuple[Phase, ...] = ()
     between: tuple[Phase, ...] = ()
     blocks: Sequence[Sequence[int]] = ()
-    kinds: int = 1
+    kinds: int = 0
     waiting: int = 0
     unchecked: int | None = None
     kept: int = 0

@@ -18,8 +18,8 @@ from libreflux.model.offload import check_device
 from libreflux.model.opening import open_model
 from libreflux.printing import clock, counted, fold, readable
 from libreflux.recipe import Recipe
-from libreflux.training.checkpoint import METRICS, RECIPE, listed
-from libreflux.training.compiled import planned_line
+from libreflux.training.checkpoint import METRICS, RECIPE
+from libreflux.training.compiled import is_here, planned_line, require_compiler
 from libreflux.training.estimate import estimate_recipe
 from libreflux.training.memory_plan import check_count
 from libreflux.training.phases import Estimate
@@ -81,12 +81,12 @@ class DryRunResult:
         verdict: whether it fits, with the estimated bytes of each phase.
         text_tokens: of the longest prompt, for which memory is estimated.
         plan: the adapted layers.
-        compile: what is known of compiling blocks; None: they are not compiled.
+        compile: what is known of compiling blocks; None: nothing is to be said.
         forecast: of the data; None: they would be refused.
         disk: what is written, and what is free.
         time_left: None before there are steps with a rate.
-        fault: why training would be refused: the data, the disk, or `offload_blocks` without a card; None: nothing is
-            known against it.
+        fault: why training would be refused: the data, the disk, `offload_blocks` without a card, or `compile` without
+            a compiler; None: nothing is known against it.
     """
 
     recipe: Recipe
@@ -172,25 +172,29 @@ def dry_run_with(options: DryRunOptions) -> DryRunResult:
         verdict=verdict(recipe, estimate, on_a_card),
         text_tokens=tokens,
         plan=plan,
-        compile=_compiling(recipe, on_a_card or estimate),
+        compile=_compiling(recipe, estimate, on_a_card),
         forecast=data,
         disk=disk,
         time_left=time_left(recipe),
-        fault=fault or disk.fault or _idle_offloading(recipe, estimate),
+        fault=fault or disk.fault or _refused_here(recipe, estimate),
     )
 
 
-def _compiling(recipe: Recipe, estimate: Estimate) -> str | None:
+def _compiling(recipe: Recipe, estimate: Estimate, on_a_card: Estimate | None) -> str | None:
+    found, where = (estimate, "") if on_a_card is None else (on_a_card, "on a card ")
+    device = "cpu" if found.on_cpu else "cuda"
+    told = planned_line(recipe, found.kinds, len(found.blocks), device)
+    return None if told is None else f"compile: {recipe.compile}; {where}{told}"
+
+
+def _refused_here(recipe: Recipe, estimate: Estimate) -> LibrefluxError | None:
+    """Why this machine would not begin such a run: blocks that wait without a card, or no compiler."""
     device = "cpu" if estimate.on_cpu else "cuda"
-    newest = next(iter(reversed(listed(Path(recipe.out)))), None)
-    told = planned_line(recipe, estimate.kinds, len(estimate.blocks), device, newest)
-    return None if told is None else f"compile: {recipe.compile}; {told}"
-
-
-def _idle_offloading(recipe: Recipe, estimate: Estimate) -> LibrefluxError | None:
     try:
         if recipe.offload_blocks not in ("auto", 0):
-            check_device("cpu" if estimate.on_cpu else "cuda")
+            check_device(device)
+        if is_here(device):
+            require_compiler(recipe, device)
     except LibrefluxError as error:
         return error
     return None
