@@ -19,6 +19,7 @@ REFUSED = {
     "dry_run": "('nowhere.yaml')",
     "export": "('nowhere', program='bfl', out='a.safetensors')",
     "generate": "([])",
+    "generate_folder": "('nowhere.txt', out='drawn')",
     "grid": "([])",
     "load_adapter": "('nowhere')",
     "merge": "('nowhere', ['nothing'], out='model')",

@@ -14,6 +14,7 @@ What a command does is a function here too. It prints nothing, and what it made 
     libreflux.average("runs/mine", width=0.1, out="mine.safetensors")
     libreflux.merge("emoji-schnell", ["runs/mine"], out="models/mine")
     libreflux.generate("a red apple on blue", model="models/mine", out="apple.png")
+    libreflux.generate_folder("prompts.txt", count=400, out="drawn")
     libreflux.remake("apple.png", out="again.png")
     libreflux.grid(["a red apple on blue"], guidance=[1, 3], out="sheet")
     libreflux.probe("models/mine", against="emoji-schnell", quick=True)
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from libreflux.workflows.dry_run import dry_run
     from libreflux.workflows.export import export
     from libreflux.workflows.generate import generate
+    from libreflux.workflows.generate_folder import generate_folder
     from libreflux.workflows.grid import grid
     from libreflux.workflows.merge import merge
     from libreflux.workflows.prepare import prepare
@@ -62,6 +64,7 @@ __all__ = [
     "dry_run",
     "export",
     "generate",
+    "generate_folder",
     "grid",
     "load_adapter",
     "merge",
@@ -81,6 +84,7 @@ _LAZY = {
     "dry_run": "libreflux.workflows.dry_run",
     "export": "libreflux.workflows.export",
     "generate": "libreflux.workflows.generate",
+    "generate_folder": "libreflux.workflows.generate_folder",
     "grid": "libreflux.workflows.grid",
     "load_adapter": "libreflux.workflows.adapters",
     "merge": "libreflux.workflows.merge",

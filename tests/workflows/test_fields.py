@@ -33,7 +33,8 @@ NOT_OF_A_PICTURE = {
 NOT_OF_A_PICTURE |= {"on_notice"}
 """Options that say where the model is, how many pictures there are, or what becomes of them."""
 OF_THE_MODEL = {"schema", "model", "quantize", "compile", "dtype", "device", "hashes", "adapters", "versions"}
-"""Fields of a record that say what drew the picture."""
+OF_THE_MODEL |= {"batch"}
+"""Fields of a record that say what drew the picture, and beside which others."""
 AS_TEXT = {"prompt", "prompt_2", "negative", "negative_2", "max_tokens"}
 """Fields of a record that are encoded before the pipeline is called."""
 

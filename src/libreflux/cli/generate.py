@@ -1,9 +1,9 @@
-"""`libreflux generate PROMPT…`: pictures, with true classifier-free guidance."""
+"""`libreflux generate PROMPT…`: pictures, with true classifier-free guidance; `--prompts FILE`: a captioned folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,8 +20,11 @@ from libreflux.cli.options import (
     block_number,
 )
 from libreflux.errors import RecipeError
-from libreflux.printing import say
+from libreflux.printing import counted, say
 from libreflux.values import number_list
+
+if TYPE_CHECKING:
+    from libreflux.workflows.generate_options import DrawingOptions
 
 REMAKE_TAKES = (
     "remake",
@@ -94,7 +97,14 @@ def generate(
         typer.Option(help="Guided steps as one pass (on) or two (off); auto: one where prompts are equally long."),
     ] = Batch.auto,
     seed: Annotated[int, typer.Option(min=0, help="Seed of each prompt's first picture.")] = 0,
-    count: Annotated[int, typer.Option(min=1, max=100_000, help="Pictures per prompt, seeds counting up.")] = 1,
+    count: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Pictures per prompt, seeds counting up; default: 1. With --prompts, pictures in all.",
+            show_default=False,
+        ),
+    ] = None,
     width: Annotated[int | None, typer.Option(min=16, help="Pixels, a multiple of 16; default: the model's.")] = None,
     height: Annotated[int | None, typer.Option(min=16, help="Pixels, a multiple of 16; default: the model's.")] = None,
     tile: Annotated[
@@ -110,6 +120,23 @@ def generate(
     offload: OffloadOption = Offload.auto,
     offload_blocks: OffloadBlocksOption = "0",
     compile: CompileOption = Compile.auto,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --prompts: pictures drawn together, which changes last bits; default: 1.",
+            show_default=False,
+        ),
+    ] = None,
+    prompts_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="Draw a captioned folder: one prompt a line, a metadata.jsonl, or a folder's captions. Resumable.",
+            show_default=False,
+        ),
+    ] = None,
     remake: Annotated[
         Path | None,
         typer.Option(
@@ -145,19 +172,23 @@ def generate(
         )
         say(remake_with(again).comparison, err=True)
         return
-    if not prompts:
-        hint = "quote what to draw, or give --remake PIC.png; see libreflux generate --help"
-        raise RecipeError("nothing to draw", where="PROMPT", hint=hint)
+    if prompts_from is None:
+        if batch is not None:
+            raise RecipeError("has no effect without --prompts", where="--batch", hint="remove it")
+        if not prompts:
+            hint = "quote what to draw, or give --prompts FILE or --remake PIC.png; see libreflux generate --help"
+            raise RecipeError("nothing to draw", where="PROMPT", hint=hint)
+    for where, given in (("PROMPT", prompts), ("--prompt-2", prompt_2)):
+        if prompts_from is not None and given:
+            raise RecipeError("has no effect beside --prompts", where=where, hint="give one of them")
 
-    from libreflux.workflows.generate import GenerateOptions, generate_with
+    from libreflux.workflows.generate_options import DrawingOptions
 
-    options = GenerateOptions(
-        prompts,
+    drawing = DrawingOptions(
         model=model,
         base=base,
         comfyui=comfyui,
         adapters=adapters or (),
-        prompt_2=prompt_2,
         negative=negative,
         negative_2=negative_2,
         max_tokens=max_tokens,
@@ -170,8 +201,6 @@ def generate(
         guidance_stop=guidance_stop,
         guidance_rescale=guidance_rescale,
         batch_cfg=batch_cfg.as_value,
-        seed=seed,
-        count=count,
         width=width,
         height=height,
         tile=tile,
@@ -181,12 +210,36 @@ def generate(
         offload_blocks=block_number(offload_blocks),
         compile=compile.as_value,
         metadata=not no_metadata,
-        out=out,
         progress=progress,
-        on_picture=say,
         on_notice=notice,
     )
-    generate_with(options)
+    if prompts_from is not None:
+        _draw_folder(drawing, prompts_from, out, count=count, seed=seed, batch=batch or 1)
+        return
+
+    from libreflux.workflows.generate import GenerateOptions, generate_with
+
+    one = 1 if count is None else count
+    more = {**vars(drawing), "on_picture": say}
+    generate_with(GenerateOptions(prompts or (), prompt_2=prompt_2, seed=seed, count=one, out=out, **more))
+
+
+def _draw_folder(
+    drawing: DrawingOptions, prompts_from: Path, out: Path, *, count: int | None, seed: int, batch: int
+) -> None:
+    """Draws a captioned folder; however it is stopped, says how to go on."""
+    from libreflux.workflows.generate_folder import GenerateFolderOptions, generate_folder_with
+
+    shared = vars(drawing)
+    options = GenerateFolderOptions(prompts_from, out=out, count=count, seed=seed, batch=batch, **shared)
+    try:
+        found = generate_folder_with(options)
+    except (KeyboardInterrupt, SystemExit):
+        there = len(list(out.glob("[0-9]*.png")))
+        say(f"stopped: {counted(there, 'picture')} in {out}; the same command goes on from there", err=True)
+        raise
+    kept = found.pictures - found.drawn
+    say(f"{found.folder}: {counted(found.pictures, 'picture')}{f', {kept:,} of them there before' if kept else ''}")
 
 
 def _refuse_beside_remake(context: typer.Context) -> None:
@@ -195,5 +248,6 @@ def _refuse_beside_remake(context: typer.Context) -> None:
         source = context.get_parameter_source(name)
         given = source is not None and source.name != "DEFAULT" and context.params[name] not in (None, [], ())
         if given and name not in REMAKE_TAKES:
-            what = "PROMPT" if name == "prompts" else f"--{name.replace('_', '-')}"
+            names = {"prompts": "PROMPT", "prompts_from": "--prompts"}
+            what = names.get(name, f"--{name.replace('_', '-')}")
             raise RecipeError("has no effect beside --remake", where=what, hint="remove it: the picture says it")

@@ -37,6 +37,15 @@ def probe(
         Path | None,
         typer.Option(help="Folder of captioned pictures the model was not trained on. [default: the emoji family's]"),
     ] = None,
+    trained_on: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="Run, cache or folder of pictures that the model was trained on: measured pictures are looked for in "
+            "it; may be repeated. An adapter's own run is known.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the result; continued. [default: out/probe/NAME]")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer pictures, scales and steps: a first look.")] = False,
     pictures: Annotated[int | None, typer.Option(min=2, help="Held-out pictures, at most.")] = None,
@@ -88,6 +97,7 @@ def probe(
         against=against,
         reference=reference,
         data=data,
+        trained_on=trained_on or (),
         out=out,
         quick=quick,
         pictures=pictures,
@@ -118,6 +128,7 @@ def probe(
     else:
         family = str((found.result.settings.get("data") or ("",))[0])
         (tables.print_freedom if whole else tables.print_freedom_summary)(found.freedom, family)
+        tables.print_remarks(found.in_order)
     if not whole:
         rows = len(found.result.measures if found.freedom is None else found.freedom)
         say(f"--all prints all {rows} rows")

@@ -14,6 +14,7 @@ from libreflux.printing import printable
 from libreflux.probing.freedom import FreedomRow
 from libreflux.probing.report.labels import figure, number, place, title
 from libreflux.probing.report.summary import summary
+from libreflux.probing.report.trained import distance_rows
 from libreflux.probing.results import Result
 
 FREEDOM_TITLE = "freedom: share of the distance from distilled to reference that is closed"
@@ -21,8 +22,7 @@ FREEDOM_TITLE = "freedom: share of the distance from distilled to reference that
 
 def print_summary(result: Result, console: Console | None = None) -> None:
     """Prints `summary` of a result in the console's width; intervals hold 95 %."""
-    heading = Text(printable(f"{result.model['name']}: how free is it?"))
-    table = Table(title=heading, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(title=_heading(result), title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("measure", overflow="fold")
     for column in ("value [95 % interval]", "theory"):
         table.add_column(column, justify="right")
@@ -30,12 +30,14 @@ def print_summary(result: Result, console: Console | None = None) -> None:
         name, at = title(one.name, one.at, str((result.settings.get("data") or ("",))[0]))
         theory = "" if one.reference is None else f"{one.reference:g}"
         table.add_row(*map(printable, (", ".join(filter(None, (name, place(at)))), figure(one), theory)))
+    for told, value in [] if result.trained is None else distance_rows(result.trained):
+        table.add_row(*map(printable, (told, value, "")))
     (console or terminal.console()).print(table, markup=False)
 
 
 def print_table(result: Result, console: Console | None = None) -> None:
     """Prints every measure with its interval; intervals hold 95 %."""
-    table = Table(title=Text(printable(f"{result.model['name']}: how free is it?")), title_justify="left")
+    table = Table(title=_heading(result), title_justify="left")
     subsets = len({one.subset for one in result.measures}) > 1
     for column in ("measure", "at", *(["subset"] if subsets else [])):
         table.add_column(column)
@@ -50,6 +52,7 @@ def print_table(result: Result, console: Console | None = None) -> None:
         theory = "" if one.reference is None else f"{one.reference:g}"
         subset = [one.subset] if subsets else []
         table.add_row(*map(printable, (one.name, place(one.at), *subset, figure(one), theory, one.unit)))
+    _add_distances(table, result, subsets)
     _uncut(console).print(table, markup=False)
 
 
@@ -95,6 +98,26 @@ def print_freedom(rows: Sequence[FreedomRow], family: str = "", console: Console
         values = (number(value) for value in (row.distilled, row.freed, row.reference))
         table.add_row(*map(printable, (name, place(at), *([row.subset] if subsets else []), *values, row.text)))
     _uncut(console).print(table, markup=False)
+
+
+def print_remarks(results: Sequence[Result], console: Console | None = None) -> None:
+    """Prints a line for each model that was measured on pictures that are not held out."""
+    for one in results:
+        if one.remark:
+            text = printable(f"{one.model['name']}: {one.remark}")
+            (console or terminal.console()).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _add_distances(table: Table, result: Result, subsets: bool) -> None:
+    if result.trained is not None:
+        table.add_section()
+        for told, value in distance_rows(result.trained):
+            table.add_row(*map(printable, (told, "", *([""] if subsets else []), value, "", "")))
+
+
+def _heading(result: Result) -> Text:
+    remark = f" ({result.remark})" if result.remark else ""
+    return Text(printable(f"{result.model['name']}: how free is it?{remark}"))
 
 
 def _uncut(console: Console | None) -> Console:

@@ -37,11 +37,11 @@ _VERBS = {word: verb for verb, words in MEANT.items() for word in words.split()}
 
 PANELS: dict[str, dict[str, str]] = {
     "generate": {
-        "What to draw": "negative prompt_2 negative_2 max_tokens seed count width height remake",
+        "What to draw": "negative prompt_2 negative_2 max_tokens seed count width height prompts_from remake",
         "Model and adapters": "model adapters base comfyui",
         "Sampling": "steps sigmas guidance guidance_start guidance_stop guidance_rescale no_cfg_until "
         "embedded_guidance",
-        "Memory and speed": "device quantize offload offload_blocks compile tile batch_cfg",
+        "Memory and speed": "device quantize offload offload_blocks compile batch tile batch_cfg",
         "Output": "out no_metadata",
     },
     "grid": {
@@ -60,7 +60,7 @@ PANELS: dict[str, dict[str, str]] = {
     },
     "probe": {
         "Models": "adapters against reference",
-        "What is measured": "data quick pictures prompts guidance steps resolution seed",
+        "What is measured": "data trained_on quick pictures prompts guidance steps resolution seed",
         "Judges": "seen judge features",
         "Memory and speed": "device dtype batch",
         "Output": "out json whole",

@@ -262,7 +262,7 @@ def _captions(
 
 
 def _read_sidecar(path: Path) -> list[str]:
-    captions = [line.strip() for line in _read_text(path).split("\n") if line.strip()]
+    captions = [line.strip() for line in read_text(path).split("\n") if line.strip()]
     if not captions:
         raise DataError("this caption file is empty", where=path, hint="write one caption per line")
     return captions
@@ -280,7 +280,7 @@ def _read_metadata(paths: Sequence[Path]) -> dict[Path, list[_Listed]]:
     """The captions of each picture listed in these metadata.jsonl files."""
     listed: dict[Path, list[_Listed]] = {}
     for path in paths:
-        for number, line in enumerate(_read_text(path).split("\n"), 1):
+        for number, line in enumerate(read_text(path).split("\n"), 1):
             if not line.strip():
                 continue
             picture, captions = _read_row(path.parent, line, f"{path}, line {number}")
@@ -306,18 +306,20 @@ def _read_row(folder: Path, line: str, where: str) -> tuple[Path, list[_Listed]]
         _Listed(caption, kind, column)
         for column in COLUMNS
         if column in row
-        for caption, kind in _spread(row[column], f"{where}: {column}")
+        for caption, kind in spread_captions(row[column], f"{where}: {column}")
     ]
     if not captions:
         raise DataError("no caption in this line", where=where, hint=f"add one of {', '.join(COLUMNS)}")
     return picture, captions
 
 
-def _spread(value: object, where: str) -> list[tuple[str, str]]:
+def spread_captions(value: object, where: str) -> list[tuple[str, str]]:
     """(caption, kind) pairs of a caption column."""
     pairs: list[tuple[object, str]]
     if isinstance(value, dict):
-        pairs = [(text, str(kind)) for kind, texts in value.items() for text, _ in _spread(texts, f"{where}.{kind}")]
+        pairs = [
+            (text, str(kind)) for kind, texts in value.items() for text, _ in spread_captions(texts, f"{where}.{kind}")
+        ]
     else:
         pairs = [(text, "") for text in (value if isinstance(value, list) else [value])]
     found = []
@@ -329,7 +331,12 @@ def _spread(value: object, where: str) -> list[tuple[str, str]]:
     return found
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, with or without its mark.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:

@@ -11,11 +11,12 @@ from typing import Any
 from libreflux import plainjson
 from libreflux.errors import DataError
 from libreflux.files import atomic_write_json
+from libreflux.probing.trained import TrainingCheck
 
 SCHEMA = 1
 FILE = "probe.json"
 Coordinate = str | float
-PURPOSES = ("guidance", "steps", "seeds", "negative", "padding")
+PURPOSES = ("guidance", "steps", "seeds", "negative", "padding", "nearest")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,7 @@ class Result:
         seconds: that the measuring took.
         measures: the numbers.
         pictures: what they were seen on, a few of them.
+        trained: what of the measured pictures it was trained on, None where nothing is known of its training.
         folder: where its pictures' files are; not part of the file.
     """
 
@@ -113,6 +115,7 @@ class Result:
     seconds: float
     measures: list[Measure] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
+    trained: TrainingCheck | None = None
     folder: Path | None = field(default=None, compare=False)
 
     def as_json(self) -> dict[str, Any]:
@@ -125,7 +128,13 @@ class Result:
             "seconds": round(self.seconds, 3),
             "measures": [one.as_json() for one in self.measures],
             "pictures": [one.as_json() for one in self.pictures],
+            "trained": None if self.trained is None else self.trained.as_json(),
         }
+
+    @property
+    def remark(self) -> str:
+        """What a title adds: that it was measured on pictures that are not held out; else ""."""
+        return "" if self.trained is None else self.trained.remark
 
     def find(self, name: str, subset: str = "all", **at: Coordinate) -> Measure | None:
         """The measure of this name at exactly this place, None if there is none."""
@@ -151,7 +160,9 @@ def read_result(folder: Path) -> Result:
         rows = plainjson.parse(path.read_text(encoding="utf-8"))
         if rows["schema"] != SCHEMA:
             raise DataError(f"schema {rows['schema']!r} is not {SCHEMA}", where=path, hint="update libreflux")
+        trained = rows.get("trained")  # older results have none
         return Result(
+            trained=None if trained is None else TrainingCheck.from_json(trained),
             **{name: rows[name] for name in ("model", "settings", "versions", "seconds")},
             measures=[Measure.from_json(row) for row in rows["measures"]],
             pictures=[Picture.from_json(row, path.parent) for row in rows["pictures"]],

@@ -19,6 +19,7 @@ from libreflux.probing.section import Section, SectionResult
 from libreflux.probing.sections import diversity, guidance, negative, padding, steps, velocity_metrics
 from libreflux.probing.settings import Settings
 from libreflux.probing.subjects import ParsedPrompt
+from libreflux.probing.trained import TrainingCheck
 from libreflux.result_key import digest
 
 SECTIONS = (
@@ -43,6 +44,8 @@ def probe(
     settings: Settings,
     prompts: Sequence[ParsedPrompt],
     versions: Mapping[str, str],
+    trained: TrainingCheck | None = None,
+    pairs: Sequence[Picture] = (),
     progress: Progress = lambda done, total, note: None,
 ) -> Result:
     """Measures whatever `out/sections` does not hold yet, and writes `out/probe.json`.
@@ -55,6 +58,8 @@ def probe(
         settings: of the result.
         prompts: the prompts to draw.
         versions: of the result.
+        trained: of the result; decides no number.
+        pairs: measured pictures and those of the training that are nearest to them.
         progress: told how far the model is.
     """
     keys = {one.name: _key(one, decided, settings) for one in SECTIONS}
@@ -79,7 +84,8 @@ def probe(
         versions=versions,
         seconds=sum(seconds for _, seconds in parts),
         measures=[row for found, _ in parts for row in found.measures],
-        pictures=[row for found, _ in parts for row in found.pictures],
+        pictures=[*(row for found, _ in parts for row in found.pictures), *pairs],
+        trained=trained,
         folder=out,
     )
     write_result(out, result)

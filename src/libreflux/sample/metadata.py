@@ -44,6 +44,7 @@ class GenerationRecord:
         embedded_guidance: of a guidance-distilled model; None for others.
         quantize: "int8" or "w8a8" where the transformer was quantised while it was read; None: as stored.
         compile: whether the transformer's blocks were compiled, which decides the last bits.
+        batch: how many pictures were drawn together, which decides the last bits.
         dtype: of the transformer's weights; "int8, " and the dtype of its other tensors where its linears are int8.
         device: what computed it: the last bits are its own.
         hashes: name (e.g. "transformer") to SHA-256.
@@ -73,6 +74,7 @@ class GenerationRecord:
     embedded_guidance: float | None = None
     quantize: Literal["int8", "w8a8"] | None = None
     compile: bool = False
+    batch: int = 1
     dtype: str = "float32"
     device: str = "unrecorded"
     hashes: dict[str, str] = field(default_factory=dict)
@@ -156,6 +158,8 @@ def differences(was: GenerationRecord, now: GenerationRecord) -> list[str]:
     rows += [("the dtype", was.dtype, now.dtype), ("the device", was.device, now.device)]
     then, today = ("compiled" if record.compile else "plain" for record in (was, now))
     rows.append(("the network", then, today))
+    if was.batch != now.batch:
+        rows.append(("the batch", str(was.batch), str(now.batch)))
     return [f"{name} was {a or 'none'}, is {b or 'none'}" for name, a, b in rows if a != b]
 
 
@@ -182,8 +186,9 @@ def png_bytes(image: Image.Image, record: GenerationRecord | None = None) -> byt
         # As UTF-8 iTXt when the text is not Latin-1, which Pillow decides by itself.
         info.add_text("parameters", record.parameters())
         told = dataclasses.asdict(record)
-        if not record.compile:
-            del told["compile"]  # versions that know no such key read the picture too
+        for name, usual in (("compile", False), ("batch", 1)):
+            if told[name] == usual:
+                del told[name]  # versions that know no such key read the picture too
         info.add_text(CHUNK, json.dumps(told, sort_keys=True))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", pnginfo=info, compress_level=6)

@@ -70,7 +70,9 @@ def check_path(value: Any, name: str) -> Path:
 
 def _hints(options: type[Any]) -> Mapping[str, Any]:
     """The types of its fields; `object` in place of what is imported for type checkers alone."""
-    names = dict(vars(sys.modules[options.__module__]))
+    names: dict[str, Any] = {}
+    for kind in reversed(options.__mro__):
+        names |= vars(sys.modules[kind.__module__])
     while True:
         try:
             return typing.get_type_hints(options, names)

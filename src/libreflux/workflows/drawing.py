@@ -89,11 +89,20 @@ class DrawingSession:
 
     def draw(self, record: GenerationRecord, on_step: Callable[[Step], None] | None = None) -> Image.Image:
         """The picture that a record tells of; alone, since its last bits depend on who shares its batch."""
-        positive, *negative = (self.texts[text] for text in texts_of(record))
-        with explained(f"drawing {record.width} x {record.height} pixels on {self.device}", SMALLER):
-            (image,) = self.pipe(
-                prompt_conditioning=positive,
-                negative_conditioning=negative[0] if negative else None,
+        (image,) = self.draw_together([record], on_step)
+        return image
+
+    def draw_together(
+        self, records: Sequence[GenerationRecord], on_step: Callable[[Step], None] | None = None
+    ) -> list[Image.Image]:
+        """The pictures of records that differ in prompt and seed alone, as one batch."""
+        record = records[0]
+        texts = [[self.texts[text] for text in texts_of(one)] for one in records]
+        negatives = [negative for _, *rest in texts for negative in rest]
+        with explained(f"drawing {_size(records)} pixels on {self.device}", SMALLER):
+            images = self.pipe(
+                prompt_conditioning=_together([positive for positive, *_ in texts]),
+                negative_conditioning=_together(negatives[:1]) if negatives else None,  # all have the same
                 height=record.height,
                 width=record.width,
                 num_inference_steps=record.steps,
@@ -106,13 +115,13 @@ class DrawingSession:
                 batch_cfg=record.batch_cfg,
                 embedded_guidance=record.embedded_guidance,
                 tile=record.tile,
-                seeds=[record.seed],
+                seeds=[one.seed for one in records],
                 callback_on_step=on_step,
             ).images
-        assert isinstance(image, Image.Image)
+        assert isinstance(images, list)
         if self.compiled is not None and self.on_notice is not None and (line := self.compiled.news()):
             self.on_notice(line)
-        return image
+        return images
 
 
 @dataclass(frozen=True)
@@ -166,7 +175,8 @@ class AdaptedSource:
         kind = self.device.type
         if self.compile == "off" or (self.compile == "auto" and (kind != "cuda" or self.offload == "sequential")):
             return None
-        work = work_of(transformer, sum(record.passes for record in records), training=False)
+        passes = sum(record.passes for record in records) // max((record.batch for record in records), default=1)
+        work = work_of(transformer, passes, training=False)
         choice = compile_choice.choose(self.compile, kind, work, missing=missing_compiler(self.device))
         if not choice.on:
             return None
@@ -305,6 +315,15 @@ def texts_of(record: GenerationRecord) -> list[Text]:
     positive = Text(record.prompt, record.prompt_2, record.max_tokens)
     negative = Text(record.negative, record.negative_2, record.max_tokens)
     return [positive, negative] if record.guidance > 1 else [positive]
+
+
+def _together(texts: Sequence[TextConditioning]) -> TextConditioning:
+    return texts[0] if len(texts) == 1 else TextConditioning.cat(texts)
+
+
+def _size(records: Sequence[GenerationRecord]) -> str:
+    several = f"{len(records)} x " if len(records) > 1 else ""
+    return f"{several}{records[0].width} x {records[0].height}"
 
 
 def _device_name(device: torch.device) -> str:

@@ -78,6 +78,7 @@ def activations(
     two = any(record.guidance > 1 and record.batch_cfg is not False for record in records)
     size = (largest.height // 8, largest.width // 8)
     guidance = 1.0 if transformer.config.guidance_embeds else None
-    passed = trace.trace_pass(empty, 1 + two, size, tokens, guidance, backward=False)
+    batch = max(record.batch for record in records)
+    passed = trace.trace_pass(empty, batch * (1 + two), size, tokens, guidance, backward=False)
     side = max(max(record.width, record.height) for record in records)
-    return max(passed, trace.trace_decode(trace.meta_vae(dict(vae.config)), side))
+    return max(passed, batch * trace.trace_decode(trace.meta_vae(dict(vae.config)), side))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from libreflux.errors import OptionError
 from libreflux.workflows import picture_options
 from libreflux.workflows.generate_options import (
+    DrawingOptions,
     GenerateOptions,
     check_numbers,
     given_steps,
@@ -88,7 +89,7 @@ def generate_with(options: GenerateOptions) -> GenerateResult:
     named = named_model(options.model, options.base, options.comfyui) or default_model(adapters)
     memory = options.offload, options.quantize, options.offload_blocks
     source = open_for_drawing(named, adapters, options.device, *memory, options.compile, options.on_notice)
-    common = dataclasses.replace(_common_record(options, source.facts, source.size), model=str(named))
+    common = dataclasses.replace(common_record(options, source.facts, source.size), model=str(named))
     records = [
         dataclasses.replace(common, prompt=prompt, prompt_2=seconds[index // options.count], seed=seed)
         for index, (prompt, seed) in enumerate(wanted)
@@ -98,8 +99,13 @@ def generate_with(options: GenerateOptions) -> GenerateResult:
     return GenerateResult(tuple(_drawn(options, session, stamped, targets)))
 
 
-def _common_record(options: GenerateOptions, facts: Facts, size: int) -> GenerationRecord:
+def common_record(options: DrawingOptions, facts: Facts, size: int) -> GenerationRecord:
     """What all pictures share, with the model's own where nothing was given.
+
+    Args:
+        options: of the pictures.
+        facts: the model's, under its adapters.
+        size: pixels per side of a picture by default.
 
     Raises:
         OptionError: what this model has no use for, or cannot do.

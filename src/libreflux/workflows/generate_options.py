@@ -1,4 +1,4 @@
-"""What `generate` is asked for, and what of it is refused before a model is known; loads no torch."""
+"""What is asked of `generate` and `generate_folder`, and what is refused before a model is known; loads no torch."""
 
 from __future__ import annotations
 
@@ -16,17 +16,15 @@ from libreflux.workflows.picture_options import Offload, OffloadBlocks, Quantize
 from libreflux.workflows.progress import Progress, silent
 
 
-@dataclass(frozen=True)
-class GenerateOptions:
-    """What to draw, and how.
+@dataclass(frozen=True, kw_only=True)
+class DrawingOptions:
+    """How pictures are drawn: what is said of one picture, of several and of a whole folder.
 
     Attributes:
-        prompts: what to draw: one prompt, or several.
         model: a name, a folder, a .safetensors file or a hub id; None: what the first adapter is for, or emoji-libre.
         base: model that has what a single file lacks, tokenizers for one.
         comfyui: folder with flux1-*, t5xxl*, clip_l* and ae* files, such as ComfyUI's models.
         adapters: adapter files or run folders, each perhaps with a weight: "runs/first:0.8".
-        prompt_2: what T5 reads instead while CLIP reads the prompt: one for each prompt.
         negative: negative prompt.
         negative_2: what T5 reads instead, while CLIP reads the negative prompt.
         max_tokens: T5 tokens that a prompt may have; None is the model's own, the most.
@@ -38,8 +36,6 @@ class GenerateOptions:
         guidance_start, guidance_stop: the interval of guidance, as fractions of the steps.
         guidance_rescale: take back the contrast that guidance adds (Lin et al. 2023): 0 none, 1 all.
         batch_cfg: guided steps as one pass (True) or two (False); "auto": one where prompts are equally long.
-        seed: of each prompt's first picture.
-        count: pictures for each prompt, seeds counting up.
         width, height: pixels, multiples of 16; None is the model's own size.
         tile: decode in tiles, in less memory; None: above 1536 pixels.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
@@ -49,19 +45,15 @@ class GenerateOptions:
         compile: "on" compiles the transformer's blocks, which takes a minute or more and changes last bits; "auto" does
             on a card, if that saves time.
         metadata: whether a PNG says how it was made.
-        out: a .png file for one picture, else a folder; replaced. None writes nothing: the result has the pictures.
-        progress: shows the steps, see `workflows.progress`.
+        progress: shows how far it is, see `workflows.progress`.
         on_picture: told of each picture's file once it is written.
         on_notice: told whether blocks are compiled, and of what was.
     """
 
-    prompts: str | Sequence[str]
-    _: KW_ONLY
     model: str | Path | None = None
     base: str | None = None
     comfyui: str | Path | None = None
     adapters: str | Path | Sequence[str | Path] = ()
-    prompt_2: str | Sequence[str] | None = None
     negative: str = ""
     negative_2: str | None = None
     max_tokens: int | None = None
@@ -74,8 +66,6 @@ class GenerateOptions:
     guidance_stop: float = 1.0
     guidance_rescale: float = 0.0
     batch_cfg: bool | Literal["auto"] = "auto"
-    seed: int = 0
-    count: int = 1
     width: int | None = None
     height: int | None = None
     tile: bool | None = None
@@ -85,13 +75,32 @@ class GenerateOptions:
     offload_blocks: OffloadBlocks = 0
     compile: Compile = "auto"
     metadata: bool = True
-    out: str | Path | None = None
     progress: Progress = field(default=silent, repr=False, compare=False)
     on_picture: Callable[[Path], None] | None = field(default=None, repr=False, compare=False)
     on_notice: Callable[[str], None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sigmas", listed_numbers(self.sigmas, "sigmas", distinct=False))
+
+
+@dataclass(frozen=True)
+class GenerateOptions(DrawingOptions):
+    """What to draw, and how.
+
+    Attributes:
+        prompts: what to draw: one prompt, or several.
+        prompt_2: what T5 reads instead while CLIP reads the prompt: one for each prompt.
+        seed: of each prompt's first picture.
+        count: pictures for each prompt, seeds counting up.
+        out: a .png file for one picture, else a folder; replaced. None writes nothing: the result has the pictures.
+    """
+
+    prompts: str | Sequence[str]
+    _: KW_ONLY
+    prompt_2: str | Sequence[str] | None = None
+    seed: int = 0
+    count: int = 1
+    out: str | Path | None = None
 
 
 def texts_of_options(options: GenerateOptions) -> tuple[tuple[str, ...], Sequence[str | None]]:
@@ -104,18 +113,23 @@ def texts_of_options(options: GenerateOptions) -> tuple[tuple[str, ...], Sequenc
     picture_options.check_prompts(prompts, options.negative)
     picture_options.check_whole("seed", options.seed, 0)
     picture_options.check_whole("count", options.count, 1, picture_options.MOST_PICTURES)
-    picture_options.check_sides(options.width, options.height)
-    picture_options.check_memory(options.offload, options.quantize, options.compile, options.offload_blocks)
+    check_words(options)
     seconds = listed(options.prompt_2)
     picture_options.check_texts("prompt_2", seconds)
-    picture_options.check_texts("negative_2", listed(options.negative_2))
     if seconds and len(seconds) != len(prompts):
         what = f"{len(seconds)} for {counted(len(prompts), 'prompt')}"
         raise OptionError(what, "prompt_2", hint="give one for each `prompts`")
     return prompts, seconds or [None] * len(prompts)
 
 
-def check_numbers(options: GenerateOptions) -> None:
+def check_words(options: DrawingOptions) -> None:
+    """Raises OptionError for sides, words and texts that there are not; needs no torch."""
+    picture_options.check_sides(options.width, options.height)
+    picture_options.check_memory(options.offload, options.quantize, options.compile, options.offload_blocks)
+    picture_options.check_texts("negative_2", listed(options.negative_2))
+
+
+def check_numbers(options: DrawingOptions) -> None:
     """Raises OptionError for numbers that no model can draw with, and for options that have no effect beside others."""
     from libreflux.sample.checks import check_values
 
@@ -139,12 +153,12 @@ def check_numbers(options: GenerateOptions) -> None:
         picture_options.refuse_unguided(steps, options.no_cfg_until, options.guidance_start, options.guidance_stop)
 
 
-def given_steps(options: GenerateOptions) -> int | None:
+def given_steps(options: DrawingOptions) -> int | None:
     """Sampling steps as given, by a number or a ladder; None is the model's own."""
     return options.steps if options.sigmas is None else len(options.sigmas)
 
 
-def guided_only(options: GenerateOptions) -> dict[str, object]:
+def guided_only(options: DrawingOptions) -> dict[str, object]:
     """Options that do something where a picture is guided alone, each with whether it was given."""
     return {
         "negative": options.negative,

@@ -77,6 +77,11 @@ def _returned(result: type) -> str:
 
 
 def _fields(kind: object) -> str:
-    """The rows of `Attributes:` in a docstring."""
-    rows = textwrap.dedent((inspect.getdoc(kind) or "").partition("Attributes:\n")[2])
+    """The rows of `Attributes:` in the docstrings of a class and of those that it is made from."""
+    made_from = [kind for kind in getattr(kind, "__mro__", (kind,)) if kind is not object]
+    return "\n".join(filter(None, map(_own_fields, made_from)))
+
+
+def _own_fields(kind: object) -> str:
+    rows = textwrap.dedent(inspect.cleandoc(getattr(kind, "__doc__", "") or "").partition("Attributes:\n")[2])
     return rows.partition("\n\n")[0].rstrip()

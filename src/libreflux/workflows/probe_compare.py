@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from libreflux.errors import DataError, LibrefluxError
 from libreflux.files import atomic_write_json
@@ -60,8 +61,16 @@ def compare(options: ProbeOptions, against: str) -> Comparison:
     folder, result = measure(options, model)
     check_comparable([result, *results])
     rows = freedom(result, *results)
-    atomic_write_json(folder / FREEDOM_FILE, {"schema": 1, "freedom": [row.as_json() for row in rows]})
+    told = [{"model": one.model["name"], **_held_out(one)} for one in (result, *results)]
+    freed = [row.as_json() for row in rows]
+    atomic_write_json(folder / FREEDOM_FILE, {"schema": 1, "held_out": told, "freedom": freed})
     return Comparison(folder, result, results, rows)
+
+
+def _held_out(result: Result) -> dict[str, Any]:
+    """Whether it was measured on pictures that it was not trained on, None where nobody knows; the rest is its own."""
+    trained = None if result.trained is None else result.trained.as_json()
+    return {name: None if trained is None else trained[name] for name in ("held_out", "verdict")}
 
 
 def distilled_from(against: str, distilled: Result) -> str | None:
@@ -99,7 +108,7 @@ def _given(name: str) -> Result | None:
 def _measured(options: ProbeOptions, name: str, role: str, freed: ProbedModel, places: set[Path]) -> Result:
     """Another model, measured as the first one is, in a folder that none of them has yet."""
     out = None if options.out is None else Path(options.out) / role
-    other = dataclasses.replace(options, model=name, adapters=(), out=out)
+    other = dataclasses.replace(options, model=name, adapters=(), trained_on=(), out=out)
     model = read_model(other)
     own = out_of(other, model)
     if own in places:

@@ -120,7 +120,7 @@ def _prepare(
     spec = CacheSpec(
         model=model.source,
         data=[DataSource(path=str(folder), caption_dropout=0.0)],
-        views=[_view(settings)],
+        views=[view_of(settings)],
         text_padding=model.facts.text_padding,
         out=out / CACHE,
         prompts=prompts,
@@ -130,9 +130,10 @@ def _prepare(
     return prepare(spec, device=str(device), progress=report)
 
 
-def _view(settings: Settings) -> View:
+def view_of(settings: Settings) -> View:
+    """The crop that pictures are measured in."""
     return View("centre", settings.resolution, bucket_step(settings.resolution))
 
 
 def _held_out(cache: Cache, sources: Sources, settings: Settings) -> HeldOut:
-    return HeldOut(cache, sources, view=_view(settings), count=settings.pictures)
+    return HeldOut(cache, sources, view=view_of(settings), count=settings.pictures)

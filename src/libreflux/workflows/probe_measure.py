@@ -36,6 +36,7 @@ from libreflux.sample.model_key import adapters_key, config_digest, facts_key
 from libreflux.workflows.probe_data import ProbeData, check_data
 from libreflux.workflows.probe_model import CACHE, ProbedModel
 from libreflux.workflows.probe_options import ProbeOptions
+from libreflux.workflows.probe_trained import check_places, check_training, places_of
 
 logger = get_logger(__name__)
 
@@ -62,6 +63,7 @@ def measure(
     judge_file = _judge_file(options, model)
     judge = _judge(options, judge_file)
     check_data(model, None if options.data is None else Path(options.data))
+    check_places(places_of(options.trained_on))
     settings = _settings(options, model, judge_file, trained_subjects)
     with lock(out), contextlib.ExitStack() as bars:
         data = ProbeData.make(
@@ -81,6 +83,7 @@ def measure(
                 release(device)  # the text encoders, before the transformer comes
                 return open_context(model, data, judge, out, device, texts)
 
+        trained, pairs = check_training(places_of(options.trained_on), model, data, judge, out, options.progress)
         result = probe_run.probe(
             out,
             opened,
@@ -89,6 +92,8 @@ def measure(
             settings=data.settings,
             prompts=data.prompts,
             versions=versions(),
+            trained=trained,
+            pairs=pairs,
             progress=bars.enter_context(options.progress("probing", "evaluation")),
         )
     return out, result

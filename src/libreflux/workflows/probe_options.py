@@ -30,6 +30,8 @@ class ProbeOptions:
         reference: what a free model is like, a model or the folder of its probe. None is what the distilled model was
             distilled from, or theory.
         data: folder of captioned pictures that the model was not trained on; None is the emoji family's.
+        trained_on: runs, caches and folders of pictures that the model was trained on, beside what the run of an
+            adapter tells: each measured picture is looked for in them.
         out: folder of the result, which is continued; None is out/probe/NAME.
         quick: fewer pictures, scales and steps.
         pictures: held-out pictures, at most. This and all numbers below: None is as `quick` and the model's size say.
@@ -53,6 +55,7 @@ class ProbeOptions:
     against: str | None = None
     reference: str | None = None
     data: Path | str | None = None
+    trained_on: str | Path | Sequence[str | Path] = ()
     out: Path | str | None = None
     quick: bool = False
     pictures: int | None = None

@@ -121,7 +121,7 @@ def remake_with(options: RemakeOptions) -> RemakeResult:
     except OptionError as error:
         raise DataError(error.what, where=error.where, hint=error.hint) from None
     session = source.load([record])
-    now = dataclasses.replace(session.stamped(record), model=str(named))
+    now = dataclasses.replace(session.stamped(record), model=str(named), batch=1)
     changed = differences(record, now)
     for line in changed:
         if options.on_difference is not None:

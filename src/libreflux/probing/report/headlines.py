@@ -86,9 +86,11 @@ def _velocity(results: Sequence[Result], labels: Sequence[str]) -> Iterator[str]
         )
     losses = [_by_sigma(one, "loss") for one in results]
     if all(losses):
+        seen = any(one.remark for one in results)
+        measured = "the measured pictures" if seen else "pictures that were kept out of training"
         yield _sentence(
             "Error.",
-            "The mean over all noise levels on pictures that were kept out of training (less is better):",
+            f"The mean over all noise levels on {measured} (less is better):",
             labels,
             [_mean(rows) for rows in losses],
             _three,
@@ -117,7 +119,7 @@ def _diversity(results: Sequence[Result], labels: Sequence[str]) -> Iterator[str
 
 
 def _freedom(rows: Sequence[FreedomRow]) -> Iterator[str]:
-    named = {"loss": "error on unseen pictures", "slope": "calibration", "accuracy": "right pictures"}
+    named = {"loss": "error on the measured pictures", "slope": "calibration", "accuracy": "right pictures"}
     parts = []
     for row in rows:
         whole = row.subset == "all" and row.verdict == "gap"

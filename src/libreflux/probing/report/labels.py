@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from libreflux.probing.results import Coordinate, Measure
 
 MEANINGS = {
-    "loss": "Error on pictures the model has never seen, by noise level sigma. Lower is better.",
+    "loss": "Error on the measured pictures, by noise level sigma. Lower is better.",
     "slope": "Calibration: by what factor the model's answer would have to be scaled to fit best. "
     "1 is right; below 1 it exaggerates, as guided and distilled models do.",
     "prompt_gain": "By how much knowing the prompt lowers the loss.",

@@ -12,7 +12,7 @@ from libreflux import __version__
 from libreflux.errors import DataError
 from libreflux.files import atomic_write_text
 from libreflux.probing.freedom import OVER_SIGMA, FreedomRow, check_comparable
-from libreflux.probing.report import html, plots
+from libreflux.probing.report import html, plots, trained
 from libreflux.probing.report.headlines import headlines
 from libreflux.probing.report.labels import MEANINGS, figure, number, place, title
 from libreflux.probing.report.pictures import Grid, grids
@@ -64,12 +64,20 @@ def write_page(
     heading = title or (
         f"How free is {names[0]}?" if len(names) == 1 else f"How free are {', '.join(names[:-1])} and {names[-1]}?"
     )
-    found = "".join(f"<li>{one}</li>" for one in headlines(results, names, freedom))
+    if remark := trained.remarks(results, names):
+        heading = f"{heading} ({remark})"
+    lines = [trained.warning(results, names), *headlines(results, names, freedom)]
+    found = "".join(f"<li>{one}</li>" for one in lines if one)
+    shown = grids(results)
+    sources = _embedded(
+        {*(file for grid in shown for row in grid.rows for file in row if file), *trained.files(results)}
+    )
     body = "\n".join(
         [
             f"<h1>{escape(heading)}</h1>{WHAT_IT_IS}{before}",
             f'<h2>What was found</h2><ul class="found">{found}</ul>' if found else "",
-            _pictures(results, names),
+            _pictures(shown, names, sources),
+            trained.section(results, names, sources),
             _plots(results, names),
             _freedom(freedom, _family(results)),
             _measures(results, names),
@@ -100,12 +108,9 @@ def model_labels(results: Sequence[Result]) -> list[str]:
     return found
 
 
-def _pictures(results: Sequence[Result], names: Sequence[str]) -> str:
-    found = grids(results)
+def _pictures(found: Sequence[Grid], names: Sequence[str], sources: Mapping[Path, bytes]) -> str:
     if not found:
         return ""
-    files = {file for grid in found for row in grid.rows for file in row if file is not None}
-    sources = _embedded(files)
     return f'<h2>Pictures</h2><div class="grids">{"".join(_grid(grid, names, sources) for grid in found)}</div>'
 
 
@@ -150,7 +155,7 @@ def _plots(results: Sequence[Result], names: Sequence[str]) -> str:
     drawn = [
         plots.lines(
             _series(results, names, "loss", "sigma", by_sigma),
-            title="Error on unseen pictures (lower is better)",
+            title="Error on the measured pictures (lower is better)",
             x=noise,
             y="loss, MSE",
         ),
