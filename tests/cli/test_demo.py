@@ -62,8 +62,9 @@ def test_demo_writes_what_it_promises_and_runs_again(
     page = (out / "index.html").read_text("utf-8")
     read = _Text()
     read.feed(page)
-    # Eight training pictures; two prompts by three models by two scales, by two numbers of steps; two seeds of one.
-    assert read.pictures == 8 + 2 * 3 * 2 + 2 * 3 * 2 + 3 * 2
+    # Eight training pictures; two prompts by three models by two scales, by two numbers of steps; two seeds of one; and
+    # each measured picture beside the training pictures that are nearest to it, by pixels and by content.
+    assert read.pictures == 8 + 2 * 3 * 2 + 2 * 3 * 2 + 3 * 2 + 6 * 3
     assert "distilled" in page
     assert "set free" in page
     assert "Freedom" in page
