@@ -98,6 +98,18 @@ def test_a_picture_is_the_same_whatever_the_count_and_is_drawn_once(draw: Draw, 
     assert draw(out, count=7).drawn == 0
 
 
+def test_hidden_files_and_folders_of_the_user_stay(draw: Draw, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name in (".deleted-photos", ".tmpabc123", ".mine.staging-0123abcd"):
+        (out / name).mkdir(parents=True)
+        (out / name / "precious.txt").write_text("mine")
+    (out / ".a.png.tmp-0123abcd").write_bytes(b"mine too")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert draw(out, count=1).drawn == 1
+    assert draw(out, count=2).drawn == 1  # and not at the second call either, when the folder is ours
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_pictures_of_a_batch_are_the_same_whatever_was_there_and_all_but_those_drawn_alone(
     draw: Draw, seven: Path, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from PIL import Image
 from libreflux import plainjson
 from libreflux.data.folders import CAPTIONS, METADATA
 from libreflux.errors import OptionHint, RunError
-from libreflux.files import atomic_write_json, atomic_write_text, sweep
+from libreflux.files import atomic_write_json, atomic_write_text
 from libreflux.places import file_place, folder_place
 from libreflux.printing import counted, shortened
 from libreflux.result_key import differing
@@ -25,6 +26,8 @@ SETTINGS = "settings.json"
 _END = b"IEND\xaeB`\x82"  # of every whole PNG
 _ANOTHER = OptionHint("name another folder with `out`, or give what it was begun with")
 _MOST_TOLD = 4
+_LEFT = re.compile(r"\.(\d{6}\.(png|txt)|metadata\.jsonl)\.tmp-[0-9a-f]{8}")
+"""Temporary files of a killed process; whatever else is hidden in the folder is somebody's own."""
 
 
 class DrawnFolder:
@@ -70,7 +73,8 @@ class DrawnFolder:
             told = [_difference(name, known.get(name), decided.get(name)) for name in names[:_MOST_TOLD]]
             more = [f"{len(names) - _MOST_TOLD} more"] if len(names) > _MOST_TOLD else []
             raise RunError(f"was begun with {', '.join(told + more)}", where=self.out, hint=_ANOTHER)
-        sweep(self.out)
+        else:
+            self._sweep()
         more_there = sum(self._index(name) >= count for name in os.listdir(self.out))
         if more_there:
             there = counted(count + more_there, "picture")
@@ -106,6 +110,11 @@ class DrawnFolder:
             for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
         atomic_write_text(self.out / METADATA, "\n".join(rows) + "\n")
+
+    def _sweep(self) -> None:
+        for path in self.out.iterdir():
+            if _LEFT.fullmatch(path.name) and path.is_file():
+                path.unlink()
 
     def _index(self, name: str) -> int:
         stem, suffix = os.path.splitext(name)
