@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,21 @@ from PIL import Image
 from torch import Tensor
 
 from caching import prepare
+from libreflux.cli.tables import print_remarks
+from libreflux.cli.terminal import SafeConsole
 from libreflux.data.cache import Cache
 from libreflux.data.cached_pictures import cached_ids, is_cache
 from libreflux.data.crops import View, cut
 from libreflux.data.pictures import load_rgb
 from libreflux.files import sha256_file
+from libreflux.probing import nearest_latents
 from libreflux.probing.compare_training import Known, compare
 from libreflux.probing.judges import Judge, Verdict
 from libreflux.probing.nearest import Closest, cosine, mean_absolute, root_mean_square, thumbnail
 from libreflux.probing.pairs import keep_pairs
-from libreflux.probing.trained import Neighbour, TrainingCheck
+from libreflux.probing.report.trained import distance_rows
+from libreflux.probing.results import Result
+from libreflux.probing.trained import Neighbour, PictureCheck, TrainingCheck
 from libreflux.probing.training_pictures import MeasuredPicture, NearestScene, TrainingPicture, TrainingSet
 from libreflux.recipe import DataSource
 
@@ -136,6 +143,7 @@ def test_without_a_judge_latents_of_one_vae_are_compared(tiny_model_dir: Path, t
     for number in range(3):
         write(tmp_path / "trained", f"{number}.png", smooth(number))
     near = write(tmp_path / "measured", "near.png", shifted(smooth(2), 1))
+    saved = write(tmp_path / "measured", "saved.png", smooth(1), compress_level=0)
     model, drop = str(tiny_model_dir), {"text_padding": "drop"}
     trained, sources = prepare(
         model,
@@ -165,9 +173,61 @@ def test_without_a_judge_latents_of_one_vae_are_compared(tiny_model_dir: Path, t
     assert (row.content.name, row.content.id) == (best, best)
     assert row.content.distance == pytest.approx(distances[best], rel=1e-5)
     assert (check.content, row.pixels, row.seen, check.sets[0].compared) == ("latents", None, None, 0)
-    assert check.verdict == "none of 1 picture is in run (3 pictures)"
+    assert check.verdict == "none of 1 picture is in run (3 pictures, 0 of them compared by pixels)"
+    for judge in (None, MeanColour()):  # the file of what it was saved from is gone
+        again = compare([measured_picture(saved)], known, view=VIEW, judge=judge, cache=own).check
+        assert [row.seen for row in again.rows] == ["latents"]
+        assert again.as_json()["held_out"] is False
+    untold = Known(
+        [TrainingSet("c", [dataclasses.replace(each, trained=False) for each in pictures], tmp_path / "one")]
+    )
+    in_cache = compare([measured_picture(saved)], untold, view=VIEW, judge=None, cache=own).check
+    assert [row.seen for row in in_cache.rows] == ["cache"]
     own.settings["vae"] = "another"
     assert compare([one], known, view=VIEW, judge=None, cache=own).check.content is None
+
+
+def test_the_nearest_latents_of_many_are_those_of_one_after_another() -> None:
+    random = np.random.default_rng(0)
+    own = random.normal(size=(5, 40_000)).astype(np.float32)
+    block = np.concatenate([own[[3]], random.normal(size=(70, 40_000)), own[[1]] + 1e-4]).astype(np.float32)
+    plain, quick = Closest(own, root_mean_square), Closest(own, root_mean_square)
+    for number, one in enumerate(block):
+        plain.offer(number, one)
+    for start in (0, 64):
+        nearest_latents._offer(quick, own, range(start, len(block)), block[start : start + 64])
+    assert quick.nearest.tolist() == plain.nearest.tolist()
+    assert (quick.nearest[3], quick.distances[3], quick.nearest[1]) == (0, 0, 71)
+    np.testing.assert_array_equal(quick.distances, plain.distances)
+
+
+def test_a_copy_that_was_saved_as_jpeg_is_not_called_held_out(tiny_model_dir: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "trained", "a.png", smooth(1))
+    copy = write(tmp_path / "measured", "a.jpg", smooth(1), quality=90)
+    write(tmp_path / "measured", "b.png", smooth(2))
+    data = DataSource(path=str(copy.parent))
+    cache, _ = prepare(str(tiny_model_dir), [data], views=[VIEW], text_padding="drop", out=tmp_path / "cache")
+    measured = [measured_picture(copy), measured_picture(copy.with_name("b.png"))]
+    known = Known([TrainingSet("photos", [training_picture(source)])], find_scene=lambda one: None)
+    check = compare(measured, known, view=VIEW, judge=None, cache=cache).check
+    assert check.rows[0].pixels is not None
+    assert 0 < check.rows[0].pixels.distance < 2
+    assert (check.seen, check.near, check.held_out) == (0, 1, None)
+    assert check.remark == "1 of 2 pictures has a training picture within 2 of 255"
+    assert check.verdict.startswith("none of 2 pictures is in photos (1 picture)")
+    assert check.verdict.endswith(check.remark)
+
+
+def test_tables_say_the_verdict_where_nothing_was_found() -> None:
+    rows = [PictureCheck(id=str(number), name="a.png", seen=None) for number in range(4)]
+    check = TrainingCheck(rows=rows, sets=[], unknown=["x.safetensors"])
+    told = "not known to be held out: what was trained on is not known (x.safetensors)"
+    assert distance_rows(check) == [("held out", told)]
+    model = {"name": "mine", "sha256": "", "adapters": []}
+    result = Result(model=model, settings={}, measures=[], pictures=[], versions={}, seconds=0.0, trained=check)
+    shown = io.StringIO()
+    print_remarks([result, dataclasses.replace(result, trained=None)], SafeConsole(file=shown, width=40))
+    assert shown.getvalue() == f"mine: {told}\n"
 
 
 def test_a_family_that_knows_its_scenes_is_asked(tiny_model_dir: Path, tmp_path: Path) -> None:

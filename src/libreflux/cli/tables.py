@@ -101,10 +101,10 @@ def print_freedom(rows: Sequence[FreedomRow], family: str = "", console: Console
 
 
 def print_remarks(results: Sequence[Result], console: Console | None = None) -> None:
-    """Prints a line for each model that was measured on pictures that are not held out."""
+    """Prints a line for each model of whose training something is known: whether its pictures are held out."""
     for one in results:
-        if one.remark:
-            text = printable(f"{one.model['name']}: {one.remark}")
+        if one.trained is not None:
+            text = printable(f"{one.model['name']}: {one.trained.verdict}")
             (console or terminal.console()).print(text, markup=False, highlight=False, soft_wrap=True)
 
 

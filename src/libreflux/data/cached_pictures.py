@@ -25,7 +25,13 @@ def cached_ids(folder: Path) -> set[str]:
 
     A shard that cannot be read is left out, with a warning.
     """
+    return read_ids(folder)[0]
+
+
+def read_ids(folder: Path) -> tuple[set[str], int]:
+    """What `cached_ids` says, and how many shards could not be read."""
     found: set[str] = set()
+    unread = 0
     for part in index_folders(folder):
         for path in sorted((part / SHARDS).glob("latents-*.safetensors")):
             if not SHARD_NAME.fullmatch(path.name):
@@ -35,6 +41,7 @@ def cached_ids(folder: Path) -> set[str]:
                     parts = [name.split("/") for name in shard.keys()]  # noqa: SIM118
             except (OSError, SafetensorError) as error:
                 logger.warning("%s cannot be read (%s): its pictures are not known", path, error)
+                unread += 1
                 continue
             found.update(names[0] for names in parts if names[0] != _STD)
-    return found
+    return found, unread

@@ -135,14 +135,17 @@ class FileMemory:
                     assert row.fault is not None
                     yield Inspected(row.digest, row.width, row.height, row.fault)
 
-    def paths_of(self, digests: Set[str]) -> Iterator[tuple[str, Path]]:
+    def paths_of(self, digests: Set[str], folders: Sequence[Path] | None = None) -> Iterator[tuple[str, Path]]:
         """(digest, path) of all files saved here, those since deleted too, whose digest begins with one of these.
 
         Args:
             digests: hexadecimal digits, all of them as many.
+            folders: only what the memories in these remember; None: in all.
         """
         length = len(next(iter(digests), ""))
         for table in self._open:
+            if folders is not None and table.folder not in folders:
+                continue
             for path, digest in table.digests():
                 if isinstance(path, str) and isinstance(digest, str) and digest[:length] in digests:
                     yield digest[:length], Path(path)
@@ -199,6 +202,11 @@ class _Table:
         except DAMAGED:
             self._connection.close()
             raise
+
+    @property
+    def folder(self) -> Path:
+        """Where the memory lies."""
+        return self._path.parent
 
     def find(self, name: str) -> _Row | None:
         """The row of a path."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -13,12 +14,12 @@ import torch
 
 from libreflux.data.cache import Cache
 from libreflux.data.crops import View, cut
-from libreflux.data.index import latents_key
 from libreflux.data.pictures import load_rgb
 from libreflux.errors import DataError
 from libreflux.probing.judges import Judge
-from libreflux.probing.nearest import Closest, cosine, mean_absolute, root_mean_square, thumbnail
-from libreflux.probing.trained import Neighbour, PictureCheck, SetCheck, TrainingCheck
+from libreflux.probing.nearest import Closest, cosine, mean_absolute, thumbnail
+from libreflux.probing.nearest_latents import nearest_latents
+from libreflux.probing.trained import IN_CACHE, Neighbour, PictureCheck, SetCheck, TrainingCheck
 from libreflux.probing.training_pictures import (
     MeasuredPicture,
     NearestScene,
@@ -27,7 +28,7 @@ from libreflux.probing.training_pictures import (
     TrainingSet,
 )
 
-VERSION = 1
+VERSION = 2
 """Raised when the same pictures come to be compared in another way."""
 _AT_ONCE = 64
 Progress = Callable[[int, int], None]
@@ -39,7 +40,7 @@ class Known:
 
     Attributes:
         sets: pictures.
-        unknown: adapters of which nobody knows what they were trained on.
+        unknown: adapters and runs of which nobody knows what they were trained on.
         find_scene: of a family that composes its pictures.
     """
 
@@ -52,12 +53,13 @@ class Known:
 
     @property
     def pictures(self) -> list[TrainingPicture]:
-        """All pictures of all sets by id, each once; with a file, if one of the sets has it."""
+        """All pictures of all sets, each once: with a file if one of the sets has it, those trained on first."""
         found: dict[str, TrainingPicture] = {}
         for picture in (picture for one in self.sets for picture in one.pictures):
-            if picture.id not in found or found[picture.id].path is None:
-                found[picture.id] = picture
-        return [picture for _, picture in sorted(found.items())]
+            known = found.setdefault(picture.id, picture)
+            best = picture if known.path is None else known
+            found[picture.id] = dataclasses.replace(best, trained=known.trained or picture.trained)
+        return sorted(found.values(), key=lambda one: (not one.trained, one.id))
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,34 +97,64 @@ def compare(
         progress: told how many training pictures of how many were looked at.
     """
     own = {one.id: one.path for one in measured}
-    pictures = [TrainingPicture(one.id, own.get(one.id, one.path), one.background) for one in known.pictures]
-    files = _Files(measured, judge)
-    for numbers, crops in _crops(pictures, view, progress):
-        files.offer(numbers, crops)
-    content = files.features if judge is not None else _by_latents(measured, pictures, known, cache, view)
+    pictures = [dataclasses.replace(one, path=own.get(one.id, one.path)) for one in known.pictures]
+    files, bar = _Files(measured, judge), _Bar(progress, len(pictures))
+    for numbers, crops in _crops(pictures, view, bar.advance):
+        files.offer(numbers, [pictures[number].trained for number in numbers], crops)
+    wanted = {number for number in range(len(pictures)) if judge is None or number not in files.compared}
+    left = {pictures[number].id for number in wanted}
+    bar.expect(sum(each.id in left for one in known.sets if one.cache is not None for each in one.pictures))
+    latents, damaged = nearest_latents(measured, pictures, wanted, known.sets, cache, view, bar.advance)
+    content = latents if judge is None else files.features
     scenes = [None if known.find_scene is None else known.find_scene(one) for one in measured]
-    trained = {one.id for one in pictures}
+    trained = {one.id: one.trained for one in pictures}
     rows = []
     for row, (one, scene) in enumerate(zip(measured, scenes, strict=True)):
-        same = "file" if one.id in trained else "pixels" if _digest(one.pixels) in files.crops else None
-        checked = PictureCheck(
-            id=one.id,
-            name=one.path.name,
-            seen=same or ("scene" if scene is not None and scene.seen else None),
-            pixels=_near(files.pixels, row, pictures),
-            content=_near(content, row, pictures),
-            scene=None if scene is None else Neighbour(name=scene.name, distance=float(scene.distance)),
-        )
-        rows.append(checked)
+        same = {"file": trained.get(one.id), "pixels": files.crops.get(_digest(one.pixels))}
+        if latents is not None and latents.distances[row] == 0:
+            same["latents"] = pictures[int(latents.nearest[row])].trained
+        same["scene"] = True if scene is not None and scene.seen else None
+        near = [_near(found, row, pictures) for found in (files.pixels, content)]
+        shown = None if scene is None else Neighbour(name=scene.name, distance=float(scene.distance))
+        rows.append(_checked(one, _seen(same), *near, shown))
     compared = {pictures[number].id for number in files.compared}
     check = TrainingCheck(
         rows=rows,
-        sets=[_set_check(one, compared) for one in known.sets],
+        sets=[_set_check(one, compared, whole=one.whole and one.name not in damaged) for one in known.sets],
         scenes=known.find_scene is not None,
         content=("latents" if judge is None else "judge") if any(row.content for row in rows) else None,
         unknown=list(known.unknown),
     )
     return Compared(check, scenes, {one.id: one for one in pictures})
+
+
+def _checked(
+    one: MeasuredPicture, seen: str | None, pixels: Neighbour | None, content: Neighbour | None, scene: Neighbour | None
+) -> PictureCheck:
+    return PictureCheck(id=one.id, name=one.path.name, seen=seen, pixels=pixels, content=content, scene=scene)
+
+
+def _seen(same: Mapping[str, bool | None]) -> str | None:
+    """What was trained on; else whether it is in a cache. Of each: None is not there, False is in a cache alone."""
+    found = {kind: trained for kind, trained in same.items() if trained is not None}
+    return next((kind for kind, trained in found.items() if trained), IN_CACHE if found else None)
+
+
+class _Bar:
+    """Counts on, over several rounds."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._done, self._total = progress, 0, total
+
+    def expect(self, more: int) -> None:
+        """There is more to do than was known."""
+        self._total += more
+
+    def advance(self, by: int) -> None:
+        """So many more are done."""
+        self._done += by
+        if by:
+            self._progress(self._done, self._total)
 
 
 class _Files:
@@ -133,15 +165,16 @@ class _Files:
         self.features = None
         if judge is not None:
             self.features = Closest(_features(judge, [one.pixels for one in measured]), cosine)
-        self.crops: set[str] = set()
+        self.crops: dict[str, bool] = {}
         self.compared: set[int] = set()
         self._judge = judge
 
-    def offer(self, numbers: Sequence[int], crops: Sequence[np.ndarray]) -> None:
+    def offer(self, numbers: Sequence[int], trained: Sequence[bool], crops: Sequence[np.ndarray]) -> None:
         """Compares some of them."""
-        for number, crop in zip(numbers, crops, strict=True):
+        for number, known, crop in zip(numbers, trained, crops, strict=True):
             self.pixels.offer(number, thumbnail(crop))
-            self.crops.add(_digest(crop))
+            name = _digest(crop)
+            self.crops[name] = known or self.crops.get(name, False)
         self.compared.update(numbers)
         if self._judge is not None and self.features is not None and crops:
             for number, values in zip(numbers, _features(self._judge, crops), strict=True):
@@ -156,13 +189,14 @@ def _near(found: Closest | None, row: int, pictures: Sequence[TrainingPicture]) 
     return Neighbour(name=name, distance=float(found.distances[row]), id=one.id)
 
 
-def _set_check(one: TrainingSet, compared: Collection[str]) -> SetCheck:
+def _set_check(one: TrainingSet, compared: Collection[str], *, whole: bool) -> SetCheck:
     there = sum(each.id in compared for each in one.pictures)
-    return SetCheck(name=one.name, pictures=len(one.pictures), compared=there)
+    trained = all(each.trained for each in one.pictures)
+    return SetCheck(name=one.name, pictures=len(one.pictures), compared=there, trained=trained, whole=whole)
 
 
 def _crops(
-    pictures: Sequence[TrainingPicture], view: View, progress: Progress
+    pictures: Sequence[TrainingPicture], view: View, advance: Callable[[int], None]
 ) -> Iterator[tuple[list[int], list[np.ndarray]]]:
     """Numbers and crops of those that can be read, a few at once."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
@@ -171,7 +205,7 @@ def _crops(
             found = list(pool.map(lambda number: crop_of(pictures[number], view), part))
             kept = [(number, crop) for number, crop in zip(part, found, strict=True) if crop is not None]
             yield [number for number, _ in kept], [crop for _, crop in kept]
-            progress(part[-1] + 1, len(pictures))
+            advance(len(part))
 
 
 def crop_of(picture: TrainingPicture, view: View) -> np.ndarray | None:
@@ -199,29 +233,3 @@ def _features(judge: Judge, crops: Sequence[np.ndarray]) -> np.ndarray:
             pixels = torch.nn.functional.interpolate(pixels, (judge.side, judge.side), mode="bilinear", antialias=True)
         found.append(judge(pixels).features.numpy())
     return np.concatenate(found)
-
-
-def _by_latents(
-    measured: Sequence[MeasuredPicture], pictures: Sequence[TrainingPicture], known: Known, cache: Cache, view: View
-) -> Closest | None:
-    """By the latents of the same crop in the caches of the sets; None where no cache is of the same VAE."""
-    name = view.name(0, "white")
-    closest: Closest | None = None
-    for one in known.sets:
-        if one.cache is None:
-            continue
-        trained = Cache(one.cache, partial=True)
-        if trained.settings.get("vae") != cache.settings.get("vae"):
-            continue
-        closest = closest or Closest(_flat(cache, [each.id for each in measured], name), root_mean_square)
-        here = {each.id for each in one.pictures}
-        for number, each in enumerate(pictures):
-            crop = view.name(0, each.background)
-            if each.id in here and trained.sizes([latents_key(each.id, crop)])[0, 0] >= 0:
-                closest.offer(number, _flat(trained, [each.id], crop)[0])
-    return closest
-
-
-def _flat(cache: Cache, ids: Sequence[str], crop: str) -> np.ndarray:
-    """[N, D] fp32."""
-    return np.stack([cache.latents(each, crop).numpy().astype(np.float32).reshape(-1) for each in ids])

@@ -61,3 +61,8 @@ class Closest:
         nearer = found < self.distances
         self.distances[nearer] = found[nearer]
         self.nearest[nearer] = number
+
+    def take(self, row: int, number: int, distance: float) -> None:
+        """Compares one training picture, whose distance to one measured picture is known."""
+        if distance < self.distances[row]:
+            self.distances[row], self.nearest[row] = distance, number

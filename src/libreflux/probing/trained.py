@@ -10,6 +10,10 @@ import numpy as np
 
 from libreflux.printing import counted
 
+NEAR = 2.0
+"""Of 255, by pixels: a picture that was saved again as JPEG is nearer to itself, as a rule."""
+IN_CACHE = "cache"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbour:
@@ -34,8 +38,9 @@ class PictureCheck:
     Attributes:
         id: see `data.sources.Sample`.
         name: its file's name.
-        seen: "file": these bytes were trained on; "pixels": this very crop, of another file; "scene": what it was
-            composed from; None: none of these.
+        seen: "file": these bytes were trained on; "pixels": this very crop, of another file; "latents": a crop of the
+            same latents; "scene": what it was composed from; "cache": it is in a cache that the user named, and
+            nothing says what was trained on; None: none of these.
         pixels, content, scene: the nearest by each; None where that is not known.
     """
 
@@ -55,11 +60,21 @@ class PictureCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class SetCheck:
-    """A set of training pictures: how many it has, and how many of them have a file whose pixels were compared."""
+    """A set of training pictures.
+
+    Attributes:
+        name: as the user knows it.
+        pictures: how many are known.
+        compared: how many of them have a file whose pixels were compared.
+        trained: whether they are known to be trained on; False: a cache holds them.
+        whole: False where there may be more than what is known or could be read.
+    """
 
     name: str
     pictures: int
     compared: int
+    trained: bool = True
+    whole: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +86,7 @@ class TrainingCheck:
         sets: what it was trained on.
         scenes: whether its family knows the scenes that it was trained on.
         content: "judge": 1 - cosine of the judge's features; "latents": root mean square of latents' differences; None.
-        unknown: adapters of which nobody knows what they were trained on.
+        unknown: adapters and runs of which nobody knows what they were trained on.
     """
 
     rows: Sequence[PictureCheck]
@@ -83,27 +98,63 @@ class TrainingCheck:
     @property
     def seen(self) -> int:
         """How many of the measured pictures were trained on."""
-        return sum(row.seen is not None for row in self.rows)
+        return sum(row.seen not in (None, IN_CACHE) for row in self.rows)
+
+    @property
+    def cached(self) -> int:
+        """How many more are in a cache of which nothing says what was trained on."""
+        return sum(row.seen == IN_CACHE for row in self.rows)
+
+    @property
+    def near(self) -> int:
+        """How many of the others are so near to a training picture that they may be copies of it, see `NEAR`."""
+        return sum(row.seen is None and row.pixels is not None and row.pixels.distance <= NEAR for row in self.rows)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that was trained on is known and was compared by its pixels, but for the base's own training."""
+        whole = all(one.whole and one.compared == one.pictures for one in self.sets)
+        return whole and not self.unknown and bool(self.sets or self.scenes)
+
+    @property
+    def held_out(self) -> bool | None:
+        """False: some are not. True only of a family that knows all of its training; else nobody knows the base's."""
+        if self.seen:
+            return False
+        asked = self.scenes and all(row.scene is not None for row in self.rows)
+        return True if asked and self.complete and not (self.cached or self.near) else None
 
     @property
     def remark(self) -> str:
-        """What a title adds: that the pictures are not held out; "" where none is known to be trained on."""
-        if not self.seen:
-            return ""
-        were = "was" if self.seen == 1 else "were"
-        return f"not held out: {self.seen:,} of {counted(len(self.rows), 'picture')} {were} trained on"
+        """What a title adds: which pictures are not held out, or may not be; "" where none is known to be."""
+        of, told = f"of {counted(len(self.rows), 'picture')}", []
+        if self.seen:
+            told.append(f"not held out: {self.seen:,} {of} {'was' if self.seen == 1 else 'were'} trained on")
+        if self.cached:
+            caches = ", ".join(one.name for one in self.sets if not one.trained)
+            verb = "is" if self.cached == 1 else "are"
+            told.append(f"{self.cached:,} {of} {verb} in {caches}, and what was trained on of that is not known")
+        if self.near:
+            verb = "has" if self.near == 1 else "have"
+            told.append(f"{self.near:,} {of} {verb} a training picture within {NEAR:g} of 255")
+        return "; ".join(told)
 
     @property
     def verdict(self) -> str:
-        """One clause."""
-        against = [f"{one.name} ({counted(one.pictures, 'picture')})" for one in self.sets]
+        """One line."""
+        against = [_against(one) for one in self.sets]
         against += ["its family's training scenes"] if self.scenes else []
-        if self.remark:
+        if self.seen:
             return self.remark
         if not against:
-            return "not known to be held out: what was trained on is not known"
-        known = f"none of {counted(len(self.rows), 'picture')} is in {', '.join(against)}"
-        return known if not self.unknown else f"{known}; not known: {', '.join(self.unknown)}"
+            return f"not known to be held out: what was trained on is not known{_among(self.unknown)}"
+        told = [] if self.cached else [f"none of {counted(len(self.rows), 'picture')} is in {', '.join(against)}"]
+        told += [self.remark] if self.remark else []
+        if torn := [one.name for one in self.sets if not one.whole]:
+            told.append(f"not all of {', '.join(torn)} is known")
+        if self.unknown:
+            told.append(f"not known: {', '.join(self.unknown)}")
+        return "; ".join(told)
 
     def distances(self, kind: str) -> np.ndarray:
         """[n] fp64 distances to the nearest by "pixels", "content" or "scene", of the pictures that have one."""
@@ -113,10 +164,13 @@ class TrainingCheck:
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
         return {
-            "held_out": False if self.seen else (None if self.unknown or not (self.sets or self.scenes) else True),
+            "held_out": self.held_out,
             "verdict": self.verdict,
             "pictures": len(self.rows),
             "seen": self.seen,
+            "cached": self.cached,
+            "near": self.near,
+            "complete": self.complete,
             "sets": [asdict(one) for one in self.sets],
             "scenes": self.scenes,
             "content": self.content,
@@ -134,3 +188,12 @@ class TrainingCheck:
             content=told["content"],
             unknown=[str(name) for name in told["unknown"]],
         )
+
+
+def _against(one: SetCheck) -> str:
+    by_pixels = "" if one.compared == one.pictures else f", {one.compared:,} of them compared by pixels"
+    return f"{one.name} ({counted(one.pictures, 'picture')}{by_pixels})"
+
+
+def _among(names: Sequence[str]) -> str:
+    return f" ({', '.join(names)})" if names else ""

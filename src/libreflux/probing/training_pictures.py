@@ -13,17 +13,19 @@ from PIL import Image
 
 @dataclass(frozen=True, slots=True)
 class TrainingPicture:
-    """A picture that was trained on.
+    """A picture that was trained on, or that a cache holds.
 
     Attributes:
         id: see `data.sources.Sample`.
         path: a file that holds it; None where none is left.
         background: laid under it where it is transparent.
+        trained: whether it is known to be trained on; False: a cache holds it, and nothing says what for.
     """
 
     id: str
     path: Path | None
     background: str = "white"
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,13 @@ class TrainingSet:
         name: as the user knows it.
         pictures: in any order, each once.
         cache: that holds their latents; None without.
+        whole: False where more may belong to it than what is known, as a part of the cache or of its memory is lost.
     """
 
     name: str
     pictures: Sequence[TrainingPicture]
     cache: Path | None = None
+    whole: bool = True
 
 
 @dataclass(frozen=True, eq=False)

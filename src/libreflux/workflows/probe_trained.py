@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from libreflux import plainjson
-from libreflux.data.cached_pictures import cached_ids, is_cache
+from libreflux.data.cached_pictures import is_cache
 from libreflux.data.crops import cut
 from libreflux.data.digests import FileMemory
 from libreflux.data.folders import walk
-from libreflux.data.held_out import places
 from libreflux.data.pictures import load_rgb
-from libreflux.data.progress import ProgressCount
 from libreflux.data.sources import require_folder
-from libreflux.errors import DataError, LibrefluxError
+from libreflux.errors import DataError
 from libreflux.files import atomic_write_json
 from libreflux.printing import get_logger
 from libreflux.probing.compare_training import VERSION, Known, compare
 from libreflux.probing.judges import Judge
+from libreflux.probing.nearest_latents import crops_there
 from libreflux.probing.pairs import keep_pairs
 from libreflux.probing.results import Picture
 from libreflux.probing.trained import TrainingCheck
-from libreflux.probing.training_pictures import MeasuredPicture, SceneFinder, TrainingPicture, TrainingSet
-from libreflux.recipe import DataSource, Recipe
+from libreflux.probing.training_pictures import MeasuredPicture, SceneFinder, TrainingSet
 from libreflux.result_key import digest
 from libreflux.training import run_recipe
+from libreflux.training.checkpoint import ADAPTER, AVERAGES
 from libreflux.workflows.probe_data import ProbeData, view_of
 from libreflux.workflows.probe_model import CACHE, ProbedModel
 from libreflux.workflows.progress import Progress, Report
+from libreflux.workflows.training_sets import of_cache, of_folder, of_run
 
 logger = get_logger(__name__)
 
 FILE = "trained.json"
 """Among a result's sections."""
-_ID = 32  # digits of `Sample.id`
 
 
 def scene_finder(model: ProbedModel) -> SceneFinder | None:
@@ -75,9 +74,10 @@ def check_training(
                 measured, known, view=view, judge=judge, cache=data.cache, progress=lambda done, of: report(done, of)
             )
             kept = compared.check, keep_pairs(out, measured, compared, view)
-            _write(out, key, *kept)
+            if [one.whole for one in kept[0].sets] == [one.whole for one in known.sets]:  # else something is damaged
+                _write(out, key, *kept)
     if remark := kept[0].remark:
-        logger.warning("%s is measured on pictures that are %s", model.name, remark)
+        logger.warning("%s, of the pictures that it is measured on: %s", model.name, remark)
     return kept
 
 
@@ -96,30 +96,90 @@ def measured_pictures(data: ProbeData) -> list[MeasuredPicture]:
 def check_places(trained_on: Sequence[Path]) -> None:
     """Raises DataError for one that is not there, or that is neither a run nor a cache and has no picture."""
     for path in trained_on:
+        if path.is_file():
+            raise DataError("is a file", where=path, hint="name a run, a cache, or a folder of pictures")
         require_folder(path)
         if not (is_cache(path) or (path / run_recipe.RECIPE).is_file() or walk(path).pictures):
             raise _no_picture(path)
 
 
 def known_training(trained_on: Sequence[Path], model: ProbedModel, out: Path, report: Report) -> Known:
-    """What is known; the runs of adapters first. Who names something says all that they know of the other adapters."""
-    sets, unknown = list[TrainingSet](), list[str]()
+    """What is known: by the runs of the adapters, by the runs that those began with, and by what the user names.
+
+    Not known is an adapter whose run nobody has, be it put on the model or merged into it. A run that the user names
+    and that wrote the very file is the file's own.
+    """
+    found, strangers = _Found(out, report), dict[str, str]()
     for file, _ in model.files:
         run = run_of(Path(file.where))
-        found = None if run is None else _of_run(run, out, report)
-        if found is None or not found.pictures:
-            unknown.append(Path(file.where).name)
+        if run is None:
+            strangers[Path(file.where).name] = file.sha256
         else:
-            sets.append(found)
+            found.add_run(run)
+    strangers |= merged_adapters(model.facts.lineage)
     for path in trained_on:
-        run = path if (path / run_recipe.RECIPE).is_file() else None
-        found = _of_cache(path, out) if is_cache(path) else None
-        found = found or (_of_folder(path, out, report) if run is None else _of_run(run, out, report))
-        if not found.pictures:
+        if (path / run_recipe.RECIPE).is_file():
+            if not found.add_run(path):
+                raise _no_picture(path)
+            strangers = {name: sha256 for name, sha256 in strangers.items() if not _wrote(path, sha256, out)}
+            continue
+        one = of_cache(path, out, report) if is_cache(path) else of_folder(path, out, report)
+        if not one.pictures:
             raise _no_picture(path)
-        sets.append(found)
-    distinct = {one.name: one for one in sets}
-    return Known(list(distinct.values()), () if trained_on else unknown, scene_finder(model))
+        found.sets[one.name] = one
+    return Known(list(found.sets.values()), [*strangers, *found.unknown], scene_finder(model))
+
+
+class _Found:
+    """What is known so far.
+
+    Attributes:
+        sets: by their names.
+        unknown: runs and adapters of which nobody knows what they were trained on.
+    """
+
+    def __init__(self, out: Path, report: Report) -> None:
+        self.sets: dict[str, TrainingSet] = {}
+        self.unknown: dict[str, None] = {}
+        self._out, self._report = out, report
+        self._runs: dict[Path, bool] = {}
+
+    def add_run(self, run: Path) -> bool:
+        """Adds a run, and the runs that it began with; False where none of its own pictures is known."""
+        place = Path(os.path.realpath(run))
+        if place in self._runs:
+            return self._runs[place]
+        found = of_run(run, self._out, self._report)
+        self._runs[place] = bool(found.pictures.pictures)
+        if self._runs[place]:
+            self.sets[found.pictures.name] = found.pictures
+        else:
+            self.unknown[found.pictures.name] = None
+        if found.began_with is not None:
+            earlier = run_of(found.began_with)
+            if earlier is None:
+                self.unknown[f"{found.began_with.name}, with which {found.pictures.name} began"] = None
+            else:
+                self.add_run(earlier)
+        return self._runs[place]
+
+
+def merged_adapters(lineage: Mapping[str, Any]) -> dict[str, str]:
+    """Name to SHA-256 of the adapters that a model says were merged into it, and into what it was made from."""
+    rows = lineage.get("adapters")
+    told = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    found = {f"{row.get('file')} (merged)": str(row.get("sha256")) for row in told}
+    base = lineage.get("base_lineage")
+    return found | (merged_adapters(base) if isinstance(base, dict) else {})
+
+
+def _wrote(run: Path, sha256: str, out: Path) -> bool:
+    """Whether a run has this very adapter: as its result, in a checkpoint, or as an average."""
+    names = [f"{folder}{file}" for folder in ("", "*/*/") for file in (ADAPTER, AVERAGES)]
+    memory = FileMemory(out / CACHE)
+    wrote = any(memory.sha256(path) == sha256 for name in names for path in run.glob(name))
+    memory.save()
+    return wrote
 
 
 def _no_picture(path: Path) -> DataError:
@@ -127,79 +187,25 @@ def _no_picture(path: Path) -> DataError:
 
 
 def run_of(adapter: Path) -> Path | None:
-    """The run folder that an adapter's file lies in: its result, one of its checkpoints or of its averages."""
-    above = list(Path(os.path.abspath(adapter)).parents)[:3]
+    """The run folder that an adapter's file, or a link to it, lies in: its result, one of its checkpoints or averages.
+
+    A run folder is its own.
+    """
+    places = [Path(os.path.abspath(adapter)), Path(os.path.realpath(adapter))]
+    above = [folder for place in places for folder in (place, *list(place.parents)[:3])]
     return next((folder for folder in above if (folder / run_recipe.RECIPE).is_file()), None)
 
 
-def _of_run(run: Path, out: Path, report: Report) -> TrainingSet:
-    """All that the run's cache and its data folders hold, but for what it held out; empty if none of them is left."""
-    name = os.path.relpath(run) if run.is_relative_to(Path.cwd()) else str(run)
-    try:
-        recipe = run_recipe.read(run / run_recipe.RECIPE)[0]
-    except LibrefluxError as error:
-        logger.warning("%s", error)
-        return TrainingSet(name, [])
-    cache = next((folder for folder in (recipe.cache_dir, run / CACHE) if is_cache(folder)), None)
-    found = {} if cache is None else {one.id: one for one in _of_cache(cache, out).pictures}
-    for source in recipe.data:
-        found |= {one.id: one for one in _of_source(source, cache, out, report)}
-    return TrainingSet(name, _trained(list(found.values()), recipe, cache, out, report), cache)
-
-
-def _trained(
-    pictures: Sequence[TrainingPicture], recipe: Recipe, cache: Path | None, out: Path, report: Report
-) -> list[TrainingPicture]:
-    """Without those that the recipe holds out, which its cache holds too."""
-    apart = set[str]()
-    if (path := recipe.held_out.path) is not None:
-        apart = {one.id for one in _of_source(DataSource(path=path), cache, out, report)}
-        if not apart:
-            logger.warning("%s has gone: what this run held out counts as trained on", path)
-    below = places([one.id for one in pictures]) < recipe.held_out.share
-    return [one for one, held in zip(pictures, below, strict=True) if not held and one.id not in apart]
-
-
-def _of_source(source: DataSource, cache: Path | None, out: Path, report: Report) -> list[TrainingPicture]:
-    """The pictures of a recipe's source; none where its folder has gone or cannot be read any more."""
-    folder = Path(source.path).expanduser()
-    try:
-        found = _of_folder(folder, out, report, cache).pictures if folder.is_dir() else []
-    except DataError as error:
-        logger.warning("%s: not compared", error)
-        return []
-    return [dataclasses.replace(one, background=source.background) for one in found]
-
-
-def _of_folder(folder: Path, out: Path, report: Report, cache: Path | None = None) -> TrainingSet:
-    paths = walk(folder).pictures
-    memory = FileMemory(out / CACHE, [] if cache is None else [cache])
-    bar = ProgressCount(lambda done, total, note: report(done, total, note))
-    looked = zip(paths, memory.inspect(paths, bar), strict=True)
-    found = {one.digest[:_ID]: path for path, one in looked if one.digest and not one.fault}
-    memory.save()
-    return TrainingSet(str(folder), [TrainingPicture(name, path) for name, path in found.items()])
-
-
-def _of_cache(cache: Path, out: Path) -> TrainingSet:
-    """The pictures of a cache, with the files that they were read from, where those are there and unchanged."""
-    ids = cached_ids(cache)
-    remembered, memory = FileMemory(cache), FileMemory(out / CACHE, [cache])
-    there = {name: path for name, path in _files_of(ids, remembered) if memory.sha256(path)[:_ID] == name}
-    memory.save()
-    return TrainingSet(str(cache), [TrainingPicture(name, there.get(name)) for name in sorted(ids)], cache)
-
-
-def _files_of(ids: set[str], memory: FileMemory) -> Iterable[tuple[str, Path]]:
-    return (each for each in memory.paths_of(ids) if each[1].is_file()) if ids else ()
-
-
 def _key(measured: Sequence[MeasuredPicture], known: Known, data: ProbeData) -> str:
-    pictures = [[one.id, one.path is not None, one.background] for one in known.pictures]
-    sets = [[one.name, sorted(each.id for each in one.pictures), str(one.cache)] for one in known.sets]
+    view = view_of(data.settings)
+    pictures = [[one.id, one.path and one.path.name, one.background, one.trained] for one in known.pictures]
+    sets = [
+        [one.name, sorted(each.id for each in one.pictures), str(one.cache), one.whole, crops_there(one, view)]
+        for one in known.sets
+    ]
     told = [pictures, sets, list(known.unknown), data.settings.judge, data.cache.settings]
-    view = [view_of(data.settings).name(0, "white"), [[one.id, one.path.name, one.caption] for one in measured]]
-    return digest([VERSION, told, view])
+    seen_in = [view.name(0, "white"), [[one.id, one.path.name, one.caption] for one in measured]]
+    return digest([VERSION, told, seen_in])
 
 
 def _read(out: Path, key: str) -> tuple[TrainingCheck, list[Picture]] | None:

@@ -23,7 +23,9 @@ HEADS = {
 SEEN = {
     "file": "the very file was trained on",
     "pixels": "these very pixels were trained on",
+    "latents": "its very latents were trained on",
     "scene": "its scene was trained on",
+    "cache": "it is in a cache",
 }
 _EXPLAINED = {
     "pixels": "Pixels: mean absolute difference of thumbnails of 32 x 32 pixels, 0 to 255.",
@@ -33,7 +35,7 @@ _EXPLAINED = {
 
 
 def remarks(results: Sequence[Result], names: Sequence[str]) -> str:
-    """What a title adds of models whose pictures are not held out; "" where none is known to be."""
+    """What a title adds of models whose pictures are not held out, or may not be; "" where none is known to be."""
     told = {name: one.remark for one, name in zip(results, names, strict=True) if one.remark}
     if len(results) == 1:
         return "".join(told.values())
@@ -41,8 +43,10 @@ def remarks(results: Sequence[Result], names: Sequence[str]) -> str:
 
 
 def distance_rows(check: TrainingCheck) -> list[tuple[str, str]]:
-    """What a table says: how many pictures were trained on, and how near the training pictures are."""
-    rows = [("measured pictures that were trained on", f"{check.seen:,} of {len(check.rows):,}")]
+    """What a table says: how many pictures were trained on, or what else is known, and how near the nearest are."""
+    rows = [("held out", check.verdict)]
+    if check.seen:
+        rows = [("measured pictures that were trained on", f"{check.seen:,} of {len(check.rows):,}")]
     for kind, told in (("pixels", "pixels, of 255"), ("content", f"content ({check.content})"), ("scene", "scene")):
         found = check.distances(kind)
         if len(found):
@@ -122,7 +126,7 @@ def warning(results: Sequence[Result], names: Sequence[str]) -> str:
     told = [
         f"{escape(name)}: {one.trained.seen:,} of {counted(len(one.trained.rows), 'picture')}"
         for one, name in zip(results, names, strict=True)
-        if one.trained is not None and one.remark
+        if one.trained is not None and one.trained.seen
     ]
     if not told:
         return ""
