@@ -271,6 +271,16 @@ def test_a_folder_of_pictures_gives_the_prompts_and_one_picture_of_each(
         read_record(tmp_path / "out" / "000000.png")
 
 
+def test_a_folder_among_its_own_prompts_is_refused(draw: Draw, seven: Path, tmp_path: Path) -> None:
+    prompts = shutil.copytree(seven, tmp_path / "prompts", ignore=shutil.ignore_patterns(".*"))
+    (tmp_path / "link").symlink_to(prompts)
+    before = files(prompts)
+    for out in (prompts, prompts / "new", tmp_path / "link" / "a" / "b"):
+        with pytest.raises(OptionError, match="from which the prompts are read: it would add to them; hint: name a"):
+            libreflux.generate_folder(prompts, out=out, **QUICK)
+    assert files(prompts) == before
+
+
 def test_every_option_is_described_and_the_example_runs(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

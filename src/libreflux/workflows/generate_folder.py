@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -135,6 +136,10 @@ def _check(options: GenerateFolderOptions) -> None:
     if Path(options.out).suffix.lower() == ".png":
         raise OptionError(f"{options.out} is a picture's name", "out", hint="name a folder")
     check_words(options)
+    prompts, out = (Path(os.path.realpath(os.path.expanduser(path))) for path in (options.prompts_from, options.out))
+    if prompts.is_dir() and out.is_relative_to(prompts):
+        what = f"{options.out} lies in {options.prompts_from}, from which the prompts are read: it would add to them"
+        raise OptionError(what, "out", hint="name a folder elsewhere")
 
 
 @dataclass(frozen=True)
