@@ -14,14 +14,17 @@ from libreflux.errors import DataError
 def test_a_text_file_has_a_prompt_on_each_line_that_is_not_blank(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes(
-        "\ufeffa fox  on\tyellow \r\n\r\n# 1 in the list\n   \nein Übel\u2028zwei\na fox on yellow".encode()
+        "\ufeff\ufeffa fox  on\tyellow \r\n\r\n\ufeff# 1 in the list\n   \nein Übel\u2028zwei\na fox on yellow".encode()
     )
     assert read_prompts(path) == ["a fox on yellow", "# 1 in the list", "ein Übel zwei", "a fox on yellow"]
 
 
 def test_a_list_gives_its_captions_and_asks_for_no_picture(tmp_path: Path) -> None:
     path = tmp_path / "metadata.jsonl"
-    rows = [{"file_name": "gone.png", "text": "a fox"}, {"captions": {"short": "an owl", "long": ["a", "b"]}}]
+    rows = [
+        {"file_name": "gone.png", "text": "a fox", "prompt": " a  fox", "captions": ["a fox"]},
+        {"captions": {"short": "an owl", "long": ["a", "b"]}},
+    ]
     path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     assert read_prompts(path) == ["a fox", "an owl", "a", "b"]
 
@@ -38,6 +41,9 @@ def test_a_folder_gives_its_captions_by_file_name_and_no_picture_is_opened(tmp_p
     [
         ("none.txt", None, "no such file"),
         ("blank.txt", b"\n \n", "no prompt in it; hint: write one prompt a line"),
+        ("a.json", b'["a fox"]', r"prompts are not read from \.json files; hint: write a \.txt with one prompt a line"),
+        ("a.CSV", b"text\na fox\n", r"not read from \.csv files"),
+        ("a.yaml", b"- a fox\n", r"not read from \.yaml files"),
         ("latin.txt", "ein Übel".encode("latin-1"), "cannot be read as UTF-8"),
         ("a.jsonl", b"{", r"a\.jsonl, line 1: not valid JSON"),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', r"a\.jsonl, line 2: no caption in this line"),

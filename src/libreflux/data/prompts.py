@@ -17,6 +17,8 @@ from libreflux.places import did_you_mean
 from libreflux.recipe import DataSource
 
 LISTS = (".jsonl",)
+_NOT_READ = frozenset({".json", ".ndjson", ".csv", ".tsv", ".parquet", ".yaml", ".yml", ".xml", ".toml"})
+_MARK = "\ufeff"  # a byte order mark: files that were joined have one in the middle
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -24,17 +26,22 @@ def read_prompts(path: Path) -> list[str]:
 
     Args:
         path: a text file with one prompt a line, of which every line that is not blank is one; a `.jsonl` file like
-            metadata.jsonl, of whose pictures none is looked at; or a folder of captioned pictures, by file name.
+            metadata.jsonl, of whose pictures none is looked at, and in which a caption that one line has twice counts
+            once; or a folder of captioned pictures, by file name.
 
     Raises:
-        DataError: no such file, not UTF-8, no prompt in it, or what is refused of captions elsewhere.
+        DataError: no such file, one of another format, not UTF-8, no prompt in it, or what is refused of captions
+            elsewhere.
     """
     if path.is_dir():
         prompts = _of_folder(path)
     elif not path.exists():
         raise DataError("no such file", where=path, hint=did_you_mean(path))
+    elif (suffix := path.suffix.lower()) in _NOT_READ:
+        hint = "write a .txt with one prompt a line, or a .jsonl with captions"
+        raise DataError(f"prompts are not read from {suffix} files", where=path, hint=hint)
     else:
-        text = read_text(path)
+        text = read_text(path).replace(_MARK, "")
         prompts = list(_of_list(path, text) if path.suffix.lower() in LISTS else text.split("\n"))
     plain = [" ".join(prompt.split()) for prompt in prompts]
     found = [prompt for prompt in plain if prompt]
@@ -55,8 +62,8 @@ def _of_list(path: Path, text: str) -> Iterator[str]:
         columns = [column for column in COLUMNS if isinstance(row, dict) and column in row]
         if not columns:
             raise DataError("no caption in this line", where=where, hint=f"add one of {', '.join(COLUMNS)}")
-        for column in columns:
-            yield from (caption for caption, _ in spread_captions(row[column], f"{where}: {column}"))
+        told = (spread_captions(row[column], f"{where}: {column}") for column in columns)
+        yield from dict.fromkeys(caption for pairs in told for caption, _ in pairs)
 
 
 def _of_folder(folder: Path) -> list[str]:
