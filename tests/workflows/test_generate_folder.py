@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from libreflux.errors import LibrefluxError, OptionError, RunError
 from libreflux.recipe import DataSource
 from libreflux.sample.metadata import read_record
 from libreflux.workflows import adapters
+from libreflux.workflows.drawing import AdaptedSource
 from libreflux.workflows.drawn_folder import DrawnFolder
 from libreflux.workflows.generate_folder import GenerateFolderOptions
 from tiny import tiny_transformer
@@ -126,6 +128,32 @@ def test_pictures_of_a_batch_are_the_same_whatever_was_there_and_all_but_those_d
     again = libreflux.remake(whole / "000004.png")
     assert again.differences == ("the batch was 3, is 1",)
     assert again.record == dataclasses.replace(read_record(seven / "000004.png"), model=again.record.model)
+
+
+def test_of_many_prompts_some_hundred_are_encoded_at_once(
+    draw: Draw, seven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, load = list[int](), AdaptedSource.load
+    told: list[tuple[str, int, int]] = []
+
+    def counted(source: AdaptedSource, *rest: Any) -> Any:
+        assert rest[-1] == 7 * 2 * 2  # all of the work decides whether compiling pays: two steps, guided
+        session = load(source, *rest)
+        held.append(len(session.texts))
+        return session
+
+    @contextmanager
+    def progress(what: str, unit: str = "step") -> Iterator[Callable[..., None]]:
+        yield lambda done, total, note="", begun=False: None if note else told.append((what, done, total))
+
+    monkeypatch.setattr(AdaptedSource, "load", counted)
+    monkeypatch.setattr(sys.modules[GenerateFolderOptions.__module__], "AT_ONCE", 2)
+    draw(tmp_path / "out", count=7, progress=progress)
+    assert held == [3, 3, 3, 2]  # of two prompts, at last of one, with the negative prompt
+    assert files(tmp_path / "out") == files(seven)
+    assert [row[1:] for row in told if row[0] == "encoding"][:4] == [(1, 3), (2, 3), (3, 3), (1, 3)]
+    drawn = [done for what, done, _ in told if what == "drawing"]
+    assert drawn == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7]
 
 
 def test_each_picture_is_drawn_again_from_itself(seven: Path) -> None:

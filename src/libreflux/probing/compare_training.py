@@ -114,9 +114,9 @@ def compare(
         if latents is not None and latents.distances[row] == 0:
             same["latents"] = pictures[int(latents.nearest[row])].trained
         same["scene"] = True if scene is not None and scene.seen else None
-        near = [_near(found, row, pictures) for found in (files.pixels, content)]
+        pixels, near = (_near(found, row, pictures) for found in (files.pixels, content))
         shown = None if scene is None else Neighbour(name=scene.name, distance=float(scene.distance))
-        rows.append(_checked(one, _seen(same), *near, shown))
+        rows.append(_checked(one, _seen(same), pixels, near, shown))
     compared = {pictures[number].id for number in files.compared}
     check = TrainingCheck(
         rows=rows,

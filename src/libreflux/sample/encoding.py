@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,9 @@ from libreflux.printing import counted, get_logger
 from libreflux.values import is_whole
 
 logger = get_logger(__name__)
+
+Encoded = Callable[[int, int], None]
+"""Told how many texts of how many are encoded."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,13 @@ def _tell_unseen(encoders: TextEncoders, prompts: Sequence[str], *, apart: bool)
             logger.warning("prompt too long for CLIP, which does not see %r; %s", _short(unseen), other)
 
 
-def encode_ahead(encoders: TextEncoders, facts: Facts, texts: Iterable[Text]) -> dict[Text, TextConditioning]:
+def untold(done: int, total: int) -> None:
+    """Nobody is told."""
+
+
+def encode_ahead(
+    encoders: TextEncoders, facts: Facts, texts: Iterable[Text], told: Encoded = untold
+) -> dict[Text, TextConditioning]:
     """Every text on the CPU, so that its encoders can go: alone, as batch mates have a say in the last bits.
 
     Encoders and transformer are then never in memory together: `open_model(name, parts=("text",))`, this, `del`,
@@ -88,15 +97,17 @@ def encode_ahead(encoders: TextEncoders, facts: Facts, texts: Iterable[Text]) ->
     Raises:
         RecipeError, ModelError: see `encode_prompts`.
     """
-    found = {}
-    for text in dict.fromkeys(texts):
+    found = dict[Text, TextConditioning]()
+    wanted = list(dict.fromkeys(texts))
+    for text in wanted:
         second = None if text.prompt_2 is None else [text.prompt_2]
         found[text] = encode_prompts(encoders, facts, [text.prompt], second, text.max_tokens).to("cpu")
+        told(len(found), len(wanted))
     return found
 
 
 def encode_in_turn(
-    encoders: TextEncoders, facts: Facts, texts: Iterable[Text], device: torch.device
+    encoders: TextEncoders, facts: Facts, texts: Iterable[Text], device: torch.device, told: Encoded = untold
 ) -> dict[Text, TextConditioning]:
     """What `encode_ahead` gives, to the bit, with one encoder on the device at a time.
 
@@ -105,6 +116,7 @@ def encode_in_turn(
         facts: the model's.
         texts: what is encoded.
         device: where the encoders compute.
+        told: of the texts that T5 has read, which takes nearly all of the time.
 
     Raises:
         RecipeError, ModelError: see `encode_prompts`.
@@ -122,7 +134,10 @@ def encode_in_turn(
         return [each.cpu() for each in tokens], favoured
 
     with _visiting(encoders.text_encoder_2, device):
-        tokens = [by_t5(text) for text in wanted]
+        tokens = []
+        for text in wanted:
+            tokens.append(by_t5(text))
+            told(len(tokens), len(wanted))
     with _visiting(encoders.text_encoder, device):
         pooled = [encoders.encode_clip([text.prompt]).cpu() for text in wanted]
     return {

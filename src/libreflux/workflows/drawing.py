@@ -34,7 +34,7 @@ from libreflux.model.source import ModelSource
 from libreflux.model.text import TextConditioning, TextEncoders, check_padding
 from libreflux.model.w8a8 import kind_for, quantise_activations
 from libreflux.printing import counted
-from libreflux.sample.encoding import Text, encode_ahead, encode_in_turn
+from libreflux.sample.encoding import Encoded, Text, encode_ahead, encode_in_turn, untold
 from libreflux.sample.metadata import GenerationRecord, versions
 from libreflux.sample.pipeline import LibreFluxPipeline
 from libreflux.workflows.adapters import adapted_facts, adapter_argument, as_typed, load_arguments, notice_other_base
@@ -159,23 +159,33 @@ class AdaptedSource:
         """Pixels per side of a picture by default."""
         return LibreFluxPipeline.size_of(self.vae)
 
-    def load(self, records: Iterable[GenerationRecord], sha256: Callable[[Path], str] = sha256_file) -> DrawingSession:
-        """Ready to draw these pictures, and whatever else has their texts; `sha256` see `ModelSource.hash_with`."""
+    def load(
+        self,
+        records: Iterable[GenerationRecord],
+        sha256: Callable[[Path], str] = sha256_file,
+        told: Encoded = untold,
+        passes: int | None = None,
+    ) -> DrawingSession:
+        """Ready to draw these pictures, and whatever else has their texts; `sha256` see `ModelSource.hash_with`.
+
+        `told` is told of texts that are encoded; `passes` of the transformer in all, where these pictures are a part.
+        """
         records = list(records)
         release(self.device)  # what was drawn with before
         with explained(f"encoding the prompts on {self.device}", FEWER_ENCODERS):
-            texts, encoders = self.encoded([text for record in records for text in texts_of(record)])
+            texts, encoders = self.encoded([text for record in records for text in texts_of(record)], told)
         with explained(f"reading the model onto {self.device}", SMALLER):
             session = self._opened(records, texts, encoders, sha256)
-        return dataclasses.replace(session, compiled=self._compiled(session.pipe.transformer, records))
+        return dataclasses.replace(session, compiled=self._compiled(session.pipe.transformer, records, passes))
 
     def _compiled(
-        self, transformer: FluxTransformer2DModel, records: Sequence[GenerationRecord]
+        self, transformer: FluxTransformer2DModel, records: Sequence[GenerationRecord], passes: int | None = None
     ) -> CompiledBlocks | None:
         kind = self.device.type
         if self.compile == "off" or (self.compile == "auto" and (kind != "cuda" or self.offload == "sequential")):
             return None
-        passes = sum(record.passes for record in records) // max((record.batch for record in records), default=1)
+        if passes is None:
+            passes = sum(record.passes for record in records) // max((record.batch for record in records), default=1)
         work = work_of(transformer, passes, training=False)
         choice = compile_choice.choose(self.compile, kind, work, missing=missing_compiler(self.device))
         if not choice.on:
@@ -227,14 +237,16 @@ class AdaptedSource:
         hashes = {"transformer": transformer_hash}
         return DrawingSession(pipe, texts, self.facts, self.device, dtype, hashes, rows, on_notice=self.on_notice)
 
-    def encoded(self, texts: Sequence[Text]) -> tuple[dict[Text, TextConditioning], TextEncoders | None]:
+    def encoded(
+        self, texts: Sequence[Text], told: Encoded = untold
+    ) -> tuple[dict[Text, TextConditioning], TextEncoders | None]:
         """The texts, and the encoders if they are to stay; else nothing of them is left in memory."""
         in_turn, by_block = self.offload == "model", self.offload == "sequential"
         encoders = self.source.load_text(device=torch.device("cpu") if in_turn else self.device, by_block=by_block)
         if in_turn:
-            found = encode_in_turn(encoders, self.facts, texts, self.device)
+            found = encode_in_turn(encoders, self.facts, texts, self.device, told)
         else:
-            found = encode_ahead(encoders, self.facts, texts)
+            found = encode_ahead(encoders, self.facts, texts, told)
         if self.offload == "none":
             return found, encoders
         del encoders

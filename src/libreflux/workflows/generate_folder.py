@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 MOST_PICTURES = 1_000_000
 """Of one folder: their names have six digits."""
 MOST_TOGETHER = 4096
+AT_ONCE = 256
+"""Prompts that are encoded and held together: of 512 tokens each they take 2 GiB."""
 _NOT_DECIDING = ("schema", "prompt", "prompt_2", "seed", "model", "dtype", "device", "hashes", "adapters", "versions")
 """Fields of a record that differ between pictures, that the key holds in another way, or that decide last bits."""
 
@@ -208,22 +210,54 @@ def _draw_missing(
         return 0
     size = pictures.common.batch
     groups = [range(size * group, size * (group + 1)) for group in sorted({index // size for index in missing})]
-    session = source.load([pictures.record(index) for group in groups for index in group], memory.sha256)
-    with options.progress("drawing", "picture") as report:
-        done = count - len(missing)
-        report(done, count, begun=True)
-        for group in groups:
-            wanted = [index for index in group if index in missing]
-            note = _Note(report, done, count, pictures.common.steps)
-            for index, image, record in _drawn(session, [pictures.record(index) for index in group], group, note):
-                if index not in missing:
-                    continue
-                path = folder.write(index, image, record if options.metadata else None, pictures.of(index)[0])
-                if options.on_picture is not None:
-                    options.on_picture(path)
-            done += len(wanted)
-            report(done, count)
+    passes = pictures.common.passes * len(groups)
+    done = count - len(missing)
+    for part in _parts(groups, pictures):
+        with options.progress("encoding", "prompt") as told:
+            records = [pictures.record(index) for group in part for index in group]
+            session = source.load(records, memory.sha256, told, passes)
+        with options.progress("drawing", "picture") as report:
+            report(done, count, begun=True)
+            for group in part:
+                note = _Note(report, done, count, pictures.common.steps)
+                done += _draw_group(options, folder, pictures, session, [*group], missing, note)
+                report(done, count)
+        del session  # before the encoders come again
     return len(missing)
+
+
+def _parts(groups: Sequence[range], pictures: _Pictures) -> Iterator[list[range]]:
+    """Groups of at most `AT_ONCE` prompts together, or one group."""
+    part, prompts = list[range](), set[str]()
+    for group in groups:
+        own = {pictures.of(index)[0] for index in group}
+        if part and len(prompts | own) > AT_ONCE:
+            yield part
+            part, prompts = [], set()
+        part.append(group)
+        prompts |= own
+    yield part
+
+
+def _draw_group(
+    options: GenerateFolderOptions,
+    folder: DrawnFolder,
+    pictures: _Pictures,
+    session: DrawingSession,
+    group: Sequence[int],
+    missing: Container[int],
+    note: _Note,
+) -> int:
+    """Draws a group, and writes what is missing of it; returns how many that were."""
+    written = 0
+    for index, image, record in _drawn(session, [pictures.record(index) for index in group], group, note):
+        if index not in missing:
+            continue
+        path = folder.write(index, image, record if options.metadata else None, pictures.of(index)[0])
+        if options.on_picture is not None:
+            options.on_picture(path)
+        written += 1
+    return written
 
 
 def _drawn(

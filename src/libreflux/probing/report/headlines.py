@@ -86,8 +86,8 @@ def _velocity(results: Sequence[Result], labels: Sequence[str]) -> Iterator[str]
         )
     losses = [_by_sigma(one, "loss") for one in results]
     if all(losses):
-        seen = any(one.remark for one in results)
-        measured = "the measured pictures" if seen else "pictures that were kept out of training"
+        doubtful = any(one.remark or (one.trained is not None and not one.trained.complete) for one in results)
+        measured = "the measured pictures" if doubtful else "pictures that were kept out of training"
         yield _sentence(
             "Error.",
             f"The mean over all noise levels on {measured} (less is better):",
