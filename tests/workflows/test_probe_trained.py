@@ -253,7 +253,11 @@ def test_paths_of_a_recipe_begin_where_its_run_began_and_small_pictures_are_left
         expected = {f"{number}.png": "file" if number < 30 else None for number in (0, 1, 2, 30, 31)}
         assert seen_by_name(found) == expected
         assert found.result.trained.sets[0].whole is kept  # what a folder holds now is not all that it held
-    shutil.move(tmp_path / "there" / "run", tmp_path / "moved")
+    shutil.move(tmp_path / "there", tmp_path / "elsewhere")  # with its pictures
+    moved = measure(tmp_path / "elsewhere" / "photos", trained_on=tmp_path / "elsewhere" / "run").result.trained
+    assert (moved.seen, moved.sets[0].compared) == (3, 3)
+    trained = tmp_path / "elsewhere" / "photos"
+    shutil.move(tmp_path / "elsewhere" / "run", tmp_path / "moved")
     assert measure(trained, trained_on=tmp_path / "moved").result.trained.seen == 3
 
 

@@ -7,6 +7,7 @@ learnt.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -146,14 +147,36 @@ def _from_cache(
     there = _whole_files(rows, cache, out, report)
     found: dict[str, TrainingPicture] = {}
     for source in sources:
-        below, linked = _placed(Path(source.path).expanduser(), base), _links_of(source, base)
-        for name, path in rows:
-            if name in found or not (_is_below(path, below) or str(path) in linked):
-                continue
+        own: dict[str, TrainingPicture] = {}
+        for name in _read_from(source, base, rows):
             file, looked = there.get(name, (None, None))
             if looked is None or min(looked.width, looked.height) >= source.min_size:
-                found[name] = TrainingPicture(name, file, source.background)
+                own[name] = TrainingPicture(name, file, source.background)
+        found |= _moved(source, base, own, out, report)
     return list(found.values()), not unread and ids <= {name for name, _ in rows}
+
+
+def _read_from(source: DataSource, base: Path | None, rows: Sequence[tuple[str, Path]]) -> list[str]:
+    """The ids that were read from a data folder. If all has been moved since with the run, its own names tell it."""
+    folder = Path(source.path).expanduser()
+    below, linked = _placed(folder, base), _links_of(source, base)
+    found = [name for name, path in rows if _is_below(path, below) or str(path) in linked]
+    return found or [name for name, path in rows if not folder.is_absolute() and _is_below(path, folder)]
+
+
+def _moved(
+    source: DataSource, base: Path | None, own: dict[str, TrainingPicture], out: Path, report: Report
+) -> dict[str, TrainingPicture]:
+    """The same pictures, with files for those that lie in the folder today and were read from another place."""
+    folder = _placed(Path(source.path).expanduser(), base)
+    if not folder.is_absolute() or not folder.is_dir() or all(one.path is not None for one in own.values()):
+        return own
+    try:
+        today = {one.id: one.path for one in of_folder(folder, out, report, source.min_size).pictures}
+    except DataError as error:
+        logger.warning("%s: not compared", error)
+        return own
+    return {name: dataclasses.replace(one, path=one.path or today.get(name)) for name, one in own.items()}
 
 
 def _rows(ids: Collection[str], cache: Path, out: Path) -> list[tuple[str, Path]]:
