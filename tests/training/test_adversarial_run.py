@@ -34,7 +34,6 @@ from training.test_adversary import pictures
 ADVERSARIAL: dict[str, Any] = {
     "objective": "distil",
     "distil": {"steps": 4, "adversarial": {"width": 8, "learning_rate": 2e-3, "warmup": 2}},
-    "sigmas": {"law": "uniform"},
 }
 SAVED = ("adapter", "optimizer", "heads", "heads_optimizer")
 
@@ -166,6 +165,9 @@ def _overrides(*others: str) -> list[str]:
         ("{steps: 4, substeps: 8, adversarial: {}}", "substeps does nothing under adversarial"),
         ("{steps: 4, adversarial: {warmup: 9}}", "warmup 9 would fill all of steps 9"),
         ("{steps: 1, adversarial: {warmup: 3}}", "warmup does nothing with one step"),
+        ("{steps: 1, adversarial: {rungs: [1]}}", "rungs does nothing with one step"),
+        ("{steps: 4, adversarial: {rungs: [1, 1]}}", "rungs has 2 weights for steps 4"),
+        ("{steps: 2, adversarial: {rungs: [1, 0]}}", "rungs.1"),
         ("{steps: 4, adversarial: {blocks: [1, 1]}}", "the same block is given twice"),
         ("{steps: 4, adversarial: {blocks: []}}", "adversarial.blocks"),
         ("{steps: 4, adversarial: {penatly: 1}}", "penalty"),
@@ -174,6 +176,13 @@ def _overrides(*others: str) -> list[str]:
 def test_what_would_do_nothing_is_refused(distil: str, told: str) -> None:
     with pytest.raises(RecipeError, match=told):
         load_recipe(None, _overrides(f"distil={distil}"))
+
+
+def test_laws_of_sigma_are_refused_beside_the_rungs_that_take_their_place() -> None:
+    with pytest.raises(RecipeError, match=r"sigmas does nothing under distil\.adversarial, where rungs weighs"):
+        load_recipe(None, [*_overrides(), "sigmas.shift=3"])
+    regression = ["distil={steps: 4}", "sigmas.shift=3"]
+    assert load_recipe(None, _overrides(*regression)).sigmas.shift == 3
 
 
 def test_a_block_that_the_model_has_not_is_refused_before_anything_is_prepared(

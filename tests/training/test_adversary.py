@@ -20,7 +20,7 @@ from libreflux.model.text import TextConditioning
 from libreflux.recipe import AdversarialSpec
 from libreflux.training import adversary as adversary_module
 from libreflux.training import adversary_heads as heads
-from libreflux.training.adversary import Adversary, chosen_blocks, lower_rungs, renoise_sigmas
+from libreflux.training.adversary import Adversary, chosen_blocks, draw_rungs, lower_rungs, renoise_sigmas
 from libreflux.training.objective import NoisedBatch
 from model.bases import adapted, based
 
@@ -56,6 +56,26 @@ def test_levels_follow_their_law_and_the_early_ladder_is_its_lower_half() -> Non
     assert chosen_blocks(AdversarialSpec(), 57) == (5, 17, 28, 39, 51)
     assert chosen_blocks(AdversarialSpec(), 3) == (0, 1, 2)
     assert chosen_blocks(AdversarialSpec(blocks=(4, 1)), 3) == (4, 1)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_rungs_are_drawn_by_their_weights(shift: float) -> None:
+    """Of every step's slots half begin at pure noise, where the recipe says nothing else."""
+    rungs = ladder(4, shift)[:-1]
+
+    def shares(spec: AdversarialSpec, count: int, step: int) -> list[float]:
+        drawn = draw_rungs(spec, 4, count, 3, step, shift=shift)
+        assert drawn.dtype == torch.float32
+        return [float((drawn == rung).sum()) / count for rung in rungs]
+
+    assert shares(AdversarialSpec(), 12, 5) == pytest.approx([0.5, 1 / 6, 1 / 6, 1 / 6])
+    assert shares(AdversarialSpec(rungs=(1, 2, 3, 4)), 10, 5) == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert shares(AdversarialSpec(warmup=6), 12, 5) == pytest.approx([0, 0, 2 / 3, 1 / 3])
+    assert shares(AdversarialSpec(warmup=5), 12, 5) == pytest.approx([0.5, 1 / 6, 1 / 6, 1 / 6])
+    draws = [draw_rungs(AdversarialSpec(), 4, 6, seed, step) for seed, step in ((3, 0), (3, 1), (4, 0), (3, 0))]
+    assert torch.equal(draws[0], draws[3])
+    assert not any(torch.equal(draws[0], other) for other in draws[1:3])
+    assert draw_rungs(AdversarialSpec(), 1, 3, 3, 0).tolist() == [1.0] * 3
 
 
 # ---- one pass -----------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from libreflux.adapter.adapter import Adapter
 from libreflux.errors import RunError
 from libreflux.flow.path import interpolate, x0_from_velocity
 from libreflux.flow.schedule import ladder
-from libreflux.flow.sigmas import LogitNormal, stratified
+from libreflux.flow.sigmas import LogitNormal, Weighted, stratified
 from libreflux.model.features import image_features
 from libreflux.model.latents import pack
 from libreflux.model.offload import spread
@@ -81,10 +81,34 @@ def renoise_sigmas(spec: AdversarialSpec, count: int, seed: int, step: int) -> T
     return stratified(law, count, seeding.generator(seed, "adversary", step))
 
 
+def rung_weights(spec: AdversarialSpec, steps: int) -> tuple[float, ...]:
+    """How often each step of a student is drawn, from the noisiest on, in proportion."""
+    if spec.rungs is not None or steps == 1:
+        return spec.rungs or (1.0,)
+    # A student's first step decides the layout, and draws from pure noise, which no other step trains.
+    return (0.5, *[0.5 / (steps - 1)] * (steps - 1))
+
+
+def draw_rungs(spec: AdversarialSpec, steps: int, count: int, seed: int, step: int, *, shift: float = 1.0) -> Tensor:
+    """The rungs of a student's ladder at which it is trained, [count] fp32 by slot: of (seed, "sigma", step).
+
+    Args:
+        spec: the recipe's; `warmup` counts training steps.
+        steps: that the student draws in.
+        count: pictures of the training step.
+        seed: the run's.
+        step: of the training, from 0.
+        shift: of the ladder.
+    """
+    law = Weighted(ladder(steps, shift)[:-1].tolist(), rung_weights(spec, steps))
+    drawn = stratified(law, count, seeding.generator(seed, "sigma", step))
+    return lower_rungs(drawn, steps, shift) if step < spec.warmup else drawn
+
+
 def lower_rungs(sigma: Tensor, steps: int, shift: float = 1.0) -> Tensor:
     """Rungs of a ladder, [B], brought into its less noisy half: each to the one of half its number, counted from 0.
 
-    Early in training; from pure noise alone a student learns too slowly (arXiv 2403.12015, section 3.2).
+    For the first steps of a training: there the student has the layout before it, and only details are to be learned.
     """
     rising = ladder(steps, shift)[:-1].flip(0).to(sigma)
     return rising[torch.searchsorted(rising, sigma) // 2]

@@ -26,7 +26,7 @@ from libreflux.model.compiling import CompiledBlocks
 from libreflux.model.facts import Facts
 from libreflux.model.source import ModelSource
 from libreflux.recipe import Recipe, SigmaSpec
-from libreflux.training.adversary import Adversary, Learned, lower_rungs, renoise_sigmas, told_means
+from libreflux.training.adversary import Adversary, Learned, draw_rungs, renoise_sigmas, told_means
 from libreflux.training.callbacks import Started, StepInfo
 from libreflux.training.ema import Averages
 from libreflux.training.gradient import accumulate_gradient, clip_grad_norm, group_norms
@@ -190,12 +190,12 @@ class Training:
     def _sigmas(self, count: int) -> Tensor:
         """The step's noise levels, [count] by slot; of a student of few steps, rungs of its ladder."""
         recipe, distil = self.recipe, self.recipe.distil
+        if distil is not None and distil.adversarial is not None and distil.steps is not None:
+            return draw_rungs(distil.adversarial, distil.steps, count, recipe.seed, self.step, shift=self.shift)
         sigmas = draw_sigmas(recipe.sigmas, count, recipe.seed, self.step)
         if distil is None or distil.steps is None:
             return sigmas
-        rungs = on_rungs(sigmas, distil.steps, self.shift)
-        early = distil.adversarial is not None and self.step < distil.adversarial.warmup
-        return lower_rungs(rungs, distil.steps, self.shift) if early else rungs
+        return on_rungs(sigmas, distil.steps, self.shift)
 
     def _noise(self, batch: Batch, unit: Unit, *purpose: str) -> Tensor:
         """[B, C, h, w] on the device, of the pictures' slots."""
