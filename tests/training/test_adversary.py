@@ -13,6 +13,7 @@ from libreflux.adapter.adapter import Adapter
 from libreflux.flow.path import interpolate
 from libreflux.flow.schedule import ladder
 from libreflux.model import numerics
+from libreflux.model.compiling import CompiledBlocks
 from libreflux.model.features import image_features
 from libreflux.model.latents import pack
 from libreflux.model.offload import BlockOffload
@@ -185,6 +186,30 @@ def test_the_penalty_goes_by_the_features_alone(monkeypatch: pytest.MonkeyPatch)
     assert all(one.is_leaf and one.requires_grad for one in seen)
     hinge = found.told["discriminator_loss"] - 10 * found.told["penalty"]
     assert bool((hinge > 0).all() & (found.told["penalty"] > 0).all())
+
+
+def test_compiled_blocks_compute_real_and_drawn_pictures_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks before the first adapted one too, which have no gradient of their own to record."""
+    transformer = based("fp32")
+    transformer.transformer_blocks = torch.nn.ModuleList()  # half the time to compile
+    adapter = adapted(transformer, "single_transformer_blocks.1.attn.to_q")
+    adversary = Adversary(AdversarialSpec(width=8, blocks=(0, 1)), transformer, 0, "cpu")
+    compiled, found = CompiledBlocks(transformer, backend="aot_eager"), list[tuple[dict[int, Tensor], int]]()
+    own = adversary._features
+
+    def watched(*given: Any) -> dict[int, Tensor]:
+        found.append((own(*given), compiled.graphs))
+        return found[-1][0]
+
+    monkeypatch.setattr(adversary, "_features", watched)
+    adversary.learn(transformer, adapter, *pictures(), WEIGHTS, compiled=True)
+    (real, before), (_, after) = found
+    assert before == after == compiled.graphs, compiled.graphs_by_kind
+    _, again = pictures()
+    with adapter.disabled():
+        drawn = own(transformer, again, again.x_sigma.requires_grad_() * 1)  # as through a student
+    assert compiled.graphs == after
+    assert all(torch.equal(real[block], drawn[block]) for block in (0, 1))
 
 
 def test_passes_of_a_step_add_up() -> None:

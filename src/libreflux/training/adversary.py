@@ -146,6 +146,8 @@ class Adversary:
         batch: NoisedBatch,
         again: NoisedBatch,
         weights: Tensor,
+        *,
+        compiled: bool = False,
     ) -> Learned:
         """Adds one pass's gradients: the student's to its parameters' `.grad`, the heads' to `gradient`.
 
@@ -155,6 +157,7 @@ class Adversary:
             batch: the pictures at rungs of the student's ladder.
             again: the same pictures and prompts, with the noise and the levels at which the heads see them.
             weights: [B], of each picture in the gradient of the step.
+            compiled: whether the transformer's blocks are.
 
         Raises:
             ModelError: a block that the transformer does not have.
@@ -163,9 +166,10 @@ class Adversary:
         velocity = batch.velocity(transformer, x, batch.sigma)
         drawn_x0 = x0_from_velocity(x, velocity, batch.sigma)
         with adapter.disabled():
-            # Gradients are recorded for real pictures too, and none is needed: the same kernels, compiled or not, then
-            # compute both. Heads would find out another rounding.
-            real = {block: seen.detach() for block, seen in self._features(transformer, again, again.x_sigma).items()}
+            # Heads would find out another rounding. Compiled blocks have a graph of their own, with other last bits,
+            # where nothing needs a gradient: real pictures are then given one, which is thrown away.
+            x_real = again.x_sigma.requires_grad_(compiled)
+            real = {block: seen.detach() for block, seen in self._features(transformer, again, x_real).items()}
             drawn = self._features(transformer, again, interpolate(drawn_x0, pack(again.noise), again.sigma))
         # One pass of the teacher serves both: the heads see its features cut off, the student their gradient by them.
         cut = {block: seen.detach().requires_grad_() for block, seen in drawn.items()}

@@ -223,7 +223,8 @@ class Training:
             return Learned(of_unit.detach(), {})
         levels = renoise_sigmas(adversary.spec, unit.total, seed, self.step)[list(unit.slots)]
         again = replace(noised, noise=self._noise(batch, unit, "adversary"), sigma=levels.to(self.device))
-        return adversary.learn(self.transformer, self.adapter, noised, again, weights / unit.total)
+        compiled = self.compiled is not None
+        return adversary.learn(self.transformer, self.adapter, noised, again, weights / unit.total, compiled=compiled)
 
     def _target(self, batch: Batch, noised: NoisedBatch) -> Tensor:
         """What the network's velocity is compared with, by the recipe's objective; [B, h*w/4, 4C] fp32."""
