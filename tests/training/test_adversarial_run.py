@@ -128,18 +128,35 @@ def test_heads_with_a_gradient_that_is_not_finite_skip_the_step(
 ) -> None:
     monkeypatch.setattr(Adversary, "norm", lambda _: float("nan"))
     recorder, _ = recorded_fit(recipe_tree(tmp_path / "run", **ADVERSARIAL, steps=3))
-    assert [sorted(info.at_fault) for info in recorder.steps] == [sorted(info.sample_ids) for info in recorder.steps]
+    assert [info.at_fault for info in recorder.steps] == [["heads of the adversary"]] * 3
+    assert [line["skipped"] for line in lines(tmp_path / "run")] == [["heads of the adversary"]] * 3
+    told = r"3 steps in a row.*with the heads of the adversary; hint: raise distil\.adversarial\.penalty, .*"
+    with pytest.raises(RunError, match=told + r"a lower distil\.adversarial\.learning_rate"):
+        fit(Recipe.model_validate(recipe_tree(tmp_path / "short", **ADVERSARIAL, steps=3, max_skipped=3)))
     heads = load_file(checkpoint.step_folder(tmp_path / "run", 3) / "heads.safetensors")
     assert not any(bool(tensor.any()) for name, tensor in heads.items() if "verdict" in name)
+
+
+def test_heads_whose_weights_are_not_finite_are_never_kept(
+    recipe_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(adversary: Adversary) -> float:
+        adversary.gradient[0] = float("nan")
+        return 1.0
+
+    monkeypatch.setattr(Adversary, "norm", spoilt)
+    told = r"step 1 made weights of the heads of the adversary .*hint: .*distil\.adversarial\.learning_rate"
+    with pytest.raises(RunError, match=told):
+        fit(Recipe.model_validate(recipe_tree(tmp_path / "run", **ADVERSARIAL, steps=3)))
 
 
 def test_processes_whose_heads_differ_are_noticed() -> None:
     transformer = based("fp32")
     adapter, adversary = adapted(transformer), Adversary(AdversarialSpec(), transformer, 0, "cpu")
-    told: list[str] = []
+    told: list[list[str]] = []
 
-    def gather(digest: str) -> list[str]:
-        told.append(digest)
+    def gather(digests: list[str]) -> list[list[str]]:
+        told.append(digests)
         return told
 
     ranks = SimpleNamespace(world=2, gather=gather)
@@ -148,7 +165,13 @@ def test_processes_whose_heads_differ_are_noticed() -> None:
     Training.require_replicas(training)
     with torch.no_grad():
         adversary.parameters[-1].add_(1e-6)
-    with pytest.raises(RunError, match="differ after step 1"):
+    with pytest.raises(RunError, match="the adversary's heads of the processes differ after step 1"):
+        Training.require_replicas(training)
+    del told[:]
+    Training.require_replicas(training)
+    with torch.no_grad():
+        next(iter(adapter.parameters())).add_(1e-3)
+    with pytest.raises(RunError, match="the adapters of the processes differ after step 1"):
         Training.require_replicas(training)
 
 

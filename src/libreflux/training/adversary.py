@@ -224,7 +224,7 @@ class Adversary:
             RunError: that made weights that are not finite; `step` and `run` are named.
         """
         self.optimizer.step(self.spec.learning_rate, self.gradient)
-        require_finite(self.parameters, step, run)
+        require_finite(self.parameters, step, run, heads=True)
 
     def digest(self) -> str:
         """Of the heads' bytes."""

@@ -30,7 +30,7 @@ from libreflux.training.adversary import Adversary, Learned, draw_rungs, renoise
 from libreflux.training.callbacks import Started, StepInfo
 from libreflux.training.ema import Averages
 from libreflux.training.gradient import accumulate_gradient, clip_grad_norm, group_norms
-from libreflux.training.nonfinite import Skips, at_fault, require_finite
+from libreflux.training.nonfinite import Skips, at_fault, heads_at_fault, require_finite
 from libreflux.training.objective import (
     NoisedBatch,
     distilled_target,
@@ -136,12 +136,12 @@ class Training:
         digest = hashlib.sha256()
         for parameter in self.adapter.parameters() if self.ranks.world > 1 else ():
             digest.update(parameter.detach().cpu().view(torch.uint8).numpy().tobytes())
-        if self.adversary is not None and self.ranks.world > 1:
-            digest.update(self.adversary.digest().encode())
-        digests = self.ranks.gather(digest.hexdigest())
-        if len(set(digests)) > 1:
-            hint = "run all processes on the same kind of device and the same versions"
-            raise RunError(f"the adapters of the processes differ after step {self.step}", where=self.run, hint=hint)
+        heads = "" if self.adversary is None or self.ranks.world == 1 else self.adversary.digest()
+        digests = self.ranks.gather([digest.hexdigest(), heads])
+        for what, one in zip(("adapters", "adversary's heads"), zip(*digests, strict=True), strict=True):
+            if len(set(one)) > 1:
+                hint = "run all processes on the same kind of device and the same versions"
+                raise RunError(f"the {what} of the processes differ after step {self.step}", where=self.run, hint=hint)
 
     def take_step(self) -> StepInfo:
         """One optimizer step: accumulate × batch pictures (fewer at an epoch's end), each by its `loss_weight`.
@@ -244,7 +244,7 @@ class Training:
         faulty = at_fault(sample_ids, [row[2] for row in rows], norm, spec.clip)
         heads_norm = None if adversary is None else adversary.norm()
         if heads_norm is not None and not faulty:
-            faulty = at_fault(sample_ids, [discriminator for *_, (discriminator, *_) in rows], heads_norm, None)
+            faulty = heads_at_fault(sample_ids, [discriminator for *_, (discriminator, *_) in rows], heads_norm)
         learning_rate = lr_at(
             self.step,
             learning_rate=spec.learning_rate,
