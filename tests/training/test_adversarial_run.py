@@ -20,6 +20,7 @@ from libreflux.adapter.io import load_adapter
 from libreflux.data.prepare import prepare_recipe
 from libreflux.errors import RecipeError, RunError
 from libreflux.recipe import AdversarialSpec, Recipe, load_recipe
+from libreflux.training import adversary as adversary_module
 from libreflux.training import checkpoint, estimate, trace
 from libreflux.training.adversary import Adversary
 from libreflux.training.estimate import estimate_recipe
@@ -30,6 +31,7 @@ from model.bases import adapted, based
 from tiny import poison_latents
 from training.recorded import Tree, recorded_fit
 from training.test_adversary import pictures
+from training.test_compiled import trained
 
 ADVERSARIAL: dict[str, Any] = {
     "objective": "distil",
@@ -82,6 +84,14 @@ def test_a_stopped_run_resumes_to_the_bit(
     assert [set(info.sigmas) <= {0.25, 0.5} for info in recorder.steps][:2] == [True, True]
     assert {sigma for info in recorder.steps[2:] for sigma in info.sigmas} <= {0.25, 0.5, 0.75, 1.0}
     assert recorder.steps[3].adversary is not None
+    # Of pure noise apart, where some picture of the step begins there.
+    for info, line in zip(recorder.steps, lines(whole), strict=True):
+        assert ("spread_ratio_on_noise" in line) == ("adversarial_loss_on_noise" in line) == (1.0 in info.sigmas)
+        of_noise = [loss for loss, sigma in zip(info.losses, info.sigmas, strict=True) if sigma == 1]
+        assert line.get("adversarial_loss_on_noise") == pytest.approx(
+            sum(of_noise) / len(of_noise) if of_noise else None
+        )
+    assert "spread_ratio_on_noise" in last
 
 
 def test_a_student_may_begin_from_a_regression_and_a_checkpoint_without_heads_is_no_start(
@@ -194,6 +204,7 @@ def _overrides(*others: str) -> list[str]:
         ("{steps: 4, adversarial: {blocks: [1, 1]}}", "the same block is given twice"),
         ("{steps: 4, adversarial: {blocks: []}}", "adversarial.blocks"),
         ("{steps: 4, adversarial: {penatly: 1}}", "penalty"),
+        ("{steps: 4, adversarial: }", r"adversarial.*write adversarial: \{\} for an adversary by its defaults"),
     ],
 )
 def test_what_would_do_nothing_is_refused(distil: str, told: str) -> None:
@@ -206,6 +217,15 @@ def test_laws_of_sigma_are_refused_beside_the_rungs_that_take_their_place() -> N
         load_recipe(None, [*_overrides(), "sigmas.shift=3"])
     regression = ["distil={steps: 4}", "sigmas.shift=3"]
     assert load_recipe(None, _overrides(*regression)).sigmas.shift == 3
+
+
+def test_a_user_who_measures_held_out_pictures_is_told_what_an_adversary_does_to_them(
+    recipe_tree: Tree, tmp_path: Path
+) -> None:
+    held_out = {"share": 0.4, "every": 9, "pictures": 1}
+    student = trained(recipe_tree(tmp_path / "student", **ADVERSARIAL, steps=3, held_out=held_out))
+    assert [line for line in student.notices if "held-out" in line] == [adversary_module.ON_HELD_OUT]
+    assert trained(recipe_tree(tmp_path / "plain", steps=1, held_out=held_out)).notices == []
 
 
 def test_a_block_that_the_model_has_not_is_refused_before_anything_is_prepared(

@@ -173,11 +173,20 @@ def test_the_penalty_goes_by_the_features_alone(monkeypatch: pytest.MonkeyPatch)
     seen: list[Tensor] = []
     own = heads.feature_penalty
 
-    def watched(verdicts: Tensor, features: Tensor) -> Tensor:
+    graphs: list[bool] = []
+
+    def watched(verdicts: Tensor, features: Tensor, **how: bool) -> Tensor:
         seen.append(features)
-        return own(verdicts, features)
+        penalty = own(verdicts, features, **how)
+        graphs.append(penalty.requires_grad)
+        return penalty
 
     monkeypatch.setattr(adversary_module, "feature_penalty", watched)
+    told, _, again = learned(transformer, adapter, adversary)
+    assert torch.equal(again, without)
+    assert graphs == [False] * 3  # without weight it is told, and has no graph of second order
+    assert bool((told.told["penalty"] > 0).all())
+    del seen[:]
     adversary.spec = AdversarialSpec(width=8, penalty=10.0)
     found, same, with_it = learned(transformer, adapter, adversary)
     assert all(map(torch.equal, same, student))

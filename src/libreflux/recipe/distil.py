@@ -70,6 +70,13 @@ class DistilSpec(Section):
         "default: regress the teacher's velocity",
     )
 
+    @field_validator("adversarial", mode="before")
+    @classmethod
+    def _no_empty_section(cls, value: Any) -> Any:
+        if value is None:  # `adversarial:` with nothing behind it
+            raise ValueError("it is empty: write adversarial: {} for an adversary by its defaults, or leave it out")
+        return value
+
     @model_validator(mode="after")
     def _of_use(self) -> DistilSpec:
         # By value: a resolved recipe, which a run keeps and reads again, has every key.

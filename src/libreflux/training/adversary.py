@@ -47,8 +47,16 @@ BETAS = (0.0, 0.99)
 BLOCKS = 5
 """Heads, where the recipe names no blocks."""
 
+ON_HELD_OUT = (
+    "held-out pictures are measured by plain flow matching, which an adversary does not lower: "
+    "expect it to rise, and look at the samples"
+)
+"""For a user who measures a student."""
+
 TOLD = ("discriminator_loss", "adversarial_loss", "reconstruction_loss", "penalty", "spread_ratio")
 """Names of the numbers that are told of each picture, see `Learned.told`; the heads' own loss first."""
+ON_NOISE = ("adversarial_loss", "spread_ratio")
+"""Of these, what is told of a student's first step alone too: the later ones begin at noised data, and come near it."""
 
 
 @dataclass(frozen=True)
@@ -204,10 +212,11 @@ class Adversary:
         """Losses of the heads, penalty in them and losses of the student, each [B], mean over heads."""
         real = {block: seen.requires_grad_() for block, seen in real.items()}
         on_real, on_drawn = self.heads(real, height, told), self.heads(drawn, height, told)
-        penalty = _mean([feature_penalty(on_real[block], real[block]) for block in self.blocks])
+        weighs = self.spec.penalty > 0
+        penalty = _mean([feature_penalty(on_real[block], real[block], learned=weighs) for block in self.blocks])
         hinge = _mean([real_hinge(on_real[block]) + drawn_hinge(on_drawn[block]) for block in self.blocks])
         adversarial = _mean([adversarial_loss(on_drawn[block]) for block in self.blocks])
-        return hinge + self.spec.penalty * penalty, penalty, adversarial
+        return hinge + self.spec.penalty * penalty if weighs else hinge, penalty, adversarial
 
     def forget(self) -> None:
         """The gradient of a step begins at zero."""
@@ -259,8 +268,21 @@ def adversary_of(recipe: Recipe, transformer: FluxTransformer2DModel, device: to
     return None if spec is None else Adversary(spec, transformer, recipe.seed, device)
 
 
-def told_means(rows: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Means over a step's pictures by the names of `TOLD`; nothing without pictures."""
+def told_means(rows: Sequence[Sequence[float]], sigmas: Sequence[float]) -> dict[str, float]:
+    """Means over a step's pictures by the names of `TOLD`; nothing without pictures.
+
+    Those of `ON_NOISE` over the pictures that were drawn from pure noise alone too, where there are any.
+
+    Args:
+        rows: of each picture its numbers, see `Learned.told`.
+        sigmas: of each picture.
+    """
+    noise = [row for row, sigma in zip(rows, sigmas, strict=True) if sigma == 1]
+    on_noise = {f"{name}_on_noise": mean for name, mean in _means(noise).items() if name in ON_NOISE}
+    return {**_means(rows), **on_noise}
+
+
+def _means(rows: Sequence[Sequence[float]]) -> dict[str, float]:
     return {name: math.fsum(column) / len(rows) for name, column in zip(TOLD, zip(*rows, strict=True), strict=False)}
 
 

@@ -275,7 +275,7 @@ class Training:
             epoch=units[0].epoch,
             loss=_mean([loss for _, _, loss, regularised, _ in told if not regularised]),
             regularisation_loss=_mean([loss for _, _, loss, regularised, _ in told if regularised]),
-            adversary=_adversary_told(told, moved.heads_norm),
+            adversary=_adversary_told(told, sigmas, moved.heads_norm),
             gradient_norm=moved.norm,
             learning_rate=moved.learning_rate,
             seconds=seconds,
@@ -310,11 +310,12 @@ def _rows(pictures: Sequence[tuple[int, str, bool]], learned: Sequence[Learned])
     ]
 
 
-def _adversary_told(rows: Sequence[_Row], heads_norm: float | None) -> dict[str, float] | None:
-    """Means over pictures; None without an adversary, and for a skipped step."""
+def _adversary_told(rows: Sequence[_Row], sigmas: Tensor, heads_norm: float | None) -> dict[str, float] | None:
+    """Means over pictures; None without an adversary, and for a skipped step; `sigmas` [count] by slot."""
     if heads_norm is None:
         return None
-    return {**told_means([row[4] for row in rows]), "heads_gradient_norm": heads_norm}
+    means = told_means([row[4] for row in rows], [float(sigmas[row[0]]) for row in rows])
+    return {**means, "heads_gradient_norm": heads_norm}
 
 
 def _mean(values: Sequence[float]) -> float | None:
