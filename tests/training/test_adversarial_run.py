@@ -22,7 +22,7 @@ from libreflux.errors import RecipeError, RunError
 from libreflux.recipe import AdversarialSpec, Recipe, load_recipe
 from libreflux.training import adversary as adversary_module
 from libreflux.training import checkpoint, estimate, trace
-from libreflux.training.adversary import Adversary
+from libreflux.training.adversary import Adversary, renoise_sigmas
 from libreflux.training.estimate import estimate_recipe
 from libreflux.training.interrupt import Interrupted
 from libreflux.training.loop import fit
@@ -247,6 +247,34 @@ def test_recipes_without_an_adversary_are_the_bytes_that_they_were() -> None:
     assert with_one.fingerprint() != load_recipe(None, _overrides("distil={steps: 4}")).fingerprint()
 
 
+def test_each_pass_has_noise_and_levels_of_its_own_and_weights_of_its_step(
+    recipe_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[tuple[Any, Any, torch.Tensor]] = []
+    own = Adversary.learn
+
+    def watched(adversary: Adversary, on: Any, adapter: Any, batch: Any, again: Any, weights: Any, **how: Any) -> Any:
+        passes.append((batch, again, weights))
+        return own(adversary, on, adapter, batch, again, weights, **how)
+
+    monkeypatch.setattr(Adversary, "learn", watched)
+    tree = recipe_tree(tmp_path / "run", **ADVERSARIAL, steps=3, accumulate=2)
+    recorder, _ = recorded_fit(tree)
+    assert [len(info.sample_ids) for info in recorder.steps] == [4, 1, 3]
+    assert [len(batch) for batch, _, _ in passes] == [2, 2, 1, 1, 2]
+    by_step = [passes[:2], passes[2:3], passes[3:]]
+    spec, seed = AdversarialSpec(**ADVERSARIAL["distil"]["adversarial"]), Recipe.model_validate(tree).seed
+    for step, (info, found) in enumerate(zip(recorder.steps, by_step, strict=True)):
+        levels = [level for _, again, _ in found for level in again.sigma.tolist()]
+        slots = [sigma for batch, _, _ in found for sigma in batch.sigma.tolist()]
+        assert slots == list(info.sigmas)
+        assert levels == renoise_sigmas(spec, len(slots), seed, step).tolist()
+        assert sum(float(weights.sum()) for _, _, weights in found) == pytest.approx(1)
+    assert all(torch.equal(batch.latents, again.latents) and batch.text is again.text for batch, again, _ in passes)
+    drawn = [noise for batch, again, _ in passes for both in (batch.noise, again.noise) for noise in both]
+    assert len(drawn) == len({noise.numpy().tobytes() for noise in drawn}) == 16
+
+
 # ---- what it takes ------------------------------------------------------------------------------------------------
 
 
@@ -304,5 +332,5 @@ def test_two_processes_are_one_with_twice_the_passes(recipe_tree: Tree, tmp_path
         for key, tensor in alone.items():
             torch.testing.assert_close(both[key], tensor, rtol=1e-3, atol=1e-4)
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
-        for told in ("loss", "discriminator_loss", "heads_gradient_norm"):
+        for told in ("loss", "gradient_norm", "discriminator_loss", "heads_gradient_norm"):
             assert a[told] == pytest.approx(b[told], rel=1e-4, abs=1e-6)

@@ -117,7 +117,7 @@ def _train(training: Training, callbacks: Callbacks, newest: Checkpoint | None) 
         ema.rewind(training.run, first)  # like the metrics before the claim: what is left there then is of this recipe
         checkpoint.claim(training.run, recipe, ranks.world, training.forks)
     callbacks.on_start(training.started())
-    if training.adversary is not None and training.held_out is not None:
+    if training.adversary is not None and training.held_out is not None and recipe.held_out.every:
         callbacks.on_notice(adversary.ON_HELD_OUT)
     saved = newest
     with StopRequest() as stop, opened as metrics:
