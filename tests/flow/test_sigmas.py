@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from libreflux.flow.sigmas import Beta, Law, Uniform, beta_cdf, beta_icdf, independent, make_law, stratified
+from libreflux.flow.sigmas import (
+    Beta,
+    Law,
+    Uniform,
+    Weighted,
+    beta_cdf,
+    beta_icdf,
+    independent,
+    make_law,
+    stratified,
+)
 
 GRID = torch.cat([torch.linspace(0, 1, 4001, dtype=torch.float64), torch.logspace(-12, -3, 50, dtype=torch.float64)])
 
@@ -67,6 +77,12 @@ def test_one_draw_per_stratum(count: int, seed: int, name: str) -> None:
     strata = torch.arange(count)
     # sigma was rounded to fp32: allow that much at a stratum's edge.
     assert bool((places > strata - 1e-4).all() and (places < strata + 1 + 1e-4).all())
+
+
+def test_weighted_values_are_drawn_by_their_weights() -> None:
+    law = Weighted([1.0, 0.6, 0.3], [2, 1, 1])
+    assert law.icdf(torch.tensor([0.0, 0.2, 0.26, 0.49, 0.51, 1.0])).tolist() == [0.3, 0.3, 0.6, 0.6, 1.0, 1.0]
+    assert law.cdf(torch.tensor([0.0, 0.25, 0.5, 0.9, 1.0])).tolist() == [0.0, 0.0, 0.25, 0.5, 1.0]
 
 
 beta, normal, logit = scipy.stats.beta(2, 2).cdf, scipy.stats.norm.cdf, scipy.special.logit

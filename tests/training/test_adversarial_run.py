@@ -20,8 +20,9 @@ from libreflux.adapter.io import load_adapter
 from libreflux.data.prepare import prepare_recipe
 from libreflux.errors import RecipeError, RunError
 from libreflux.recipe import AdversarialSpec, Recipe, load_recipe
+from libreflux.training import adversary as adversary_module
 from libreflux.training import checkpoint, estimate, trace
-from libreflux.training.adversary import Adversary
+from libreflux.training.adversary import Adversary, renoise_sigmas
 from libreflux.training.estimate import estimate_recipe
 from libreflux.training.interrupt import Interrupted
 from libreflux.training.loop import fit
@@ -30,11 +31,11 @@ from model.bases import adapted, based
 from tiny import poison_latents
 from training.recorded import Tree, recorded_fit
 from training.test_adversary import pictures
+from training.test_compiled import trained
 
 ADVERSARIAL: dict[str, Any] = {
     "objective": "distil",
     "distil": {"steps": 4, "adversarial": {"width": 8, "learning_rate": 2e-3, "warmup": 2}},
-    "sigmas": {"law": "uniform"},
 }
 SAVED = ("adapter", "optimizer", "heads", "heads_optimizer")
 
@@ -83,6 +84,14 @@ def test_a_stopped_run_resumes_to_the_bit(
     assert [set(info.sigmas) <= {0.25, 0.5} for info in recorder.steps][:2] == [True, True]
     assert {sigma for info in recorder.steps[2:] for sigma in info.sigmas} <= {0.25, 0.5, 0.75, 1.0}
     assert recorder.steps[3].adversary is not None
+    # Of pure noise apart, where some picture of the step begins there.
+    for info, line in zip(recorder.steps, lines(whole), strict=True):
+        assert ("spread_ratio_on_noise" in line) == ("adversarial_loss_on_noise" in line) == (1.0 in info.sigmas)
+        of_noise = [loss for loss, sigma in zip(info.losses, info.sigmas, strict=True) if sigma == 1]
+        assert line.get("adversarial_loss_on_noise") == pytest.approx(
+            sum(of_noise) / len(of_noise) if of_noise else None
+        )
+    assert "spread_ratio_on_noise" in last
 
 
 def test_a_student_may_begin_from_a_regression_and_a_checkpoint_without_heads_is_no_start(
@@ -129,18 +138,35 @@ def test_heads_with_a_gradient_that_is_not_finite_skip_the_step(
 ) -> None:
     monkeypatch.setattr(Adversary, "norm", lambda _: float("nan"))
     recorder, _ = recorded_fit(recipe_tree(tmp_path / "run", **ADVERSARIAL, steps=3))
-    assert [sorted(info.at_fault) for info in recorder.steps] == [sorted(info.sample_ids) for info in recorder.steps]
+    assert [info.at_fault for info in recorder.steps] == [["heads of the adversary"]] * 3
+    assert [line["skipped"] for line in lines(tmp_path / "run")] == [["heads of the adversary"]] * 3
+    told = r"3 steps in a row.*with the heads of the adversary; hint: raise distil\.adversarial\.penalty, .*"
+    with pytest.raises(RunError, match=told + r"a lower distil\.adversarial\.learning_rate"):
+        fit(Recipe.model_validate(recipe_tree(tmp_path / "short", **ADVERSARIAL, steps=3, max_skipped=3)))
     heads = load_file(checkpoint.step_folder(tmp_path / "run", 3) / "heads.safetensors")
     assert not any(bool(tensor.any()) for name, tensor in heads.items() if "verdict" in name)
+
+
+def test_heads_whose_weights_are_not_finite_are_never_kept(
+    recipe_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(adversary: Adversary) -> float:
+        adversary.gradient[0] = float("nan")
+        return 1.0
+
+    monkeypatch.setattr(Adversary, "norm", spoilt)
+    told = r"step 1 made weights of the heads of the adversary .*hint: .*distil\.adversarial\.learning_rate"
+    with pytest.raises(RunError, match=told):
+        fit(Recipe.model_validate(recipe_tree(tmp_path / "run", **ADVERSARIAL, steps=3)))
 
 
 def test_processes_whose_heads_differ_are_noticed() -> None:
     transformer = based("fp32")
     adapter, adversary = adapted(transformer), Adversary(AdversarialSpec(), transformer, 0, "cpu")
-    told: list[str] = []
+    told: list[list[str]] = []
 
-    def gather(digest: str) -> list[str]:
-        told.append(digest)
+    def gather(digests: list[str]) -> list[list[str]]:
+        told.append(digests)
         return told
 
     ranks = SimpleNamespace(world=2, gather=gather)
@@ -149,7 +175,13 @@ def test_processes_whose_heads_differ_are_noticed() -> None:
     Training.require_replicas(training)
     with torch.no_grad():
         adversary.parameters[-1].add_(1e-6)
-    with pytest.raises(RunError, match="differ after step 1"):
+    with pytest.raises(RunError, match="the adversary's heads of the processes differ after step 1"):
+        Training.require_replicas(training)
+    del told[:]
+    Training.require_replicas(training)
+    with torch.no_grad():
+        next(iter(adapter.parameters())).add_(1e-3)
+    with pytest.raises(RunError, match="the adapters of the processes differ after step 1"):
         Training.require_replicas(training)
 
 
@@ -166,14 +198,34 @@ def _overrides(*others: str) -> list[str]:
         ("{steps: 4, substeps: 8, adversarial: {}}", "substeps does nothing under adversarial"),
         ("{steps: 4, adversarial: {warmup: 9}}", "warmup 9 would fill all of steps 9"),
         ("{steps: 1, adversarial: {warmup: 3}}", "warmup does nothing with one step"),
+        ("{steps: 1, adversarial: {rungs: [1]}}", "rungs does nothing with one step"),
+        ("{steps: 4, adversarial: {rungs: [1, 1]}}", "rungs has 2 weights for steps 4"),
+        ("{steps: 2, adversarial: {rungs: [1, 0]}}", "rungs.1"),
         ("{steps: 4, adversarial: {blocks: [1, 1]}}", "the same block is given twice"),
         ("{steps: 4, adversarial: {blocks: []}}", "adversarial.blocks"),
         ("{steps: 4, adversarial: {penatly: 1}}", "penalty"),
+        ("{steps: 4, adversarial: }", r"adversarial.*write adversarial: \{\} for an adversary by its defaults"),
     ],
 )
 def test_what_would_do_nothing_is_refused(distil: str, told: str) -> None:
     with pytest.raises(RecipeError, match=told):
         load_recipe(None, _overrides(f"distil={distil}"))
+
+
+def test_laws_of_sigma_are_refused_beside_the_rungs_that_take_their_place() -> None:
+    with pytest.raises(RecipeError, match=r"sigmas does nothing under distil\.adversarial, where rungs weighs"):
+        load_recipe(None, [*_overrides(), "sigmas.shift=3"])
+    regression = ["distil={steps: 4}", "sigmas.shift=3"]
+    assert load_recipe(None, _overrides(*regression)).sigmas.shift == 3
+
+
+def test_a_user_who_measures_held_out_pictures_is_told_what_an_adversary_does_to_them(
+    recipe_tree: Tree, tmp_path: Path
+) -> None:
+    held_out = {"share": 0.4, "every": 9, "pictures": 1}
+    student = trained(recipe_tree(tmp_path / "student", **ADVERSARIAL, steps=3, held_out=held_out))
+    assert [line for line in student.notices if "held-out" in line] == [adversary_module.ON_HELD_OUT]
+    assert trained(recipe_tree(tmp_path / "plain", steps=1, held_out=held_out)).notices == []
 
 
 def test_a_block_that_the_model_has_not_is_refused_before_anything_is_prepared(
@@ -193,6 +245,34 @@ def test_recipes_without_an_adversary_are_the_bytes_that_they_were() -> None:
     with_one = load_recipe(None, _overrides())
     assert Recipe.model_validate(with_one.resolved()) == with_one
     assert with_one.fingerprint() != load_recipe(None, _overrides("distil={steps: 4}")).fingerprint()
+
+
+def test_each_pass_has_noise_and_levels_of_its_own_and_weights_of_its_step(
+    recipe_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[tuple[Any, Any, torch.Tensor]] = []
+    own = Adversary.learn
+
+    def watched(adversary: Adversary, on: Any, adapter: Any, batch: Any, again: Any, weights: Any, **how: Any) -> Any:
+        passes.append((batch, again, weights))
+        return own(adversary, on, adapter, batch, again, weights, **how)
+
+    monkeypatch.setattr(Adversary, "learn", watched)
+    tree = recipe_tree(tmp_path / "run", **ADVERSARIAL, steps=3, accumulate=2)
+    recorder, _ = recorded_fit(tree)
+    assert [len(info.sample_ids) for info in recorder.steps] == [4, 1, 3]
+    assert [len(batch) for batch, _, _ in passes] == [2, 2, 1, 1, 2]
+    by_step = [passes[:2], passes[2:3], passes[3:]]
+    spec, seed = AdversarialSpec(**ADVERSARIAL["distil"]["adversarial"]), Recipe.model_validate(tree).seed
+    for step, (info, found) in enumerate(zip(recorder.steps, by_step, strict=True)):
+        levels = [level for _, again, _ in found for level in again.sigma.tolist()]
+        slots = [sigma for batch, _, _ in found for sigma in batch.sigma.tolist()]
+        assert slots == list(info.sigmas)
+        assert levels == renoise_sigmas(spec, len(slots), seed, step).tolist()
+        assert sum(float(weights.sum()) for _, _, weights in found) == pytest.approx(1)
+    assert all(torch.equal(batch.latents, again.latents) and batch.text is again.text for batch, again, _ in passes)
+    drawn = [noise for batch, again, _ in passes for both in (batch.noise, again.noise) for noise in both]
+    assert len(drawn) == len({noise.numpy().tobytes() for noise in drawn}) == 16
 
 
 # ---- what it takes ------------------------------------------------------------------------------------------------
@@ -252,5 +332,5 @@ def test_two_processes_are_one_with_twice_the_passes(recipe_tree: Tree, tmp_path
         for key, tensor in alone.items():
             torch.testing.assert_close(both[key], tensor, rtol=1e-3, atol=1e-4)
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
-        for told in ("loss", "discriminator_loss", "heads_gradient_norm"):
+        for told in ("loss", "gradient_norm", "discriminator_loss", "heads_gradient_norm"):
             assert a[told] == pytest.approx(b[told], rel=1e-4, abs=1e-6)

@@ -13,6 +13,7 @@ from libreflux.adapter.adapter import Adapter
 from libreflux.flow.path import interpolate
 from libreflux.flow.schedule import ladder
 from libreflux.model import numerics
+from libreflux.model.compiling import CompiledBlocks
 from libreflux.model.features import image_features
 from libreflux.model.latents import pack
 from libreflux.model.offload import BlockOffload
@@ -20,7 +21,7 @@ from libreflux.model.text import TextConditioning
 from libreflux.recipe import AdversarialSpec
 from libreflux.training import adversary as adversary_module
 from libreflux.training import adversary_heads as heads
-from libreflux.training.adversary import Adversary, chosen_blocks, lower_rungs, renoise_sigmas
+from libreflux.training.adversary import Adversary, chosen_blocks, draw_rungs, lower_rungs, renoise_sigmas
 from libreflux.training.objective import NoisedBatch
 from model.bases import adapted, based
 
@@ -56,6 +57,26 @@ def test_levels_follow_their_law_and_the_early_ladder_is_its_lower_half() -> Non
     assert chosen_blocks(AdversarialSpec(), 57) == (5, 17, 28, 39, 51)
     assert chosen_blocks(AdversarialSpec(), 3) == (0, 1, 2)
     assert chosen_blocks(AdversarialSpec(blocks=(4, 1)), 3) == (4, 1)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_rungs_are_drawn_by_their_weights(shift: float) -> None:
+    """Of every step's slots half begin at pure noise, where the recipe says nothing else."""
+    rungs = ladder(4, shift)[:-1]
+
+    def shares(spec: AdversarialSpec, count: int, step: int) -> list[float]:
+        drawn = draw_rungs(spec, 4, count, 3, step, shift=shift)
+        assert drawn.dtype == torch.float32
+        return [float((drawn == rung).sum()) / count for rung in rungs]
+
+    assert shares(AdversarialSpec(), 12, 5) == pytest.approx([0.5, 1 / 6, 1 / 6, 1 / 6])
+    assert shares(AdversarialSpec(rungs=(1, 2, 3, 4)), 10, 5) == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert shares(AdversarialSpec(warmup=6), 12, 5) == pytest.approx([0, 0, 2 / 3, 1 / 3])
+    assert shares(AdversarialSpec(warmup=5), 12, 5) == pytest.approx([0.5, 1 / 6, 1 / 6, 1 / 6])
+    draws = [draw_rungs(AdversarialSpec(), 4, 6, seed, step) for seed, step in ((3, 0), (3, 1), (4, 0), (3, 0))]
+    assert torch.equal(draws[0], draws[3])
+    assert not any(torch.equal(draws[0], other) for other in draws[1:3])
+    assert draw_rungs(AdversarialSpec(), 1, 3, 3, 0).tolist() == [1.0] * 3
 
 
 # ---- one pass -----------------------------------------------------------------------------------------------------
@@ -152,11 +173,20 @@ def test_the_penalty_goes_by_the_features_alone(monkeypatch: pytest.MonkeyPatch)
     seen: list[Tensor] = []
     own = heads.feature_penalty
 
-    def watched(verdicts: Tensor, features: Tensor) -> Tensor:
+    graphs: list[bool] = []
+
+    def watched(verdicts: Tensor, features: Tensor, **how: bool) -> Tensor:
         seen.append(features)
-        return own(verdicts, features)
+        penalty = own(verdicts, features, **how)
+        graphs.append(penalty.requires_grad)
+        return penalty
 
     monkeypatch.setattr(adversary_module, "feature_penalty", watched)
+    told, _, again = learned(transformer, adapter, adversary)
+    assert torch.equal(again, without)
+    assert graphs == [False] * 3  # without weight it is told, and has no graph of second order
+    assert bool((told.told["penalty"] > 0).all())
+    del seen[:]
     adversary.spec = AdversarialSpec(width=8, penalty=10.0)
     found, same, with_it = learned(transformer, adapter, adversary)
     assert all(map(torch.equal, same, student))
@@ -165,6 +195,30 @@ def test_the_penalty_goes_by_the_features_alone(monkeypatch: pytest.MonkeyPatch)
     assert all(one.is_leaf and one.requires_grad for one in seen)
     hinge = found.told["discriminator_loss"] - 10 * found.told["penalty"]
     assert bool((hinge > 0).all() & (found.told["penalty"] > 0).all())
+
+
+def test_compiled_blocks_compute_real_and_drawn_pictures_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks before the first adapted one too, which have no gradient of their own to record."""
+    transformer = based("fp32")
+    transformer.transformer_blocks = torch.nn.ModuleList()  # half the time to compile
+    adapter = adapted(transformer, "single_transformer_blocks.1.attn.to_q")
+    adversary = Adversary(AdversarialSpec(width=8, blocks=(0, 1)), transformer, 0, "cpu")
+    compiled, found = CompiledBlocks(transformer, backend="aot_eager"), list[tuple[dict[int, Tensor], int]]()
+    own = adversary._features
+
+    def watched(*given: Any) -> dict[int, Tensor]:
+        found.append((own(*given), compiled.graphs))
+        return found[-1][0]
+
+    monkeypatch.setattr(adversary, "_features", watched)
+    adversary.learn(transformer, adapter, *pictures(), WEIGHTS, compiled=True)
+    (real, before), (_, after) = found
+    assert before == after == compiled.graphs, compiled.graphs_by_kind
+    _, again = pictures()
+    with adapter.disabled():
+        drawn = own(transformer, again, again.x_sigma.requires_grad_() * 1)  # as through a student
+    assert compiled.graphs == after
+    assert all(torch.equal(real[block], drawn[block]) for block in (0, 1))
 
 
 def test_passes_of_a_step_add_up() -> None:

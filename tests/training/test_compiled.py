@@ -159,6 +159,12 @@ def test_a_dry_run_tells_it_for_a_card(recipe_tree: Tree, tmp_path: Path) -> Non
     )
 
 
+def test_an_adversary_has_three_passes_a_step(recipe_tree: Tree, tmp_path: Path) -> None:
+    student = {"objective": "distil", "distil": {"steps": 4, "adversarial": {"width": 8}}}
+    tree = recipe_tree(tmp_path / "run", **SMALL, **student, steps=2, accumulate=2, compile="auto", device="cuda")
+    assert str(dry_run(tree).compile).endswith("0 s saved in 12 passes (estimated)")
+
+
 def test_a_dry_run_says_that_a_compiler_is_missing(
     recipe_tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

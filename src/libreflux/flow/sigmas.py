@@ -9,7 +9,7 @@ slots, so that no rank and no picture is tied to one noise band (dealt in order 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -137,6 +137,34 @@ class Floored:
     def cdf(self, sigma: Tensor) -> Tensor:
         """See `Law.cdf`."""
         return (1 - self.floor) * self.law.cdf(sigma) + self.floor * sigma.double()
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """Some values of sigma alone, each with a probability in proportion to its weight.
+
+    Args:
+        values: in [0, 1], falling.
+        weights: of each, above 0.
+    """
+
+    values: Sequence[float]
+    weights: Sequence[float]
+
+    def icdf(self, p: Tensor) -> Tensor:
+        """See `Law.icdf`."""
+        rising = torch.tensor(self.values, dtype=torch.float64).flip(0)
+        return rising[torch.searchsorted(self._below()[:-1], p.double())]
+
+    def cdf(self, sigma: Tensor) -> Tensor:
+        """See `Law.cdf`; the share of draws up to sigma, itself included."""
+        rising = torch.tensor(self.values, dtype=torch.float64).flip(0)
+        shares = torch.cat([torch.zeros(1, dtype=torch.float64), self._below()])
+        return shares[torch.searchsorted(rising, sigma.double(), right=True)]
+
+    def _below(self) -> Tensor:
+        weights = torch.tensor(self.weights, dtype=torch.float64).flip(0)
+        return weights.cumsum(0) / weights.sum()
 
 
 def beta_2_2_icdf(p: Tensor) -> Tensor:

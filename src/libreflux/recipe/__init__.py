@@ -194,7 +194,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _distillation(self) -> Recipe:
-        refuse_faults(self.objective, self.distil, self.data, self.steps)
+        refuse_faults(self.objective, self.distil, self.data, self.steps, self.sigmas)
         return self
 
     @model_validator(mode="after")

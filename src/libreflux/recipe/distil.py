@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
-from libreflux.recipe.sections import DataSource, Real, Section, Whole
+from libreflux.recipe.sections import DataSource, Real, Section, SigmaSpec, Whole
 
 
 class AdversarialSpec(Section):
@@ -21,6 +21,12 @@ class AdversarialSpec(Section):
     )
     width: Whole = Field(default=128, ge=4, le=4096, description="channels inside a head")
     learning_rate: Real = Field(default=2e-4, gt=0, le=1000, description="learning rate of the heads, the same always")
+    rungs: tuple[Annotated[Real, Field(gt=0, le=1000)], ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="weights of the student's steps, from pure noise on: how often training draws each, in the place "
+        "of sigmas; default: pure noise in half of the draws, the others alike",
+    )
     penalty: Real = Field(
         default=0.01,
         ge=0,
@@ -64,6 +70,13 @@ class DistilSpec(Section):
         "default: regress the teacher's velocity",
     )
 
+    @field_validator("adversarial", mode="before")
+    @classmethod
+    def _no_empty_section(cls, value: Any) -> Any:
+        if value is None:  # `adversarial:` with nothing behind it
+            raise ValueError("it is empty: write adversarial: {} for an adversary by its defaults, or leave it out")
+        return value
+
     @model_validator(mode="after")
     def _of_use(self) -> DistilSpec:
         # By value: a resolved recipe, which a run keeps and reads again, has every key.
@@ -83,8 +96,12 @@ class DistilSpec(Section):
             raise ValueError("guidance does nothing under adversarial: draw data's pictures with it, and remove it")
         if other_substeps:
             raise ValueError("substeps does nothing under adversarial; remove it")
-        if self.steps == 1 and self.adversarial is not None and self.adversarial.warmup:
-            raise ValueError("adversarial.warmup does nothing with one step; remove it")
+        for name in ("warmup", "rungs"):
+            if self.steps == 1 and getattr(self.adversarial, name):
+                raise ValueError(f"adversarial.{name} does nothing with one step; remove it")
+        rungs = self.adversarial and self.adversarial.rungs
+        if rungs and len(rungs) != self.steps:
+            raise ValueError(f"adversarial.rungs has {len(rungs)} weights for steps {self.steps}: give one for each")
 
     @model_serializer(mode="wrap")
     def _as_ever(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -95,13 +112,17 @@ class DistilSpec(Section):
         return tree
 
 
-def refuse_faults(objective: str, distil: DistilSpec | None, data: Sequence[DataSource], steps: int) -> None:
+def refuse_faults(
+    objective: str, distil: DistilSpec | None, data: Sequence[DataSource], steps: int, sigmas: SigmaSpec
+) -> None:
     """Raises ValueError for keys of a recipe that do not go with its `distil` section."""
     if (objective == "distil") != (distil is not None):
         raise ValueError("objective: distil and a distil section go together, e.g. distil: {guidance: 3}")
     if objective == "distil" and any(source.regularisation for source in data):
         raise ValueError("objective: distil keeps to the base already: leave out regularisation")
     adversarial = None if distil is None else distil.adversarial
+    if adversarial is not None and sigmas != SigmaSpec():
+        raise ValueError("sigmas does nothing under distil.adversarial, where rungs weighs the steps; remove it")
     if adversarial is not None and adversarial.warmup >= steps:
         told = f"distil.adversarial.warmup {adversarial.warmup} would fill all of steps {steps}"
         raise ValueError(f"{told}, and the ladder's noisier half never be trained; shorten it")

@@ -23,7 +23,7 @@ from libreflux.adapter.adapter import Adapter
 from libreflux.errors import RunError
 from libreflux.flow.path import interpolate, x0_from_velocity
 from libreflux.flow.schedule import ladder
-from libreflux.flow.sigmas import LogitNormal, stratified
+from libreflux.flow.sigmas import LogitNormal, Weighted, stratified
 from libreflux.model.features import image_features
 from libreflux.model.latents import pack
 from libreflux.model.offload import spread
@@ -47,8 +47,16 @@ BETAS = (0.0, 0.99)
 BLOCKS = 5
 """Heads, where the recipe names no blocks."""
 
+ON_HELD_OUT = (
+    "held-out pictures are measured by plain flow matching, which an adversary does not lower: "
+    "expect it to rise, and look at the samples"
+)
+"""For a user who measures a student."""
+
 TOLD = ("discriminator_loss", "adversarial_loss", "reconstruction_loss", "penalty", "spread_ratio")
 """Names of the numbers that are told of each picture, see `Learned.told`; the heads' own loss first."""
+ON_NOISE = ("adversarial_loss", "spread_ratio")
+"""Of these, what is told of a student's first step alone too: the later ones begin at noised data, and come near it."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +89,34 @@ def renoise_sigmas(spec: AdversarialSpec, count: int, seed: int, step: int) -> T
     return stratified(law, count, seeding.generator(seed, "adversary", step))
 
 
+def rung_weights(spec: AdversarialSpec, steps: int) -> tuple[float, ...]:
+    """How often each step of a student is drawn, from the noisiest on, in proportion."""
+    if spec.rungs is not None or steps == 1:
+        return spec.rungs or (1.0,)
+    # A student's first step decides the layout, and draws from pure noise, which no other step trains.
+    return (0.5, *[0.5 / (steps - 1)] * (steps - 1))
+
+
+def draw_rungs(spec: AdversarialSpec, steps: int, count: int, seed: int, step: int, *, shift: float = 1.0) -> Tensor:
+    """The rungs of a student's ladder at which it is trained, [count] fp32 by slot: of (seed, "sigma", step).
+
+    Args:
+        spec: the recipe's; `warmup` counts training steps.
+        steps: that the student draws in.
+        count: pictures of the training step.
+        seed: the run's.
+        step: of the training, from 0.
+        shift: of the ladder.
+    """
+    law = Weighted(ladder(steps, shift)[:-1].tolist(), rung_weights(spec, steps))
+    drawn = stratified(law, count, seeding.generator(seed, "sigma", step))
+    return lower_rungs(drawn, steps, shift) if step < spec.warmup else drawn
+
+
 def lower_rungs(sigma: Tensor, steps: int, shift: float = 1.0) -> Tensor:
     """Rungs of a ladder, [B], brought into its less noisy half: each to the one of half its number, counted from 0.
 
-    Early in training; from pure noise alone a student learns too slowly (arXiv 2403.12015, section 3.2).
+    For the first steps of a training: there the student has the layout before it, and only details are to be learned.
     """
     rising = ladder(steps, shift)[:-1].flip(0).to(sigma)
     return rising[torch.searchsorted(rising, sigma) // 2]
@@ -122,6 +154,8 @@ class Adversary:
         batch: NoisedBatch,
         again: NoisedBatch,
         weights: Tensor,
+        *,
+        compiled: bool = False,
     ) -> Learned:
         """Adds one pass's gradients: the student's to its parameters' `.grad`, the heads' to `gradient`.
 
@@ -131,6 +165,7 @@ class Adversary:
             batch: the pictures at rungs of the student's ladder.
             again: the same pictures and prompts, with the noise and the levels at which the heads see them.
             weights: [B], of each picture in the gradient of the step.
+            compiled: whether the transformer's blocks are.
 
         Raises:
             ModelError: a block that the transformer does not have.
@@ -139,9 +174,10 @@ class Adversary:
         velocity = batch.velocity(transformer, x, batch.sigma)
         drawn_x0 = x0_from_velocity(x, velocity, batch.sigma)
         with adapter.disabled():
-            # Gradients are recorded for real pictures too, and none is needed: the same kernels, compiled or not, then
-            # compute both. Heads would find out another rounding.
-            real = {block: seen.detach() for block, seen in self._features(transformer, again, again.x_sigma).items()}
+            # Heads would find out another rounding. Compiled blocks have a graph of their own, with other last bits,
+            # where nothing needs a gradient: real pictures are then given one, which is thrown away.
+            x_real = again.x_sigma.requires_grad_(compiled)
+            real = {block: seen.detach() for block, seen in self._features(transformer, again, x_real).items()}
             drawn = self._features(transformer, again, interpolate(drawn_x0, pack(again.noise), again.sigma))
         # One pass of the teacher serves both: the heads see its features cut off, the student their gradient by them.
         cut = {block: seen.detach().requires_grad_() for block, seen in drawn.items()}
@@ -176,10 +212,11 @@ class Adversary:
         """Losses of the heads, penalty in them and losses of the student, each [B], mean over heads."""
         real = {block: seen.requires_grad_() for block, seen in real.items()}
         on_real, on_drawn = self.heads(real, height, told), self.heads(drawn, height, told)
-        penalty = _mean([feature_penalty(on_real[block], real[block]) for block in self.blocks])
+        weighs = self.spec.penalty > 0
+        penalty = _mean([feature_penalty(on_real[block], real[block], learned=weighs) for block in self.blocks])
         hinge = _mean([real_hinge(on_real[block]) + drawn_hinge(on_drawn[block]) for block in self.blocks])
         adversarial = _mean([adversarial_loss(on_drawn[block]) for block in self.blocks])
-        return hinge + self.spec.penalty * penalty, penalty, adversarial
+        return hinge + self.spec.penalty * penalty if weighs else hinge, penalty, adversarial
 
     def forget(self) -> None:
         """The gradient of a step begins at zero."""
@@ -196,7 +233,7 @@ class Adversary:
             RunError: that made weights that are not finite; `step` and `run` are named.
         """
         self.optimizer.step(self.spec.learning_rate, self.gradient)
-        require_finite(self.parameters, step, run)
+        require_finite(self.parameters, step, run, heads=True)
 
     def digest(self) -> str:
         """Of the heads' bytes."""
@@ -231,8 +268,21 @@ def adversary_of(recipe: Recipe, transformer: FluxTransformer2DModel, device: to
     return None if spec is None else Adversary(spec, transformer, recipe.seed, device)
 
 
-def told_means(rows: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Means over a step's pictures by the names of `TOLD`; nothing without pictures."""
+def told_means(rows: Sequence[Sequence[float]], sigmas: Sequence[float]) -> dict[str, float]:
+    """Means over a step's pictures by the names of `TOLD`; nothing without pictures.
+
+    Those of `ON_NOISE` over the pictures that were drawn from pure noise alone too, where there are any.
+
+    Args:
+        rows: of each picture its numbers, see `Learned.told`.
+        sigmas: of each picture.
+    """
+    noise = [row for row, sigma in zip(rows, sigmas, strict=True) if sigma == 1]
+    on_noise = {f"{name}_on_noise": mean for name, mean in _means(noise).items() if name in ON_NOISE}
+    return {**_means(rows), **on_noise}
+
+
+def _means(rows: Sequence[Sequence[float]]) -> dict[str, float]:
     return {name: math.fsum(column) / len(rows) for name, column in zip(TOLD, zip(*rows, strict=True), strict=False)}
 
 

@@ -36,7 +36,7 @@ def adversarial_loss(verdicts: Tensor) -> Tensor:
     return -verdicts.mean(dim=1)
 
 
-def feature_penalty(verdicts: Tensor, features: Tensor) -> Tensor:
+def feature_penalty(verdicts: Tensor, features: Tensor, *, learned: bool = True) -> Tensor:
     """Squared gradient of the verdicts' sum by each token's features, mean over tokens: [B].
 
     R1 of Mescheder et al. 2018 (arXiv 1801.04406), eq. 9, by a head's own input instead of the picture: what lies
@@ -45,8 +45,9 @@ def feature_penalty(verdicts: Tensor, features: Tensor) -> Tensor:
     Args:
         verdicts: [B, N], computed from `features`.
         features: [B, N, D], requiring gradients.
+        learned: whether a gradient may be taken of the result, which needs a graph of second order.
     """
-    [gradient] = torch.autograd.grad(verdicts.sum(), features, create_graph=True)
+    [gradient] = torch.autograd.grad(verdicts.sum(), features, create_graph=learned, retain_graph=True)
     return gradient.square().sum(dim=2).mean(dim=1)
 
 

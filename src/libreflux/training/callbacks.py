@@ -64,8 +64,8 @@ class StepInfo:
         group_norms: layer group -> gradient norm before clipping, if the recipe asks for `gradient_norms`.
         regularisation_loss: mean over the step's regularised pictures; None without any.
         adversary: of a student that learns from an adversary, means over the step's pictures: `discriminator_loss`,
-            `adversarial_loss` and what else `training.adversary.Learned` tells, and `heads_gradient_norm`; else None.
-        at_fault: the pictures for which this step was skipped, see `training.nonfinite`; none in any other.
+            `adversarial_loss` and what else `training.adversary.told_means` gives; `heads_gradient_norm`. Else None.
+        at_fault: the pictures for which this step was skipped, or `nonfinite.HEADS`, see there; none in any other.
         skipped: steps of the run that were skipped so far, this one included.
     """
 

@@ -50,7 +50,7 @@ def compiled_blocks(
     before, kind = _before(newest, device), torch.device(device).type
     asked = recipe.compile == "on" or before or (kind == "cuda" and before is None)
     missing = missing_compiler(device) if asked else None
-    work = work_of(transformer, recipe.steps * recipe.accumulate, training=True)
+    work = work_of(transformer, _passes(recipe), training=True)
     choice = compile_choice.choose(recipe.compile, kind, work, missing=missing, before=before)
     if choice.told is not None:
         callbacks.on_notice(choice.told)
@@ -71,11 +71,17 @@ def planned_line(recipe: Recipe, kinds: int, blocks: int, device: str) -> str | 
         blocks: of the transformer.
         device: type of the device that would train; one that is not here is taken to have a compiler.
     """
-    work = compile_choice.Work(kinds=kinds, blocks=blocks, passes=recipe.steps * recipe.accumulate, training=True)
+    work = compile_choice.Work(kinds=kinds, blocks=blocks, passes=_passes(recipe), training=True)
     missing = missing_compiler(device) if is_here(device) else None
     if recipe.compile == "on" and missing is not None:
         return None
     return compile_choice.choose(recipe.compile, device, work, missing=missing, before=_last_kept(recipe, device)).told
+
+
+def _passes(recipe: Recipe) -> int:
+    """Through the transformer; with an adversary the student's and two of the teacher's, one without backward."""
+    adversarial = recipe.distil is not None and recipe.distil.adversarial is not None
+    return recipe.steps * recipe.accumulate * (3 if adversarial else 1)
 
 
 def _last_kept(recipe: Recipe, device: str) -> bool | None:

@@ -27,8 +27,7 @@ from libreflux.model.w8a8 import kind_for, quantise_activations
 from libreflux.places import folder_place
 from libreflux.printing import get_logger
 from libreflux.recipe import Recipe
-from libreflux.training import checkpoint, ema, memory, memory_plan, nonfinite, run_state, saving
-from libreflux.training.adversary import adversary_of
+from libreflux.training import adversary, checkpoint, ema, memory, memory_plan, nonfinite, run_state, saving
 from libreflux.training.callbacks import Callbacks, StepInfo
 from libreflux.training.checkpoint import Checkpoint
 from libreflux.training.compiled import compiled_blocks, errors_of, require_compiler, uncompiled
@@ -118,6 +117,8 @@ def _train(training: Training, callbacks: Callbacks, newest: Checkpoint | None) 
         ema.rewind(training.run, first)  # like the metrics before the claim: what is left there then is of this recipe
         checkpoint.claim(training.run, recipe, ranks.world, training.forks)
     callbacks.on_start(training.started())
+    if training.adversary is not None and training.held_out is not None and recipe.held_out.every:
+        callbacks.on_notice(adversary.ON_HELD_OUT)
     saved = newest
     with StopRequest() as stop, opened as metrics:
         if training.held_out is not None and run_state.measure_due(recipe, first):
@@ -255,7 +256,7 @@ def open_for_training(
         held_out=held_out,
         identity={"model_hash": model_hash, "data_hash": batches.fingerprint()},
         compiled=compiled_blocks(recipe, transformer, device, newest, callbacks),
-        adversary=adversary_of(recipe, transformer, device),
+        adversary=adversary.adversary_of(recipe, transformer, device),
     )
     if newest is not None:
         with callbacks.stage(f"reading the checkpoint of step {newest.step}"):

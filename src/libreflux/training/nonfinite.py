@@ -26,6 +26,12 @@ LARGEST_NORM = 2.0**63
 """Of a gradient that is stepped along: the second moment keeps squares, and 2^128 is no fp32 number any more."""
 
 
+HEADS = "heads of the adversary"
+"""In the place of pictures, where the gradient of an adversary's heads alone is not finite."""
+_RATE = "a lower optimizer.learning_rate"
+_HEADS_RATE = "a lower distil.adversarial.learning_rate or a higher distil.adversarial.penalty"
+
+
 @dataclass
 class Skips:
     """How many steps of a run were skipped: part of every checkpoint.
@@ -57,16 +63,33 @@ def at_fault(sample_ids: Sequence[str], losses: Sequence[float], norm: float, cl
         Those whose loss is not finite, or, if only the gradient is not usable, all.
     """
     bad = [sample for sample, loss in zip(sample_ids, losses, strict=True) if not math.isfinite(loss)]
-    usable = math.isfinite(norm) and (norm if clip is None else min(norm, clip)) < LARGEST_NORM
-    return bad if bad or usable else list(sample_ids)
+    return bad if bad or _usable(norm, clip) else list(sample_ids)
 
 
-def require_finite(parameters: Iterable[nn.Parameter], step: int, run: Path) -> None:
-    """Raises RunError if the update of `step` left a weight that is not finite: too late to skip it."""
+def heads_at_fault(sample_ids: Sequence[str], losses: Sequence[float], norm: float) -> list[str]:
+    """`at_fault` of an adversary's heads by their own losses and gradient: pictures, or `HEADS`, or none."""
+    return at_fault(sample_ids, losses, 0.0, None) or ([] if _usable(norm, None) else [HEADS])
+
+
+def _usable(norm: float, clip: float | None) -> bool:
+    return math.isfinite(norm) and (norm if clip is None else min(norm, clip)) < LARGEST_NORM
+
+
+def require_finite(parameters: Iterable[nn.Parameter], step: int, run: Path, *, heads: bool = False) -> None:
+    """Raises RunError if the update of `step` left a weight that is not finite: too late to skip it.
+
+    Args:
+        parameters: of the adapter, or of an adversary's heads.
+        step: that moved them.
+        run: the run folder.
+        heads: whether they are of heads, for which other keys of the recipe are at fault.
+    """
     largest = torch.nn.utils.get_total_norm([parameter.detach() for parameter in parameters], float("inf"))
     if not math.isfinite(float(largest)):
-        hint = OptionHint("go on from the last checkpoint with a lower optimizer.learning_rate and `fork`")
-        raise RunError(f"step {step} made weights that are not finite; nothing of it is saved", where=run, hint=hint)
+        hint = OptionHint(f"go on from the last checkpoint with {_HEADS_RATE if heads else _RATE} and `fork`")
+        whose = f" of the {HEADS}" if heads else ""
+        told = f"step {step} made weights{whose} that are not finite; nothing of it is saved"
+        raise RunError(told, where=run, hint=hint)
 
 
 def watch(info: StepInfo, skips: Skips, limit: int, run: Path, *, tell: bool) -> None:
@@ -77,24 +100,26 @@ def watch(info: StepInfo, skips: Skips, limit: int, run: Path, *, tell: bool) ->
     """
     if not info.at_fault:
         return
-    pictures = ", ".join(info.at_fault)
+    heads = list(info.at_fault) == [HEADS]
+    blamed = f"the {HEADS}" if heads else f"pictures {', '.join(info.at_fault)}"
     if tell:
-        log.warning("step %d is skipped: its loss or gradient is not finite; pictures %s", info.step, pictures)
+        log.warning("step %d is skipped: its loss or gradient is not finite; %s", info.step, blamed)
     if skips.in_a_row >= limit:
         good = info.step - skips.in_a_row - 1  # the step after it was taken, and led to the weights of the skipped ones
-        way_back = _way_back(run, good)
+        way_back = _way_back(run, good, _HEADS_RATE if heads else _RATE)
+        first = "raise distil.adversarial.penalty" if heads else "look at these pictures"
         raise RunError(
             f"{counted(skips.in_a_row, 'step')} in a row up to step {info.step} "
             "had a loss or gradient that is not finite, "
-            f"the last one with pictures {pictures}",
+            f"the last one with {blamed}",
             where=run,
-            hint=OptionHint(f"look at these pictures, raise max_skipped, or, if the weights are spoilt, {way_back}"),
+            hint=OptionHint(f"{first}, raise max_skipped, or, if the weights are spoilt, {way_back}"),
         )
 
 
-def _way_back(run: Path, good: int) -> str:
+def _way_back(run: Path, good: int, rate: str) -> str:
     kept = [one.path for one in checkpoint.listed(run) if one.step <= good]
     if not kept:
-        return "start again in another `out` with a lower optimizer.learning_rate: no checkpoint before them is kept"
+        return f"start again in another `out` with {rate}: no checkpoint before them is kept"
     later = f"remove the folders after {kept[-1].name} in {kept[-1].parent}"
-    return f"{later} and go on with a lower optimizer.learning_rate and `fork`"
+    return f"{later} and go on with {rate} and `fork`"

@@ -26,11 +26,11 @@ from libreflux.model.compiling import CompiledBlocks
 from libreflux.model.facts import Facts
 from libreflux.model.source import ModelSource
 from libreflux.recipe import Recipe, SigmaSpec
-from libreflux.training.adversary import Adversary, Learned, lower_rungs, renoise_sigmas, told_means
+from libreflux.training.adversary import Adversary, Learned, draw_rungs, renoise_sigmas, told_means
 from libreflux.training.callbacks import Started, StepInfo
 from libreflux.training.ema import Averages
 from libreflux.training.gradient import accumulate_gradient, clip_grad_norm, group_norms
-from libreflux.training.nonfinite import Skips, at_fault, require_finite
+from libreflux.training.nonfinite import Skips, at_fault, heads_at_fault, require_finite
 from libreflux.training.objective import (
     NoisedBatch,
     distilled_target,
@@ -136,12 +136,12 @@ class Training:
         digest = hashlib.sha256()
         for parameter in self.adapter.parameters() if self.ranks.world > 1 else ():
             digest.update(parameter.detach().cpu().view(torch.uint8).numpy().tobytes())
-        if self.adversary is not None and self.ranks.world > 1:
-            digest.update(self.adversary.digest().encode())
-        digests = self.ranks.gather(digest.hexdigest())
-        if len(set(digests)) > 1:
-            hint = "run all processes on the same kind of device and the same versions"
-            raise RunError(f"the adapters of the processes differ after step {self.step}", where=self.run, hint=hint)
+        heads = "" if self.adversary is None or self.ranks.world == 1 else self.adversary.digest()
+        digests = self.ranks.gather([digest.hexdigest(), heads])
+        for what, one in zip(("adapters", "adversary's heads"), zip(*digests, strict=True), strict=True):
+            if len(set(one)) > 1:
+                hint = "run all processes on the same kind of device and the same versions"
+                raise RunError(f"the {what} of the processes differ after step {self.step}", where=self.run, hint=hint)
 
     def take_step(self) -> StepInfo:
         """One optimizer step: accumulate × batch pictures (fewer at an epoch's end), each by its `loss_weight`.
@@ -190,12 +190,12 @@ class Training:
     def _sigmas(self, count: int) -> Tensor:
         """The step's noise levels, [count] by slot; of a student of few steps, rungs of its ladder."""
         recipe, distil = self.recipe, self.recipe.distil
+        if distil is not None and distil.adversarial is not None and distil.steps is not None:
+            return draw_rungs(distil.adversarial, distil.steps, count, recipe.seed, self.step, shift=self.shift)
         sigmas = draw_sigmas(recipe.sigmas, count, recipe.seed, self.step)
         if distil is None or distil.steps is None:
             return sigmas
-        rungs = on_rungs(sigmas, distil.steps, self.shift)
-        early = distil.adversarial is not None and self.step < distil.adversarial.warmup
-        return lower_rungs(rungs, distil.steps, self.shift) if early else rungs
+        return on_rungs(sigmas, distil.steps, self.shift)
 
     def _noise(self, batch: Batch, unit: Unit, *purpose: str) -> Tensor:
         """[B, C, h, w] on the device, of the pictures' slots."""
@@ -223,7 +223,8 @@ class Training:
             return Learned(of_unit.detach(), {})
         levels = renoise_sigmas(adversary.spec, unit.total, seed, self.step)[list(unit.slots)]
         again = replace(noised, noise=self._noise(batch, unit, "adversary"), sigma=levels.to(self.device))
-        return adversary.learn(self.transformer, self.adapter, noised, again, weights / unit.total)
+        compiled = self.compiled is not None
+        return adversary.learn(self.transformer, self.adapter, noised, again, weights / unit.total, compiled=compiled)
 
     def _target(self, batch: Batch, noised: NoisedBatch) -> Tensor:
         """What the network's velocity is compared with, by the recipe's objective; [B, h*w/4, 4C] fp32."""
@@ -243,7 +244,7 @@ class Training:
         faulty = at_fault(sample_ids, [row[2] for row in rows], norm, spec.clip)
         heads_norm = None if adversary is None else adversary.norm()
         if heads_norm is not None and not faulty:
-            faulty = at_fault(sample_ids, [discriminator for *_, (discriminator, *_) in rows], heads_norm, None)
+            faulty = heads_at_fault(sample_ids, [discriminator for *_, (discriminator, *_) in rows], heads_norm)
         learning_rate = lr_at(
             self.step,
             learning_rate=spec.learning_rate,
@@ -274,7 +275,7 @@ class Training:
             epoch=units[0].epoch,
             loss=_mean([loss for _, _, loss, regularised, _ in told if not regularised]),
             regularisation_loss=_mean([loss for _, _, loss, regularised, _ in told if regularised]),
-            adversary=_adversary_told(told, moved.heads_norm),
+            adversary=_adversary_told(told, sigmas, moved.heads_norm),
             gradient_norm=moved.norm,
             learning_rate=moved.learning_rate,
             seconds=seconds,
@@ -309,11 +310,12 @@ def _rows(pictures: Sequence[tuple[int, str, bool]], learned: Sequence[Learned])
     ]
 
 
-def _adversary_told(rows: Sequence[_Row], heads_norm: float | None) -> dict[str, float] | None:
-    """Means over pictures; None without an adversary, and for a skipped step."""
+def _adversary_told(rows: Sequence[_Row], sigmas: Tensor, heads_norm: float | None) -> dict[str, float] | None:
+    """Means over pictures; None without an adversary, and for a skipped step; `sigmas` [count] by slot."""
     if heads_norm is None:
         return None
-    return {**told_means([row[4] for row in rows]), "heads_gradient_norm": heads_norm}
+    means = told_means([row[4] for row in rows], [float(sigmas[row[0]]) for row in rows])
+    return {**means, "heads_gradient_norm": heads_norm}
 
 
 def _mean(values: Sequence[float]) -> float | None:
