@@ -144,9 +144,7 @@ class FileMemory:
         """
         length = len(next(iter(digests), ""))
         for table in self._open:
-            if folders is not None and table.folder not in folders:
-                continue
-            for path, digest in table.digests():
+            for path, digest in table.digests() if folders is None or table.folder in folders else ():
                 if isinstance(path, str) and isinstance(digest, str) and digest[:length] in digests:
                     yield digest[:length], Path(path)
 
