@@ -17,7 +17,7 @@ help:
 	@echo 'make test-gpu  install, then the tests for a card; PY=python3: with that Python as it is, nothing is installed'
 	@echo 'make emoji     install, then the emoji family from nothing: about 6 hours on two cores, resumable; WORK=DIR'
 	@echo 'make soak      install, then kill training 50 times, fill its disk, compare the bytes: some minutes'
-	@echo 'make bench     install, what is compared with into $(BENCH_VENV), then how fast things are: at most 35 minutes on two cores; BENCH=quick: 4'
+	@echo 'make bench     install, what is compared with into $(BENCH_VENV), then how fast things are: at most 35 minutes on two cores; BENCH=quick: 7'
 	@echo 'make lint      install, then ruff, mypy, and import-linter: which room may import which'
 	@echo 'make docs      install, then the documentation: out/docs/index.html; a warning is an error'
 

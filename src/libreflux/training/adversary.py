@@ -262,9 +262,14 @@ class Adversary:
         self.optimizer.load_state_tensors(moments)
 
 
+def spec_of(recipe: Recipe) -> AdversarialSpec | None:
+    """What a recipe says of its adversary; None for one without."""
+    return None if recipe.distil is None else recipe.distil.adversarial
+
+
 def adversary_of(recipe: Recipe, transformer: FluxTransformer2DModel, device: torch.device | str) -> Adversary | None:
     """The adversary of a recipe; None for one without."""
-    spec = None if recipe.distil is None else recipe.distil.adversarial
+    spec = spec_of(recipe)
     return None if spec is None else Adversary(spec, transformer, recipe.seed, device)
 
 

@@ -13,6 +13,7 @@ from libreflux.errors import LibrefluxError, RunError
 from libreflux.model import compile_choice
 from libreflux.model.compiling import CompiledBlocks, explained, missing_compiler, work_of
 from libreflux.recipe import Recipe
+from libreflux.training.adversary import spec_of
 from libreflux.training.callbacks import Callbacks
 from libreflux.training.checkpoint import Checkpoint, listed
 
@@ -80,8 +81,7 @@ def planned_line(recipe: Recipe, kinds: int, blocks: int, device: str) -> str | 
 
 def _passes(recipe: Recipe) -> int:
     """Through the transformer; with an adversary the student's and two of the teacher's, one without backward."""
-    adversarial = recipe.distil is not None and recipe.distil.adversarial is not None
-    return recipe.steps * recipe.accumulate * (3 if adversarial else 1)
+    return recipe.steps * recipe.accumulate * (1 if spec_of(recipe) is None else 3)
 
 
 def _last_kept(recipe: Recipe, device: str) -> bool | None:

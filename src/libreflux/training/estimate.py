@@ -28,7 +28,7 @@ from libreflux.model.source import ModelSource
 from libreflux.model.w8a8 import quantise_activations
 from libreflux.recipe import AdversarialSpec, Recipe
 from libreflux.training import trace
-from libreflux.training.adversary import Adversary
+from libreflux.training.adversary import Adversary, spec_of
 from libreflux.training.bf16_update import CHUNK, CHUNK_ON_A_CARD, SCRATCH_BYTES
 from libreflux.training.memory import on_cpu
 from libreflux.training.objective import NoisedBatch
@@ -61,7 +61,7 @@ def estimate_recipe(
     transformer = _transformer(opened, recipe)
     encoding = _Encoding.of(opened, recipe, cpu)
     shown = views(recipe.crop, recipe.resolution)
-    adversarial = recipe.distil.adversarial if recipe.distil is not None else None
+    adversarial = spec_of(recipe)
     found = estimate(
         transformer,
         plan_layers(recipe, opened).layers,

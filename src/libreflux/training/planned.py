@@ -10,6 +10,7 @@ from libreflux.errors import RecipeError
 from libreflux.model.offload import block_names
 from libreflux.model.source import ModelSource
 from libreflux.recipe import Recipe
+from libreflux.training.adversary import spec_of
 
 # Of an 8-bit base: of what stays dense.
 BASE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16, "w8a8": torch.bfloat16}
@@ -43,7 +44,7 @@ def plan_layers(recipe: Recipe, source: ModelSource) -> plan.Plan:
 
 
 def _check_blocks(recipe: Recipe, source: ModelSource) -> None:
-    adversarial = None if recipe.distil is None else recipe.distil.adversarial
+    adversarial = spec_of(recipe)
     count = len(block_names(source.config))
     wrong = [block for block in (adversarial and adversarial.blocks) or () if block >= count]
     if wrong:

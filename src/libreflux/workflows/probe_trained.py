@@ -39,11 +39,7 @@ FILE = "trained.json"
 
 
 def scene_finder(model: ProbedModel) -> SceneFinder | None:
-    """What finds the nearest scene that a model of the emoji family was trained on; None: nobody says.
-
-    To be filled by the family, for models of which `ProbedModel.family` is true: a `SceneFinder` is told a measured
-    picture with its id, file, caption and pixels.
-    """
+    """What finds the nearest scene that a model's family trained it on; None: no family tells, as of now."""
     return None
 
 
