@@ -16,6 +16,7 @@ import yaml
 from typer.main import get_command
 
 from libreflux.cli.app import app
+from libreflux.cli.verb import every_verb
 from libreflux.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -66,15 +67,14 @@ def test_links_of_a_page_lead_to_files(page: Path) -> None:
 
 
 def test_commands_of_the_pages_have_verbs_and_options_that_exist() -> None:
-    group: Any = get_command(app)
-    verbs: dict[str, Any] = group.commands
+    verbs = every_verb(get_command(app))
     found = 0
     for page in PAGES:
         for line in "".join(_blocks(page, "sh")).splitlines():
             words = shlex.split(line, comments=True)
             if not words or Path(words[0]).name != "libreflux" or len(words) == 1:
                 continue
-            verb = verbs.get(words[1])
+            verb = verbs.get(words[1]) or verbs.get(" ".join(words[1:3]))
             assert verb is not None, f"{page.name}: {line}"
             known = {option for param in verb.params for option in (*param.opts, *param.secondary_opts)}
             unknown = [word for word in words[2:] if word.startswith("--") and word.partition("=")[0] not in known]

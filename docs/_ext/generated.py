@@ -20,6 +20,7 @@ from typer.main import get_command
 import libreflux
 from libreflux import errors
 from libreflux.cli.app import app as command_line
+from libreflux.cli.verb import every_verb
 from libreflux.recipe import Recipe
 
 MARK = re.compile(r"^<!-- generated: ([\w-]+) -->$", re.MULTILINE)
@@ -76,7 +77,7 @@ def _autodoc(kind: str, name: str) -> str:
 def verbs() -> Iterator[str]:
     """Each verb's usage, arguments and options, as `--help` has them."""
     group: Any = get_command(command_line)
-    for name, command in group.commands.items():
+    for name, command in every_verb(group).items():
         context = command.make_context(f"libreflux {name}", [], resilient_parsing=True)
         yield f"## libreflux {name}\n\n{_paragraphs(command.help)}\n"
         yield f"```text\n{command.get_usage(context).removeprefix('Usage: ')}\n```\n"

@@ -16,6 +16,7 @@ from libreflux.cli import (
     export,
     generate,
     grid,
+    inspect,
     lists,
     merge,
     prepare,
@@ -67,6 +68,7 @@ app.command("train", cls=Verb)(train.train)
 app.command("merge", cls=Verb)(merge.merge)
 app.command("average", cls=Verb)(average.average)
 app.command("probe", cls=Verb)(probe.probe)
+app.add_typer(inspect.group, name="inspect")
 app.command("export", cls=Verb)(export.export)
 app.command("demo-data", cls=Verb)(demo_data.demo_data)
 app.command("recipe", cls=Verb)(lists.recipe)

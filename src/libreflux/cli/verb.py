@@ -97,14 +97,24 @@ def _spelled_warnings(names: Mapping[str, str]) -> Iterator[None]:
 
 
 class Verbs(TyperGroup):
-    """The group of all verbs, which knows what other programs call them."""
+    """The group of all verbs, or of some of them, which knows what other programs call them."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Raises a usage error that names the verb which is meant."""
-        verb = _VERBS.get(args[0].lower()) if args and args[0] not in self.commands else None
+        outermost = ctx.parent is None
+        verb = _VERBS.get(args[0].lower()) if outermost and args and args[0] not in self.commands else None
         if verb is not None:
             ctx.fail(f"No such command {args[0]!r}. Did you mean {verb!r}?")
         return super().resolve_command(ctx, args)
+
+
+def every_verb(group: Any) -> dict[str, Any]:
+    """The commands of a group, those of the groups in it by both names: "inspect attention"."""
+    found: dict[str, Any] = {}
+    for name, command in group.commands.items():
+        inner = getattr(command, "commands", None)
+        found |= {name: command} if inner is None else {f"{name} {one}": each for one, each in inner.items()}
+    return found
 
 
 class Verb(TyperCommand):
