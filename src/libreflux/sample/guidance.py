@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +17,42 @@ from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
 
 BatchCfg = bool | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class GuidedPass:
+    """One pass of a picture's transformer, before it runs.
+
+    Attributes:
+        step: index of the step, from 0.
+        sigma: its noise level.
+        x: latents [B, N, 4C].
+        text: B prompts.
+        prompted: which of the B have the prompts; the others have the negative prompts.
+        run: latents and prompts -> velocity, at this noise level.
+    """
+
+    step: int
+    sigma: float
+    x: Tensor
+    text: TextConditioning
+    prompted: range
+    run: Callable[[Tensor, TextConditioning], Tensor]
+
+
+Watcher = Callable[[GuidedPass], Tensor]
+"""Runs a pass and returns its velocity."""
+_watcher: ContextVar[Watcher | None] = ContextVar("libreflux_watcher", default=None)
+
+
+@contextmanager
+def watched_passes(watcher: Watcher) -> Iterator[None]:
+    """Within the block each pass of a picture is given to `watcher`, whatever draws the picture."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 @dataclass
@@ -56,13 +95,16 @@ class GuidedVelocity:
             sigma: the noise level, see `model.velocity`.
             step: index of the step, from 0.
         """
+        count = x.shape[0]
         if self.negative is None or not self.is_guided(step):
-            return self._pass(x, sigma, self.positive)
+            return self._pass(x, sigma, self.positive, step, range(count))
         if self._in_one_pass(self.negative):
             both = TextConditioning.cat([self.negative, self.positive])
-            v_uncond, v_cond = self._pass(torch.cat([x, x]), sigma, both).chunk(2)
+            found = self._pass(torch.cat([x, x]), sigma, both, step, range(count, 2 * count))
+            v_uncond, v_cond = found.chunk(2)
         else:
-            v_uncond, v_cond = self._pass(x, sigma, self.negative), self._pass(x, sigma, self.positive)
+            v_uncond = self._pass(x, sigma, self.negative, step, range(0))
+            v_cond = self._pass(x, sigma, self.positive, step, range(count))
         v = cfg(v_cond, v_uncond, self.scale)
         return rescale(v, v_cond, self.rescale) if self.rescale else v
 
@@ -71,6 +113,10 @@ class GuidedVelocity:
             return set(negative.lengths) == set(self.positive.lengths)
         return self.batch_cfg
 
-    def _pass(self, x: Tensor, sigma: float, text: TextConditioning) -> Tensor:
-        sigmas = torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)
-        return velocity(self.transformer, x, sigmas, text, self.image_ids, guidance=self.embedded_guidance)
+    def _pass(self, x: Tensor, sigma: float, text: TextConditioning, step: int, prompted: range) -> Tensor:
+        def run(x: Tensor, text: TextConditioning) -> Tensor:
+            sigmas = torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)
+            return velocity(self.transformer, x, sigmas, text, self.image_ids, guidance=self.embedded_guidance)
+
+        watcher = _watcher.get()
+        return run(x, text) if watcher is None else watcher(GuidedPass(step, sigma, x, text, prompted, run))
