@@ -18,6 +18,7 @@ What a command does is a function here too. It prints nothing, and what it made 
     libreflux.remake("apple.png", out="again.png")
     libreflux.grid(["a red apple on blue"], guidance=[1, 3], out="sheet")
     libreflux.probe("models/mine", against="emoji-schnell", quick=True)
+    libreflux.inspect_attention("models/mine", "a red apple on blue", text_padding="keep")
     libreflux.export("models/mine", program="diffusers", out="for-diffusers")
     libreflux.demo()
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from libreflux.workflows.generate import generate
     from libreflux.workflows.generate_folder import generate_folder
     from libreflux.workflows.grid import grid
+    from libreflux.workflows.inspect_attention import inspect_attention
     from libreflux.workflows.merge import merge
     from libreflux.workflows.prepare import prepare
     from libreflux.workflows.probe import probe
@@ -66,6 +68,7 @@ __all__ = [
     "generate",
     "generate_folder",
     "grid",
+    "inspect_attention",
     "load_adapter",
     "merge",
     "open_model",
@@ -86,6 +89,7 @@ _LAZY = {
     "generate": "libreflux.workflows.generate",
     "generate_folder": "libreflux.workflows.generate_folder",
     "grid": "libreflux.workflows.grid",
+    "inspect_attention": "libreflux.workflows.inspect_attention",
     "load_adapter": "libreflux.workflows.adapters",
     "merge": "libreflux.workflows.merge",
     "open_model": "libreflux.model.opening",

@@ -28,6 +28,7 @@ MEANT = {
     "average": "ema lerp",
     "probe": "evaluate eval measure benchmark bench test",
     "export": "convert save quantize quantise",
+    "inspect attention": "attention attn attention-map heatmap look",
     "demo-data": "data dataset",
     "recipe": "keys config options settings",
     "models": "list ls",
@@ -64,6 +65,14 @@ PANELS: dict[str, dict[str, str]] = {
         "Judges": "seen judge features",
         "Memory and speed": "device dtype batch",
         "Output": "out json whole",
+    },
+    "attention": {
+        "What to draw": "negative max_tokens seed width height",
+        "Model and adapters": "adapters base comfyui",
+        "What is looked at": "text_padding tokens no_causal",
+        "Sampling": "guidance steps",
+        "Memory and speed": "device quantize offload offload_blocks",
+        "Output": "out json",
     },
 }
 """Verb to the groups of its help, in their order, and each to its parameters, in theirs."""
@@ -176,12 +185,13 @@ class Verb(TyperCommand):
     def _given(self, args: Sequence[str]) -> Iterator[tuple[str, str, str]]:
         """(as written, parameter, value) of what a command line gives; options without a value are left out."""
         options = {text: param for param in self.params for text in (*param.opts, *param.secondary_opts)}
-        positional = next((param for param in self.params if param.param_type_name == "argument"), None)
+        arguments = [param for param in self.params if param.param_type_name == "argument"]
         rest = iter(args)
         for arg in rest:
             text, equals, value = arg.partition("=")
             option = options.get(text) if text.startswith("-") else None
             if option is not None and not getattr(option, "is_flag", False):
                 yield text, str(option.name), value if equals else next(rest, "?")
-            elif option is None and positional is not None and not arg.startswith("-"):
+            elif option is None and arguments and not arg.startswith("-"):
+                positional = arguments[0] if len(arguments) == 1 else arguments.pop(0)  # the last one takes all others
                 yield positional.metavar or str(positional.name).upper(), str(positional.name), arg

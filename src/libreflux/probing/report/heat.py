@@ -1,0 +1,132 @@
+"""Heat maps as pictures inside a page: strips of many numbers, and a map that lies over a picture."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+import numpy as np
+from PIL import Image
+
+RAMP = ((24, 24, 58), (72, 32, 110), (140, 41, 110), (205, 66, 71), (242, 127, 38), (252, 214, 92), (255, 255, 220))
+"""Dark to bright at even steps: it is read in grey too, and on light and dark pages."""
+NOTHING = (128, 128, 128)
+"""Of what is exactly 0."""
+LOW, HIGH = -5.0, 5.0
+"""Of the scale: log2 of how many times an even share."""
+LEFT, CELL_WIDTH, TOP = 70, 900, 18
+CSS = """.strip image { image-rendering: pixelated; } .strip text { font-size: 11px; }
+.over { position: relative; background-size: 100% 100%; aspect-ratio: var(--shape); border-radius: 4px;
+  overflow: hidden; filter: none; } .over img { position: absolute; inset: 0; width: 100%; height: 100%; }
+.mark { stroke: var(--ink); stroke-width: 1; stroke-dasharray: 3 2; }
+.scale { display: inline-block; width: 9rem; height: .8rem; vertical-align: middle; margin: 0 .4rem; }
+"""
+
+
+def colour(times: float) -> tuple[int, int, int]:
+    """The colour of a share that is so many times an even one; grey for nothing."""
+    if times <= 0:
+        return NOTHING
+    place = (min(max(math.log2(times), LOW), HIGH) - LOW) / (HIGH - LOW) * (len(RAMP) - 1)
+    index = min(int(place), len(RAMP) - 2)
+    red, green, blue = (round(a + (b - a) * (place - index)) for a, b in zip(RAMP[index], RAMP[index + 1], strict=True))
+    return red, green, blue
+
+
+def css(rgb: Sequence[int]) -> str:
+    """A colour as CSS has it."""
+    return "#" + "".join(f"{value:02x}" for value in rgb)
+
+
+def ink(rgb: Sequence[int]) -> str:
+    """Black or white, whichever is read on this colour."""
+    return "#000" if 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2] > 120 else "#fff"
+
+
+def strip(
+    times: np.ndarray, rows: Sequence[str], *, title: str, marks: Mapping[int, str], across: str, height: int = 0
+) -> str:
+    """Rows of numbers as colours, a figure.
+
+    Args:
+        times: [R, C], how many times an even share.
+        rows: a label for each row; "" has none.
+        title: of the figure.
+        marks: column to what begins there.
+        across: what the columns are.
+        height: of a row in units of the figure; 0: so that 20 rows and more are about as high as a picture.
+    """
+    count, columns = times.shape
+    tall = height or max(4, min(14, 320 // max(1, count)))
+    whole = TOP + tall * count + 18
+    labels = _row_labels(rows, tall)
+    lines, step = [], CELL_WIDTH / columns
+    for column, name in marks.items():
+        x = LEFT + column * step
+        lines.append(f'<path class="mark" d="M{x:.1f} {TOP - 4}V{TOP + tall * count + 3}"/>')
+        lines.append(f'<text x="{x + 2:.1f}" y="{TOP - 6}">{escape(name)}</text>')
+    picture = (
+        f'<image x="{LEFT}" y="{TOP}" width="{CELL_WIDTH}" height="{tall * count}" preserveAspectRatio="none" '
+        f'href="{_png(_coloured(times))}"/>'
+    )
+    told = escape(title)
+    ends = (
+        f'<text x="{LEFT}" y="{whole - 4}">0</text><text x="{LEFT + CELL_WIDTH}" y="{whole - 4}" '
+        f'text-anchor="end">{columns - 1}</text><text x="{LEFT + CELL_WIDTH / 2:.0f}" y="{whole - 4}" '
+        f'text-anchor="middle">{escape(across)}</text>'
+    )
+    return (
+        f'<figure class="strip"><figcaption>{told}</figcaption><svg viewBox="0 0 {LEFT + CELL_WIDTH + 10} {whole}" '
+        f'role="img" aria-label="{told}">{picture}{"".join(lines)}{labels}{ends}</svg></figure>'
+    )
+
+
+def scale() -> str:
+    """What the colours mean."""
+    stops = ", ".join(css(each) for each in RAMP)
+    return (
+        f'<p class="faint">Colours, in times an even share: 1/{2**-LOW:.0f}<span class="scale" '
+        f'style="background: linear-gradient(90deg, {stops})"></span>{2**HIGH:.0f}, grey: exactly nothing.</p>'
+    )
+
+
+def over(where: np.ndarray, picture: str, alt: str) -> str:
+    """A map over a picture: bright where much of the token is read, clear where little is.
+
+    Args:
+        where: [rows, columns], of the image's tokens; scaled to its own largest.
+        picture: class of CSS whose background is the picture.
+        alt: what it shows.
+    """
+    strength = where / max(float(where.max()), 1e-30)
+    shown = np.zeros((*where.shape, 4), np.uint8)
+    # Dark veil where it is not read, warm and half clear where it is: the picture stays visible.
+    shown[..., 0] = np.round(255 * strength)
+    shown[..., 1] = np.round(150 * strength**2)
+    shown[..., 3] = np.round(205 - 75 * strength)
+    data = Image.fromarray(shown, "RGBA")
+    larger = data.resize((data.width * 4, data.height * 4), Image.Resampling.BICUBIC) if data.width < 40 else data
+    return f'<div class="over {picture}"><img alt="{escape(alt)}" src="{_png(larger)}"></div>'
+
+
+def _row_labels(rows: Sequence[str], tall: int) -> str:
+    every = max(1, math.ceil(12 / tall))
+    return "".join(
+        f'<text x="{LEFT - 5}" y="{TOP + tall * (index + 0.5) + 4:.1f}" text-anchor="end">{escape(row)}</text>'
+        for index, row in enumerate(rows)
+        if row and index % every == 0
+    )
+
+
+def _coloured(times: np.ndarray) -> Image.Image:
+    pixels = np.array([[colour(float(value)) for value in row] for row in times], np.uint8)
+    return Image.fromarray(pixels, "RGB")
+
+
+def _png(image: Image.Image) -> str:
+    held = io.BytesIO()
+    image.save(held, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(held.getvalue()).decode()}"
