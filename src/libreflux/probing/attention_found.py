@@ -144,10 +144,12 @@ def _told_padding(found: Sequence[AttentionFound]) -> str:
     if not any(counts):
         return "no padding reaches the model"
     share = _over([one.padding_share for one in found])
-    read = _mean_count([len(one.read) for one in found])
-    told = f"{_percent(share)} to {_range(counts, 'padding token')}, of which {read} get more than an even share"
+    told = f"{_percent(share)} to {_range(counts, 'padding token')}"
+    if not any(one.read for one in found):
+        return f"{told}, none with more than an even share"
+    told += f", {_mean_count([len(one.read) for one in found])} with more than an even share"
     edges = [_told_edge(found, region, which) for region, which in (("near", "first"), ("end", "last"))]
-    return f"{told} ({' and '.join(filter(None, edges))})" if any(edges) else told
+    return f"{told} ({', and '.join(filter(None, edges))})" if any(edges) else told
 
 
 def _told_edge(found: Sequence[AttentionFound], region: str, which: str) -> str:

@@ -22,9 +22,9 @@ SIDE = 384
 NAMES = {
     "words": "words",
     "end_token": "end token",
-    "padding_near": "padding near the text",
-    "padding_middle": "padding in the middle",
-    "padding_end": "padding at the end",
+    "padding_near": "padding: near",
+    "padding_middle": "middle",
+    "padding_end": "end",
     "image": "image",
 }
 READERS = {"image": "image tokens", "own": "the prompt's own tokens", "padding": "padding tokens"}
@@ -91,7 +91,7 @@ _CSS = """.verdict { font-size: 1.15rem; border-left: 4px solid var(--c1); paddi
 .tokens label { cursor: pointer; outline: 1px solid var(--line); }
 .maps > figure { display: none; } input.pick { position: absolute; opacity: 0; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(14rem, 100%), 1fr)); gap: .8rem;
-  max-width: 52rem; } .pair small { display: block; }
+  max-width: 52rem; } .pair small { display: block; } .change { max-width: 34rem; margin: 1rem 0; }
 """
 
 
@@ -143,34 +143,25 @@ def _map(one: PromptShown, index: int, place: int, name: str) -> str:
             low, high = (float(value) / found.even for value in (where.min(), where.max()))
             told = f"{kind} blocks: {low:.2f} to {high:.2f} times an even share"
             cells.append(f"<div>{heat.over(where, f'pic{index}', f'{text}, {told}')}<small>{told}</small></div>")
-    head = escape(f"token {place}: “{text}”{own}, {times:.2f} times an even share")
+    head = escape(f"token {place}: “{text.replace('▁', ' ').strip() or text}”{own}, {times:.2f} times an even share")
     return f'<figure class="{name}"><figcaption>{head}</figcaption><div class="pair">{"".join(cells)}</div></figure>'
 
 
 def _strips(found: AttentionFound) -> str:
-    marks = {places.start: _SHORT[name] for name, places in found.layout.regions.items() if name in _SHORT}
     steps = [f"step {step + 1}" for step in range(len(found.sigmas))]
     blocks = [f"{kind} {_of_kind(found.kinds, number)}" for number, kind in enumerate(found.kinds)]
-    across = "text token"
+    wide, across = found.layout.own, "text token; the prompt's own are drawn wider"
     parts = [
-        heat.strip(found.by_step / found.even, steps, title="By step", marks=marks, across=across),
-        heat.strip(found.by_block / found.even, blocks, title="By block", marks=marks, across=across),
+        heat.strip(found.by_step / found.even, steps, title="By step", across=across, wide=wide, mark="padding"),
+        heat.strip(found.by_block / found.even, blocks, title="By block", across=across, wide=wide, mark="padding"),
     ]
-    padding = [values for name, values in found.heads.items() if name.startswith("padding_")]
-    if padding:
-        size = found.layout.padding
-        heads = heat.strip(
-            sum(padding) / size / found.even,
-            blocks,
-            title="Padding, by block and head: mean of its tokens",
-            marks={},
-            across="head",
-        )
-        parts.append(heads)
+    what = "padding" if found.layout.padding else "words"
+    regions = [name for name in found.layout.regions if name.startswith(what)]
+    size = sum(len(found.layout.regions[name]) for name in regions)
+    if size:
+        times = np.sum([found.heads[name] for name in regions], axis=0) / size / found.even
+        parts.append(heat.strip(times, blocks, title=f"By block and head, mean of the {what}", across="head"))
     return f"<h3>By step, block and head</h3>{''.join(parts)}"
-
-
-_SHORT = {"words": "words", "padding_near": "padding"}
 
 
 def _of_kind(kinds: Sequence[str], number: int) -> int:
@@ -179,7 +170,7 @@ def _of_kind(kinds: Sequence[str], number: int) -> int:
 
 def _who_reads_whom(found: AttentionFound) -> str:
     names = list(found.readers["image"])
-    heads = ("of the attention of", *(f"to {NAMES[name]}" for name in names))
+    heads = ("attention of", *(NAMES[name] for name in names))
     rows = [
         [READERS[reader], *(f"{100 * shares[name]:.2f} %" for name in names)]
         for reader, shares in found.readers.items()
@@ -212,7 +203,7 @@ def _causal(one: PromptShown) -> str:
     return (
         "<h3>Does it matter?</h3><p>The same latents at each step, the same noise, another text. Velocity: "
         "‖v′ − v‖ / ‖v‖ without guidance. Picture: mean absolute difference of its values.</p>"
-        f'{html.table(heads, rows, 1)}<div class="plots">{drawn_lines}</div><div class="pair">{cells}</div>'
+        f'{html.table(heads, rows, 1)}<div class="change">{drawn_lines}</div><div class="pair">{cells}</div>'
     )
 
 

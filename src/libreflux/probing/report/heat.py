@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
@@ -20,7 +20,8 @@ LOW, HIGH = -5.0, 5.0
 LEFT, CELL_WIDTH, TOP = 70, 900, 18
 CSS = """.strip image { image-rendering: pixelated; } .strip text { font-size: 11px; }
 .over { position: relative; background-size: 100% 100%; aspect-ratio: var(--shape); border-radius: 4px;
-  overflow: hidden; filter: none; } .over img { position: absolute; inset: 0; width: 100%; height: 100%; }
+  overflow: hidden; } .over.map::before { content: ""; position: absolute; inset: 0; background: inherit;
+  filter: grayscale(1); } .over img { position: absolute; inset: 0; width: 100%; height: 100%; }
 .mark { stroke: var(--ink); stroke-width: 1; stroke-dasharray: 3 2; }
 .scale { display: inline-block; width: 9rem; height: .8rem; vertical-align: middle; margin: 0 .4rem; }
 """
@@ -46,28 +47,28 @@ def ink(rgb: Sequence[int]) -> str:
     return "#000" if 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2] > 120 else "#fff"
 
 
-def strip(
-    times: np.ndarray, rows: Sequence[str], *, title: str, marks: Mapping[int, str], across: str, height: int = 0
-) -> str:
+def strip(times: np.ndarray, rows: Sequence[str], *, title: str, across: str, wide: int = 0, mark: str = "") -> str:
     """Rows of numbers as colours, a figure.
 
     Args:
         times: [R, C], how many times an even share.
         rows: a label for each row; "" has none.
         title: of the figure.
-        marks: column to what begins there.
         across: what the columns are.
-        height: of a row in units of the figure; 0: so that 20 rows and more are about as high as a picture.
+        wide: how many columns at the start are drawn so wide that they have a third of the width at least.
+        mark: what begins after them; "" marks nothing.
     """
     count, columns = times.shape
-    tall = height or max(4, min(14, 320 // max(1, count)))
+    tall = max(4, min(14, 320 // max(1, count)))
     whole = TOP + tall * count + 18
-    labels = _row_labels(rows, tall)
-    lines, step = [], CELL_WIDTH / columns
-    for column, name in marks.items():
-        x = LEFT + column * step
-        lines.append(f'<path class="mark" d="M{x:.1f} {TOP - 4}V{TOP + tall * count + 3}"/>')
-        lines.append(f'<text x="{x + 2:.1f}" y="{TOP - 6}">{escape(name)}</text>')
+    labels, lines = _row_labels(rows, tall), ""
+    if 0 < wide < columns:
+        repeats = max(1, round((columns - wide) / (2 * wide)))
+        x = LEFT + CELL_WIDTH * wide * repeats / (wide * repeats + columns - wide)
+        times = np.concatenate([times[:, :wide].repeat(repeats, axis=1), times[:, wide:]], axis=1)
+        if mark:
+            lines = f'<path class="mark" d="M{x:.1f} {TOP - 4}V{TOP + tall * count + 3}"/>'
+            lines += f'<text x="{x + 3:.1f}" y="{TOP - 6}">{escape(mark)}</text>'
     picture = (
         f'<image x="{LEFT}" y="{TOP}" width="{CELL_WIDTH}" height="{tall * count}" preserveAspectRatio="none" '
         f'href="{_png(_coloured(times))}"/>'
@@ -80,7 +81,7 @@ def strip(
     )
     return (
         f'<figure class="strip"><figcaption>{told}</figcaption><svg viewBox="0 0 {LEFT + CELL_WIDTH + 10} {whole}" '
-        f'role="img" aria-label="{told}">{picture}{"".join(lines)}{labels}{ends}</svg></figure>'
+        f'role="img" aria-label="{told}">{picture}{lines}{labels}{ends}</svg></figure>'
     )
 
 
@@ -109,7 +110,7 @@ def over(where: np.ndarray, picture: str, alt: str) -> str:
     shown[..., 3] = np.round(205 - 75 * strength)
     data = Image.fromarray(shown, "RGBA")
     larger = data.resize((data.width * 4, data.height * 4), Image.Resampling.BICUBIC) if data.width < 40 else data
-    return f'<div class="over {picture}"><img alt="{escape(alt)}" src="{_png(larger)}"></div>'
+    return f'<div class="over map {picture}"><img alt="{escape(alt)}" src="{_png(larger)}"></div>'
 
 
 def _row_labels(rows: Sequence[str], tall: int) -> str:
