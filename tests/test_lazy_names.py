@@ -21,6 +21,7 @@ REFUSED = {
     "generate": "([])",
     "generate_folder": "('nowhere.txt', out='drawn')",
     "grid": "([])",
+    "inspect_attention": "('nowhere', [])",
     "load_adapter": "('nowhere')",
     "merge": "('nowhere', ['nothing'], out='model')",
     "open_model": "('nowhere')",

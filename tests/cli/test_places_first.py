@@ -31,6 +31,7 @@ VERBS: dict[str, tuple[str, list[str]]] = {
     "average": (NEW, ["average", GONE, "--width", "0.1", "--out", "PLACE.safetensors"]),
     "probe": (FOLDER, ["probe", GONE, "--out", "PLACE"]),
     "probe --against": (FOLDER, ["probe", GONE, "--against", GONE, "--out", "PLACE"]),
+    "inspect attention": (FOLDER, ["inspect", "attention", GONE, "x", "--out", "PLACE"]),
     "train": (FOLDER, ["train", "r.yaml", "out=PLACE"]),
     "prepare": (FOLDER, ["prepare", GONE, "--model", GONE, "--out", "PLACE"]),
     "demo": (FOLDER, ["demo", "--out", "PLACE"]),

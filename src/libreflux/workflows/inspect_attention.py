@@ -67,7 +67,8 @@ def inspect_attention_with(options: InspectAttentionOptions) -> InspectAttention
 
         import libreflux
 
-        found = libreflux.inspect_attention("emoji-base", "a fox on yellow", steps=2, text_padding="keep")
+        prompt, less = "a fox on yellow", {"steps": 2, "max_tokens": 64}
+        found = libreflux.inspect_attention("emoji-base", prompt, text_padding="keep", **less)
         print(found.told)
         print(found.prompts[0].padding_share, found.prompts[0].velocity["padding_removed"])
     """
