@@ -25,7 +25,7 @@ def test_the_command_and_the_function_write_the_same(
 ) -> None:
     """Under an adapter, with the padding of FLUX.1; the picture is the one that `generate` draws."""
     ours, theirs, drawn = tmp_path / "ours", tmp_path / "theirs", tmp_path / "drawn.png"
-    adapter = {"adapters": [f"{trained}:0.5"]}
+    adapter: dict[str, Any] = {"adapters": [f"{trained}:0.5"]}
     capfd.readouterr()
     found = libreflux.inspect_attention(str(tiny_model_dir), PROMPT, out=ours, tokens=["apple"], **adapter, **SMALL)
     assert capfd.readouterr().out == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -46,7 +47,7 @@ def attention_masses(
         for number, block in enumerate(blocks):
             attention = _attention(block)
             before = attention.processor
-            recording = _Recording(before, lambda mass, number=number: told(number, mass), sample, text, own)
+            recording = _Recording(before, functools.partial(told, number), sample, text, own)
             attention.processor = recording
             held.callback(setattr, attention, "processor", before)
         yield

@@ -70,7 +70,7 @@ def page(shown: Sequence[PromptShown], *, model: str, settings: Mapping[str, str
         settings: how it was recorded, by name.
     """
     title = f"What does {model} look at?"
-    rules, parts, numbers = [heat.CSS, _CSS], [], count()
+    rules, parts, numbers = [html.ATTENTION_STYLE], list[str](), count()
     for index, one in enumerate(shown):
         rules.append(_background(f"pic{index}", one.picture))
         parts.append(_prompt(one, index, numbers, rules, alone=len(shown) == 1))
@@ -84,17 +84,6 @@ def page(shown: Sequence[PromptShown], *, model: str, settings: Mapping[str, str
     return html.document(title, body)
 
 
-_CSS = """.verdict { font-size: 1.15rem; border-left: 4px solid var(--c1); padding-left: .9rem; }
-.tokens { display: flex; flex-wrap: wrap; gap: 2px; margin: .6rem 0; }
-.tokens label, .tokens span { padding: .1rem .3rem; border-radius: 3px; font-size: .85rem; white-space: pre; }
-.tokens .pad { padding: .1rem 0; width: 9px; overflow: hidden; color: transparent !important; }
-.tokens label { cursor: pointer; outline: 1px solid var(--line); }
-.maps > figure { display: none; } input.pick { position: absolute; opacity: 0; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(14rem, 100%), 1fr)); gap: .8rem;
-  max-width: 52rem; } .pair small { display: block; } .change { max-width: 34rem; margin: 1rem 0; }
-"""
-
-
 def _prompt(one: PromptShown, index: int, numbers: count[int], rules: list[str], *, alone: bool) -> str:
     found = one.found
     told = "" if alone else f"<p>{escape(sentence([found]))}</p>"
@@ -106,7 +95,7 @@ def _prompt(one: PromptShown, index: int, numbers: count[int], rules: list[str],
 
 def _tokens(one: PromptShown, index: int, numbers: count[int], rules: list[str]) -> str:
     """The strip of tokens; those that have a map are buttons that show it."""
-    found, cells, inputs, maps = one.found, [], [], []
+    found, cells, inputs, maps = one.found, list[str](), list[str](), list[str]()
     for place, (text, share) in enumerate(zip(found.layout.tokens, found.tokens, strict=True)):
         times = float(share) / found.even
         colour = heat.colour(times)
@@ -122,7 +111,7 @@ def _tokens(one: PromptShown, index: int, numbers: count[int], rules: list[str])
         inputs.append(f'<input class="pick" type="radio" name="p{index}" id="{name}"{first}>')
         cells.append(f'<label class="{kind}" for="{name}" style="{style}" title="{told}">{shown}</label>')
         rules.append(f"#{name}:checked~.maps .{name}{{display:block}}")
-        rules.append(f'#{name}:checked~.tokens [for="{name}"]{{outline:3px solid var(--c0)}}')
+        rules.append(f'#{name}:checked~.tokens [for="{name}"]{{outline:3px solid #1f6fb4}}')
         rules.append(f'#{name}:focus-visible~.tokens [for="{name}"]{{outline-offset:2px}}')
         maps.append(_map(one, index, place, name))
     return (

@@ -18,13 +18,6 @@ NOTHING = (128, 128, 128)
 LOW, HIGH = -5.0, 5.0
 """Of the scale: log2 of how many times an even share."""
 LEFT, CELL_WIDTH, TOP = 70, 900, 18
-CSS = """.strip image { image-rendering: pixelated; } .strip text { font-size: 11px; }
-.over { position: relative; background-size: 100% 100%; aspect-ratio: var(--shape); border-radius: 4px;
-  overflow: hidden; } .over.map::before { content: ""; position: absolute; inset: 0; background: inherit;
-  filter: grayscale(1); } .over img { position: absolute; inset: 0; width: 100%; height: 100%; }
-.mark { stroke: var(--ink); stroke-width: 1; stroke-dasharray: 3 2; }
-.scale { display: inline-block; width: 9rem; height: .8rem; vertical-align: middle; margin: 0 .4rem; }
-"""
 
 
 def colour(times: float) -> tuple[int, int, int]:

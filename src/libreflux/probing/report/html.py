@@ -54,6 +54,24 @@ details { border-top: 1px solid var(--line); padding: .4rem 0; } summary { curso
   details::details-content { content-visibility: visible; block-size: auto; } }
 """
 
+ATTENTION_STYLE = """
+.strip image { image-rendering: pixelated; } .strip text { font-size: 11px; }
+.over { position: relative; background-size: 100% 100%; aspect-ratio: var(--shape); border-radius: 4px;
+  overflow: hidden; } .over.map::before { content: ""; position: absolute; inset: 0; background: inherit;
+  filter: grayscale(1); } .over img { position: absolute; inset: 0; width: 100%; height: 100%; }
+.mark { stroke: var(--ink); stroke-width: 1; stroke-dasharray: 3 2; }
+.scale { display: inline-block; width: 9rem; height: .8rem; vertical-align: middle; margin: 0 .4rem; }
+.verdict { font-size: 1.15rem; border-left: 4px solid var(--c1); padding-left: .9rem; }
+.tokens { display: flex; flex-wrap: wrap; gap: 2px; margin: .6rem 0; }
+.tokens label, .tokens span { padding: .1rem .3rem; border-radius: 3px; font-size: .85rem; white-space: pre; }
+.tokens .pad { padding: .1rem 0; width: 9px; overflow: hidden; color: transparent !important; }
+.tokens label { cursor: pointer; outline: 1px solid var(--line); }
+.maps > figure { display: none; } input.pick { position: absolute; opacity: 0; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(14rem, 100%), 1fr)); gap: .8rem;
+  max-width: 52rem; } .pair small { display: block; } .change { max-width: 34rem; margin: 1rem 0; }
+"""
+"""Beside `STYLE`, of the page of `inspect attention`."""
+
 
 def document(title: str, body: str) -> str:
     """A whole page that may load nothing from anywhere and run no script."""
