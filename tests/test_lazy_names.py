@@ -16,6 +16,7 @@ REFUSED = {
     "average": "('nowhere', width=0.1, out='a.safetensors')",
     "demo": "(steps=0)",
     "demo_data": "('pictures', count=0)",
+    "diff": "('nowhere', 'nothing')",
     "dry_run": "('nowhere.yaml')",
     "export": "('nowhere', program='bfl', out='a.safetensors')",
     "generate": "([])",

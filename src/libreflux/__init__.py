@@ -18,6 +18,7 @@ What a command does is a function here too. It prints nothing, and what it made 
     libreflux.remake("apple.png", out="again.png")
     libreflux.grid(["a red apple on blue"], guidance=[1, 3], out="sheet")
     libreflux.probe("models/mine", against="emoji-schnell", quick=True)
+    libreflux.diff("emoji-schnell", "models/mine", rank=16, out="difference.safetensors")
     libreflux.export("models/mine", program="diffusers", out="for-diffusers")
     libreflux.demo()
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from libreflux.workflows.average import average
     from libreflux.workflows.demo import demo
     from libreflux.workflows.demo_data import demo_data
+    from libreflux.workflows.diff import diff
     from libreflux.workflows.dry_run import dry_run
     from libreflux.workflows.export import export
     from libreflux.workflows.generate import generate
@@ -61,6 +63,7 @@ __all__ = [
     "average",
     "demo",
     "demo_data",
+    "diff",
     "dry_run",
     "export",
     "generate",
@@ -81,6 +84,7 @@ _LAZY = {
     "average": "libreflux.workflows.average",
     "demo": "libreflux.workflows.demo",
     "demo_data": "libreflux.workflows.demo_data",
+    "diff": "libreflux.workflows.diff",
     "dry_run": "libreflux.workflows.dry_run",
     "export": "libreflux.workflows.export",
     "generate": "libreflux.workflows.generate",
