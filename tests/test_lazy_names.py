@@ -22,6 +22,7 @@ REFUSED = {
     "generate": "([])",
     "generate_folder": "('nowhere.txt', out='drawn')",
     "grid": "([])",
+    "inspect_layers": "('nowhere')",
     "load_adapter": "('nowhere')",
     "merge": "('nowhere', ['nothing'], out='model')",
     "open_model": "('nowhere')",

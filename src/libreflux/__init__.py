@@ -18,6 +18,7 @@ What a command does is a function here too. It prints nothing, and what it made 
     libreflux.remake("apple.png", out="again.png")
     libreflux.grid(["a red apple on blue"], guidance=[1, 3], out="sheet")
     libreflux.probe("models/mine", against="emoji-schnell", quick=True)
+    libreflux.inspect_layers("emoji-schnell", against="models/mine", budget="400k")
     libreflux.diff("emoji-schnell", "models/mine", rank=16, out="difference.safetensors")
     libreflux.export("models/mine", program="diffusers", out="for-diffusers")
     libreflux.demo()
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from libreflux.workflows.generate import generate
     from libreflux.workflows.generate_folder import generate_folder
     from libreflux.workflows.grid import grid
+    from libreflux.workflows.inspect_layers import inspect_layers
     from libreflux.workflows.merge import merge
     from libreflux.workflows.prepare import prepare
     from libreflux.workflows.probe import probe
@@ -69,6 +71,7 @@ __all__ = [
     "generate",
     "generate_folder",
     "grid",
+    "inspect_layers",
     "load_adapter",
     "merge",
     "open_model",
@@ -90,6 +93,7 @@ _LAZY = {
     "generate": "libreflux.workflows.generate",
     "generate_folder": "libreflux.workflows.generate_folder",
     "grid": "libreflux.workflows.grid",
+    "inspect_layers": "libreflux.workflows.inspect_layers",
     "load_adapter": "libreflux.workflows.adapters",
     "merge": "libreflux.workflows.merge",
     "open_model": "libreflux.model.opening",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from libreflux.cli.verb import Verbs
+from libreflux.cli import inspect_layers
+from libreflux.cli.verb import Verb, Verbs
 from libreflux.printing import say_table
 
 group = typer.Typer(cls=Verbs, help="Look into a model: what it looks at, and which of its layers matter.")
@@ -14,3 +15,6 @@ group = typer.Typer(cls=Verbs, help="Look into a model: what it looks at, and wh
 def _group(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         say_table(context.get_help())
+
+
+group.command("layers", cls=Verb)(inspect_layers.layers)
