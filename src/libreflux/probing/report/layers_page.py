@@ -10,7 +10,7 @@ import numpy as np
 
 from libreflux import __version__
 from libreflux.adapter.difference import Change, together
-from libreflux.adapter.targets import Resolved, group
+from libreflux.adapter.targets import Resolved, group, summary
 from libreflux.probing.layer_shares import block_of
 from libreflux.probing.layers import SPANS, LayerTable
 from libreflux.probing.report import html
@@ -78,25 +78,25 @@ def page(
         measure: by which a budget was spent.
     """
     title = f"Which layers of {names[0]} matter?"
-    spent = _adapter(layers, measure) if layers else ""
+    spent = _adapter(layers, measure, table) if layers else ""
     body = "\n".join(
         [
             f"<h1>{escape(title)}</h1>",
-            f'<p class="found"><b>{escape(headline(table, changes))}</b></p>{_WHAT_IT_IS}',
+            f"<p><b>{escape(headline(table, changes))}</b></p>{_WHAT_IT_IS}",
             f'<h2>By depth</h2><div class="plots">{"".join(_plots(table, changes, names[1]))}</div>',
             _redundant(table),
             _layer_table(table, changes),
             spent,
             f'<p class="faint">{table.pictures} pictures, each at noise levels'
-            f" {', '.join(f'{sigma:g}' for sigma in table.sigmas)}. The text's last point is left out: nothing reads what"
-            f" the last block makes of the text. libreflux {__version__}</p>",
+            f" {', '.join(f'{sigma:g}' for sigma in table.sigmas)}. The text's last point is left out: nothing reads"
+            f" what the last block makes of the text. libreflux {__version__}</p>",
         ]
     )
     return html.document(title, body)
 
 
 def _plots(table: LayerTable, changes: Sequence[Change], after: str) -> list[str]:
-    border = table.double - 0.5 if table.single else None
+    border = _border(table)
     angle = "angle, of a half turn"
 
     def drawn(title: str, y: str, series: Sequence[Series], *, percent: bool = False) -> str:
@@ -213,20 +213,39 @@ def _layer_table(table: LayerTable, changes: Sequence[Change]) -> str:
     return f"<h2>By kind of layer</h2>{html.table(heads, rows, 1)}"
 
 
-def _adapter(layers: Sequence[Resolved], measure: str) -> str:
+def _adapter(layers: Sequence[Resolved], measure: str, table: LayerTable) -> str:
     kinds: dict[tuple[str, int | None], list[Resolved]] = {}
     for row in layers:
         kinds.setdefault((group(row.name), row.factor), []).append(row)
     rows = [
-        [name, str(factor), str(len(each)), f"{sum(row.parameters for row in each):,}"]
-        for (name, factor), each in kinds.items()
+        [summary(row.name for row in each), str(factor), str(len(each)), f"{sum(row.parameters for row in each):,}"]
+        for (_, factor), each in kinds.items()
     ]
     total = sum(row.parameters for row in layers)
     return (
         f"<h2>An adapter of {total:,} parameters</h2><p>Spent by the measure “{escape(measure)}”; the section"
         f" for a recipe is <code>adapter.yaml</code>, beside this page.</p>"
+        f'<div class="plots">{_spent_by_depth(layers, table)}</div>'
         f"{html.table(('layer', 'factor', 'count', 'parameters'), rows, 1)}"
     )
+
+
+def _spent_by_depth(layers: Sequence[Resolved], table: LayerTable) -> str:
+    sizes = np.zeros(table.blocks)
+    spent = np.zeros(table.blocks)
+    for name, (inner, outer) in table.sizes.items():
+        if (block := block_of(table, name)) is not None:
+            sizes[block] += inner * outer
+    for row in layers:
+        if (block := block_of(table, row.name)) is not None:
+            spent[block] += row.parameters
+    series = [Series("adapter", 0, _points(spent / sizes))]
+    title = "Parameters, as a share of each block's weights"
+    return lines(series, title=title, x=_DEPTH, y="parameters / weights", border=_border(table), percent=True)
+
+
+def _border(table: LayerTable) -> float | None:
+    return table.double - 0.5 if table.single else None
 
 
 def _parts(values: Mapping[str, float], table: LayerTable) -> dict[str, float]:
