@@ -166,7 +166,7 @@ def gradients_by_autograd(transformer: FluxTransformer2DModel, seed: int = 0) ->
     layers = linears(transformer)
     squares = {name: np.zeros(len(SIGMAS)) for name in layers}
     for layer in layers.values():
-        layer.weight.requires_grad_(True)  # type: ignore[union-attr, operator]
+        layer.weight.requires_grad_(True)
     for batch in Pictures().batches(1):
         for index, sigma in enumerate(SIGMAS):
             noise = paired_noise(batch.latents.shape[1:], seed, batch.sample_ids[0], sigma)[None]
@@ -175,7 +175,7 @@ def gradients_by_autograd(transformer: FluxTransformer2DModel, seed: int = 0) ->
             (v - velocity_target(batch.latents, noise)).square().mean().backward()
             for name, layer in layers.items():
                 squares[name][index] += float(layer.weight.grad.double().norm()) ** 2  # type: ignore[union-attr, operator]
-                layer.weight.grad = None  # type: ignore[assignment]
+                layer.weight.grad = None
     return {name: np.sqrt(value / 3) for name, value in squares.items()}
 
 

@@ -24,7 +24,7 @@ from libreflux.model.quantise import quantise_folder
 from libreflux.model.single_file import SingleFiles
 from libreflux.model.weight_reader import weight_reader
 from libreflux.workflows.diff import DiffResult
-from opened import opened
+from opened import opened, tensor_of
 from tiny import tiny_transformer
 
 Changed = Callable[..., Path]
@@ -55,7 +55,8 @@ def plant(make: Callable[[int, int, int], Tensor]) -> Callable[[FluxTransformer2
 
     def change(transformer: FluxTransformer2DModel) -> None:
         for number, linear in enumerate(linears(transformer).values()):
-            linear.weight += make(*linear.weight.shape, number)  # type: ignore[misc, operator]
+            weight = linear.get_parameter("weight")
+            weight += make(weight.shape[0], weight.shape[1], number)
 
     return change
 
@@ -151,7 +152,7 @@ def test_a_written_difference_draws_as_the_second_model_and_is_used_like_it(
     pipe, wanted = (libreflux.LibreFluxPipeline.from_pretrained(str(each)) for each in (tiny_model_dir, after))
     pipe.load_lora_weights(libreflux.load_adapter(out))
     drawn, there = (
-        each("a red apple on blue", seeds=[1], height=32, width=32, output_type="latent").images
+        tensor_of(each("a red apple on blue", seeds=[1], height=32, width=32, output_type="latent"))
         for each in (pipe, wanted)
     )
     assert pipe.facts.steps == 3

@@ -52,17 +52,8 @@ def spend(shapes: Sequence[tuple[str, int, int]], shares: Mapping[str, float], b
         OptionError: more than the layers hold, less than the smallest LoKr, or a sum that no choice of factors comes
             near to.
     """
-    choices = {name: _choices(inner, outer) for name, inner, outer in shapes if shares.get(name, 0) > 0}
-    if not choices:
-        raise OptionError("no layer has any of the measure", "budget", hint="choose another measure")
-    most = sum(each[-1].parameters for each in choices.values())
-    least = min(each[1].parameters for each in choices.values())
-    if budget > most * (1 + TOLERANCE):
-        told = f"{budget:,} parameters are more than the {most:,} of these layers at factor 1"
-        raise OptionError(told, "budget", hint=f"use at most {most:,}")
-    if budget < least * (1 - TOLERANCE):
-        told = f"{budget:,} parameters are fewer than the smallest LoKr here has, {least:,}"
-        raise OptionError(told, "budget", hint=f"use at least {least:,}")
+    choices = _measured(shapes, shares)
+    _check_limits(choices, budget)
     wanted = _filled({name: (shares[name], each[-1].parameters) for name, each in choices.items()}, budget)
     chosen = {name: _nearest(choices[name], wanted[name]) for name in choices}
     _correct(choices, chosen, wanted, budget)
@@ -72,6 +63,11 @@ def spend(shapes: Sequence[tuple[str, int, int]], shares: Mapping[str, float], b
         raise OptionError(told, "budget", hint=f"use {total:,}")
     picked = {name: choices[name][at].factor for name, at in chosen.items()}
     return Spent({name: factor for name, factor in picked.items() if factor is not None}, total)
+
+
+def check_budget(shapes: Sequence[tuple[str, int, int]], budget: int) -> None:
+    """Raises OptionError for a budget that no measure of these layers could spend; see `spend`."""
+    _check_limits(_measured(shapes, {name: 1.0 for name, _, _ in shapes}), budget)
 
 
 def as_targets(factors: Mapping[str, int]) -> list[Target]:
@@ -86,6 +82,23 @@ def as_yaml(targets: Sequence[Target], heading: Sequence[str] = ()) -> str:
     """The `adapter` section of a recipe, under lines of comment."""
     rows = [f'    - {{layers: "{one.layers}", factor: {one.factor}}}' for one in targets]
     return "\n".join([*(f"# {line}" for line in heading), "adapter:", "  kind: lokr", "  targets:", *rows, ""])
+
+
+def _measured(shapes: Sequence[tuple[str, int, int]], shares: Mapping[str, float]) -> dict[str, list[Choice]]:
+    return {name: _choices(inner, outer) for name, inner, outer in shapes if shares.get(name, 0) > 0}
+
+
+def _check_limits(choices: Mapping[str, Sequence[Choice]], budget: int) -> None:
+    if not choices:
+        raise OptionError("no layer has any of the measure", "budget", hint="choose another measure")
+    most = sum(each[-1].parameters for each in choices.values())
+    least = min(each[1].parameters for each in choices.values())
+    if budget > most * (1 + TOLERANCE):
+        told = f"{budget:,} parameters are more than the {most:,} of these layers at factor 1"
+        raise OptionError(told, "budget", hint=f"use at most {most:,}")
+    if budget < least * (1 - TOLERANCE):
+        told = f"{budget:,} parameters are fewer than the smallest LoKr here has, {least:,}"
+        raise OptionError(told, "budget", hint=f"use at least {least:,}")
 
 
 def _choices(in_features: int, out_features: int) -> list[Choice]:

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from libreflux import __version__
-from libreflux.adapter.budget import as_targets, as_yaml, spend
+from libreflux.adapter.budget import as_targets, as_yaml, check_budget, spend
 from libreflux.adapter.difference import Change
 from libreflux.adapter.io import AdapterFile, attach_file
+from libreflux.adapter.layers import linear_shapes
 from libreflux.adapter.targets import Resolved, resolve
 from libreflux.data.cache_spec import CacheSpec
 from libreflux.data.crops import View, bucket_step
@@ -23,8 +24,9 @@ from libreflux.model.device import make_current, pick_device, release
 from libreflux.model.device_faults import explained
 from libreflux.model.latents import own_side
 from libreflux.model.source import ModelSource
-from libreflux.model.text import check_trained_padding
-from libreflux.printing import printable
+from libreflux.model.text import TRAINED_PADDING
+from libreflux.model.weight_reader import empty_transformer
+from libreflux.printing import get_logger, printable
 from libreflux.probing.layer_shares import shares
 from libreflux.probing.layers import LayerTable, measure_layers
 from libreflux.probing.report import layers_page
@@ -43,6 +45,8 @@ from libreflux.workflows.inspect_layers import (
 )
 from libreflux.workflows.probe_model import is_family
 
+logger = get_logger(__name__)
+
 DTYPES = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 LARGE = 2_000_000_000
 """Parameters of a transformer from which on blocks are computed again in the backward pass."""
@@ -58,10 +62,11 @@ def run(options: InspectLayersOptions, budget: int | None) -> InspectLayersResul
         options.model, "model", options.base, None if options.comfyui is None else Path(options.comfyui)
     )
     files = load_arguments(options.adapters)
-    source = before.with_facts(adapted_facts(before.facts, files))
-    check_trained_padding(source.facts.text_padding)
+    source = _as_trained(before.with_facts(adapted_facts(before.facts, files)))
     if files:
         notice_other_base(source.hash, files)
+    if budget is not None:
+        check_budget(linear_shapes(empty_transformer(source.config)), budget)
     out = out_of(options, [Path(options.model).name, *(Path(file.where).resolve().parent.name for file, _ in files)])
     data = _data(options, source)
     compared = None if options.against is None else open_difference(before, options.against)[0]
@@ -77,6 +82,17 @@ def run(options: InspectLayersOptions, budget: int | None) -> InspectLayersResul
         result = InspectLayersResult(out, out / PAGE, headline, table, changes, out / TARGETS if rows else None, rows)
         _write(options, result, budget)
     return result
+
+
+def _as_trained(source: ModelSource) -> ModelSource:
+    """The model with text as a cache can hold it: what is drawn with padding is measured as a recipe would train it."""
+    padding = source.facts.text_padding
+    if padding in TRAINED_PADDING:
+        return source
+    logger.warning(
+        "%s reads padded text (%s): its layers are measured without, as they are trained", source.name, padding
+    )
+    return source.with_facts(dataclasses.replace(source.facts, text_padding="drop"))
 
 
 def _data(options: InspectLayersOptions, source: ModelSource) -> Path | None:
