@@ -18,7 +18,7 @@ from libreflux.adapter.io import save_adapter
 from libreflux.adapter.layers import linear_shapes
 from libreflux.adapter.targets import Target, resolve
 from libreflux.errors import LibrefluxError, ModelError, OptionError, RunError
-from libreflux.workflows.inspect_layers import InspectLayersOptions, check_options, parameters_of
+from libreflux.workflows.inspect_layers_options import InspectLayersOptions, check_options, parameters_of
 from tiny import change_json, make_tiny_model, tiny_transformer
 
 QUICK: dict[str, Any] = {"pictures": 2, "sigmas": [0.5], "resolution": 32}
@@ -62,6 +62,7 @@ def test_a_budget_is_a_section_that_trains_with_so_many_parameters(
     again = run("inspect", "layers", tiny_model_dir, "--data", pictures, "--out", out, "--json", "--pictures", 2)
     assert again.code == 0, again.err
     assert json.loads(again.out)["schema"] == 1
+    assert not (out / "adapter.yaml").exists()
 
 
 def test_what_an_adapter_changed_is_shown_and_gets_the_budget(

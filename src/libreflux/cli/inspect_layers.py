@@ -59,7 +59,7 @@ def layers(
     With --budget, write an adapter section for a recipe.
     """
     from libreflux.cli.progress import progress
-    from libreflux.workflows.inspect_layers import InspectLayersOptions, check_options, inspect_layers_with
+    from libreflux.workflows.inspect_layers_options import InspectLayersOptions, check_options
 
     options = InspectLayersOptions(
         model,
@@ -81,6 +81,9 @@ def layers(
         progress=progress,
     )
     check_options(options)  # before torch is loaded
+
+    from libreflux.workflows.inspect_layers import inspect_layers_with
+
     found = inspect_layers_with(options)
     if json:
         say_json(found.file.read_text(encoding="utf-8"))

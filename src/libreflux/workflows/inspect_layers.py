@@ -4,78 +4,59 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from libreflux.errors import OptionError, RunError
-from libreflux.places import file_place, folder_place
-from libreflux.values import check_side, listed_numbers
+import torch
+
+from libreflux import __version__
+from libreflux.adapter.budget import as_targets, as_yaml, check_budget, spend
+from libreflux.adapter.difference import Change
+from libreflux.adapter.io import AdapterFile, attach_file
+from libreflux.adapter.layers import linear_shapes
+from libreflux.adapter.targets import Resolved, resolve
+from libreflux.data.cache_spec import CacheSpec
+from libreflux.data.crops import View, bucket_step
+from libreflux.data.held_out import HeldOut
+from libreflux.data.prepare import prepare
+from libreflux.data.sources import require_folder
+from libreflux.errors import DataError, OptionError
+from libreflux.files import atomic_write_json, atomic_write_text, lock
+from libreflux.model.device import make_current, pick_device, release
+from libreflux.model.device_faults import explained
+from libreflux.model.latents import own_side
+from libreflux.model.source import ModelSource
+from libreflux.model.text import TRAINED_PADDING
+from libreflux.model.weight_reader import empty_transformer
+from libreflux.printing import get_logger, printable
+from libreflux.probing.layer_shares import shares
+from libreflux.probing.layers import LayerTable, measure_layers
+from libreflux.probing.report import layers_page
+from libreflux.recipe import DataSource
+from libreflux.workflows.adapters import adapted_facts, load_arguments, notice_other_base
+from libreflux.workflows.compared import open_before, open_difference
+from libreflux.workflows.inspect_layers_options import (
+    FILE,
+    PAGE,
+    TARGETS,
+    InspectLayersOptions,
+    check_options,
+    measure_of,
+    out_of,
+    try_out,
+)
 from libreflux.workflows.keywords import by_keywords
-from libreflux.workflows.picture_options import check_whole
-from libreflux.workflows.progress import Progress, silent
+from libreflux.workflows.probe_model import is_family
 
-if TYPE_CHECKING:
-    from libreflux.adapter.difference import Change
-    from libreflux.adapter.targets import Resolved
-    from libreflux.probing.layers import LayerTable
+logger = get_logger(__name__)
 
-MEASURES = ("distance", "centred", "gradient", "change")
-PRECISIONS = ("stored", "fp32", "bf16")
-SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
-FILE, PAGE, TARGETS = "layers.json", "index.html", "adapter.yaml"
-LAYERS = Path("out/layers")
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
-
-
-@dataclass(frozen=True)
-class InspectLayersOptions:
-    """What is looked into, and what is made of it.
-
-    Attributes:
-        model: a name, a folder, a hub id or a single .safetensors file.
-        adapters: adapter files or run folders that are put on it, each as "PATH" or "PATH:WEIGHT".
-        against: another model, or an adapter as "PATH" or "PATH:WEIGHT": what changed to it, layer by layer.
-        data: folder of captioned pictures; None is the emoji family's.
-        out: folder of the result; None is out/layers/NAME.
-        pictures: at most so many.
-        sigmas: noise levels in (0, 1), at most five.
-        budget: parameters of an adapter, a number or a text as "600M", "3.2B" or "40k"; None: no targets are written.
-        measure: what says where the budget goes: "distance", "centred", "gradient" or "change"; None is "change" with
-            `against`, else "distance".
-        resolution: side of the pictures in pixels; None is the model's, at most 512.
-        seed: of the noise.
-        dtype: of the weights: "stored", "fp32" or "bf16".
-        quantize: "int8": the transformer is quantised while it is read; None: as stored.
-        base: model that has what a single file lacks.
-        comfyui: folder with the other parts of a single file, such as ComfyUI's models.
-        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        progress: shows how far it is.
-    """
-
-    model: str
-    _: KW_ONLY
-    adapters: str | Path | Sequence[str | Path] = ()
-    against: str | None = None
-    data: Path | str | None = None
-    out: Path | str | None = None
-    pictures: int = 16
-    sigmas: Sequence[float] = SIGMAS
-    budget: int | float | str | None = None
-    measure: str | None = None
-    resolution: int | None = None
-    seed: int = 0
-    dtype: str = "stored"
-    quantize: str | None = None
-    base: str | None = None
-    comfyui: Path | str | None = None
-    device: str = "auto"
-    progress: Progress = field(default=silent, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sigmas", listed_numbers(self.sigmas, "sigmas"))
+DTYPES = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}
+LARGE = 2_000_000_000
+"""Parameters of a transformer from which on blocks are computed again in the backward pass."""
+MOST_SIDE = 512
+"""Pixels per side when nobody says how many: what hidden states and gradients tell needs no more."""
 
 
 @dataclass(frozen=True)
@@ -134,83 +115,153 @@ def inspect_layers_with(options: InspectLayersOptions) -> InspectLayersResult:
     """
     budget = check_options(options)
     if options.out is not None:
-        _try_out(Path(options.out))
-
-    from libreflux.workflows.inspect_layers_run import run
-
-    return run(options, budget)
-
-
-def measure_of(options: InspectLayersOptions) -> str:
-    """What says where a budget goes."""
-    return options.measure or ("change" if options.against is not None else "distance")
-
-
-def out_of(options: InspectLayersOptions, names: Sequence[str]) -> Path:
-    """The folder of the result; one that is named by model and adapters is tried as well."""
-    if options.out is not None:
-        return Path(options.out)
-    out = LAYERS / (re.sub(r"[^\w.+-]+", "-", "+".join(names)).strip(".-") or "model")
-    _try_out(out)
-    return out
-
-
-def check_options(options: InspectLayersOptions) -> int | None:
-    """Refuses what can be refused without a model; gives the budget as a number.
-
-    Raises:
-        OptionError: an option that has no effect, or a value that is none.
-    """
-    check_whole("pictures", options.pictures, 1)
-    check_whole("seed", options.seed, 0)
-    if options.resolution is not None:
-        check_whole("resolution", options.resolution, 16, 8192)
-        check_side(options.resolution, "resolution")
-    if not 1 <= len(options.sigmas) <= 5 or len(set(options.sigmas)) < len(options.sigmas):
-        raise OptionError("needs one to five different noise levels", "sigmas", hint="write 0.1,0.5,0.9")
-    for sigma in options.sigmas:
-        if not isinstance(sigma, int | float) or not 0 < sigma < 1:
-            raise OptionError(f"cannot be {sigma!r}", "sigmas", hint="use numbers between 0 and 1")
-    for name, value, known in (("dtype", options.dtype, PRECISIONS), ("quantize", options.quantize, (None, "int8"))):
-        if value not in known:
-            raise OptionError(f"cannot be {value!r}", name, hint=f"use {' or '.join(filter(None, known))}")
-    if options.measure is not None and options.measure not in MEASURES:
-        raise OptionError(f"no measure {options.measure!r}", "measure", hint=f"use {', '.join(MEASURES)}")
-    if options.measure is not None and options.budget is None:
-        raise OptionError("has no effect without `budget`", "measure", hint="give a number of parameters with `budget`")
-    if options.measure == "change" and options.against is None:
-        raise OptionError("change needs a second model", "measure", hint="name a model or an adapter with `against`")
-    return None if options.budget is None else parameters_of(options.budget)
+        try_out(Path(options.out))
+    device = pick_device(options.device)
+    make_current(device)
+    before = open_before(
+        options.model, "model", options.base, None if options.comfyui is None else Path(options.comfyui)
+    )
+    files = load_arguments(options.adapters)
+    source = _as_trained(before.with_facts(adapted_facts(before.facts, files)))
+    if files:
+        notice_other_base(source.hash, files)
+    if budget is not None:
+        check_budget(linear_shapes(empty_transformer(source.config)), budget)
+    out = out_of(options, [Path(options.model).name, *(Path(file.where).resolve().parent.name for file, _ in files)])
+    data = _data(options, source)
+    compared = None if options.against is None else open_difference(before, options.against)[0]
+    with lock(out):
+        held_out = _held_out(options, source, data, out, device)
+        table = _measured(options, source, files, held_out, device)
+        changes: tuple[Change, ...] = ()
+        if compared is not None:
+            with options.progress("comparing", "tensor") as report:
+                changes = tuple(compared.changes(report))
+        rows = () if budget is None else _spent(options, table, changes, budget)
+        headline = layers_page.headline(table, changes)
+        result = InspectLayersResult(out, out / PAGE, headline, table, changes, out / TARGETS if rows else None, rows)
+        _write(options, result, budget)
+    return result
 
 
-def parameters_of(text: int | float | str) -> int:
-    """A number of parameters: 600000000, "600M", "3.2B" or "40k".
-
-    Raises:
-        OptionError: none of these.
-    """
-    found = re.fullmatch(r"\s*([\d.,_]+(?:e\d+)?)\s*([kmb]?)\s*", str(text), re.IGNORECASE)
-    try:
-        assert found is not None
-        value = float(found[1].replace(",", "").replace("_", "")) * _UNITS[found[2].lower()]
-    except (AssertionError, ValueError):
-        value = math.nan
-    if not (math.isfinite(value) and value >= 1):
-        raise OptionError(f"{text!r} is no number of parameters", "budget", hint="write 600M, 3.2B or 40k")
-    return round(value)
+def _as_trained(source: ModelSource) -> ModelSource:
+    """The model with text as a cache can hold it: what is drawn with padding is measured as a recipe would train it."""
+    padding = source.facts.text_padding
+    if padding in TRAINED_PADDING:
+        return source
+    logger.warning(
+        "%s reads padded text (%s): its layers are measured without, as they are trained", source.name, padding
+    )
+    return source.with_facts(dataclasses.replace(source.facts, text_padding="drop"))
 
 
-def _try_out(out: Path) -> None:
-    """Raises RunError unless the folder is free, or of this verb, and can be written."""
-    folder_place(out, "cache")
-    for name in (FILE, PAGE, TARGETS):
-        file_place(out / name)
-    if out.is_dir() and any(out.iterdir()) and not (out / FILE).is_file() and not (out / "cache").is_dir():
-        raise RunError("holds something else", where=out, hint="name another folder with --out, or an empty one")
+def _data(options: InspectLayersOptions, source: ModelSource) -> Path | None:
+    """The folder of pictures; None: the emoji family's."""
+    if options.data is not None:
+        require_folder(Path(options.data))
+        return Path(options.data)
+    if not (source.path.is_dir() and is_family(source)):
+        hint = "name a folder of captioned pictures"
+        raise OptionError("is not of the emoji family, whose pictures we have", "data", hint=hint)
+    return None
 
 
-def as_json(result: InspectLayersResult, told: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a result; see `run`."""
+def _held_out(
+    options: InspectLayersOptions, source: ModelSource, data: Path | None, out: Path, device: torch.device
+) -> HeldOut:
+    """The pictures and their captions, encoded before the transformer is loaded."""
+    if data is None:
+        from libreflux.emoji import held_out
+
+        data = held_out.write_held_out(out / "data" / f"emoji-{options.pictures}", options.pictures)
+    side = options.resolution or min(MOST_SIDE, own_side(source.part_config("vae"), source.path))
+    view = View("centre", side, bucket_step(side))
+    spec = CacheSpec(
+        model=source,
+        data=[DataSource(path=str(data), caption_dropout=0.0)],
+        views=[view],
+        text_padding=source.facts.text_padding,
+        out=out / "cache",
+        max_tokens=source.facts.max_tokens,
+    )
+    with options.progress("preparing", "item") as report:
+        cache, sources = prepare(spec, device=str(device), progress=report)
+    found = HeldOut(cache, sources, view=view, count=options.pictures)
+    if not len(found):
+        raise DataError("no captioned pictures", where=data, hint="give a folder with one or more")
+    return found
+
+
+def _measured(
+    options: InspectLayersOptions,
+    source: ModelSource,
+    files: list[tuple[AdapterFile, float]],
+    held_out: HeldOut,
+    device: torch.device,
+) -> LayerTable:
+    smaller = "a smaller resolution, int8 weights, or the CPU"
+    with explained(f"measuring the layers on {device}", smaller):
+        release(device)  # the text encoders, before the transformer comes
+        quantise = True if options.quantize == "int8" else None
+        transformer = source.load_transformer(dtype=DTYPES[options.dtype], quantise=quantise, device=device)
+        for file, weight in files:
+            attach_file(transformer, file, weight, dtype=transformer.dtype)
+        transformer.requires_grad_(False).eval()
+        if sum(tensor.numel() for tensor in transformer.state_dict().values()) > LARGE:
+            transformer.enable_gradient_checkpointing()
+        with options.progress("measuring", "pass") as report:
+            return measure_layers(
+                transformer,
+                held_out,
+                sigmas=options.sigmas,
+                guidance=source.facts.embedded_guidance,
+                seed=options.seed,
+                on_sample=report,
+            )
+
+
+def _spent(
+    options: InspectLayersOptions, table: LayerTable, changes: tuple[Change, ...], budget: int
+) -> tuple[Resolved, ...]:
+    """What each layer gets of the budget, by the very patterns that are written."""
+    shapes = [(name, *size) for name, size in table.sizes.items()]
+    spent = spend(shapes, shares(measure_of(options), table, changes), budget)
+    rows = resolve(shapes, as_targets(spent.factors))
+    if {row.name: row.factor for row in rows} != spent.factors:
+        raise RuntimeError("the patterns do not choose what was chosen")
+    return tuple(rows)
+
+
+def _write(options: InspectLayersOptions, result: InspectLayersResult, budget: int | None) -> None:
+    told = {
+        "model": options.model,
+        "adapters": [
+            str(one) for one in ([options.adapters] if isinstance(options.adapters, str | Path) else options.adapters)
+        ],
+        "against": options.against,
+        "measure": measure_of(options) if budget is not None else None,
+        "budget": budget,
+        "libreflux": __version__,
+    }
+    if result.targets is not None:
+        factors: Mapping[str, int] = {row.name: row.factor for row in result.layers if row.factor is not None}
+        heading = (
+            f"LoKr of {result.parameters:,} parameters on {len(factors)} layers of {printable(options.model)},"
+            f" spent by the measure {measure_of(options)!r}.",
+            "Put this section into a recipe; a dry run of the training shows what it chooses.",
+        )
+        atomic_write_text(result.targets, as_yaml(as_targets(factors), heading))
+    else:
+        (result.folder / TARGETS).unlink(missing_ok=True)  # of a call before, with a budget
+    names = (options.model, options.against or "")
+    atomic_write_text(
+        result.page, layers_page.page(result.table, result.changes, result.layers, names, measure_of(options))
+    )
+    atomic_write_json(result.folder / FILE, _as_json(result, told))
+
+
+def _as_json(result: InspectLayersResult, told: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a result."""
     changes = [dataclasses.asdict(one) | {"relative": _finite(one.relative)} for one in result.changes]
     rows = [{"layer": row.name, "factor": row.factor, "parameters": row.parameters} for row in result.layers]
     found = {"schema": 1, **told, "headline": result.headline, **result.table.as_json()}
