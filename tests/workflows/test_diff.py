@@ -56,7 +56,7 @@ def plant(make: Callable[[int, int, int], Tensor]) -> Callable[[FluxTransformer2
     def change(transformer: FluxTransformer2DModel) -> None:
         for number, linear in enumerate(linears(transformer).values()):
             weight = linear.get_parameter("weight")
-            weight += make(weight.shape[0], weight.shape[1], number)
+            weight.add_(make(weight.shape[0], weight.shape[1], number))
 
     return change
 
