@@ -78,12 +78,13 @@ def page(
         measure: by which a budget was spent.
     """
     title = f"Which layers of {names[0]} matter?"
-    spent = _adapter(layers, measure, table) if layers else ""
+    spent_by_depth = _spent_by_depth(layers, table) if layers else ""
+    spent = _adapter(layers, measure) if layers else ""
     body = "\n".join(
         [
             f"<h1>{escape(title)}</h1>",
             f"<p><b>{escape(headline(table, changes))}</b></p>{_WHAT_IT_IS}",
-            f'<h2>By depth</h2><div class="plots">{"".join(_plots(table, changes, names[1]))}</div>',
+            f'<h2>By depth</h2><div class="plots">{"".join(_plots(table, changes, names[1]))}{spent_by_depth}</div>',
             _redundant(table),
             _layer_table(table, changes),
             spent,
@@ -213,7 +214,7 @@ def _layer_table(table: LayerTable, changes: Sequence[Change]) -> str:
     return f"<h2>By kind of layer</h2>{html.table(heads, rows, 1)}"
 
 
-def _adapter(layers: Sequence[Resolved], measure: str, table: LayerTable) -> str:
+def _adapter(layers: Sequence[Resolved], measure: str) -> str:
     kinds: dict[tuple[str, int | None], list[Resolved]] = {}
     for row in layers:
         kinds.setdefault((group(row.name), row.factor), []).append(row)
@@ -225,7 +226,6 @@ def _adapter(layers: Sequence[Resolved], measure: str, table: LayerTable) -> str
     return (
         f"<h2>An adapter of {total:,} parameters</h2><p>Spent by the measure “{escape(measure)}”; the section"
         f" for a recipe is <code>adapter.yaml</code>, beside this page.</p>"
-        f'<div class="plots">{_spent_by_depth(layers, table)}</div>'
         f"{html.table(('layer', 'factor', 'count', 'parameters'), rows, 1)}"
     )
 
@@ -240,7 +240,7 @@ def _spent_by_depth(layers: Sequence[Resolved], table: LayerTable) -> str:
         if (block := block_of(table, row.name)) is not None:
             spent[block] += row.parameters
     series = [Series("adapter", 0, _points(spent / sizes))]
-    title = "Parameters, as a share of each block's weights"
+    title = "The adapter's parameters, as a share of each block's weights"
     return lines(series, title=title, x=_DEPTH, y="parameters / weights", border=_border(table), percent=True)
 
 
