@@ -19,6 +19,8 @@ What a command does is a function here too. It prints nothing, and what it made 
     libreflux.grid(["a red apple on blue"], guidance=[1, 3], out="sheet")
     libreflux.probe("models/mine", against="emoji-schnell", quick=True)
     libreflux.inspect_attention("models/mine", "a red apple on blue", text_padding="keep")
+    libreflux.inspect_layers("emoji-schnell", against="models/mine", budget="400k")
+    libreflux.diff("emoji-schnell", "models/mine", rank=16, out="difference.safetensors")
     libreflux.export("models/mine", program="diffusers", out="for-diffusers")
     libreflux.demo()
 
@@ -43,12 +45,14 @@ if TYPE_CHECKING:
     from libreflux.workflows.average import average
     from libreflux.workflows.demo import demo
     from libreflux.workflows.demo_data import demo_data
+    from libreflux.workflows.diff import diff
     from libreflux.workflows.dry_run import dry_run
     from libreflux.workflows.export import export
     from libreflux.workflows.generate import generate
     from libreflux.workflows.generate_folder import generate_folder
     from libreflux.workflows.grid import grid
     from libreflux.workflows.inspect_attention import inspect_attention
+    from libreflux.workflows.inspect_layers import inspect_layers
     from libreflux.workflows.merge import merge
     from libreflux.workflows.prepare import prepare
     from libreflux.workflows.probe import probe
@@ -63,12 +67,14 @@ __all__ = [
     "average",
     "demo",
     "demo_data",
+    "diff",
     "dry_run",
     "export",
     "generate",
     "generate_folder",
     "grid",
     "inspect_attention",
+    "inspect_layers",
     "load_adapter",
     "merge",
     "open_model",
@@ -84,12 +90,14 @@ _LAZY = {
     "average": "libreflux.workflows.average",
     "demo": "libreflux.workflows.demo",
     "demo_data": "libreflux.workflows.demo_data",
+    "diff": "libreflux.workflows.diff",
     "dry_run": "libreflux.workflows.dry_run",
     "export": "libreflux.workflows.export",
     "generate": "libreflux.workflows.generate",
     "generate_folder": "libreflux.workflows.generate_folder",
     "grid": "libreflux.workflows.grid",
     "inspect_attention": "libreflux.workflows.inspect_attention",
+    "inspect_layers": "libreflux.workflows.inspect_layers",
     "load_adapter": "libreflux.workflows.adapters",
     "merge": "libreflux.workflows.merge",
     "open_model": "libreflux.model.opening",

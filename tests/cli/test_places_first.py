@@ -28,6 +28,8 @@ VERBS: dict[str, tuple[str, list[str]]] = {
     "merge": (NEW, ["merge", GONE, f"{GONE}.safetensors", "--out", "PLACE"]),
     "export": (NEW, ["export", GONE, "--int8", "--out", "PLACE"]),
     "export of an adapter": (NEW, ["export", "ADAPTER", "--for", "comfyui", "--out", "PLACE.safetensors"]),
+    "diff": (NEW, ["diff", GONE, GONE, "--rank", "1", "--out", "PLACE.safetensors"]),
+    "inspect layers": (FOLDER, ["inspect", "layers", GONE, "--out", "PLACE"]),
     "average": (NEW, ["average", GONE, "--width", "0.1", "--out", "PLACE.safetensors"]),
     "probe": (FOLDER, ["probe", GONE, "--out", "PLACE"]),
     "probe --against": (FOLDER, ["probe", GONE, "--against", GONE, "--out", "PLACE"]),

@@ -13,6 +13,7 @@ from libreflux.cli import (
     average,
     demo,
     demo_data,
+    diff,
     export,
     generate,
     grid,
@@ -68,6 +69,7 @@ app.command("train", cls=Verb)(train.train)
 app.command("merge", cls=Verb)(merge.merge)
 app.command("average", cls=Verb)(average.average)
 app.command("probe", cls=Verb)(probe.probe)
+app.command("diff", cls=Verb)(diff.diff)
 app.add_typer(inspect.group, name="inspect")
 app.command("export", cls=Verb)(export.export)
 app.command("demo-data", cls=Verb)(demo_data.demo_data)

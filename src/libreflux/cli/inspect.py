@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from libreflux.cli import inspect_attention
+from libreflux.cli import inspect_attention, inspect_layers
 from libreflux.cli.verb import Verb, Verbs
 from libreflux.printing import say_table
 
@@ -18,3 +18,4 @@ def _group(context: typer.Context) -> None:
 
 
 group.command("attention", cls=Verb)(inspect_attention.attention)
+group.command("layers", cls=Verb)(inspect_layers.layers)

@@ -74,6 +74,13 @@ PANELS: dict[str, dict[str, str]] = {
         "Memory and speed": "device quantize offload offload_blocks",
         "Output": "out json",
     },
+    "layers": {
+        "Models": "adapters against base comfyui",
+        "What is measured": "data pictures sigmas resolution seed",
+        "An adapter's targets": "budget measure",
+        "Memory and speed": "dtype quantize device",
+        "Output": "out json",
+    },
 }
 """Verb to the groups of its help, in their order, and each to its parameters, in theirs."""
 

@@ -83,7 +83,7 @@ def _stream(folder: Path, empty: FluxTransformer2DModel, device: torch.device | 
     stored = stored_as(empty.load_config(folder), folder)
     if stored not in (None, METHOD):
         raise ModelError(f"is quantised by {stored}", where=folder, hint="start from its bf16 weights")
-    files = _weight_map(folder)
+    files = tensor_files(folder)
     on_disk = wanted.keys() if stored else wanted.keys() - {f"{layer}.scale" for layer in layers}
     _refuse("missing keys", on_disk - files.keys(), folder)
     _refuse("unexpected keys", files.keys() - on_disk, folder)
@@ -160,7 +160,7 @@ def share_equal(folder: Path, other: Path) -> list[str]:
     Returns:
         Names of the tensors that `folder` no longer stores, all of an int8 layer or none.
     """
-    own, theirs = _weight_map(folder), _weight_map(other)
+    own, theirs = tensor_files(folder), tensor_files(other)
     layers = {name.rpartition(".")[0] for name in own}
     parts = {layer: [name for name in own if name.rpartition(".")[0] == layer] for layer in layers}
 
@@ -198,7 +198,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files in a transformer folder, then those elsewhere that its index names; each sorted."""
     own = visible(folder, "*.safetensors")
     index = folder / named(f"{_WEIGHTS}.safetensors.index.json", weight_variant(folder))
-    listed = {str(file) for file in _weight_map(folder).values()} if index.is_file() else set()
+    listed = {str(file) for file in tensor_files(folder).values()} if index.is_file() else set()
     return own + [Path(file) for file in sorted(listed) if Path(file).parent != folder]
 
 
@@ -216,7 +216,7 @@ def _written(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[li
     yield list(shard)
 
 
-def _weight_map(folder: Path) -> dict[str, Path]:
+def tensor_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> file, the tensors of a file together: as the index says, or of the one file."""
     names = (f"{_WEIGHTS}.safetensors.index.json", f"{_WEIGHTS}.safetensors")
     index, single = (folder / named(name, weight_variant(folder)) for name in names)

@@ -162,7 +162,7 @@ def load_transformer(
     empty.register_to_config(_name_or_path=str(file.path))  # as diffusers does, for errors
     wanted, dtype = empty.state_dict(), dtype or file.dtype
     int8 = set(quantise_model(empty)) if quantise else set()
-    for name, tensor in _tensors(file, _rows(file), wanted):
+    for name, tensor in _tensors(file, rows_of(file), wanted):
         layer, _, attribute = name.rpartition(".")
         tensor = tensor.to(device)
         if layer in int8 and attribute == "weight":
@@ -255,7 +255,7 @@ def _place(root: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(module, attribute, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 
 
-def _rows(file: TensorFile) -> list[Row]:
+def rows_of(file: TensorFile) -> list[Row]:
     """The names of the transformer in a file with BFL's names; none if it has diffusers'."""
     if any(name.startswith("transformer_blocks.") for name in file.shapes):
         return []
@@ -265,7 +265,7 @@ def _rows(file: TensorFile) -> list[Row]:
 
 def _shapes(file: TensorFile) -> dict[str, tuple[int, ...]]:
     """Shapes under diffusers' names, of the layers that both have alike."""
-    rows = _rows(file)
+    rows = rows_of(file)
     alike = {row.bfl: row.parts[0] for row in rows if len(row.parts) == 1}
     return {alike.get(name, name): shape for name, shape in file.shapes.items()} if rows else file.shapes
 

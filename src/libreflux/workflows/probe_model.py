@@ -64,7 +64,7 @@ class ProbedModel:
         memory = FileMemory((out or PROBES / _slug(name, files)) / CACHE)
         sha256 = source.hash_with(memory.sha256)
         notice_other_base(sha256, files)
-        return ProbedModel(source, sha256, files, _is_family(source), memory)
+        return ProbedModel(source, sha256, files, is_family(source), memory)
 
     @property
     def name(self) -> str:
@@ -116,7 +116,7 @@ def _slug(name: str, files: Sequence[tuple[AdapterFile, float]]) -> str:
     return re.sub(r"[^\w.+-]+", "-", "+".join(names)).strip(".-") or "model"
 
 
-def _is_family(source: ModelSource) -> bool:
+def is_family(source: ModelSource) -> bool:
     """Whether a model draws in the emoji family's latents: it has the very VAE."""
     if source.name in EMOJI:
         return True

@@ -30,13 +30,21 @@ class Series:
 
 
 def lines(
-    series: Sequence[Series], *, title: str, x: str, y: str, level: float | None = None, percent: bool = False
+    series: Sequence[Series],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    level: float | None = None,
+    border: float | None = None,
+    percent: bool = False,
 ) -> str:
     """A figure; "" where no series has a point.
 
     Args:
         x, y: labels of the axes.
         level: y of a thin line across, for what theory says.
+        border: x of a thin line from top to bottom, between what differs in kind.
         percent: y is a share, told in percent.
     """
     kept = [[point for point in one.points if all(map(math.isfinite, point))] for one in series]
@@ -49,6 +57,8 @@ def lines(
     parts = [_grid(across, up, percent)]
     if level is not None:
         parts.append(f'<path class="level" d="M{LEFT} {up(level):.1f}H{WIDTH - RIGHT}"/>')
+    if border is not None and across.low < border < across.high:
+        parts.append(f'<path class="level" d="M{across(border):.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
     for one, points in zip(series, kept, strict=True):
         parts.append(_series(one, points, across, up))
     middle = (TOP + HEIGHT - BOTTOM) / 2
