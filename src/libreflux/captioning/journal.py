@@ -67,11 +67,10 @@ class Journal:
 
     def add(self, entry: Entry) -> None:
         """Writes an answer down for good."""
-        with placed(self._path):
-            with open(self._path, "ab") as file:
-                file.write(json.dumps(asdict(entry), ensure_ascii=False).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+        with placed(self._path), open(self._path, "ab") as file:
+            file.write(json.dumps(asdict(entry), ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_journal(folder: Path) -> list[Entry]:

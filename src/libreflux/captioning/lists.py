@@ -112,7 +112,10 @@ def read_failed(kept: Path) -> list[Entry]:
 
 
 def take_in(root: Path, found: Folder) -> int:
-    """Brings the journals of processes that were killed into metadata.jsonl; returns how many answers that were."""
+    """Brings the journals of killed processes into metadata.jsonl; returns how many answers that were.
+
+    Those of parts whose folder is locked are left alone: they are at work.
+    """
     taken = 0
     for folder in sorted((root / KEPT).glob("part-*-of-*")):
         if not (folder / ANSWERS).is_file():

@@ -139,10 +139,11 @@ class _Job:
     def run(self) -> CaptionResult:
         """Asks for what is missing, and shows what there is."""
         from libreflux.captioning.journal import FAILED, KEPT
-        from libreflux.captioning.lists import known_captions, made_captions, read_failed, take_in
+        from libreflux.captioning.lists import known_captions, made_captions, read_failed, take_in, take_in_own
         from libreflux.data.folders import METADATA, walk
         from libreflux.workflows import caption_page
 
+        take_in_own(self.root, walk(self.root), self.part)
         take_in(self.root, walk(self.root))
         digests = self._note_settings()
         known = known_captions(self.root, walk(self.root))

@@ -20,10 +20,13 @@ SIDE = 320
 QUALITY = 82
 MOST_PICTURES = 200
 MOST_FAILED = 100
-_STYLE = """<style>.read { display: grid; grid-template-columns: minmax(8rem, 20rem) 1fr; gap: 1rem 1.4rem;
-margin: 1.6rem 0; align-items: start; break-inside: avoid; } .read h3 { margin: 0 0 .4rem; font-weight: 600; overflow-wrap: anywhere; }
-.read dl { margin: 0; } .read dt { color: var(--faint); font-size: .85rem; } .read dd { margin: 0 0 .6rem; }
-.bad { color: var(--c1); } @media (max-width: 40rem) { .read { grid-template-columns: 1fr; } }</style>"""
+_STYLE = """<style>
+.read { display: grid; grid-template-columns: minmax(8rem, 20rem) 1fr; gap: 1rem 1.4rem; margin: 1.6rem 0;
+  align-items: start; break-inside: avoid; }
+.read h3 { margin: 0 0 .4rem; font-weight: 600; overflow-wrap: anywhere; } .read dl { margin: 0; }
+.read dt { color: var(--faint); font-size: .85rem; } .read dd { margin: 0 0 .6rem; } .bad { color: var(--c1); }
+@media (max-width: 40rem) { .read { grid-template-columns: 1fr; } }
+</style>"""
 
 
 def write(
