@@ -115,6 +115,7 @@ def test_what_failed_is_in_the_list_and_on_the_page(photos: Path) -> None:
     (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:60])
     with serving(lambda asked, number: says("<b>hm</b> " * 20)) as served:
         made = caption(photos, served.url, captions={"short": "S"}, tries=2)
+    assert (made.bare, made.written) == (4, 0)
     assert made.failures is not None
     listed = [json.loads(line) for line in made.failures.read_text("utf-8").splitlines()]
     assert [(row["file_name"], row["fault"], row["tries"]) for row in listed] == [

@@ -37,6 +37,7 @@ class CaptionResult:
         kept: captions of these names that were there before it.
         skipped: pictures that were left alone, because they have other captions.
         failed: (picture, caption's name, why) of what this part has no usable answer for.
+        bare: pictures of this part that have no caption at all; `prepare` refuses a folder with such pictures.
         failures: the file that lists what failed, of all parts; None where there is nothing in it.
         page: pictures and captions, to be read through.
         part: (i, n): the i-th of n parts, from 0; (0, 1) is all.
@@ -48,6 +49,7 @@ class CaptionResult:
     kept: int
     skipped: int
     failed: Sequence[tuple[str, str, str]]
+    bare: int
     failures: Path | None
     page: Path
     part: tuple[int, int]
@@ -154,6 +156,7 @@ class _Job:
         open_small = opener(self.root, caption_page.SIDE, 1)
         caption_page.write(self.page, self.root, made_captions(self.root, found), failed, open_small)
         own, failures = set(self.files), kept_folder / FAILED
+        captioned = known_captions(self.root, found).names
         return CaptionResult(
             file=self.root / METADATA,
             pictures=len(self.files),
@@ -161,6 +164,7 @@ class _Job:
             kept=kept,
             skipped=skipped,
             failed=[(one.file, one.name, str(one.fault)) for one in failed if one.file in own],
+            bare=sum(file not in captioned for file in self.files),
             failures=failures if failed else None,
             page=self.page,
             part=self.part,

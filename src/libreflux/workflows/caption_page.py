@@ -64,19 +64,20 @@ def write(
 def _failed(failed: Sequence[Entry], open_picture: OpenPicture) -> str:
     if not failed:
         return ""
-    rows = [
-        _read(
-            one.file,
-            f'<dt>{escape(one.name)}, asked {counted(one.tries, "time")}</dt><dd><b class="bad">'
-            f"{escape(MEANINGS[one.fault] if one.fault else '')}</b><br>{escape(shortened(one.caption, 300))}</dd>",
-            open_picture,
-        )
-        for one in failed[:MOST_FAILED]
-    ]
+    of_files: dict[str, list[Entry]] = {}
+    for one in failed[:MOST_FAILED]:
+        of_files.setdefault(one.file, []).append(one)
+    rows = [_read(file, "".join(map(_fault, of_file)), open_picture) for file, of_file in of_files.items()]
     more = f", of which {MOST_FAILED} are shown" if len(failed) > MOST_FAILED else ""
-    return f"<h2>Without a caption</h2><p>{len(failed)} in all{more}; {FAILED} in the folder {KEPT} lists them.</p>" + (
-        "\n".join(rows)
-    )
+    told = f"{len(failed)} in all{more}; {FAILED} in the folder {KEPT} lists them."
+    return "\n".join([f"<h2>Without a caption</h2><p>{told}</p>", *rows])
+
+
+def _fault(one: Entry) -> str:
+    meant = escape(MEANINGS[one.fault] if one.fault else "")
+    times = "asked once" if one.tries == 1 else f"asked {one.tries} times"
+    said = escape(shortened(one.caption, 300))
+    return f'<dt>{escape(one.name)}, {times}</dt><dd><b class="bad">{meant}</b><br>{said}</dd>'
 
 
 def _captions(names: Mapping[str, str]) -> str:
@@ -86,6 +87,6 @@ def _captions(names: Mapping[str, str]) -> str:
 def _read(file: str, told: str, open_picture: OpenPicture) -> str:
     try:
         picture = html.image(html.jpeg(open_picture(file), SIDE, QUALITY), file, "jpeg")
-    except DataError as error:
-        picture = f'<p class="faint">{escape(error.what)}</p>'
+    except DataError:
+        picture = '<p class="faint">no picture</p>'
     return f'<div class="read"><div>{picture}</div><div><h3>{escape(file)}</h3><dl>{told}</dl></div></div>'
