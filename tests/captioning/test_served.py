@@ -129,6 +129,13 @@ def test_what_failed_is_in_the_list_and_on_the_page(photos: Path) -> None:
     assert "<b>hm" not in page
     assert page.count("data:image/jpeg;base64") == 3
     assert not (photos / "metadata.jsonl").exists()
+    (photos / "a.txt").write_text("by hand\n", encoding="utf-8")
+    rows_by_hand = {"file_name": "b.jpg", "captions": {"short": "by hand"}}
+    (photos / "metadata.jsonl").write_text(json.dumps(rows_by_hand), encoding="utf-8")
+    with serving(well) as served:
+        later = caption(photos, served.url, captions={"short": "S"}, tries=2)
+    assert [row[0] for row in later.failed] == ["a.png", "broken.png", "sub/c.png"]
+    assert (later.bare, later.kept, len(served.asked)) == (2, 1, 0)
 
 
 @pytest.mark.parametrize(

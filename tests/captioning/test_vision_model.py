@@ -133,7 +133,7 @@ def test_an_answer_is_cut_unless_it_ends_by_itself(vlm: Path) -> None:
 
 
 def test_int8_is_of_the_language_model_and_near_to_the_original(vlm: Path, photos: Path) -> None:
-    plain, int8 = (load_vision_model(vlm, "fp32", kind, CPU) for kind in (None, "int8"))  # type: ignore[arg-type]
+    plain, int8 = (load_vision_model(vlm, "fp32", kind, CPU) for kind in (None, "int8"))
     layers = [name for name, module in int8.model.named_modules() if isinstance(module, Int8Linear)]
     assert len(layers) == 14
     assert all("language_model" in name for name in layers)

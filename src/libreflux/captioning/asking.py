@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -90,7 +90,7 @@ class Asker(Protocol):
         """
 
 
-def settle(questions: Iterable[Question], asker: Asker, tries: int) -> Iterator[Settled]:
+def settle(questions: Iterable[Question], asker: Asker, tries: int) -> Generator[Settled, None, None]:
     """Asks each question until its answer is of use, at most `tries` times.
 
     Raises:

@@ -85,10 +85,10 @@ def made_captions(root: Path, found: Folder) -> dict[str, dict[str, str]]:
             marks = _marks(row.values)
             for column in COLUMNS:
                 texts = row.values.get(column)
-                for name in marks.keys() & texts.keys() if isinstance(texts, dict) else ():
-                    made.setdefault(file, {})[name] = str(texts[name])
+                if isinstance(texts, dict):
+                    made.setdefault(file, {}).update({name: str(texts[name]) for name in marks if name in texts})
     order = [_below(root, picture) for picture in found.pictures]
-    return {file: dict(sorted(made[file].items(), key=_by_name)) for file in order if file in made}
+    return {file: dict(sorted(made[file].items(), key=_by_name)) for file in order if made.get(file)}
 
 
 def _by_name(pair: tuple[str, str]) -> tuple[int, str]:
@@ -105,7 +105,8 @@ def read_failed(kept: Path) -> list[Entry]:
     for line in lines:
         try:
             row = plainjson.parse(line) if line else {}
-            found.append(Entry(row["file_name"], row["name"], row["answer"], row[BY], row["fault"], row["tries"]))
+            texts = row["file_name"], row["name"], row["answer"], row[BY]
+            found.append(Entry(*texts, row["fault"], row["tries"], bool(row.get("over"))))
         except (ValueError, KeyError, TypeError):
             continue
     return found
@@ -192,7 +193,8 @@ def _write_failed(root: Path, entries: Iterable[Entry]) -> None:
     for (file, name), one in sorted(rows.items(), key=lambda row: (row[0][0], place_of_name(row[0][1]))):
         if (root / file).is_file():
             told = {"file_name": file, "name": name, "fault": one.fault, "answer": one.caption, "tries": one.tries}
-            lines.append(json.dumps({**told, BY: one.by}, ensure_ascii=False))
+            told |= {BY: one.by} | ({"over": True} if one.over else {})
+            lines.append(json.dumps(told, ensure_ascii=False))
     if lines or (kept / FAILED).exists():
         atomic_write_text(kept / FAILED, "".join(f"{line}\n" for line in lines))
 

@@ -82,7 +82,7 @@ def quantise_language_model(model: nn.Module, where: object) -> list[str]:
     base = getattr(model, "model", model)
     language = getattr(base, "language_model", None)
     linears = [] if language is None else [(n, m) for n, m in language.named_modules() if type(m) is nn.Linear]
-    if not linears:
+    if language is None or not linears:
         hint = "leave `quantize` out, or serve the model and name its `endpoint`"
         raise ModelError(
             f"{type(model).__name__} has no language model whose linears are known", where=where, hint=hint

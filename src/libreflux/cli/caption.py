@@ -38,7 +38,7 @@ class Quantize(enum.StrEnum):
 
 
 def caption(
-    data: Annotated[Path, typer.Argument(help="Folder of pictures.", show_default=False)],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder of pictures.", show_default=False)],
     model: Annotated[
         str | None,
         typer.Option(help="Vision-language model: a folder or a hub id; with --endpoint its name there."),
@@ -56,7 +56,7 @@ def caption(
         typer.Option(
             "--caption",
             metavar="NAME[=PROMPT]",
-            help="short, long, tags, or a name and a prompt of your own; may be repeated. [default: short, long]",
+            help="short, long, tags, or a name and a prompt of your own; may be repeated. Default: short and long.",
         ),
     ] = None,
     existing: Annotated[
@@ -82,12 +82,12 @@ def caption(
         typer.Option(
             min=1,
             max=1024,
-            help="Questions at once. [default: 8 at a server or on a card, 1 on a CPU]",
+            help="Questions at once. Default: 8 at a server or on a card, 1 on a CPU.",
             show_default=False,
         ),
     ] = None,
     timeout: Annotated[
-        float | None, typer.Option(help="Seconds that an answer of the server may take. [default: 300]")
+        float | None, typer.Option(help="Seconds that an answer of the server may take. Default: 300.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Weights of a local model: stored, bf16 or fp32.")] = "stored",
     quantize: Annotated[
@@ -100,7 +100,7 @@ def caption(
         typer.Option(metavar="I/N", help="Caption the I-th of N parts only; under torchrun, this process's."),
     ] = None,
     page: Annotated[
-        Path | None, typer.Option(help="Page of pictures and captions. [default: DATA/.caption/index.html]")
+        Path | None, typer.Option(help="Page of pictures and captions. Default: DATA/.caption/index.html.")
     ] = None,
 ) -> None:
     """Write captions of pictures into DATA/metadata.jsonl, by a local or a served vision-language model.

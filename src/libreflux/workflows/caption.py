@@ -36,9 +36,9 @@ class CaptionResult:
         written: captions that this call made.
         kept: captions of these names that were there before it.
         skipped: pictures that were left alone, because they have other captions.
-        failed: (picture, caption's name, why) of what this part has no usable answer for.
+        failed: (picture, caption's name, why) of captions of these names that this part got no usable answer for.
         bare: pictures of this part that have no caption at all; `prepare` refuses a folder with such pictures.
-        failures: the file that lists what failed, of all parts; None where there is nothing in it.
+        failures: the file that lists what failed, of all parts and names; None where nothing did.
         page: pictures and captions, to be read through.
         part: (i, n): the i-th of n parts, from 0; (0, 1) is all.
     """
@@ -152,19 +152,22 @@ class _Job:
         missing, kept, skipped = self._missing(known, digests)
         written = self._ask(missing, kept, digests) if missing else 0
         found, kept_folder = walk(self.root), self.root / KEPT
-        failed = read_failed(kept_folder)
+        captioned = known_captions(self.root, found)
+        # What was written by hand since is missing no more; what was to be overwritten still has its older caption.
+        failed = [one for one in read_failed(kept_folder) if one.over or one.name not in captioned.of(one.file)]
         open_small = opener(self.root, caption_page.SIDE, 1)
         caption_page.write(self.page, self.root, made_captions(self.root, found), failed, open_small)
         own, failures = set(self.files), kept_folder / FAILED
-        captioned = known_captions(self.root, found).names
         return CaptionResult(
             file=self.root / METADATA,
             pictures=len(self.files),
             written=written,
             kept=kept,
             skipped=skipped,
-            failed=[(one.file, one.name, str(one.fault)) for one in failed if one.file in own],
-            bare=sum(file not in captioned for file in self.files),
+            failed=[
+                (one.file, one.name, str(one.fault)) for one in failed if one.file in own and one.name in self.wanted
+            ],
+            bare=sum(not captioned.of(file) for file in self.files),
             failures=failures if failed else None,
             page=self.page,
             part=self.part,
