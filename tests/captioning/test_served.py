@@ -185,6 +185,21 @@ def test_one_question_that_the_server_never_answers_does_not_stop_the_others(pho
     assert "answers 400 (bad image)" in made.failures.read_text("utf-8")
 
 
+def test_the_first_question_may_be_the_one_that_is_refused(photos: Path) -> None:
+    first = threading.Event()
+
+    def answer(asked: Asked, number: int) -> Said:
+        if asked.key[1][0] == 0:
+            first.set()
+            return Said({"error": "bad image"}, 400)
+        first.wait(20)
+        return well(asked, number)
+
+    with serving(answer) as served:
+        made = caption(photos, served.url, captions={"short": "S"}, batch=2)
+    assert (made.written, made.failed, len(served.asked)) == (2, [("a.png", "short", "server")], 3)
+
+
 @pytest.mark.parametrize(
     ("said", "told"),
     [

@@ -70,6 +70,18 @@ def test_captions_of_a_folder_are_data_for_training(vlm: Path, photos: Path) -> 
     assert {kind for one in samples for kind in one.kinds} <= {"one", "two"}
 
 
+def test_the_example_of_the_docstring_runs(
+    vlm: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    (photos.parent / "my-vlm").symlink_to(vlm)
+    for colour in COLOURS[1:]:
+        (photos / f"{colour}.png").unlink()
+    code = (libreflux.caption.__doc__ or "").partition("Example::\n\n")[2].partition("\n\nArgs:")[0]
+    exec("if True:\n" + code, {})
+    assert capsys.readouterr().out.split()[1] == "photos/.caption/index.html"
+
+
 QUESTIONS = [
     Question(colour, "x", prompt) for colour in COLOURS for prompt in ("a fox", "the big red owl on a lake in snow")
 ]
@@ -143,7 +155,7 @@ def test_int8_is_of_the_language_model_and_near_to_the_original(vlm: Path, photo
     error = float((found - wanted).norm() / wanted.norm())
     assert 0 < error < 0.05
     made = libreflux.caption(
-        photos, model=str(vlm), captions={"s": "a fox"}, quantize="int8", dtype="bf16", device="cpu"
+        photos, model=str(vlm), captions={"s": "a fox"}, max_tokens=12, quantize="int8", dtype="bf16", device="cpu"
     )
     assert made.written + len(made.failed) == 5
 

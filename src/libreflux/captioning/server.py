@@ -83,28 +83,33 @@ class Server:
         Raises:
             RunError: the server refuses all questions, wants a key, redirects, or has no answer to several in a row.
         """
-        lost = 0
+        lost, held = 0, list[tuple[Question, Answer]]()
         pool = ThreadPoolExecutor(self._together, "caption")
         asked: dict[Future[Answer], Question] = {}
         try:
             while True:
-                while len(asked) < self._together and (question := take()) is not None:
+                # Until there is one answer, a server that has none for several questions is not asked more.
+                while not held and len(asked) < self._together and (question := take()) is not None:
                     asked[pool.submit(self._answer, question)] = question
                 if not asked:
                     return
-                for future in wait(asked, return_when=FIRST_COMPLETED).done:
+                done = wait(asked, return_when=FIRST_COMPLETED).done
+                for future in sorted(done, key=lambda one: one.exception() is not None):  # what is there is not lost
                     question = asked.pop(future)
                     try:
                         answer = future.result()
                     except _Unanswered as error:
-                        answer = Answer(str(error), fault="server")
+                        held.append((question, Answer(str(error), fault="server")))
                         lost += not error.refused
-                        if not self._answered or lost >= LOST:
+                        if lost >= LOST or (not self._answered and (len(held) >= LOST or not asked)):
                             raise RunError(str(error), where=self._line.endpoint, hint=_AGAIN) from None
                     else:
                         if answer.fault != "unreadable":
                             self._answered, lost = True, 0
-                    yield question, answer
+                        yield question, answer
+                if self._answered:
+                    yield from held
+                    held.clear()
         finally:
             self._stop.set()
             self._line.close()
