@@ -299,31 +299,6 @@ def test_which_model_is_asked(photos: Path) -> None:
         caption(photos, served.url)
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "127.0.0.1:8000",
-        "ftp://a/v1",
-        "http://",
-        "http://u:sk-key@a/v1",
-        "http://a/v1?key=sk-key",
-        "http://a:x/v1",
-        "a b",
-    ],
-)
-def test_odd_addresses_are_refused(photos: Path, url: str) -> None:
-    with pytest.raises(OptionError) as error:
-        caption(photos, url)
-    assert "sk-key" not in str(error.value)
-    assert "endpoint" in str(error.value)
-
-
-def test_addresses_as_people_write_them() -> None:
-    for text in ("http://h:1/v1", "http://h:1/v1/", "http://h:1/v1/chat/completions"):
-        assert str(endpoint.Endpoint.parse(text)) == "http://h:1/v1"
-    assert str(endpoint.Endpoint.parse("https://[::1]/v1")) == "https://[::1]:443/v1"
-
-
 def test_questions_are_under_way_together(photos: Path) -> None:
     meet = threading.Barrier(3, timeout=8)
 
