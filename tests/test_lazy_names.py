@@ -14,6 +14,7 @@ NAMES = [name for name in libreflux.__all__ if name != "__version__"]
 
 REFUSED = {
     "average": "('nowhere', width=0.1, out='a.safetensors')",
+    "caption": "('nowhere', model='nobody')",
     "demo": "(steps=0)",
     "demo_data": "('pictures', count=0)",
     "diff": "('nowhere', 'nothing')",

@@ -122,6 +122,7 @@ def names_of(source: str) -> str:
 TYPED = {
     "model/device.py",  # of torchrun and docker
     "probing/report/html.py",  # names of CSS
+    "workflows/caption_page.py",  # names of CSS
     "workflows/demo.py",  # commands to do the demo by hand
     "workflows/dry_run.py",  # the report of `train --dry-run`
     "workflows/model_card.py",  # a command in a model's README

@@ -8,6 +8,7 @@
 What a command does is a function here too. It prints nothing, and what it made is in what it returns:
 
     libreflux.demo_data("pictures", count=400)
+    libreflux.caption("pictures", model="my-vlm")
     libreflux.dry_run("mine.yaml")
     libreflux.prepare("mine.yaml")
     libreflux.train("mine.yaml")
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from libreflux.sample.pipeline import LibreFluxPipeline
     from libreflux.workflows.adapters import load_adapter
     from libreflux.workflows.average import average
+    from libreflux.workflows.caption import caption
     from libreflux.workflows.demo import demo
     from libreflux.workflows.demo_data import demo_data
     from libreflux.workflows.diff import diff
@@ -65,6 +67,7 @@ __all__ = [
     "Recipe",
     "__version__",
     "average",
+    "caption",
     "demo",
     "demo_data",
     "diff",
@@ -88,6 +91,7 @@ _LAZY = {
     "LibreFluxPipeline": "libreflux.sample.pipeline",
     "Recipe": "libreflux.recipe",
     "average": "libreflux.workflows.average",
+    "caption": "libreflux.workflows.caption",
     "demo": "libreflux.workflows.demo",
     "demo_data": "libreflux.workflows.demo_data",
     "diff": "libreflux.workflows.diff",

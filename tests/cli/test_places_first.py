@@ -37,6 +37,7 @@ VERBS: dict[str, tuple[str, list[str]]] = {
     "train": (FOLDER, ["train", "r.yaml", "out=PLACE"]),
     "prepare": (FOLDER, ["prepare", GONE, "--model", GONE, "--out", "PLACE"]),
     "demo": (FOLDER, ["demo", "--out", "PLACE"]),
+    "caption": (FILE, ["caption", ".", "--model", GONE, "--page", "PLACE"]),
     "demo-data": (NEW, ["demo-data", "PLACE"]),
 }
 RECIPE = f"""\

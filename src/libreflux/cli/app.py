@@ -11,6 +11,7 @@ import typer
 import libreflux
 from libreflux.cli import (
     average,
+    caption,
     demo,
     demo_data,
     diff,
@@ -65,6 +66,7 @@ app.command("demo", cls=Verb)(demo.demo)
 app.command("generate", cls=Verb)(generate.generate)
 app.command("grid", cls=Verb)(grid.grid)
 app.command("prepare", cls=Verb)(prepare.prepare)
+app.command("caption", cls=Verb)(caption.caption)
 app.command("train", cls=Verb)(train.train)
 app.command("merge", cls=Verb)(merge.merge)
 app.command("average", cls=Verb)(average.average)

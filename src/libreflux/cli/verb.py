@@ -22,6 +22,7 @@ MEANT = {
     "generate": "sample draw infer inference txt2img text2image image render run remake",
     "grid": "sheet xyz compare plot",
     "prepare": "cache encode preprocess precompute",
+    "caption": "captions describe tag label interrogate",
     "train": "finetune fine-tune fit resume",
     "train RECIPE --dry-run": "dryrun dry-run dry_run plan estimate",
     "merge": "fuse bake apply",
@@ -58,6 +59,13 @@ PANELS: dict[str, dict[str, str]] = {
         "Model": "model",
         "Memory and speed": "device shard",
         "Output": "out",
+    },
+    "caption": {
+        "Who is asked": "model endpoint",
+        "What is asked": "captions max_tokens temperature tries seed side",
+        "Captions that are there": "existing",
+        "Memory and speed": "device dtype quantize batch timeout shard",
+        "Output": "page",
     },
     "probe": {
         "Models": "adapters against reference",

@@ -120,11 +120,11 @@ def read(source: DataSource, inspected: Inspect = inspect_all, part: Part = (0, 
     found = walk(folder)
     if not found.pictures:
         raise DataError("no picture in this folder", where=folder, hint="check the path")
-    listed = _read_metadata(found.lists)
+    listed = read_lists(found.lists)
     for stray in sorted(listed.keys() - set(found.pictures)):
         hint = "list files of this folder that are not hidden"
         raise DataError(f"listed in {METADATA} but not read from {folder}", where=stray, hint=hint)
-    pictures = [picture for picture in found.pictures if _in_part(picture.relative_to(folder), part)]
+    pictures = [picture for picture in found.pictures if in_part(picture.relative_to(folder), part)]
     once: dict[tuple[Any, ...], Any] = {}  # few pictures have kinds or sizes of their own
     standing: list[tuple[tuple[str, int], ...]] = []
     captioned = []
@@ -205,7 +205,8 @@ def _columns(captions: dict[str, str], once: dict[tuple[Any, ...], Any]) -> tupl
     return tuple(captions), once.setdefault(kinds, kinds)
 
 
-def _in_part(name: Path, part: Part) -> bool:
+def in_part(name: Path, part: Part) -> bool:
+    """Whether a picture, by its path below its source's folder, is in a part."""
     if part[1] == 1:
         return True
     digest = hashlib.blake2b(name.as_posix().encode("utf-8", "surrogateescape"), digest_size=8).digest()
@@ -248,7 +249,7 @@ def _captions(
         origins[column] = origins.get(column, 0) + 1
     usual = picture.with_suffix(CAPTIONS[0])
     for path in (*([usual] if usual.is_file() else ()), *sidecars):
-        for caption in _read_sidecar(path):
+        for caption in read_sidecar(path):
             found.setdefault(caption, "")
             origins[path.suffix.lower()] = origins.get(path.suffix.lower(), 0) + 1
     if not found and source.folder_captions and (name := _kohya(picture, folder).shown):
@@ -261,7 +262,8 @@ def _captions(
     return {source.prefix + caption: kind for caption, kind in found.items()}
 
 
-def _read_sidecar(path: Path) -> list[str]:
+def read_sidecar(path: Path) -> list[str]:
+    """The captions of a side-car, at least one."""
     captions = [line.strip() for line in read_text(path).split("\n") if line.strip()]
     if not captions:
         raise DataError("this caption file is empty", where=path, hint="write one caption per line")
@@ -276,7 +278,7 @@ class _Listed(NamedTuple):
     column: str
 
 
-def _read_metadata(paths: Sequence[Path]) -> dict[Path, list[_Listed]]:
+def read_lists(paths: Sequence[Path]) -> dict[Path, list[_Listed]]:
     """The captions of each picture listed in these metadata.jsonl files."""
     listed: dict[Path, list[_Listed]] = {}
     for path in paths:

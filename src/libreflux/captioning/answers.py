@@ -1,0 +1,113 @@
+"""An answer of a vision-language model: its caption, or why it is none."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import Literal
+
+Fault = Literal["empty", "repeating", "refused", "cut", "unreadable", "server"]
+"""Why there is no caption. The last two are not the answer's fault: the picture's, or the server's."""
+OF_THE_ANSWER = ("empty", "repeating", "refused", "cut")
+"""Faults for which the model is asked again."""
+MEANINGS: dict[Fault, str] = {
+    "empty": "the answer is empty",
+    "repeating": "the answer repeats itself",
+    "refused": "the model refused to answer",
+    "cut": "the answer is longer than the limit of tokens",
+    "unreadable": "the picture cannot be read",
+    "server": "the server gave no answer",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one question.
+
+    Attributes:
+        text: as the model wrote it; of a fault that is not the answer's, what went wrong.
+        cut: whether the limit of tokens ended it.
+        fault: what is known to be wrong before the text is looked at.
+    """
+
+    text: str
+    cut: bool = False
+    fault: Fault | None = None
+
+
+_THOUGHT = re.compile(r"<(think|thinking)>.*?(</\1>|\Z)", re.DOTALL | re.IGNORECASE)
+_LABEL = re.compile(
+    r"(?:\*\*)?(?:short |long |image )?(?:caption|description|tags)(?:\*\*)?\s*:(?:\*\*)?\s+", re.IGNORECASE
+)
+_QUOTES = {'"': '"', "“": "”", "'": "'", "«": "»"}
+_REFUSAL = re.compile(
+    r"(?:i['’]?m|i am) (?:very |really |so )?(?:sorry|afraid)\b|sorry\b|(?:my )?apologies\b|i (?:must )?apologi[sz]e\b"
+    r"|(?:unfortunately,? )?i (?:can['’]?t|cannot|can not|won['’]?t|will not|(?:a|['’])m (?:not able|unable))\b"
+    r"|i['’]m (?:not able|unable)\b|as an ai\b|unfortunately,? (?:i|this request)\b",
+    re.IGNORECASE,
+)
+_MOST_PERIOD, _LEAST_REPEATS, _LEAST_WORDS = 24, 4, 8
+_LETTERS = re.compile(r"(.{1,40}?)\1{5,}", re.DOTALL)
+_LEAST_LETTERS = 24
+
+
+def caption_of(answer: Answer) -> tuple[str, Fault | None]:
+    """The caption in an answer, on one line, and what is wrong with it; None where it is of use."""
+    caption = clean(answer.text)
+    if answer.fault is not None:
+        return caption, answer.fault
+    if answer.cut:
+        return caption, "repeating" if repeats_itself(caption) else "cut"
+    if not any(unicodedata.category(letter)[0] in "LN" for letter in caption):
+        return caption, "empty"
+    if is_refusal(caption):
+        return caption, "refused"
+    return caption, "repeating" if repeats_itself(caption) else None
+
+
+def clean(text: str) -> str:
+    """A text on one line, without thoughts that are marked as such, a label ("Caption:") or quotes around all of it."""
+    text = _THOUGHT.sub(" ", text)
+    shown = "".join(" " if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") else letter for letter in text)
+    line = " ".join(shown.split())
+    if label := _LABEL.match(line):
+        line = line[label.end() :]
+    if len(line) > 1 and _QUOTES.get(line[0]) == line[-1] and line[1:-1].find(line[0]) < 0:
+        line = line[1:-1].strip()
+    return line
+
+
+def is_refusal(caption: str) -> bool:
+    """Whether it begins as models begin that refuse."""
+    return _REFUSAL.match(caption) is not None
+
+
+def repeats_itself(caption: str) -> bool:
+    """Whether words, tags, sentences or letters come again and again, as in a model that is caught in a loop.
+
+    That is: up to 24 words four times in a row, eight words in all or more; one sentence of four words three times; of
+    eight tags or more half are repeats; or up to 40 letters six times in a row, 24 letters in all or more.
+    """
+    words = caption.casefold().split()
+    if any(_longest_repeat(words, period) for period in range(1, min(_MOST_PERIOD, len(words) // 2) + 1)):
+        return True
+    sentences = [part.split() for part in re.split(r"[.!?。！？]+", caption.casefold())]
+    told = [" ".join(part) for part in sentences if len(part) >= 4]
+    if any(told.count(one) >= 3 for one in set(told)):
+        return True
+    tags = [tag.strip() for tag in caption.casefold().split(",")]
+    if len(tags) >= 8 and len(set(tags)) <= len(tags) / 2:
+        return True
+    return any(len(found[0]) >= _LEAST_LETTERS for found in _LETTERS.finditer(caption))
+
+
+def _longest_repeat(words: list[str], period: int) -> bool:
+    """Whether some `period` words stand often enough in a row."""
+    least = max(_LEAST_REPEATS * period, _LEAST_WORDS)
+    run = period
+    for index in range(period, len(words)):
+        run = run + 1 if words[index] == words[index - period] else period
+        if run >= least:
+            return True
+    return False
