@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor, LogitsProcessorList
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LogitsProcessor, LogitsProcessorList
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import is_torchvision_available
 
 from libreflux import seeding
 from libreflux.captioning.answers import Answer
@@ -176,7 +178,7 @@ class Draws(LogitsProcessor):
 
 def _processor(folder: Path, ours: dict[str, Any]) -> Any:
     try:
-        processor = AutoProcessor.from_pretrained(folder, **ours)
+        processor = _read_processor(folder, ours)
     except ImportError as error:
         told = " ".join(str(error).split("\n\n")[0].split()) or "a library is missing"
         hint = "install the library that it names, or serve the model elsewhere and name its `endpoint`"
@@ -195,6 +197,23 @@ def _processor(folder: Path, ours: dict[str, Any]) -> Any:
     if tokenizer.pad_token is None:
         raise ModelError("its tokenizer has neither a padding nor an end token", where=folder, hint="use another model")
     return processor
+
+
+def _read_processor(folder: Path, ours: dict[str, Any]) -> Any:
+    """As transformers reads it; of a model for pictures and videos without its part for videos, which needs torchvision.
+
+    Raises:
+        ImportError: its part for pictures needs a library that is not there, too.
+    """
+    try:
+        return AutoProcessor.from_pretrained(folder, **ours)
+    except ImportError:
+        kind = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(folder, **ours)), None)
+        parts = [] if kind is None else kind.get_attributes()
+        if is_torchvision_available() or parts[-1:] != ["video_processor"]:
+            raise
+    picture_kind = type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda _: parts[:-1])})
+    return picture_kind.from_pretrained(folder, **ours)
 
 
 def _inputs(processor: Any, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> Any:
