@@ -200,7 +200,7 @@ def _processor(folder: Path, ours: dict[str, Any]) -> Any:
 
 
 def _read_processor(folder: Path, ours: dict[str, Any]) -> Any:
-    """As transformers reads it; of a model for pictures and videos without its part for videos, which needs torchvision.
+    """As transformers reads it; where torchvision is missing without the part for videos, which alone needs it.
 
     Raises:
         ImportError: its part for pictures needs a library that is not there, too.
@@ -212,7 +212,7 @@ def _read_processor(folder: Path, ours: dict[str, Any]) -> Any:
         parts = [] if kind is None else kind.get_attributes()
         if is_torchvision_available() or parts[-1:] != ["video_processor"]:
             raise
-    picture_kind = type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda _: parts[:-1])})
+    picture_kind: Any = type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda _: parts[:-1])})
     return picture_kind.from_pretrained(folder, **ours)
 
 
