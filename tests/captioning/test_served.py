@@ -185,39 +185,49 @@ def test_one_question_that_the_server_never_answers_does_not_stop_the_others(pho
     assert "answers 400 (bad image)" in made.failures.read_text("utf-8")
 
 
-def test_the_first_question_may_be_the_one_that_is_refused(photos: Path) -> None:
-    first = threading.Event()
+@pytest.mark.parametrize("batch", [1, 2, 6])
+def test_the_first_pictures_may_be_those_that_are_refused(photos: Path, batch: int) -> None:
+    """Even if refusals come sooner than the first answer."""
+    refused = Counter[int]()
+    both = threading.Event()
 
     def answer(asked: Asked, number: int) -> Said:
-        if asked.key[1][0] == 0:
-            first.set()
+        red = asked.key[1][0]
+        if red < 2:
+            refused[red] += 1
+            if refused.total() == 4:
+                both.set()
             return Said({"error": "bad image"}, 400)
-        first.wait(20)
+        both.wait(5)
         return well(asked, number)
 
     with serving(answer) as served:
-        made = caption(photos, served.url, captions={"short": "S"}, batch=2)
-    assert (made.written, made.failed, len(served.asked)) == (2, [("a.png", "short", "server")], 3)
+        made = caption(photos, served.url, batch=batch)
+    assert (made.written, {row[0] for row in made.failed}, len(served.asked)) == (2, {"a.png", "b.jpg"}, 6)
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("said", "told", "asked"),
     [
-        (Said({"error": {"message": "unknown field seed"}}, 400), "answers 400 (unknown field seed)"),
-        (Said({"error": {"message": "no model x"}}, 404), "answers 404 (no model x)"),
-        (Said({"message": "who?"}, 401), "LIBREFLUX_API_KEY"),
+        (Said({"error": {"message": "unknown field seed"}}, 400), "answers 400 (unknown field seed)", 5),
+        (Said({"error": {"message": "no model x"}}, 404), "answers 404 (no model x)", 1),
+        (Said({"message": "who?"}, 401), "LIBREFLUX_API_KEY", 1),
         (
             Said(raw=b"", status=307, headers={"Location": "http://elsewhere.invalid/v1"}),
             "redirects to http://elsewhere",
+            1,
         ),
     ],
     ids=["400", "404", "401", "redirect"],
 )
-def test_a_server_that_refuses_every_question_is_asked_once(photos: Path, said: Said, told: str) -> None:
+def test_a_server_that_refuses_every_question_is_soon_asked_no_more(
+    photos: Path, said: Said, told: str, asked: int
+) -> None:
+    """Of a refusal that may be the picture's fault: when it came for three pictures, here of two captions each."""
     with serving(lambda asked, number: said) as served, pytest.raises(RunError) as error:
         caption(photos, served.url)
     assert told in str(error.value)
-    assert len(served.asked) == 1
+    assert len(served.asked) == asked
     assert not (photos / "metadata.jsonl").exists()
 
 
@@ -256,6 +266,12 @@ def test_the_key_is_sent_and_shown_nowhere(
     with serving(lambda asked, number: refused) as served, pytest.raises(RunError) as error:
         caption(photos, served.url, existing="overwrite", seed=3)
     assert "bad key …" in str(error.value)
+    for middle in (" " * 180, "x" * 180):  # a long message is cut, the key in it not
+        long = Said({"error": {"message": f"bad{middle}key {key}{middle}"}}, 403)
+        with serving(lambda asked, number, said=long: said) as served, pytest.raises(RunError) as error:
+            caption(photos, served.url, existing="overwrite", seed=3)
+        assert key[:4] not in str(error.value)
+        assert key[-4:] not in str(error.value)
     written = [path.read_bytes() for path in photos.rglob("*") if path.is_file()]
     assert all(key.encode() not in data for data in written)
     assert key not in caplog.text

@@ -18,7 +18,7 @@ from libreflux.workflows.prepare import parse_part
 
 if TYPE_CHECKING:
     from libreflux.captioning.asking import Asker, OpenPicture, Question
-    from libreflux.captioning.endpoint import Line
+    from libreflux.captioning.endpoint import Client
     from libreflux.captioning.lists import Known
 
 TIMEOUT = 300.0
@@ -106,17 +106,17 @@ class _Named:
     name: str
     decides: Mapping[str, Any]
     folder: Path | None = None
-    line: Line | None = None
+    client: Client | None = None
 
 
 def _name_model(options: CaptionOptions) -> _Named:
     if options.endpoint is not None:
-        from libreflux.captioning.endpoint import Endpoint, Line, own_key
+        from libreflux.captioning.endpoint import Client, Endpoint, own_key
         from libreflux.captioning.server import served_model
 
-        line = Line(Endpoint.parse(options.endpoint), own_key(), options.timeout or TIMEOUT)
-        name = options.model or served_model(line, None)
-        return _Named(name, {"model": name, "served": True}, line=line)
+        client = Client(Endpoint.parse(options.endpoint), own_key(), options.timeout or TIMEOUT)
+        name = options.model or served_model(client, None)
+        return _Named(name, {"model": name, "served": True}, client=client)
     from libreflux.captioning.vision_folder import find_vision_model, identity
 
     named = str(options.model)
@@ -238,13 +238,13 @@ class _Job:
 
         options = self.options
         wording = Wording(options.max_tokens, float(options.temperature), options.seed)
-        if self.who.line is not None:
+        if self.who.client is not None:
             from libreflux.captioning.server import Server, served_model
 
             together = options.batch or TOGETHER
-            served_model(self.who.line, self.who.name)  # whether it is there at all
+            served_model(self.who.client, self.who.name)  # whether it is there at all
             shown = opener(self.root, options.side, 2 * together)
-            return Server(self.who.line, self.who.name, wording, shown, together)
+            return Server(self.who.client, self.who.name, wording, shown, together)
         from libreflux.captioning.vision_model import VisionModel, load_vision_model
         from libreflux.model.device import make_current, pick_device
 
