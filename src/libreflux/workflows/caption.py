@@ -78,10 +78,9 @@ def caption_with(options: CaptionOptions) -> CaptionResult:
     check_options(options)
     wanted, part = wanted_captions(options.captions), parse_part(options.shard)
 
-    from libreflux.captioning.journal import KEPT, part_folder
+    from libreflux.captioning.journal import KEPT, at_work
     from libreflux.data.folders import METADATA, walk
     from libreflux.data.sources import in_part, require_folder
-    from libreflux.files import lock
     from libreflux.places import file_place, folder_place
 
     root = Path(os.path.normpath(Path(options.data).expanduser()))
@@ -95,7 +94,7 @@ def caption_with(options: CaptionOptions) -> CaptionResult:
         raise DataError("no picture in this folder", where=root, hint="check the path")
     files = [picture.as_posix() for picture in pictures if in_part(picture, part)]
     who = _name_model(options)
-    with lock(part_folder(root / KEPT, part)):
+    with at_work(root / KEPT, part):
         return _Job(options, root, page, part, files, wanted, who).run()
 
 
