@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import logging
 import os
@@ -81,6 +83,22 @@ def test_pictures_are_sent_smaller_and_never_larger(photos: Path) -> None:
         caption(photos, served.url, side=4096, captions={"other": "O"})
     assert {one.picture.size for one in served.asked} == {(64, 32), (200, 100)}
     assert {one.picture.size for one in served.asked if one.prompt == "O"} == {(200, 100)}
+
+
+def test_nothing_that_a_file_says_besides_its_picture_is_sent(photos: Path) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "secret of EXIF"
+    told: dict[str, Any] = {"comment": b"secret comment", "exif": exif, "xmp": b"<x>secret of XMP</x>", "dpi": (7, 7)}
+    Image.new("RGB", (40, 40)).save(photos / "b.jpg", **told)
+    assert (photos / "b.jpg").read_bytes().count(b"secret") == 3
+    with serving(well) as served:
+        page = caption(photos, served.url).page.read_text("utf-8")
+    sent = [one.body["messages"][0]["content"][0]["image_url"]["url"] for one in served.asked]
+    shown = [text.partition('"')[0] for text in page.split('src="')[1:]]
+    for url in sent + shown:
+        picture = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+        assert picture.info.keys() <= {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
+        assert b"secret" not in base64.b64decode(url.partition(",")[2])
 
 
 def test_a_useless_answer_is_asked_for_again_with_another_seed_and_listed_in_the_end(photos: Path) -> None:

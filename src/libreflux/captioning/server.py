@@ -125,7 +125,7 @@ class Server:
         except DataError as error:
             return Answer(error.what, fault="unreadable")
         held = io.BytesIO()
-        picture.save(held, "JPEG", quality=QUALITY)
+        picture.copy().save(held, "JPEG", quality=QUALITY)  # a copy: Pillow notes in a picture how it is being saved
         body = {
             "model": self._model,
             "messages": [

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 TIMEOUT = 300.0
 TOGETHER = 8
+_REMEMBERED = 32  # opened pictures, of 3 MB at the usual side
 _DECIDING = ("max_tokens", "temperature", "tries", "seed", "side")
 
 
@@ -242,7 +243,7 @@ class _Job:
 
             together = options.batch or TOGETHER
             served_model(self.who.client, self.who.name)  # whether it is there at all
-            shown = opener(self.root, options.side, 2 * together)
+            shown = opener(self.root, options.side, min(2 * together, _REMEMBERED))
             return Server(self.who.client, self.who.name, wording, shown, together)
         from libreflux.captioning.vision_model import VisionModel, load_vision_model
         from libreflux.model.device import make_current, pick_device
@@ -252,7 +253,7 @@ class _Job:
         make_current(device)
         together = options.batch or (1 if device.type == "cpu" else TOGETHER)
         loaded = load_vision_model(self.who.folder, options.dtype, options.quantize, device)
-        return VisionModel(loaded, wording, opener(self.root, options.side, 2 * together), together)
+        return VisionModel(loaded, wording, opener(self.root, options.side, min(2 * together, _REMEMBERED)), together)
 
 
 def opener(root: Path, side: int, remembered: int) -> OpenPicture:
@@ -271,6 +272,7 @@ def opener(root: Path, side: int, remembered: int) -> OpenPicture:
     def opened(file: str) -> Image.Image:
         picture = load_rgb(root / file)
         picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+        picture.info.clear()  # Pillow writes a file's comment into what it saves
         return picture
 
     return opened
