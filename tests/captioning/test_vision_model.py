@@ -182,6 +182,14 @@ def test_a_model_for_videos_too_needs_no_torchvision_for_pictures(
     loaded = load_vision_model(folder, "fp32", "int8", CPU)
     assert any(isinstance(module, Int8Linear) for module in loaded.model.modules())
     assert "Qwen2_5_VLProcessor" in type(loaded.processor).__name__
+
+    def wide(file: str) -> Image.Image:
+        return Image.new("RGB", (301, 1)) if file == "wide" else opened(file)
+
+    left = iter([questions[0], Question("wide", "x", "a fox"), questions[1]])
+    answers = dict(VisionModel(loaded, Wording(12, 0.0, 3), wide, 3).answers(lambda: next(left, None)))
+    assert [one.fault for one in answers.values()] == [None, "unreadable", None]
+    assert "aspect ratio" in answers[Question("wide", "x", "a fox")].text
     monkeypatch.setattr(vision_model, "PROCESSOR_MAPPING", {})
     if not is_torchvision_available():
         with pytest.raises(ModelError, match=r"its processor cannot be used \(.*orchvision"):

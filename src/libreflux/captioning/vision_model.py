@@ -95,6 +95,10 @@ def quantise_language_model(model: nn.Module, where: object) -> list[str]:
     return [name for name, _ in linears]
 
 
+class _PictureRefused(Exception):
+    """The processor does not take a picture of a batch."""
+
+
 class VisionModel:
     """Asks a local model, several questions at once.
 
@@ -120,13 +124,23 @@ class VisionModel:
                     yield question, Answer(error.what, fault="unreadable")
             if read:
                 questions, pictures = zip(*read, strict=True)
-                yield from zip(questions, self._ask(questions, pictures), strict=True)
+                yield from zip(questions, self._ask_each(questions, pictures), strict=True)
 
     def _next(self, take: Take) -> list[Question]:
         found: list[Question] = []
         while len(found) < self._together and (question := take()) is not None:
             found.append(question)
         return found
+
+    def _ask_each(self, questions: Sequence[Question], pictures: Sequence[Image.Image]) -> list[Answer]:
+        """Answers of a batch; one picture that the processor refuses does not stop the others."""
+        try:
+            return self._ask(questions, pictures)
+        except _PictureRefused as error:
+            if len(questions) == 1:
+                return [Answer(f"the model's processor refuses it ({error})", fault="unreadable")]
+        pairs = zip(questions, pictures, strict=True)
+        return [answer for question, picture in pairs for answer in self._ask_each([question], [picture])]
 
     @torch.inference_mode()
     def _ask(self, questions: Sequence[Question], pictures: Sequence[Image.Image]) -> list[Answer]:
@@ -224,7 +238,10 @@ def _inputs(processor: Any, prompts: Sequence[str], pictures: Sequence[Image.Ima
     first = processor.tokenizer.bos_token
     twice = {"add_special_tokens": False} if first is not None and texts[0].startswith(first) else {}
     images = [[picture] for picture in pictures]
-    return processor(text=texts, images=images, padding=True, return_tensors="pt", **twice)
+    try:
+        return processor(text=texts, images=images, padding=True, return_tensors="pt", **twice)
+    except ValueError as error:  # as Qwen's says it of a picture that is 200 times as wide as high
+        raise _PictureRefused(str(error).strip().partition("\n")[0]) from error
 
 
 def _end_tokens(model: Any) -> set[int]:
