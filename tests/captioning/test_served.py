@@ -363,6 +363,7 @@ def test_questions_are_under_way_together(photos: Path) -> None:
         ({"side": 8}, "side: cannot be 8"),
         ({"shard": "3/2"}, "shard: '3/2' is no part"),
         ({"timeout": 0}, "timeout: cannot be 0"),
+        ({"page": "photos/a.png"}, "page: 'photos/a.png' is no page"),
     ],
 )
 def test_what_makes_no_sense_is_refused_first(photos: Path, given: dict[str, Any], told: str) -> None:
