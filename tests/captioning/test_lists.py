@@ -118,7 +118,7 @@ def test_pictures_with_other_captions_are_left_alone_if_wanted(photos: Path) -> 
     with serving(well) as served:
         made = caption(photos, served.url, existing="skip")
         assert caption(photos, served.url, existing="skip").written == 0
-    assert (made.written, made.skipped, made.bare) == (2, 3, 0)
+    assert (made.written, made.skipped, made.uncaptioned) == (2, 3, 0)
     assert captions_of(photos)["3.png"] == {"S of 3": "short", "L of 3": "long"}
     assert "S of 0" not in captions_of(photos)["0.png"]
 

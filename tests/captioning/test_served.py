@@ -133,7 +133,7 @@ def test_what_failed_is_in_the_list_and_on_the_page(photos: Path) -> None:
     (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:60])
     with serving(lambda asked, number: says("<b>hm</b> " * 20)) as served:
         made = caption(photos, served.url, captions={"short": "S"}, tries=2)
-    assert (made.bare, made.written) == (4, 0)
+    assert (made.uncaptioned, made.written) == (4, 0)
     assert made.failures is not None
     listed = [json.loads(line) for line in made.failures.read_text("utf-8").splitlines()]
     assert [(row["file_name"], row["fault"], row["tries"]) for row in listed] == [
@@ -153,7 +153,7 @@ def test_what_failed_is_in_the_list_and_on_the_page(photos: Path) -> None:
     with serving(well) as served:
         later = caption(photos, served.url, captions={"short": "S"}, tries=2)
     assert [row[0] for row in later.failed] == ["a.png", "broken.png", "sub/c.png"]
-    assert (later.bare, later.kept, len(served.asked)) == (2, 1, 0)
+    assert (later.uncaptioned, later.kept, len(served.asked)) == (2, 1, 0)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Literal
 
 Fault = Literal["empty", "repeating", "refused", "cut", "unreadable", "server"]
 """Why there is no caption. The last two are not the answer's fault: the picture's, or the server's."""
-OF_THE_ANSWER = ("empty", "repeating", "refused", "cut")
+WORTH_ASKING_AGAIN = ("empty", "repeating", "refused", "cut")
 """Faults for which the model is asked again."""
 MEANINGS: dict[Fault, str] = {
     "empty": "the answer is empty",

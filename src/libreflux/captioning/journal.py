@@ -106,7 +106,7 @@ def part_folder(kept: Path, part: tuple[int, int]) -> Path:
 
 
 @contextmanager
-def at_work(kept: Path, part: tuple[int, int]) -> Iterator[None]:
+def part_lock(kept: Path, part: tuple[int, int]) -> Iterator[None]:
     """Holds the folder of a part.
 
     Raises:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from libreflux import plainjson
-from libreflux.captioning.answers import MEANINGS, OF_THE_ANSWER
+from libreflux.captioning.answers import MEANINGS, WORTH_ASKING_AGAIN
 from libreflux.captioning.journal import ANSWERS, FAILED, KEPT, Entry, is_held, part_folder, read_journal, writing
 from libreflux.captioning.wanted import place_of_name
 from libreflux.data.folders import CAPTIONS, METADATA, Folder
@@ -70,7 +70,7 @@ def known_captions(root: Path, found: Folder) -> Known:
                 read_sidecar(sidecar)
             known.names.setdefault(_below(root, picture), {})[""] = ""
     for entry in read_failed(root / KEPT):
-        if entry.fault in OF_THE_ANSWER:
+        if entry.fault in WORTH_ASKING_AGAIN:
             known.failed[entry.file, entry.name] = entry.by
     return known
 
@@ -114,7 +114,7 @@ def read_failed(kept: Path) -> list[Entry]:
     return found
 
 
-def take_in(root: Path, found: Folder) -> int:
+def merge_left_journals(root: Path, found: Folder) -> int:
     """Brings the journals of killed processes into metadata.jsonl; returns how many answers that were.
 
     Those of parts whose folder is locked are left alone: they are at work.
@@ -125,20 +125,20 @@ def take_in(root: Path, found: Folder) -> int:
             continue
         try:
             with writing(root / KEPT), lock(folder):
-                taken += _bring_in(root, found.lists, folder)
+                taken += _merge_journal(root, found.lists, folder)
         except RunError as error:
             if not is_held(error):
                 raise
     return taken
 
 
-def take_in_own(root: Path, found: Folder, part: tuple[int, int]) -> None:
+def merge_own_journal(root: Path, found: Folder, part: tuple[int, int]) -> None:
     """Brings this process's own journal into metadata.jsonl; its folder is locked by the caller."""
     with writing(root / KEPT):
-        _bring_in(root, found.lists, part_folder(root / KEPT, part))
+        _merge_journal(root, found.lists, part_folder(root / KEPT, part))
 
 
-def _bring_in(root: Path, lists: Sequence[Path], folder: Path) -> int:
+def _merge_journal(root: Path, lists: Sequence[Path], folder: Path) -> int:
     entries = read_journal(folder)
     # A caption of a picture that was removed since would be a row that `prepare` refuses.
     captions = [entry for entry in entries if entry.fault is None and (root / entry.file).is_file()]

@@ -53,7 +53,8 @@ class CaptionOptions:
         quantize: "int8": the linears of a local model's language part in int8.
         device: of a local model: "auto", "cpu", "cuda", "cuda:N" or "mps".
         shard: "i/n": the i-th of n parts alone, "1/n" to "n/n"; None: under torchrun this process's own, else all.
-        page: the page of pictures and captions, an .html file, which is replaced; None: index.html in the hidden folder .caption of `data`.
+        page: the page of pictures and captions, an .html file, which is replaced; None: index.html in the hidden folder
+            .caption of `data`.
         progress: shows how far it is.
     """
 
