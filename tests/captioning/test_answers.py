@@ -75,6 +75,7 @@ def test_refusals_are_known(text: str) -> None:
         "A red fox on the left, a red fox on the right, and a red fox between them.",
         "A sign reads 'ha ha ha ha'. Below it people laugh.",
         "1000000000000 written in sand",
+        "A page of a book with the words “Chapter 1 .............................. 5” and two lines below.",
         "狐が雪の上に座っている。",
         "The sky is blue. The sea is blue too. The sand is white.",
     ],

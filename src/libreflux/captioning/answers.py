@@ -97,7 +97,8 @@ def repeats_itself(caption: str) -> bool:
     """Whether words, tags, sentences or letters come again and again, as in a model that is caught in a loop.
 
     That is: up to 24 words four times in a row, eight words in all or more; one sentence of four words three times; of
-    eight tags or more half are repeats; or up to 40 letters six times in a row, 24 letters in all or more.
+    eight tags or more half are repeats; or up to 40 letters six times in a row, 24 letters in all or more, and of signs
+    alone more than half of the caption.
     """
     words = caption.casefold().split()
     if any(_longest_repeat(words, period) for period in range(1, min(_MOST_PERIOD, len(words) // 2) + 1)):
@@ -109,7 +110,9 @@ def repeats_itself(caption: str) -> bool:
     tags = [tag.strip() for tag in caption.casefold().split(",")]
     if len(tags) >= 8 and len(set(tags)) <= len(tags) / 2:
         return True
-    return any(len(found[0]) >= _LEAST_LETTERS for found in _LETTERS.finditer(caption))
+    runs = [found[0] for found in _LETTERS.finditer(caption) if len(found[0]) >= _LEAST_LETTERS]
+    # A line of dots or dashes may be quoted from the picture; a caption of little else is none.
+    return any(any(map(str.isalnum, run)) or 2 * len(run) > len(caption) for run in runs)
 
 
 def _longest_repeat(words: list[str], period: int) -> bool:
