@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import logging
-import os
 import socket
 import threading
 from collections import Counter
@@ -19,7 +18,7 @@ from PIL import Image
 import libreflux
 from libreflux.captioning import endpoint, server
 from libreflux.data.sources import read_source
-from libreflux.errors import LibrefluxError, OptionError, RunError
+from libreflux.errors import OptionError, RunError
 from libreflux.recipe import DataSource
 from libreflux.workflows.caption import CaptionResult
 from served import Asked, Said, says, serving
@@ -344,31 +343,3 @@ def test_questions_are_under_way_together(photos: Path) -> None:
         made = caption(photos, served.url, batch=3)
     assert made.written == 6
     assert rows(photos)["a.png"] == {"short": "S: a square of red 0", "long": "L: a square of red 0"}
-
-
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        ({"dtype": "bf16"}, "dtype: has no effect"),
-        ({"quantize": "int8"}, "quantize: has no effect"),
-        ({"device": "cpu"}, "device: has no effect"),
-        ({"captions": []}, "captions: is empty"),
-        ({"captions": ["poem"]}, "captions: no prompt is known for 'poem'"),
-        ({"captions": ["short", "short=S"]}, "captions: short is there twice"),
-        ({"captions": ["mood="]}, "captions: mood has no prompt"),
-        ({"captions": ["a b=c"]}, "captions: 'a b' is no name"),
-        ({"existing": "replace"}, "existing: cannot be 'replace'"),
-        ({"temperature": float("nan")}, "temperature: cannot be nan"),
-        ({"tries": 0}, "tries: cannot be 0"),
-        ({"side": 8}, "side: cannot be 8"),
-        ({"shard": "3/2"}, "shard: '3/2' is no part"),
-        ({"timeout": 0}, "timeout: cannot be 0"),
-        ({"page": "photos/a.png"}, "page: 'photos/a.png' is no page"),
-    ],
-)
-def test_what_makes_no_sense_is_refused_first(photos: Path, given: dict[str, Any], told: str) -> None:
-    with serving(well) as served, pytest.raises(LibrefluxError) as error:
-        caption(photos, served.url, **given)
-    assert told in str(error.value)
-    assert not served.asked
-    assert not os.path.lexists(photos / ".caption")
