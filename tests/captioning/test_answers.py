@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from libreflux.captioning.answers import Answer, caption_of, clean, is_refusal, repeats_itself
+from libreflux.captioning.answers import MOST_CHARACTERS, Answer, caption_of, clean, is_refusal, repeats_itself
 
 FOX = "A red fox stands on a snowy hill, and looks at the camera."
 
@@ -18,6 +18,7 @@ FOX = "A red fox stands on a snowy hill, and looks at the camera."
         ("**Short caption:** a fox", "a fox"),
         ("<think>The user wants\na caption.</think>\na fox", "a fox"),
         ("<think>never ends", ""),
+        ("The template has begun to think.\n</think>\n\na fox", "a fox"),
         ('"Stop" and "go" on signs', '"Stop" and "go" on signs'),
         ("a\x00fox\u2028in\x1b[2J snow", "a fox in [2J snow"),
         ("half \ud83d a character", "half a character"),
@@ -43,6 +44,14 @@ def test_what_is_not_of_the_caption_goes(text: str, caption: str) -> None:
         "Unfortunately, I cannot comply.",
         "I apologize, but this goes against my guidelines.",
         "My apologies, I won't do that.",
+        "Sorry! No.",
+        "Sorry.",
+        "I don't see any image. Please upload one.",
+        "I don’t feel comfortable describing this person.",
+        "It looks like there's no image attached.",
+        "As a language model I have no eyes.",
+        "Please provide the picture that you mean.",
+        "I must decline.",
     ],
 )
 def test_refusals_are_known(text: str) -> None:
@@ -56,11 +65,17 @@ def test_refusals_are_known(text: str) -> None:
         "A woman holds a card that says “I'm sorry”.",
         "Icebergs that cannot be seen from the shore.",
         "Sorrel leaves on a plate.",
+        "Sorry! The board game of 1972, its box open on a table.",
+        "sorry, sign, shop, closed, door, glass, red, paper",
+        "As an aircraft lands, a crowd waves.",
+        "It looks like snow over the hills.",
+        "There is no car in the street, only snow.",
         "very, very, very dark red",
         "fox, snow, hill, red, winter, animal, fur, tail, ears, outdoors",
         "A red fox on the left, a red fox on the right, and a red fox between them.",
         "A sign reads 'ha ha ha ha'. Below it people laugh.",
         "1000000000000 written in sand",
+        "A page of a book with the words “Chapter 1 .............................. 5” and two lines below.",
         "狐が雪の上に座っている。",
         "The sky is blue. The sea is blue too. The sand is white.",
     ],
@@ -86,6 +101,14 @@ def test_loops_are_known(text: str) -> None:
     assert repeats_itself(text)
     assert caption_of(Answer(text))[1] in ("repeating", "empty")
     assert caption_of(Answer(f"word {text}", cut=True))[1] == "repeating"
+
+
+def test_an_answer_without_end_is_cut_soon() -> None:
+    """A server may know no limit of tokens."""
+    endless = " ".join(f"It is number {number}." for number in range(200_000))
+    caption, fault = caption_of(Answer(endless))
+    assert fault == "cut"
+    assert len(caption) <= MOST_CHARACTERS
 
 
 @pytest.mark.parametrize("text", ["", " \n", "...", '""', "<think>hm</think>", "—"])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 import libreflux
+from libreflux.captioning import lists
 from libreflux.captioning.journal import ANSWERS, KEPT, Entry, Journal, part_folder
 from libreflux.data.sources import read_source
 from libreflux.errors import DataError, RunError
@@ -87,12 +89,36 @@ def test_what_is_there_stays_and_what_lacks_comes_beside_it(photos: Path) -> Non
     }
 
 
+def test_marks_line_ends_links_and_odd_names_of_a_list_stay(photos: Path) -> None:
+    own = photos.parent / "kept" / "list.jsonl"
+    own.parent.mkdir()
+    lines = [
+        b'{"file_name": "0.png",  "text": "x \\u00e9"}',
+        b"",
+        '{"file_name": "0.png", "captions": {"title": "Füchse\u2028im Schnee"}, "n": 1.50}'.encode(),
+    ]
+    own.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
+    (photos / "metadata.jsonl").symlink_to(own)
+    odd = 'a "b"\n\u2028ä \\n.png'
+    (photos / "2.png").rename(photos / odd)
+    with serving(well) as served:
+        assert caption(photos, served.url).written == 8
+        assert caption(photos, served.url).written == 0
+    assert (photos / "metadata.jsonl").is_symlink()
+    raw = own.read_bytes()
+    assert raw.startswith(b"\xef\xbb\xbf" + lines[0] + b"\r\n" + lines[2] + b"\r\n")
+    assert raw.count(b"\n") == raw.count(b"\r\n") == 6
+    found = captions_of(photos)
+    assert found["0.png"] == {"x é": "", "Füchse im Schnee": "title", "S of 0": "short", "L of 0": "long"}
+    assert found[odd] == {"S of 2": "short", "L of 2": "long"}
+
+
 def test_pictures_with_other_captions_are_left_alone_if_wanted(photos: Path) -> None:
     beside_others(photos)
     with serving(well) as served:
         made = caption(photos, served.url, existing="skip")
         assert caption(photos, served.url, existing="skip").written == 0
-    assert (made.written, made.skipped, made.bare) == (2, 3, 0)
+    assert (made.written, made.skipped, made.uncaptioned) == (2, 3, 0)
     assert captions_of(photos)["3.png"] == {"S of 3": "short", "L of 3": "long"}
     assert "S of 0" not in captions_of(photos)["0.png"]
 
@@ -231,6 +257,63 @@ def test_a_line_that_was_cut_by_the_kill_is_asked_again_and_a_damaged_one_is_nam
         with serving(well) as served, pytest.raises(RunError, match="line 1 cannot be read"):
             caption(photos, served.url)
     (folder / ANSWERS).unlink()
+
+
+def test_what_happened_after_a_kill_counts_for_more_than_its_journal(photos: Path) -> None:
+    """A picture was removed; a caption that was brought in already was mended by hand."""
+    with serving(well) as served:
+        caption(photos, served.url, captions={"short": "S"})
+        by = table(photos)[0]["captioned_by"]["short"]
+        text = (photos / "metadata.jsonl").read_text("utf-8").replace("S of 0", "mine")
+        (photos / "metadata.jsonl").write_text(text, encoding="utf-8")
+        (photos / "extra.png").write_bytes((photos / "0.png").read_bytes())
+        journal = Journal(part_folder(photos / KEPT, (0, 1)))
+        for file in ("0.png", "extra.png"):
+            journal.add(Entry(file, "short", "S of 0", by, over=True))
+        (photos / "extra.png").unlink()
+        assert caption(photos, served.url, captions={"short": "S"}, existing="overwrite").written == 0
+    assert captions_of(photos)["0.png"] == {"mine": "short"}
+    assert not list((photos / KEPT).rglob(ANSWERS))
+
+
+def test_a_part_whose_old_journal_another_process_brings_in_begins_when_that_is_done(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when all processes of torchrun were killed and start again."""
+    Journal(old_part(photos, (1, 2))).add(Entry("0.png", "short", "of the journal", "abc"))
+    reading = threading.Event()
+    real = lists.read_journal
+
+    def slowly(folder: Path) -> list[Entry]:
+        if folder.name == "part-2-of-2" and not reading.is_set():
+            reading.set()
+            time.sleep(0.5)
+        return real(folder)
+
+    monkeypatch.setattr(lists, "read_journal", slowly)
+    failures: list[BaseException] = []
+
+    def work(url: str, part: str) -> None:
+        try:
+            caption(photos, url, shard=part)
+        except BaseException as error:
+            failures.append(error)
+
+    with serving(well) as served:
+        workers = [threading.Thread(target=work, args=(served.url, part)) for part in ("1/2", "2/2")]
+        workers[0].start()
+        assert reading.wait(20)
+        workers[1].start()
+        for worker in workers:
+            worker.join()
+    assert not failures
+    assert captions_of(photos)["0.png"] == {"of the journal": "short", "L of 0": "long"}
+
+
+def old_part(photos: Path, part: tuple[int, int]) -> Path:
+    folder = part_folder(photos / KEPT, part)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def test_a_part_that_is_at_work_is_not_begun_twice(photos: Path) -> None:

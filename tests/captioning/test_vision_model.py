@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers.utils import is_torchvision_available
 
 import libreflux
+from libreflux.captioning import vision_model
 from libreflux.captioning.asking import Question, Wording
 from libreflux.captioning.vision_folder import find_vision_model, identity
 from libreflux.captioning.vision_model import Draws, VisionModel, load_vision_model
@@ -19,7 +21,7 @@ from libreflux.data.sources import read_source
 from libreflux.errors import ModelError
 from libreflux.model.int8 import Int8Linear
 from libreflux.recipe import DataSource
-from vlm import make_tiny_vlm
+from vlm import make_tiny_qwen, make_tiny_vlm
 
 CPU = torch.device("cpu")
 COLOURS = ["red", "green", "blue", "white", "black"]
@@ -164,6 +166,34 @@ def test_bf16_weights_compute(vlm: Path) -> None:
     loaded = load_vision_model(vlm, "bf16", None, CPU)
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
     assert len(ask(vlm, QUESTIONS[:2], 2, dtype="bf16")) == 2
+
+
+def test_a_model_for_videos_too_needs_no_torchvision_for_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen2.5-VL, whose part for videos cannot even be imported without it."""
+    folder = make_tiny_qwen(tmp_path / "qwen")
+    questions = [
+        Question(colour, "x", prompt) for colour in ("red", "blue") for prompt in ("a fox", "the owl on a tree")
+    ]
+    found = ask(folder, questions, 4)
+    assert found == ask(folder, questions, 1)
+    assert all(found.values())
+    loaded = load_vision_model(folder, "fp32", "int8", CPU)
+    assert any(isinstance(module, Int8Linear) for module in loaded.model.modules())
+    assert "Qwen2_5_VLProcessor" in type(loaded.processor).__name__
+
+    def wide(file: str) -> Image.Image:
+        return Image.new("RGB", (301, 1)) if file == "wide" else opened(file)
+
+    left = iter([questions[0], Question("wide", "x", "a fox"), questions[1]])
+    answers = dict(VisionModel(loaded, Wording(12, 0.0, 3), wide, 3).answers(lambda: next(left, None)))
+    assert [one.fault for one in answers.values()] == [None, "unreadable", None]
+    assert "aspect ratio" in answers[Question("wide", "x", "a fox")].text
+    monkeypatch.setattr(vision_model, "PROCESSOR_MAPPING", {})
+    if not is_torchvision_available():
+        with pytest.raises(ModelError, match=r"its processor cannot be used \(.*orchvision"):
+            load_vision_model(folder, "fp32", None, CPU)
 
 
 def broken(vlm: Path, folder: Path, *, drop: str = "", **config: Any) -> Path:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from libreflux import seeding
-from libreflux.captioning.answers import OF_THE_ANSWER, Answer, Fault, caption_of
+from libreflux.captioning.answers import WORTH_ASKING_AGAIN, Answer, Fault, caption_of
 
 if TYPE_CHECKING:
     from PIL import Image
 
-AGAIN = 0.7
+RETRY_TEMPERATURE = 0.7
 """The least temperature of a question that is asked again: at 0 the answer would be the same."""
 
 OpenPicture = Callable[[str], "Image.Image"]
@@ -54,7 +54,7 @@ class Wording:
 
     def temperature_of(self, question: Question) -> float:
         """Of the answer to a question."""
-        return max(self.temperature, AGAIN) if question.attempt else self.temperature
+        return max(self.temperature, RETRY_TEMPERATURE) if question.attempt else self.temperature
 
     def seed_of(self, question: Question) -> int:
         """31 bits: what every server takes."""
@@ -103,7 +103,7 @@ def settle(questions: Iterable[Question], asker: Asker, tries: int) -> Generator
 
     for question, answer in asker.answers(take):
         caption, fault = caption_of(answer)
-        if fault in OF_THE_ANSWER and question.attempt + 1 < tries:
+        if fault in WORTH_ASKING_AGAIN and question.attempt + 1 < tries:
             again.append(dataclasses.replace(question, attempt=question.attempt + 1))
         else:
             yield Settled(question, caption, fault)

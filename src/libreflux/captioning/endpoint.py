@@ -7,6 +7,7 @@ it (httpx up to 1.x, httpx2 since).
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import json
 import os
@@ -60,8 +61,8 @@ class Endpoint:
         try:
             parts = urlsplit(text)
             port = parts.port
-        except ValueError as error:
-            raise OptionError(f"is no address ({error})", "endpoint", hint=hint) from None
+        except ValueError:  # its words have the address in them, with what may be a password
+            raise OptionError("is no address, or its port is no number", "endpoint", hint=hint) from None
         if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
             told = f"set {KEY} in the environment, which is sent as a bearer token"
             raise OptionError("may have no user, password, ? or # in it", "endpoint", hint=told)
@@ -90,7 +91,7 @@ class Reply:
     wait: float | None
 
 
-class Broken(Exception):
+class ExchangeFailed(Exception):
     """An exchange that came to no reply; `slow`: because time ran out."""
 
     def __init__(self, told: str, slow: bool = False) -> None:
@@ -110,7 +111,7 @@ def own_key() -> str | None:
     return key or None
 
 
-class Line:
+class Client:
     """Exchanges with one endpoint, from any number of threads.
 
     Args:
@@ -121,36 +122,39 @@ class Line:
 
     def __init__(self, endpoint: Endpoint, key: str | None, timeout: float) -> None:
         self.endpoint, self._key, self._timeout = endpoint, key, timeout
-        self._open: set[http.client.HTTPConnection] = set()
+        self._open: set[socket.socket] = set()
         self._guard, self._closed = threading.Lock(), False
 
     def exchange(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Reply:
         """One call and its reply, on a connection of its own.
 
         Raises:
-            Broken: no connection, no reply in time, or one that is cut short or no HTTP.
+            ExchangeFailed: no connection, no reply in time, or one that is cut short or no HTTP.
             RunError: a redirect, which is not followed.
         """
         connection = self._connection()
+        open_socket: socket.socket | None = None
         try:
+            connection.connect()
+            open_socket = connection.sock  # the connection forgets it when the reply's head is read
+            open_socket.settimeout(self._timeout)
             with self._guard:
                 if self._closed:
-                    raise Broken("stopped")
-                self._open.add(connection)
-            connection.connect()
-            connection.sock.settimeout(self._timeout)
+                    raise ExchangeFailed("stopped")
+                self._open.add(open_socket)
             data = None if body is None else json.dumps(body).encode()
             connection.request(method, self.endpoint.path + path, data, self._headers(data))
             response = connection.getresponse()
             raw = self._body(response)
         except TimeoutError:
-            raise Broken("it took too long", slow=True) from None
-        except (OSError, http.client.HTTPException) as error:
+            raise ExchangeFailed("it took too long", slow=True) from None
+        except (OSError, http.client.HTTPException, UnicodeError) as error:  # the last one of a host that is no name
             told = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise Broken(self._without_key(told)) from None
+            raise ExchangeFailed(self._without_key(told)) from None
         finally:
-            with self._guard:
-                self._open.discard(connection)
+            if open_socket is not None:
+                with self._guard:
+                    self._open.discard(open_socket)
             connection.close()
         return self._reply(response, raw)
 
@@ -158,12 +162,9 @@ class Line:
         """Ends all exchanges that are under way."""
         with self._guard:
             self._closed = True
-            for connection in self._open:
-                if connection.sock is not None:
-                    try:
-                        connection.sock.shutdown(socket.SHUT_RDWR)
-                    except OSError:
-                        continue  # it has ended by itself
+            for open_socket in self._open:
+                with contextlib.suppress(OSError):  # it has ended by itself
+                    open_socket.shutdown(socket.SHUT_RDWR)
 
     def _connection(self) -> http.client.HTTPConnection:
         kind = http.client.HTTPSConnection if self.endpoint.secure else http.client.HTTPConnection
@@ -181,14 +182,14 @@ class Line:
             parts.append(part)
             size += len(part)
             if size > MOST_BYTES:
-                raise Broken(f"its reply is longer than {MOST_BYTES >> 20} MiB")
+                raise ExchangeFailed(f"its reply is longer than {MOST_BYTES >> 20} MiB")
             if time.monotonic() > ends:  # each part may come in time, and still they may never end
                 raise TimeoutError
         return b"".join(parts)
 
     def _reply(self, response: http.client.HTTPResponse, raw: bytes) -> Reply:
         if 300 <= response.status < 400:
-            to = self._without_key(shortened(response.headers.get("Location", "another place"), 100))
+            to = shortened(self._without_key(response.headers.get("Location", "another place")), 100)
             hint = "name the address itself with `endpoint`, if you trust it"
             raise RunError(f"redirects to {to}, which is not followed", where=self.endpoint, hint=hint)
         text = raw.decode("utf-8", "replace")
@@ -202,7 +203,7 @@ class Line:
         if error or response.status >= 400:
             words = error.get("message") if isinstance(error, dict) else error
             told = str(words or text.strip() or response.reason)
-        return Reply(response.status, values, self._without_key(shortened(told, 200)), _seconds(response.headers))
+        return Reply(response.status, values, shortened(self._without_key(told), 200), _seconds(response.headers))
 
     def _without_key(self, text: str) -> str:
         return text if self._key is None else text.replace(self._key, "…")

@@ -106,6 +106,24 @@ def part_folder(kept: Path, part: tuple[int, int]) -> Path:
 
 
 @contextmanager
+def part_lock(kept: Path, part: tuple[int, int]) -> Iterator[None]:
+    """Holds the folder of a part.
+
+    Raises:
+        RunError: another process captions this part.
+    """
+    with contextlib.ExitStack() as held:
+        with writing(kept):  # who brings in the journal of a killed process holds its part meanwhile
+            held.enter_context(lock(part_folder(kept, part)))
+        yield
+
+
+def is_held(error: RunError) -> bool:
+    """Whether a folder could not be locked because another process has it."""
+    return "in use by process" in error.what
+
+
+@contextmanager
 def writing(kept: Path) -> Iterator[None]:
     """Holds the right to write metadata.jsonl; waits while another process has it.
 
@@ -118,8 +136,8 @@ def writing(kept: Path) -> Iterator[None]:
             try:
                 held.enter_context(lock(kept))
                 break
-            except RunError:
-                if time.monotonic() > ends:
+            except RunError as error:
+                if not is_held(error) or time.monotonic() > ends:
                     raise
                 time.sleep(0.05)
         yield

@@ -6,6 +6,7 @@ of others stay as they are, but for a caption that is to be overwritten.
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from libreflux import plainjson
-from libreflux.captioning.answers import OF_THE_ANSWER
-from libreflux.captioning.journal import ANSWERS, FAILED, KEPT, Entry, part_folder, read_journal, writing
+from libreflux.captioning.answers import MEANINGS, WORTH_ASKING_AGAIN
+from libreflux.captioning.journal import ANSWERS, FAILED, KEPT, Entry, is_held, part_folder, read_journal, writing
 from libreflux.captioning.wanted import place_of_name
 from libreflux.data.folders import CAPTIONS, METADATA, Folder
 from libreflux.data.sources import COLUMNS, read_lists, read_sidecar, read_text
@@ -69,7 +70,7 @@ def known_captions(root: Path, found: Folder) -> Known:
                 read_sidecar(sidecar)
             known.names.setdefault(_below(root, picture), {})[""] = ""
     for entry in read_failed(root / KEPT):
-        if entry.fault in OF_THE_ANSWER:
+        if entry.fault in WORTH_ASKING_AGAIN:
             known.failed[entry.file, entry.name] = entry.by
     return known
 
@@ -106,13 +107,14 @@ def read_failed(kept: Path) -> list[Entry]:
         try:
             row = plainjson.parse(line) if line else {}
             texts = row["file_name"], row["name"], row["answer"], row[BY]
-            found.append(Entry(*texts, row["fault"], row["tries"], bool(row.get("over"))))
+            if all(isinstance(text, str) for text in texts) and row["fault"] in MEANINGS:
+                found.append(Entry(*texts, row["fault"], int(row["tries"]), bool(row.get("over"))))
         except (ValueError, KeyError, TypeError):
             continue
     return found
 
 
-def take_in(root: Path, found: Folder) -> int:
+def merge_left_journals(root: Path, found: Folder) -> int:
     """Brings the journals of killed processes into metadata.jsonl; returns how many answers that were.
 
     Those of parts whose folder is locked are left alone: they are at work.
@@ -122,29 +124,29 @@ def take_in(root: Path, found: Folder) -> int:
         if not (folder / ANSWERS).is_file():
             continue
         try:
-            with lock(folder):
-                taken += _bring_in(root, found.lists, folder)
+            with writing(root / KEPT), lock(folder):
+                taken += _merge_journal(root, found.lists, folder)
         except RunError as error:
-            if "in use by process" not in error.what:
+            if not is_held(error):
                 raise
     return taken
 
 
-def take_in_own(root: Path, found: Folder, part: tuple[int, int]) -> None:
+def merge_own_journal(root: Path, found: Folder, part: tuple[int, int]) -> None:
     """Brings this process's own journal into metadata.jsonl; its folder is locked by the caller."""
-    _bring_in(root, found.lists, part_folder(root / KEPT, part))
+    with writing(root / KEPT):
+        _merge_journal(root, found.lists, part_folder(root / KEPT, part))
 
 
-def _bring_in(root: Path, lists: Sequence[Path], folder: Path) -> int:
+def _merge_journal(root: Path, lists: Sequence[Path], folder: Path) -> int:
     entries = read_journal(folder)
-    kept = root / KEPT
-    with writing(kept):
-        captions = [entry for entry in entries if entry.fault is None]
-        if captions:
-            _write_captions(root, lists, captions)
-        if entries:
-            _write_failed(root, entries)
-        (folder / ANSWERS).unlink(missing_ok=True)
+    # A caption of a picture that was removed since would be a row that `prepare` refuses.
+    captions = [entry for entry in entries if entry.fault is None and (root / entry.file).is_file()]
+    if captions:
+        _write_captions(root, lists, captions)
+    if entries:
+        _write_failed(root, entries)
+    (folder / ANSWERS).unlink(missing_ok=True)
     return len(entries)
 
 
@@ -164,8 +166,10 @@ def _write_captions(root: Path, lists: Sequence[Path], entries: Iterable[Entry])
                 ours[file] = row
     for entry in entries:
         there = named.get((entry.file, entry.name), [])
-        if there and not entry.over:
-            continue  # somebody wrote it meanwhile
+        if there and not (
+            entry.over and any(_marks(row.values or {}).get(entry.name) != entry.by for _, row, _ in there)
+        ):
+            continue  # somebody wrote it meanwhile, or a process that was killed before it removed its journal
         for table, row, column in there:
             row.put(column, entry)
             table.changed = True
@@ -240,10 +244,16 @@ class _List:
         self.rows = list(_rows(path)) if path.is_file() else []
 
     def write(self) -> None:
-        """Replaces the file: rows of others in their order, ours behind them by file name."""
+        """Replaces the file: rows of others in their order, ours behind them by file name.
+
+        Its mark (BOM) and its line ends stay. Where it is a link, what it leads to is replaced, and the link stays.
+        """
         ours = sorted((row for row in self.rows if row.is_ours), key=lambda row: str((row.values or {})["file_name"]))
         others = [row for row in self.rows if not row.is_ours]
-        atomic_write_text(self.path, "".join(f"{row.text()}\n" for row in [*others, *ours]))
+        raw = self.path.read_bytes() if self.path.is_file() else b""
+        mark, end = "\ufeff" if raw.startswith(codecs.BOM_UTF8) else "", "\r\n" if b"\r\n" in raw else "\n"
+        text = mark + "".join(f"{row.text()}{end}" for row in [*others, *ours])
+        atomic_write_text(Path(os.path.realpath(self.path)), text)
 
 
 def _rows(path: Path) -> Iterator[_Row]:

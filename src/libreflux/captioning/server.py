@@ -10,7 +10,7 @@ from typing import Any
 
 from libreflux.captioning.answers import Answer
 from libreflux.captioning.asking import OpenPicture, Question, Take, Wording
-from libreflux.captioning.endpoint import Broken, Line, Reply, data_url
+from libreflux.captioning.endpoint import Client, ExchangeFailed, Reply, data_url
 from libreflux.errors import DataError, RunError
 
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -20,7 +20,8 @@ MOST_WAIT = 120.0
 SLOW = 2
 """Tries of a question for which the server takes too long."""
 LOST = 3
-"""Questions without an answer, one after the other, after which the server is taken to be lost."""
+"""Questions without an answer, one after the other, after which the server is taken to be lost; or pictures that it
+refuses before it has answered anything."""
 QUALITY = 90
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 _CLOSED = (401, 403, 404, 405)
@@ -35,20 +36,20 @@ class _Unanswered(Exception):
         self.refused = refused
 
 
-def served_model(line: Line, wanted: str | None) -> str:
+def served_model(client: Client, wanted: str | None) -> str:
     """The model's name at the server: the one that is wanted, or the only one that it has.
 
     Raises:
         RunError: the server cannot be reached, wants a key, or has several models.
     """
-    where = line.endpoint
+    where = client.endpoint
     try:
-        reply = line.exchange("GET", "/models")
-    except Broken as error:
+        reply = client.exchange("GET", "/models")
+    except ExchangeFailed as error:
         hint = "start the server, or correct the address"
         raise RunError(f"cannot be reached ({error})", where=where, hint=hint) from None
     if reply.status in (401, 403):
-        raise _no_entry(line, reply)
+        raise _no_entry(client, reply)
     if wanted is not None:
         return wanted
     rows = reply.values.get("data")
@@ -64,15 +65,15 @@ class Server:
     """Asks an OpenAI-compatible server, several questions at once.
 
     Args:
-        line: to the server.
+        client: to the server.
         model: its name there.
         wording: how answers are written.
         open_picture: gives the pictures; they are sent as JPEG.
         together: questions that are under way at once.
     """
 
-    def __init__(self, line: Line, model: str, wording: Wording, open_picture: OpenPicture, together: int) -> None:
-        self._line, self._model, self._wording = line, model, wording
+    def __init__(self, client: Client, model: str, wording: Wording, open_picture: OpenPicture, together: int) -> None:
+        self._client, self._model, self._wording = client, model, wording
         self._open, self._together = open_picture, together
         self._stop = threading.Event()
         self._answered = False
@@ -88,10 +89,13 @@ class Server:
         asked: dict[Future[Answer], Question] = {}
         try:
             while True:
-                # Until there is one answer, a server that has none for several questions is not asked more.
-                while not held and len(asked) < self._together and (question := take()) is not None:
+                # Until there is one answer, a server that has none for several pictures is not asked more.
+                goes_on = not held or (not lost and len({question.file for question, _ in held}) < LOST)
+                while goes_on and len(asked) < self._together and (question := take()) is not None:
                     asked[pool.submit(self._answer, question)] = question
                 if not asked:
+                    if held:
+                        raise RunError(held[-1][1].text, where=self._client.endpoint, hint=_AGAIN)
                     return
                 done = wait(asked, return_when=FIRST_COMPLETED).done
                 for future in sorted(done, key=lambda one: one.exception() is not None):  # what is there is not lost
@@ -101,8 +105,8 @@ class Server:
                     except _Unanswered as error:
                         held.append((question, Answer(str(error), fault="server")))
                         lost += not error.refused
-                        if lost >= LOST or (not self._answered and (len(held) >= LOST or not asked)):
-                            raise RunError(str(error), where=self._line.endpoint, hint=_AGAIN) from None
+                        if lost >= LOST:
+                            raise RunError(str(error), where=self._client.endpoint, hint=_AGAIN) from None
                     else:
                         if answer.fault != "unreadable":
                             self._answered, lost = True, 0
@@ -112,7 +116,7 @@ class Server:
                     held.clear()
         finally:
             self._stop.set()
-            self._line.close()
+            self._client.close()
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _answer(self, question: Question) -> Answer:
@@ -121,7 +125,7 @@ class Server:
         except DataError as error:
             return Answer(error.what, fault="unreadable")
         held = io.BytesIO()
-        picture.save(held, "JPEG", quality=QUALITY)
+        picture.copy().save(held, "JPEG", quality=QUALITY)  # a copy: Pillow notes in a picture how it is being saved
         body = {
             "model": self._model,
             "messages": [
@@ -146,12 +150,12 @@ class Server:
         for pause in (*WAITS, None):
             asked_for = None
             try:
-                reply = self._line.exchange("POST", "/chat/completions", body)
+                reply = self._client.exchange("POST", "/chat/completions", body)
                 if (answer := self._read(reply)) is not None:
                     return answer
                 asked_for = reply.wait
                 told = f"answers {reply.status} ({reply.told or 'no text in it'})"
-            except Broken as error:
+            except ExchangeFailed as error:
                 told = f"gives no answer ({error})"
                 slow += error.slow
             if pause is None or slow >= SLOW or self._stop.wait(min(max(pause, asked_for or 0), MOST_WAIT)):
@@ -161,7 +165,7 @@ class Server:
     def _read(self, reply: Reply) -> Answer | None:
         """The answer in a reply; None where it is worth asking again."""
         if reply.status in _CLOSED:
-            raise _no_entry(self._line, reply)
+            raise _no_entry(self._client, reply)
         if reply.status in _BUSY or reply.status >= 500:
             return None
         if reply.status >= 400:
@@ -187,7 +191,7 @@ def answer_in(values: Mapping[str, Any]) -> Answer | None:
     return Answer(content or "", cut=reason == "length")
 
 
-def _no_entry(line: Line, reply: Reply) -> RunError:
+def _no_entry(client: Client, reply: Reply) -> RunError:
     hints = {401: "set LIBREFLUX_API_KEY", 403: "set LIBREFLUX_API_KEY"}
     hint = hints.get(reply.status, "is the address complete, with its /v1, and the model's name right?")
-    return RunError(f"answers {reply.status} ({reply.told})", where=line.endpoint, hint=hint)
+    return RunError(f"answers {reply.status} ({reply.told})", where=client.endpoint, hint=hint)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor, LogitsProcessorList
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LogitsProcessor, LogitsProcessorList
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import is_torchvision_available
 
 from libreflux import seeding
 from libreflux.captioning.answers import Answer
@@ -93,6 +95,10 @@ def quantise_language_model(model: nn.Module, where: object) -> list[str]:
     return [name for name, _ in linears]
 
 
+class _PictureRefused(Exception):
+    """The processor does not take a picture of a batch."""
+
+
 class VisionModel:
     """Asks a local model, several questions at once.
 
@@ -118,13 +124,23 @@ class VisionModel:
                     yield question, Answer(error.what, fault="unreadable")
             if read:
                 questions, pictures = zip(*read, strict=True)
-                yield from zip(questions, self._ask(questions, pictures), strict=True)
+                yield from zip(questions, self._ask_each(questions, pictures), strict=True)
 
     def _next(self, take: Take) -> list[Question]:
         found: list[Question] = []
         while len(found) < self._together and (question := take()) is not None:
             found.append(question)
         return found
+
+    def _ask_each(self, questions: Sequence[Question], pictures: Sequence[Image.Image]) -> list[Answer]:
+        """Answers of a batch; one picture that the processor refuses does not stop the others."""
+        try:
+            return self._ask(questions, pictures)
+        except _PictureRefused as error:
+            if len(questions) == 1:
+                return [Answer(f"the model's processor refuses it ({error})", fault="unreadable")]
+        pairs = zip(questions, pictures, strict=True)
+        return [answer for question, picture in pairs for answer in self._ask_each([question], [picture])]
 
     @torch.inference_mode()
     def _ask(self, questions: Sequence[Question], pictures: Sequence[Image.Image]) -> list[Answer]:
@@ -176,7 +192,7 @@ class Draws(LogitsProcessor):
 
 def _processor(folder: Path, ours: dict[str, Any]) -> Any:
     try:
-        processor = AutoProcessor.from_pretrained(folder, **ours)
+        processor = _read_processor(folder, ours)
     except ImportError as error:
         told = " ".join(str(error).split("\n\n")[0].split()) or "a library is missing"
         hint = "install the library that it names, or serve the model elsewhere and name its `endpoint`"
@@ -197,6 +213,23 @@ def _processor(folder: Path, ours: dict[str, Any]) -> Any:
     return processor
 
 
+def _read_processor(folder: Path, ours: dict[str, Any]) -> Any:
+    """As transformers reads it; where torchvision is missing without the part for videos, which alone needs it.
+
+    Raises:
+        ImportError: its part for pictures needs a library that is not there, too.
+    """
+    try:
+        return AutoProcessor.from_pretrained(folder, **ours)
+    except ImportError:
+        kind = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(folder, **ours)), None)
+        parts = [] if kind is None else kind.get_attributes()
+        if is_torchvision_available() or parts[-1:] != ["video_processor"]:
+            raise
+    picture_kind: Any = type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda _: parts[:-1])})
+    return picture_kind.from_pretrained(folder, **ours)
+
+
 def _inputs(processor: Any, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> Any:
     """A batch of questions as tensors."""
     chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}] for prompt in prompts]
@@ -205,7 +238,10 @@ def _inputs(processor: Any, prompts: Sequence[str], pictures: Sequence[Image.Ima
     first = processor.tokenizer.bos_token
     twice = {"add_special_tokens": False} if first is not None and texts[0].startswith(first) else {}
     images = [[picture] for picture in pictures]
-    return processor(text=texts, images=images, padding=True, return_tensors="pt", **twice)
+    try:
+        return processor(text=texts, images=images, padding=True, return_tensors="pt", **twice)
+    except ValueError as error:  # as Qwen's says it of a picture that is 200 times as wide as high
+        raise _PictureRefused(str(error).strip().partition("\n")[0]) from error
 
 
 def _end_tokens(model: Any) -> set[int]:

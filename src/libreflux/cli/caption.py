@@ -141,7 +141,7 @@ def _say_made(made: CaptionResult) -> None:
     if made.failed:
         why = ", ".join(f"{count} {fault}" for fault, count in sorted(Counter(row[2] for row in made.failed).items()))
         say(f"{counted(len(made.failed), 'caption')} failed ({why}), listed in {made.failures}")
-    if made.bare:
-        have = "1 picture has" if made.bare == 1 else f"{made.bare:,} pictures have"
+    if made.uncaptioned:
+        have = "1 picture has" if made.uncaptioned == 1 else f"{made.uncaptioned:,} pictures have"
         say(f"{have} no caption at all, which prepare refuses: write one by hand, or move them away")
     say(f"{made.file}", f"{made.page}, to be read through")

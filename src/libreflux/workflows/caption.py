@@ -18,11 +18,12 @@ from libreflux.workflows.prepare import parse_part
 
 if TYPE_CHECKING:
     from libreflux.captioning.asking import Asker, OpenPicture, Question
-    from libreflux.captioning.endpoint import Line
+    from libreflux.captioning.endpoint import Client
     from libreflux.captioning.lists import Known
 
 TIMEOUT = 300.0
 TOGETHER = 8
+_REMEMBERED = 32  # opened pictures, of 3 MB at the usual side
 _DECIDING = ("max_tokens", "temperature", "tries", "seed", "side")
 
 
@@ -37,7 +38,7 @@ class CaptionResult:
         kept: captions of these names that were there before it.
         skipped: pictures that were left alone, because they have other captions.
         failed: (picture, caption's name, why) of captions of these names that this part got no usable answer for.
-        bare: pictures of this part that have no caption at all; `prepare` refuses a folder with such pictures.
+        uncaptioned: pictures of this part that have no caption at all; `prepare` refuses a folder with such pictures.
         failures: the file that lists what failed, of all parts and names; None where nothing did.
         page: pictures and captions, to be read through.
         part: (i, n): the i-th of n parts, from 0; (0, 1) is all.
@@ -49,7 +50,7 @@ class CaptionResult:
     kept: int
     skipped: int
     failed: Sequence[tuple[str, str, str]]
-    bare: int
+    uncaptioned: int
     failures: Path | None
     page: Path
     part: tuple[int, int]
@@ -78,10 +79,9 @@ def caption_with(options: CaptionOptions) -> CaptionResult:
     check_options(options)
     wanted, part = wanted_captions(options.captions), parse_part(options.shard)
 
-    from libreflux.captioning.journal import KEPT, part_folder
+    from libreflux.captioning.journal import KEPT, part_lock
     from libreflux.data.folders import METADATA, walk
     from libreflux.data.sources import in_part, require_folder
-    from libreflux.files import lock
     from libreflux.places import file_place, folder_place
 
     root = Path(os.path.normpath(Path(options.data).expanduser()))
@@ -94,36 +94,36 @@ def caption_with(options: CaptionOptions) -> CaptionResult:
     if not pictures:
         raise DataError("no picture in this folder", where=root, hint="check the path")
     files = [picture.as_posix() for picture in pictures if in_part(picture, part)]
-    who = _name_model(options)
-    with lock(part_folder(root / KEPT, part)):
-        return _Job(options, root, page, part, files, wanted, who).run()
+    chosen = _choose_model(options)
+    with part_lock(root / KEPT, part):
+        return _Job(options, root, page, part, files, wanted, chosen).run()
 
 
 @dataclass(frozen=True)
-class _Named:
+class _ChosenModel:
     """Who is asked: its name, what decides its answers, and where it is."""
 
     name: str
     decides: Mapping[str, Any]
     folder: Path | None = None
-    line: Line | None = None
+    client: Client | None = None
 
 
-def _name_model(options: CaptionOptions) -> _Named:
+def _choose_model(options: CaptionOptions) -> _ChosenModel:
     if options.endpoint is not None:
-        from libreflux.captioning.endpoint import Endpoint, Line, own_key
+        from libreflux.captioning.endpoint import Client, Endpoint, own_key
         from libreflux.captioning.server import served_model
 
-        line = Line(Endpoint.parse(options.endpoint), own_key(), options.timeout or TIMEOUT)
-        name = options.model or served_model(line, None)
-        return _Named(name, {"model": name, "served": True}, line=line)
+        client = Client(Endpoint.parse(options.endpoint), own_key(), options.timeout or TIMEOUT)
+        name = options.model or served_model(client, None)
+        return _ChosenModel(name, {"model": name, "served": True}, client=client)
     from libreflux.captioning.vision_folder import find_vision_model, identity
 
     named = str(options.model)
     folder = find_vision_model(named)
     name = Path(named).name if Path(named).expanduser().is_dir() else named
     kept = {"dtype": options.dtype, "quantize": options.quantize}
-    return _Named(name, {"model": name, "identity": identity(folder), **kept}, folder=folder)
+    return _ChosenModel(name, {"model": name, "identity": identity(folder), **kept}, folder=folder)
 
 
 @dataclass(frozen=True)
@@ -136,17 +136,23 @@ class _Job:
     part: tuple[int, int]
     files: Sequence[str]
     wanted: Mapping[str, str]
-    who: _Named
+    chosen: _ChosenModel
 
     def run(self) -> CaptionResult:
         """Asks for what is missing, and shows what there is."""
         from libreflux.captioning.journal import FAILED, KEPT
-        from libreflux.captioning.lists import known_captions, made_captions, read_failed, take_in, take_in_own
+        from libreflux.captioning.lists import (
+            known_captions,
+            made_captions,
+            merge_left_journals,
+            merge_own_journal,
+            read_failed,
+        )
         from libreflux.data.folders import METADATA, walk
         from libreflux.workflows import caption_page
 
-        take_in_own(self.root, walk(self.root), self.part)
-        take_in(self.root, walk(self.root))
+        merge_own_journal(self.root, walk(self.root), self.part)
+        merge_left_journals(self.root, walk(self.root))
         digests = self._note_settings()
         known = known_captions(self.root, walk(self.root))
         missing, kept, skipped = self._missing(known, digests)
@@ -167,7 +173,7 @@ class _Job:
             failed=[
                 (one.file, one.name, str(one.fault)) for one in failed if one.file in own and one.name in self.wanted
             ],
-            bare=sum(not captioned.of(file) for file in self.files),
+            uncaptioned=sum(not captioned.of(file) for file in self.files),
             failures=failures if failed else None,
             page=self.page,
             part=self.part,
@@ -182,7 +188,7 @@ class _Job:
         numbers = {name: getattr(self.options, name) for name in _DECIDING}
         digests = {}
         for name, prompt in self.wanted.items():
-            settings = {**self.who.decides, **numbers, "prompt": prompt}
+            settings = {**self.chosen.decides, **numbers, "prompt": prompt}
             digests[name] = digest(settings)[:16]
             path = self.root / KEPT / "settings" / f"{digests[name]}.json"
             if not path.is_file():
@@ -211,7 +217,7 @@ class _Job:
         """Asks, and writes answers down; returns how many captions that were."""
         from libreflux.captioning.asking import settle
         from libreflux.captioning.journal import KEPT, Entry, Journal, part_folder
-        from libreflux.captioning.lists import take_in_own
+        from libreflux.captioning.lists import merge_own_journal
         from libreflux.data.folders import walk
 
         asker = self._asker()
@@ -230,7 +236,7 @@ class _Job:
                     failed = done - kept - written
                     report(done, total, f"{failed} failed" if failed else "")
         finally:
-            take_in_own(self.root, walk(self.root), self.part)
+            merge_own_journal(self.root, walk(self.root), self.part)
         return written
 
     def _asker(self) -> Asker:
@@ -238,22 +244,22 @@ class _Job:
 
         options = self.options
         wording = Wording(options.max_tokens, float(options.temperature), options.seed)
-        if self.who.line is not None:
+        if self.chosen.client is not None:
             from libreflux.captioning.server import Server, served_model
 
             together = options.batch or TOGETHER
-            served_model(self.who.line, self.who.name)  # whether it is there at all
-            shown = opener(self.root, options.side, 2 * together)
-            return Server(self.who.line, self.who.name, wording, shown, together)
+            served_model(self.chosen.client, self.chosen.name)  # whether it is there at all
+            shown = opener(self.root, options.side, min(2 * together, _REMEMBERED))
+            return Server(self.chosen.client, self.chosen.name, wording, shown, together)
         from libreflux.captioning.vision_model import VisionModel, load_vision_model
         from libreflux.model.device import make_current, pick_device
 
-        assert self.who.folder is not None
+        assert self.chosen.folder is not None
         device = pick_device(options.device)
         make_current(device)
         together = options.batch or (1 if device.type == "cpu" else TOGETHER)
-        loaded = load_vision_model(self.who.folder, options.dtype, options.quantize, device)
-        return VisionModel(loaded, wording, opener(self.root, options.side, 2 * together), together)
+        loaded = load_vision_model(self.chosen.folder, options.dtype, options.quantize, device)
+        return VisionModel(loaded, wording, opener(self.root, options.side, min(2 * together, _REMEMBERED)), together)
 
 
 def opener(root: Path, side: int, remembered: int) -> OpenPicture:
@@ -272,6 +278,7 @@ def opener(root: Path, side: int, remembered: int) -> OpenPicture:
     def opened(file: str) -> Image.Image:
         picture = load_rgb(root / file)
         picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+        picture.info.clear()  # Pillow writes a file's comment into what it saves
         return picture
 
     return opened

@@ -53,7 +53,8 @@ class CaptionOptions:
         quantize: "int8": the linears of a local model's language part in int8.
         device: of a local model: "auto", "cpu", "cuda", "cuda:N" or "mps".
         shard: "i/n": the i-th of n parts alone, "1/n" to "n/n"; None: under torchrun this process's own, else all.
-        page: the page of pictures and captions; None: index.html in the hidden folder .caption of `data`.
+        page: the page of pictures and captions, an .html file, which is replaced; None: index.html in the hidden folder
+            .caption of `data`.
         progress: shows how far it is.
     """
 
@@ -100,6 +101,8 @@ def check_options(options: CaptionOptions) -> None:
         raise OptionError(f"{options.dtype!r} is no precision", "dtype", hint="use stored, bf16 or fp32")
     if options.quantize not in (None, "int8"):
         raise OptionError(f"cannot be {options.quantize!r}", "quantize", hint="use int8, or leave it out")
+    if options.page is not None and Path(options.page).suffix.lower() not in (".html", ".htm", ""):
+        raise OptionError(f"{str(options.page)!r} is no page", "page", hint="name a file that ends in .html")
     _check_idle(options)
 
 
