@@ -9,6 +9,7 @@ import logging
 import socket
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,10 @@ def test_nobody_but_the_endpoint_is_contacted(photos: Path, monkeypatch: pytest.
     assert not other.listed
 
 
+def _always(message: str) -> Callable[[Asked, int], Said]:
+    return lambda asked, number: Said({"error": {"message": message}}, 403)
+
+
 def test_the_key_is_sent_and_shown_nowhere(
     photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -284,8 +289,7 @@ def test_the_key_is_sent_and_shown_nowhere(
         caption(photos, served.url, existing="overwrite", seed=3)
     assert "bad key …" in str(error.value)
     for middle in (" " * 180, "x" * 180):  # a long message is cut, the key in it not
-        long = Said({"error": {"message": f"bad{middle}key {key}{middle}"}}, 403)
-        with serving(lambda asked, number, said=long: said) as served, pytest.raises(RunError) as error:
+        with serving(_always(f"bad{middle}key {key}{middle}")) as served, pytest.raises(RunError) as error:
             caption(photos, served.url, existing="overwrite", seed=3)
         assert key[:4] not in str(error.value)
         assert key[-4:] not in str(error.value)
