@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import libreflux
 from libreflux.errors import LibrefluxError
 from libreflux.probing.attention import TextLayout
+from libreflux.workflows import drawing
 from libreflux.workflows.inspect_attention import places_of
 
 SMALL: dict[str, Any] = {"steps": 2, "guidance": 1, "max_tokens": 24, "width": 32, "height": 48}
@@ -135,3 +136,18 @@ def test_an_empty_prompt_is_one(run: Callable[..., Any], tiny_model_dir: Path, t
     done = run("inspect", "attention", tiny_model_dir, "", "--out", tmp_path / "out", *WORDS, "--no-causal")
     assert done.code == 0, done.err
     assert run("inspect", "attention", "", "a fox").err.startswith("libreflux: error: MODEL: is empty")
+
+
+def test_blocks_are_never_compiled(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many pictures on a card would be by themselves; what a compiled block computes cannot be watched."""
+    opened: list[drawing.AdaptedSource] = []
+
+    def noted(*args: Any, **named: Any) -> drawing.AdaptedSource:
+        opened.append(open_for_drawing(*args, **named))
+        return opened[0]
+
+    open_for_drawing = drawing.open_for_drawing
+    monkeypatch.setattr(drawing, "open_for_drawing", noted)
+    with pytest.raises(LibrefluxError, match="no prompt has a token"):
+        libreflux.inspect_attention(str(tiny_model_dir), PROMPT, tokens=["zebra"], out=tmp_path / "out", **SMALL)
+    assert [one.compile for one in opened] == ["off"]
