@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 import libreflux
@@ -151,3 +152,12 @@ def test_blocks_are_never_compiled(tiny_model_dir: Path, tmp_path: Path, monkeyp
     with pytest.raises(LibrefluxError, match="no prompt has a token"):
         libreflux.inspect_attention(str(tiny_model_dir), PROMPT, tokens=["zebra"], out=tmp_path / "out", **SMALL)
     assert [one.compile for one in opened] == ["off"]
+
+
+def test_a_changed_prompt_leaves_the_negative_prompt_as_it_is(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Even where both are the same text: it is the picture that `generate` draws of an empty prompt."""
+    guided: dict[str, Any] = {**SMALL, "guidance": 3, "negative": PROMPT}
+    libreflux.inspect_attention(str(tiny_model_dir), PROMPT, out=tmp_path / "out", **guided)
+    libreflux.generate("", model=str(tiny_model_dir), out=tmp_path / "empty.png", **guided)
+    changed, wanted = (Image.open(tmp_path / name) for name in ("out/01-prompt-emptied.png", "empty.png"))
+    assert changed.tobytes() == wanted.tobytes()

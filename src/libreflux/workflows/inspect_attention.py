@@ -185,8 +185,10 @@ class _Job:
         folder.write(f"{stem}.png", png_bytes(picture, record if keep_record else None))
         others: dict[str, Image.Image] = {}
         for name, other in altered.items():
-            changed = dataclasses.replace(session, texts={**session.texts, text: other})
-            others[name] = changed.draw(record, lambda step: counter.add())
+            # Under a name of its own: the negative prompt stays, even where it is the same text.
+            renamed = dataclasses.replace(record, prompt=f"{record.negative} {name}")
+            changed = dataclasses.replace(session, texts={**session.texts, texts_of(renamed)[0]: other})
+            others[name] = changed.draw(renamed, lambda step: counter.add())
             folder.write(f"{stem}-{name.replace('_', '-')}.png", png_bytes(others[name]))
         found = found_in(
             watcher.record,
