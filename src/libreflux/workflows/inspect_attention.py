@@ -209,7 +209,8 @@ class _Job:
             padding = sorted(range(layout.own, len(layout.tokens)), key=lambda place: -found.tokens[place])
             places = sorted([*range(min(layout.own, MOST_WORDS)), *padding[:MOST_PADDING]])
         where = watcher.record.where
-        return {place: where[:, place].reshape(len(where), rows, -1).numpy() for place in places}
+        # Copies: a view would keep the places of all tokens in memory until the page is written.
+        return {place: where[:, place].reshape(len(where), rows, -1).clone().numpy() for place in places}
 
     def _altered(
         self,
