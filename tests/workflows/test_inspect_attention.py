@@ -12,10 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import libreflux
-from libreflux.errors import LibrefluxError
+from libreflux.errors import LibrefluxError, RunError
 from libreflux.probing.attention import TextLayout
 from libreflux.workflows import drawing
 from libreflux.workflows.inspect_attention import places_of
+from libreflux.workflows.inspect_attention_files import AttentionFolder
 
 SMALL: dict[str, Any] = {"steps": 2, "guidance": 1, "max_tokens": 24, "width": 32, "height": 48}
 WORDS = ["--steps", 2, "--guidance", 1, "--max-tokens", 24, "--width", 32, "--height", 48]
@@ -161,3 +162,22 @@ def test_a_changed_prompt_leaves_the_negative_prompt_as_it_is(tiny_model_dir: Pa
     libreflux.generate("", model=str(tiny_model_dir), out=tmp_path / "empty.png", **guided)
     changed, wanted = (Image.open(tmp_path / name) for name in ("out/01-prompt-emptied.png", "empty.png"))
     assert changed.tobytes() == wanted.tobytes()
+
+
+def test_what_an_interrupted_inspection_left_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+    def begun() -> AttentionFolder:
+        folder = AttentionFolder(tmp_path / "out")
+        folder.check_place()
+        folder.out.mkdir(exist_ok=True)
+        folder.begin()
+        return folder
+
+    folder = begun()
+    folder.write("01.png", b"1")
+    folder.write("02-padding-removed.png", b"2")
+    (folder.out / "mine.png").write_bytes(b"mine")
+    assert sorted(path.name for path in begun().out.glob("*.png")) == ["mine.png"]
+    (folder.out / "01.png").write_bytes(b"mine too")
+    with pytest.raises(RunError, match=r"is not empty \(01.png\), and was not made by this command"):
+        begun()
+    assert (folder.out / "01.png").read_bytes() == b"mine too"

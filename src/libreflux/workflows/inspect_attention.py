@@ -91,7 +91,6 @@ def inspect_attention_with(options: InspectAttentionOptions) -> InspectAttention
         opened = _padded(opened, options.text_padding)
     job = _Job(options, opened, prompts)
     with lock(folder.out):
-        folder.begin()
         shown = list(job.run(folder, keep_record=opened.facts.text_padding == own_padding))
         told = sentence([one.found for one in shown])
         settings = job.settings(own_padding)
@@ -136,6 +135,7 @@ class _Job:
         padded = self._with_padding()
         session = self.opened.load([*self.records, dataclasses.replace(self.common, prompt="", guidance=1.0)])
         self.hashes, self.adapters = session.hashes, session.adapters
+        folder.begin()  # an earlier result stays until all is loaded
         with self.options.progress("inspecting", "pass") as report:
             counter = _Counter(report, sum(self._passes(layout) for layout in self.layouts))
             for index, record in enumerate(self.records):
