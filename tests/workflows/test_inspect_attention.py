@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -181,3 +182,14 @@ def test_what_an_interrupted_inspection_left_is_replaced_and_nothing_else(tmp_pa
     with pytest.raises(RunError, match=r"is not empty \(01.png\), and was not made by this command"):
         begun()
     assert (folder.out / "01.png").read_bytes() == b"mine too"
+
+
+def test_a_card_too_small_for_the_padded_prompts_is_told_in_one_line(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(drawing.AdaptedSource, "encoded", full)
+    with pytest.raises(RunError, match="encoding the prompts on cpu: out of memory; hint: "):
+        libreflux.inspect_attention(str(tiny_model_dir), PROMPT, out=tmp_path / "out", **SMALL)

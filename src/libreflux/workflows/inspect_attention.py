@@ -234,11 +234,14 @@ class _Job:
 
     def _with_padding(self) -> Mapping[Text, TextConditioning]:
         """The prompts with padding, where the model sees none."""
-        from libreflux.workflows.drawing import texts_of
+        from libreflux.model.device_faults import explained
+        from libreflux.workflows.drawing import FEWER_ENCODERS, texts_of
 
         if not self.options.causal or self.opened.facts.text_padding not in ("drop", "trim"):
             return {}
-        found, _ = _padded(self.opened, "keep").encoded([texts_of(record)[0] for record in self.records])
+        texts = [texts_of(record)[0] for record in self.records]
+        with explained(f"encoding the prompts on {self.opened.device}", FEWER_ENCODERS):
+            found, _ = _padded(self.opened, "keep").encoded(texts)
         return found
 
 
