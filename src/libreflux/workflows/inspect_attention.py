@@ -125,7 +125,7 @@ class _Job:
         common = common_record(options.as_pictures(), opened.facts, opened.size)
         self.common = dataclasses.replace(common, model=str(options.model), seed=int(options.seed))
         self.records = [dataclasses.replace(self.common, prompt=prompt) for prompt in prompts]
-        self.layouts = [_layout(opened, prompt, options.max_tokens) for prompt in prompts]
+        self.layouts = _layouts(opened, prompts, options.max_tokens)
         self.places = _chosen(options, prompts, self.layouts)
         self.empty = Text("", None, options.max_tokens)
         self.hashes: Mapping[str, str] = {}
@@ -262,17 +262,20 @@ def _padded(opened: AdaptedSource, padding: str) -> AdaptedSource:
     return dataclasses.replace(opened, source=opened.source.with_facts(facts))
 
 
-def _layout(opened: AdaptedSource, prompt: str, max_tokens: int | None) -> TextLayout:
+def _layouts(opened: AdaptedSource, prompts: Sequence[str], max_tokens: int | None) -> list[TextLayout]:
     from libreflux.probing.attention import TextLayout
 
     tokenizer = opened.source.load_t5_tokenizer()
     limit = opened.facts.max_tokens if max_tokens is None else max_tokens
-    ids = list(tokenizer(prompt, verbose=False).input_ids)
-    ids = ids if len(ids) <= limit else [*ids[: limit - 1], tokenizer.eos_token_id]
-    own = len(ids)
-    if opened.facts.text_padding in ("keep", "bias"):
-        ids += [tokenizer.pad_token_id] * (limit - own)
-    return TextLayout(tuple(tokenizer.convert_ids_to_tokens(ids)), own)
+    found = []
+    for prompt in prompts:
+        ids = list(tokenizer(prompt, verbose=False).input_ids)
+        ids = ids if len(ids) <= limit else [*ids[: limit - 1], tokenizer.eos_token_id]
+        own = len(ids)
+        if opened.facts.text_padding in ("keep", "bias"):
+            ids += [tokenizer.pad_token_id] * (limit - own)
+        found.append(TextLayout(tuple(tokenizer.convert_ids_to_tokens(ids)), own))
+    return found
 
 
 def _chosen(
