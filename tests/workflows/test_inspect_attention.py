@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import libreflux
-from libreflux.errors import LibrefluxError
+from libreflux.errors import LibrefluxError, RunError
 from libreflux.probing.attention import TextLayout
+from libreflux.workflows import drawing
 from libreflux.workflows.inspect_attention import places_of
+from libreflux.workflows.inspect_attention_files import AttentionFolder
 
 SMALL: dict[str, Any] = {"steps": 2, "guidance": 1, "max_tokens": 24, "width": 32, "height": 48}
 WORDS = ["--steps", 2, "--guidance", 1, "--max-tokens", 24, "--width", 32, "--height", 48]
@@ -135,3 +139,57 @@ def test_an_empty_prompt_is_one(run: Callable[..., Any], tiny_model_dir: Path, t
     done = run("inspect", "attention", tiny_model_dir, "", "--out", tmp_path / "out", *WORDS, "--no-causal")
     assert done.code == 0, done.err
     assert run("inspect", "attention", "", "a fox").err.startswith("libreflux: error: MODEL: is empty")
+
+
+def test_blocks_are_never_compiled(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many pictures on a card would be by themselves; what a compiled block computes cannot be watched."""
+    opened: list[drawing.AdaptedSource] = []
+
+    def noted(*args: Any, **named: Any) -> drawing.AdaptedSource:
+        opened.append(open_for_drawing(*args, **named))
+        return opened[0]
+
+    open_for_drawing = drawing.open_for_drawing
+    monkeypatch.setattr(drawing, "open_for_drawing", noted)
+    with pytest.raises(LibrefluxError, match="no prompt has a token"):
+        libreflux.inspect_attention(str(tiny_model_dir), PROMPT, tokens=["zebra"], out=tmp_path / "out", **SMALL)
+    assert [one.compile for one in opened] == ["off"]
+
+
+def test_a_changed_prompt_leaves_the_negative_prompt_as_it_is(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Even where both are the same text: it is the picture that `generate` draws of an empty prompt."""
+    guided: dict[str, Any] = {**SMALL, "guidance": 3, "negative": PROMPT}
+    libreflux.inspect_attention(str(tiny_model_dir), PROMPT, out=tmp_path / "out", **guided)
+    libreflux.generate("", model=str(tiny_model_dir), out=tmp_path / "empty.png", **guided)
+    changed, wanted = (Image.open(tmp_path / name) for name in ("out/01-prompt-emptied.png", "empty.png"))
+    assert changed.tobytes() == wanted.tobytes()
+
+
+def test_what_an_interrupted_inspection_left_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+    def begun() -> AttentionFolder:
+        folder = AttentionFolder(tmp_path / "out")
+        folder.check_place()
+        folder.out.mkdir(exist_ok=True)
+        folder.begin()
+        return folder
+
+    folder = begun()
+    folder.write("01.png", b"1")
+    folder.write("02-padding-removed.png", b"2")
+    (folder.out / "mine.png").write_bytes(b"mine")
+    assert sorted(path.name for path in begun().out.glob("*.png")) == ["mine.png"]
+    (folder.out / "01.png").write_bytes(b"mine too")
+    with pytest.raises(RunError, match=r"is not empty \(01.png\), and was not made by this command"):
+        begun()
+    assert (folder.out / "01.png").read_bytes() == b"mine too"
+
+
+def test_a_card_too_small_for_the_padded_prompts_is_told_in_one_line(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(drawing.AdaptedSource, "encoded", full)
+    with pytest.raises(RunError, match="encoding the prompts on cpu: out of memory; hint: "):
+        libreflux.inspect_attention(str(tiny_model_dir), PROMPT, out=tmp_path / "out", **SMALL)

@@ -83,13 +83,14 @@ def inspect_attention_with(options: InspectAttentionOptions) -> InspectAttention
 
     named = named_model(str(options.model), options.base, None if options.comfyui is None else str(options.comfyui))
     memory = options.offload, options.quantize, options.offload_blocks
-    opened = open_for_drawing(named or str(options.model), adapter_texts(options.adapters), options.device, *memory)
+    opened = open_for_drawing(
+        named or str(options.model), adapter_texts(options.adapters), options.device, *memory, compile="off"
+    )  # attention of compiled blocks cannot be watched
     own_padding = opened.facts.text_padding
     if options.text_padding is not None:
         opened = _padded(opened, options.text_padding)
     job = _Job(options, opened, prompts)
     with lock(folder.out):
-        folder.begin()
         shown = list(job.run(folder, keep_record=opened.facts.text_padding == own_padding))
         told = sentence([one.found for one in shown])
         settings = job.settings(own_padding)
@@ -124,7 +125,7 @@ class _Job:
         common = common_record(options.as_pictures(), opened.facts, opened.size)
         self.common = dataclasses.replace(common, model=str(options.model), seed=int(options.seed))
         self.records = [dataclasses.replace(self.common, prompt=prompt) for prompt in prompts]
-        self.layouts = [_layout(opened, prompt, options.max_tokens) for prompt in prompts]
+        self.layouts = _layouts(opened, prompts, options.max_tokens)
         self.places = _chosen(options, prompts, self.layouts)
         self.empty = Text("", None, options.max_tokens)
         self.hashes: Mapping[str, str] = {}
@@ -134,6 +135,7 @@ class _Job:
         padded = self._with_padding()
         session = self.opened.load([*self.records, dataclasses.replace(self.common, prompt="", guidance=1.0)])
         self.hashes, self.adapters = session.hashes, session.adapters
+        folder.begin()  # an earlier result stays until all is loaded
         with self.options.progress("inspecting", "pass") as report:
             counter = _Counter(report, sum(self._passes(layout) for layout in self.layouts))
             for index, record in enumerate(self.records):
@@ -183,8 +185,10 @@ class _Job:
         folder.write(f"{stem}.png", png_bytes(picture, record if keep_record else None))
         others: dict[str, Image.Image] = {}
         for name, other in altered.items():
-            changed = dataclasses.replace(session, texts={**session.texts, text: other})
-            others[name] = changed.draw(record, lambda step: counter.add())
+            # Under a name of its own: the negative prompt stays, even where it is the same text.
+            renamed = dataclasses.replace(record, prompt=f"{record.negative} {name}")
+            changed = dataclasses.replace(session, texts={**session.texts, texts_of(renamed)[0]: other})
+            others[name] = changed.draw(renamed, lambda step: counter.add())
             folder.write(f"{stem}-{name.replace('_', '-')}.png", png_bytes(others[name]))
         found = found_in(
             watcher.record,
@@ -205,7 +209,8 @@ class _Job:
             padding = sorted(range(layout.own, len(layout.tokens)), key=lambda place: -found.tokens[place])
             places = sorted([*range(min(layout.own, MOST_WORDS)), *padding[:MOST_PADDING]])
         where = watcher.record.where
-        return {place: where[:, place].reshape(len(where), rows, -1).numpy() for place in places}
+        # Copies: a view would keep the places of all tokens in memory until the page is written.
+        return {place: where[:, place].reshape(len(where), rows, -1).clone().numpy() for place in places}
 
     def _altered(
         self,
@@ -229,11 +234,14 @@ class _Job:
 
     def _with_padding(self) -> Mapping[Text, TextConditioning]:
         """The prompts with padding, where the model sees none."""
-        from libreflux.workflows.drawing import texts_of
+        from libreflux.model.device_faults import explained
+        from libreflux.workflows.drawing import FEWER_ENCODERS, texts_of
 
         if not self.options.causal or self.opened.facts.text_padding not in ("drop", "trim"):
             return {}
-        found, _ = _padded(self.opened, "keep").encoded([texts_of(record)[0] for record in self.records])
+        texts = [texts_of(record)[0] for record in self.records]
+        with explained(f"encoding the prompts on {self.opened.device}", FEWER_ENCODERS):
+            found, _ = _padded(self.opened, "keep").encoded(texts)
         return found
 
 
@@ -254,17 +262,20 @@ def _padded(opened: AdaptedSource, padding: str) -> AdaptedSource:
     return dataclasses.replace(opened, source=opened.source.with_facts(facts))
 
 
-def _layout(opened: AdaptedSource, prompt: str, max_tokens: int | None) -> TextLayout:
+def _layouts(opened: AdaptedSource, prompts: Sequence[str], max_tokens: int | None) -> list[TextLayout]:
     from libreflux.probing.attention import TextLayout
 
     tokenizer = opened.source.load_t5_tokenizer()
     limit = opened.facts.max_tokens if max_tokens is None else max_tokens
-    ids = list(tokenizer(prompt, verbose=False).input_ids)
-    ids = ids if len(ids) <= limit else [*ids[: limit - 1], tokenizer.eos_token_id]
-    own = len(ids)
-    if opened.facts.text_padding in ("keep", "bias"):
-        ids += [tokenizer.pad_token_id] * (limit - own)
-    return TextLayout(tuple(tokenizer.convert_ids_to_tokens(ids)), own)
+    found = []
+    for prompt in prompts:
+        ids = list(tokenizer(prompt, verbose=False).input_ids)
+        ids = ids if len(ids) <= limit else [*ids[: limit - 1], tokenizer.eos_token_id]
+        own = len(ids)
+        if opened.facts.text_padding in ("keep", "bias"):
+            ids += [tokenizer.pad_token_id] * (limit - own)
+        found.append(TextLayout(tuple(tokenizer.convert_ids_to_tokens(ids)), own))
+    return found
 
 
 def _chosen(

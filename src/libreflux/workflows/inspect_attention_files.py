@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from libreflux import plainjson
 from libreflux.errors import OptionHint, RunError
 from libreflux.files import atomic_write_bytes, atomic_write_json, atomic_write_text, sweep
 from libreflux.places import file_place, folder_place
 
 PAGE, FILE = "index.html", "attention.json"
 _MARK = ".attention"
-"""A hidden file of every folder that was made here, whole or not."""
+"""A hidden file of every folder that was made here, whole or not: it lists the files, each before it is written."""
+_NAMES = re.compile(r"\d{2,}(-[a-z-]+)?\.(png|safetensors)|index\.html|attention\.json")
+"""What may be written."""
 
 
 class AttentionFolder:
@@ -43,34 +45,43 @@ class AttentionFolder:
         folder_place(self.out)
         for path in (self.page, self.file):
             file_place(path)
-        if not self.out.is_dir() or (self.out / _MARK).is_file():
+        if not self.out.is_dir():
             return
-        if others := sorted(name for name in os.listdir(self.out) if not name.startswith(".")):
+        mark = self.out / _MARK
+        listed = _listed(mark)
+        others = [name for name in sorted(os.listdir(self.out)) if not name.startswith(".") and name not in listed]
+        if mark.is_file():  # what somebody added stays, unless it has the name of what is to be written
+            others = [name for name in others if _NAMES.fullmatch(name)]
+        if others:
             what = f"is not empty ({others[0]}), and was not made by this command"
             raise RunError(what, where=self.out, hint=OptionHint("name a new folder with `out`"))
 
     def begin(self) -> None:
-        """Removes what an earlier result wrote there, as its JSON lists it; the folder is locked."""
+        """Removes what an earlier result wrote there, whole or not; the folder is locked."""
         sweep(self.out)
-        atomic_write_text(self.out / _MARK, "made by libreflux\n")
-        for name in _listed(self.file):
-            if Path(name).name == name:  # in this folder, whatever the file says
-                (self.out / name).unlink(missing_ok=True)
         self.file.unlink(missing_ok=True)
+        for name in _listed(self.out / _MARK):
+            (self.out / name).unlink(missing_ok=True)
+        self._note()
 
-    def write(self, name: str, data: bytes) -> Path:
+    def write(self, name: str, data: bytes) -> None:
         """Writes a file, which the JSON then lists."""
+        self._note(name)
         atomic_write_bytes(self.out / name, data)
         self._written.append(name)
-        return self.out / name
 
     def finish(self, values: Mapping[str, Any]) -> None:
         """Writes the JSON: what is there without it is not whole."""
+        self._note(FILE)
         atomic_write_json(self.file, {"schema": 1, **values, "files": self._written})
 
+    def _note(self, *more: str) -> None:
+        atomic_write_text(self.out / _MARK, "".join(f"{name}\n" for name in (*self._written, *more)))
 
-def _listed(path: Path) -> list[str]:
+
+def _listed(mark: Path) -> list[str]:
+    """The files that were made here; names of another kind are nobody's to remove, whatever the list says."""
     try:
-        return [str(name) for name in plainjson.parse(path.read_text(encoding="utf-8"))["files"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        return [name for name in mark.read_text(encoding="utf-8").splitlines() if _NAMES.fullmatch(name)]
+    except (OSError, UnicodeDecodeError):
         return []
