@@ -106,7 +106,17 @@ def test_a_model_that_reads_padding_is_measured_as_it_would_be_trained(
 
 
 @pytest.mark.parametrize(
-    ("text", "number"), [("600M", 600_000_000), ("3.2b", 3_200_000_000), ("40k", 40_000), (1234, 1234), ("1e6", 10**6)]
+    ("text", "number"),
+    [
+        ("600M", 600_000_000),
+        ("3.2b", 3_200_000_000),
+        ("40k", 40_000),
+        (1234, 1234),
+        ("1e6", 10**6),
+        ("1,234,567", 1_234_567),
+        ("600_000k", 600_000_000),
+        (6e8, 600_000_000),
+    ],
 )
 def test_a_number_of_parameters(text: str | int, number: int) -> None:
     assert parameters_of(text) == number
@@ -116,6 +126,8 @@ def test_a_number_of_parameters(text: str | int, number: int) -> None:
     ("options", "told"),
     [
         ({"budget": "many"}, "'many' is no number of parameters"),
+        ({"budget": "3,2B"}, "'3,2B' is no number of parameters"),
+        ({"budget": "1.2.3M"}, "'1.2.3M' is no number of parameters"),
         ({"budget": 0}, "0 is no number of parameters"),
         ({"measure": "gradient"}, "has no effect without `budget`"),
         ({"measure": "change", "budget": "1M"}, "change needs a second model"),

@@ -20,6 +20,8 @@ SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 FILE, PAGE, TARGETS = "layers.json", "index.html", "adapter.yaml"
 LAYERS = Path("out/layers")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+_NUMBER = re.compile(r"\s*((?:\d{1,3}(?:[,_]\d{3})+|\d+)(?:\.\d*)?(?:e\d{1,2})?)\s*([kmb]?)\s*", re.IGNORECASE)
+"""Commas stand between thousands alone: "3,2B" would be read as 32 B by one and as 3.2 B by another."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +120,8 @@ def parameters_of(text: int | float | str) -> int:
     Raises:
         OptionError: none of these.
     """
-    found = re.fullmatch(r"\s*([\d.,_]+(?:e\d+)?)\s*([kmb]?)\s*", str(text), re.IGNORECASE)
-    try:
-        assert found is not None
-        value = float(found[1].replace(",", "").replace("_", "")) * _UNITS[found[2].lower()]
-    except (AssertionError, ValueError):
-        value = math.nan
+    found = _NUMBER.fullmatch(str(text))
+    value = math.nan if found is None else float(re.sub("[,_]", "", found[1])) * _UNITS[found[2].lower()]
     if not (math.isfinite(value) and value >= 1):
         raise OptionError(f"{text!r} is no number of parameters", "budget", hint="write 600M, 3.2B or 40k")
     return round(value)
