@@ -157,6 +157,8 @@ def test_other_folders_models_and_budgets_are_refused_in_one_line(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "index.html").write_text("mine")
     refused(RunError, "holds something else", tiny_model_dir, data=pictures, out=tmp_path / "mine")
+    (tmp_path / "mine" / "cache").mkdir()
+    refused(RunError, "holds something else", tiny_model_dir, data=pictures, out=tmp_path / "mine")
     assert (tmp_path / "mine" / "index.html").read_text() == "mine"
     refused(OptionError, "is an adapter", adapter, data=pictures)
     refused(OptionError, "not of the emoji family", tiny_model_dir)

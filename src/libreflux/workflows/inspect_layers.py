@@ -243,6 +243,7 @@ def _write(options: InspectLayersOptions, result: InspectLayersResult, budget: i
         "budget": budget,
         "libreflux": __version__,
     }
+    atomic_write_json(result.folder / FILE, _as_json(result, told))  # first: the folder is known by it
     if result.targets is not None:
         factors: Mapping[str, int] = {row.name: row.factor for row in result.layers if row.factor is not None}
         heading = (
@@ -257,7 +258,6 @@ def _write(options: InspectLayersOptions, result: InspectLayersResult, budget: i
     atomic_write_text(
         result.page, layers_page.page(result.table, result.changes, result.layers, names, measure_of(options))
     )
-    atomic_write_json(result.folder / FILE, _as_json(result, told))
 
 
 def _as_json(result: InspectLayersResult, told: dict[str, Any]) -> dict[str, Any]:

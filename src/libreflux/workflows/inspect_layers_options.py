@@ -19,6 +19,8 @@ PRECISIONS = ("stored", "fp32", "bf16")
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 FILE, PAGE, TARGETS = "layers.json", "index.html", "adapter.yaml"
 LAYERS = Path("out/layers")
+_BEGUN = ("cache", "data")
+"""What an inspection that was interrupted leaves."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _NUMBER = re.compile(r"\s*((?:\d{1,3}(?:[,_]\d{3})+|\d+)(?:\.\d*)?(?:e\d{1,2})?)\s*([kmb]?)\s*", re.IGNORECASE)
 """Commas stand between thousands alone: "3,2B" would be read as 32 B by one and as 3.2 B by another."""
@@ -128,9 +130,11 @@ def parameters_of(text: int | float | str) -> int:
 
 
 def try_out(out: Path) -> None:
-    """Raises RunError unless the folder is free, or of this verb, and can be written."""
+    """Raises RunError unless the folder is free, or of this verb, whole or not, and can be written."""
     folder_place(out, "cache")
     for name in (FILE, PAGE, TARGETS):
         file_place(out / name)
-    if out.is_dir() and any(out.iterdir()) and not (out / FILE).is_file() and not (out / "cache").is_dir():
+    if not out.is_dir() or (out / FILE).is_file():
+        return
+    if any(path.name not in _BEGUN and not path.name.startswith(".") for path in out.iterdir()):
         raise RunError("holds something else", where=out, hint="name another folder, or an empty one")
