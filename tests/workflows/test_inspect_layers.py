@@ -164,6 +164,12 @@ def test_other_folders_models_and_budgets_are_refused_in_one_line(
     refused(OptionError, "not of the emoji family", tiny_model_dir)
     refused(OptionError, "more than the", tiny_model_dir, data=pictures, budget="1B")
     refused(OptionError, "fewer than the smallest", tiny_model_dir, data=pictures, budget=3)
+    blocks = sum(inner * outer + 1 for name, inner, outer in linear_shapes(tiny_transformer()) if "blocks." in name)
+    too_many = {"data": pictures, "budget": round(1.03 * blocks)}
+    refused(OptionError, f"more than the {blocks:,}", tiny_model_dir, measure="centred", **too_many)
+    refused(OptionError, "more than the", tiny_model_dir, data=pictures, against=str(adapter), budget=blocks)
+    same = {"data": pictures, "against": str(tiny_model_dir), "budget": 9000}
+    refused(OptionError, "no layer has any change", tiny_model_dir, **same)
     assert not (tmp_path / "out").exists(), "the work came first"
     other = make_tiny_model(tmp_path / "other")
     change_json(other / "transformer" / "config.json", num_single_layers=3)
