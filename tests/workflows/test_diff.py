@@ -206,6 +206,8 @@ def test_what_does_not_go_together_is_refused_in_one_line(
     refused(OptionError, "has no effect on a LoRA", rank=1, terms=2, out=out)
     refused(OptionError, "is no .safetensors file", rank=1, out=str(tmp_path / "a"))
     refused(OptionError, "cannot be 0", factor=0, out=out)
+    refused(OptionError, "at factor 1 one product is the whole", factor=1, terms=2, out=str(tmp_path / "a"))
+    refused(OptionError, "terms are a folder", factor=2, terms=2, out=out)
     (tmp_path / "there.safetensors").write_text("mine")
     refused(RunError, "already exists", rank=1, out=str(tmp_path / "there.safetensors"))
     libreflux.diff(str(tiny_model_dir), str(changed(plant(low_rank))), rank=1, out=out)
