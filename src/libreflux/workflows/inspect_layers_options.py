@@ -33,7 +33,8 @@ class InspectLayersOptions:
     Attributes:
         model: a name, a folder, a hub id or a single .safetensors file.
         adapters: adapter files or run folders that are put on it, each as "PATH" or "PATH:WEIGHT".
-        against: another model, or an adapter as "PATH" or "PATH:WEIGHT": what changed to it, layer by layer.
+        against: another model, or an adapter as "PATH" or "PATH:WEIGHT": what changed to it, layer by layer, from the
+            model without `adapters`.
         data: folder of captioned pictures; None is the emoji family's.
         out: folder of the result; None is out/layers/NAME.
         pictures: at most so many.
