@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from libreflux.adapter.factors import lokr_shapes
 from libreflux.adapter.nearest import nearest_kroneckers, nearest_lora
 
 
@@ -45,12 +46,14 @@ def test_a_rank_above_the_sides_is_the_whole_matrix_and_zeros_stay_zeros() -> No
     assert torch.equal(up @ down, torch.zeros(6, 9))
 
 
-@pytest.mark.parametrize("factor", [1, 2, 4, -1])
+@pytest.mark.parametrize("factor", [1, 2, 4, 5, 7, 16, -1])
 def test_a_planted_kronecker_product_is_found(factor: int) -> None:
+    """Of 24 x 40; 5 divides one side alone, 7 and 16 neither."""
     [(w1, w2)] = nearest_kroneckers(random(24, 40), factor)
     planted = torch.kron(random(*w1.shape, seed=1), random(*w2.shape, seed=2))
     [(w1, w2)] = nearest_kroneckers(planted, factor)
     assert off(torch.kron(w1, w2), planted) < 1e-5
+    assert (w1.shape, w2.shape) == lokr_shapes(40, 24, factor)
 
 
 def test_two_planted_kronecker_products_are_two_terms_and_one_is_not_enough() -> None:

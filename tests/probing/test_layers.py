@@ -15,6 +15,7 @@ from libreflux.adapter.layers import linears
 from libreflux.data.batches import Batch
 from libreflux.flow.path import interpolate, velocity_target
 from libreflux.model.features import image_features
+from libreflux.model.finite import NotFiniteError
 from libreflux.model.hidden_states import hidden_states
 from libreflux.model.int8 import dequantise_model, quantise_model
 from libreflux.model.text import TextConditioning
@@ -196,6 +197,13 @@ def test_gradients_are_those_of_autograd(checkpointed: bool) -> None:
         assert table.distance("image") == pytest.approx(
             measure_layers(transformer, Pictures(), sigmas=SIGMAS).distance("image")  # type: ignore[arg-type]
         )
+
+
+def test_what_cannot_be_computed_finitely_is_refused() -> None:
+    transformer = tiny_transformer().requires_grad_(False)
+    transformer.proj_out.weight[0] = torch.inf
+    with pytest.raises(NotFiniteError, match=r"the gradient of .* is not finite at noise level 0\.3"):
+        measure_layers(transformer, Pictures(), sigmas=SIGMAS)  # type: ignore[arg-type]
 
 
 def test_gradients_of_int8_layers_are_those_of_the_dense_ones() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import libreflux
@@ -25,7 +25,7 @@ from libreflux.model.single_file import SingleFiles
 from libreflux.model.weight_reader import weight_reader
 from libreflux.workflows.diff import DiffResult
 from opened import opened, tensor_of
-from tiny import tiny_transformer
+from tiny import change_json, tiny_transformer
 
 Changed = Callable[..., Path]
 
@@ -190,6 +190,23 @@ def test_every_way_of_storing_is_read_alike(tiny_model_dir: Path, tmp_path: Path
         assert (together(found) == 0) == (name == "file")
 
 
+def test_weights_that_are_stored_otherwise_are_not_taken_for_numbers(tiny_model_dir: Path, tmp_path: Path) -> None:
+    quantise_folder(tiny_model_dir, tmp_path / "int8")
+    (tmp_path / "int8" / "checksums.json").unlink()
+    [file] = (tmp_path / "int8" / "transformer").glob("*.safetensors")
+    tensors = load_file(file)
+    scale = next(name for name in tensors if name.endswith(".scale"))
+    save_file({name: tensor for name, tensor in tensors.items() if name != scale}, file)
+    [index] = file.parent.glob("*.index.json")
+    table = json.loads(index.read_text())["weight_map"]
+    change_json(index, weight_map={name: where for name, where in table.items() if name != scale})
+    with pytest.raises(ModelError, match=r"torch\.int8 without a scale"):
+        libreflux.diff(str(tiny_model_dir), str(tmp_path / "int8"))
+    change_json(tmp_path / "int8" / "transformer" / "config.json", quantization_config={"quant_method": "gguf"})
+    with pytest.raises(ModelError, match="quantised by gguf"):
+        weight_reader(open_model(str(tmp_path / "int8")))
+
+
 def test_what_does_not_go_together_is_refused_in_one_line(
     tiny_model_dir: Path, changed: Changed, tmp_path: Path
 ) -> None:
@@ -206,6 +223,8 @@ def test_what_does_not_go_together_is_refused_in_one_line(
     refused(OptionError, "has no effect on a LoRA", rank=1, terms=2, out=out)
     refused(OptionError, "is no .safetensors file", rank=1, out=str(tmp_path / "a"))
     refused(OptionError, "cannot be 0", factor=0, out=out)
+    refused(OptionError, "at factor 1 one product is the whole", factor=1, terms=2, out=str(tmp_path / "a"))
+    refused(OptionError, "terms are a folder", factor=2, terms=2, out=out)
     (tmp_path / "there.safetensors").write_text("mine")
     refused(RunError, "already exists", rank=1, out=str(tmp_path / "there.safetensors"))
     libreflux.diff(str(tiny_model_dir), str(changed(plant(low_rank))), rank=1, out=out)

@@ -106,7 +106,17 @@ def test_a_model_that_reads_padding_is_measured_as_it_would_be_trained(
 
 
 @pytest.mark.parametrize(
-    ("text", "number"), [("600M", 600_000_000), ("3.2b", 3_200_000_000), ("40k", 40_000), (1234, 1234), ("1e6", 10**6)]
+    ("text", "number"),
+    [
+        ("600M", 600_000_000),
+        ("3.2b", 3_200_000_000),
+        ("40k", 40_000),
+        (1234, 1234),
+        ("1e6", 10**6),
+        ("1,234,567", 1_234_567),
+        ("600_000k", 600_000_000),
+        (6e8, 600_000_000),
+    ],
 )
 def test_a_number_of_parameters(text: str | int, number: int) -> None:
     assert parameters_of(text) == number
@@ -116,6 +126,8 @@ def test_a_number_of_parameters(text: str | int, number: int) -> None:
     ("options", "told"),
     [
         ({"budget": "many"}, "'many' is no number of parameters"),
+        ({"budget": "3,2B"}, "'3,2B' is no number of parameters"),
+        ({"budget": "1.2.3M"}, "'1.2.3M' is no number of parameters"),
         ({"budget": 0}, "0 is no number of parameters"),
         ({"measure": "gradient"}, "has no effect without `budget`"),
         ({"measure": "change", "budget": "1M"}, "change needs a second model"),
@@ -145,11 +157,19 @@ def test_other_folders_models_and_budgets_are_refused_in_one_line(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "index.html").write_text("mine")
     refused(RunError, "holds something else", tiny_model_dir, data=pictures, out=tmp_path / "mine")
+    (tmp_path / "mine" / "cache").mkdir()
+    refused(RunError, "holds something else", tiny_model_dir, data=pictures, out=tmp_path / "mine")
     assert (tmp_path / "mine" / "index.html").read_text() == "mine"
     refused(OptionError, "is an adapter", adapter, data=pictures)
     refused(OptionError, "not of the emoji family", tiny_model_dir)
     refused(OptionError, "more than the", tiny_model_dir, data=pictures, budget="1B")
     refused(OptionError, "fewer than the smallest", tiny_model_dir, data=pictures, budget=3)
+    blocks = sum(inner * outer + 1 for name, inner, outer in linear_shapes(tiny_transformer()) if "blocks." in name)
+    too_many = {"data": pictures, "budget": round(1.03 * blocks)}
+    refused(OptionError, f"more than the {blocks:,}", tiny_model_dir, measure="centred", **too_many)
+    refused(OptionError, "more than the", tiny_model_dir, data=pictures, against=str(adapter), budget=blocks)
+    same = {"data": pictures, "against": str(tiny_model_dir), "budget": 9000}
+    refused(OptionError, "no layer has any change", tiny_model_dir, **same)
     assert not (tmp_path / "out").exists(), "the work came first"
     other = make_tiny_model(tmp_path / "other")
     change_json(other / "transformer" / "config.json", num_single_layers=3)

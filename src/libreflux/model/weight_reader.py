@@ -85,7 +85,10 @@ class _FolderReader(WeightReader):
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         super().__init__(folder, config)
-        int8 = stored_as(config, folder / "config.json") == METHOD
+        stored = stored_as(config, folder / "config.json")
+        if stored not in (None, METHOD):
+            raise ModelError(f"is quantised by {stored}", where=folder, hint="use its bf16 weights")
+        int8 = stored == METHOD
         check_part(folder, neighbours=int8)
         self._files = tensor_files(folder)
         scales = {name for name in self._files if name.endswith(".scale")} if int8 else set()
@@ -95,6 +98,9 @@ class _FolderReader(WeightReader):
 
     def _read(self, name: str) -> Tensor:
         tensor = self._stored(name)
+        if tensor.is_floating_point() == (name in self._scales):
+            told = "has a scale, and is not int8" if name in self._scales else f"is {tensor.dtype} without a scale"
+            raise ModelError(f"{name} {told}", where=self.where, hint=_DIFFER)
         if name not in self._scales:
             return tensor
         return dequantise(tensor, self._stored(self._scales[name]), torch.float32)

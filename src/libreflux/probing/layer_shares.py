@@ -27,9 +27,23 @@ def shares(measure: str, table: LayerTable, changes: Sequence[Change]) -> dict[s
     if measure == "gradient":
         found = {name: table.gradient(name) ** 2 for name in table.gradients}
     elif measure == "change":
-        found = {one.layer: one.change**2 for one in changes if one.kind == "weight"}
+        return changed_shares(changes)
     else:
         found = {name: _turned(table, name, measure == "centred") for name in table.sizes}
+    return _some(found, measure)
+
+
+def changed_shares(changes: Sequence[Change]) -> dict[str, float]:
+    """`shares` of the measure "change", which needs no table."""
+    return _some({one.layer: one.change**2 for one in changes if one.kind == "weight"}, "change")
+
+
+def can_have(measure: str, layer: str) -> bool:
+    """Whether a layer may have anything of a measure: distances are those of blocks."""
+    return measure not in ("distance", "centred") or layer.partition(".")[0] in _KINDS
+
+
+def _some(found: dict[str, float], measure: str) -> dict[str, float]:
     if not any(found.values()):
         hint = "choose another measure, or compare with a model that differs"
         raise OptionError(f"no layer has any {measure}", "measure", hint=hint)

@@ -15,7 +15,9 @@ from torch import Tensor
 from libreflux.adapter.layers import linears
 from libreflux.data.held_out import HeldOut
 from libreflux.flow.path import interpolate, velocity_target
+from libreflux.model.finite import NotFiniteError, name_of
 from libreflux.model.hidden_states import State, hidden_states
+from libreflux.model.numerics import pinned
 from libreflux.model.text import TextConditioning
 from libreflux.probing.held_out import model_velocity
 from libreflux.probing.layer_gradients import squared_gradients
@@ -135,6 +137,9 @@ def measure_layers(
         guidance: the value for a network with a guidance embedding, None for one without.
         seed: of the noise.
         on_sample: told how many of how many passes are done.
+
+    Raises:
+        NotFiniteError: a gradient that is NaN or infinite.
     """
     layers = linears(transformer)
     sums: dict[float, dict[tuple[str, bool, int], Tensor]] = {sigma: {} for sigma in sigmas}
@@ -146,6 +151,7 @@ def measure_layers(
             noise = paired_noise(latents.shape[1:], seed, part.sample_ids[0], sigma)[None].to(latents)
             with hidden_states(transformer) as states, squared_gradients(layers) as found:
                 _backward(transformer, latents, noise, sigma, part.text, guidance)
+            _check_finite(found, sigma, transformer)
             for key, values in block_distances(states).items():
                 sums[sigma][key] = sums[sigma].get(key, torch.zeros(())) + values
             for name, square in found.items():
@@ -178,9 +184,17 @@ def _backward(
 ) -> None:
     level = torch.tensor([sigma], dtype=torch.float32, device=latents.device)
     field = model_velocity(transformer, text.to(latents.device), guidance=guidance)
-    with torch.enable_grad():
+    with torch.enable_grad(), pinned(latents.device):
         predicted = field(interpolate(latents, noise, level), level)
         (predicted - velocity_target(latents, noise)).square().mean().backward()
+
+
+def _check_finite(squares: Mapping[str, Tensor], sigma: float, transformer: FluxTransformer2DModel) -> None:
+    for name, square in squares.items():
+        if not square.isfinite():
+            told = f"the gradient of {name} is not finite at noise level {sigma:g}"
+            hint = "use fp32 or bf16 weights, and adapters of a weight near 1"
+            raise NotFiniteError(told, where=name_of(transformer), hint=hint)
 
 
 def block_distances(states: Sequence[State]) -> dict[tuple[str, bool, int], Tensor]:
@@ -194,7 +208,8 @@ def block_distances(states: Sequence[State]) -> dict[tuple[str, bool, int], Tens
         rows = [centred(state[index]) if is_centred else state[index] for state in states]
         for span in (span for span in SPANS if span < len(states)):
             pairs = zip(rows, rows[span:], strict=False)
-            values = torch.stack([angular_distance(x, y).double().mean().cpu() for x, y in pairs])
+            # MPS has no fp64
+            values = torch.stack([angular_distance(x, y).cpu().double().mean() for x, y in pairs])
             if TOKENS[index] == "text":
                 values[-1] = torch.nan
             found[TOKENS[index], is_centred, span] = values

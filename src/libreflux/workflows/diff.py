@@ -170,8 +170,16 @@ def _check(options: DiffOptions) -> None:
     if options.factor is not None and options.factor != -1:
         check_whole("factor", options.factor, 1)
     check_whole("terms", options.terms, 1, MOST_TERMS)
-    if options.out is not None and options.terms == 1 and Path(options.out).suffix != ".safetensors":
+    if options.factor == 1 and options.terms != 1:
+        raise OptionError("has no effect: at factor 1 one product is the whole difference", "terms", hint="remove it")
+    if options.out is None:
+        return
+    is_file = Path(options.out).suffix == ".safetensors"
+    if options.terms == 1 and not is_file:
         raise OptionError(f"{options.out} is no .safetensors file", "out", hint="let its name end in .safetensors")
+    if options.terms != 1 and is_file:
+        told = f"{options.out} is the name of a file, and {options.terms} terms are a folder of files"
+        raise OptionError(told, "out", hint="leave .safetensors out")
 
 
 def _metadata(options: DiffOptions, before: ModelSource, facts: Facts) -> dict[str, str]:

@@ -31,7 +31,7 @@ from libreflux.model.source import ModelSource
 from libreflux.model.text import TRAINED_PADDING
 from libreflux.model.weight_reader import empty_transformer
 from libreflux.printing import get_logger, printable
-from libreflux.probing.layer_shares import shares
+from libreflux.probing.layer_shares import can_have, changed_shares, shares
 from libreflux.probing.layers import LayerTable, measure_layers
 from libreflux.probing.report import layers_page
 from libreflux.recipe import DataSource
@@ -125,18 +125,17 @@ def inspect_layers_with(options: InspectLayersOptions) -> InspectLayersResult:
     source = _as_trained(before.with_facts(adapted_facts(before.facts, files)))
     if files:
         notice_other_base(source.hash, files)
+    measure, shapes = measure_of(options), linear_shapes(empty_transformer(source.config))
     if budget is not None:
-        check_budget(linear_shapes(empty_transformer(source.config)), budget)
+        check_budget([row for row in shapes if can_have(measure, row[0])], budget)
     out = out_of(options, [Path(options.model).name, *(Path(file.where).resolve().parent.name for file, _ in files)])
     data = _data(options, source)
-    compared = None if options.against is None else open_difference(before, options.against)[0]
+    changes = _changes(options, before)
+    if budget is not None and measure == "change":
+        spend(shapes, changed_shares(changes), budget)  # refused here, before anything is measured
     with lock(out):
         held_out = _held_out(options, source, data, out, device)
         table = _measured(options, source, files, held_out, device)
-        changes: tuple[Change, ...] = ()
-        if compared is not None:
-            with options.progress("comparing", "tensor") as report:
-                changes = tuple(compared.changes(report))
         rows = () if budget is None else _spent(options, table, changes, budget)
         headline = layers_page.headline(table, changes)
         result = InspectLayersResult(out, out / PAGE, headline, table, changes, out / TARGETS if rows else None, rows)
@@ -164,6 +163,14 @@ def _data(options: InspectLayersOptions, source: ModelSource) -> Path | None:
         hint = "name a folder of captioned pictures"
         raise OptionError("is not of the emoji family, whose pictures we have", "data", hint=hint)
     return None
+
+
+def _changes(options: InspectLayersOptions, before: ModelSource) -> tuple[Change, ...]:
+    if options.against is None:
+        return ()
+    difference, _ = open_difference(before, options.against)
+    with options.progress("comparing", "tensor") as report:
+        return tuple(difference.changes(report))
 
 
 def _held_out(
@@ -243,6 +250,7 @@ def _write(options: InspectLayersOptions, result: InspectLayersResult, budget: i
         "budget": budget,
         "libreflux": __version__,
     }
+    atomic_write_json(result.folder / FILE, _as_json(result, told))  # first: the folder is known by it
     if result.targets is not None:
         factors: Mapping[str, int] = {row.name: row.factor for row in result.layers if row.factor is not None}
         heading = (
@@ -257,7 +265,6 @@ def _write(options: InspectLayersOptions, result: InspectLayersResult, budget: i
     atomic_write_text(
         result.page, layers_page.page(result.table, result.changes, result.layers, names, measure_of(options))
     )
-    atomic_write_json(result.folder / FILE, _as_json(result, told))
 
 
 def _as_json(result: InspectLayersResult, told: dict[str, Any]) -> dict[str, Any]:

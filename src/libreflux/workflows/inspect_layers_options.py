@@ -19,7 +19,11 @@ PRECISIONS = ("stored", "fp32", "bf16")
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 FILE, PAGE, TARGETS = "layers.json", "index.html", "adapter.yaml"
 LAYERS = Path("out/layers")
+_BEGUN = ("cache", "data")
+"""What an inspection that was interrupted leaves."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+_NUMBER = re.compile(r"\s*((?:\d{1,3}(?:[,_]\d{3})+|\d+)(?:\.\d*)?(?:e\d{1,2})?)\s*([kmb]?)\s*", re.IGNORECASE)
+"""Commas stand between thousands alone: "3,2B" would be read as 32 B by one and as 3.2 B by another."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class InspectLayersOptions:
     Attributes:
         model: a name, a folder, a hub id or a single .safetensors file.
         adapters: adapter files or run folders that are put on it, each as "PATH" or "PATH:WEIGHT".
-        against: another model, or an adapter as "PATH" or "PATH:WEIGHT": what changed to it, layer by layer.
+        against: another model, or an adapter as "PATH" or "PATH:WEIGHT": what changed to it, layer by layer, from the
+            model without `adapters`.
         data: folder of captioned pictures; None is the emoji family's.
         out: folder of the result; None is out/layers/NAME.
         pictures: at most so many.
@@ -118,21 +123,19 @@ def parameters_of(text: int | float | str) -> int:
     Raises:
         OptionError: none of these.
     """
-    found = re.fullmatch(r"\s*([\d.,_]+(?:e\d+)?)\s*([kmb]?)\s*", str(text), re.IGNORECASE)
-    try:
-        assert found is not None
-        value = float(found[1].replace(",", "").replace("_", "")) * _UNITS[found[2].lower()]
-    except (AssertionError, ValueError):
-        value = math.nan
+    found = _NUMBER.fullmatch(str(text))
+    value = math.nan if found is None else float(re.sub("[,_]", "", found[1])) * _UNITS[found[2].lower()]
     if not (math.isfinite(value) and value >= 1):
         raise OptionError(f"{text!r} is no number of parameters", "budget", hint="write 600M, 3.2B or 40k")
     return round(value)
 
 
 def try_out(out: Path) -> None:
-    """Raises RunError unless the folder is free, or of this verb, and can be written."""
+    """Raises RunError unless the folder is free, or of this verb, whole or not, and can be written."""
     folder_place(out, "cache")
     for name in (FILE, PAGE, TARGETS):
         file_place(out / name)
-    if out.is_dir() and any(out.iterdir()) and not (out / FILE).is_file() and not (out / "cache").is_dir():
+    if not out.is_dir() or (out / FILE).is_file():
+        return
+    if any(path.name not in _BEGUN and not path.name.startswith(".") for path in out.iterdir()):
         raise RunError("holds something else", where=out, hint="name another folder, or an empty one")
