@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from libreflux.errors import ModelError
 from libreflux.model.text import TextConditioning
 from libreflux.probing.attention import (
     AttentionRecord,
@@ -133,6 +134,18 @@ def test_a_watched_picture_has_the_same_bits(
         draw(pipe, 1.0, True)
     assert float((again.record.on_text[0] - record.on_text[0]).abs().max()) < 1e-6
     assert again.changes == {}
+
+
+def test_a_watcher_that_fails_is_gone_afterwards(pipe: LibreFluxPipeline) -> None:
+    plain, processors = draw(pipe, 1.0, True), dict(pipe.transformer.attn_processors)
+    altered = {"too wide": TextConditioning([torch.zeros(3, 25)], torch.zeros(1, 16))}
+    watcher = AttentionWatcher(pipe.transformer, LAYOUT, altered, 2)
+    with pytest.raises(ModelError, match="25 and 16 wide"), watched_passes(watcher):
+        draw(pipe, 1.0, True)
+    assert pipe.transformer.attn_processors == processors
+    kept = watcher.record.on_text.clone()
+    assert draw(pipe, 1.0, True).equal(plain)
+    assert watcher.record.on_text.equal(kept)
 
 
 def test_flux_size_takes_what_the_docs_say() -> None:
