@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from libreflux.errors import ModelError
 from libreflux.model.text import TextConditioning
 from libreflux.probing.attention import (
     AttentionRecord,
@@ -83,11 +87,11 @@ def pipe(tiny_model_dir: Path) -> LibreFluxPipeline:
     return opened(tiny_model_dir).pipeline()
 
 
-def draw(pipe: LibreFluxPipeline, guidance: float, how: bool) -> torch.Tensor:
+def draw(pipe: LibreFluxPipeline, guidance: float, how: bool, negative: int = 3) -> torch.Tensor:
     return tensor_of(
         pipe(
             prompt_conditioning=text(WIDTH, 0),
-            negative_conditioning=text(3, 5),
+            negative_conditioning=text(negative, 5),
             guidance_scale=guidance,
             batch_cfg=how,
             num_inference_steps=2,
@@ -97,15 +101,19 @@ def draw(pipe: LibreFluxPipeline, guidance: float, how: bool) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize(("guidance", "how"), [(1.0, True), (3.0, True), (3.0, False)])
-def test_a_watched_picture_has_the_same_bits(pipe: LibreFluxPipeline, guidance: float, how: bool) -> None:
-    """In one pass beside a shorter negative prompt, in two, and without guidance: it is the prompt that is recorded."""
-    plain = draw(pipe, guidance, how)
+@pytest.mark.parametrize(
+    ("guidance", "how", "negative"), [(1.0, True, 3), (3.0, True, 3), (3.0, True, WIDTH + 4), (3.0, False, 3)]
+)
+def test_a_watched_picture_has_the_same_bits(
+    pipe: LibreFluxPipeline, guidance: float, how: bool, negative: int
+) -> None:
+    """In one pass beside a shorter or a longer negative prompt, in two, and unguided: the prompt's is recorded."""
+    plain = draw(pipe, guidance, how, negative)
     altered = altered_texts(text(WIDTH, 0), LAYOUT, text(WIDTH, 1), None) | {"the same": text(WIDTH, 0)}
     told: list[None] = []
     watcher = AttentionWatcher(pipe.transformer, LAYOUT, altered, 2, lambda: told.append(None))
     with watched_passes(watcher):
-        assert draw(pipe, guidance, how).equal(plain)
+        assert draw(pipe, guidance, how, negative).equal(plain)
     record = watcher.record
     blocks, heads, image = 3, 2, record.where.shape[2]
     assert record.on_text.shape == (2, blocks, 3, heads, WIDTH)
@@ -126,6 +134,18 @@ def test_a_watched_picture_has_the_same_bits(pipe: LibreFluxPipeline, guidance: 
         draw(pipe, 1.0, True)
     assert float((again.record.on_text[0] - record.on_text[0]).abs().max()) < 1e-6
     assert again.changes == {}
+
+
+def test_a_watcher_that_fails_is_gone_afterwards(pipe: LibreFluxPipeline) -> None:
+    plain, processors = draw(pipe, 1.0, True), dict(pipe.transformer.attn_processors)
+    altered = {"too wide": TextConditioning([torch.zeros(3, 25)], torch.zeros(1, 16))}
+    watcher = AttentionWatcher(pipe.transformer, LAYOUT, altered, 2)
+    with pytest.raises(ModelError, match="25 and 16 wide"), watched_passes(watcher):
+        draw(pipe, 1.0, True)
+    assert pipe.transformer.attn_processors == processors
+    kept = watcher.record.on_text.clone()
+    assert draw(pipe, 1.0, True).equal(plain)
+    assert watcher.record.on_text.equal(kept)
 
 
 def test_flux_size_takes_what_the_docs_say() -> None:
@@ -198,7 +218,19 @@ def test_colours_say_how_many_times_an_even_share() -> None:
     assert lights == sorted(lights)
 
 
+def test_a_map_lies_upright_over_its_picture() -> None:
+    """Three rows of two tokens, of which the second one of the first row is read: top right is the clearest."""
+    where = np.zeros((3, 2))
+    where[0, 1] = 1.0
+    [data] = re.findall(r"base64,([^\"]+)", heat.over(where, "pic0", "a map"))
+    with Image.open(io.BytesIO(base64.b64decode(data))) as shown:
+        assert (shown.width, shown.height) == (8, 12)
+        alpha = np.asarray(shown.getchannel("A"), np.int16)
+    assert np.unravel_index(alpha.argmin(), alpha.shape) == (0, 7)
+
+
 def test_the_change_is_relative() -> None:
     plain = torch.tensor([3.0, 4.0])
     assert relative_change(2 * plain, plain) == pytest.approx(1.0)
     assert relative_change(plain, plain) == 0
+    assert relative_change(0 * plain, 0 * plain) == 0

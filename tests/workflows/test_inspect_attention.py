@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import libreflux
 from libreflux.errors import LibrefluxError, RunError
 from libreflux.probing.attention import TextLayout
+from libreflux.probing.report import attention_page
 from libreflux.workflows import drawing
 from libreflux.workflows.inspect_attention import places_of
 from libreflux.workflows.inspect_attention_files import AttentionFolder
@@ -193,3 +194,26 @@ def test_a_card_too_small_for_the_padded_prompts_is_told_in_one_line(
     monkeypatch.setattr(drawing.AdaptedSource, "encoded", full)
     with pytest.raises(RunError, match="encoding the prompts on cpu: out of memory; hint: "):
         libreflux.inspect_attention(str(tiny_model_dir), PROMPT, out=tmp_path / "out", **SMALL)
+
+
+def test_a_prompt_that_is_cut_keeps_its_end_token_and_has_upright_maps(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[attention_page.PromptShown] = []
+
+    def noted(prompts: list[attention_page.PromptShown], **named: Any) -> str:
+        shown.extend(prompts)
+        return page(prompts, **named)
+
+    page = attention_page.page
+    monkeypatch.setattr(attention_page, "page", noted)
+    short: dict[str, Any] = {**SMALL, "max_tokens": 3, "causal": False, "text_padding": "keep"}
+    [found] = libreflux.inspect_attention(str(tiny_model_dir), PROMPT, out=tmp_path / "out", **short).prompts
+    assert (len(found.layout.tokens), found.layout.own, found.layout.tokens[-1]) == (3, 3, "</s>")
+    assert found.padding_share == 0
+    assert "padding" not in found.readers
+    kept = load_file(tmp_path / "out" / "01.safetensors")["where"]
+    assert sorted(shown[0].where) == [0, 1, 2]
+    for place, where in shown[0].where.items():
+        assert where.shape == (2, 48 // 16, 32 // 16)
+        assert where.reshape(2, -1).tolist() == kept[:, place].tolist()

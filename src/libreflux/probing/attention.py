@@ -193,6 +193,6 @@ class AttentionWatcher:
 
 
 def relative_change(velocity: Tensor, plain: Tensor) -> float:
-    """‖v' − v‖ / ‖v‖ over all numbers."""
-    norm = torch.linalg.vector_norm
-    return float(norm(velocity.float() - plain.float()) / norm(plain.float()))
+    """‖v' − v‖ / ‖v‖ over all numbers; 0 where nothing changes, be it that both are 0 as a new model's are."""
+    change, norm = (float(torch.linalg.vector_norm(each.float())) for each in (velocity - plain, plain))
+    return change / norm if change else 0.0

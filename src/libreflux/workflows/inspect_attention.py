@@ -55,8 +55,8 @@ class InspectAttentionResult:
 def inspect_attention_with(options: InspectAttentionOptions) -> InspectAttentionResult:
     """Draw pictures, and record how much of its attention each block's image tokens give to every text token.
 
-    The pictures are those that `generate` draws. Beside them the text is changed at the same latents, its padding taken
-    out for one, and what becomes of the velocity and of the picture is measured.
+    The pictures are those that `generate` draws without compiled blocks. Beside them the text is changed at the same
+    latents, its padding taken out for one, and what becomes of the velocity and of the picture is measured.
 
     Raises:
         OptionError: a value out of range, or a token that no prompt has.

@@ -48,7 +48,7 @@ def strip(times: np.ndarray, rows: Sequence[str], *, title: str, across: str, wi
         rows: a label for each row; "" has none.
         title: of the figure.
         across: what the columns are.
-        wide: how many columns at the start are drawn so wide that they have a third of the width at least.
+        wide: how many columns at the start are drawn so wide that they have about a third of the width, or more.
         mark: what begins after them; "" marks nothing.
     """
     count, columns = times.shape
