@@ -168,6 +168,33 @@ def test_masses_beside_a_pass_are_those_of_what_it_computes(
         assert bool(masses[number].on_text[..., 3:].any()) == (sample == 1)
 
 
+@pytest.mark.parametrize("sample", [0, 1])
+def test_a_bias_of_the_pass_is_that_of_its_sample(monkeypatch: pytest.MonkeyPatch, sample: int) -> None:
+    """Two prompts of padding `bias`, of 3 and 5 own tokens among 7."""
+    transformer, generator = tiny_transformer(), torch.Generator().manual_seed(5)
+    tokens = [torch.randn(7, 24, generator=generator) for _ in range(2)]
+    text = TextConditioning(tokens, torch.randn(2, 16, generator=generator), [3, 5])
+    packed, sigma = torch.randn(2, 24, 64, generator=generator), torch.full((2,), 0.5)
+    seen: list[tuple[Tensor, Tensor]] = []
+    attend = transformer_flux.dispatch_attention_fn
+
+    def kept(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **rest: Any) -> Any:
+        seen.append((query[sample], key[sample]))
+        return attend(query, key, value, attn_mask=attn_mask, **rest)
+
+    monkeypatch.setattr(transformer_flux, "dispatch_attention_fn", kept)
+    found: dict[int, AttentionMass] = {}
+    own = [3, 5][sample]
+    with torch.no_grad(), attention_masses(transformer, found.__setitem__, sample=sample, text=7, own=own):
+        velocity(transformer, packed, sigma, text, image_ids(8, 12))
+    bias = torch.ones(7 + 24)
+    bias[own:7] = 0
+    assert len(seen) == len(found) == 3
+    for number, (query, key) in enumerate(seen):
+        assert worst(found[number], naive(query, key, 7, own, bias)) < 1e-5
+        assert worst(found[number], naive(query, key, 7, own)) > 1e-3
+
+
 def test_a_record_ends_with_its_block_whatever_happens() -> None:
     transformer = tiny_transformer()
     before = dict(transformer.attn_processors)

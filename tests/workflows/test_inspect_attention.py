@@ -208,7 +208,10 @@ def test_a_prompt_that_is_cut_keeps_its_end_token_and_has_upright_maps(
     page = attention_page.page
     monkeypatch.setattr(attention_page, "page", noted)
     short: dict[str, Any] = {**SMALL, "max_tokens": 3, "causal": False, "text_padding": "keep"}
-    [found] = libreflux.inspect_attention(str(tiny_model_dir), PROMPT, out=tmp_path / "out", **short).prompts
+    monkeypatch.chdir(tiny_model_dir)
+    result = libreflux.inspect_attention(".", PROMPT, out=tmp_path / "out", **short)
+    assert f"What does {tiny_model_dir.name} look at?" in result.page.read_text("utf-8")
+    [found] = result.prompts
     assert (len(found.layout.tokens), found.layout.own, found.layout.tokens[-1]) == (3, 3, "</s>")
     assert found.padding_share == 0
     assert "padding" not in found.readers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,8 +95,7 @@ def inspect_attention_with(options: InspectAttentionOptions) -> InspectAttention
         shown = list(job.run(folder, keep_record=opened.facts.text_padding == own_padding))
         told = sentence([one.found for one in shown])
         settings = job.settings(own_padding)
-        name = Path(str(options.model)).name
-        text = page(shown, model=name, settings={key: str(value) for key, value in settings.items()})
+        text = page(shown, model=_name(options), settings={key: str(value) for key, value in settings.items()})
         folder.write(folder.page.name, text.encode("utf-8"))
         values = {"found": told, "settings": settings, "prompts": [one.found.as_json() for one in shown]}
         folder.finish(values)
@@ -309,8 +309,13 @@ def _tensors(watcher: AttentionWatcher) -> bytes:
     return save({"on_text": record.on_text, "on_image": record.on_image, "where": record.where})
 
 
+def _name(options: InspectAttentionOptions) -> str:
+    """The last part of the model's, and of "." the name of the folder that it is."""
+    return Path(os.path.abspath(str(options.model))).name
+
+
 def _slug(options: InspectAttentionOptions) -> str:
-    return re.sub(r"[^\w.+-]+", "-", Path(str(options.model)).name).strip(".-") or "model"
+    return re.sub(r"[^\w.+-]+", "-", _name(options)).strip(".-") or "model"
 
 
 inspect_attention = by_keywords(InspectAttentionOptions, inspect_attention_with)
