@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from libreflux.adapter.layers import linears
 from libreflux.data.batches import Batch
@@ -20,7 +21,7 @@ from libreflux.model.hidden_states import hidden_states
 from libreflux.model.int8 import dequantise_model, quantise_model
 from libreflux.model.text import TextConditioning
 from libreflux.probing.held_out import model_velocity
-from libreflux.probing.layer_gradients import squared_norm
+from libreflux.probing.layer_gradients import squared_gradients, squared_norm
 from libreflux.probing.layer_shares import block_of, shares
 from libreflux.probing.layers import SPANS, block_distances, measure_layers
 from libreflux.probing.metrics.angles import angular_distance, centred
@@ -197,6 +198,25 @@ def test_gradients_are_those_of_autograd(checkpointed: bool) -> None:
         assert table.distance("image") == pytest.approx(
             measure_layers(transformer, Pictures(), sigmas=SIGMAS).distance("image")  # type: ignore[arg-type]
         )
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_with_checkpointing_no_input_of_a_layer_is_kept(checkpointed: bool) -> None:
+    """Until backward: else checkpointing would spare little memory."""
+    transformer = tiny_transformer().requires_grad_(False)
+    if checkpointed:
+        transformer.enable_gradient_checkpointing()
+    [batch] = Pictures(1).batches(1)
+    kept: list[StorageWeakRef] = []
+    wide = transformer.single_transformer_blocks[0].proj_out
+    handle = wide.register_forward_pre_hook(lambda module, args: kept.append(StorageWeakRef(args[0].untyped_storage())))
+    with torch.enable_grad(), squared_gradients(linears(transformer)) as found:
+        v = model_velocity(transformer, batch.text)(batch.latents, torch.tensor([0.5]))
+        assert len(kept) == 1
+        assert kept[0].expired() == checkpointed
+        v.square().mean().backward()
+    handle.remove()
+    assert set(found) == set(linears(transformer))
 
 
 def test_what_cannot_be_computed_finitely_is_refused() -> None:
