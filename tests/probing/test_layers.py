@@ -35,8 +35,8 @@ SIGMAS = (0.3, 0.8)
 class Pictures:
     """Random latents with random prompts of several lengths, as `HeldOut` gives them."""
 
-    def __init__(self, count: int = 3) -> None:
-        self.count = count
+    def __init__(self, count: int = 3, side: int = 4) -> None:
+        self.count, self.side = count, side
 
     def __len__(self) -> int:
         return self.count
@@ -46,7 +46,7 @@ class Pictures:
         for number in range(self.count):
             draw = torch.Generator().manual_seed(number)
             text = TextConditioning([torch.randn(3 + number, 24, generator=draw)], torch.randn(1, 16, generator=draw))
-            latents = torch.randn(1, 16, 4, 4, generator=draw)
+            latents = torch.randn(1, 16, self.side, self.side, generator=draw)
             yield Batch(latents, text, (f"picture {number}",), ("",), (0,), torch.ones(1), (False,))
 
 
@@ -224,6 +224,17 @@ def test_what_cannot_be_computed_finitely_is_refused() -> None:
     transformer.proj_out.weight[0] = torch.inf
     with pytest.raises(NotFiniteError, match=r"the gradient of .* is not finite at noise level 0\.3"):
         measure_layers(transformer, Pictures(), sigmas=SIGMAS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_many_tokens_are_not_lost_in_few_bits(dtype: torch.dtype) -> None:
+    """The gradient of a mean over 65,536 numbers is below what fp16 can tell from zero."""
+    found = [
+        measure_layers(tiny_transformer().requires_grad_(False).to(kind), Pictures(1, 64), sigmas=(0.5,)).gradients  # type: ignore[arg-type]
+        for kind in (dtype, torch.float32)
+    ]
+    for name, values in found[1].items():
+        assert found[0][name] == pytest.approx(values, rel=0.02), name
 
 
 def test_gradients_of_int8_layers_are_those_of_the_dense_ones() -> None:

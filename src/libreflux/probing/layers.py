@@ -190,12 +190,12 @@ def _one_pass(
         pinned(latents.device),
     ):
         predicted = field(interpolate(latents, noise, level), level)
-        (predicted - velocity_target(latents, noise)).square().mean().backward()
+        (predicted - velocity_target(latents, noise)).square().sum().backward()  # of the mean, fp16 would lose it
     if bad := next((name for name, square in found.items() if not square.isfinite()), None):
         told = f"the gradient of {bad} is not finite at noise level {sigma:g}"
         hint = "use fp32 or bf16 weights, and adapters of a weight near 1"
         raise NotFiniteError(told, where=name_of(transformer), hint=hint)
-    return states, found
+    return states, {name: square / predicted.numel() ** 2 for name, square in found.items()}
 
 
 def block_distances(states: Sequence[State]) -> dict[tuple[str, bool, int], Tensor]:
