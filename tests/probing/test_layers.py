@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from libreflux.adapter.layers import linears
 from libreflux.data.batches import Batch
@@ -20,7 +21,7 @@ from libreflux.model.hidden_states import hidden_states
 from libreflux.model.int8 import dequantise_model, quantise_model
 from libreflux.model.text import TextConditioning
 from libreflux.probing.held_out import model_velocity
-from libreflux.probing.layer_gradients import squared_norm
+from libreflux.probing.layer_gradients import squared_gradients, squared_norm
 from libreflux.probing.layer_shares import block_of, shares
 from libreflux.probing.layers import SPANS, block_distances, measure_layers
 from libreflux.probing.metrics.angles import angular_distance, centred
@@ -34,8 +35,8 @@ SIGMAS = (0.3, 0.8)
 class Pictures:
     """Random latents with random prompts of several lengths, as `HeldOut` gives them."""
 
-    def __init__(self, count: int = 3) -> None:
-        self.count = count
+    def __init__(self, count: int = 3, side: int = 4) -> None:
+        self.count, self.side = count, side
 
     def __len__(self) -> int:
         return self.count
@@ -45,7 +46,7 @@ class Pictures:
         for number in range(self.count):
             draw = torch.Generator().manual_seed(number)
             text = TextConditioning([torch.randn(3 + number, 24, generator=draw)], torch.randn(1, 16, generator=draw))
-            latents = torch.randn(1, 16, 4, 4, generator=draw)
+            latents = torch.randn(1, 16, self.side, self.side, generator=draw)
             yield Batch(latents, text, (f"picture {number}",), ("",), (0,), torch.ones(1), (False,))
 
 
@@ -199,11 +200,41 @@ def test_gradients_are_those_of_autograd(checkpointed: bool) -> None:
         )
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_with_checkpointing_no_input_of_a_layer_is_kept(checkpointed: bool) -> None:
+    """Until backward: else checkpointing would spare little memory."""
+    transformer = tiny_transformer().requires_grad_(False)
+    if checkpointed:
+        transformer.enable_gradient_checkpointing()
+    [batch] = Pictures(1).batches(1)
+    kept: list[StorageWeakRef] = []
+    wide = transformer.single_transformer_blocks[0].proj_out
+    handle = wide.register_forward_pre_hook(lambda module, args: kept.append(StorageWeakRef(args[0].untyped_storage())))
+    with torch.enable_grad(), squared_gradients(linears(transformer)) as found:
+        v = model_velocity(transformer, batch.text)(batch.latents, torch.tensor([0.5]))
+        assert len(kept) == 1
+        assert kept[0].expired() == checkpointed
+        v.square().mean().backward()
+    handle.remove()
+    assert set(found) == set(linears(transformer))
+
+
 def test_what_cannot_be_computed_finitely_is_refused() -> None:
     transformer = tiny_transformer().requires_grad_(False)
     transformer.proj_out.weight[0] = torch.inf
     with pytest.raises(NotFiniteError, match=r"the gradient of .* is not finite at noise level 0\.3"):
         measure_layers(transformer, Pictures(), sigmas=SIGMAS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_many_tokens_are_not_lost_in_few_bits(dtype: torch.dtype) -> None:
+    """The gradient of a mean over 65,536 numbers is below what fp16 can tell from zero."""
+    found = [
+        measure_layers(tiny_transformer().requires_grad_(False).to(kind), Pictures(1, 64), sigmas=(0.5,)).gradients  # type: ignore[arg-type]
+        for kind in (dtype, torch.float32)
+    ]
+    for name, values in found[1].items():
+        assert found[0][name] == pytest.approx(values, rel=0.02), name
 
 
 def test_gradients_of_int8_layers_are_those_of_the_dense_ones() -> None:

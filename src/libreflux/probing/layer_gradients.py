@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,8 +18,8 @@ def squared_gradients(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Ten
 
     W is what the layer multiplies its input with: a dense weight, an int8 one, or one with an adapter on it. No
     parameter needs a gradient, and none gets one: dL/dW = g^T x is made of the layer's input x [T, in] and of its
-    output's gradient g [T, out], which are there anyway. Where there are few tokens not even g^T x is made:
-    ||g^T x||^2 = sum of (x x^T) * (g g^T), element by element.
+    output's gradient g [T, out]. x is saved as autograd saves it: with gradient checkpointing it is computed again.
+    Where there are few tokens not even g^T x is made: ||g^T x||^2 = sum of (x x^T) * (g g^T), element by element.
 
     Args:
         layers: name -> linear, e.g. `adapter.layers.linears(transformer)`.
@@ -27,11 +27,11 @@ def squared_gradients(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Ten
     found: dict[str, Tensor] = {}
 
     def watch(name: str, layer: nn.Module) -> Any:
-        def made(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-            x = args[0].detach()
+        def made(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
             if not out.requires_grad:  # nothing before this layer needs a gradient
                 out.requires_grad_(True)
-            out.register_hook(lambda g: _add(found, name, x, g.detach()))
+            watched: Tensor = _Watched.apply(out, args[0], lambda x, g: _add(found, name, x, g))
+            return watched
 
         return layer.register_forward_hook(made).remove
 
@@ -39,6 +39,22 @@ def squared_gradients(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Ten
         for name, layer in layers.items():
             held.callback(watch(name, layer))
         yield found
+
+
+class _Watched(torch.autograd.Function):
+    """A layer's output as it is, whose gradient is told together with the layer's input."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor, tell: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.tell = tell
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        [x] = ctx.saved_tensors
+        ctx.tell(x.detach(), g.detach())
+        return g, None, None
 
 
 def _add(found: dict[str, Tensor], name: str, x: Tensor, g: Tensor) -> None:

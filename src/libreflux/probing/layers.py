@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from libreflux.adapter.layers import linears
+from libreflux.data.batches import Batch
 from libreflux.data.held_out import HeldOut
 from libreflux.flow.path import interpolate, velocity_target
 from libreflux.model.finite import NotFiniteError, name_of
 from libreflux.model.hidden_states import State, hidden_states
 from libreflux.model.numerics import pinned
-from libreflux.model.text import TextConditioning
 from libreflux.probing.held_out import model_velocity
 from libreflux.probing.layer_gradients import squared_gradients
 from libreflux.probing.metrics.angles import angular_distance, centred
@@ -146,12 +146,8 @@ def measure_layers(
     squares = {sigma: dict.fromkeys(layers, 0.0) for sigma in sigmas}
     done, total = 0, len(held_out) * len(sigmas)
     for part in held_out.batches(1):
-        latents = part.latents.to(transformer.device)
         for sigma in sigmas:
-            noise = paired_noise(latents.shape[1:], seed, part.sample_ids[0], sigma)[None].to(latents)
-            with hidden_states(transformer) as states, squared_gradients(layers) as found:
-                _backward(transformer, latents, noise, sigma, part.text, guidance)
-            _check_finite(found, sigma, transformer)
+            states, found = _one_pass(transformer, layers, part, sigma, guidance, seed)
             for key, values in block_distances(states).items():
                 sums[sigma][key] = sums[sigma].get(key, torch.zeros(())) + values
             for name, square in found.items():
@@ -174,27 +170,32 @@ def measure_layers(
     )
 
 
-def _backward(
+def _one_pass(
     transformer: FluxTransformer2DModel,
-    latents: Tensor,
-    noise: Tensor,
+    layers: Mapping[str, nn.Module],
+    picture: Batch,
     sigma: float,
-    text: TextConditioning,
     guidance: float | None,
-) -> None:
+    seed: int,
+) -> tuple[list[State], dict[str, Tensor]]:
+    """The states, and layer -> ||dL/dW||^2, of one picture at one noise level."""
+    latents = picture.latents.to(transformer.device)
+    noise = paired_noise(latents.shape[1:], seed, picture.sample_ids[0], sigma)[None].to(latents)
     level = torch.tensor([sigma], dtype=torch.float32, device=latents.device)
-    field = model_velocity(transformer, text.to(latents.device), guidance=guidance)
-    with torch.enable_grad(), pinned(latents.device):
+    field = model_velocity(transformer, picture.text.to(latents.device), guidance=guidance)
+    with (
+        hidden_states(transformer) as states,
+        squared_gradients(layers) as found,
+        torch.enable_grad(),
+        pinned(latents.device),
+    ):
         predicted = field(interpolate(latents, noise, level), level)
-        (predicted - velocity_target(latents, noise)).square().mean().backward()
-
-
-def _check_finite(squares: Mapping[str, Tensor], sigma: float, transformer: FluxTransformer2DModel) -> None:
-    for name, square in squares.items():
-        if not square.isfinite():
-            told = f"the gradient of {name} is not finite at noise level {sigma:g}"
-            hint = "use fp32 or bf16 weights, and adapters of a weight near 1"
-            raise NotFiniteError(told, where=name_of(transformer), hint=hint)
+        (predicted - velocity_target(latents, noise)).square().sum().backward()  # of the mean, fp16 would lose it
+    if bad := next((name for name, square in found.items() if not square.isfinite()), None):
+        told = f"the gradient of {bad} is not finite at noise level {sigma:g}"
+        hint = "use fp32 or bf16 weights, and adapters of a weight near 1"
+        raise NotFiniteError(told, where=name_of(transformer), hint=hint)
+    return states, {name: square / predicted.numel() ** 2 for name, square in found.items()}
 
 
 def block_distances(states: Sequence[State]) -> dict[tuple[str, bool, int], Tensor]:
