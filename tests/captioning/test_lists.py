@@ -169,6 +169,18 @@ def test_two_parts_together_are_one_whole(photos: Path, tmp_path: Path) -> None:
     )
 
 
+def at_work(photos: Path, url: str, part: str, failures: list[BaseException]) -> threading.Thread:
+    """Captions a part, when it is started."""
+
+    def work() -> None:
+        try:
+            caption(photos, url, shard=part)
+        except BaseException as error:
+            failures.append(error)
+
+    return threading.Thread(target=work)
+
+
 def test_parts_at_work_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
     photos = paint(tmp_path / "photos", 12)
     meet = threading.Barrier(2, timeout=20)
@@ -179,15 +191,8 @@ def test_parts_at_work_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
         return well(asked, number)
 
     failures: list[BaseException] = []
-
-    def work(url: str, part: str) -> None:
-        try:
-            caption(photos, url, shard=part)
-        except BaseException as error:
-            failures.append(error)
-
     with serving(answer) as served:
-        workers = [threading.Thread(target=work, args=(served.url, part)) for part in ("1/2", "2/2")]
+        workers = [at_work(photos, served.url, part, failures) for part in ("1/2", "2/2")]
         for worker in workers:
             worker.start()
         for worker in workers:
@@ -292,15 +297,8 @@ def test_a_part_whose_old_journal_another_process_brings_in_begins_when_that_is_
 
     monkeypatch.setattr(lists, "read_journal", slowly)
     failures: list[BaseException] = []
-
-    def work(url: str, part: str) -> None:
-        try:
-            caption(photos, url, shard=part)
-        except BaseException as error:
-            failures.append(error)
-
     with serving(well) as served:
-        workers = [threading.Thread(target=work, args=(served.url, part)) for part in ("1/2", "2/2")]
+        workers = [at_work(photos, served.url, part, failures) for part in ("1/2", "2/2")]
         workers[0].start()
         assert reading.wait(20)
         workers[1].start()

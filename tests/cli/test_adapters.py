@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ntpath
 import posixpath
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,14 @@ from libreflux.cli.progress import rate
 from libreflux.errors import AdapterError
 from libreflux.model.facts import KNOWN, freed
 from libreflux.printing import clock
-from libreflux.workflows.adapters import adapted_facts, adapter_argument, as_typed, default_model, notice_other_base
+from libreflux.workflows.adapters import (
+    adapted_facts,
+    adapter_argument,
+    as_typed,
+    default_model,
+    notice_other_base,
+    result_name,
+)
 
 
 @pytest.mark.parametrize(
@@ -102,3 +110,14 @@ def test_the_demo_model_says_what_it_is(caplog: pytest.LogCaptureFixture) -> Non
         "for photographs: `model` jimmycarter/LibreFLUX (34 GB)",
     ]
     assert all(len(line) <= 80 for line in lines)
+
+
+def test_a_result_is_named_by_its_model_and_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "my run"
+    run.mkdir()
+    file = run / "adapter.safetensors"
+    file.touch()
+    assert result_name("org/a model", []) == "a-model"
+    assert result_name("emoji-base", [run]) == result_name("emoji-base", [file]) == "emoji-base+my-run"
+    monkeypatch.chdir(run)
+    assert result_name(".", [Path("adapter.safetensors")]) == "my-run+my-run"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import typer
+from rich.text import Text
 
 from libreflux.cli.app import app
 from libreflux.cli.tables import print_freedom, print_freedom_summary
@@ -210,6 +211,14 @@ def test_a_summary_takes_what_is_nearest(name: str, places: list[dict[str, str |
     rows = [dataclasses.replace(row, name=name, at=at, subset="all") for at in places]
     assert summary(rows) == [rows[nearest]]
     assert summary([dataclasses.replace(one, subset="seen") for one in rows]) == []
+
+
+@pytest.mark.parametrize("verb", sorted(app_commands()))
+def test_help_says_all_of_what_is_written(verb: str) -> None:
+    """Text in square brackets would be taken for a style, and not be shown."""
+    command = app_commands()[verb]
+    for text in (command.help, *(getattr(one, "help", None) for one in command.params)):
+        assert Text.from_markup(text or "").plain == (text or "")
 
 
 @pytest.mark.parametrize("verb", sorted(app_commands()))

@@ -65,7 +65,7 @@ def attention(
     quantize: QuantizeOption = None,
     offload: OffloadOption = Offload.auto,
     offload_blocks: OffloadBlocksOption = "0",
-    out: Annotated[Path | None, typer.Option(help="Folder of the result. [default: out/attention/NAME]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the result; default: out/attention/NAME.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
     """Record what a model looks at: how much attention its image tokens give to every text token.

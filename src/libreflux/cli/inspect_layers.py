@@ -29,7 +29,7 @@ def layers(
     base: Base = None,
     comfyui: ComfyUI = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of captioned pictures. [default: the emoji family's]")
+        Path | None, typer.Option(help="Folder of captioned pictures; default: the emoji family's.")
     ] = None,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures, at most.")] = 16,
     sigmas: Annotated[str, typer.Option(metavar="S,S,...", help="Noise levels, at most five.")] = "0.1,0.3,0.5,0.7,0.9",
@@ -51,7 +51,7 @@ def layers(
         str | None, typer.Option(metavar="int8", help="Quantise the transformer while it is read. Default: as stored.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="Folder of the result. [default: out/layers/NAME]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the result; default: out/layers/NAME.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure which layers matter: how far blocks turn the hidden states, gradients, and what changed.

@@ -27,39 +27,39 @@ def prepare(
         Path | None, typer.Option(help="Cache folder: written, or continued. A recipe names its own.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Model whose VAE and text encoders are used. [default: emoji-base]")
+        str | None, typer.Option(help="Model whose VAE and text encoders are used; default: emoji-base.")
     ] = None,
     resolution: Annotated[
-        list[int] | None, typer.Option(min=16, help="Side of the crops in pixels; repeatable. [default: 128]")
+        list[int] | None, typer.Option(min=16, help="Side of the crops in pixels; repeatable; default: 128.")
     ] = None,
     crop: Annotated[
-        list[str] | None, typer.Option(help="square, aspect or centre; repeatable. [default: square]")
+        list[str] | None, typer.Option(help="square, aspect or centre; repeatable; default: square.")
     ] = None,
-    text_padding: Annotated[str | None, typer.Option(help="drop or trim. [default: drop]")] = None,
+    text_padding: Annotated[str | None, typer.Option(help="drop or trim; default: drop.")] = None,
     text_cache: Annotated[
         str | None,
-        typer.Option(help="bf16; int8: half the disk; none: captions are encoded while training. [default: bf16]"),
+        typer.Option(help="bf16; int8: half the disk; none: captions are encoded while training; default: bf16."),
     ] = None,
     text_precision: Annotated[
         str | None,
         typer.Option(
-            help="auto, fp32 or bf16: what the text encoders compute in; auto: bf16 on a card. [default: auto]"
+            help="auto, fp32 or bf16: what the text encoders compute in; auto: bf16 on a card; default: auto."
         ),
     ] = None,
     latents: Annotated[
         str | None,
         typer.Option(
-            help="mean; sample: the standard deviation too, to draw from in training (twice the disk). [default: mean]"
+            help="mean; sample: the standard deviation too, to draw from in training (twice the disk); default: mean."
         ),
     ] = None,
     crops_per_picture: Annotated[
-        int | None, typer.Option(min=1, help="Cached crops of each picture. [default: 1]")
+        int | None, typer.Option(min=1, help="Cached crops of each picture; default: 1.")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps: where the encoders run. [default: auto]")
+        str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps: where the encoders run; default: auto.")
     ] = None,
     background: Annotated[
-        str | None, typer.Option(help="Colour laid under transparent pictures. [default: white]")
+        str | None, typer.Option(help="Colour laid under transparent pictures; default: white.")
     ] = None,
     shard: Annotated[
         str | None, typer.Option(help="i/n: only the i-th of n parts, 1/n to n/n, on as many machines.")

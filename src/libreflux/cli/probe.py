@@ -35,7 +35,7 @@ def probe(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder of captioned pictures the model was not trained on. [default: the emoji family's]"),
+        typer.Option(help="Folder of captioned pictures the model was not trained on; default: the emoji family's."),
     ] = None,
     trained_on: Annotated[
         list[Path] | None,
@@ -46,21 +46,21 @@ def probe(
             show_default=False,
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the result; continued. [default: out/probe/NAME]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the result; continued; default: out/probe/NAME.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer pictures, scales and steps: a first look.")] = False,
     pictures: Annotated[int | None, typer.Option(min=2, help="Held-out pictures, at most.")] = None,
     prompts: Annotated[int | None, typer.Option(min=2, help="Prompts to draw, at most.")] = None,
     guidance: Annotated[
-        str | None, typer.Option(metavar="G,G,...", help="Guidance scales to draw at. [default: 1,2,3,4,6,8]")
+        str | None, typer.Option(metavar="G,G,...", help="Guidance scales to draw at; default: 1,2,3,4,6,8.")
     ] = None,
     steps: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="Steps: the first against the others. [default: 4,28,50]")
+        str | None, typer.Option(metavar="N,N,...", help="Steps: the first against the others; default: 4,28,50.")
     ] = None,
     seen: Annotated[
         Path | None, typer.Option(help="Subjects the model was trained on, one a line; default: what it says itself.")
     ] = None,
     judge: Annotated[
-        Path | None, typer.Option(help="Judge of subjects and colours. [default: the emoji family's own]")
+        Path | None, typer.Option(help="Judge of subjects and colours; default: the emoji family's own.")
     ] = None,
     features: Annotated[
         Path | None,

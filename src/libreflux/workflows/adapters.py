@@ -57,6 +57,13 @@ def as_typed(path: str, system: ModuleType = os.path) -> str:
     return f"~/{rest[1:].replace(system.sep, '/')}" if inside else path
 
 
+def result_name(model: str, adapters: Iterable[Path]) -> str:
+    """What the folder of a result is called: the model's name, and those of the folders of adapters or their files."""
+    folders = (path.resolve() if path.is_dir() else path.resolve().parent for path in adapters)
+    names = [Path(os.path.abspath(model)).name, *(folder.name for folder in folders)]
+    return re.sub(r"[^\w.+-]+", "-", "+".join(names)).strip(".-") or "model"
+
+
 def adapter_file(path: Path) -> Path:
     """A file as it is; the one in a folder of PEFT's or diffusers'; of a run folder its result or newest checkpoint.
 

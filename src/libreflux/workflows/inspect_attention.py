@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from libreflux.errors import OptionError
+from libreflux.workflows.adapters import adapter_argument, result_name
 from libreflux.workflows.inspect_attention_files import AttentionFolder
 from libreflux.workflows.inspect_attention_options import InspectAttentionOptions, check_options
 from libreflux.workflows.keywords import by_keywords
@@ -74,7 +74,7 @@ def inspect_attention_with(options: InspectAttentionOptions) -> InspectAttention
         print(found.prompts[0].padding_share, found.prompts[0].velocity["padding_removed"])
     """
     prompts = check_options(options)
-    folder = AttentionFolder(Path(options.out) if options.out is not None else PLACE / _slug(options))
+    folder = AttentionFolder(Path(options.out) if options.out is not None else PLACE / _default_name(options))
     folder.check_place()
 
     from libreflux.files import lock
@@ -314,8 +314,9 @@ def _name(options: InspectAttentionOptions) -> str:
     return Path(os.path.abspath(str(options.model))).name
 
 
-def _slug(options: InspectAttentionOptions) -> str:
-    return re.sub(r"[^\w.+-]+", "-", _name(options)).strip(".-") or "model"
+def _default_name(options: InspectAttentionOptions) -> str:
+    given = [adapter_argument(text)[0] for text in adapter_texts(options.adapters)]
+    return result_name(str(options.model), [Path(path).expanduser() for path in given])
 
 
 inspect_attention = by_keywords(InspectAttentionOptions, inspect_attention_with)

@@ -35,7 +35,7 @@ from libreflux.probing.layer_shares import can_have, changed_shares, shares
 from libreflux.probing.layers import LayerTable, measure_layers
 from libreflux.probing.report import layers_page
 from libreflux.recipe import DataSource
-from libreflux.workflows.adapters import adapted_facts, load_arguments, notice_other_base
+from libreflux.workflows.adapters import adapted_facts, load_arguments, notice_other_base, result_name
 from libreflux.workflows.compared import open_before, open_difference
 from libreflux.workflows.inspect_layers_options import (
     FILE,
@@ -128,7 +128,7 @@ def inspect_layers_with(options: InspectLayersOptions) -> InspectLayersResult:
     measure, shapes = measure_of(options), linear_shapes(empty_transformer(source.config))
     if budget is not None:
         check_budget([row for row in shapes if can_have(measure, row[0])], budget)
-    out = out_of(options, [Path(options.model).name, *(Path(file.where).resolve().parent.name for file, _ in files)])
+    out = out_of(options, result_name(options.model, [Path(file.where) for file, _ in files]))
     data = _data(options, source)
     changes = _changes(options, before)
     if budget is not None and measure == "change":

@@ -80,11 +80,11 @@ def measure_of(options: InspectLayersOptions) -> str:
     return options.measure or ("change" if options.against is not None else "distance")
 
 
-def out_of(options: InspectLayersOptions, names: Sequence[str]) -> Path:
+def out_of(options: InspectLayersOptions, name: str) -> Path:
     """The folder of the result; one that is named by model and adapters is tried as well."""
     if options.out is not None:
         return Path(options.out)
-    out = LAYERS / (re.sub(r"[^\w.+-]+", "-", "+".join(names)).strip(".-") or "model")
+    out = LAYERS / name
     try_out(out)
     return out
 

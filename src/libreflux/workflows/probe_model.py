@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from libreflux.model.opening import open_model
 from libreflux.model.parts import visible
 from libreflux.model.source import ModelSource
 from libreflux.model.text import check_trained_padding
-from libreflux.workflows.adapters import adapted_facts, load_arguments, notice_other_base
+from libreflux.workflows.adapters import adapted_facts, load_arguments, notice_other_base, result_name
 
 CACHE = "cache"
 """Its folder in a result's."""
@@ -61,7 +60,7 @@ class ProbedModel:
         source = source.with_facts(adapted_facts(source.facts, files))
         check_trained_padding(source.facts.text_padding)
         source.fetch(*PARTS)
-        memory = FileMemory((out or PROBES / _slug(name, files)) / CACHE)
+        memory = FileMemory((out or PROBES / result_name(name, [Path(file.where) for file, _ in files])) / CACHE)
         sha256 = source.hash_with(memory.sha256)
         notice_other_base(sha256, files)
         return ProbedModel(source, sha256, files, is_family(source), memory)
@@ -83,7 +82,7 @@ class ProbedModel:
     @property
     def own_out(self) -> Path:
         """Where its result is put when nobody names a folder."""
-        return PROBES / _slug(self.name, self.files)
+        return PROBES / result_name(self.name, [Path(file.where) for file, _ in self.files])
 
     @property
     def large(self) -> bool:
@@ -109,11 +108,6 @@ class ProbedModel:
             "text_padding": self.facts.text_padding,
             "distilled_from": self.facts.lineage.get("distilled_from"),
         }
-
-
-def _slug(name: str, files: Sequence[tuple[AdapterFile, float]]) -> str:
-    names = [Path(name).name, *(Path(file.where).resolve().parent.name for file, _ in files)]
-    return re.sub(r"[^\w.+-]+", "-", "+".join(names)).strip(".-") or "model"
 
 
 def is_family(source: ModelSource) -> bool:
