@@ -36,14 +36,14 @@ def image_features(transformer: FluxTransformer2DModel, blocks: Sequence[int]) -
             # Around the block: what computes it, compiled or not, knows nothing of it. Only the first pass counts;
             # checkpointing may call the block again.
             def keep(block: nn.Module, args: Any, out: Any, number: int = number) -> None:
-                found.setdefault(number, _of_image(block, out))
+                found.setdefault(number, text_and_image(block, out)[1])
 
             held.callback(known[number].register_forward_hook(keep).remove)
         yield found
 
 
-def _of_image(block: nn.Module, out: Any) -> Tensor:
-    if not (isinstance(out, tuple) and len(out) == 2 and all(isinstance(part, Tensor) for part in out)):
-        raise RuntimeError(f"diffusers' {type(block).__name__} no longer returns text and image")
-    image: Tensor = out[1]
-    return image
+def text_and_image(block: nn.Module, pair: Any) -> tuple[Tensor, Tensor]:
+    """text [B, S, D] and image [B, N, D], as blocks are given and return them; diffusers may change that."""
+    if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)):
+        raise RuntimeError(f"diffusers' {type(block).__name__} no longer passes text and image on")
+    return pair

@@ -9,6 +9,7 @@ from typing import Any
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
+from libreflux.model.features import text_and_image
 from libreflux.model.offload import blocks_of
 
 State = tuple[Tensor, Tensor]
@@ -46,7 +47,5 @@ def hidden_states(transformer: FluxTransformer2DModel) -> Iterator[list[State]]:
 
 
 def _state(block: nn.Module, pair: Any) -> State:
-    if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)):
-        raise RuntimeError(f"diffusers' {type(block).__name__} no longer passes text and image on")
-    text, image = pair
+    text, image = text_and_image(block, pair)
     return text.detach(), image.detach()
