@@ -77,6 +77,7 @@ def test_a_home_that_the_shell_wrote_out(monkeypatch: pytest.MonkeyPatch, home: 
 
 def test_clock_and_rate() -> None:
     assert [clock(s) for s in (0, 75, 3700)] == ["0:00", "1:15", "1:01:40"]
+    assert rate(2.5, "pass") == "2.5 passes/s"
     assert (rate(2.5, "step"), rate(0.25, "step"), rate(0, "step")) == ("2.5 steps/s", "4 s/step", "")
 
 

@@ -28,7 +28,8 @@ def rate(per_second: float, unit: str) -> str:
     """The rate in the unit that keeps it above one: 2.4 steps/s, 3.1 s/step for a slow one."""
     if per_second <= 0:
         return ""
-    return f"{readable(per_second)} {unit}s/s" if per_second >= 1 else f"{readable(1 / per_second)} s/{unit}"
+    several = f"{unit}es" if unit.endswith("s") else f"{unit}s"
+    return f"{readable(per_second)} {several}/s" if per_second >= 1 else f"{readable(1 / per_second)} s/{unit}"
 
 
 def notice(line: str) -> None:
