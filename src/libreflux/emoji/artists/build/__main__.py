@@ -1,6 +1,6 @@
 """Make models of the artists' pictures: `python -m libreflux.emoji.artists.build STAGE --work DIR`, resumable.
 
-Stages in order: latents, base, export.
+Stages in order: latents, base, export (the base model), judge, schnell (the student), libre (set free from it).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from libreflux.printing import say
 
-STAGES = ("latents", "base", "export", "all")
+STAGES = ("latents", "base", "export", "judge", "schnell", "libre", "all")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
-    from libreflux.emoji.artists.build import base
+    from libreflux.emoji.artists.build import base, judge, students
 
     count = args.scenes or base.SCENES
     if args.stage in ("latents", "all"):
@@ -44,6 +44,13 @@ def main(argv: list[str] | None = None) -> int:
         )
     if args.stage in ("export", "all"):
         say(base.export(args.work))
+    if args.stage in ("judge", "all"):
+        trained = judge.train(args.work, steps=args.steps or judge.STEPS, device=args.device)
+        say(judge.ceiling(trained))
+    if args.stage in ("schnell", "all"):
+        say(students.schnell(args.work))
+    if args.stage in ("libre", "all"):
+        say(students.libre(args.work))
     return 0
 
 

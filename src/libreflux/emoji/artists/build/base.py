@@ -25,6 +25,7 @@ from libreflux.emoji.artists import captions as grammar
 from libreflux.emoji.artists import held_out, scenes
 from libreflux.emoji.artists.subjects import all_subjects
 from libreflux.emoji.build.base import EDGE, condition, encoders, make_transformer, replaced
+from libreflux.emoji.build.muon import multiplies_bf16
 from libreflux.emoji.build.stage import Stage, trapezoid
 from libreflux.emoji.build.tokenizers import build_clip_tokenizer, build_t5_tokenizer
 from libreflux.files import atomic_save_safetensors, atomic_write_text
@@ -50,8 +51,7 @@ LONG_EVERY = 12  # every so many steps all captions are long ones: they would pa
 
 def autocast(device: torch.device) -> torch.autocast:
     """bf16 where the processor multiplies it, fp32 where it would be the slower one."""
-    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+    return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device))
 
 
 def pixels(what: list[scenes.Scene]) -> Tensor:
