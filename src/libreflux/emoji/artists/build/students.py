@@ -53,7 +53,7 @@ def seen_subjects() -> list[str]:
 
 
 def write_pictures(folder: Path, count: int, seed: int, names: set[str] | None = None) -> Path:
-    """`count` training scenes as a captioned folder, of these subjects alone where they are named; a whole one is kept."""
+    """`count` training scenes as a captioned folder, of the named subjects alone; a whole one is kept."""
     if (folder / "metadata.jsonl").is_file():
         return folder
     with staged_dir(folder) as staging:
@@ -117,7 +117,10 @@ def adversarial_recipe(work: Path, *, steps: int = ADVERSARIAL_STEPS) -> Recipe:
         "model": str(work / "m" / "base"),
         "base": "bf16",
         "objective": "distil",
-        "distil": {"steps": 4, "adversarial": {"noise_mean": 0.0, "learning_rate": 5e-4, "warmup": min(300, steps // 4)}},
+        "distil": {
+            "steps": 4,
+            "adversarial": {"noise_mean": 0.0, "learning_rate": 5e-4, "warmup": min(300, steps // 4)},
+        },
         "data": [{"path": str(work / "drawn"), "caption_dropout": 0.0}],
         "adapter": {"kind": "lokr", "init_from": str(work / "runs" / "guided" / "adapter.safetensors")},
         "steps": steps,
@@ -153,7 +156,9 @@ def _adamw(rate: float, steps: int) -> dict[str, Any]:
     return {"kind": "adamw", "learning_rate": rate, "weight_decay": 0.0, "warmup": warmup, "schedule": "cosine"}
 
 
-def schnell(work: Path, *, guided: int = GUIDED_STEPS, adversarial: int = ADVERSARIAL_STEPS, taught: int = TAUGHT) -> Path:
+def schnell(
+    work: Path, *, guided: int = GUIDED_STEPS, adversarial: int = ADVERSARIAL_STEPS, taught: int = TAUGHT
+) -> Path:
     """Makes the student (or resumes), and returns its merged model, `work/m/schnell`."""
     write_pictures(work / "composed", TAUGHT, TEACH_SEED)
     fit(guided_recipe(work, steps=guided))
