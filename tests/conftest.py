@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -42,17 +43,28 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
 # By what they took, see docs/log.md; the names hold in every folder.
-LONGEST = """
-faults demo examples ranks generate_folder process probe generate style own_pictures opened_once export full_size kill
-train remake compiling index quantize shipped_recipes prepare benchmarks drawing_blocks hostile_adapters planned_models
-foreign_folders verbs training single_files int8_files hub
-""".split()
-FIRST = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+LONGEST = (
+    "faults demo examples ranks generate_folder process probe generate style own_pictures opened_once export full_size "
+    "kill train remake compiling index quantize shipped_recipes prepare benchmarks drawing_blocks hostile_adapters "
+    "planned_models foreign_folders verbs training single_files int8_files hub"
+)
+FIRST = {f"test_{name}.py": place for place, name in enumerate(LONGEST.split())}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: of two processes none then waits at the end for the other one's."""
     items.sort(key=lambda item: FIRST.get(item.path.name, len(FIRST)))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: gc.collect(), which the package calls often, need not look through it every time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Libraries complain at the end of what was never freed."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
