@@ -27,7 +27,7 @@ from libreflux.errors import RecipeError
 from libreflux.places import did_you_mean
 from libreflux.recipe import faults, flow_keys, yaml_text
 from libreflux.recipe.auto import CountOrAuto, FlagOrAuto, OnOffOrAuto
-from libreflux.recipe.differences import differences
+from libreflux.recipe.differences import INDECISIVE, differences
 from libreflux.recipe.distil import AdversarialSpec, DistilSpec, refuse_faults
 from libreflux.recipe.flow_keys import GuidedTarget, GuidedTargetSpec, HoldBase, HoldBaseSpec
 from libreflux.recipe.sections import (
@@ -265,7 +265,7 @@ class Recipe(Section):
         when the learning rate does not depend on it. Of ``held_out`` the share alone does: it takes pictures away. Nor
         does where the data lies, whose contents have a hash of their own, or what changes last bits alone.
         """
-        kept = {name: value for name, value in self.resolved().items() if name not in _INDECISIVE}
+        kept = {name: value for name, value in self.resolved().items() if name not in INDECISIVE}
         if self.optimizer.schedule == "constant":
             del kept["steps"]
         kept["accumulate"] *= world
@@ -288,14 +288,6 @@ class Recipe(Section):
     def fingerprint(self, world: int = 1) -> str:
         """SHA-256 over :meth:`decisive`, as 64 hexadecimal digits."""
         return hashlib.sha256(json.dumps(self.decisive(world), sort_keys=True).encode()).hexdigest()
-
-
-_INDECISIVE = frozenset(
-    "out cache samples save device gradient_norms tensorboard max_quarantined max_skipped ema ema_every deterministic "
-    "threads gradient_checkpointing offload_blocks "
-    "compile "  # the checkpoint holds what was decided
-    "text_precision".split()  # the cache's settings hold it, and the data's fingerprint those
-)
 
 
 def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
