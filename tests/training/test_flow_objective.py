@@ -1,4 +1,4 @@
-"""`guided_target` and `hold_base`: the formula by separate copies of the model, which passes they cost, what is told."""
+"""`guided_target` and `hold_base`: the formula by separate copies of the model, what passes they cost, what is told."""
 
 from __future__ import annotations
 
