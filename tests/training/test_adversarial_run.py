@@ -303,7 +303,7 @@ def test_the_trace_of_a_pass_is_the_real_one() -> None:
         adversary.learn(real, adapter, *pictures(), torch.ones(2))
     adapted(meta)
     meta.to("meta")
-    learn = estimate._learning(meta, Adversary(spec, meta, 0, "meta"))
+    learn = estimate._learning(meta, Adversary(spec, meta, 0, "meta"), None)
     traced = trace.trace_pass(meta, 2, (4, 6), 5, learn=learn)
     assert abs(traced - live.peak) < 0.1 * live.peak
 
