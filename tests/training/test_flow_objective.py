@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from least import LEAST
 from libreflux.adapter.adapter import Adapter
 from libreflux.data.batches import Batch
 from libreflux.flow.guidance import cfg, decayed_scale, guided_target
+from libreflux.model.compiling import CompiledBlocks
 from libreflux.model.text import TextConditioning
 from libreflux.recipe import GuidedTargetSpec, HoldBaseSpec, load_recipe
 from libreflux.training.flow_objective import FlowKeys, Roles, extra_passes, flow_keys, learn, told_parts
@@ -176,6 +178,24 @@ def test_the_parts_are_means_over_the_pictures_that_they_are_of() -> None:
     assert told_parts([rows[1]], BOTH) == {"plain_loss": 3, "guided_loss": 2}
     assert told_parts([(1.0, 0.5, 1.0)], FlowKeys(None, BOTH.hold)) == {"plain_loss": 1, "hold_base_loss": 0.5}
     assert told_parts([(1.0, 4.0)], FlowKeys(BOTH.guided)) == {"plain_loss": 1, "guided_loss": 4}
+
+
+def test_compiled_blocks_give_the_same_losses_and_a_graph_for_each_way() -> None:
+    """With gradient, without it, and without the adapter."""
+    transformer = based("fp32")
+    adapter = adapted(transformer, "**.attn.to_q")
+    batch = replace(noised(), text=noised().text.index([1, 2, 1, 2]))  # of one length: masks have graphs of their own
+    keys, marks = FlowKeys(BOTH.guided, HoldBaseSpec(weight=1)), Roles([False] * 4, [True] * 4, [True] * 4)
+
+    def losses() -> list[float]:
+        empty = noised().text.index([1])
+        found = learn(transformer, adapter, batch, WEIGHTS, keys=keys, roles=marks, empty=empty)
+        return found.losses.tolist()
+
+    wanted = losses()
+    compiled = CompiledBlocks(transformer, backend="aot_eager")
+    assert losses() == pytest.approx(wanted, rel=1e-5)
+    assert compiled.graphs == 3 * compiled.kinds == 6
 
 
 @pytest.mark.parametrize(
