@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from least import LEAST
 from libreflux.adapter.adapter import Adapter
@@ -181,8 +181,10 @@ def test_the_parts_are_means_over_the_pictures_that_they_are_of() -> None:
 
 
 def test_compiled_blocks_give_the_same_losses_and_a_graph_for_each_way() -> None:
-    """With gradient, without it, and without the adapter."""
+    """With gradient, without it, and without the adapter; of one kind of block, since each takes seconds."""
     transformer = based("fp32")
+    transformer.transformer_blocks = nn.ModuleList()
+    transformer.single_transformer_blocks = transformer.single_transformer_blocks[:1]
     adapter = adapted(transformer, "**.attn.to_q")
     batch = replace(noised(), text=noised().text.index([1, 2, 1, 2]))  # of one length: masks have graphs of their own
     keys, marks = FlowKeys(BOTH.guided, HoldBaseSpec(weight=1)), Roles([False] * 4, [True] * 4, [True] * 4)
@@ -190,12 +192,12 @@ def test_compiled_blocks_give_the_same_losses_and_a_graph_for_each_way() -> None
     def losses() -> list[float]:
         empty = noised().text.index([1])
         found = learn(transformer, adapter, batch, WEIGHTS, keys=keys, roles=marks, empty=empty)
-        return found.losses.tolist()
+        return [float(loss) for loss in found.losses]
 
     wanted = losses()
-    compiled = CompiledBlocks(transformer, backend="aot_eager")
+    compiled = CompiledBlocks(transformer, backend="eager")
     assert losses() == pytest.approx(wanted, rel=1e-5)
-    assert compiled.graphs == 3 * compiled.kinds == 6
+    assert (compiled.kinds, compiled.graphs) == (1, 3)
 
 
 @pytest.mark.parametrize(
