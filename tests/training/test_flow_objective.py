@@ -172,6 +172,29 @@ def test_the_penalty_is_nothing_while_the_adapter_does_nothing() -> None:
     torch.testing.assert_close(found.losses[[0, 2, 3]], found.told["plain_loss"][[0, 2, 3]])
 
 
+def test_an_adapter_beside_is_off_where_the_base_is_compared_with() -> None:
+    """One that is left out of the result, as a training adapter is: the penalty sees the result's own velocity."""
+    transformer = based("fp32")
+    frozen = copy.deepcopy(transformer)
+    adapter = adapted(transformer)
+    result = copy.deepcopy(transformer)
+    beside = adapted(transformer, "**.attn.**")
+    own = copy.deepcopy(transformer)
+    both = Adapter(transformer, {**adapter.layers, **{f"{name}, over": one for name, one in beside.layers.items()}})
+    given: dict[str, Any] = {"keys": BOTH, "roles": roles(BOTH), "empty": empty_prompt(), "beside": beside}
+    found = learn(transformer, both, noised(), WEIGHTS, **given)
+    batch = noised()
+    with torch.no_grad():
+        x, sigma = batch.x_sigma, batch.sigma
+        b, v = batch.velocity(frozen, x, sigma), batch.velocity(own, x, sigma)
+        apart = (batch.velocity(result, x, sigma) - b).square().mean(dim=(1, 2))
+        u = batch.velocity(own, x, sigma, empty_prompt().index([0] * 4))
+        scale = 1 + 2 * sigma**0.5 * torch.tensor([1.0, 1, 0, 1])
+        guided = (v - u - scale.view(4, 1, 1) * (batch.target - u)).square().mean(dim=(1, 2))
+    wanted = torch.stack([guided[0], apart[1], guided[2] + 0.4 * apart[2], guided[3] + 0.4 * apart[3]])
+    torch.testing.assert_close(found.losses, wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_the_parts_are_means_over_the_pictures_that_they_are_of() -> None:
     rows = [(1.0, 4.0, 0.5, 1.0), (3.0, 2.0, 0.0, 0.0)]
     assert told_parts(rows, BOTH) == {"plain_loss": 2, "guided_loss": 3, "hold_base_loss": 0.5}

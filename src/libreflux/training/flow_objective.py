@@ -61,6 +61,11 @@ class Roles:
     guided: Sequence[bool]
     held: Sequence[bool]
 
+    @property
+    def compared(self) -> list[int]:
+        """Those that are compared with the base."""
+        return _where(a or b for a, b in zip(self.regularised, self.held, strict=True))
+
     @staticmethod
     def of(keys: FlowKeys, batch: Batch, sigmas: Sequence[float]) -> Roles:
         """Of a batch's pictures at these noise levels."""
@@ -81,6 +86,7 @@ def learn(
     keys: FlowKeys,
     roles: Roles,
     empty: TextConditioning,
+    beside: Adapter | None = None,
 ) -> Learned:
     """One pass of flow matching under the keys; gradients are left with the parameters.
 
@@ -91,44 +97,68 @@ def learn(
 
     The first term is the guided target: classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598) of what is
     trained towards. At its optimum v is what guidance of scale s makes of a plainly trained model. A dropped caption
-    has the plain target: v is u there. The second term is learning without forgetting (Li
-    and Hoiem 2016, arXiv 1606.09282), as `objective.regularised_target` has it, on the training pictures themselves.
+    has the plain target: v is u there. The second term is learning without forgetting (Li and Hoiem 2016, arXiv
+    1606.09282), as `objective.regularised_target` has it, on the training pictures themselves.
 
     u is the model as it is trained, with every adapter on it, and b is without any. Neither has a gradient. Each
     costs one pass without gradient, for the pictures that need it alone; pictures for regularisation and held ones
-    share theirs.
+    share theirs. An adapter that is on beside what is trained, and left out of the result, is off in the v that is
+    compared with b: that is what the result will draw. It takes another pass with gradient.
 
     Args:
         transformer: the network with `adapter` on it.
-        adapter: what is trained.
+        adapter: what is trained, and whatever else is on: with it off the network is the base.
         batch: B pictures.
         weights: [B], of each picture in the gradient of the step.
         keys: of the recipe.
         roles: of the pictures.
         empty: the empty prompt, one.
+        beside: the adapter that is left out of the result; None without one.
     """
     plain = batch.target
     target, base = plain.clone(), torch.zeros_like(plain)
-    if rows := _where(a or b for a, b in zip(roles.regularised, roles.held, strict=True)):
+    if rows := roles.compared:
         base[rows] = base_velocity(transformer, adapter, batch, rows).to(base.dtype)
-    if rows := _where(roles.regularised):
-        target[rows] = base[rows]
     if keys.guided is not None and (rows := _where(roles.guided)):
         scale = decayed_scale(keys.guided.scale, batch.sigma[rows], keys.guided.decay)
         own = unconditional_velocity(transformer, batch, rows, empty).to(plain.dtype)
         target[rows] = guided_target(plain[rows], own, scale)
-    predicted = batch.velocity(transformer, batch.x_sigma, batch.sigma).to(plain.dtype)
-    losses = _mean_square(predicted - target)
-    told = {"plain_loss": _mean_square(predicted.detach() - plain)}
+    trained, compared = _predicted(transformer, batch, roles, beside)
+    apart, matched = _mean_square(compared - base), _mean_square(trained - target)
+    losses = torch.where(torch.tensor(roles.regularised, device=plain.device), apart, matched)
+    told = {"plain_loss": _mean_square(trained.detach() - plain)}
     if keys.guided is not None:
         told["guided_loss"] = losses.detach()
     if keys.hold is not None:
         held = losses.new_tensor(roles.held)
-        penalty = held * _mean_square(predicted - base)
-        losses = losses + keys.hold.weight * penalty
-        told |= {"hold_base_loss": penalty.detach(), HELD: held}
+        losses = losses + keys.hold.weight * held * apart
+        told |= {"hold_base_loss": held * apart.detach(), HELD: held}
     (losses @ weights).backward()
     return Learned(losses.detach(), told)
+
+
+def _predicted(
+    transformer: FluxTransformer2DModel, batch: NoisedBatch, roles: Roles, beside: Adapter | None
+) -> tuple[Tensor, Tensor]:
+    """The velocities that are compared with the target and with the base, [B, h*w/4, 4C]: the same without `beside`.
+
+    With it zeros stand for pictures that are not compared so.
+    """
+    if beside is None:
+        predicted = batch.velocity(transformer, batch.x_sigma, batch.sigma).to(batch.target.dtype)
+        return predicted, predicted
+
+    def some(rows: list[int]) -> Tensor:
+        none = torch.zeros_like(batch.target)
+        if not rows:
+            return none
+        part = batch.index(rows)
+        found = part.velocity(transformer, part.x_sigma, part.sigma).to(none.dtype)
+        return none.index_copy(0, torch.tensor(rows, device=none.device), found)
+
+    trained = some(_where(not flag for flag in roles.regularised))
+    with beside.disabled():
+        return trained, some(roles.compared)
 
 
 @torch.no_grad()
