@@ -98,7 +98,9 @@ def _reach(replicates: np.ndarray, difference: np.ndarray) -> np.ndarray:
     spread = np.zeros_like(difference)
     largest = np.zeros(len(replicates))
     for first in range(models):
-        each = replicates[:, first : first + 1] - replicates  # [R, C]: the pairs of one row, so that R x C x C is not held
+        each = (
+            replicates[:, first : first + 1] - replicates
+        )  # [R, C]: the pairs of one row, so that R x C x C is not held
         spread[first] = each.std(axis=0)
         away = np.abs(each - difference[first])
         ratio = np.divide(away, spread[first], out=np.zeros_like(away), where=spread[first] > 0)
