@@ -1,4 +1,4 @@
-"""Paired comparison: differences that are there are found, those that are not are not, whoever is chosen as the best."""
+"""Paired comparison: differences that are there are found, others are not, whoever is chosen as the best."""
 
 from __future__ import annotations
 

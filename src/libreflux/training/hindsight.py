@@ -316,10 +316,20 @@ def _mean_and_gram(sources: Sequence[_Source], x: Tensor, name: str) -> tuple[Te
 def _lora(
     sources: Sequence[_Source], x: Tensor, down_name: str, up_name: str, alpha: float
 ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-    """(mean down, mean up), and the squared norms of gap and delta."""
-    down, up = (torch.stack([s.rows(name, 0, 1 << 62) for s in sources]) for name in (down_name, up_name))
-    mean_down, mean_up = (torch.tensordot(x, stack, dims=1) for stack in (down, up))
-    scale = alpha / down.shape[1]
-    apart = torch.einsum("n,nor,nri->oi", x, up - mean_up, down - mean_down)
+    """(mean down, mean up), and the squared norms of gap and delta; one source is in memory at a time."""
+    weighed = list(zip(x.tolist(), sources, strict=True))
+
+    def mean(name: str) -> Tensor:
+        total = torch.zeros(sources[0].file.get_slice(sources[0].prefix + name).get_shape(), dtype=torch.float64)
+        for weight, source in weighed:
+            total.add_(source.rows(name, 0, 1 << 62), alpha=weight)
+        return total
+
+    mean_down, mean_up = mean(down_name), mean(up_name)
+    apart = torch.zeros(len(mean_up), mean_down.shape[1], dtype=torch.float64)
+    for weight, source in weighed:
+        up, down = source.rows(up_name, 0, 1 << 62), source.rows(down_name, 0, 1 << 62)
+        apart.addmm_(up.sub_(mean_up), down.sub_(mean_down), alpha=weight)
+    scale = alpha / len(mean_down)
     gap, size = (scale**2 * matrix.square().sum() for matrix in (apart, mean_up @ mean_down))
     return (mean_down.float(), mean_up.float()), gap, size

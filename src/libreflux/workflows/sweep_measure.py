@@ -1,4 +1,4 @@
-"""One candidate of a sweep after another: made, put on the model, measured and drawn with, kept, and taken off again."""
+"""One candidate of a sweep after another: made, put on the model, measured and drawn with, kept, and taken off."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Judged:
         candidate: which.
         moments: on the pictures, each under its caption.
         gap: how far averaging factors, not products, moved the adapter, relative to its norm.
-        pictures: file of each drawn picture, by guidance scale, then prompt, then seed; relative to the result's folder.
+        pictures: file of each drawn picture, by guidance scale, then prompt, then seed, below the result's folder.
     """
 
     candidate: Candidate

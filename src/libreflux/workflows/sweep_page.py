@@ -88,8 +88,8 @@ def page(
 <ul class="faint">{told}</ul>
 <h2>The candidates, by {"loss" if table.by == "loss" else "calibration"}</h2>
 <p class="faint">On {table.measured} pictures, each under its caption, with the same noise for all; means over
-{len(table.sigmas)} noise levels. In brackets 95 % intervals: of a value, what other pictures would give; of a difference,
-together for all pairs of candidates. “Wins”: share of resamples of the pictures in which it is the best.</p>
+{len(table.sigmas)} noise levels. In brackets 95 % intervals: of a value, what other pictures would give; of
+a difference, together for all pairs of candidates. “Wins”: share of resamples of the pictures in which it is best.</p>
 {html.table(_heads(table), [_cells(row, table) for row in table.rows], 1)}
 <h2>By noise level</h2>
 <div class="plots">{_losses(table, judged)}{_slopes(table)}</div>
