@@ -1,4 +1,4 @@
-"""`libreflux average --sweep`: candidates of a tiny run, judged, drawn, kept, resumed; and how much memory they take."""
+"""`libreflux average --sweep`: candidates of a tiny run, judged, drawn, kept and resumed; and the memory they take."""
 
 from __future__ import annotations
 

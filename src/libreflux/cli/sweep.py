@@ -15,52 +15,51 @@ from libreflux.values import number_list
 from libreflux.workflows.progress import Progress
 from libreflux.workflows.sweep_options import SIGMAS, WIDTHS, SweepOptions, check_options
 
-_ONLY = "With --sweep: "
 Data = Annotated[
     Path | None,
-    typer.Option(
-        help=f"{_ONLY}folder of captioned pictures to judge on; default: what the run held out, or the emoji."
-    ),
+    typer.Option(help="Folder of captioned pictures to judge on; default: what the run held out, or the emoji."),
 ]
-Report = Annotated[Path | None, typer.Option(help=f"{_ONLY}folder of the result, continued; default: out/sweep/NAME.")]
+Report = Annotated[
+    Path | None, typer.Option(help="With --sweep: folder of the result, continued; default: out/sweep/NAME.")
+]
 Lerps = Annotated[
     str | None,
-    typer.Option(metavar="A,A,...", help=f"{_ONLY}LERP weights of the newest; default: the report's list, and 0.1."),
+    typer.Option(metavar="A,A,...", help="LERP weights of the newest; default: the report's list, and 0.1."),
 ]
 Widths = Annotated[
     str | None,
     typer.Option(
         metavar="W,W,...",
-        help=f"{_ONLY}widths in hindsight; default: of {', '.join(f'{one:g}' for one in WIDTHS)} what can be formed.",
+        help=f"Widths in hindsight; default: of {', '.join(f'{one:g}' for one in WIDTHS)} what can be formed.",
     ),
 ]
-By = Annotated[str | None, typer.Option(metavar="loss|slope", help=f"{_ONLY}what is the best; default: loss.")]
+By = Annotated[str | None, typer.Option(metavar="loss|slope", help="What is the best; default: loss.")]
 Sigmas = Annotated[
     str | None,
-    typer.Option(metavar="S,S,...", help=f"{_ONLY}noise levels; default: {', '.join(f'{one:g}' for one in SIGMAS)}."),
+    typer.Option(metavar="S,S,...", help=f"Noise levels; default: {', '.join(f'{one:g}' for one in SIGMAS)}."),
 ]
-Pictures = Annotated[int | None, typer.Option(min=2, help=f"{_ONLY}pictures to judge on, at most; default: 64.")]
+Pictures = Annotated[int | None, typer.Option(min=2, help="Pictures to judge on, at most; default: 64.")]
 Prompts = Annotated[
     list[str] | None,
-    typer.Option("--prompt", help=f"{_ONLY}drawn by all; may be repeated; default: two of the pictures' captions."),
+    typer.Option("--prompt", help="Drawn by all; may be repeated; default: two of the pictures' captions."),
 ]
 Guidance = Annotated[
     str | None,
-    typer.Option(metavar="1:6:1", help=f"{_ONLY}guidance scales to draw at; default: 1:6:1; none: no sheet."),
+    typer.Option(metavar="1:6:1", help="Guidance scales to draw at; default: 1:6:1; none: no sheet."),
 ]
-Seeds = Annotated[str | None, typer.Option(metavar="0,1", help=f"{_ONLY}seeds of each prompt; default: 0.")]
-Steps = Annotated[int | None, typer.Option(min=1, help=f"{_ONLY}sampling steps; default: the adapter's.")]
+Seeds = Annotated[str | None, typer.Option(metavar="0,1", help="Seeds of each prompt; default: 0.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; default: the adapter's.")]
 TrainedOn = Annotated[
     list[str] | None,
-    typer.Option(metavar="DIR", help=f"{_ONLY}more runs, caches or folders that were trained on; may be repeated."),
+    typer.Option(metavar="DIR", help="More runs, caches or folders that were trained on; may be repeated."),
 ]
-Model = Annotated[str | None, typer.Option(help=f"{_ONLY}what the adapters are put on; default: the run's.")]
+Model = Annotated[str | None, typer.Option(help="What the adapters are put on; default: the run's.")]
 Resolution = Annotated[
-    int | None, typer.Option(min=16, max=8192, help=f"{_ONLY}side of the pictures in pixels; default: the recipe's.")
+    int | None, typer.Option(min=16, max=8192, help="Side of the pictures in pixels; default: the recipe's.")
 ]
-Batch = Annotated[int | None, typer.Option(min=1, help=f"{_ONLY}pictures per forward pass; default: 8 (FLUX.1: 1).")]
-Seed = Annotated[int | None, typer.Option(min=0, help=f"{_ONLY}seed of noise and intervals; default: 0.")]
-Device = Annotated[str | None, typer.Option(help=f"{_ONLY}auto, cpu, cuda, cuda:N or mps; default: auto.")]
+Batch = Annotated[int | None, typer.Option(min=1, help="Pictures per forward pass; default: 8 (FLUX.1: 1).")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of noise and intervals; default: 0.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps; default: auto.")]
 
 
 @dataclass(frozen=True)
