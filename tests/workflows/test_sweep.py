@@ -27,6 +27,7 @@ from libreflux.training import hindsight
 from libreflux.workflows.progress import Report
 from libreflux.workflows.sweep import SweepResult
 from libreflux.workflows.sweep_candidates import candidates_of
+from workflows.test_examples import example_of
 
 RANK = 7
 QUICK: dict[str, Any] = {
@@ -125,6 +126,19 @@ def test_the_page_the_sheet_and_the_numbers(swept: SweepResult) -> None:
     assert swept.sheet is not None
     assert len({name for row in swept.rows for each in row.pictures for name in each}) == 4 * 2
     assert libreflux.__version__ in swept.page.read_text()
+
+
+def test_the_example_of_the_docstring_runs(
+    many: Path, apart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/mine").symlink_to(many)
+    Path("photos-apart").symlink_to(apart)
+    exec("if True:\n" + example_of("sweep"), {})
+    out = capsys.readouterr().out
+    assert out.startswith("They ")
+    assert "out/sweep/run/index.html" in out
 
 
 class Stop(Exception):

@@ -84,7 +84,7 @@ def sweep_with(options: SweepOptions) -> SweepResult:
 
         import libreflux
 
-        found = libreflux.sweep("runs/mine", data="photos-apart", pictures=32, out="best.safetensors")
+        found = libreflux.sweep("runs/mine", data="photos-apart", lerps=[0.2], widths=[], guidance=[])
         print(found.sentence)
         print(found.rows[0].name, found.rows[0].to_last, found.page)
     """
