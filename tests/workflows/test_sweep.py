@@ -87,7 +87,8 @@ def test_all_candidates_are_there_the_best_first(swept: SweepResult) -> None:
 
 def test_the_winner_is_the_average_that_the_command_makes(many: Path, swept: SweepResult, tmp_path: Path) -> None:
     best = swept.rows[0]
-    option = {"lerp": {"lerp": best.value}, "width": {"width": best.value}, "last": {"lerp": 1.0}}[best.kind]
+    options: dict[str, Any] = {"lerp": {"lerp": best.value}, "width": {"width": best.value}, "last": {"lerp": 1.0}}
+    option = options[best.kind]
     libreflux.average(many, out=tmp_path / "same.safetensors", **option)
     made, same = load_file(swept.out or ""), load_file(tmp_path / "same.safetensors")
     assert all(torch.equal(made[name], same[name]) for name in same)
