@@ -6,7 +6,7 @@ The transformer and both text encoders learn together; afterwards the encoders a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,12 @@ def build_tokenizers(folder: Path) -> tuple[Any, Any]:
 
 
 def make_text(folder: Path) -> TextEncoders:
+    """Fresh encoders for the tokenizers in a folder."""
+    return encoders(*build_tokenizers(folder))
+
+
+def encoders(clip_tokenizer: CLIPTokenizer, t5_tokenizer: T5Tokenizer) -> TextEncoders:
     """Fresh encoders, 128 wide, two layers each."""
-    clip_tokenizer, t5_tokenizer = build_tokenizers(folder)
     torch.manual_seed(0)
     clip = CLIPTextModel(
         CLIPTextConfig(
@@ -141,13 +145,14 @@ def make_transformer() -> FluxTransformer2DModel:
 
 def condition(text: TextEncoders, prompts: Sequence[str]) -> TextConditioning:
     """`TextEncoders.encode` under `drop`, with gradients and in one masked T5 pass for the whole batch."""
+    device = text.text_encoder.device
     t5_ids = [torch.tensor(text.tokenizer_2(prompt).input_ids) for prompt in prompts]
     ids = pad_sequence(t5_ids, batch_first=True)
     seen = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in t5_ids])[:, None]
-    hidden = text.text_encoder_2(input_ids=ids, attention_mask=seen.long()).last_hidden_state
+    hidden = text.text_encoder_2(input_ids=ids.to(device), attention_mask=seen.long().to(device)).last_hidden_state
     clip_ids = [torch.tensor(text.tokenizer(prompt, truncation=True, max_length=77).input_ids) for prompt in prompts]
     padded = pad_sequence(clip_ids, batch_first=True, padding_value=text.tokenizer.eos_token_id)
-    last = text.text_encoder(input_ids=padded).last_hidden_state
+    last = text.text_encoder(input_ids=padded.to(device)).last_hidden_state
     ends = torch.tensor([len(row) - 1 for row in clip_ids])
     return TextConditioning([h[: len(i)] for h, i in zip(hidden, t5_ids, strict=True)], last[range(len(ends)), ends])
 
@@ -215,8 +220,6 @@ def _stage(work: Path, modules: dict[str, nn.Module]) -> Stage:
 
 def export(work: Path, out: Path | None = None) -> Path:
     """Write `work/m/base`, the teacher in bf16, from whatever the stages have reached; replaces an older one."""
-    import shutil
-
     transformer, text = make_transformer(), make_text(work / "tokenizers")
     modules = {"transformer": transformer, "clip": text.text_encoder, "t5": text.text_encoder_2}
     stage = _stage(work, modules)
@@ -241,12 +244,18 @@ def export(work: Path, out: Path | None = None) -> Path:
         text=text.to(dtype=torch.bfloat16),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
     )
-    out = out or work / "m" / "base"
+    return replaced(out or work / "m" / "base", lambda fresh: save_model(fresh, facts, live))
+
+
+def replaced(out: Path, write: Callable[[Path], object]) -> Path:
+    """A folder written anew beside itself, then put in the old one's place; returns `out`."""
+    import shutil
+
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = out.with_name(f"{out.name}.new"), out.with_name(f"{out.name}.old")
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    save_model(fresh, facts, live)
+    write(fresh)
     if out.exists():
         out.rename(old)
     fresh.rename(out)

@@ -75,7 +75,7 @@ class Stage:
             for optimizer in self.optimizers:
                 for name, own in self._of(optimizer):
                     optimizer.state[own] = {
-                        key: saved.get_tensor(f"{key}/{name}").clone()
+                        key: saved.get_tensor(f"{key}/{name}").clone().to(own.device)
                         for key in ("step", "exp_avg", "exp_avg_sq")
                         if f"{key}/{name}" in saved.keys()  # noqa: SIM118 (a file's keys, no dictionary's)
                     }

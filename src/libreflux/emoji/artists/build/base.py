@@ -1,0 +1,215 @@
+"""Latents of training scenes with their captions, then emoji-base from nothing by plain flow matching.
+
+The autoencoder is the shipped one. The transformer and both text encoders learn together; afterwards the encoders are
+frozen for the whole family.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import FluxTransformer2DModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from libreflux import seeding
+from libreflux.emoji.artists import captions as grammar
+from libreflux.emoji.artists import held_out, scenes
+from libreflux.emoji.artists.subjects import all_subjects
+from libreflux.emoji.build.base import EDGE, condition, encoders, make_transformer, replaced
+from libreflux.emoji.build.muon import multiplies_bf16
+from libreflux.emoji.build.stage import Stage, trapezoid
+from libreflux.emoji.build.tokenizers import build_clip_tokenizer, build_t5_tokenizer
+from libreflux.files import atomic_save_safetensors, atomic_write_text
+from libreflux.flow import path as flow_path
+from libreflux.flow.sigmas import Beta, Uniform, stratified
+from libreflux.model import latents as latents_room
+from libreflux.model.facts import Facts
+from libreflux.model.opening import open_model
+from libreflux.model.save import LiveParts, save_model
+from libreflux.model.text import TextEncoders
+from libreflux.model.velocity import velocity
+from libreflux.printing import say
+from libreflux.sample.grid import sheet
+from libreflux.sample.metadata import save_png
+
+SCENES, SCENE_SEED = 80_000, 3
+CHUNK = 4_000
+STEPS, BATCH = 16_000, 48
+RATE, MATRIX_RATE = 1e-3, 1e-2  # of AdamW and of Muon
+SHARES = {"bare": 0.15, "short": 0.45, "full": 0.15, "tags": 0.15, "": 0.1}
+ATTENTION = {"cpu": SDPBackend.MATH, "cuda": SDPBackend.EFFICIENT_ATTENTION}
+"""At some 80 tokens plain attention's backward takes half the time of the fused one on a CPU; cuDNN's may be wrong."""
+LONG_EVERY = 12  # every so many steps all captions are long ones: they would pad the others' batches
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 where the processor multiplies it, fp32 where it would be the slower one."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device))
+
+
+def pixels(what: list[scenes.Scene]) -> Tensor:
+    """[B, 3, H, W] in [-1, 1]: the pictures of scenes."""
+    stacked = torch.from_numpy(np.stack([np.asarray(scenes.render(scene)) for scene in what]))
+    return stacked.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def draw_sheet(work: Path) -> Path:
+    """Forty training scenes, for the eye: `work/scenes.png`."""
+    drawn = [scenes.render(held_out.training_scene(SCENE_SEED, index)) for index in range(40)]
+    save_png(sheet([drawn[start : start + 10] for start in range(0, 40, 10)]), work / "scenes.png")
+    return work / "scenes.png"
+
+
+def _chunk_file(work: Path, number: int) -> Path:
+    return work / "latents" / f"{number:03d}.safetensors"
+
+
+def _rendered(index: int) -> tuple[np.ndarray, dict[str, str]]:
+    what = held_out.training_scene(SCENE_SEED, index)
+    return np.asarray(scenes.render(what)), grammar.captions(what)
+
+
+@torch.no_grad()
+def make_latents(work: Path, *, count: int = SCENES, device: str = "cpu", workers: int = 2) -> Path:
+    """Encode the first `count` training scenes, `CHUNK` a file, with their captions beside; files that exist stay.
+
+    A file has `packed` [CHUNK, 64, 64] in bf16, normalised.
+    """
+    (work / "latents").mkdir(parents=True, exist_ok=True)
+    vae = open_model("emoji-base").load_vae(dtype=torch.float32).to(device)
+    where = torch.device(device)
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for number in range(count // CHUNK):
+            file = _chunk_file(work, number)
+            if file.exists():
+                continue
+            rows = range(number * CHUNK, (number + 1) * CHUNK)
+            pictures, texts, packed = [], [], []
+            for picture, text in pool.imap(_rendered, rows, chunksize=64):
+                pictures.append(picture)
+                texts.append(text)
+                if len(pictures) == 50:
+                    batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+                    batch = batch.to(where).contiguous(memory_format=torch.channels_last)
+                    with autocast(where):
+                        packed.append(latents_room.pack(latents_room.encode(vae, batch)).bfloat16().cpu())
+                    pictures.clear()
+            atomic_write_text(file.with_suffix(".json"), json.dumps(texts))
+            atomic_save_safetensors({"packed": torch.cat(packed)}, file, {})
+            say(f"latents {rows.stop}/{count}")
+    return work / "latents"
+
+
+def load_latents(work: Path, count: int) -> tuple[Tensor, list[dict[str, str]]]:
+    """(packed [count, 64, 64] in bf16, captions of each): what `make_latents` wrote."""
+    files = [_chunk_file(work, number) for number in range(count // CHUNK)]
+    packed = torch.cat([load_file(file)["packed"] for file in files])
+    return packed, [row for file in files for row in json.loads(file.with_suffix(".json").read_text("utf-8"))]
+
+
+@cache
+def _corpus() -> list[str]:
+    told = [text for index in range(6_000) for text in grammar.captions(held_out.training_scene(1, index)).values()]
+    return [*told, *(subject.name for subject in all_subjects())]
+
+
+def make_text(folder: Path) -> TextEncoders:
+    """Fresh encoders for tokenizers that are fitted to captions once, in `folder`."""
+    from transformers import CLIPTokenizer, T5Tokenizer
+
+    clip, t5 = folder / "tokenizer", folder / "tokenizer_2"
+    if not (t5 / "tokenizer.json").exists():
+        build_clip_tokenizer(_corpus(), clip, 1600)
+        build_t5_tokenizer(_corpus(), t5, 1024)
+    return encoders(CLIPTokenizer.from_pretrained(clip), T5Tokenizer.from_pretrained(t5))
+
+
+def batch_at(step: int, seed: int, texts: list[dict[str, str]], batch: int) -> tuple[list[int], list[str]]:
+    """(rows of the latents, captions) of one step; every `LONG_EVERY`-th step has long captions only."""
+    rng = seeding.rng(seed, "artists-base", step)
+    rows = rng.integers(len(texts), size=batch).tolist()
+    kinds = rng.choice(list(SHARES), size=batch, p=list(SHARES.values())).tolist()
+    if step % LONG_EVERY == LONG_EVERY - 1:
+        kinds = [kind and "long" for kind in kinds]
+    return rows, [texts[row][kind] if kind else "" for row, kind in zip(rows, kinds, strict=True)]
+
+
+def train(
+    work: Path,
+    *,
+    steps: int = STEPS,
+    count: int = SCENES,
+    batch: int = BATCH,
+    device: str = "cpu",
+    seed: int = 0,
+    save_every: int = 200,
+) -> None:
+    """Train (or resume) to `steps`; `work/base.safetensors` keeps the state."""
+    packed, texts = load_latents(work, count)
+    where = torch.device(device)
+    transformer, text = make_transformer().to(where), make_text(work / "tokenizers")
+    transformer.train()
+    text.to(where)
+    packed = packed.to(where)
+    ids = latents_room.image_ids(16, 16).to(where)
+
+    def loss_at(step: int) -> Tensor:
+        rows, captions = batch_at(step, seed, texts, batch)
+        x0 = packed[rows].float()
+        noise = torch.randn(x0.shape, generator=seeding.generator(seed, "noise", step)).to(where)
+        # Noisier than the recipe's Beta(2, 2): shapes are decided there, and are slow to be learnt. One step in eight
+        # keeps the rare ends trained.
+        law = Uniform() if step % 8 == 7 else Beta(alpha=4.0, beta=1.2)
+        sigma = stratified(law, batch, seeding.generator(seed, "sigma", step)).to(where)
+        with autocast(where), sdpa_kernel(ATTENTION[where.type]):
+            conditioning = condition(text, captions)
+            output = velocity(transformer, flow_path.interpolate(x0, noise, sigma), sigma, conditioning, ids)
+        return F.mse_loss(output.float(), flow_path.velocity_target(x0, noise))
+
+    stage = _stage(work, transformer, text)
+    stage.resume()
+    for _ in stage.run(steps, loss_at, trapezoid, every=save_every):
+        pass
+
+
+def _stage(work: Path, transformer: FluxTransformer2DModel, text: TextEncoders) -> Stage:
+    modules: dict[str, nn.Module] = {
+        "transformer": transformer,
+        "clip": text.text_encoder,
+        "t5": text.text_encoder_2,
+    }
+    return Stage(work / "base.safetensors", modules, lr=RATE, matrix_lr=MATRIX_RATE, average=0.998, edge=EDGE)
+
+
+def export(work: Path, out: Path | None = None) -> Path:
+    """Write `work/m/base`, the teacher in bf16, from whatever the stage has reached; replaces an older one."""
+    transformer, text = make_transformer(), make_text(work / "tokenizers")
+    stage = _stage(work, transformer, text)
+    if not stage.resume():
+        raise FileNotFoundError(work / "base.safetensors")
+    stage.use_average()
+    former = open_model("emoji-base")
+    facts: Facts = dataclasses.replace(
+        former.facts,
+        lineage={
+            "name": "emoji-base",
+            "trained": "from nothing by libreflux.emoji.artists.build",
+            "steps": stage.step,
+        },
+    )
+    live = LiveParts(
+        transformer=transformer.bfloat16(),
+        vae=former.load_vae(dtype=torch.bfloat16),
+        text=text.to(dtype=torch.bfloat16),
+        scheduler=former.scheduler,
+    )
+    return replaced(out or work / "m" / "base", lambda fresh: save_model(fresh, facts, live))
