@@ -72,6 +72,12 @@ ATTENTION_STYLE = """
 """
 """Beside `STYLE`, of the page of `inspect attention`."""
 
+SWEEP_STYLE = """
+.verdict { font-size: 1.15rem; border-left: 4px solid var(--c1); padding-left: .9rem; }
+.sheet { overflow-x: auto; } .sheet img { max-width: none; border-radius: 0; }
+"""
+"""Beside `STYLE`, of the page of `average --sweep`."""
+
 
 def document(title: str, body: str) -> str:
     """A whole page that may load nothing from anywhere and run no script."""
