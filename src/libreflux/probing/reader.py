@@ -15,8 +15,8 @@ from libreflux.files import sha256_file
 
 PACKAGES = ("rapidocr", "onnxruntime")
 INSTALL = "pip install 'libreflux[ocr]'"
-SURE = 0.5
-"""Lines that rapidocr is less sure of are not read."""
+SETTINGS = {"Global.text_score": 0.5, "Det.limit_type": "min", "Det.limit_side_len": 736}
+"""rapidocr's own: how sure it must be of a line, and the pixels to which the shorter side is enlarged at least."""
 _KINDS = {"Det": "det", "Cls": "cls", "Rec": "rec"}
 
 
@@ -35,15 +35,15 @@ class Reader:
     """Reads pictures, one at a time, on the CPU.
 
     Attributes:
-        name: which models in which version: results of another are not compared.
+        name: which version, with a digest of its models and settings: results of another are not compared.
     """
 
     def __init__(self) -> None:
         """Raises RunError if the models are not in rapidocr's folder, as its wheel has them."""
         models = _models()
         digests = [f"{kind}:{sha256_file(file)}" for kind, file in sorted(models.items())]
-        told = hashlib.sha256("\n".join(digests).encode()).hexdigest()[:16]
-        self.name = f"rapidocr {version('rapidocr')}, models {told}"
+        told = hashlib.sha256("\n".join([str(SETTINGS), *digests]).encode()).hexdigest()[:16]
+        self.name = f"rapidocr {version('rapidocr')}, {told}"
         self._models = models
         self._engine: Any = None
 
@@ -76,7 +76,7 @@ def _engine(models: dict[str, Path]) -> Any:
     return RapidOCR(
         params={
             "Global.log_level": "critical",  # of a picture without text it would print a warning
-            "Global.text_score": SURE,
+            **SETTINGS,
             "EngineConfig.onnxruntime.intra_op_num_threads": threads,
             "EngineConfig.onnxruntime.inter_op_num_threads": 1,
             **{f"{kind}.model_path": str(file) for kind, file in models.items()},

@@ -18,7 +18,7 @@ QUOTES = (('"', '"'), ("“", "”"), ("„", "“"), ("„", "”"), ("«", "»
 _QUOTED = re.compile(
     "|".join(
         # Of straight quotes, 5" is no opening and "5 no closing one.
-        rf"(?<!\w){a}([^{a}\n]+){b}(?!\w)" if a == b else rf"{a}([^{a}{b}\n]+){b}"
+        rf"(?<!\w){a}([^{a}\n]*){b}(?!\w)" if a == b else rf"{a}([^{a}{b}\n]*){b}"
         for a, b in QUOTES
     )
 )
@@ -31,7 +31,7 @@ def quoted(prompt: str) -> tuple[str, ...]:
 
     `a sign that says "OPEN", and “24 hours” below` has OPEN and 24 hours.
     """
-    found = (next(text for text in match.groups() if text) for match in _QUOTED.finditer(prompt))
+    found = (next(text for text in match.groups() if text is not None) for match in _QUOTED.finditer(prompt))
     return tuple(text.strip() for text in found if letters(text))
 
 
