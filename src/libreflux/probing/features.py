@@ -175,6 +175,7 @@ _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def _image_tower(folder: Path) -> Features:
+    """With a picture tried."""
     # Not `from transformers import AutoImageProcessor`: that name asks for torchvision, in 5.12 still.
     processor = AutoImageProcessor.from_pretrained(folder, **_LOCAL)
     model = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **_LOCAL)
@@ -182,7 +183,10 @@ def _image_tower(folder: Path) -> Features:
     side = size["height"] if "height" in size else size["shortest_edge"]
     if not 1 <= int(side) <= MOST_SIDE:
         raise ValueError(f"inputs of {side} pixels")
-    return Features(model, list(processor.image_mean), list(processor.image_std), int(side))
+    made = Features(model.eval(), list(processor.image_mean), list(processor.image_std), int(side))
+    with torch.no_grad():
+        made(torch.zeros(1, 3, made.side, made.side))  # a text model, or one whose pictures come in another form, fails
+    return made
 
 
 def _two_towers(folder: Path) -> TwoTowers:
