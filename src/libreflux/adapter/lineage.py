@@ -1,4 +1,4 @@
-"""Which models an adapter belongs on: what was merged into a model, and into the one that the adapter was trained on."""
+"""Which models an adapter belongs on: what was merged into a model, and into the one that it was trained on."""
 
 from __future__ import annotations
 
