@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,10 +19,11 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from libreflux.errors import RecipeError
 from libreflux.places import did_you_mean
 from libreflux.recipe import faults, yaml_text
+from libreflux.recipe.adapter_section import AdapterSpec, TargetSpec, at_few_steps, refuse_idle
 from libreflux.recipe.auto import CountOrAuto, FlagOrAuto, OnOffOrAuto
+from libreflux.recipe.compared import differences
 from libreflux.recipe.distil import AdversarialSpec, DistilSpec, refuse_faults
 from libreflux.recipe.sections import (
-    AdapterSpec,
     DataSource,
     HeldOutSpec,
     OptimizerSpec,
@@ -33,7 +34,6 @@ from libreflux.recipe.sections import (
     Section,
     Seed,
     SigmaSpec,
-    TargetSpec,
     Whole,
     later,
 )
@@ -192,6 +192,11 @@ class Recipe(Section):
             raise ValueError("wanted different widths from 0.01 to 0.28, such as [0.05, 0.1]")
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, value: Any) -> Any:
+        return at_few_steps(value)
+
     @model_validator(mode="after")
     def _distillation(self) -> Recipe:
         refuse_faults(self.objective, self.distil, self.data, self.steps, self.sigmas)
@@ -200,6 +205,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _no_idle_key(self) -> Recipe:
         """Every cadence may exceed `steps`, since a run can be prolonged; a warm-up may not, as it hides the rate."""
+        refuse_idle(self.adapter, self.samples)
         if self.optimizer.warmup >= self.steps:
             told = f"optimizer.warmup {self.optimizer.warmup} would fill all of steps {self.steps}"
             raise ValueError(f"{told}, and optimizer.learning_rate never be trained at; shorten it")
@@ -249,6 +255,7 @@ class Recipe(Section):
         kept["accumulate"] *= world
         if self.latents == "mean":  # the only one that runs without this key had
             del kept["latents"]
+        kept["adapter"] = self.adapter.decisive()
         kept["held_out"] = {"share": self.held_out.share}
         kept["data"] = [{name: value for name, value in source.items() if name != "path"} for source in kept["data"]]
         kept["text_cache"] = kept["text_cache"].replace("none", "bf16")  # what is encoded anew has the same values
@@ -290,13 +297,6 @@ _INDECISIVE = frozenset(
 )
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Dotted keys whose values differ between two resolved recipes, in the order of ``old``, then of ``new``."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
-    absent = object()
-    return [key for key in {**before, **after} if before.get(key, absent) != after.get(key, absent)]
-
-
 def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe from YAML and lays ``a.b=c`` overrides over it; values of overrides are YAML too.
 
@@ -336,12 +336,3 @@ def recipe_of(tree: dict[str, Any], where: str, overrides: Sequence[str] = ()) -
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise faults.explain(error, where, Recipe) from None
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list | tuple) else None
-    if items is None or not tree:
-        yield prefix, tree
-        return
-    for name, value in items:
-        yield from _leaves(value, f"{prefix}.{name}" if prefix else str(name))

@@ -37,7 +37,14 @@ from libreflux.printing import counted
 from libreflux.sample.encoding import Encoded, Text, encode_ahead, encode_in_turn, untold
 from libreflux.sample.metadata import GenerationRecord, versions
 from libreflux.sample.pipeline import LibreFluxPipeline
-from libreflux.workflows.adapters import adapted_facts, adapter_argument, as_typed, load_arguments, notice_other_base
+from libreflux.values import adapter_argument
+from libreflux.workflows.adapters import (
+    adapted_facts,
+    as_typed,
+    load_arguments,
+    notice_other_base,
+    notice_training_adapter,
+)
 from libreflux.workflows.picture_options import Offload, OffloadBlocks, Quantize
 
 SMALLER = OptionHint(
@@ -217,6 +224,7 @@ class AdaptedSource:
             dtype = f"{kind}, {dtype}"
         transformer_hash = self.source.hash_with(sha256)
         notice_other_base(transformer_hash, self.files)
+        notice_training_adapter(file for file, _ in self.files)
         for file, weight in self.files:
             attach_file(transformer, file, weight, dtype=transformer.dtype)
         if self.offload_blocks != 0:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from libreflux.errors import OptionError
-from libreflux.workflows.adapters import adapter_argument, result_name
+from libreflux.values import adapter_argument
+from libreflux.workflows.adapters import result_name
 from libreflux.workflows.inspect_attention_files import AttentionFolder
 from libreflux.workflows.inspect_attention_options import InspectAttentionOptions, check_options
 from libreflux.workflows.keywords import by_keywords
