@@ -27,7 +27,7 @@ from libreflux.model.opening import open_model
 from libreflux.model.source import ModelSource
 from libreflux.model.w8a8 import quantise_activations
 from libreflux.recipe import AdversarialSpec, Recipe
-from libreflux.training import trace
+from libreflux.training import trace, training_adapter
 from libreflux.training.adversary import Adversary, spec_of
 from libreflux.training.bf16_update import CHUNK, CHUNK_ON_A_CARD, SCRATCH_BYTES
 from libreflux.training.memory import on_cpu
@@ -35,6 +35,7 @@ from libreflux.training.objective import NoisedBatch
 from libreflux.training.optimizer import BUCKET, parameter_dtype
 from libreflux.training.phases import Estimate, Phase, libraries
 from libreflux.training.planned import BASE_DTYPES, INT8_BASES, plan_layers
+from libreflux.training.training_adapter import TrainingAdapter
 
 UPDATE_BYTES = 30  # of fp32 AdamW, per element of its largest bucket
 # bitsandbytes: numbers of a moment that share an fp32 scale; smaller parameters than the second keep fp32 moments.
@@ -74,6 +75,7 @@ def estimate_recipe(
         guidance=recipe.guidance,
         on_cpu=cpu,
         adversarial=adversarial,
+        beside=training_adapter.read(recipe),
     )
     at_once = min(SHARD_ITEMS, captions or SHARD_ITEMS)
     if recipe.text_cache == "none":
@@ -217,6 +219,7 @@ def estimate(
     on_cpu: bool = False,
     moments_8bit: bool = False,
     adversarial: AdversarialSpec | None = None,
+    beside: TrainingAdapter | None = None,
 ) -> Estimate:
     """What training this adapter takes.
 
@@ -232,12 +235,14 @@ def estimate(
         on_cpu: whether it trains on the CPU.
         moments_8bit: whether the optimizer is `training.optimizer8.AdamW8bit`.
         adversarial: of a student that learns from an adversary.
+        beside: the training adapter.
     """
     weights = trace.weights_of(transformer)
     adapter = attach(transformer, resolved, dtype=adapter_dtype, init="ones")
     parameters = list(adapter.parameters())
     count, own = sum(parameter.numel() for parameter in parameters), trace.size_in_bytes(parameters)
     moments = sum(map(_moments_8bit, parameters)) if moments_8bit else 2 * own
+    on = None if beside is None else beside.put_on(transformer, adapter, "meta")
     adversary = None if adversarial is None else Adversary(adversarial, transformer, 0, "meta")
     learn = None if adversary is None else _learning(transformer, adversary)
     heads = [] if adversary is None else adversary.parameters
@@ -246,6 +251,7 @@ def estimate(
         on_cpu=on_cpu,
         weights=weights,
         adapter=own,
+        training_adapter=0 if on is None else trace.size_in_bytes(on.parameters()),
         moments=moments,
         gradient=4 * count,
         heads=4 * of_heads,  # weights, two moments, gradient

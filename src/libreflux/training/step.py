@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from libreflux.training.objective import (
 )
 from libreflux.training.optimizer import Optimizer, lr_at
 from libreflux.training.ranks import Ranks
+from libreflux.training.training_adapter import TrainingAdapter, sample_facts, together
 
 _Row = tuple[int, str, float, bool, Sequence[float]]
 """Of one picture: slot, sample id, loss, whether its source is for regularisation, what the adversary tells of it."""
@@ -86,6 +88,8 @@ class Training:
         forks: the changes of the recipe so far, see `training.forks`.
         compiled: the transformer's blocks; None where they are not.
         adversary: of a student that learns from one.
+        beside: the training adapter, of which nothing is saved; None without one.
+        beside_on: the same on the transformer.
     """
 
     recipe: Recipe
@@ -108,12 +112,23 @@ class Training:
     held_out: HeldOut | None = None
     compiled: CompiledBlocks | None = None
     adversary: Adversary | None = None
+    beside: TrainingAdapter | None = None
+    beside_on: Adapter | None = None
     _gradient: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
     def shift(self) -> float:
         """Of a student's ladder; what has no fixed one is refused as a student before training."""
         return 1.0 if self.facts.shift is None else self.facts.shift
+
+    @property
+    def all_on(self) -> Adapter:
+        """All that is on the base, as one adapter to switch off: what is left is the base alone."""
+        return together(self.adapter, self.beside_on)
+
+    def without_beside(self) -> AbstractContextManager[None]:
+        """The model as its result is used: the training adapter is off while the block runs."""
+        return nullcontext() if self.beside_on is None else self.beside_on.disabled()
 
     def started(self) -> Started:
         recipe, samples = self.recipe, self.batches.samples
@@ -126,6 +141,7 @@ class Training:
             epoch_steps=steps_of_epoch(epoch, samples, self.ranks.world, recipe.batch, recipe.accumulate),
             source=self.source,
             facts=self.facts,
+            sample_facts=sample_facts(self.source.facts, recipe),
             resolved=self.resolved,
             start_norm=self.start_norm,
             held_out=self.held_out,
@@ -224,14 +240,14 @@ class Training:
         levels = renoise_sigmas(adversary.spec, unit.total, seed, self.step)[list(unit.slots)]
         again = replace(noised, noise=self._noise(batch, unit, "adversary"), sigma=levels.to(self.device))
         compiled = self.compiled is not None
-        return adversary.learn(self.transformer, self.adapter, noised, again, weights / unit.total, compiled=compiled)
+        return adversary.learn(self.transformer, self.all_on, noised, again, weights / unit.total, compiled=compiled)
 
     def _target(self, batch: Batch, noised: NoisedBatch) -> Tensor:
         """What the network's velocity is compared with, by the recipe's objective; [B, h*w/4, 4C] fp32."""
         if self.recipe.distil is None:
-            return regularised_target(self.transformer, self.adapter, noised, batch.regularised)
+            return regularised_target(self.transformer, self.all_on, noised, batch.regularised)
         empty = self.batches.empty_prompt().to(self.device)
-        return distilled_target(self.transformer, self.adapter, noised, empty, self.recipe.distil, shift=self.shift)
+        return distilled_target(self.transformer, self.all_on, noised, empty, self.recipe.distil, shift=self.shift)
 
     def _move(self, gradient: Tensor, rows: Sequence[_Row]) -> _Moved:
         """Clips the step's gradient [P] and moves the weights along it, unless it or a loss is not finite.
