@@ -35,14 +35,13 @@ from libreflux.training.nonfinite import Skips, at_fault, heads_at_fault, requir
 from libreflux.training.objective import (
     NoisedBatch,
     distilled_target,
-    flow_matching_loss,
     keyed_noise,
     on_rungs,
     regularised_target,
 )
 from libreflux.training.optimizer import Optimizer, lr_at
 from libreflux.training.ranks import Ranks
-from libreflux.training.training_adapter import TrainingAdapter, sample_facts, together
+from libreflux.training.training_adapter import TrainingAdapter, losses, sample_facts, together
 
 _Row = tuple[int, str, float, bool, Sequence[float]]
 """Of one picture: slot, sample id, loss, whether its source is for regularisation, what the adversary tells of it."""
@@ -234,7 +233,8 @@ class Training:
         """One forward and backward pass, or those with an adversary: gradients are left with the parameters."""
         weights, adversary, seed = batch.loss_weights.to(self.device), self.adversary, self.recipe.seed
         if adversary is None:
-            of_unit = flow_matching_loss(self.transformer, noised, target=self._target(batch, noised))
+            target = self._target(batch, noised)
+            of_unit = losses(self.transformer, self.beside_on, noised, batch.regularised, target)
             (of_unit @ weights / unit.total).backward()
             return Learned(of_unit.detach(), {})
         levels = renoise_sigmas(adversary.spec, unit.total, seed, self.step)[list(unit.slots)]

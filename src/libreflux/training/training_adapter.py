@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
 
 from libreflux.adapter.adapter import Adapter
 from libreflux.adapter.io import ROLE, TRAINING_ADAPTER, AdapterFile, attach_file, load_adapter
@@ -23,6 +26,7 @@ from libreflux.places import did_you_mean
 from libreflux.recipe import Recipe
 from libreflux.training.callbacks import Callbacks
 from libreflux.training.checkpoint import ADAPTER, Checkpoint
+from libreflux.training.objective import NoisedBatch, flow_matching_loss
 from libreflux.values import adapter_argument
 
 KEY = "adapter.training_adapter"
@@ -130,6 +134,40 @@ def together(adapter: Adapter, other: Adapter | None) -> Adapter:
         return adapter
     over = {f"{name}, over": one for name, one in other.layers.items()}
     return Adapter(adapter.transformer, {**adapter.layers, **over})
+
+
+def losses(
+    transformer: FluxTransformer2DModel,
+    on: Adapter | None,
+    batch: NoisedBatch,
+    regularised: Sequence[bool],
+    target: Tensor,
+) -> Tensor:
+    """`flow_matching_loss`, with the training adapter off for regularised pictures.
+
+    What those keep is what the result will draw, and that draws without it: only so is their loss zero while the
+    trained adapter does nothing. The others are trained with it on.
+
+    Args:
+        transformer: the network with all that is on it.
+        on: the training adapter; None without one.
+        batch: the pictures.
+        regularised: B flags.
+        target: [B, h*w/4, 4C] packed.
+
+    Returns:
+        [B] fp32.
+    """
+    kept = [index for index, flag in enumerate(regularised) if flag]
+    if on is None or not kept:
+        return flow_matching_loss(transformer, batch, target=target)
+    others = [index for index, flag in enumerate(regularised) if not flag]
+    with on.disabled():
+        found = [flow_matching_loss(transformer, batch.index(kept), target=target[kept])]
+    if others:
+        found.append(flow_matching_loss(transformer, batch.index(others), target=target[others]))
+    place = {index: number for number, index in enumerate([*kept, *others])}
+    return torch.cat(found)[[place[index] for index in range(len(batch))]]
 
 
 def result_facts(facts: Facts, recipe: Recipe) -> Facts:
