@@ -51,6 +51,8 @@ class TrainingAdapter:
         # Over it: the first values of what is trained come from the base's weights, which are then those below it.
         dtype = next(transformer.parameters()).dtype
         on = attach_file(transformer, self.file, self.weight, dtype=dtype, device=device)
+        for parameter in on.parameters():
+            parameter.requires_grad_(False)
         for parameter in trained.parameters():
             parameter.requires_grad_(True)
         return on
