@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from training.recorded import Recorder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -34,6 +33,7 @@ from libreflux.training.loop import fit
 from libreflux.training.objective import NoisedBatch, flow_matching_loss, regularised_target
 from libreflux.training.training_adapter import TrainingAdapter, together
 from tiny import change_json, make_tiny_model, tiny_transformer
+from training.recorded import Recorder
 
 Tree = Callable[..., dict[str, Any]]
 LORA = {"kind": "lora", "rank": 2}
