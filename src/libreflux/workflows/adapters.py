@@ -111,6 +111,7 @@ def load_arguments(
     loaded = [(io.load_adapter(path), weight) for path, weight in chosen]
     for file, _ in () if training_adapters else loaded:
         refuse_training_adapter(file)
+    notice_training_adapter(file for file, _ in loaded)
     return loaded
 
 

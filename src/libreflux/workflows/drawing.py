@@ -38,13 +38,7 @@ from libreflux.sample.encoding import Encoded, Text, encode_ahead, encode_in_tur
 from libreflux.sample.metadata import GenerationRecord, versions
 from libreflux.sample.pipeline import LibreFluxPipeline
 from libreflux.values import adapter_argument
-from libreflux.workflows.adapters import (
-    adapted_facts,
-    as_typed,
-    load_arguments,
-    notice_other_base,
-    notice_training_adapter,
-)
+from libreflux.workflows.adapters import adapted_facts, as_typed, load_arguments, notice_other_base
 from libreflux.workflows.picture_options import Offload, OffloadBlocks, Quantize
 
 SMALLER = OptionHint(
@@ -224,7 +218,6 @@ class AdaptedSource:
             dtype = f"{kind}, {dtype}"
         transformer_hash = self.source.hash_with(sha256)
         notice_other_base(transformer_hash, self.files)
-        notice_training_adapter(file for file, _ in self.files)
         for file, weight in self.files:
             attach_file(transformer, file, weight, dtype=transformer.dtype)
         if self.offload_blocks != 0:
@@ -271,15 +264,20 @@ def open_for_drawing(
     offload_blocks: OffloadBlocks = 0,
     compile: Compile = "auto",
     on_notice: Callable[[str], None] | None = None,
+    *,
+    training_adapters: bool = False,
 ) -> AdaptedSource:
     """Choose a model with adapter arguments (`PATH[:WEIGHT]`); what can be refused is, before large weights are loaded.
+
+    `training_adapters`: see `load_arguments`.
 
     Raises:
         OptionError: an offload that the device has no use for, or more waiting blocks than the model has.
         ModelError, AdapterError, RunError: see `open_model`, `load_arguments` and `pick_device`.
     """
     place, adapters = device_for(device, offload, quantize, offload_blocks, compile), list(adapters)
-    files, named = load_arguments(adapters), [adapter_argument(text)[0] for text in adapters]
+    files = load_arguments(adapters, training_adapters=training_adapters)
+    named = [adapter_argument(text)[0] for text in adapters]
     source = open_model(model)
     if offload_blocks != "auto":
         check_count(offload_blocks, len(block_names(source.config)))

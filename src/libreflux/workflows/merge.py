@@ -11,12 +11,7 @@ from typing import TYPE_CHECKING, Any
 from libreflux.errors import AdapterError
 from libreflux.places import new_place
 from libreflux.printing import get_logger
-from libreflux.workflows.adapters import (
-    adapted_facts,
-    load_arguments,
-    notice_other_base,
-    notice_training_adapter,
-)
+from libreflux.workflows.adapters import adapted_facts, load_arguments, notice_other_base
 from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.model_options import chosen_model
 
@@ -96,7 +91,6 @@ def merge_with(options: MergeOptions) -> MergeResult:
     start = open_model(source)
     transformer = start.load_transformer()
     notice_other_base(start.hash, files)
-    notice_training_adapter(file for file, _ in files)
     dtype = transformer.dtype
     if was_int8 := dequantise_model(transformer, torch.float32):
         stored = str(dtype).removeprefix("torch.")
