@@ -269,11 +269,9 @@ def open_for_drawing(
 ) -> AdaptedSource:
     """Choose a model with adapter arguments (`PATH[:WEIGHT]`); what can be refused is, before large weights are loaded.
 
-    `training_adapters`: see `load_arguments`.
-
     Raises:
         OptionError: an offload that the device has no use for, or more waiting blocks than the model has.
-        ModelError, AdapterError, RunError: see `open_model`, `load_arguments` and `pick_device`.
+        ModelError, AdapterError, RunError: see `open_model`, `load_arguments` (`training_adapters`) and `pick_device`.
     """
     place, adapters = device_for(device, offload, quantize, offload_blocks, compile), list(adapters)
     files = load_arguments(adapters, training_adapters=training_adapters)
