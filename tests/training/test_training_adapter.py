@@ -222,8 +222,10 @@ def test_the_result_draws_in_the_few_steps_of_its_base(made: Path, with_it: Tree
 def test_a_killed_run_ends_with_the_same_bytes(
     with_it: Tree, fork_runs: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
 ) -> None:
-    whole, held = (with_it(name, steps=4, base="bf16", gradient_checkpointing=True) for name in ("whole", "held"))
-    moments = [{"backward": 2}, {"event": "os.rename", "match": r"adapter\.safetensors\.tmp-\w+$", "nth": 2}, None]
+    samples = {"every": 1, "at_start": True, "prompts": ["a fox"]}
+    changes: dict[str, Any] = {"steps": 4, "gradient_checkpointing": True, "samples": samples}
+    whole, held = (with_it(name, **changes) for name in ("whole", "held"))
+    moments = [{"backward": 3}, {"event": "os.rename", "match": r"checkpoints/step-00000004$", "nth": 1}, None]
     results = fork_runs([{"recipe": whole, "moment": None}, *({"recipe": held, "moment": one} for one in moments)])
     assert [result["code"] for result in results] == [0, -9, -9, 0]
     expected, found = (
