@@ -27,12 +27,14 @@ from libreflux.model.compiling import CompiledBlocks
 from libreflux.model.facts import Facts
 from libreflux.model.source import ModelSource
 from libreflux.recipe import Recipe, SigmaSpec
-from libreflux.training.adversary import Adversary, Learned, draw_rungs, renoise_sigmas, told_means
+from libreflux.training import flow_objective
+from libreflux.training.adversary import Adversary, draw_rungs, renoise_sigmas, told_means
 from libreflux.training.callbacks import Started, StepInfo
 from libreflux.training.ema import Averages
 from libreflux.training.gradient import accumulate_gradient, clip_grad_norm, group_norms
 from libreflux.training.nonfinite import Skips, at_fault, heads_at_fault, require_finite
 from libreflux.training.objective import (
+    Learned,
     NoisedBatch,
     distilled_target,
     keyed_noise,
@@ -40,11 +42,11 @@ from libreflux.training.objective import (
     regularised_target,
 )
 from libreflux.training.optimizer import Optimizer, lr_at
-from libreflux.training.ranks import Ranks
+from libreflux.training.ranks import Ranks, sigma_means
 from libreflux.training.training_adapter import TrainingAdapter, losses, sample_facts, together
 
 _Row = tuple[int, str, float, bool, Sequence[float]]
-"""Of one picture: slot, sample id, loss, whether its source is for regularisation, what the adversary tells of it."""
+"""Of one picture: slot, sample id, loss, whether its source is for regularisation, and the parts of the loss."""
 
 
 def draw_sigmas(spec: SigmaSpec, count: int, seed: int, step: int) -> Tensor:
@@ -59,20 +61,6 @@ def draw_sigmas(spec: SigmaSpec, count: int, seed: int, step: int) -> Tensor:
     law = make_law(spec.law, shift=spec.shift, uniform_floor=spec.uniform_floor, **spec.params)
     draw = stratified if spec.stratified else independent
     return draw(law, count, seeding.generator(seed, "sigma", step))
-
-
-def sigma_means(units: Sequence[Unit], sigmas: Tensor, world: int) -> list[float | None]:
-    """Mean noise level of each rank's pictures in one step; None for a rank that has none.
-
-    Args:
-        units: the step's, of all ranks.
-        sigmas: [count] fp32, by slot.
-        world: number of ranks.
-    """
-    by_rank: list[list[int]] = [[] for _ in range(world)]
-    for unit in units:
-        by_rank[unit.rank] += unit.slots
-    return [float(sigmas[slots].double().mean()) if slots else None for slots in by_rank]
 
 
 @dataclass
@@ -232,6 +220,8 @@ class Training:
     def _learn(self, batch: Batch, unit: Unit, noised: NoisedBatch) -> Learned:
         """One forward and backward pass, or those with an adversary: gradients are left with the parameters."""
         weights, adversary, seed = batch.loss_weights.to(self.device), self.adversary, self.recipe.seed
+        if adversary is None and flow_objective.flow_keys(self.recipe) is not None:
+            return self._learn_by_flow_keys(batch, unit, noised)
         if adversary is None:
             target = self._target(batch, noised)
             of_unit = losses(self.transformer, self.beside_on, noised, batch.regularised, target)
@@ -241,6 +231,15 @@ class Training:
         again = replace(noised, noise=self._noise(batch, unit, "adversary"), sigma=levels.to(self.device))
         compiled = self.compiled is not None
         return adversary.learn(self.transformer, self.all_on, noised, again, weights / unit.total, compiled=compiled)
+
+    def _learn_by_flow_keys(self, batch: Batch, unit: Unit, noised: NoisedBatch) -> Learned:
+        """`_learn` under the recipe's `guided_target` and `hold_base`."""
+        keys = flow_objective.flow_keys(self.recipe)
+        assert keys is not None
+        roles = flow_objective.Roles.of(keys, batch, self._sigmas(unit.total)[list(unit.slots)].tolist())
+        weights, empty = batch.loss_weights.to(self.device) / unit.total, self.batches.empty_prompt().to(self.device)
+        on, beside = (self.transformer, self.all_on), self.beside_on
+        return flow_objective.learn(*on, noised, weights, keys=keys, roles=roles, empty=empty, beside=beside)
 
     def _target(self, batch: Batch, noised: NoisedBatch) -> Tensor:
         """What the network's velocity is compared with, by the recipe's objective; [B, h*w/4, 4C] fp32."""
@@ -292,6 +291,7 @@ class Training:
             loss=_mean([loss for _, _, loss, regularised, _ in told if not regularised]),
             regularisation_loss=_mean([loss for _, _, loss, regularised, _ in told if regularised]),
             adversary=_adversary_told(told, sigmas, moved.heads_norm),
+            parts=_parts_told(told, self.recipe),
             gradient_norm=moved.norm,
             learning_rate=moved.learning_rate,
             seconds=seconds,
@@ -332,6 +332,13 @@ def _adversary_told(rows: Sequence[_Row], sigmas: Tensor, heads_norm: float | No
         return None
     means = told_means([row[4] for row in rows], [float(sigmas[row[0]]) for row in rows])
     return {**means, "heads_gradient_norm": heads_norm}
+
+
+def _parts_told(rows: Sequence[_Row], recipe: Recipe) -> dict[str, float] | None:
+    """Means over the trained pictures; None under plain flow matching, and in a step without such pictures."""
+    keys = flow_objective.flow_keys(recipe)
+    trained = [told for _, _, _, regularised, told in rows if not regularised]
+    return flow_objective.told_parts(trained, keys) if keys is not None and trained else None
 
 
 def _mean(values: Sequence[float]) -> float | None:

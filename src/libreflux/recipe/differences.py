@@ -1,9 +1,31 @@
-"""What differs between two resolved recipes."""
+"""Which keys differ between two resolved recipes, and which decide no trained number."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+INDECISIVE = frozenset(
+    {
+        "out",
+        "cache",
+        "samples",
+        "save",
+        "device",
+        "gradient_norms",
+        "tensorboard",
+        "max_quarantined",
+        "max_skipped",
+        "ema",
+        "ema_every",
+        "deterministic",
+        "threads",
+        "gradient_checkpointing",
+        "offload_blocks",
+        "compile",  # the checkpoint holds what was decided
+        "text_precision",  # the cache's settings hold it, and the data's fingerprint those
+    }
+)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
