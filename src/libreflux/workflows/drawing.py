@@ -37,7 +37,8 @@ from libreflux.printing import counted
 from libreflux.sample.encoding import Encoded, Text, encode_ahead, encode_in_turn, untold
 from libreflux.sample.metadata import GenerationRecord, versions
 from libreflux.sample.pipeline import LibreFluxPipeline
-from libreflux.workflows.adapters import adapted_facts, adapter_argument, as_typed, check_base, load_arguments
+from libreflux.values import adapter_argument
+from libreflux.workflows.adapters import adapted_facts, as_typed, check_base, load_arguments
 from libreflux.workflows.picture_options import Offload, OffloadBlocks, Quantize
 
 SMALLER = OptionHint(
@@ -263,15 +264,18 @@ def open_for_drawing(
     offload_blocks: OffloadBlocks = 0,
     compile: Compile = "auto",
     on_notice: Callable[[str], None] | None = None,
+    *,
+    training_adapters: bool = False,
 ) -> AdaptedSource:
     """Choose a model with adapter arguments (`PATH[:WEIGHT]`); what can be refused is, before large weights are loaded.
 
     Raises:
         OptionError: an offload that the device has no use for, or more waiting blocks than the model has.
-        ModelError, AdapterError, RunError: see `open_model`, `load_arguments` and `pick_device`.
+        ModelError, AdapterError, RunError: see `open_model`, `load_arguments` (`training_adapters`) and `pick_device`.
     """
     place, adapters = device_for(device, offload, quantize, offload_blocks, compile), list(adapters)
-    files, named = load_arguments(adapters), [adapter_argument(text)[0] for text in adapters]
+    files = load_arguments(adapters, training_adapters=training_adapters)
+    named = [adapter_argument(text)[0] for text in adapters]
     source = open_model(model)
     if offload_blocks != "auto":
         check_count(offload_blocks, len(block_names(source.config)))

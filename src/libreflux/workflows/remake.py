@@ -20,7 +20,7 @@ from libreflux.printing import counted, quoted_path
 from libreflux.sample.checks import check_values
 from libreflux.sample.encoding import check_max_tokens
 from libreflux.sample.metadata import GenerationRecord, differences, open_png, read_record, save_png
-from libreflux.workflows.adapters import adapter_argument
+from libreflux.values import adapter_argument
 from libreflux.workflows.drawing import open_for_drawing
 from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.picture_options import Offload, OffloadBlocks, adapter_texts, check_memory, named_model
