@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from libreflux.flow.guidance import cfg, rescale
+from libreflux.flow.guidance import apg, cfg, cfg_zero_star, rescale
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
+from libreflux.sample.rules import GuidanceRule
 
 BatchCfg = bool | Literal["auto"]
 
@@ -70,6 +71,7 @@ class GuidedVelocity:
         batch_cfg: True: a guided step is one pass of 2B, shorter prompts masked; False: two passes of B; "auto": one
             pass where it needs no more padding than two, that is where both sides have the same lengths.
         embedded_guidance: see `model.velocity`.
+        rule: how the two velocities become one. APG's momentum is of the steps that were called before, in turn.
     """
 
     transformer: FluxTransformer2DModel
@@ -81,6 +83,9 @@ class GuidedVelocity:
     rescale: float = 0.0
     batch_cfg: BatchCfg = "auto"
     embedded_guidance: float | None = None
+    rule: GuidanceRule = field(default_factory=GuidanceRule)
+    _average: Tensor | None = field(default=None, init=False)
+    """APG's, of the step before."""
 
     def is_guided(self, step: int) -> bool:
         """Whether this step runs the negative prompts too."""
@@ -88,7 +93,7 @@ class GuidedVelocity:
         return chosen and self.scale != 1 and self.negative is not None
 
     def __call__(self, x: Tensor, sigma: float, step: int) -> Tensor:
-        """v_u + g (v_c - v_u), or v_c in a step without guidance.
+        """What the rule makes of v_u and v_c, v_c in a step without guidance, or 0 in one that stands still.
 
         Args:
             x: latents [B, N, 4C].
@@ -96,6 +101,8 @@ class GuidedVelocity:
             step: index of the step, from 0.
         """
         count = x.shape[0]
+        if step < self.rule.zero_init:
+            return torch.zeros_like(x)
         if self.negative is None or not self.is_guided(step):
             return self._pass(x, sigma, self.positive, step, range(count))
         if self._in_one_pass(self.negative):
@@ -105,8 +112,18 @@ class GuidedVelocity:
         else:
             v_uncond = self._pass(x, sigma, self.negative, step, range(0))
             v_cond = self._pass(x, sigma, self.positive, step, range(count))
-        v = cfg(v_cond, v_uncond, self.scale)
+        v = self._guided(v_cond, v_uncond, x, sigma)
         return rescale(v, v_cond, self.rescale) if self.rescale else v
+
+    def _guided(self, v_cond: Tensor, v_uncond: Tensor, x: Tensor, sigma: float) -> Tensor:
+        rule = self.rule
+        if rule.guidance_rule == "cfg-zero":
+            return cfg_zero_star(v_cond, v_uncond, self.scale)
+        if rule.guidance_rule == "cfg":
+            return cfg(v_cond, v_uncond, self.scale)
+        numbers = {"eta": rule.apg_eta, "radius": rule.apg_radius, "momentum": rule.apg_momentum}
+        v, self._average = apg(v_cond, v_uncond, self.scale, x=x, sigma=sigma, average=self._average, **numbers)
+        return v
 
     def _in_one_pass(self, negative: TextConditioning) -> bool:
         if self.batch_cfg == "auto":

@@ -29,6 +29,7 @@ from libreflux.sample.noise import Generators, start
 from libreflux.sample.output import decoded, to_pil
 from libreflux.sample.parts import FluxParts
 from libreflux.sample.request import DrawRequest
+from libreflux.sample.rules import GuidanceRule
 from libreflux.sample.step_end import TENSORS, on_step_end
 
 P = ParamSpec("P")
@@ -169,6 +170,7 @@ class LibreFluxPipeline(FluxParts):
         guidance_start: float = 0.0,
         guidance_stop: float = 1.0,
         guidance_rescale: float = 0.0,
+        guidance_rule: GuidanceRule = GuidanceRule(),  # noqa: B008 — frozen
         batch_cfg: BatchCfg = "auto",
         max_sequence_length: int | None = None,
         tile: bool | None = None,
@@ -189,6 +191,7 @@ class LibreFluxPipeline(FluxParts):
             guidance_start, guidance_stop: step i of N is guided where start <= i / N < stop; others cost one pass.
             no_cfg_until: the start as a count of steps.
             guidance_rescale: phi in [0, 1], see `flow.guidance.rescale`.
+            guidance_rule: what guided steps make of the two velocities: CFG, APG or CFG-Zero*.
             batch_cfg: how the two passes run, see `GuidedVelocity`; equal up to rounding.
             embedded_guidance: for a guidance-distilled model (FLUX.1-dev) only; None is the model's own.
             num_images_per_prompt: pictures per prompt, in a row.
@@ -232,6 +235,7 @@ class LibreFluxPipeline(FluxParts):
             guidance_start=guidance_start,
             guidance_stop=guidance_stop,
             guidance_rescale=guidance_rescale,
+            guidance_rule=guidance_rule,
             batch_cfg=batch_cfg,
             max_sequence_length=max_sequence_length,
             tile=tile,
@@ -310,6 +314,7 @@ class LibreFluxPipeline(FluxParts):
             scale=settings.scale,
             guided_steps=settings.guided_steps,
             rescale=request.guidance_rescale,
+            rule=settings.rule,
             batch_cfg=request.batch_cfg,
             embedded_guidance=settings.embedded,
         )

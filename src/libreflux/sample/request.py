@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from libreflux.sample.checks import arguments_of, check_values
 from libreflux.sample.encoding import listed
 from libreflux.sample.guidance import BatchCfg
 from libreflux.sample.noise import Generators
+from libreflux.sample.rules import GuidanceRule
 from libreflux.sample.step_end import StepEndCallback, check_tensors
 
 Prompts = str | Sequence[str]
@@ -49,6 +50,7 @@ class DrawRequest:
     guidance_start: float = 0.0
     guidance_stop: float = 1.0
     guidance_rescale: float = 0.0
+    guidance_rule: GuidanceRule = field(default_factory=GuidanceRule)
     batch_cfg: BatchCfg = "auto"
     max_sequence_length: int | None = None
     tile: bool | None = None

@@ -1,0 +1,52 @@
+"""How the two velocities of a guided step become one: which rule, and its numbers. Loads no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from libreflux.errors import OptionError
+from libreflux.sample.checks import check_values
+
+Rule = Literal["cfg", "apg", "cfg-zero"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceRule:
+    """A rule of guidance, with its numbers.
+
+    Attributes:
+        guidance_rule: "cfg", "apg" or "cfg-zero", see `flow.guidance`.
+        apg_eta: how much APG keeps of what is parallel to the picture; 1 is all.
+        apg_radius: the largest norm of APG's update; None is no limit.
+        apg_momentum: of APG's updates from step to step; 0 is none.
+        zero_init: first steps (a count) of CFG-Zero* that stand still.
+
+    Raises:
+        OptionError: a value out of range, or one that this rule does not read.
+    """
+
+    guidance_rule: Rule = "cfg"
+    apg_eta: float = 0.0
+    apg_radius: float | None = None
+    apg_momentum: float = -0.5
+    zero_init: int = 0
+
+    def __post_init__(self) -> None:
+        check_values(
+            {
+                "guidance_rule": self.guidance_rule,
+                "apg_eta": self.apg_eta,
+                "apg_radius": self.apg_radius,
+                "apg_momentum": self.apg_momentum,
+                "zero_init": self.zero_init,
+            }
+        )
+        if self.zero_init and self.guidance_rule != "cfg-zero":
+            raise OptionError("is read by `guidance_rule` cfg-zero alone", "zero_init", hint="remove it, or add that")
+
+    def check_steps(self, steps: int) -> None:
+        """Raises OptionError where no step would be left."""
+        if self.zero_init >= steps:
+            hint = f"use at most {steps - 1}" if steps > 1 else "remove it, or use more `steps`"
+            raise OptionError(f"leaves no step of {steps}", "zero_init", hint=hint)
