@@ -53,8 +53,8 @@ def test_apg_leaves_an_update_within_the_radius(both: tuple[Tensor, Tensor]) -> 
 
 def test_apg_carries_its_momentum(both: tuple[Tensor, Tensor]) -> None:
     before, sigma = drawn(3, 4, 8, seed=3), 0.5
-    options = {"x": drawn(3, 4, 8, seed=2), "sigma": sigma, "eta": 1.0}
-    found, update = apg(*both, 2.0, momentum=-0.5, average=before, **options)
+    x = drawn(3, 4, 8, seed=2)
+    found, update = apg(*both, 2.0, x=x, sigma=sigma, eta=1.0, momentum=-0.5, average=before)
     torch.testing.assert_close(update, -sigma * (both[0] - both[1]) - 0.5 * before)
     torch.testing.assert_close(found, both[0] - update / sigma)
 

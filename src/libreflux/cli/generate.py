@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from libreflux.cli.guidance_options import ApgEta, ApgMomentum, ApgRadius, Rule, RuleOption, ZeroInit
 from libreflux.cli.options import (
     Base,
     Batch,
@@ -92,6 +93,11 @@ def generate(
     guidance_rescale: Annotated[
         float, typer.Option(help="Take back the contrast that guidance adds (Lin et al. 2023): 0 none, 1 all.")
     ] = 0.0,
+    guidance_rule: RuleOption = Rule.cfg,
+    apg_eta: ApgEta = None,
+    apg_radius: ApgRadius = None,
+    apg_momentum: ApgMomentum = None,
+    zero_init: ZeroInit = 0,
     batch_cfg: Annotated[
         Batch,
         typer.Option(help="Guided steps as one pass (on) or two (off); auto: one where prompts are equally long."),
@@ -200,6 +206,11 @@ def generate(
         guidance_start=guidance_start,
         guidance_stop=guidance_stop,
         guidance_rescale=guidance_rescale,
+        guidance_rule=guidance_rule.as_value,
+        apg_eta=apg_eta,
+        apg_radius=apg_radius,
+        apg_momentum=apg_momentum,
+        zero_init=zero_init,
         batch_cfg=batch_cfg.as_value,
         width=width,
         height=height,

@@ -66,9 +66,7 @@ def resolve(facts: Facts, image_tokens: int, request: DrawRequest) -> DrawSettin
         rule.check_steps(steps)
         guided = guided_steps(steps, request.no_cfg_until, request.guidance_start, request.guidance_stop)
     embedded = facts.embedded_guidance if request.embedded_guidance is None else request.embedded_guidance
-    return DrawSettings(
-        steps=steps, sigmas=sigmas, scale=scale, guided_steps=guided, embedded=embedded, rule=rule
-    )
+    return DrawSettings(steps=steps, sigmas=sigmas, scale=scale, guided_steps=guided, embedded=embedded, rule=rule)
 
 
 def guided_steps(steps: int, no_cfg_until: int = 0, start: float = 0.0, stop: float = 1.0) -> range:

@@ -121,8 +121,17 @@ class GuidedVelocity:
             return cfg_zero_star(v_cond, v_uncond, self.scale)
         if rule.guidance_rule == "cfg":
             return cfg(v_cond, v_uncond, self.scale)
-        numbers = {"eta": rule.apg_eta, "radius": rule.apg_radius, "momentum": rule.apg_momentum}
-        v, self._average = apg(v_cond, v_uncond, self.scale, x=x, sigma=sigma, average=self._average, **numbers)
+        v, self._average = apg(
+            v_cond,
+            v_uncond,
+            self.scale,
+            x=x,
+            sigma=sigma,
+            eta=rule.apg_eta,
+            radius=rule.apg_radius,
+            momentum=rule.apg_momentum,
+            average=self._average,
+        )
         return v
 
     def _in_one_pass(self, negative: TextConditioning) -> bool:

@@ -19,6 +19,8 @@ from libreflux.files import atomic_write_bytes
 from libreflux.places import did_you_mean
 
 CHUNK = "libreflux"
+YOUNGER = ("guidance_rule", "apg_eta", "apg_radius", "apg_momentum", "zero_init")
+"""Fields that records had not at first; a picture says nothing of one that is as usual."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,8 @@ class GenerationRecord:
         no_cfg_until: steps without guidance at the start.
         guidance_start, guidance_stop: the interval of guidance, as fractions of the steps.
         guidance_rescale: see `flow.guidance.rescale`.
+        guidance_rule: see `sample.rules`; its numbers are None where the rule does not read them, and a radius of none.
+        apg_eta, apg_radius, apg_momentum, zero_init: see there.
         batch_cfg: True, False or "auto": how the passes were batched, which decides the last bits.
         tile: whether the VAE decoded in tiles; None is by size.
         embedded_guidance: of a guidance-distilled model; None for others.
@@ -69,6 +73,11 @@ class GenerationRecord:
     guidance_start: float = 0.0
     guidance_stop: float = 1.0
     guidance_rescale: float = 0.0
+    guidance_rule: Literal["cfg", "apg", "cfg-zero"] = "cfg"
+    apg_eta: float | None = None
+    apg_radius: float | None = None
+    apg_momentum: float | None = None
+    zero_init: int = 0
     batch_cfg: bool | Literal["auto"] = "auto"
     tile: bool | None = None
     embedded_guidance: float | None = None
@@ -84,7 +93,7 @@ class GenerationRecord:
     @property
     def passes(self) -> int:
         """Through the transformer, at most: guided steps take two."""
-        return self.steps * (2 if self.guidance > 1 else 1)
+        return (self.steps - self.zero_init) * (2 if self.guidance > 1 else 1)
 
     def parameters(self) -> str:
         """The text that A1111-compatible viewers show."""
@@ -126,16 +135,25 @@ class GenerationRecord:
 
     def _guidance_parameters(self) -> dict[str, Any]:
         """What is not as usual: intervals of all steps, no rescale and automatic batches go without saying."""
-        return {
-            name: f"{value:g}"
-            for name, value, usual in (
-                ("No CFG until step", self.no_cfg_until, 0),
-                ("CFG start", self.guidance_start, 0),
-                ("CFG stop", self.guidance_stop, 1),
-                ("CFG rescale", self.guidance_rescale, 0),
-            )
-            if value != usual
-        } | ({} if self.batch_cfg == "auto" else {"CFG in one pass": self.batch_cfg})
+        rule = {} if self.guidance_rule == "cfg" else {"Guidance rule": self.guidance_rule}
+        return (
+            rule
+            | {
+                name: f"{value:g}"
+                for name, value, usual in (
+                    ("No CFG until step", self.no_cfg_until, 0),
+                    ("CFG start", self.guidance_start, 0),
+                    ("CFG stop", self.guidance_stop, 1),
+                    ("CFG rescale", self.guidance_rescale, 0),
+                    ("APG eta", self.apg_eta, None),
+                    ("APG radius", self.apg_radius, None),
+                    ("APG momentum", self.apg_momentum, None),
+                    ("Zero init", self.zero_init, 0),
+                )
+                if value != usual
+            }
+            | ({} if self.batch_cfg == "auto" else {"CFG in one pass": self.batch_cfg})
+        )
 
 
 def _quoted(value: object) -> str:
@@ -179,16 +197,23 @@ def versions() -> dict[str, str]:
     }
 
 
+def told_fields(record: GenerationRecord) -> dict[str, Any]:
+    """A record as plain values, without younger fields that are as usual: older versions read the rest too."""
+    usual = {field.name: field.default for field in dataclasses.fields(record) if field.name in YOUNGER}
+    told = dataclasses.asdict(record)
+    return {name: value for name, value in told.items() if name not in usual or value != usual[name]}
+
+
 def png_bytes(image: Image.Image, record: GenerationRecord | None = None) -> bytes:
     """The picture as PNG with its record inside; equal pictures and records give equal bytes (no time stamp)."""
     info = PngImagePlugin.PngInfo()
     if record is not None:
         # As UTF-8 iTXt when the text is not Latin-1, which Pillow decides by itself.
         info.add_text("parameters", record.parameters())
-        told = dataclasses.asdict(record)
+        told = told_fields(record)
         for name, usual in (("compile", False), ("batch", 1)):
             if told[name] == usual:
-                del told[name]  # versions that know no such key read the picture too
+                del told[name]
         info.add_text(CHUNK, json.dumps(told, sort_keys=True))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", pnginfo=info, compress_level=6)

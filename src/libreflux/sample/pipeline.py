@@ -170,7 +170,7 @@ class LibreFluxPipeline(FluxParts):
         guidance_start: float = 0.0,
         guidance_stop: float = 1.0,
         guidance_rescale: float = 0.0,
-        guidance_rule: GuidanceRule = GuidanceRule(),  # noqa: B008 — frozen
+        guidance_rule: GuidanceRule = GuidanceRule(),
         batch_cfg: BatchCfg = "auto",
         max_sequence_length: int | None = None,
         tile: bool | None = None,

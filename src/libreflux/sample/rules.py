@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from libreflux.errors import OptionError
 from libreflux.sample.checks import check_values
@@ -50,3 +50,14 @@ class GuidanceRule:
         if self.zero_init >= steps:
             hint = f"use at most {steps - 1}" if steps > 1 else "remove it, or use more `steps`"
             raise OptionError(f"leaves no step of {steps}", "zero_init", hint=hint)
+
+
+def rule_of(told: Any) -> GuidanceRule:
+    """The rule of a picture's record, or of options, which have these fields; a number that is None is the rule's own.
+
+    Raises:
+        OptionError: see `GuidanceRule`.
+    """
+    numbers = {name: getattr(told, name) for name in ("apg_eta", "apg_radius", "apg_momentum")}
+    given = {name: value for name, value in numbers.items() if value is not None}
+    return GuidanceRule(guidance_rule=told.guidance_rule, zero_init=told.zero_init, **given)

@@ -37,6 +37,7 @@ from libreflux.printing import counted
 from libreflux.sample.encoding import Encoded, Text, encode_ahead, encode_in_turn, untold
 from libreflux.sample.metadata import GenerationRecord, versions
 from libreflux.sample.pipeline import LibreFluxPipeline
+from libreflux.sample.rules import rule_of
 from libreflux.workflows.adapters import adapted_facts, adapter_argument, as_typed, load_arguments, notice_other_base
 from libreflux.workflows.picture_options import Offload, OffloadBlocks, Quantize
 
@@ -112,6 +113,7 @@ class DrawingSession:
                 guidance_start=record.guidance_start,
                 guidance_stop=record.guidance_stop,
                 guidance_rescale=record.guidance_rescale,
+                guidance_rule=rule_of(record),
                 batch_cfg=record.batch_cfg,
                 embedded_guidance=record.embedded_guidance,
                 tile=record.tile,

@@ -18,6 +18,7 @@ from libreflux.workflows.generate_options import (
     guided_only,
     texts_of_options,
 )
+from libreflux.workflows.guidance_options import check_zero_init, rule_fields
 from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.picture_options import adapter_texts, named_model
 from libreflux.workflows.picture_paths import picture_paths_of
@@ -122,6 +123,7 @@ def common_record(options: DrawingOptions, facts: Facts, size: int) -> Generatio
     picture_options.check_picture(width, height, steps)
     guidance = facts.cfg_scale if options.guidance is None else float(options.guidance)
     picture_options.refuse_unused(guidance, guided_only(options))
+    check_zero_init(options, steps)
     picture_options.refuse_unguided(steps, options.no_cfg_until, options.guidance_start, options.guidance_stop)
     embedded = facts.embedded_guidance if options.embedded_guidance is None else float(options.embedded_guidance)
     return GenerationRecord(
@@ -137,6 +139,7 @@ def common_record(options: DrawingOptions, facts: Facts, size: int) -> Generatio
         guidance_start=float(options.guidance_start),
         guidance_stop=float(options.guidance_stop),
         guidance_rescale=float(options.guidance_rescale),
+        **rule_fields(options, guidance),
         batch_cfg=options.batch_cfg,
         tile=options.tile,
         embedded_guidance=embedded,

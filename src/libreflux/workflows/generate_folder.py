@@ -173,9 +173,10 @@ def _decided(
     """Everything that the pictures are functions of, but for their last bits, which device and versions decide too."""
     from libreflux.model.w8a8 import kind_for
     from libreflux.result_key import digest
+    from libreflux.sample.metadata import told_fields
     from libreflux.sample.model_key import FORMULA, adapters_key, facts_key, model_key
 
-    fields = {name: value for name, value in dataclasses.asdict(record).items() if name not in _NOT_DECIDING}
+    fields = {name: value for name, value in told_fields(record).items() if name not in _NOT_DECIDING}
     del fields["compile"]  # is known with the weights, and decides last bits
     if options.quantize == "w8a8":
         fields["quantize"] = f"w8a8 {kind_for(source.device)}"

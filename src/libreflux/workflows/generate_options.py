@@ -12,12 +12,13 @@ from libreflux.model.compile_choice import Compile
 from libreflux.printing import counted
 from libreflux.values import listed_numbers
 from libreflux.workflows import picture_options
+from libreflux.workflows.guidance_options import GuidanceOptions, check_rule, check_zero_init
 from libreflux.workflows.picture_options import Offload, OffloadBlocks, Quantize, listed
 from libreflux.workflows.progress import Progress, silent
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawingOptions:
+class DrawingOptions(GuidanceOptions):
     """How pictures are drawn: what is said of one picture, of several and of a whole folder.
 
     Attributes:
@@ -143,6 +144,7 @@ def check_numbers(options: DrawingOptions) -> None:
         guidance_rescale=options.guidance_rescale,
     )
     picture_options.check_guidance(given)
+    check_rule(options)
     check_values({"batch_cfg": options.batch_cfg, "tile": options.tile})
     picture_options.refuse_unused(options.guidance, guided_only(options))
     if options.sigmas is not None:
@@ -150,6 +152,7 @@ def check_numbers(options: DrawingOptions) -> None:
             raise OptionError("has no effect beside `sigmas`", "steps", hint="give one of them")
         check_values({"sigmas": list(options.sigmas)})
     if (steps := given_steps(options)) is not None:
+        check_zero_init(options, steps)
         picture_options.refuse_unguided(steps, options.no_cfg_until, options.guidance_start, options.guidance_stop)
 
 
@@ -166,6 +169,7 @@ def guided_only(options: DrawingOptions) -> dict[str, object]:
         "guidance_start": options.guidance_start,
         "guidance_stop": options.guidance_stop != 1,
         "guidance_rescale": options.guidance_rescale,
+        "guidance_rule": options.guidance_rule != "cfg",
         "batch_cfg": options.batch_cfg != "auto",
         "negative_2": options.negative_2 is not None,
     }

@@ -12,6 +12,7 @@ from libreflux.errors import OptionError
 from libreflux.model.compile_choice import Compile
 from libreflux.places import file_place, folder_place
 from libreflux.values import MOST_NUMBERS, listed_numbers
+from libreflux.workflows.guidance_options import GuidanceOptions, check_rule, check_zero_init
 from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.picture_options import (
     Offload,
@@ -25,6 +26,7 @@ from libreflux.workflows.picture_options import (
     check_whole,
     listed,
     named_model,
+    refuse_unused,
 )
 from libreflux.workflows.progress import Progress, silent
 
@@ -36,7 +38,7 @@ SHEET, PAGE = "grid.png", "index.html"
 
 
 @dataclass(frozen=True)
-class GridOptions:
+class GridOptions(GuidanceOptions):
     """What is compared: a row for each prompt and seed, a column for each model, number of steps and guidance scale.
 
     Attributes:
@@ -146,6 +148,7 @@ def grid_with(options: GridOptions) -> GridResult:
         offload_blocks=options.offload_blocks,
         compile=options.compile,
         on_notice=options.on_notice,
+        guiding=options,
     )
     with lock(out):
         cells = Cells(out, shared, columns, rows)
@@ -166,10 +169,16 @@ def _checked(options: GridOptions) -> tuple[tuple[str, ...], list[str], tuple[st
     for name in (SHEET, PAGE):
         file_place(out / name)
     check_memory(options.offload, options.quantize, options.compile, options.offload_blocks)
+    check_rule(options)
     check_picture(options.width, options.height, None)
     names = {"guidance_scale": "guidance"}
     _check_each("guidance", options.guidance, lambda scale: check_values({"guidance_scale": scale}, names))
     _check_each("steps", options.steps, lambda steps: check_picture(None, None, steps))
+    for steps in options.steps or ():
+        check_zero_init(options, int(steps))
+    if options.guidance_rule != "cfg":
+        for scale in options.guidance or ():
+            refuse_unused(scale, {"guidance_rule": True})
     _check_each("seeds", options.seeds, lambda seed: check_whole("seeds", seed, 0))
     given = options.model
     models = [] if given is None else [given] if isinstance(given, str | Path) else list(given)

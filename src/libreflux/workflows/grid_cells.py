@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from libreflux.sample.metadata import GenerationRecord, read_record, save_png
 from libreflux.sample.model_key import FORMULA, adapters_key, facts_key, model_key
 from libreflux.workflows.adapters import adapted_facts, load_arguments
 from libreflux.workflows.drawing import AdaptedSource, DrawingSession, open_for_drawing
+from libreflux.workflows.guidance_options import GuidanceOptions, rule_fields
 from libreflux.workflows.picture_options import Offload, OffloadBlocks, Quantize, check_picture
 from libreflux.workflows.progress import Progress
 
@@ -67,6 +68,7 @@ class CellOptions:
         negative: negative prompt, of the cells that are guided.
         width, height: pixels; None is the model's own size.
         device, quantize, offload, offload_blocks, compile, on_notice: see `GenerateOptions`.
+        guiding: how the cells that are guided are.
     """
 
     sources: Mapping[str, ModelSource]
@@ -80,6 +82,7 @@ class CellOptions:
     offload_blocks: OffloadBlocks = 0
     compile: Compile = "auto"
     on_notice: Callable[[str], None] | None = None
+    guiding: GuidanceOptions = field(default_factory=GuidanceOptions)
 
     def negative_at(self, scale: float) -> str:
         """The negative prompt of a cell, which is of no effect without guidance."""
@@ -175,6 +178,7 @@ class Cells:
             "width": shared.width,
             "height": shared.height,
             "quantize": self._quantised(),
+            **rule_fields(shared.guiding, scale),
             **model.key,
         }
         return self._file(decided)
@@ -252,4 +256,5 @@ class Cells:
             model=column.model,
             embedded_guidance=model.facts.embedded_guidance,
             quantize=source.quantize,
+            **rule_fields(self.shared.guiding, scale),
         )

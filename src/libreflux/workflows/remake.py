@@ -20,6 +20,7 @@ from libreflux.printing import counted, quoted_path
 from libreflux.sample.checks import check_values
 from libreflux.sample.encoding import check_max_tokens
 from libreflux.sample.metadata import GenerationRecord, differences, open_png, read_record, save_png
+from libreflux.sample.rules import rule_of
 from libreflux.workflows.adapters import adapter_argument
 from libreflux.workflows.drawing import open_for_drawing
 from libreflux.workflows.keywords import by_keywords
@@ -163,6 +164,7 @@ def _check(record: GenerationRecord, picture: Path) -> None:
                 "embedded_guidance": record.embedded_guidance,
             }
         )
+        rule_of(record).check_steps(record.steps)
     except RecipeError as error:
         what = f"damaged record ({error.where} {error.what})"
         raise DataError(what, where=picture, hint="give the picture unchanged") from None

@@ -1,0 +1,50 @@
+"""Options of guidance beyond its scale, as the verbs that draw share them."""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Literal
+
+import typer
+
+
+class Rule(enum.StrEnum):
+    """`--guidance-rule`."""
+
+    cfg = "cfg"
+    apg = "apg"
+    cfg_zero = "cfg-zero"
+
+    @property
+    def as_value(self) -> Literal["cfg", "apg", "cfg-zero"]:
+        """As workflows take it."""
+        return self.value
+
+
+RuleOption = Annotated[
+    Rule,
+    typer.Option(
+        help="What guided steps make of the two velocities: cfg; apg, adaptive projected guidance; cfg-zero, CFG-Zero*."
+    ),
+]
+ApgEta = Annotated[
+    float | None,
+    typer.Option(
+        metavar="ETA",
+        help="How much apg keeps of what is parallel to the picture, which saturates: 1 all; default: 0, none.",
+        show_default=False,
+    ),
+]
+ApgRadius = Annotated[
+    float | None,
+    typer.Option(
+        metavar="R", help="Largest norm of apg's update, over all latents; default: no limit.", show_default=False
+    ),
+]
+ApgMomentum = Annotated[
+    float | None,
+    typer.Option(
+        metavar="M", help="Of apg's updates; below 0 takes back earlier ones; default: -0.5.", show_default=False
+    ),
+]
+ZeroInit = Annotated[int, typer.Option(min=0, help="First steps (a count) of cfg-zero that stand still.")]
