@@ -33,7 +33,7 @@ NOT_OF_A_PICTURE = {
 NOT_OF_A_PICTURE |= {"on_notice"}
 """Options that say where the model is, how many pictures there are, or what becomes of them."""
 OF_THE_MODEL = {"schema", "model", "quantize", "compile", "dtype", "device", "hashes", "adapters", "versions"}
-OF_THE_MODEL |= {"batch"}
+OF_THE_MODEL |= {"batch", "first_steps_from", "first_steps_guidance"}
 """Fields of a record that say what drew the picture, and beside which others."""
 AS_TEXT = {"prompt", "prompt_2", "negative", "negative_2", "max_tokens"}
 """Fields of a record that are encoded before the pipeline is called."""
@@ -75,7 +75,15 @@ def test_every_given_option_is_what_the_record_says(tiny_model_dir: Path) -> Non
         "zero_init": 1,
         "guidance_rule": "cfg-zero",
     }  # beside which a start and a ladder are refused
-    default = {"model", "adapters", "device", "embedded_guidance", "compile"}
+    default = {
+        "model",
+        "adapters",
+        "device",
+        "embedded_guidance",
+        "compile",
+        "first_steps_from",
+        "first_steps_guidance",
+    }
     assert names_of(GenerateOptions) - NOT_OF_A_PICTURE == given.keys() | other.keys() | default
     record = libreflux.generate("a fox", model=tiny_model_dir, device="cpu", **given).pictures[0].record
     for name, value in given.items():

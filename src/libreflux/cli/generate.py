@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from libreflux.cli.guidance_options import ApgEta, ApgMomentum, ApgRadius, Rule, RuleOption, ZeroInit
+from libreflux.cli.guidance_options import (
+    ApgEta,
+    ApgMomentum,
+    ApgRadius,
+    FirstStepsFrom,
+    FirstStepsGuidance,
+    Rule,
+    RuleOption,
+    ZeroInit,
+)
 from libreflux.cli.options import (
     Base,
     Batch,
@@ -33,6 +42,7 @@ REMAKE_TAKES = (
     "base",
     "comfyui",
     "adapters",
+    "first_steps_from",
     "device",
     "offload",
     "offload_blocks",
@@ -98,6 +108,8 @@ def generate(
     apg_radius: ApgRadius = None,
     apg_momentum: ApgMomentum = None,
     zero_init: ZeroInit = 0,
+    first_steps_from: FirstStepsFrom = None,
+    first_steps_guidance: FirstStepsGuidance = None,
     batch_cfg: Annotated[
         Batch,
         typer.Option(help="Guided steps as one pass (on) or two (off); auto: one where prompts are equally long."),
@@ -165,6 +177,7 @@ def generate(
             base=base,
             comfyui=comfyui,
             adapters=adapters or (),
+            first_steps_from=first_steps_from,
             device=device,
             offload=offload.as_value,
             offload_blocks=block_number(offload_blocks),
@@ -211,6 +224,8 @@ def generate(
         apg_radius=apg_radius,
         apg_momentum=apg_momentum,
         zero_init=zero_init,
+        first_steps_from=first_steps_from,
+        first_steps_guidance=first_steps_guidance,
         batch_cfg=batch_cfg.as_value,
         width=width,
         height=height,

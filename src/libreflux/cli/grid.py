@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from libreflux.cli.guidance_options import ApgEta, ApgMomentum, ApgRadius, Rule, RuleOption, ZeroInit
+from libreflux.cli.guidance_options import (
+    ApgEta,
+    ApgMomentum,
+    ApgRadius,
+    FirstStepsFrom,
+    FirstStepsGuidance,
+    Rule,
+    RuleOption,
+    ZeroInit,
+)
 from libreflux.cli.options import (
     Base,
     ComfyUI,
@@ -46,6 +55,8 @@ def grid(
     apg_radius: ApgRadius = None,
     apg_momentum: ApgMomentum = None,
     zero_init: ZeroInit = 0,
+    first_steps_from: FirstStepsFrom = None,
+    first_steps_guidance: FirstStepsGuidance = None,
     seeds: Annotated[str, typer.Option(metavar="0,1 or 0:3", help="Seeds: a row for each, with one noise.")] = "0",
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     width: Annotated[int | None, typer.Option(min=16, help="Pixels, a multiple of 16; default: the model's.")] = None,
@@ -79,6 +90,8 @@ def grid(
         apg_radius=apg_radius,
         apg_momentum=apg_momentum,
         zero_init=zero_init,
+        first_steps_from=first_steps_from,
+        first_steps_guidance=first_steps_guidance,
         negative=negative,
         width=width,
         height=height,

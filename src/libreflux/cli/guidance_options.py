@@ -48,3 +48,15 @@ ApgMomentum = Annotated[
     ),
 ]
 ZeroInit = Annotated[int, typer.Option(min=0, help="First steps (a count) of cfg-zero that stand still.")]
+FirstStepsFrom = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL:N",
+        help="Another model, such as the base of a distilled one, draws the first N steps, without adapters.",
+        show_default=False,
+    ),
+]
+FirstStepsGuidance = Annotated[
+    float | None,
+    typer.Option(min=0, metavar="G", help="Its guidance scale; default: its own.", show_default=False),
+]

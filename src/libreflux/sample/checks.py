@@ -65,6 +65,13 @@ def check_values(given: Arguments, names: Mapping[str, str] | None = None) -> No
         raise OptionError(f"{start:g} is not below the stop, {stop:g}", name, hint="start before the stop")
 
 
+def first_steps_argument(text: str) -> tuple[str, int]:
+    """`MODEL` or `MODEL:N`: the model, and how many first steps it draws, 1 where none is given."""
+    model, colon, number = text.rpartition(":")
+    is_number = bool(colon and model) and number.isascii() and number.isdigit()
+    return (model, int(number)) if is_number else (text, 1)
+
+
 def _is_number(value: Any) -> bool:
     """Whether it is one number, Python's, numpy's or torch's: no text, and no truth value."""
     if isinstance(value, bool | str | bytes):

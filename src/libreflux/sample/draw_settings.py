@@ -60,6 +60,8 @@ def resolve(facts: Facts, image_tokens: int, request: DrawRequest) -> DrawSettin
         own = shift_sigmas(torch.tensor(list(request.sigmas), dtype=torch.float64), shift)
         sigmas = torch.cat([own, torch.zeros(1, dtype=torch.float64)]).float()
     scale = facts.cfg_scale if request.guidance_scale is None else float(request.guidance_scale)
+    if request.first_steps is not None:
+        request.first_steps.check_steps(steps)
     guided, rule = range(0), GuidanceRule()
     if scale > 1:
         rule = request.guidance_rule

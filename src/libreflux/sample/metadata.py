@@ -17,9 +17,18 @@ from libreflux import plainjson
 from libreflux.errors import DataError
 from libreflux.files import atomic_write_bytes
 from libreflux.places import did_you_mean
+from libreflux.sample.checks import first_steps_argument
 
 CHUNK = "libreflux"
-YOUNGER = ("guidance_rule", "apg_eta", "apg_radius", "apg_momentum", "zero_init")
+YOUNGER = (
+    "guidance_rule",
+    "apg_eta",
+    "apg_radius",
+    "apg_momentum",
+    "zero_init",
+    "first_steps_from",
+    "first_steps_guidance",
+)
 """Fields that records had not at first; a picture says nothing of one that is as usual."""
 
 
@@ -43,6 +52,8 @@ class GenerationRecord:
         guidance_rescale: see `flow.guidance.rescale`.
         guidance_rule: see `sample.rules`; its numbers are None where the rule does not read them, and a radius of none.
         apg_eta, apg_radius, apg_momentum, zero_init: see there.
+        first_steps_from: "MODEL:N", who drew the first N steps; None is no other model.
+        first_steps_guidance: its guidance scale.
         batch_cfg: True, False or "auto": how the passes were batched, which decides the last bits.
         tile: whether the VAE decoded in tiles; None is by size.
         embedded_guidance: of a guidance-distilled model; None for others.
@@ -78,6 +89,8 @@ class GenerationRecord:
     apg_radius: float | None = None
     apg_momentum: float | None = None
     zero_init: int = 0
+    first_steps_from: str | None = None
+    first_steps_guidance: float | None = None
     batch_cfg: bool | Literal["auto"] = "auto"
     tile: bool | None = None
     embedded_guidance: float | None = None
@@ -93,7 +106,9 @@ class GenerationRecord:
     @property
     def passes(self) -> int:
         """Through the transformer, at most: guided steps take two."""
-        return (self.steps - self.zero_init) * (2 if self.guidance > 1 else 1)
+        first = 0 if self.first_steps_from is None else first_steps_argument(self.first_steps_from)[1]
+        rest = self.steps - max(first, self.zero_init)
+        return rest * (2 if self.guidance > 1 else 1) + first * (2 if (self.first_steps_guidance or 0) > 1 else 1)
 
     def parameters(self) -> str:
         """The text that A1111-compatible viewers show."""
@@ -114,6 +129,9 @@ class GenerationRecord:
             facts["Distilled CFG scale"] = f"{self.embedded_guidance:g}"
         if self.guidance > 1:
             facts |= self._guidance_parameters()
+        if self.first_steps_from is not None:
+            facts["First steps from"] = self.first_steps_from
+            facts["First steps CFG scale"] = f"{self.first_steps_guidance:g}"
         for name, text in (("Prompt 2", self.prompt_2), ("Negative prompt 2", self.negative_2)):
             if text is not None:
                 facts[name] = text

@@ -24,6 +24,7 @@ from libreflux.sample.denoise import denoise
 from libreflux.sample.draw_settings import DrawSettings, resolve
 from libreflux.sample.encoding import encode_prompts, listed, matched
 from libreflux.sample.finite import blamed, check_latents
+from libreflux.sample.first_steps import FirstSteps, handed_over
 from libreflux.sample.guidance import BatchCfg, GuidedVelocity
 from libreflux.sample.noise import Generators, start
 from libreflux.sample.output import decoded, to_pil
@@ -171,6 +172,7 @@ class LibreFluxPipeline(FluxParts):
         guidance_stop: float = 1.0,
         guidance_rescale: float = 0.0,
         guidance_rule: GuidanceRule = GuidanceRule(),
+        first_steps: FirstSteps | None = None,
         batch_cfg: BatchCfg = "auto",
         max_sequence_length: int | None = None,
         tile: bool | None = None,
@@ -192,6 +194,7 @@ class LibreFluxPipeline(FluxParts):
             no_cfg_until: the start as a count of steps.
             guidance_rescale: phi in [0, 1], see `flow.guidance.rescale`.
             guidance_rule: what guided steps make of the two velocities: CFG, APG or CFG-Zero*.
+            first_steps: another model that draws the first steps of the ladder, with its own guidance; None is none.
             batch_cfg: how the two passes run, see `GuidedVelocity`; equal up to rounding.
             embedded_guidance: for a guidance-distilled model (FLUX.1-dev) only; None is the model's own.
             num_images_per_prompt: pictures per prompt, in a row.
@@ -236,6 +239,7 @@ class LibreFluxPipeline(FluxParts):
             guidance_stop=guidance_stop,
             guidance_rescale=guidance_rescale,
             guidance_rule=guidance_rule,
+            first_steps=first_steps,
             batch_cfg=batch_cfg,
             max_sequence_length=max_sequence_length,
             tile=tile,
@@ -327,7 +331,8 @@ class LibreFluxPipeline(FluxParts):
         replaced = on_step_end(self, drawing.guided, callback, names)
         guided, sigmas = drawing.guided, drawing.settings.sigmas
         check = functools.partial(check_latents, guided=guided)
-        for step in denoise(guided, drawing.noise, sigmas, on_step_end=replaced, check=check):
+        follow = handed_over(request.first_steps, guided, request.num_images_per_prompt)
+        for step in denoise(follow, drawing.noise, sigmas, on_step_end=replaced, check=check):
             yield step
             if self.interrupt:
                 return

@@ -12,6 +12,7 @@ from libreflux.flow.solve import Step
 from libreflux.model.text import TextConditioning
 from libreflux.sample.checks import arguments_of, check_values
 from libreflux.sample.encoding import listed
+from libreflux.sample.first_steps import FirstSteps
 from libreflux.sample.guidance import BatchCfg
 from libreflux.sample.noise import Generators
 from libreflux.sample.rules import GuidanceRule
@@ -51,6 +52,7 @@ class DrawRequest:
     guidance_stop: float = 1.0
     guidance_rescale: float = 0.0
     guidance_rule: GuidanceRule = field(default_factory=GuidanceRule)
+    first_steps: FirstSteps | None = None
     batch_cfg: BatchCfg = "auto"
     max_sequence_length: int | None = None
     tile: bool | None = None

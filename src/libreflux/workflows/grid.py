@@ -12,7 +12,13 @@ from libreflux.errors import OptionError
 from libreflux.model.compile_choice import Compile
 from libreflux.places import file_place, folder_place
 from libreflux.values import MOST_NUMBERS, listed_numbers
-from libreflux.workflows.guidance_options import GuidanceOptions, check_rule, check_zero_init
+from libreflux.workflows.guidance_options import (
+    GuidanceOptions,
+    check_first_steps,
+    check_rule,
+    check_zero_init,
+    first_model,
+)
 from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.picture_options import (
     Offload,
@@ -124,7 +130,7 @@ def grid_with(options: GridOptions) -> GridResult:
     from libreflux.files import lock
     from libreflux.model.opening import open_model
     from libreflux.workflows.adapters import load_arguments
-    from libreflux.workflows.drawing import device_for
+    from libreflux.workflows.drawing_device import device_for
     from libreflux.workflows.grid_cells import CellOptions, Cells, Column, Row
     from libreflux.workflows.grid_page import write
 
@@ -149,6 +155,7 @@ def grid_with(options: GridOptions) -> GridResult:
         compile=options.compile,
         on_notice=options.on_notice,
         guiding=options,
+        first=None if (first := first_model(options)) is None else open_model(first),
     )
     with lock(out):
         cells = Cells(out, shared, columns, rows)
@@ -174,8 +181,10 @@ def _checked(options: GridOptions) -> tuple[tuple[str, ...], list[str], tuple[st
     names = {"guidance_scale": "guidance"}
     _check_each("guidance", options.guidance, lambda scale: check_values({"guidance_scale": scale}, names))
     _check_each("steps", options.steps, lambda steps: check_picture(None, None, steps))
+    check_first_steps(options, None)
     for steps in options.steps or ():
         check_zero_init(options, int(steps))
+        check_first_steps(options, int(steps))
     if options.guidance_rule != "cfg":
         for scale in options.guidance or ():
             refuse_unused(scale, {"guidance_rule": True})

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from libreflux.errors import OptionError
+from libreflux.printing import counted
+from libreflux.sample.checks import check_values, first_steps_argument
 from libreflux.sample.rules import rule_of
+
+if TYPE_CHECKING:
+    from libreflux.model.facts import Facts
 
 OF_APG = ("apg_eta", "apg_radius", "apg_momentum")
 
@@ -21,6 +26,9 @@ class GuidanceOptions:
         apg_radius: the largest norm of APG's update, over all numbers of the latents; None is no limit.
         apg_momentum: of APG's updates, between -1 and 1; below 0 takes back what earlier steps added; None is -0.5.
         zero_init: first steps (a count) of CFG-Zero* that stand still, and cost no pass.
+        first_steps_from: "MODEL" or "MODEL:N": another model, such as the base of a distilled one, draws the first N
+            steps (1) of the ladder. Adapters are not put on it.
+        first_steps_guidance: its guidance scale; None is its own.
     """
 
     guidance_rule: Literal["cfg", "apg", "cfg-zero"] = "cfg"
@@ -28,6 +36,8 @@ class GuidanceOptions:
     apg_radius: float | None = None
     apg_momentum: float | None = None
     zero_init: int = 0
+    first_steps_from: str | None = None
+    first_steps_guidance: float | None = None
 
 
 def check_rule(options: GuidanceOptions) -> None:
@@ -54,3 +64,50 @@ def rule_fields(options: GuidanceOptions, guidance: float) -> dict[str, Any]:
     radius = rule.apg_radius
     numbers = {"apg_eta": float(rule.apg_eta), "apg_momentum": float(rule.apg_momentum)}
     return {**fields, **numbers, "apg_radius": None if radius is None else float(radius)}
+
+
+def check_first_steps(options: GuidanceOptions, steps: int | None) -> None:
+    """Raises OptionError for first steps that are out of range, or leave none of `steps`; None is not known yet."""
+    check_values({"guidance_scale": options.first_steps_guidance}, {"guidance_scale": "first_steps_guidance"})
+    if options.first_steps_from is None:
+        if options.first_steps_guidance is not None:
+            hint = "add that, or remove it"
+            raise OptionError("has no effect without `first_steps_from`", "first_steps_guidance", hint=hint)
+        return
+    count = first_steps_argument(options.first_steps_from)[1]
+    if count < 1:
+        raise OptionError("draws no step", "first_steps_from", hint="use MODEL:1, or remove it")
+    if steps is not None and count >= steps:
+        hint = f"use MODEL:{steps - 1} at most" if steps > 1 else "use more `steps`"
+        raise OptionError(f"leaves none of {counted(steps, 'step')} to the model", "first_steps_from", hint=hint)
+
+
+def first_model(options: GuidanceOptions) -> str | None:
+    """Who draws the first steps; None is no other model."""
+    return None if options.first_steps_from is None else first_steps_argument(options.first_steps_from)[0]
+
+
+def first_fields(options: GuidanceOptions, facts: Facts | None) -> dict[str, Any]:
+    """What a picture's record says of its first steps.
+
+    Args:
+        options: of the picture.
+        facts: of the other model.
+    """
+    if options.first_steps_from is None or facts is None:
+        return {}
+    model, count = first_steps_argument(options.first_steps_from)
+    given = options.first_steps_guidance
+    return {
+        "first_steps_from": f"{model}:{count}",
+        "first_steps_guidance": float(facts.cfg_scale if given is None else given),
+    }
+
+
+def reads_negative(options: GuidanceOptions, facts: Facts | None = None) -> bool:
+    """Whether the negative prompt does something without the model's own guidance; `facts` of who draws first."""
+    if options.first_steps_from is None:
+        return False
+    given = options.first_steps_guidance
+    scale = given if given is not None or facts is None else facts.cfg_scale
+    return scale is None or scale > 1

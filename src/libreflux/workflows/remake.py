@@ -17,7 +17,7 @@ from libreflux.model.compile_choice import Compile
 from libreflux.model.locate import told_model
 from libreflux.places import file_place
 from libreflux.printing import counted, quoted_path
-from libreflux.sample.checks import check_values
+from libreflux.sample.checks import check_values, first_steps_argument
 from libreflux.sample.encoding import check_max_tokens
 from libreflux.sample.metadata import GenerationRecord, differences, open_png, read_record, save_png
 from libreflux.sample.rules import rule_of
@@ -38,6 +38,7 @@ class RemakeOptions:
         model: where its model is now; None: where it was.
         base, comfyui: see `GenerateOptions`.
         adapters: where its adapters are now, in their order; the weights are the picture's.
+        first_steps_from: where the model of its first steps is now; None: where it was.
         device, offload, offload_blocks: see `GenerateOptions`.
         compile: "on" or "off", see `GenerateOptions`; "auto": as the picture was drawn.
         metadata: whether the new PNG says how it was made.
@@ -54,6 +55,7 @@ class RemakeOptions:
     base: str | None = None
     comfyui: str | Path | None = None
     adapters: str | Path | Sequence[str | Path] = ()
+    first_steps_from: str | None = None
     device: str = "auto"
     offload: Offload = "auto"
     offload_blocks: OffloadBlocks = 0
@@ -116,13 +118,16 @@ def remake_with(options: RemakeOptions) -> RemakeResult:
     adapters = _found(record, adapter_texts(options.adapters), picture)
     memory = options.offload, record.quantize, options.offload_blocks
     asked: Compile = ("on" if record.compile else "off") if options.compile == "auto" else options.compile
-    source = open_for_drawing(named, adapters, options.device, *memory, asked, options.on_notice)
+    first = _first(record, options.first_steps_from, picture)
+    source = open_for_drawing(named, adapters, options.device, *memory, asked, options.on_notice, first)
     try:
         check_max_tokens(source.facts, record.max_tokens, f"{picture}: max_tokens")
     except OptionError as error:
         raise DataError(error.what, where=error.where, hint=error.hint) from None
     session = source.load([record])
     now = dataclasses.replace(session.stamped(record), model=str(named), batch=1)
+    if first is not None and record.first_steps_from is not None:
+        now = dataclasses.replace(now, first_steps_from=f"{first}:{first_steps_argument(record.first_steps_from)[1]}")
     changed = differences(record, now)
     for line in changed:
         if options.on_difference is not None:
@@ -134,6 +139,23 @@ def remake_with(options: RemakeOptions) -> RemakeResult:
         if options.on_picture is not None:
             options.on_picture(target)
     return RemakeResult(image, now, target, tuple(changed), *_compared(picture, image, changed))
+
+
+def _first(record: GenerationRecord, given: str | None, picture: Path) -> str | None:
+    """Who draws the first steps; None is no other model."""
+    if record.first_steps_from is None:
+        if given is not None:
+            raise OptionError(f"was not used for {picture}", "first_steps_from", hint="remove it")
+        return None
+    model, count = first_steps_argument(record.first_steps_from)
+    if given is None:
+        return told_model(model, picture)
+    named, steps = first_steps_argument(given)
+    if named != given and steps != count:
+        raise OptionError(
+            f"has other steps than the picture's {count}", "first_steps_from", hint="give the model alone"
+        )
+    return named
 
 
 def _target(out: Path, record: GenerationRecord, picture: Path) -> Path:
