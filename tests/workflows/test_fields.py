@@ -68,6 +68,9 @@ def test_every_given_option_is_what_the_record_says(tiny_model_dir: Path) -> Non
         "apg_eta": 0.5,
         "apg_radius": 3.0,
         "apg_momentum": 0.25,
+        "nag": 3.0,
+        "nag_tau": 2.0,
+        "nag_alpha": 0.5,
     }
     other: dict[str, Any] = {
         "no_cfg_until": 1,
@@ -98,6 +101,8 @@ OTHERWISE: dict[str, tuple[dict[str, Any], Any]] = {
     "apg_radius": ({"guidance_rule": "apg"}, 2.0),
     "apg_momentum": ({"guidance_rule": "apg"}, 0.5),
     "zero_init": ({"guidance_rule": "cfg-zero"}, 1),
+    "nag_tau": ({"nag": 2.0}, 3.0),
+    "nag_alpha": ({"nag": 2.0}, 0.5),
 }
 """Another value of a field, and beside what it means something."""
 

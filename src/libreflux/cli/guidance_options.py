@@ -60,3 +60,22 @@ FirstStepsGuidance = Annotated[
     float | None,
     typer.Option(min=0, metavar="G", help="Its guidance scale; default: its own.", show_default=False),
 ]
+NagScale = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        help="Scale of normalized attention guidance by the negative prompt, for models of few steps: 0 none, 4 usual.",
+    ),
+]
+NagTau = Annotated[
+    float | None,
+    typer.Option(
+        metavar="TAU",
+        help="How many times its plain norm guided attention may have; default: 2.5.",
+        show_default=False,
+    ),
+]
+NagAlpha = Annotated[
+    float | None,
+    typer.Option(metavar="ALPHA", help="Share of guided attention, 0 to 1; default: 0.25.", show_default=False),
+]

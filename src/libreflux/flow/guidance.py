@@ -112,3 +112,25 @@ def _along(vectors: Tensor, onto: Tensor) -> Tensor:
     square = (onto * onto).sum(rest, keepdim=True)
     product = (vectors * onto).sum(rest, keepdim=True)
     return torch.where(square > 0, product / square, torch.zeros_like(square))
+
+
+def nag(positive: Tensor, negative: Tensor, scale: float, tau: float, alpha: float) -> Tensor:
+    """Normalized attention guidance (Chen et al. 2025, arXiv 2505.21179, section 4), on what attention gives a token.
+
+    Z~ = Z+ + s (Z+ - Z-); its L1 norm is cut to tau times that of Z+; alpha of that, and 1 - alpha of Z+.
+
+    Args:
+        positive: Z+, what image tokens get beside the prompt, [B, N, C], all heads together.
+        negative: Z-, what the same queries get beside the negative prompt, same shape.
+        scale: s, at least 0; 0 leaves Z+ but for rounding. Other programs call s + 1 the scale.
+        tau: at least 1.
+        alpha: in [0, 1]; 0 is Z+.
+
+    Returns:
+        [B, N, C], in the dtype of `positive`; computed in fp32.
+    """
+    wide, other = positive.float(), negative.float()
+    beyond = wide + scale * (wide - other)
+    norm, most = beyond.abs().sum(-1, keepdim=True), tau * wide.abs().sum(-1, keepdim=True)
+    capped = beyond * torch.where(norm > most, most / norm, torch.ones_like(norm))
+    return (alpha * capped + (1 - alpha) * wide).to(positive.dtype)

@@ -42,6 +42,9 @@ class Arguments(TypedDict, total=False):
     apg_radius: float | None
     apg_momentum: float | None
     zero_init: int
+    nag: float
+    nag_tau: float | None
+    nag_alpha: float | None
 
 
 def check_values(given: Arguments, names: Mapping[str, str] | None = None) -> None:
@@ -144,10 +147,13 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "apg_radius": (lambda radius: _is_scale(radius) and radius > 0, "use a number above 0, or leave it out"),
     "apg_momentum": (lambda m: _is_number(m) and -1 < m < 1, "use a number between -1 and 1; 0 is none"),
     "zero_init": (_is_count(0), "use 0 or more steps"),
+    "nag": (_is_scale, "use 0 or more; 0 is none, 4 is usual"),
+    "nag_tau": (lambda tau: _is_finite(tau) and tau >= 1, "use 1 or more"),
+    "nag_alpha": (_is_fraction, "use 0 to 1; 0 is no guidance"),
 }
 
 
 def arguments_of(request: object) -> Arguments:
     """All that an object has as attributes, but for what is checked where it is made."""
-    names = (name for name in _CHECKS if hasattr(request, name) and name != "guidance_rule")
+    names = (name for name in _CHECKS if hasattr(request, name) and name not in ("guidance_rule", "nag"))
     return cast(Arguments, {name: getattr(request, name) for name in names})

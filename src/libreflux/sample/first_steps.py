@@ -1,4 +1,4 @@
-"""The first steps of a picture by one model, the rest by another: a base's choice of what to draw, a student's speed."""
+"""The first steps of a picture by one model, the rest by another: a base's choice, a student's speed."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,9 +13,10 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from libreflux.flow.guidance import apg, cfg, cfg_zero_star, rescale
+from libreflux.model.attention_guidance import normalized_attention
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
-from libreflux.sample.rules import GuidanceRule
+from libreflux.sample.rules import GuidanceRule, Nag
 
 BatchCfg = bool | Literal["auto"]
 
@@ -71,6 +72,7 @@ class GuidedVelocity:
         batch_cfg: True: a guided step is one pass of 2B, shorter prompts masked; False: two passes of B; "auto": one
             pass where it needs no more padding than two, that is where both sides have the same lengths.
         embedded_guidance: see `model.velocity`.
+        nag: guidance within attention, of every step; it takes a pass of 2B, shorter prompts masked, for one of B.
         rule: how the two velocities become one. APG's momentum is of the steps that were called before, in turn.
     """
 
@@ -84,6 +86,7 @@ class GuidedVelocity:
     batch_cfg: BatchCfg = "auto"
     embedded_guidance: float | None = None
     rule: GuidanceRule = field(default_factory=GuidanceRule)
+    nag: Nag = field(default_factory=Nag)
     _average: Tensor | None = field(default=None, init=False)
     """APG's, of the step before."""
 
@@ -104,16 +107,24 @@ class GuidedVelocity:
         if step < self.rule.zero_init:
             return torch.zeros_like(x)
         if self.negative is None or not self.is_guided(step):
-            return self._pass(x, sigma, self.positive, step, range(count))
-        if self._in_one_pass(self.negative):
+            return self._conditional(x, sigma, step)
+        if not self.nag.nag and self._in_one_pass(self.negative):
             both = TextConditioning.cat([self.negative, self.positive])
             found = self._pass(torch.cat([x, x]), sigma, both, step, range(count, 2 * count))
             v_uncond, v_cond = found.chunk(2)
         else:
             v_uncond = self._pass(x, sigma, self.negative, step, range(0))
-            v_cond = self._pass(x, sigma, self.positive, step, range(count))
+            v_cond = self._conditional(x, sigma, step)
         v = self._guided(v_cond, v_uncond, x, sigma)
         return rescale(v, v_cond, self.rescale) if self.rescale else v
+
+    def _conditional(self, x: Tensor, sigma: float, step: int) -> Tensor:
+        count = x.shape[0]
+        if not self.nag.nag or self.negative is None:
+            return self._pass(x, sigma, self.positive, step, range(count))
+        both = TextConditioning.cat([self.negative, self.positive])
+        found = self._pass(torch.cat([x, x]), sigma, both, step, range(count, 2 * count), nag=self.nag)
+        return found.chunk(2)[1]
 
     def _guided(self, v_cond: Tensor, v_uncond: Tensor, x: Tensor, sigma: float) -> Tensor:
         rule = self.rule
@@ -139,10 +150,20 @@ class GuidedVelocity:
             return set(negative.lengths) == set(self.positive.lengths)
         return self.batch_cfg
 
-    def _pass(self, x: Tensor, sigma: float, text: TextConditioning, step: int, prompted: range) -> Tensor:
+    def _pass(
+        self, x: Tensor, sigma: float, text: TextConditioning, step: int, prompted: range, nag: Nag | None = None
+    ) -> Tensor:
         def run(x: Tensor, text: TextConditioning) -> Tensor:
             sigmas = torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)
-            return velocity(self.transformer, x, sigmas, text, self.image_ids, guidance=self.embedded_guidance)
+            with _attention(self.transformer, x.shape[1], nag):
+                return velocity(self.transformer, x, sigmas, text, self.image_ids, guidance=self.embedded_guidance)
 
         watcher = _watcher.get()
         return run(x, text) if watcher is None else watcher(GuidedPass(step, sigma, x, text, prompted, run))
+
+
+def _attention(transformer: FluxTransformer2DModel, image_tokens: int, nag: Nag | None) -> AbstractContextManager[None]:
+    if nag is None:
+        return nullcontext()
+    numbers = {"scale": nag.nag, "tau": nag.nag_tau, "alpha": nag.nag_alpha}
+    return normalized_attention(transformer, image_tokens=image_tokens, **numbers)

@@ -26,6 +26,9 @@ YOUNGER = (
     "apg_radius",
     "apg_momentum",
     "zero_init",
+    "nag",
+    "nag_tau",
+    "nag_alpha",
     "first_steps_from",
     "first_steps_guidance",
 )
@@ -52,6 +55,7 @@ class GenerationRecord:
         guidance_rescale: see `flow.guidance.rescale`.
         guidance_rule: see `sample.rules`; its numbers are None where the rule does not read them, and a radius of none.
         apg_eta, apg_radius, apg_momentum, zero_init: see there.
+        nag, nag_tau, nag_alpha: see `sample.rules.Nag`.
         first_steps_from: "MODEL:N", who drew the first N steps; None is no other model.
         first_steps_guidance: its guidance scale.
         batch_cfg: True, False or "auto": how the passes were batched, which decides the last bits.
@@ -89,6 +93,9 @@ class GenerationRecord:
     apg_radius: float | None = None
     apg_momentum: float | None = None
     zero_init: int = 0
+    nag: float = 0.0
+    nag_tau: float | None = None
+    nag_alpha: float | None = None
     first_steps_from: str | None = None
     first_steps_guidance: float | None = None
     batch_cfg: bool | Literal["auto"] = "auto"
@@ -108,7 +115,9 @@ class GenerationRecord:
         """Through the transformer, at most: guided steps take two."""
         first = 0 if self.first_steps_from is None else first_steps_argument(self.first_steps_from)[1]
         rest = self.steps - max(first, self.zero_init)
-        return rest * (2 if self.guidance > 1 else 1) + first * (2 if (self.first_steps_guidance or 0) > 1 else 1)
+        return rest * (1 + (self.guidance > 1) + (self.nag > 0)) + first * (
+            2 if (self.first_steps_guidance or 0) > 1 else 1
+        )
 
     def parameters(self) -> str:
         """The text that A1111-compatible viewers show."""
@@ -129,6 +138,8 @@ class GenerationRecord:
             facts["Distilled CFG scale"] = f"{self.embedded_guidance:g}"
         if self.guidance > 1:
             facts |= self._guidance_parameters()
+        if self.nag:
+            facts |= {"NAG scale": f"{self.nag:g}", "NAG tau": f"{self.nag_tau:g}", "NAG alpha": f"{self.nag_alpha:g}"}
         if self.first_steps_from is not None:
             facts["First steps from"] = self.first_steps_from
             facts["First steps CFG scale"] = f"{self.first_steps_guidance:g}"

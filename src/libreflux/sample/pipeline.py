@@ -30,7 +30,7 @@ from libreflux.sample.noise import Generators, start
 from libreflux.sample.output import decoded, to_pil
 from libreflux.sample.parts import FluxParts
 from libreflux.sample.request import DrawRequest
-from libreflux.sample.rules import GuidanceRule
+from libreflux.sample.rules import GuidanceRule, Nag
 from libreflux.sample.step_end import TENSORS, on_step_end
 
 P = ParamSpec("P")
@@ -172,6 +172,7 @@ class LibreFluxPipeline(FluxParts):
         guidance_stop: float = 1.0,
         guidance_rescale: float = 0.0,
         guidance_rule: GuidanceRule = GuidanceRule(),
+        nag: Nag = Nag(),
         first_steps: FirstSteps | None = None,
         batch_cfg: BatchCfg = "auto",
         max_sequence_length: int | None = None,
@@ -194,6 +195,7 @@ class LibreFluxPipeline(FluxParts):
             no_cfg_until: the start as a count of steps.
             guidance_rescale: phi in [0, 1], see `flow.guidance.rescale`.
             guidance_rule: what guided steps make of the two velocities: CFG, APG or CFG-Zero*.
+            nag: guidance within attention, from the negative prompt; needs no `guidance_scale`.
             first_steps: another model that draws the first steps of the ladder, with its own guidance; None is none.
             batch_cfg: how the two passes run, see `GuidedVelocity`; equal up to rounding.
             embedded_guidance: for a guidance-distilled model (FLUX.1-dev) only; None is the model's own.
@@ -239,6 +241,7 @@ class LibreFluxPipeline(FluxParts):
             guidance_stop=guidance_stop,
             guidance_rescale=guidance_rescale,
             guidance_rule=guidance_rule,
+            nag=nag,
             first_steps=first_steps,
             batch_cfg=batch_cfg,
             max_sequence_length=max_sequence_length,
@@ -301,7 +304,7 @@ class LibreFluxPipeline(FluxParts):
         limit, positive, negative = request.max_sequence_length, request.prompt_conditioning, None
         if positive is None:
             positive = self.encode_prompt(request.prompts, request.prompt_2, limit)
-        if settings.guided_steps:
+        if settings.guided_steps or request.nag.nag:
             negatives, ready = request.negative_prompts, request.negative_conditioning
             if ready is None:
                 ready = self.encode_prompt(negatives, request.negative_prompt_2, limit)
@@ -319,6 +322,7 @@ class LibreFluxPipeline(FluxParts):
             guided_steps=settings.guided_steps,
             rescale=request.guidance_rescale,
             rule=settings.rule,
+            nag=request.nag,
             batch_cfg=request.batch_cfg,
             embedded_guidance=settings.embedded,
         )

@@ -15,7 +15,7 @@ from libreflux.sample.encoding import listed
 from libreflux.sample.first_steps import FirstSteps
 from libreflux.sample.guidance import BatchCfg
 from libreflux.sample.noise import Generators
-from libreflux.sample.rules import GuidanceRule
+from libreflux.sample.rules import GuidanceRule, Nag
 from libreflux.sample.step_end import StepEndCallback, check_tensors
 
 Prompts = str | Sequence[str]
@@ -52,6 +52,7 @@ class DrawRequest:
     guidance_stop: float = 1.0
     guidance_rescale: float = 0.0
     guidance_rule: GuidanceRule = field(default_factory=GuidanceRule)
+    nag: Nag = field(default_factory=Nag)
     first_steps: FirstSteps | None = None
     batch_cfg: BatchCfg = "auto"
     max_sequence_length: int | None = None

@@ -61,3 +61,34 @@ def rule_of(told: Any) -> GuidanceRule:
     numbers = {name: getattr(told, name) for name in ("apg_eta", "apg_radius", "apg_momentum")}
     given = {name: value for name, value in numbers.items() if value is not None}
     return GuidanceRule(guidance_rule=told.guidance_rule, zero_init=told.zero_init, **given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nag:
+    """Normalized attention guidance, see `flow.guidance.nag`.
+
+    Attributes:
+        nag: its scale; 0 is none.
+        nag_tau: how many times the norm of the plain attention the guided one may have.
+        nag_alpha: the share of the guided one.
+
+    Raises:
+        OptionError: a value out of range.
+    """
+
+    nag: float = 0.0
+    nag_tau: float = 2.5
+    nag_alpha: float = 0.25
+
+    def __post_init__(self) -> None:
+        check_values({"nag": self.nag, "nag_tau": self.nag_tau, "nag_alpha": self.nag_alpha})
+
+
+def nag_of(told: Any) -> Nag:
+    """That of a picture's record, or of options; a number that is None is the usual one.
+
+    Raises:
+        OptionError: see `Nag`.
+    """
+    given = {name: getattr(told, name) for name in ("nag_tau", "nag_alpha") if getattr(told, name) is not None}
+    return Nag(nag=told.nag, **given)

@@ -39,7 +39,7 @@ from libreflux.sample.encoding import Encoded, Text, encode_ahead, encode_in_tur
 from libreflux.sample.first_steps import FirstSteps
 from libreflux.sample.metadata import GenerationRecord, versions
 from libreflux.sample.pipeline import LibreFluxPipeline
-from libreflux.sample.rules import rule_of
+from libreflux.sample.rules import nag_of, rule_of
 from libreflux.workflows.adapters import adapted_facts, adapter_argument, as_typed, load_arguments, notice_other_base
 from libreflux.workflows.drawing_device import WAITING, device_for, refuse_int8
 from libreflux.workflows.first_model import check_beside_first, check_latents_agree, first_record
@@ -118,6 +118,7 @@ class DrawingSession:
                 guidance_stop=record.guidance_stop,
                 guidance_rescale=record.guidance_rescale,
                 guidance_rule=rule_of(record),
+                nag=nag_of(record),
                 first_steps=None if self.first is None else self.first.first_steps(records),
                 batch_cfg=record.batch_cfg,
                 embedded_guidance=record.embedded_guidance,
@@ -213,6 +214,8 @@ class AdaptedSource:
         self, transformer: FluxTransformer2DModel, records: Sequence[GenerationRecord], passes: int | None = None
     ) -> CompiledBlocks | None:
         kind = self.device.type
+        if self.compile == "auto" and any(record.nag for record in records):
+            return None
         if self.compile == "off" or (self.compile == "auto" and (kind != "cuda" or self.offload == "sequential")):
             return None
         if passes is None:
@@ -325,7 +328,7 @@ def texts_of(record: GenerationRecord) -> list[Text]:
     """What must be encoded for a picture: its prompt, and where it is guided its negative prompt."""
     positive = Text(record.prompt, record.prompt_2, record.max_tokens)
     negative = Text(record.negative, record.negative_2, record.max_tokens)
-    return [positive, negative] if record.guidance > 1 else [positive]
+    return [positive, negative] if record.guidance > 1 or record.nag else [positive]
 
 
 def _together(texts: Sequence[TextConditioning]) -> TextConditioning:

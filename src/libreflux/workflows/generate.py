@@ -23,6 +23,7 @@ from libreflux.workflows.guidance_options import (
     check_zero_init,
     first_fields,
     first_model,
+    nag_fields,
     rule_fields,
 )
 from libreflux.workflows.keywords import by_keywords
@@ -150,6 +151,7 @@ def common_record(options: DrawingOptions, source: AdaptedSource) -> GenerationR
         guidance_stop=float(options.guidance_stop),
         guidance_rescale=float(options.guidance_rescale),
         **rule_fields(options, guidance),
+        **nag_fields(options),
         **first_fields(options, first),
         batch_cfg=options.batch_cfg,
         tile=options.tile,

@@ -15,6 +15,7 @@ from libreflux.workflows import picture_options
 from libreflux.workflows.guidance_options import (
     GuidanceOptions,
     check_first_steps,
+    check_nag,
     check_rule,
     check_zero_init,
     reads_negative,
@@ -154,6 +155,7 @@ def check_numbers(options: DrawingOptions) -> None:
     )
     picture_options.check_guidance(given)
     check_rule(options)
+    check_nag(options, options.compile)
     check_first_steps(options, given_steps(options))
     check_values({"batch_cfg": options.batch_cfg, "tile": options.tile})
     picture_options.refuse_unused(options.guidance, guided_only(options))

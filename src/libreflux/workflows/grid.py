@@ -15,6 +15,7 @@ from libreflux.values import MOST_NUMBERS, listed_numbers
 from libreflux.workflows.guidance_options import (
     GuidanceOptions,
     check_first_steps,
+    check_nag,
     check_rule,
     check_zero_init,
     first_model,
@@ -177,6 +178,7 @@ def _checked(options: GridOptions) -> tuple[tuple[str, ...], list[str], tuple[st
         file_place(out / name)
     check_memory(options.offload, options.quantize, options.compile, options.offload_blocks)
     check_rule(options)
+    check_nag(options, options.compile)
     check_picture(options.width, options.height, None)
     names = {"guidance_scale": "guidance"}
     _check_each("guidance", options.guidance, lambda scale: check_values({"guidance_scale": scale}, names))

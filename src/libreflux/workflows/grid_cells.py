@@ -27,6 +27,7 @@ from libreflux.workflows.guidance_options import (
     GuidanceOptions,
     check_first_steps,
     first_fields,
+    nag_fields,
     reads_negative,
     rule_fields,
 )
@@ -100,7 +101,7 @@ class CellOptions:
     def guidance_fields(self, scale: float) -> dict[str, Any]:
         """What a cell's record says of guidance beyond its scale."""
         first = first_fields(self.guiding, None if self.first is None else self.first.facts)
-        return {**rule_fields(self.guiding, scale), **first}
+        return {**rule_fields(self.guiding, scale), **nag_fields(self.guiding), **first}
 
 
 @dataclass(frozen=True)

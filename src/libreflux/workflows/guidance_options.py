@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from libreflux.errors import OptionError
 from libreflux.printing import counted
 from libreflux.sample.checks import check_values, first_steps_argument
-from libreflux.sample.rules import rule_of
+from libreflux.sample.rules import nag_of, rule_of
 
 if TYPE_CHECKING:
     from libreflux.model.facts import Facts
@@ -26,6 +26,10 @@ class GuidanceOptions:
         apg_radius: the largest norm of APG's update, over all numbers of the latents; None is no limit.
         apg_momentum: of APG's updates, between -1 and 1; below 0 takes back what earlier steps added; None is -0.5.
         zero_init: first steps (a count) of CFG-Zero* that stand still, and cost no pass.
+        nag: scale of normalized attention guidance, by the negative prompt (the empty one too) and beside any guidance
+            scale; 0 is none, 4 is usual.
+        nag_tau: how many times its plain norm guided attention may have; None is 2.5.
+        nag_alpha: the share of guided attention, 0 to 1; None is 0.25.
         first_steps_from: "MODEL" or "MODEL:N": another model, such as the base of a distilled one, draws the first N
             steps (1) of the ladder. Adapters are not put on it.
         first_steps_guidance: its guidance scale; None is its own.
@@ -36,6 +40,9 @@ class GuidanceOptions:
     apg_radius: float | None = None
     apg_momentum: float | None = None
     zero_init: int = 0
+    nag: float = 0.0
+    nag_tau: float | None = None
+    nag_alpha: float | None = None
     first_steps_from: str | None = None
     first_steps_guidance: float | None = None
 
@@ -106,8 +113,35 @@ def first_fields(options: GuidanceOptions, facts: Facts | None) -> dict[str, Any
 
 def reads_negative(options: GuidanceOptions, facts: Facts | None = None) -> bool:
     """Whether the negative prompt does something without the model's own guidance; `facts` of who draws first."""
+    if options.nag:
+        return True
     if options.first_steps_from is None:
         return False
     given = options.first_steps_guidance
     scale = given if given is not None or facts is None else facts.cfg_scale
     return scale is None or scale > 1
+
+
+def check_nag(options: GuidanceOptions, compile: str) -> None:
+    """Raises OptionError for values out of range, numbers that nothing reads, or compiled blocks."""
+    nag = nag_of(options)
+    for name in ("nag_tau", "nag_alpha"):
+        if not nag.nag and getattr(options, name) is not None:
+            raise OptionError("has no effect without `nag`", name, hint="add `nag` 4, or remove it")
+    if nag.nag and not nag.nag_alpha:
+        raise OptionError("of 0 leaves `nag` without effect", "nag_alpha", hint="use 0.25, or remove both")
+    refuse_compiled(nag.nag, compile)
+
+
+def refuse_compiled(nag: float, compile: str) -> None:
+    """Raises OptionError for guidance within attention beside compiled blocks."""
+    if nag and compile == "on":
+        raise OptionError("does not go with `nag`", "compile", value="on", hint="set `compile` off")
+
+
+def nag_fields(options: GuidanceOptions) -> dict[str, Any]:
+    """What a picture's record says of guidance within attention; nothing without."""
+    nag = nag_of(options)
+    if not nag.nag:
+        return {}
+    return {"nag": float(nag.nag), "nag_tau": float(nag.nag_tau), "nag_alpha": float(nag.nag_alpha)}

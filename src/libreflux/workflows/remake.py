@@ -20,9 +20,10 @@ from libreflux.printing import counted, quoted_path
 from libreflux.sample.checks import check_values, first_steps_argument
 from libreflux.sample.encoding import check_max_tokens
 from libreflux.sample.metadata import GenerationRecord, differences, open_png, read_record, save_png
-from libreflux.sample.rules import rule_of
+from libreflux.sample.rules import nag_of, rule_of
 from libreflux.workflows.adapters import adapter_argument
 from libreflux.workflows.drawing import open_for_drawing
+from libreflux.workflows.guidance_options import refuse_compiled
 from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.picture_options import Offload, OffloadBlocks, adapter_texts, check_memory, named_model
 from libreflux.workflows.picture_paths import ANOTHER_PLACE, picture_paths_of
@@ -117,6 +118,7 @@ def remake_with(options: RemakeOptions) -> RemakeResult:
     named = named_model(model, options.base, options.comfyui) or record.model
     adapters = _found(record, adapter_texts(options.adapters), picture)
     memory = options.offload, record.quantize, options.offload_blocks
+    refuse_compiled(record.nag, options.compile)
     asked: Compile = ("on" if record.compile else "off") if options.compile == "auto" else options.compile
     first = _first(record, options.first_steps_from, picture)
     source = open_for_drawing(named, adapters, options.device, *memory, asked, options.on_notice, first)
@@ -152,9 +154,7 @@ def _first(record: GenerationRecord, given: str | None, picture: Path) -> str | 
         return told_model(model, picture)
     named, steps = first_steps_argument(given)
     if named != given and steps != count:
-        raise OptionError(
-            f"has other steps than the picture's {count}", "first_steps_from", hint="give the model alone"
-        )
+        raise OptionError(f"has other steps than its {count}", "first_steps_from", hint="give the model alone")
     return named
 
 
@@ -187,6 +187,7 @@ def _check(record: GenerationRecord, picture: Path) -> None:
             }
         )
         rule_of(record).check_steps(record.steps)
+        nag_of(record)
     except RecipeError as error:
         what = f"damaged record ({error.where} {error.what})"
         raise DataError(what, where=picture, hint="give the picture unchanged") from None
