@@ -95,7 +95,9 @@ def main() -> None:
                 names.append(f"... not {colour}")
         total = SEEDS * len(SUBJECTS)
         told = f"{after} of {total}" if row.reads_negative else "cannot"
-        line = f"| {row.name} | {passes} | {before} of {total} | {told} | {np.mean(distances):.3f} | {right} of {total} |"
+        line = (
+            f"| {row.name} | {passes} | {before} of {total} | {told} | {np.mean(distances):.3f} | {right} of {total} |"
+        )
         print(line, flush=True)
         lines.append(line)
     head = "| | passes | commonest background | with it as the negative prompt | distance of seeds | subject right |\n"

@@ -82,7 +82,7 @@ def naive(model: Any, x: Tensor, sigma: Tensor, positive: TextConditioning, nega
         for side, temb, turned in zip(words, tembs, rotary, strict=True):
             modulations.append(block.norm1_context(side, emb=temb))
             found.append(attention(block.attn, normed, modulations[-1][0], turned))
-        guided = nag(*(each[:, -16:] for each in found), SCALE, TAU, ALPHA)
+        guided = nag(found[0][:, -16:], found[1][:, -16:], SCALE, TAU, ALPHA)
         image = image + gate.unsqueeze(1) * block.attn.to_out[0](guided)
         image = image + gate_mlp.unsqueeze(1) * block.ff(block.norm2(image) * (1 + scale[:, None]) + shift[:, None])
         for which, (_, its, moved, sized, last) in enumerate(modulations):
@@ -93,7 +93,7 @@ def naive(model: Any, x: Tensor, sigma: Tensor, positive: TextConditioning, nega
         streams = [torch.cat([side, image], dim=1) for side in words]
         normed = [block.norm(stream, emb=tembs[0]) for stream in streams]
         found = [attention(block.attn, one, None, turned) for (one, _), turned in zip(normed, rotary, strict=True)]
-        guided = nag(*(each[:, -16:] for each in found), SCALE, TAU, ALPHA)
+        guided = nag(found[0][:, -16:], found[1][:, -16:], SCALE, TAU, ALPHA)
         for which, ((one, gate), stream) in enumerate(zip(normed, streams, strict=True)):
             attended = torch.cat([found[which][:, :-16], guided], dim=1)
             mixed = torch.cat([attended, block.act_mlp(block.proj_mlp(one))], dim=2)

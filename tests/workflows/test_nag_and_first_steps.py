@@ -14,7 +14,7 @@ from libreflux.errors import LibrefluxError, OptionError
 from libreflux.sample.metadata import read_record
 from tiny import make_tiny_model
 
-NAG = {"nag": 4.0, "nag_tau": 2.0, "nag_alpha": 0.5}
+NAG: dict[str, Any] = {"nag": 4.0, "nag_tau": 2.0, "nag_alpha": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_first_steps_are_recorded_and_drawn_again(tiny_model_dir: Path, base: Pa
 def test_a_grid_and_a_folder_take_them(tiny_model_dir: Path, base: Path, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a fox\n")
     more: dict[str, Any] = {"nag": 4.0, "first_steps_from": str(base), "negative": "a tree"}
-    grid = {"model": tiny_model_dir, "steps": [2], "guidance": [1], "out": tmp_path / "grid"}
+    grid: dict[str, Any] = {"model": tiny_model_dir, "steps": [2], "guidance": [1], "out": tmp_path / "grid"}
     libreflux.grid("a fox", **grid)
     found = libreflux.grid("a fox", **grid, **more)
     assert (found.drawn, libreflux.grid("a fox", **grid, **more).drawn) == (1, 0)

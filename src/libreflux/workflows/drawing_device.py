@@ -37,12 +37,13 @@ def device_for(
     if offload_blocks not in ("auto", 0):
         check_device(place)
     if compile == "on":
-        _refuse_compiling(place, offload)
+        refuse_compiling(place, offload)
     make_current(place)
     return place
 
 
-def _refuse_compiling(place: torch.device, offload: Offload) -> None:
+def refuse_compiling(place: torch.device, offload: Offload) -> None:
+    """Raises OptionError where blocks cannot be compiled."""
     if offload == "sequential":  # accelerate's hooks run within each block
         what = "does not go with `offload` sequential"
         raise OptionError(what, "compile", value="on", hint="use `offload` model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from diffusers import AutoencoderKL
 
@@ -16,7 +17,7 @@ _OF_LATENTS = ("latent_channels", "scaling_factor", "shift_factor", "block_out_c
 
 def first_record(record: GenerationRecord) -> GenerationRecord:
     """The picture as the model of the first steps is asked for it: with its own guidance, by the plain rule."""
-    plain = {field.name: field.default for field in dataclasses.fields(record) if field.name in YOUNGER}
+    plain: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(record) if field.name in YOUNGER}
     return dataclasses.replace(record, guidance=record.first_steps_guidance or 0.0, **plain)
 
 
