@@ -40,7 +40,7 @@ from libreflux.sample.first_steps import FirstSteps
 from libreflux.sample.metadata import GenerationRecord, versions
 from libreflux.sample.pipeline import LibreFluxPipeline
 from libreflux.sample.rules import nag_of, rule_of
-from libreflux.workflows.adapters import adapted_facts, adapter_argument, as_typed, load_arguments, notice_other_base
+from libreflux.workflows.adapters import adapted_facts, adapter_argument, as_typed, check_base, load_arguments
 from libreflux.workflows.drawing_device import WAITING, device_for, refuse_int8
 from libreflux.workflows.first_model import check_beside_first, check_latents_agree, first_record
 from libreflux.workflows.picture_options import Offload, OffloadBlocks, Quantize
@@ -250,7 +250,7 @@ class AdaptedSource:
                 kind = f"w8a8 ({activations})"
             dtype = f"{kind}, {dtype}"
         transformer_hash = self.source.hash_with(sha256)
-        notice_other_base(transformer_hash, self.files)
+        check_base(self.source, transformer_hash, self.files)
         for file, weight in self.files:
             attach_file(transformer, file, weight, dtype=transformer.dtype)
         if self.offload_blocks != 0:
