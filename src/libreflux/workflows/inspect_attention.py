@@ -128,7 +128,7 @@ class _Job:
         from libreflux.workflows.generate import common_record
 
         self.options, self.opened = options, opened
-        common = common_record(options.as_pictures(), opened.facts, opened.size)
+        common = common_record(options.as_pictures(), opened)
         self.common = dataclasses.replace(common, model=str(options.model), seed=int(options.seed))
         self.records = [dataclasses.replace(self.common, prompt=prompt) for prompt in prompts]
         self.layouts = _layouts(opened, prompts, options.max_tokens)
