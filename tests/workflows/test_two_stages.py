@@ -96,9 +96,7 @@ def test_the_second_stage_starts_where_the_first_one_ended(
     ended, begun = velocity(open_model(base), first), velocity(open_model(merged[dtype].out))
     change = (ended - velocity(open_model(base))).norm()
     told = merged[dtype].stored.error or 1e-3
-    assert (
-        begun - ended
-    ).norm() <= 2 * told * change  # of the weights; the network may stretch it
+    assert (begun - ended).norm() <= 2 * told * change  # of the weights; the network may stretch it
     assert 0 < merged["bf16"].stored.error < merged["int8"].stored.error < 0.2
     assert merged["bf16"].in_int8.error == pytest.approx(merged["int8"].stored.error, rel=0.1)
     assert merged["fp32"].stored.error == 0
