@@ -46,6 +46,7 @@ def probe(
     versions: Mapping[str, str],
     trained: TrainingCheck | None = None,
     pairs: Sequence[Picture] = (),
+    names: Mapping[str, Sequence[str]] | None = None,
     progress: Progress = lambda done, total, note: None,
 ) -> Result:
     """Measures whatever `out/sections` does not hold yet, and writes `out/probe.json`.
@@ -60,6 +61,7 @@ def probe(
         versions: of the result.
         trained: of the result; decides no number.
         pairs: measured pictures and those of the training that are nearest to them.
+        names: of the result.
         progress: told how far the model is.
     """
     keys = {one.name: _key(one, decided, settings) for one in SECTIONS}
@@ -86,6 +88,7 @@ def probe(
         measures=[row for found, _ in parts for row in found.measures],
         pictures=[*(row for found, _ in parts for row in found.pictures), *pairs],
         trained=trained,
+        names=names or {},
         folder=out,
     )
     write_result(out, result)

@@ -94,6 +94,7 @@ def measure(
             versions=versions(),
             trained=trained,
             pairs=pairs,
+            names=data.names,
             progress=bars.enter_context(options.progress("probing", "evaluation")),
         )
     return out, result

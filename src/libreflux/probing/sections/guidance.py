@@ -8,7 +8,7 @@ import numpy as np
 
 from libreflux.probing.context import ProbeContext
 from libreflux.probing.drawing import PictureBatch
-from libreflux.probing.metrics.bootstrap import Groups, Statistic, mean, measured
+from libreflux.probing.metrics.bootstrap import Groups, Statistic, mean, measured, share
 from libreflux.probing.metrics.distances import frechet_replicates, kernel_replicates
 from libreflux.probing.metrics.image_stats import Look, accuracies
 from libreflux.probing.results import Coordinate, Measure
@@ -56,12 +56,17 @@ def ceiling(context: ProbeContext) -> list[Measure]:
     """What clipping, spread and the judge say of held-out pictures that have been through the VAE."""
     captions, seed = context.held_out_captions(), context.settings.seed
     groups, look, count = context.groups(captions), context.held_out_look(), len(captions)
-    rows = measured("held_out_clipped", {}, mean(look.clipped), count, groups, seed=seed, unit="share of pixels")
-    rows += measured("held_out_latents_std", {}, mean(look.std), count, groups, seed=seed)
+    rows = list[Measure]()
+
+    def add(name: str, at: dict[str, Coordinate], statistic: Statistic, unit: str) -> None:
+        rows.extend(measured(name, at, statistic, count, groups, seed=seed, unit=unit, over="pictures"))
+
+    add("held_out_clipped", {}, mean(look.clipped), "share of pixels")
+    add("held_out_latents_std", {}, mean(look.std), "")
     if context.judge is not None:
         for what, right in accuracies(look, context.judge, [context.parse(caption) for caption in captions]).items():
             if np.isfinite(right).any():
-                rows += measured("judge_ceiling", {"what": what}, mean(right), count, groups, seed=seed, unit="share")
+                add("judge_ceiling", {"what": what}, share(right), "share")
     return rows
 
 
@@ -74,7 +79,7 @@ def judged(context: ProbeContext, looks: Mapping[float, Look], groups: Groups) -
         for what, values in each.items():
             if np.isfinite(values).any():
                 at: dict[str, Coordinate] = {"guidance": scale, "what": what}
-                rows += measured("accuracy", at, mean(values), count, groups, seed=seed, unit="share")
+                rows += measured("accuracy", at, share(values), count, groups, seed=seed, unit="share")
     distances = distance_rows(context, looks, groups)
     rows += distances
     if any(np.isfinite(each["both"]).any() for each in right.values()):
@@ -154,4 +159,4 @@ def first_above(by_scale: Mapping[float, Statistic], limit: float) -> Statistic:
     return statistic
 
 
-SECTION = Section("guidance", 1, plan, measure)
+SECTION = Section("guidance", 2, plan, measure)
