@@ -127,8 +127,10 @@ def probe(
         (tables.print_table if whole else tables.print_summary)(found.result)
     else:
         family = str((found.result.settings.get("data") or ("",))[0])
-        (tables.print_freedom if whole else tables.print_freedom_summary)(found.freedom, family)
+        shown = tables.print_freedom if whole else tables.print_freedom_summary
+        shown(found.freedom, family, untrained=found.untrained)
         tables.print_remarks(found.in_order)
+    tables.print_few([found.result])
     if not whole:
         rows = len(found.result.measures if found.freedom is None else found.freedom)
         say(f"--all prints all {rows} rows")

@@ -188,7 +188,10 @@ def no_training(freed: Result, distilled: Result, reference: Result | None = Non
     choosing, measuring = halves(names, seed)
     model = whole[1].rows(choosing)
     w, k = model.best_w(), model.best_k()
-    left = [dataclasses.replace(one, measures=each.rows(measuring).measures(seed)) for one, each in zip(given, whole)]
+    left = [
+        dataclasses.replace(one, measures=each.rows(measuring).measures(seed))
+        for one, each in zip(given, whole, strict=True)
+    ]
     trained = {_key(row): row for row in freedom(left[0], *left[1:])}
     rows = list[ControlRow]()
     half = whole[1].rows(measuring)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from libreflux.probing.freedom import FreedomRow
+from libreflux.probing.no_training import NoTraining
 from libreflux.probing.report.page import write_page
 from libreflux.probing.results import FILE, Result
 from libreflux.workflows.keywords import by_keywords
@@ -24,6 +25,7 @@ class ProbeResult:
         page: an HTML page that shows it.
         others: of what it is compared with: the distilled model, then the reference if there is one.
         freedom: how much of the distance between those two the model has closed; None without `against`.
+        untrained: how much of it needs no training; None without `against`, and where that cannot be told.
     """
 
     folder: Path
@@ -31,6 +33,7 @@ class ProbeResult:
     page: Path
     others: tuple[Result, ...] = ()
     freedom: tuple[FreedomRow, ...] | None = None
+    untrained: NoTraining | None = None
 
     @property
     def file(self) -> Path:
@@ -67,8 +70,11 @@ def probe_with(options: ProbeOptions) -> ProbeResult:
         folder, result = measure(options, read_model(options))
         return ProbeResult(folder, result, write_page([result], folder))
     found = compare(options, options.against)
-    page = write_page(_in_order(found.result, found.others), found.folder, freedom=found.freedom)
-    return ProbeResult(found.folder, found.result, page, tuple(found.others), tuple(found.freedom))
+    results = _in_order(found.result, found.others)
+    page = write_page(results, found.folder, freedom=found.freedom, untrained=found.untrained)
+    return ProbeResult(
+        found.folder, found.result, page, tuple(found.others), tuple(found.freedom), untrained=found.untrained
+    )
 
 
 def _in_order(result: Result, others: list[Result] | tuple[Result, ...]) -> list[Result]:

@@ -81,7 +81,9 @@ def measures_of(
         relative = root_ratio(response[:, column], caption.power[:, column])
         rows += measured("guidance_response", at_sigma, relative, count, groups, seed=seed, unit="of ‖v_c‖", over=over)
     moved = root_ratio(negative.mean(axis=1), response.mean(axis=1))
-    rows += measured("negative", {"what": "velocity"}, moved, count, groups, seed=seed, unit="of ‖v_c − v_u‖", over=over)
+    rows += measured(
+        "negative", {"what": "velocity"}, moved, count, groups, seed=seed, unit="of ‖v_c − v_u‖", over=over
+    )
     return rows
 
 
