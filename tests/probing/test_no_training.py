@@ -39,14 +39,14 @@ Mixture = tuple[Tensor, Velocity]
 
 def seen(x0: Tensor, conditional: Velocity, unconditional: Velocity) -> PictureMoments:
     """As a probe sees a model of these two velocities."""
-    sides = [moments(field, x0, IDS, SIGMAS) for field in (conditional, unconditional)]
+    caption, empty = (moments(field, x0, IDS, SIGMAS) for field in (conditional, unconditional))
     columns = []
     for sigma in SIGMAS:
         noise = torch.stack([paired_noise(x0.shape[1:], 0, name, sigma) for name in IDS])
         level = torch.full((PICTURES,), sigma)
         x = interpolate(x0, noise, level)
         columns.append((conditional(x, level) - unconditional(x, level)).square().flatten(1).mean(1).numpy())
-    return PictureMoments(*sides, np.stack(columns, axis=1))
+    return PictureMoments(caption, empty, np.stack(columns, axis=1))
 
 
 def probed(name: str, found: PictureMoments) -> Result:

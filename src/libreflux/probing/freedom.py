@@ -194,10 +194,10 @@ class _Triple:
     at: Mapping[str, Coordinate]
     subset: str
     unit: str
+    count: int | None
     freed: np.ndarray
     distilled: np.ndarray
     reference: np.ndarray
-    count: int | None
 
     @staticmethod
     def of(place: Place, freed: Measure, distilled: Measure, target: Measure | float) -> _Triple:
@@ -209,7 +209,7 @@ class _Triple:
         if len({len(side) for side in sides}) > 1:
             raise DataError("replicates are not paired", where=freed.name, hint="probe the models again, all alike")
         known = [one.count for one in (freed, distilled, target) if isinstance(one, Measure) and one.count is not None]
-        return _Triple(freed.name, dict(place[1]), freed.subset, freed.unit, *sides, count=min(known, default=None))
+        return _Triple(freed.name, dict(place[1]), freed.subset, freed.unit, min(known, default=None), *sides)
 
 
 def _by_place(result: Result) -> dict[Place, Measure]:

@@ -48,28 +48,13 @@ class PictureMoments:
     @staticmethod
     def of(result: Result) -> PictureMoments | None:
         """Of a probe's result, None for one of an older version, which kept no numbers of each picture."""
-        sides, response = [], []
         sigmas = [float(row.at["sigma"]) for row in result.measures if _is_loss(row)]
-        for text in ("caption", "empty"):
-            columns: dict[str, list[np.ndarray]] = {"error": [], "cross": [], "power": []}
-            for sigma in sigmas:
-                loss, slope = (result.find(name, sigma=sigma, text=text) for name in ("loss", "slope"))
-                if loss is None or slope is None or loss.units is None or slope.units is None:
-                    return None
-                columns["error"].append(loss.units.arrays()[0])
-                cross, power = slope.units.arrays()
-                columns["cross"].append(cross)
-                columns["power"].append(power)
-            stacked = {name: np.stack(column, axis=1) for name, column in columns.items()} if sigmas else {}
-            if not stacked:
-                return None
-            sides.append(Moments(tuple(sigmas), **stacked))
-        for sigma in sigmas:
-            found = result.find("guidance_response", sigma=sigma)
-            if found is None or found.units is None:
-                return None
-            response.append(found.units.arrays()[0])
-        return PictureMoments(*sides, np.stack(response, axis=1))
+        caption, empty = (_moments(result, sigmas, text) for text in ("caption", "empty"))
+        response = [result.find("guidance_response", sigma=sigma) for sigma in sigmas]
+        columns = [row.units.arrays()[0] for row in response if row is not None and row.units is not None]
+        if caption is None or empty is None or len(columns) < len(sigmas):
+            return None
+        return PictureMoments(caption, empty, np.stack(columns, axis=1))
 
     def rows(self, chosen: np.ndarray) -> PictureMoments:
         """Those of some pictures."""
@@ -195,7 +180,8 @@ def no_training(freed: Result, distilled: Result, reference: Result | None = Non
     trained = {_key(row): row for row in freedom(left[0], *left[1:])}
     rows = list[ControlRow]()
     half = whole[1].rows(measuring)
-    for kind, controlled in (("w", half.guided(w)), ("k", half.scaled(k))):
+    controls: tuple[tuple[Kind, PictureMoments], ...] = (("w", half.guided(w)), ("k", half.scaled(k)))
+    for kind, controlled in controls:
         control = dataclasses.replace(left[1], measures=controlled.measures(seed))
         closed = freedom(control, *left[1:])
         told = [row for row in closed if kind == "k" or row.at.get("text") != "empty"]
@@ -213,6 +199,21 @@ def halves(names: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
     order = np.array(sorted(range(len(names)), key=lambda row: (drawn[row], names[row])), np.int64)
     cut = len(names) // 2
     return np.sort(order[:cut]), np.sort(order[cut:])
+
+
+def _moments(result: Result, sigmas: Sequence[float], text: str) -> Moments | None:
+    errors, crosses, powers = [], [], []
+    for sigma in sigmas:
+        loss, slope = (result.find(name, sigma=sigma, text=text) for name in ("loss", "slope"))
+        if loss is None or slope is None or loss.units is None or slope.units is None:
+            return None
+        cross, power = slope.units.arrays()
+        errors.append(loss.units.arrays()[0])
+        crosses.append(cross)
+        powers.append(power)
+    if not errors:
+        return None
+    return Moments(tuple(sigmas), *(np.stack(columns, axis=1) for columns in (errors, crosses, powers)))
 
 
 def _is_loss(row: Measure) -> bool:

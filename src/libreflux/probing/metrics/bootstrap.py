@@ -49,6 +49,15 @@ class Ratio:
         return Units.of(over, self.above, self.below, root=self.root)
 
 
+def other_side(count: int, *, seed: int) -> np.ndarray:
+    """[1 + REPLICATES, count]: weights of what the units are compared with, resampled independently of them.
+
+    The first row weighs all alike, as the first that `measured` gives a statistic.
+    """
+    rest = resampled(count, replicates=REPLICATES, seed=seed, purpose="bootstrap of the other side")
+    return np.vstack([np.full((1, count), 1 / count), rest])
+
+
 def measured(
     name: str,
     at: Mapping[str, Coordinate],

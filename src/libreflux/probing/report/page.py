@@ -211,8 +211,8 @@ def _series(
 def _freedom(rows: Sequence[FreedomRow], untrained: NoTraining | None, family: str) -> str:
     if not rows:
         return ""
-    heads = ("measure", "at", "subset", "n", "distilled", "freed", "reference", "freedom [95 % interval]")
-    heads = (*heads, *no_training.heads(untrained))
+    heads = ["measure", "at", "subset", "n", "distilled", "freed", "reference", "freedom [95 % interval]"]
+    heads += no_training.heads(untrained)
     lines = {id(row): [*_freedom_line(row, family), *no_training.cells(untrained, row)] for row in rows}
     main = [row for row in rows if row.subset == "all" and _is_summary(row)]
     rest = [row for row in rows if row not in main]

@@ -8,7 +8,7 @@ import numpy as np
 
 from libreflux.probing.context import ProbeContext
 from libreflux.probing.drawing import PictureBatch
-from libreflux.probing.metrics.bootstrap import Groups, Statistic, mean, measured, share
+from libreflux.probing.metrics.bootstrap import Groups, Statistic, mean, measured, other_side, share
 from libreflux.probing.metrics.distances import frechet_replicates, kernel_replicates
 from libreflux.probing.metrics.image_stats import Look, accuracies
 from libreflux.probing.results import Coordinate, Measure
@@ -94,7 +94,8 @@ def distance_rows(context: ProbeContext, looks: Mapping[float, Look], groups: Gr
     """Fréchet ("FD") and kernel ("KD") distance of a subset's drawn pictures to its held-out ones.
 
     Both compare models, and mean little alone. Few pictures raise FD, by the same amount for every model; KD is
-    unbiased for independent prompts, and falls below 0 where prompts repeat fewer subjects than chance would.
+    unbiased for independent prompts, and falls below 0 where prompts repeat fewer subjects than chance would. Their
+    intervals are over both sides: prompts and held-out pictures are resampled, these alike for all models and scales.
     """
     captions, reference = context.groups(context.held_out_captions()), context.held_out_look().verdict
     assert reference is not None
@@ -103,6 +104,7 @@ def distance_rows(context: ProbeContext, looks: Mapping[float, Look], groups: Gr
         if len(captions[subset]) < 2:
             continue
         target = reference.features[captions[subset].tolist()]
+        others = other_side(len(target), seed=context.settings.seed)
         for scale, look in looks.items():
             assert look.verdict is not None
             features = look.verdict.features
@@ -110,7 +112,7 @@ def distance_rows(context: ProbeContext, looks: Mapping[float, Look], groups: Gr
                 rows += measured(
                     "distance",
                     {"guidance": scale, "kind": kind},
-                    lambda weights, f=features, t=target, s=statistic: s(f, t, weights),  # type: ignore[misc]
+                    lambda weights, f=features, t=target, s=statistic, o=others: s(f, t, weights, o),  # type: ignore[misc]
                     len(context.prompts),
                     {subset: members},
                     seed=context.settings.seed,
