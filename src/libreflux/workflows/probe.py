@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from libreflux.places import file_place
 from libreflux.probing.freedom import FreedomRow
 from libreflux.probing.no_training import NoTraining
 from libreflux.probing.report.page import write_page
 from libreflux.probing.results import FILE, Result
+from libreflux.probing.unit_table import write_table
 from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.probe_compare import FREEDOM_FILE, compare
 from libreflux.workflows.probe_measure import measure, read_model
@@ -66,6 +68,15 @@ def probe_with(options: ProbeOptions) -> ProbeResult:
         print(found.page)
     """
     check_options(options)
+    if options.csv is not None:
+        file_place(Path(options.csv))
+    found = _measured(options)
+    if options.csv is not None:
+        write_table(found.in_order, Path(options.csv))
+    return found
+
+
+def _measured(options: ProbeOptions) -> ProbeResult:
     if options.against is None:
         folder, result = measure(options, read_model(options))
         return ProbeResult(folder, result, write_page([result], folder))
