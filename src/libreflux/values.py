@@ -107,3 +107,11 @@ def number_list(
     if distinct and twice:
         raise OptionError(f"{text!r} has {twice[0]:g} twice", where, hint="remove one of them")
     return tuple(found)
+
+
+def is_guided(scale: float) -> bool:
+    """Whether a guidance scale asks for the other velocity too: 0 and 1 are no guidance, the prompt's velocity alone.
+
+    Between them v_u + g (v_c − v_u) is a mean of both, which weakens the prompt.
+    """
+    return scale not in (0, 1)

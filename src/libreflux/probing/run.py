@@ -47,6 +47,7 @@ def probe(
     trained: TrainingCheck | None = None,
     pairs: Sequence[Picture] = (),
     names: Mapping[str, Sequence[str]] | None = None,
+    by_unit: bool = False,
     progress: Progress = lambda done, total, note: None,
 ) -> Result:
     """Measures whatever `out/sections` does not hold yet, and writes `out/probe.json`.
@@ -62,13 +63,14 @@ def probe(
         trained: of the result; decides no number.
         pairs: measured pictures and those of the training that are nearest to them.
         names: of the result.
+        by_unit: what each picture gave is needed: sections of older versions, which did not keep it, are made anew.
         progress: told how far the model is.
     """
     keys = {one.name: _key(one, decided, settings) for one in SECTIONS}
     for one in SECTIONS:
         _adopt_section(out, one.name, keys[one.name], digest([model, settings.as_json(), one.name, one.version]))
     kept = {one.name: read_section(out, one.name, keys[one.name]) for one in SECTIONS}
-    todo = [one for one in SECTIONS if kept[one.name] is None]
+    todo = [one for one in SECTIONS if kept[one.name] is None or (by_unit and _is_older(kept[one.name]))]
     if todo:
         context = open_context(todo)
         counter = _Counter(_passes(todo, context, settings, prompts), progress)
@@ -116,6 +118,12 @@ def _on_its_device(context: ProbeContext, name: str) -> Iterator[None]:
     doing = f"{name}, batch {settings.batch}, resolution {settings.resolution}, device {device}"
     with pinned(device), explained(doing, SMALLER, "run the same command again: finished sections are kept"):
         yield
+
+
+def _is_older(kept: tuple[SectionResult, float] | None) -> bool:
+    """Whether a section has measures, none of which says what it was counted over."""
+    measures = [] if kept is None else kept[0].measures
+    return bool(measures) and all(one.count is None for one in measures)
 
 
 def section_file(out: Path, name: str) -> Path:

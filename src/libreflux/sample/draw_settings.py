@@ -13,6 +13,7 @@ from libreflux.flow.schedule import ladder, shift_sigmas
 from libreflux.model.facts import Facts
 from libreflux.printing import counted
 from libreflux.sample.request import DrawRequest
+from libreflux.values import is_guided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ def resolve(facts: Facts, image_tokens: int, request: DrawRequest) -> DrawSettin
         sigmas = torch.cat([own, torch.zeros(1, dtype=torch.float64)]).float()
     scale = facts.cfg_scale if request.guidance_scale is None else float(request.guidance_scale)
     guided = range(0)
-    if scale > 1:
+    if is_guided(scale):
         guided = guided_steps(steps, request.no_cfg_until, request.guidance_start, request.guidance_stop)
     embedded = facts.embedded_guidance if request.embedded_guidance is None else request.embedded_guidance
     return DrawSettings(steps=steps, sigmas=sigmas, scale=scale, guided_steps=guided, embedded=embedded)

@@ -37,6 +37,7 @@ from libreflux.printing import counted
 from libreflux.sample.encoding import Encoded, Text, encode_ahead, encode_in_turn, untold
 from libreflux.sample.metadata import GenerationRecord, versions
 from libreflux.sample.pipeline import LibreFluxPipeline
+from libreflux.values import is_guided
 from libreflux.workflows.adapters import adapted_facts, adapter_argument, as_typed, load_arguments, notice_other_base
 from libreflux.workflows.picture_options import Offload, OffloadBlocks, Quantize
 
@@ -107,7 +108,7 @@ class DrawingSession:
                 width=record.width,
                 num_inference_steps=record.steps,
                 sigmas=record.sigmas,
-                guidance_scale=record.guidance,
+                guidance_scale=record.scale,
                 no_cfg_until=record.no_cfg_until,
                 guidance_start=record.guidance_start,
                 guidance_stop=record.guidance_stop,
@@ -326,7 +327,7 @@ def texts_of(record: GenerationRecord) -> list[Text]:
     """What must be encoded for a picture: its prompt, and where it is guided its negative prompt."""
     positive = Text(record.prompt, record.prompt_2, record.max_tokens)
     negative = Text(record.negative, record.negative_2, record.max_tokens)
-    return [positive, negative] if record.guidance > 1 else [positive]
+    return [positive, negative] if is_guided(record.scale) else [positive]
 
 
 def _together(texts: Sequence[TextConditioning]) -> TextConditioning:

@@ -21,6 +21,7 @@ from libreflux.model.w8a8 import kind_for
 from libreflux.result_key import adopt, digest
 from libreflux.sample.metadata import GenerationRecord, read_record, save_png
 from libreflux.sample.model_key import FORMULA, adapters_key, facts_key, model_key
+from libreflux.values import is_guided
 from libreflux.workflows.adapters import adapted_facts, load_arguments
 from libreflux.workflows.drawing import AdaptedSource, DrawingSession, open_for_drawing
 from libreflux.workflows.picture_options import Offload, OffloadBlocks, Quantize, check_picture
@@ -83,7 +84,7 @@ class CellOptions:
 
     def negative_at(self, scale: float) -> str:
         """The negative prompt of a cell, which is of no effect without guidance."""
-        return self.negative if scale > 1 else ""
+        return self.negative if is_guided(scale) else ""
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,7 @@ class Cells:
             "height": shared.height,
             "quantize": self._quantised(),
             **model.key,
+            **({"below_one": True} if 0 < scale < 1 else {}),  # older versions drew it with the prompt alone
         }
         return self._file(decided)
 
@@ -209,7 +211,7 @@ class Cells:
         """Whether nothing that a cell of an older version says of itself is otherwise today."""
         model = self.model(column)
         now = (model.steps(column), model.guidance(column), model.facts.embedded_guidance)
-        return (record.steps, record.guidance, record.embedded_guidance) == now
+        return (record.steps, record.guidance, record.embedded_guidance) == now and record.below_one
 
     def _older(self, column: Column, row: Row) -> Path:
         """Where the first versions kept the cell."""

@@ -67,7 +67,8 @@ def compare(options: ProbeOptions, against: str) -> Comparison:
     untrained = no_training(result, *results)
     if untrained is None:
         logger.warning(
-            "how much of it needs no training is not told: that takes %d pictures or more, and results of this version",
+            "how much of it needs no training is not told: that takes %d pictures or more, and no result of an older "
+            "version",
             LEAST,
         )
     told = {

@@ -95,6 +95,7 @@ def measure(
             trained=trained,
             pairs=pairs,
             names=data.names,
+            by_unit=options.against is not None or options.csv is not None,
             progress=bars.enter_context(options.progress("probing", "evaluation")),
         )
     return out, result

@@ -60,4 +60,4 @@ def mean_pairwise(points: Tensor) -> np.ndarray:
     return found
 
 
-SECTION = Section("diversity", 2, plan, measure)
+SECTION = Section("diversity", 1, plan, measure)

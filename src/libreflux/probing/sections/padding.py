@@ -167,4 +167,4 @@ def _pictures(context: ProbeContext) -> tuple[Tensor, tuple[str, ...]]:
     return part.latents.to(context.transformer.device), part.sample_ids
 
 
-SECTION = Section("padding", 3, plan, measure)
+SECTION = Section("padding", 2, plan, measure)

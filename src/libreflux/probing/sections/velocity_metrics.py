@@ -105,4 +105,4 @@ def other_captions(captions: Sequence[str]) -> list[str]:
     return [next((other for other in turn if other != own), own) for own, turn in zip(captions, turns, strict=True)]
 
 
-SECTION = Section("pictures", 2, plan, measure)
+SECTION = Section("pictures", 1, plan, measure)
