@@ -78,8 +78,11 @@ def print_freedom_summary(
     shown = summary(rows)
     table = Table(title=FREEDOM_TITLE, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("measure", overflow="fold")
-    for column in ("distilled", "freed", "reference", "freedom [95 % interval]", *no_training.heads(untrained)):
+    for column in ("distilled", "freed", "reference"):
         table.add_column(column, justify="right")
+    share = "freedom [95 % interval]" if untrained is None else "freedom [95 %]"
+    for column in (share, *no_training.heads(untrained, brief=True)):
+        table.add_column(column, justify="right", no_wrap=untrained is not None)
     for row in shown:
         name, at = title(row.name, row.at, family)
         values = (number(value) for value in (row.distilled, row.freed, row.reference))

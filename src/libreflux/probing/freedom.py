@@ -70,12 +70,13 @@ class FreedomRow:
         if self.verdict != "gap":
             return self.verdict
         beyond, star = ", beyond" if self.beyond else "", "*" if self.snapped else ""
-        return f"{100 * self.share:.0f} % [{100 * self.low:.0f}, {100 * self.high:.0f}{star}]{beyond}"
+        share, low, high = (round(100 * one) for one in (self.share, self.low, self.high))  # and never "-0"
+        return f"{share} % [{low}, {high}{star}]{beyond}"
 
     @property
     def brief(self) -> str:
         """The same without its interval: "82 %"."""
-        return f"{100 * self.share:.0f} %" if self.verdict == "gap" else self.verdict
+        return f"{round(100 * self.share)} %" if self.verdict == "gap" else self.verdict
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; what is not finite is null."""

@@ -13,9 +13,11 @@ from libreflux.probing.report.labels import place
 STAR = "* Not clearly off the reference, at one place or more: the upper end counts it as arrived there."
 
 
-def heads(found: NoTraining | None) -> list[str]:
+def heads(found: NoTraining | None, *, brief: bool = False) -> list[str]:
     """Heads of the columns of `cells`: no training, the distilled model at w, and times k."""
-    return [] if found is None else [f"untrained, w {found.w:.2f}", "untrained, k(sigma)"]
+    if found is None:
+        return []
+    return [f"w {found.w:.2f}", "k"] if brief else [f"untrained, w {found.w:.2f}", "untrained, k(sigma)"]
 
 
 def cells(found: NoTraining | None, row: FreedomRow, *, brief: bool = False) -> list[str]:
@@ -29,9 +31,9 @@ def cells(found: NoTraining | None, row: FreedomRow, *, brief: bool = False) -> 
 def explained(found: NoTraining) -> str:
     """What the two columns are, in sentences."""
     return (
-        f"No training: the distilled model drawn at guidance {found.w:.2f} (under guidance g: at {found.w:.2f} g), and "
-        f"its velocity times a factor for each noise level. Both were chosen on {found.chosen_on} of the pictures, by "
-        f"the loss, and are measured on the other {found.measured_on}."
+        f"Without any training: the distilled model drawn at guidance w (under guidance g: at w g), and its velocity "
+        f"times a factor k for each noise level. Both were chosen on {found.chosen_on} of the pictures, by the loss, "
+        f"and are measured on the other {found.measured_on}."
     )
 
 

@@ -69,7 +69,8 @@ def write_page(
     )
     if remark := trained.remarks(results, names):
         heading = f"{heading} ({remark})"
-    lines = [trained.warning(results, names), no_training.sentence(untrained), *headlines(results, names, freedom)]
+    first, *others = headlines(results, names, freedom) or [""]
+    lines = [trained.warning(results, names), first, no_training.sentence(untrained), *others]
     lines.append(escape(few.warning(results)))
     found = "".join(f"<li>{one}</li>" for one in lines if one)
     shown = grids(results)
@@ -212,7 +213,7 @@ def _freedom(rows: Sequence[FreedomRow], untrained: NoTraining | None, family: s
     if not rows:
         return ""
     heads = ["measure", "at", "subset", "n", "distilled", "freed", "reference", "freedom [95 % interval]"]
-    heads += no_training.heads(untrained)
+    heads += no_training.heads(untrained, brief=True)
     lines = {id(row): [*_freedom_line(row, family), *no_training.cells(untrained, row)] for row in rows}
     main = [row for row in rows if row.subset == "all" and _is_summary(row)]
     rest = [row for row in rows if row not in main]
