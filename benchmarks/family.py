@@ -137,7 +137,9 @@ def interval(values: np.ndarray) -> str:
 
 def distance(features: Tensor, reference: Tensor) -> str:
     """Fréchet distance of the judge's features, with its interval."""
-    found = frechet_replicates(features, reference, np.vstack([np.full(len(features), 1 / len(features)), resampled(len(features))]))
+    found = frechet_replicates(
+        features, reference, np.vstack([np.full(len(features), 1 / len(features)), resampled(len(features))])
+    )
     low, high = np.quantile(found[1:], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return f"{found[0]:.1f} [{low:.1f}, {high:.1f}]"
 
@@ -187,7 +189,13 @@ def sheets(work: Path, device: str) -> None:
     drawn = kept(work, Row("base", 28, 3.0), [wanted.texts[i] for i in chosen], 9000, device)
     save_png(sheet([_pictures(drawn[i : i + 8]) for i in range(0, 64, 8)], [""] * 8, [""] * 8), work / "sheet-64.png")
     texts = [wanted.texts[i] for i in chosen[::8]]
-    rows = [Row("base", 4, 3.0), Row("base", 28, 3.0), Row("schnell", 4, 1.0), Row("libre", 4, 3.0), Row("libre", 28, 3.0)]
+    rows = [
+        Row("base", 4, 3.0),
+        Row("base", 28, 3.0),
+        Row("schnell", 4, 1.0),
+        Row("libre", 4, 3.0),
+        Row("libre", 28, 3.0),
+    ]
     rows = [row for row in rows if (work / "m" / row.model).is_dir()]
     drawn_rows = [_pictures(kept(work, row, texts, 9500, device)) for row in rows]
     save_png(sheet(drawn_rows, [row.name for row in rows], texts), work / "sheet-steps.png")

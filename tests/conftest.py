@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,12 +37,34 @@ def pytest_configure(config: pytest.Config) -> None:
 if "PYTEST_XDIST_WORKER" in os.environ:  # two processes of two threads on two cores wait for one another
     os.environ["OMP_NUM_THREADS"] = "1"
 
-LONGEST = ("test_faults.py", "test_demo.py", "test_probe.py", "test_process.py", "test_kill.py", "test_ranks.py")
+# Processes that tests start keep what they compile: without that each compiles all of this package anew, and whatever
+# an installer left uncompiled, for some 10 seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+# By what they took, see docs/log.md; the names hold in every folder.
+LONGEST = (
+    "faults demo examples ranks generate_folder process probe generate style own_pictures opened_once export full_size "
+    "kill train remake compiling index quantize shipped_recipes prepare benchmarks drawing_blocks hostile_adapters "
+    "planned_models foreign_folders verbs training single_files int8_files hub"
+)
+FIRST = {f"test_{name}.py": place for place, name in enumerate(LONGEST.split())}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: of two processes none then waits at the end for the other one's."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    items.sort(key=lambda item: FIRST.get(item.path.name, len(FIRST)))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: gc.collect(), which the package calls often, need not look through it every time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Libraries complain at the end of what was never freed."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,6 +73,18 @@ def two_threads() -> None:
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+@pytest.fixture(autouse=True)
+def same_threads(two_threads: None) -> Iterator[None]:
+    """A test that leaves torch with another number of threads makes all that come after it slow, so it fails."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    left = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert left == before
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,7 @@ REFUSED = {
     "prepare": "('nowhere.yaml')",
     "probe": "('nowhere')",
     "remake": "('nowhere.png')",
+    "sweep": "('nowhere')",
     "train": "('nowhere.yaml')",
     "LibreFluxPipeline": ".from_pretrained('nowhere')",
     "Recipe": "(model='emoji-base')",

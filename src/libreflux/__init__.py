@@ -13,6 +13,7 @@ What a command does is a function here too. It prints nothing, and what it made 
     libreflux.prepare("mine.yaml")
     libreflux.train("mine.yaml")
     libreflux.average("runs/mine", width=0.1, out="mine.safetensors")
+    libreflux.sweep("runs/mine", data="apart", out="best.safetensors")
     libreflux.merge("emoji-schnell", ["runs/mine"], out="models/mine")
     libreflux.generate("a red apple on blue", model="models/mine", out="apple.png")
     libreflux.generate_folder("prompts.txt", count=400, out="drawn")
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from libreflux.workflows.prepare import prepare
     from libreflux.workflows.probe import probe
     from libreflux.workflows.remake import remake
+    from libreflux.workflows.sweep import sweep
     from libreflux.workflows.train import train
 
 __version__ = "0.2.0.dev0"
@@ -84,6 +86,7 @@ __all__ = [
     "prepare",
     "probe",
     "remake",
+    "sweep",
     "train",
 ]
 
@@ -108,6 +111,7 @@ _LAZY = {
     "prepare": "libreflux.workflows.prepare",
     "probe": "libreflux.workflows.probe",
     "remake": "libreflux.workflows.remake",
+    "sweep": "libreflux.workflows.sweep",
     "train": "libreflux.workflows.train",
 }
 """Name to the module that has it."""

@@ -11,6 +11,7 @@ stopped with exit code 97.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import io
 import json
@@ -81,5 +82,8 @@ def forked(args: list[str], cwd: str, encoding: str = "utf-8") -> tuple[int, str
 
 if __name__ == "__main__":
     warm(sys.argv[1])
+    gc.collect()
+    gc.freeze()  # children need not look through all that was imported
     for line in sys.stdin:
         print(json.dumps(forked(**json.loads(line))), flush=True)
+    gc.unfreeze()  # or libraries complain at the end of what was never freed

@@ -15,9 +15,9 @@ from PIL import Image
 from libreflux.adapter.io import load_adapter
 from libreflux.errors import RunError
 from libreflux.probing.results import read_result
-from libreflux.probing.settings import QUICK
-from libreflux.workflows import demo, demo_page
+from libreflux.workflows import demo, demo_page, probe_measure
 from opened import opened
+from workflows.quick import measure_less
 
 
 class _Text(HTMLParser):
@@ -53,24 +53,25 @@ def test_demo_writes_what_it_promises_and_runs_again(
 ) -> None:
     out = Path("my demo #2")  # a path that needs quoting everywhere
     monkeypatch.chdir(tmp_path)
-    named = demo.Measured(pictures=6, prompts=2, guidance=(1.0, 4.0), steps=(2, 4))
-    less = {"draw_steps": 2, "diversity_prompts": 2, "diversity_seeds": 2, "negative_prompts": 2, "padding_pictures": 2}
+    named = demo.Measured(pictures=4, prompts=2, guidance=(1.0, 4.0), steps=(1, 2))
     monkeypatch.setattr(demo, "MEASURED", named)
-    for name, value in less.items():
-        monkeypatch.setitem(QUICK, name, value)
+    small = demo.RECIPE.replace("batch: 32", "batch: 4").replace("resolution: 128", "resolution: 64")
+    monkeypatch.setattr(demo, "RECIPE", small)
+    monkeypatch.setattr(probe_measure, "own_side", lambda *_: 64)
+    measure_less(monkeypatch)
     demo.demo(out, steps=3, pictures=32)
     page = (out / "index.html").read_text("utf-8")
     read = _Text()
     read.feed(page)
     # Eight training pictures; two prompts by three models by two scales, by two numbers of steps; two seeds of one; and
     # each measured picture beside the training pictures that are nearest to it, by pixels and by content.
-    assert read.pictures == 8 + 2 * 3 * 2 + 2 * 3 * 2 + 3 * 2 + 6 * 3
+    assert read.pictures == 8 + 2 * 3 * 2 + 2 * 3 * 2 + 3 * 2 + 4 * 3
     assert "distilled" in page
     assert "set free" in page
     assert "Freedom" in page
     with Image.open(out / "grid.png") as grid:
-        assert grid.width > 4 * 128
-        assert grid.height > 6 * 128
+        assert grid.width > 4 * 64
+        assert grid.height > 6 * 64
     losses = [json.loads(line)["loss"] for line in (out / "run/metrics.jsonl").read_text("utf-8").splitlines()]
     assert len(losses) == 3
     assert load_adapter(out / "run/adapter.safetensors").metadata["step"] == "3"

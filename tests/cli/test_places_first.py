@@ -31,6 +31,8 @@ VERBS: dict[str, tuple[str, list[str]]] = {
     "diff": (NEW, ["diff", GONE, GONE, "--rank", "1", "--out", "PLACE.safetensors"]),
     "inspect layers": (FOLDER, ["inspect", "layers", GONE, "--out", "PLACE"]),
     "average": (NEW, ["average", GONE, "--width", "0.1", "--out", "PLACE.safetensors"]),
+    "average --sweep": (FOLDER, ["average", GONE, "--sweep", "--report", "PLACE"]),
+    "best of a sweep": (NEW, ["average", GONE, "--sweep", "--report", "r", "--out", "PLACE.safetensors"]),
     "probe": (FOLDER, ["probe", GONE, "--out", "PLACE"]),
     "probe --against": (FOLDER, ["probe", GONE, "--against", GONE, "--out", "PLACE"]),
     "inspect attention": (FOLDER, ["inspect", "attention", GONE, "x", "--out", "PLACE"]),

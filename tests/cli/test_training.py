@@ -67,6 +67,24 @@ def test_an_adversarys_losses_are_told(run: Callable, recipe: Path, tmp_path: Pa
         assert values == pytest.approx([line[name] for line in lines], rel=1e-6)
 
 
+def test_the_parts_of_a_loss_are_told(run: Callable, recipe: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out, keys = tmp_path / "run", ["guided_target.scale=3", "hold_base.weight=0.2", "samples.every=0"]
+    done = run("train", recipe, f"out={out}", "steps=2", "tensorboard=true", *keys)
+    assert done.code == 0, done.err
+    told = r"training: 2/2, .* loss [\d.]+, plain [\d.]+, guided [\d.]+, held [\d.]+, gradient "
+    assert re.search(told, done.err)
+    board = EventAccumulator(str(out / "tensorboard")).Reload()
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for name in ("plain_loss", "guided_loss", "hold_base_loss"):
+        values = [event.value for event in board.Scalars(f"parts/{name}")]
+        assert values == pytest.approx([line[name] for line in lines], rel=1e-6)
+    assert [line["loss"] for line in lines] == pytest.approx(
+        [line["guided_loss"] + 0.2 * line["hold_base_loss"] for line in lines]
+    )
+
+
 def test_without_tensorboard_it_is_refused_before_anything_is_done(
     run: Callable, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import errno
+import gc
 import io
 import json
 import os
@@ -207,6 +208,8 @@ def run_all(recipe: Path, out: Path, faults: list[str]) -> dict[str, Any]:
         return training
 
     loop.open_for_training = reopen  # type: ignore[assignment]
+    gc.collect()
+    gc.freeze()  # children need not look through all that was imported
     first = train([str(recipe), "steps=1"], out / "first")
     shutil.copytree(out / "first", out / "whole")
     whole = train([str(recipe)], out / "whole")
@@ -225,6 +228,7 @@ def run_all(recipe: Path, out: Path, faults: list[str]) -> dict[str, Any]:
                 with files.lock(run):
                     checkpoint.recover(run)
             broken.append(result)
+    gc.unfreeze()  # or libraries complain at the end of what was never freed
     return {"first": first, "whole": whole, "broken": broken}
 
 

@@ -303,7 +303,7 @@ def test_the_trace_of_a_pass_is_the_real_one() -> None:
         adversary.learn(real, adapter, *pictures(), torch.ones(2))
     adapted(meta)
     meta.to("meta")
-    learn = estimate._learning(meta, Adversary(spec, meta, 0, "meta"))
+    learn = estimate._learning(meta, Adversary(spec, meta, 0, "meta"), None)
     traced = trace.trace_pass(meta, 2, (4, 6), 5, learn=learn)
     assert abs(traced - live.peak) < 0.1 * live.peak
 
@@ -311,7 +311,7 @@ def test_the_trace_of_a_pass_is_the_real_one() -> None:
 # ---- several processes --------------------------------------------------------------------------------------------
 
 
-def _fitted(rank: int, port: int, tree: dict[str, Any]) -> None:
+def fitted_in_a_process(rank: int, port: int, tree: dict[str, Any]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     fit(Recipe.model_validate(tree))
@@ -325,7 +325,9 @@ def test_two_processes_are_one_with_twice_the_passes(recipe_tree: Tree, tmp_path
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
-        list(pool.map(_fitted, (0, 1), [port] * 2, [two] * 2))  # with equal replicas: they are compared when saved
+        list(
+            pool.map(fitted_in_a_process, (0, 1), [port] * 2, [two] * 2)
+        )  # with equal replicas: they are compared when saved
     for name in ("adapter", "heads"):
         folders = [checkpoint.step_folder(tmp_path / run, 3) for run in ("one", "two")]
         alone, both = (load_file(folder / f"{name}.safetensors") for folder in folders)

@@ -13,12 +13,14 @@ SIGKILL = -9
 
 def _recipe(tree: Callable[..., dict[str, Any]], out: Path) -> dict[str, Any]:
     """Everything that could go wrong on resuming: bf16 rounding noise, a schedule that reads the step, accumulated and
-    short steps, several crops and captions, dropout, pruning."""
+    short steps, several crops and captions, dropout, passes without gradient or adapter, pruning."""
     source = {**tree(out)["data"][0], "caption_dropout": 0.3, "crops_per_picture": 2}
     return tree(
         out,
         data=[source],
         base="bf16",
+        guided_target={"scale": 2, "decay": 1},
+        hold_base={"weight": 0.2, "sigmas": [0.2, 0.9]},
         accumulate=2,
         steps=STEPS,
         optimizer={"kind": "adamw_bf16", "learning_rate": 1e-2, "warmup": 3, "schedule": "cosine"},

@@ -155,11 +155,11 @@ def test_a_run_folder_in_use_is_refused_at_once(recipe_tree: Tree, tmp_path: Pat
 
 
 def test_the_thread_count_is_given_back(recipe_tree: Tree, tmp_path: Path) -> None:
-    torch.set_num_threads(2)
+    before = torch.get_num_threads()
     recorder = Recorder(at={("step", 1): lambda: counts.append(torch.get_num_threads())})
     counts: list[int] = []
-    fit(Recipe.model_validate(recipe_tree(tmp_path / "run", steps=1, threads=1)), recorder)
-    assert (counts, torch.get_num_threads()) == ([1], 2)
+    fit(Recipe.model_validate(recipe_tree(tmp_path / "run", steps=1, threads=before + 1)), recorder)
+    assert (counts, torch.get_num_threads()) == ([before + 1], before)
 
 
 def test_a_world_without_a_launcher_is_refused(

@@ -67,12 +67,15 @@ class Notices(Callbacks):
 
 
 @pytest.mark.usefixtures("own_memory")
-@pytest.mark.parametrize("base", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    ("base", "keys"), [("fp32", {}), ("int8", {"guided_target": {"scale": 3}, "hold_base": {"weight": 0.4}})]
+)
 def test_a_run_has_the_same_bytes_with_all_blocks_waiting(
-    recipe_tree: Tree, tmp_path: Path, stand_in: list[int], base: str, share: float
+    recipe_tree: Tree, tmp_path: Path, stand_in: list[int], base: str, keys: dict[str, Any], share: float
 ) -> None:
-    """Held-out measurements, sample sheets and a resume included."""
+    """Held-out measurements, sample sheets, a resume, and passes without the adapter included."""
     changes: dict[str, Any] = {
+        **keys,
         "base": base,
         "gradient_checkpointing": True,
         "save": {"every": 1},

@@ -13,6 +13,7 @@ LESS = {
     "diversity_seeds": 2,
     "negative_prompts": 2,
     "padding_pictures": 2,
+    "padding_sigmas": (0.5,),
     "padding_tokens": (20,),
 }
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
@@ -157,6 +158,24 @@ def test_a_written_difference_draws_as_the_second_model_and_is_used_like_it(
     )
     assert pipe.facts.steps == 3
     assert torch.allclose(drawn, there, atol=1e-3)
+
+
+def test_an_adapter_of_the_first_model_draws_with_a_written_difference_as_on_the_second(
+    tiny_model_dir: Path, changed: Changed, trained: Path, tmp_path: Path
+) -> None:
+    """A speed adapter: trained on a base, drawn in the few steps of what was made of it. The last one named decides."""
+    second = changed(plant(low_rank))
+    change_json(second / "libreflux.json", steps=2, guidance=1.0)
+    speed = tmp_path / "speed.safetensors"
+    libreflux.diff(str(tiny_model_dir), str(second), rank=2, out=speed)
+    names, size = {"adapters": [str(trained), str(speed)]}, {"seed": 3, "width": 32, "height": 32}
+    both = libreflux.generate("a fox", model=str(tiny_model_dir), **names, **size).pictures[0]
+    there = libreflux.generate(
+        "a fox", model=str(second), adapters=str(trained), steps=2, guidance=1.0, **size
+    ).pictures[0]
+    assert (both.record.steps, both.record.guidance) == (2, 1.0)
+    pixels = [np.asarray(one.image, dtype=int) for one in (both, there)]
+    assert abs(pixels[0] - pixels[1]).max() <= 2
 
 
 def test_an_adapter_is_told_like_the_model_that_it_makes(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -79,6 +80,12 @@ app.command("recipe", cls=Verb)(lists.recipe)
 app.command("models", cls=Verb)(lists.models)
 
 
+@functools.cache
+def _verbs() -> Any:
+    """All of the above, made once: that takes longer than reading a command line."""
+    return typer.main.get_command(app)
+
+
 def _refuse(line: str, code: int = 2) -> NoReturn:
     say(f"libreflux: error: {line}", err=True)
     sys.exit(code)
@@ -133,7 +140,7 @@ def main() -> NoReturn:
         with unwinding():
             _check_folder()
             _check_arguments()
-            code = app(prog_name="libreflux", standalone_mode=False)
+            code = _verbs()(prog_name="libreflux", standalone_mode=False)
     except LibrefluxError as error:
         if error.code != 2 and os.environ.get("LIBREFLUX_TRACEBACK"):
             raise

@@ -92,9 +92,7 @@ class TrainingDisplay(TrainEvents):
 
     def __init__(self, *, layers: bool = False) -> None:
         self._layers = layers
-        self._losses: list[float] = []
-        self._kept: list[float] = []
-        self._judged: list[float] = []
+        self._losses: dict[str, list[float]] = {}
         self._bars = ExitStack()
         self._report: Report | None = None
         self._doing = ""
@@ -122,14 +120,11 @@ class TrainingDisplay(TrainEvents):
         self._bar("training", "step")(started.step, started.steps, begun=True)
 
     def on_step(self, info: StepInfo) -> None:
-        if info.loss is not None:
-            self._losses.append(info.loss)
-        if info.regularisation_loss is not None:
-            self._kept.append(info.regularisation_loss)
-        if info.adversary is not None:
-            self._judged.append(info.adversary["discriminator_loss"])
-        told = (("loss", self._losses), ("regularisation", self._kept), ("discriminator", self._judged))
-        parts = [f"{name} {fmean(losses[-50:]):.4f}" for name, losses in told if losses]
+        parts = []
+        for name, loss in _told_losses(info).items():
+            losses = self._losses.setdefault(name, [])
+            losses += [] if loss is None else [loss]
+            parts += [f"{name} {fmean(losses[-50:]):.4f}"] if losses else []
         parts += [f"gradient {info.gradient_norm:.3g}"] if info.gradient_norm is not None else []
         parts += [f"{readable(info.pictures_per_second)} pictures/s", f"{readable(_memory_used() / 1e9)} GB"]
         parts += [f"{info.skipped} skipped"] if info.skipped else []
@@ -156,6 +151,19 @@ class TrainingDisplay(TrainEvents):
     def on_end(self) -> None:
         self._bars.close()
         self._doing = ""
+
+
+def _told_losses(info: StepInfo) -> dict[str, float | None]:
+    """What the bar shows of a step's losses."""
+    adversary, parts = info.adversary or {}, info.parts or {}
+    return {
+        "loss": info.loss,
+        "regularisation": info.regularisation_loss,
+        "discriminator": adversary.get("discriminator_loss"),
+        "plain": parts.get("plain_loss"),
+        "guided": parts.get("guided_loss"),
+        "held": parts.get("hold_base_loss"),
+    }
 
 
 def _memory_used() -> int:

@@ -26,7 +26,7 @@ MEANT = {
     "train": "finetune fine-tune fit resume",
     "train RECIPE --dry-run": "dryrun dry-run dry_run plan estimate",
     "merge": "fuse bake apply",
-    "average": "ema lerp",
+    "average": "ema lerp sweep",
     "probe": "evaluate eval measure benchmark bench test",
     "export": "convert save quantize quantise",
     "inspect attention": "attention attn attention-map heatmap look",
@@ -59,6 +59,13 @@ PANELS: dict[str, dict[str, str]] = {
         "Model": "model",
         "Memory and speed": "device shard",
         "Output": "out",
+    },
+    "average": {
+        "One average": "width step lerp",
+        "Many compared, with --sweep": "sweep lerps widths by data pictures sigmas trained_on seed",
+        "Drawn by all, with --sweep": "prompts guidance seeds steps",
+        "Model and memory, with --sweep": "model resolution batch device",
+        "Output": "out report",
     },
     "caption": {
         "Who is asked": "model endpoint",

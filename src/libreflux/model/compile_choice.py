@@ -44,17 +44,19 @@ class Work:
         blocks: of the transformer.
         passes: through it, over all steps and pictures.
         training: whether each pass has a backward pass.
+        graphs: of each kind.
     """
 
     kinds: int
     blocks: int
     passes: int
     training: bool
+    graphs: int = GRAPHS_A_KIND
 
     @property
     def seconds(self) -> float:
         """That compiling is expected to take."""
-        return SECONDS_A_GRAPH * GRAPHS_A_KIND * self.kinds
+        return SECONDS_A_GRAPH * self.graphs * self.kinds
 
     @property
     def saved(self) -> float:

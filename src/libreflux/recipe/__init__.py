@@ -9,18 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from libreflux.errors import RecipeError
 from libreflux.places import did_you_mean
-from libreflux.recipe import faults, yaml_text
+from libreflux.recipe import faults, flow_keys, yaml_text
 from libreflux.recipe.auto import CountOrAuto, FlagOrAuto, OnOffOrAuto
+from libreflux.recipe.differences import INDECISIVE, differences
 from libreflux.recipe.distil import AdversarialSpec, DistilSpec, refuse_faults
+from libreflux.recipe.flow_keys import GuidedTarget, GuidedTargetSpec, HoldBase, HoldBaseSpec
 from libreflux.recipe.sections import (
     AdapterSpec,
     DataSource,
@@ -44,7 +53,9 @@ __all__ = [
     "AdversarialSpec",
     "DataSource",
     "DistilSpec",
+    "GuidedTargetSpec",
     "HeldOutSpec",
+    "HoldBaseSpec",
     "OptimizerSpec",
     "Recipe",
     "SampleSpec",
@@ -72,6 +83,12 @@ class Recipe(Section):
         default="flow", description="flow: plain flow matching; distil: the base's guided steps in fewer and plain ones"
     )
     distil: DistilSpec | None = Field(default=None, description="for objective distil: its guidance and steps")
+    guided_target: GuidedTarget = Field(
+        default=None, description="for objective flow: train towards more than the picture, to keep few steps drawing"
+    )
+    hold_base: HoldBase = Field(
+        default=None, description="for objective flow: a penalty for leaving what the base says of the same pictures"
+    )
     text_padding: Literal["drop", "trim"] = Field(
         default="drop", description="drop: no padding anywhere; trim: T5 sees it"
     )
@@ -193,8 +210,9 @@ class Recipe(Section):
         return value
 
     @model_validator(mode="after")
-    def _distillation(self) -> Recipe:
+    def _objective(self) -> Recipe:
         refuse_faults(self.objective, self.distil, self.data, self.steps, self.sigmas)
+        flow_keys.refuse_idle(self.guided_target, self.hold_base, self.objective, self.data)
         return self
 
     @model_validator(mode="after")
@@ -230,6 +248,10 @@ class Recipe(Section):
         """Every key with its value, defaults included, as plain JSON values."""
         return self.model_dump(mode="json", by_alias=True)
 
+    @model_serializer(mode="wrap")
+    def _as_ever(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return flow_keys.as_ever(handler(self))
+
     def to_yaml(self) -> str:
         """The resolved recipe as YAML that ``load_recipe`` reads back to an equal one."""
         return yaml_text.dump(self.resolved())
@@ -243,10 +265,11 @@ class Recipe(Section):
         when the learning rate does not depend on it. Of ``held_out`` the share alone does: it takes pictures away. Nor
         does where the data lies, whose contents have a hash of their own, or what changes last bits alone.
         """
-        kept = {name: value for name, value in self.resolved().items() if name not in _INDECISIVE}
+        kept = {name: value for name, value in self.resolved().items() if name not in INDECISIVE}
         if self.optimizer.schedule == "constant":
             del kept["steps"]
         kept["accumulate"] *= world
+        flow_keys.as_ever(kept, neutral=True)
         if self.latents == "mean":  # the only one that runs without this key had
             del kept["latents"]
         kept["held_out"] = {"share": self.held_out.share}
@@ -265,36 +288,6 @@ class Recipe(Section):
     def fingerprint(self, world: int = 1) -> str:
         """SHA-256 over :meth:`decisive`, as 64 hexadecimal digits."""
         return hashlib.sha256(json.dumps(self.decisive(world), sort_keys=True).encode()).hexdigest()
-
-
-_INDECISIVE = frozenset(
-    {
-        "out",
-        "cache",
-        "samples",
-        "save",
-        "device",
-        "gradient_norms",
-        "tensorboard",
-        "max_quarantined",
-        "max_skipped",
-        "ema",
-        "ema_every",
-        "deterministic",
-        "threads",
-        "gradient_checkpointing",
-        "offload_blocks",
-        "compile",  # the checkpoint holds what was decided
-        "text_precision",  # the cache's settings hold it, and the data's fingerprint those
-    }
-)
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Dotted keys whose values differ between two resolved recipes, in the order of ``old``, then of ``new``."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
-    absent = object()
-    return [key for key in {**before, **after} if before.get(key, absent) != after.get(key, absent)]
 
 
 def load_recipe(path: Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
@@ -336,12 +329,3 @@ def recipe_of(tree: dict[str, Any], where: str, overrides: Sequence[str] = ()) -
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise faults.explain(error, where, Recipe) from None
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list | tuple) else None
-    if items is None or not tree:
-        yield prefix, tree
-        return
-    for name, value in items:
-        yield from _leaves(value, f"{prefix}.{name}" if prefix else str(name))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,7 +38,7 @@ from libreflux.training.adversary_heads import (
 )
 from libreflux.training.gradient import accumulate_gradient, clip_grad_norm
 from libreflux.training.nonfinite import require_finite
-from libreflux.training.objective import NoisedBatch
+from libreflux.training.objective import Learned, NoisedBatch
 from libreflux.training.optimizer import AdamWFP32
 
 BETAS = (0.0, 0.99)
@@ -54,28 +53,11 @@ ON_HELD_OUT = (
 """For a user who measures a student."""
 
 TOLD = ("discriminator_loss", "adversarial_loss", "reconstruction_loss", "penalty", "spread_ratio")
-"""Names of the numbers that are told of each picture, see `Learned.told`; the heads' own loss first."""
+"""Names of the numbers that are told of each picture, in the order of `Learned.told`: the heads' own loss with its
+penalty; the student's; plain flow matching; the penalty before its weight; the standard deviation of x̂0 over that of
+x0, 1 being right."""
 ON_NOISE = ("adversarial_loss", "spread_ratio")
 """Of these, what is told of a student's first step alone too: the later ones begin at noised data, and come near it."""
-
-
-@dataclass(frozen=True)
-class Learned:
-    """What one pass gave, without gradient.
-
-    Attributes:
-        losses: [B] fp32, the student's: the adversarial loss and what is weighed beside it.
-        told: by name, [B] fp32, nothing without an adversary: `discriminator_loss` with its penalty, the `penalty`
-            before its weight, `adversarial_loss`, `reconstruction_loss`, and `spread_ratio`, the standard deviation of
-            x̂0 over that of x0 (1 is right).
-    """
-
-    losses: Tensor
-    told: dict[str, Tensor]
-
-    def table(self) -> Tensor:
-        """[B, 1 + K]: of each picture the loss, then what is told of it, in the order of `TOLD`."""
-        return torch.stack([self.losses, *(self.told[name] for name in TOLD if name in self.told)], dim=1)
 
 
 def chosen_blocks(spec: AdversarialSpec, count: int) -> tuple[int, ...]:
@@ -190,16 +172,10 @@ class Adversary:
         reconstruction = (velocity - batch.target).square().mean(dim=(1, 2))
         beside = self.spec.reconstruction * (reconstruction @ weights)
         torch.autograd.backward([*drawn.values(), beside], [*by_features, torch.ones_like(beside)])
-        return Learned(
-            (adversarial + self.spec.reconstruction * reconstruction).detach(),
-            {
-                "discriminator_loss": of_heads.detach(),
-                "adversarial_loss": adversarial.detach(),
-                "reconstruction_loss": reconstruction.detach(),
-                "penalty": penalty.detach(),
-                "spread_ratio": drawn_x0.detach().std(dim=(1, 2)) / batch.latents.std(dim=(1, 2, 3)).clamp(min=1e-6),
-            },
-        )
+        spread_ratio = drawn_x0.detach().std(dim=(1, 2)) / batch.latents.std(dim=(1, 2, 3)).clamp(min=1e-6)
+        parts = (of_heads.detach(), adversarial.detach(), reconstruction.detach(), penalty.detach(), spread_ratio)
+        losses = (adversarial + self.spec.reconstruction * reconstruction).detach()
+        return Learned(losses, dict(zip(TOLD, parts, strict=True)))
 
     def _features(self, transformer: FluxTransformer2DModel, batch: NoisedBatch, x: Tensor) -> dict[int, Tensor]:
         with image_features(transformer, self.blocks) as found:

@@ -65,6 +65,9 @@ class StepInfo:
         regularisation_loss: mean over the step's regularised pictures; None without any.
         adversary: of a student that learns from an adversary, means over the step's pictures: `discriminator_loss`,
             `adversarial_loss` and what else `training.adversary.told_means` gives; `heads_gradient_norm`. Else None.
+        parts: under `guided_target` or `hold_base`, the parts of `loss` as means over the step's pictures, regularised
+            ones left out: `plain_loss`, which is flow matching's own, `guided_loss` against the guided target, and
+            `hold_base_loss`, the penalty before its weight, over the pictures it applies to. Else None.
         at_fault: the pictures for which this step was skipped, or `nonfinite.HEADS`, see there; none in any other.
         skipped: steps of the run that were skipped so far, this one included.
     """
@@ -83,6 +86,7 @@ class StepInfo:
     group_norms: dict[str, float] | None = None
     regularisation_loss: float | None = None
     adversary: dict[str, float] | None = None
+    parts: dict[str, float] | None = None
     at_fault: Sequence[str] = ()
     skipped: int = 0
 

@@ -11,11 +11,13 @@ from diffusers import FluxTransformer2DModel
 
 from libreflux.errors import LibrefluxError, RunError
 from libreflux.model import compile_choice
-from libreflux.model.compiling import CompiledBlocks, explained, missing_compiler, work_of
+from libreflux.model.compiling import CompiledBlocks, explained, kinds_of, missing_compiler
+from libreflux.model.offload import blocks_of
 from libreflux.recipe import Recipe
 from libreflux.training.adversary import spec_of
 from libreflux.training.callbacks import Callbacks
 from libreflux.training.checkpoint import Checkpoint, listed
+from libreflux.training.flow_objective import extra_passes
 
 COMPILED = "compiled"
 """In a checkpoint's state.json where blocks were compiled; left out where not, as versions did that knew no such."""
@@ -51,7 +53,7 @@ def compiled_blocks(
     before, kind = _before(newest, device), torch.device(device).type
     asked = recipe.compile == "on" or before or (kind == "cuda" and before is None)
     missing = missing_compiler(device) if asked else None
-    work = work_of(transformer, _passes(recipe), training=True)
+    work = _work(recipe, kinds_of(transformer), len(blocks_of(transformer)))
     choice = compile_choice.choose(recipe.compile, kind, work, missing=missing, before=before)
     if choice.told is not None:
         callbacks.on_notice(choice.told)
@@ -72,16 +74,22 @@ def planned_line(recipe: Recipe, kinds: int, blocks: int, device: str) -> str | 
         blocks: of the transformer.
         device: type of the device that would train; one that is not here is taken to have a compiler.
     """
-    work = compile_choice.Work(kinds=kinds, blocks=blocks, passes=_passes(recipe), training=True)
+    work = _work(recipe, kinds, blocks)
     missing = missing_compiler(device) if is_here(device) else None
     if recipe.compile == "on" and missing is not None:
         return None
     return compile_choice.choose(recipe.compile, device, work, missing=missing, before=_last_kept(recipe, device)).told
 
 
-def _passes(recipe: Recipe) -> int:
-    """Through the transformer; with an adversary the student's and two of the teacher's, one without backward."""
-    return recipe.steps * recipe.accumulate * (1 if spec_of(recipe) is None else 3)
+def _work(recipe: Recipe, kinds: int, blocks: int) -> compile_choice.Work:
+    """Through the transformer; with an adversary the student's and two of the teacher's, one without backward.
+
+    The passes of `guided_target` and `hold_base` have graphs of their own, and gain little: they count by those alone.
+    """
+    passes = recipe.steps * recipe.accumulate * (1 if spec_of(recipe) is None else 3)
+    own = len(extra_passes(recipe))
+    graphs = compile_choice.GRAPHS_A_KIND * (1 + own)
+    return compile_choice.Work(kinds=kinds, blocks=blocks, passes=passes, training=True, graphs=graphs)
 
 
 def _last_kept(recipe: Recipe, device: str) -> bool | None:

@@ -27,9 +27,10 @@ from libreflux.model.opening import open_model
 from libreflux.model.source import ModelSource
 from libreflux.model.w8a8 import quantise_activations
 from libreflux.recipe import AdversarialSpec, Recipe
-from libreflux.training import trace
+from libreflux.training import flow_objective, trace
 from libreflux.training.adversary import Adversary, spec_of
 from libreflux.training.bf16_update import CHUNK, CHUNK_ON_A_CARD, SCRATCH_BYTES
+from libreflux.training.flow_objective import FlowKeys, Roles
 from libreflux.training.memory import on_cpu
 from libreflux.training.objective import NoisedBatch
 from libreflux.training.optimizer import BUCKET, parameter_dtype
@@ -61,7 +62,7 @@ def estimate_recipe(
     transformer = _transformer(opened, recipe)
     encoding = _Encoding.of(opened, recipe, cpu)
     shown = views(recipe.crop, recipe.resolution)
-    adversarial = spec_of(recipe)
+    adversarial, keys = spec_of(recipe), flow_objective.flow_keys(recipe)
     found = estimate(
         transformer,
         plan_layers(recipe, opened).layers,
@@ -74,6 +75,7 @@ def estimate_recipe(
         guidance=recipe.guidance,
         on_cpu=cpu,
         adversarial=adversarial,
+        flow_keys=keys,
     )
     at_once = min(SHARD_ITEMS, captions or SHARD_ITEMS)
     if recipe.text_cache == "none":
@@ -90,7 +92,8 @@ def estimate_recipe(
     if recipe.gradient_checkpointing == "auto":
         transformer.disable_gradient_checkpointing()
         size = _latent_size(largest_crop(shown))
-        learn = None if adversarial is None else _learning(transformer, Adversary(adversarial, transformer, 0, "meta"))
+        adversary = None if adversarial is None else Adversary(adversarial, transformer, 0, "meta")
+        learn = _learning(transformer, adversary, keys)
         unchecked = trace.trace_pass(transformer, recipe.batch, size, text_tokens, recipe.guidance, learn=learn)
         if encoding is not None and recipe.text_cache == "none":
             unchecked = max(unchecked, found.activations)
@@ -217,6 +220,7 @@ def estimate(
     on_cpu: bool = False,
     moments_8bit: bool = False,
     adversarial: AdversarialSpec | None = None,
+    flow_keys: FlowKeys | None = None,
 ) -> Estimate:
     """What training this adapter takes.
 
@@ -232,6 +236,7 @@ def estimate(
         on_cpu: whether it trains on the CPU.
         moments_8bit: whether the optimizer is `training.optimizer8.AdamW8bit`.
         adversarial: of a student that learns from an adversary.
+        flow_keys: of a recipe that has passes for them.
     """
     weights = trace.weights_of(transformer)
     adapter = attach(transformer, resolved, dtype=adapter_dtype, init="ones")
@@ -239,7 +244,7 @@ def estimate(
     count, own = sum(parameter.numel() for parameter in parameters), trace.size_in_bytes(parameters)
     moments = sum(map(_moments_8bit, parameters)) if moments_8bit else 2 * own
     adversary = None if adversarial is None else Adversary(adversarial, transformer, 0, "meta")
-    learn = None if adversary is None else _learning(transformer, adversary)
+    learn = _learning(transformer, adversary, flow_keys)
     heads = [] if adversary is None else adversary.parameters
     of_heads = trace.size_in_bytes(heads)
     return Estimate(
@@ -258,11 +263,24 @@ def estimate(
     )
 
 
-def _learning(transformer: FluxTransformer2DModel, adversary: Adversary) -> Callable[[NoisedBatch], object]:
-    """A pass of the adapter that is on a transformer, and of its adversary."""
+def _learning(
+    transformer: FluxTransformer2DModel, adversary: Adversary | None, keys: FlowKeys | None
+) -> Callable[[NoisedBatch], object] | None:
+    """A pass of the adapter that is on a transformer, with an adversary or under keys; None: plain flow matching."""
     layers = {name: each for name, each in transformer.named_modules() if isinstance(each, AdaptedLinear)}
     adapter = Adapter(transformer, layers)
-    return lambda noised: adversary.learn(transformer, adapter, noised, noised, torch.ones_like(noised.sigma))
+    if adversary is not None:
+        return lambda noised: adversary.learn(transformer, adapter, noised, noised, torch.ones_like(noised.sigma))
+    if keys is None:
+        return None
+
+    def learn(noised: NoisedBatch) -> object:
+        """Every picture is guided and held, and the empty prompt as long as the others."""
+        count, weights, empty = len(noised), torch.ones_like(noised.sigma), noised.text.index([0])
+        roles = Roles([False] * count, [keys.guided is not None] * count, [keys.hold is not None] * count)
+        return flow_objective.learn(transformer, adapter, noised, weights, keys=keys, roles=roles, empty=empty)
+
+    return learn
 
 
 def _update(parameters: Sequence[Tensor], on_cpu: bool) -> int:

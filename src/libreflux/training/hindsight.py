@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +62,32 @@ class _Source:
         return part.double()
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a run has kept, all of it whole: several averages of it need no second look at the files.
+
+    Attributes:
+        run: its folder.
+        checkpoints: by rising step.
+        averages: step that they are of -> file.
+    """
+
+    run: Path
+    checkpoints: Sequence[checkpoint.Checkpoint]
+    averages: Mapping[int, Path]
+
+
+def kept(run: Path) -> Kept:
+    """What a run has kept; reads every file once.
+
+    Raises:
+        RunError: no such folder, or a damaged file.
+    """
+    _run_folder(run)
+    found = _complete(run)
+    return Kept(run, found, _average_files(run, found))
+
+
 def average(run: Path, width: float, step: int | None = None) -> Averaged:
     """The average of relative width `width` at `step`, by least squares over the profiles of those that were kept.
 
@@ -75,9 +101,35 @@ def average(run: Path, width: float, step: int | None = None) -> Averaged:
         RunError: no averages were kept, none at `step`, too few to form this one, or a damaged file among them.
     """
     _run_folder(run)
+    check_width(width)
+    return average_of(kept(run), width, step)
+
+
+def check_width(width: float) -> None:
+    """Raises RunError for a relative width that no average of this kind has."""
     if not 0.01 <= width <= 0.28:
         raise RunError(f"width {width:g} is not in 0.01 to 0.28", hint="0.05 to 0.15 is usual")
-    paths = _average_files(run)
+
+
+def average_of(found: Kept, width: float, step: int | None = None) -> Averaged:
+    """See `average`."""
+    with ExitStack() as stack:
+        sources, weights, error, wanted = _profile(stack, found, width, step)
+        said = {"kind": "power", "sigma_rel": width, "step": wanted, "sources": len(sources), "profile_error": error}
+        return _combine(sources, weights, error, said)
+
+
+def check_average(found: Kept, width: float) -> None:
+    """Raises RunError as `average_of` would, before anything is averaged."""
+    with ExitStack() as stack:
+        _profile(stack, found, width, None)
+
+
+def _profile(
+    stack: ExitStack, found: Kept, width: float, step: int | None
+) -> tuple[list[_Source], np.ndarray, float, int]:
+    """What is added with which weights, the relative error of the profile, and the step that it is of."""
+    run, paths = found.run, found.averages
     if not paths:
         ways = OptionHint("train with ema: [0.05, 0.1] in the recipe, or use `lerp`")
         raise RunError("keeps no averages", where=run, hint=ways)
@@ -85,21 +137,49 @@ def average(run: Path, width: float, step: int | None = None) -> Averaged:
     if wanted not in paths:
         near = ", ".join(map(str, sorted(sorted(paths, key=lambda one: abs(one - wanted))[:3])))
         raise RunError(f"no averages at step {wanted}", where=run, hint=f"the nearest are at {near}")
-    with ExitStack() as stack:
-        sources: list[_Source] = []
-        stored: list[tuple[int, float]] = []
-        for number in sorted(number for number in paths if number <= wanted):
-            file = _open(stack, paths[number])
-            for tracked in sorted({float(key.partition("/")[0]) for key in file.keys() if "/" in key}):  # noqa: SIM118
-                sources.append(_Source(number, file, ema.average_key(tracked, "")))
-                stored.append((number, ema.exponent(tracked)))
-        weights, error = ema.hindsight_weights(stored, (wanted, ema.exponent(width)))
-        if error > WORST:
-            hint = "choose a width nearer to the tracked ones, or train with save.averages_every"
-            what = f"{len(stored)} averages cannot form width {width:g}: the profile is off by {error:.0%}"
-            raise RunError(what, where=run, hint=hint)
-        said = {"kind": "power", "sigma_rel": width, "step": wanted, "sources": len(stored), "profile_error": error}
-        return _combine(sources, weights, error, said)
+    sources: list[_Source] = []
+    stored: list[tuple[int, float]] = []
+    for number in sorted(number for number in paths if number <= wanted):
+        file = _open(stack, paths[number])
+        for tracked in sorted({float(key.partition("/")[0]) for key in file.keys() if "/" in key}):  # noqa: SIM118
+            sources.append(_Source(number, file, ema.average_key(tracked, "")))
+            stored.append((number, ema.exponent(tracked)))
+    weights, error = ema.hindsight_weights(stored, (wanted, ema.exponent(width)))
+    if error > WORST:
+        hint = "choose a width nearer to the tracked ones, or train with save.averages_every"
+        what = f"{len(stored)} averages cannot form width {width:g}: the profile is off by {error:.0%}"
+        raise RunError(what, where=run, hint=hint)
+    return sources, weights, error, wanted
+
+
+def cells_of(found: Kept, width: float) -> Averaged:
+    """An average of relative width `width` of raw checkpoints, for a run that tracked none.
+
+    Each checkpoint stands for the steps that are nearest to it, and weighs the integral of the profile over them.
+
+    Raises:
+        RunError: no complete checkpoint, or a width out of range.
+    """
+    check_width(width)
+    weights = cell_weights([one.step for one in _some(found)], ema.exponent(width))
+    said = {"kind": "cells", "sigma_rel": width, "step": found.checkpoints[-1].step, "sources": len(weights)}
+    return _of_checkpoints(found, weights, said)
+
+
+def cell_weights(steps: Sequence[int], gamma: float) -> np.ndarray:
+    """[n] fp64 that sum to 1: (b_i / b_n)^(gamma + 1) - (b_(i-1) / b_n)^(gamma + 1), b between neighbouring steps.
+
+    b_0 is 0, and b_n lies as far behind the last step as b_(n-1) lies before it.
+
+    Args:
+        steps: of the checkpoints, rising.
+        gamma: of the profile.
+    """
+    at = np.array(steps, np.float64)
+    between = (at[1:] + at[:-1]) / 2
+    last = 2 * at[-1] - (between[-1] if len(between) else 0.0)
+    edges = np.concatenate([[0.0], between, [last]]) / last
+    return np.diff(edges ** (gamma + 1))
 
 
 def lerp(run: Path, alpha: float) -> Averaged:
@@ -115,15 +195,32 @@ def lerp(run: Path, alpha: float) -> Averaged:
         RunError: no complete checkpoint, or alpha out of range.
     """
     _run_folder(run)
+    check_alpha(alpha)
+    return lerp_of(Kept(run, _complete(run), {}), alpha)
+
+
+def check_alpha(alpha: float) -> None:
+    """Raises RunError for what is no weight of the newest."""
     if not 0 < alpha <= 1:
         raise RunError(f"lerp {alpha:g} is not in (0, 1]", hint="it is the newest checkpoint's weight, e.g. 0.2")
-    found = _complete(run)
-    if not found:
-        raise RunError("has no complete checkpoint", where=run, hint="train first")
-    weights = lerp_weights(len(found), alpha)
+
+
+def lerp_of(found: Kept, alpha: float) -> Averaged:
+    """See `lerp`; with alpha = 1 it is the last checkpoint."""
+    count = len(_some(found))
+    said = {"kind": "lerp", "alpha": alpha, "step": found.checkpoints[-1].step, "sources": count}
+    return _of_checkpoints(found, lerp_weights(count, alpha), said)
+
+
+def _some(found: Kept) -> Sequence[checkpoint.Checkpoint]:
+    if not found.checkpoints:
+        raise RunError("has no complete checkpoint", where=found.run, hint="train first")
+    return found.checkpoints
+
+
+def _of_checkpoints(found: Kept, weights: np.ndarray, said: dict[str, Any]) -> Averaged:
     with ExitStack() as stack:
-        sources = [_Source(one.step, _open(stack, one.adapter)) for one in found]
-        said = {"kind": "lerp", "alpha": alpha, "step": found[-1].step, "sources": len(found)}
+        sources = [_Source(one.step, _open(stack, one.adapter)) for one in found.checkpoints]
         return _combine(sources, weights, 0.0, said)
 
 
@@ -147,13 +244,13 @@ def _complete(run: Path) -> list[checkpoint.Checkpoint]:
     return found
 
 
-def _average_files(run: Path) -> dict[int, Path]:
+def _average_files(run: Path, complete: Sequence[checkpoint.Checkpoint]) -> dict[int, Path]:
     """Step that they are of -> file of averages, of the checkpoints and the snapshots; a damaged one is refused."""
-    kept = [(one.step, one.averages) for one in _complete(run) if one.averages.exists()]
+    there = [(one.step, one.averages) for one in complete if one.averages.exists()]
     for step, folder in ema.snapshots(run).items():
         files.verify_manifest(folder)
-        kept.append((step, folder / checkpoint.AVERAGES))
-    return {own: path for step, path in kept if (own := _step_of(path, step))}
+        there.append((step, folder / checkpoint.AVERAGES))
+    return {own: path for step, path in there if (own := _step_of(path, step))}
 
 
 def _step_of(path: Path, step: int) -> int:
@@ -205,7 +302,7 @@ def _combine(sources: Sequence[_Source], weights: np.ndarray, error: float, said
 def _mean_and_gram(sources: Sequence[_Source], x: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """The weighted mean of a tensor over the sources, fp32, and the Gram matrix [N, N] of the deviations from it."""
     shape = sources[0].file.get_slice(sources[0].prefix + name).get_shape()
-    height = max(1, CHUNK // max(1, math.prod(shape[1:])))
+    height = max(1, CHUNK // max(1, math.prod(shape[1:]) * len(sources)))
     parts, gram = [], torch.zeros(len(x), len(x), dtype=torch.float64)
     for start in range(0, shape[0], height):
         block = torch.stack([source.rows(name, start, start + height).flatten() for source in sources])
@@ -219,10 +316,20 @@ def _mean_and_gram(sources: Sequence[_Source], x: Tensor, name: str) -> tuple[Te
 def _lora(
     sources: Sequence[_Source], x: Tensor, down_name: str, up_name: str, alpha: float
 ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-    """(mean down, mean up), and the squared norms of gap and delta."""
-    down, up = (torch.stack([s.rows(name, 0, 1 << 62) for s in sources]) for name in (down_name, up_name))
-    mean_down, mean_up = (torch.tensordot(x, stack, dims=1) for stack in (down, up))
-    scale = alpha / down.shape[1]
-    apart = torch.einsum("n,nor,nri->oi", x, up - mean_up, down - mean_down)
+    """(mean down, mean up), and the squared norms of gap and delta; one source is in memory at a time."""
+    weighed = list(zip(x.tolist(), sources, strict=True))
+
+    def mean(name: str) -> Tensor:
+        total = torch.zeros(sources[0].file.get_slice(sources[0].prefix + name).get_shape(), dtype=torch.float64)
+        for weight, source in weighed:
+            total.add_(source.rows(name, 0, 1 << 62), alpha=weight)
+        return total
+
+    mean_down, mean_up = mean(down_name), mean(up_name)
+    apart = torch.zeros(len(mean_up), mean_down.shape[1], dtype=torch.float64)
+    for weight, source in weighed:
+        up, down = source.rows(up_name, 0, 1 << 62), source.rows(down_name, 0, 1 << 62)
+        apart.addmm_(up.sub_(mean_up), down.sub_(mean_down), alpha=weight)
+    scale = alpha / len(mean_down)
     gap, size = (scale**2 * matrix.square().sum() for matrix in (apart, mean_up @ mean_down))
     return (mean_down.float(), mean_up.float()), gap, size

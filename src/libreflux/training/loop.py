@@ -189,7 +189,7 @@ def _metrics_line(info: StepInfo) -> dict[str, Any]:
     asked: dict[str, Any] = {} if info.group_norms is None else {"gradient_norms": info.group_norms}
     if info.regularisation_loss is not None:
         asked["regularisation_loss"] = info.regularisation_loss
-    asked |= info.adversary or {}
+    asked |= {**(info.adversary or {}), **(info.parts or {})}
     return {
         "step": info.step,
         "epoch": info.epoch,

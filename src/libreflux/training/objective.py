@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +68,23 @@ class NoisedBatch:
         ids = image_ids(self.latents.shape[-2], self.latents.shape[-1], device=self.latents.device)
         prompts = self.text if text is None else text
         return velocity(transformer, x, sigma, prompts, ids, guidance=self.guidance)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What one pass gave, without gradient.
+
+    Attributes:
+        losses: [B] fp32, what was minimised: the objective's loss and what is weighed beside it.
+        told: by name, [B] fp32, the parts of it; nothing where there are none.
+    """
+
+    losses: Tensor
+    told: Mapping[str, Tensor]
+
+    def table(self) -> Tensor:
+        """[B, 1 + K]: of each picture the loss, then what is told of it, in the order of `told`."""
+        return torch.stack([self.losses, *self.told.values()], dim=1)
 
 
 def keyed_noise(shape: Sequence[int], seed: int, *index: int | str) -> Tensor:

@@ -26,12 +26,14 @@ from libreflux.model.compiling import CompiledBlocks
 from libreflux.model.facts import Facts
 from libreflux.model.source import ModelSource
 from libreflux.recipe import Recipe, SigmaSpec
-from libreflux.training.adversary import Adversary, Learned, draw_rungs, renoise_sigmas, told_means
+from libreflux.training import flow_objective
+from libreflux.training.adversary import Adversary, draw_rungs, renoise_sigmas, told_means
 from libreflux.training.callbacks import Started, StepInfo
 from libreflux.training.ema import Averages
 from libreflux.training.gradient import accumulate_gradient, clip_grad_norm, group_norms
 from libreflux.training.nonfinite import Skips, at_fault, heads_at_fault, require_finite
 from libreflux.training.objective import (
+    Learned,
     NoisedBatch,
     distilled_target,
     flow_matching_loss,
@@ -43,7 +45,7 @@ from libreflux.training.optimizer import Optimizer, lr_at
 from libreflux.training.ranks import Ranks
 
 _Row = tuple[int, str, float, bool, Sequence[float]]
-"""Of one picture: slot, sample id, loss, whether its source is for regularisation, what the adversary tells of it."""
+"""Of one picture: slot, sample id, loss, whether its source is for regularisation, and the parts of the loss."""
 
 
 def draw_sigmas(spec: SigmaSpec, count: int, seed: int, step: int) -> Tensor:
@@ -217,6 +219,8 @@ class Training:
     def _learn(self, batch: Batch, unit: Unit, noised: NoisedBatch) -> Learned:
         """One forward and backward pass, or those with an adversary: gradients are left with the parameters."""
         weights, adversary, seed = batch.loss_weights.to(self.device), self.adversary, self.recipe.seed
+        if adversary is None and flow_objective.flow_keys(self.recipe) is not None:
+            return self._learn_by_flow_keys(batch, unit, noised)
         if adversary is None:
             of_unit = flow_matching_loss(self.transformer, noised, target=self._target(batch, noised))
             (of_unit @ weights / unit.total).backward()
@@ -225,6 +229,15 @@ class Training:
         again = replace(noised, noise=self._noise(batch, unit, "adversary"), sigma=levels.to(self.device))
         compiled = self.compiled is not None
         return adversary.learn(self.transformer, self.adapter, noised, again, weights / unit.total, compiled=compiled)
+
+    def _learn_by_flow_keys(self, batch: Batch, unit: Unit, noised: NoisedBatch) -> Learned:
+        """`_learn` under the recipe's `guided_target` and `hold_base`."""
+        keys = flow_objective.flow_keys(self.recipe)
+        assert keys is not None
+        roles = flow_objective.Roles.of(keys, batch, self._sigmas(unit.total)[list(unit.slots)].tolist())
+        weights, empty = batch.loss_weights.to(self.device) / unit.total, self.batches.empty_prompt().to(self.device)
+        on = self.transformer, self.adapter
+        return flow_objective.learn(*on, noised, weights, keys=keys, roles=roles, empty=empty)
 
     def _target(self, batch: Batch, noised: NoisedBatch) -> Tensor:
         """What the network's velocity is compared with, by the recipe's objective; [B, h*w/4, 4C] fp32."""
@@ -276,6 +289,7 @@ class Training:
             loss=_mean([loss for _, _, loss, regularised, _ in told if not regularised]),
             regularisation_loss=_mean([loss for _, _, loss, regularised, _ in told if regularised]),
             adversary=_adversary_told(told, sigmas, moved.heads_norm),
+            parts=_parts_told(told, self.recipe),
             gradient_norm=moved.norm,
             learning_rate=moved.learning_rate,
             seconds=seconds,
@@ -316,6 +330,13 @@ def _adversary_told(rows: Sequence[_Row], sigmas: Tensor, heads_norm: float | No
         return None
     means = told_means([row[4] for row in rows], [float(sigmas[row[0]]) for row in rows])
     return {**means, "heads_gradient_norm": heads_norm}
+
+
+def _parts_told(rows: Sequence[_Row], recipe: Recipe) -> dict[str, float] | None:
+    """Means over the trained pictures; None under plain flow matching, and in a step without such pictures."""
+    keys = flow_objective.flow_keys(recipe)
+    trained = [told for _, _, _, regularised, told in rows if not regularised]
+    return flow_objective.told_parts(trained, keys) if keys is not None and trained else None
 
 
 def _mean(values: Sequence[float]) -> float | None:

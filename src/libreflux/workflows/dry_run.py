@@ -21,6 +21,7 @@ from libreflux.recipe import Recipe
 from libreflux.training.checkpoint import METRICS, RECIPE
 from libreflux.training.compiled import is_here, planned_line, require_compiler
 from libreflux.training.estimate import estimate_recipe
+from libreflux.training.flow_objective import extra_passes
 from libreflux.training.memory_plan import check_count
 from libreflux.training.phases import Estimate
 from libreflux.training.planned import plan_layers
@@ -116,6 +117,7 @@ class DryRunResult:
             *self.verdict.lines(),
             UNKNOWN if self.time_left is None else self.time_left.line(),
             steps_line(self.recipe, self.forecast),
+            *passes_lines(self.recipe),
             f"adapter: {brief(self.plan.layers)}",
             *([self.compile] if self.compile else []),
             f"\nmemory by phase, estimated for prompts of {self.text_tokens} tokens\n{self.verdict.estimate.table()}",
@@ -209,6 +211,19 @@ def steps_line(recipe: Recipe, data: Forecast | None) -> str:
     shown = f"{data.visits:,.1f}".removesuffix(".0") if data.visits >= 10 else readable(data.visits)
     epochs = readable(recipe.steps * pictures / data.visits, 2)
     return f"{line}; an epoch shows {shown}: {epochs} epoch{'' if epochs == '1' else 's'} on one device"
+
+
+def passes_lines(recipe: Recipe) -> list[str]:
+    """What `guided_target` and `hold_base` add to a step; nothing without them."""
+    added = extra_passes(recipe)
+    if not added:
+        return []
+    told = " and ".join(f"{readable(count, 2)} for {key}" for key, count in added.items())
+    # The base is frozen: its backward pass costs about as much as a forward one, and checkpointing a second of those.
+    own = 2 if recipe.gradient_checkpointing is False else 3
+    longer = readable((own + sum(added.values())) / own, 2)
+    line = f"passes for each picture: one with gradient, and without gradient {told}"
+    return [f"{line}: a step takes about {longer} times as long as without (estimated)"]
 
 
 def time_left(recipe: Recipe) -> TimeLeft | None:

@@ -45,6 +45,7 @@ class Board:
             "learning_rate": info.learning_rate,
             "skipped": info.skipped,
             **{f"adversary/{name}": value for name, value in (info.adversary or {}).items()},
+            **{f"parts/{name}": value for name, value in (info.parts or {}).items()},
             **{f"sigma_mean/rank{rank}": mean for rank, mean in enumerate(info.sigma_means)},
         }
         for name, value in numbers.items():

@@ -1,4 +1,4 @@
-"""What no picture shows that any model of the family is trained on: subjects, a subject by an artist, places with sizes.
+"""What no training picture of the family shows: some subjects, some by one artist, some places with sizes.
 
 Every scene is of one kind; `training_scene` draws only those of none, `held_out_scene` only those of a kind.
 """

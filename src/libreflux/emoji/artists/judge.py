@@ -23,7 +23,12 @@ from libreflux.errors import ModelError
 from libreflux.files import atomic_save_safetensors
 
 WIDTHS = (32, 64, 128, 192, 256)
-PLACES = ("centre", "left", "right", *(f"{down}{across}" for down in ("top", "bottom") for across in ("", " left", " right")))
+PLACES = (
+    "centre",
+    "left",
+    "right",
+    *(f"{down}{across}" for down in ("top", "bottom") for across in ("", " left", " right")),
+)
 SIZES = ("small", "medium", "large")
 GROUNDS = tuple(
     ground

@@ -1,6 +1,7 @@
 """Make models of the artists' pictures: `python -m libreflux.emoji.artists.build STAGE --work DIR`, resumable.
 
-Stages in order: latents, base, export (the base model), judge, schnell (the student), libre (set free from it).
+Stages in order: latents, base, export (the base model), judge, schnell (the student), libre (set free from it). Apart:
+sheet, forty training scenes for the eye.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 from libreflux.printing import say
 
-STAGES = ("latents", "base", "export", "judge", "schnell", "libre", "all")
+STAGES = ("latents", "base", "export", "judge", "schnell", "libre", "all", "sheet")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     from libreflux.emoji.artists.build import base, judge, students
 
+    if args.stage == "sheet":
+        say(base.draw_sheet(args.work))
     count = args.scenes or base.SCENES
     if args.stage in ("latents", "all"):
         base.make_latents(args.work, count=count, device=args.device, workers=args.workers)

@@ -38,6 +38,8 @@ from libreflux.model.save import LiveParts, save_model
 from libreflux.model.text import TextEncoders
 from libreflux.model.velocity import velocity
 from libreflux.printing import say
+from libreflux.sample.grid import sheet
+from libreflux.sample.metadata import save_png
 
 SCENES, SCENE_SEED = 80_000, 3
 CHUNK = 4_000
@@ -58,6 +60,13 @@ def pixels(what: list[scenes.Scene]) -> Tensor:
     """[B, 3, H, W] in [-1, 1]: the pictures of scenes."""
     stacked = torch.from_numpy(np.stack([np.asarray(scenes.render(scene)) for scene in what]))
     return stacked.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def draw_sheet(work: Path) -> Path:
+    """Forty training scenes, for the eye: `work/scenes.png`."""
+    drawn = [scenes.render(held_out.training_scene(SCENE_SEED, index)) for index in range(40)]
+    save_png(sheet([drawn[start : start + 10] for start in range(0, 40, 10)]), work / "scenes.png")
+    return work / "scenes.png"
 
 
 def _chunk_file(work: Path, number: int) -> Path:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from libreflux import seeding
-from libreflux.emoji.artists import held_out, scenes
 from libreflux.emoji.artists import judge as judges
+from libreflux.emoji.artists import scenes
 from libreflux.emoji.artists.build import base
 from libreflux.emoji.artists.captions import ALL
 from libreflux.emoji.artists.subjects import all_subjects
@@ -52,7 +52,7 @@ def _given_back(work: Path, device: torch.device) -> Tensor:
     if not file.exists():
         made = []
         for start in range(0, THROUGH, 500):
-            pixels = base.pixels([_scene(SCENE_SEED, index) for index in range(start, start + 500)])
+            pixels = base.pixels([_scene(SCENE_SEED, index) for index in range(start, min(start + 500, THROUGH))])
             made.append(through(pixels, device).add(1).mul(127.5).round().byte())
         atomic_save_safetensors({"pixels": torch.cat(made)}, file, {})
     return load_file(file)["pixels"]
@@ -95,7 +95,7 @@ def train(work: Path, *, steps: int = STEPS, device: str = "cpu") -> judges.Scen
     """Train (or resume) and return the averaged judge; `work/judge-state.safetensors` keeps the state."""
     where = torch.device(device)
     torch.manual_seed(2)
-    judge = judges.SceneJudge().to(where, memory_format=torch.channels_last)
+    judge = judges.SceneJudge().to(where).to(memory_format=torch.channels_last)
     edge = ("body.0", "heads", "mix")
     file = work / "judge-state.safetensors"
     stage = Stage(file, {"judge": judge}, lr=3e-3, matrix_lr=1e-2, average=0.995, edge=edge)

@@ -53,7 +53,7 @@ def seen_subjects() -> list[str]:
 
 
 def write_pictures(folder: Path, count: int, seed: int, names: set[str] | None = None) -> Path:
-    """`count` training scenes as a captioned folder, of these subjects alone where they are named; a whole one is kept."""
+    """`count` training scenes as a captioned folder, of the named subjects alone; a whole one is kept."""
     if (folder / "metadata.jsonl").is_file():
         return folder
     with staged_dir(folder) as staging:
@@ -104,7 +104,7 @@ def guided_recipe(work: Path, *, steps: int = GUIDED_STEPS) -> Recipe:
         "adapter": _FULL_RANK,
         "sigmas": {"law": "uniform", "stratified": True},
         "steps": steps,
-        "optimizer": _adamw(3e-4),
+        "optimizer": _adamw(3e-4, steps),
         "out": str(work / "runs" / "guided"),
     }
     return Recipe.model_validate(tree)
@@ -117,11 +117,14 @@ def adversarial_recipe(work: Path, *, steps: int = ADVERSARIAL_STEPS) -> Recipe:
         "model": str(work / "m" / "base"),
         "base": "bf16",
         "objective": "distil",
-        "distil": {"steps": 4, "adversarial": {"noise_mean": 0.0, "learning_rate": 5e-4, "warmup": min(300, steps // 4)}},
+        "distil": {
+            "steps": 4,
+            "adversarial": {"noise_mean": 0.0, "learning_rate": 5e-4, "warmup": min(300, steps // 4)},
+        },
         "data": [{"path": str(work / "drawn"), "caption_dropout": 0.0}],
-        "adapter": {**_FULL_RANK, "init_from": str(work / "runs" / "guided" / "adapter.safetensors")},
+        "adapter": {"kind": "lokr", "init_from": str(work / "runs" / "guided" / "adapter.safetensors")},
         "steps": steps,
-        "optimizer": {**_adamw(5e-5), "betas": [0.0, 0.99], "warmup": 100, "schedule": "constant"},
+        "optimizer": {**_adamw(5e-5, steps), "betas": [0.0, 0.99], "schedule": "constant"},
         "ema": [0.1],
         "out": str(work / "runs" / "adversarial"),
     }
@@ -142,17 +145,20 @@ def freeing_recipe(work: Path, model: Path, run: str, *, steps: int = FREEING_ST
         },
         "sigmas": {"law": "beta", "alpha": 2.0, "beta": 2.0, "stratified": True},
         "steps": steps,
-        "optimizer": _adamw(1e-3),
+        "optimizer": _adamw(1e-3, steps),
         "out": str(work / "runs" / run),
     }
     return Recipe.model_validate(tree)
 
 
-def _adamw(rate: float) -> dict[str, Any]:
-    return {"kind": "adamw", "learning_rate": rate, "weight_decay": 0.0, "warmup": 20, "schedule": "cosine"}
+def _adamw(rate: float, steps: int) -> dict[str, Any]:
+    warmup = min(50, steps // 4)
+    return {"kind": "adamw", "learning_rate": rate, "weight_decay": 0.0, "warmup": warmup, "schedule": "cosine"}
 
 
-def schnell(work: Path, *, guided: int = GUIDED_STEPS, adversarial: int = ADVERSARIAL_STEPS, taught: int = TAUGHT) -> Path:
+def schnell(
+    work: Path, *, guided: int = GUIDED_STEPS, adversarial: int = ADVERSARIAL_STEPS, taught: int = TAUGHT
+) -> Path:
     """Makes the student (or resumes), and returns its merged model, `work/m/schnell`."""
     write_pictures(work / "composed", TAUGHT, TEACH_SEED)
     fit(guided_recipe(work, steps=guided))
