@@ -22,7 +22,7 @@ from libreflux.probing.subjects import ParsedPrompt
 from libreflux.probing.trained import TrainingCheck
 from libreflux.result_key import digest
 
-SECTIONS = (
+SECTIONS: tuple[Section, ...] = (
     velocity_metrics.SECTION,
     guidance.SECTION,
     steps.SECTION,
