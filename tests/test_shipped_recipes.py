@@ -27,6 +27,7 @@ MILLIONS = {
     "flux-16gb-free.yaml": 597.7,
     "flux-24gb-free.yaml": 597.7,
     "flux-24gb-style.yaml": 35.5,
+    "flux-80gb-stage-2.yaml": 3226.8,
     "flux-8xh100.yaml": 3226.8,
 }
 FLUX = [path for path in RECIPES if path.name.startswith("flux")]
@@ -78,6 +79,7 @@ GIB = {  # by phase, for prompts of 512 tokens on a card
     "flux-16gb-free.yaml": [3.5, CAPTIONS, 13.5, 12.2, 8.6],
     "flux-24gb-free.yaml": [3.5, CAPTIONS, 19.7, 18.4, 14.8],
     "flux-24gb-style.yaml": [1.2, CAPTIONS, 12.8, 12.8],
+    "flux-80gb-stage-2.yaml": [3.5, CAPTIONS, 49.0, 33.1, 29.5],
     "flux-8xh100.yaml": [3.5, CAPTIONS, 60.0, 44.1, 41.0],
 }
 SMALL = {"flux-12gb-style.yaml": (12, 17), "flux-16gb-free.yaml": (16, 35)}
@@ -86,6 +88,7 @@ FITS = {
     **{name: 0.98 * card for name, (card, _) in SMALL.items()},
     "flux-24gb-free.yaml": 23,
     "flux-24gb-style.yaml": 15,
+    "flux-80gb-stage-2.yaml": 57,
     "flux-8xh100.yaml": 70,
 }
 """GiB that hold the peak and what the allocator reserves with it."""

@@ -16,7 +16,6 @@ from libreflux.workflows.adapters import (
     adapter_argument,
     as_typed,
     default_model,
-    notice_other_base,
     result_name,
 )
 
@@ -91,16 +90,6 @@ def test_what_is_trained_on_a_few_step_student_is_drawn_as_a_free_model() -> Non
     facts = adapted_facts(schnell, [(AdapterFile("a", {}, said), 1.0)])
     assert (facts.text_padding, facts.steps, facts.guidance, facts.max_tokens) == ("drop", 28, 3.5, 512)
     assert adapted_facts(schnell, [(AdapterFile("lycoris", {}, {}), 1.0)]) == schnell
-
-
-def test_other_weights_under_an_adapter_are_noticed(caplog: pytest.LogCaptureFixture) -> None:
-    files = [(AdapterFile("a.safetensors", {}, {"model_hash": "1" * 64, "model": "emoji-base"}), 1.0)]
-    notice_other_base("1" * 64, files)
-    assert not caplog.records
-    notice_other_base("2" * 64, files)
-    (record,) = caplog.records
-    assert "1111111111" in record.getMessage()
-    assert "2222222222" in record.getMessage()
 
 
 def test_the_demo_model_says_what_it_is(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,6 +7,7 @@ JSON.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -68,6 +69,8 @@ def arm(moment: str) -> Callable[[int, int, str], None] | None:
 
 def main(model: str, data: str, out: str, moments: list[str]) -> list[tuple[str, int]]:
     statuses = []
+    gc.collect()
+    gc.freeze()  # children need not look through all that was imported
     for moment in moments:
         child = os.fork()
         if child == 0:
@@ -82,6 +85,7 @@ def main(model: str, data: str, out: str, moments: list[str]) -> list[tuple[str,
             finally:
                 os._exit(1)
         statuses.append((moment, os.waitpid(child, 0)[1]))
+    gc.unfreeze()  # or libraries complain at the end of what was never freed
     return statuses
 
 

@@ -33,9 +33,11 @@ from typing import Any
 import safetensors.torch
 import torch
 
-import libreflux.workflows.run_record  # noqa: F401 (imported here, once, instead of in every child)
+import libreflux.workflows.next_steps
+import libreflux.workflows.run_record  # noqa: F401 (both imported here, once, instead of in every child)
 from libreflux import files
 from libreflux.cli import main
+from libreflux.cli.app import command_line
 from libreflux.errors import RunError
 from libreflux.recipe import load_recipe
 from libreflux.training import checkpoint, loop, saving
@@ -208,6 +210,7 @@ def run_all(recipe: Path, out: Path, faults: list[str]) -> dict[str, Any]:
         return training
 
     loop.open_for_training = reopen  # type: ignore[assignment]
+    command_line()
     gc.collect()
     gc.freeze()  # children need not look through all that was imported
     first = train([str(recipe), "steps=1"], out / "first")

@@ -13,6 +13,7 @@ With "rival": true a second process tries the same run folder while the first on
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -123,9 +124,12 @@ def one(recipe: dict[str, Any], moment: dict[str, Any], rival: bool, forked: boo
 def main(path: Path) -> None:
     Image.init()  # loads the plug-ins of Pillow here, once, instead of in every child
     runs = json.loads(path.read_text(encoding="utf-8"))
+    gc.collect()
+    gc.freeze()  # children need not look through all that was imported
     results = [
         one(run["recipe"], dict(run["moment"] or {}), run.get("rival", False), run.get("fork", False)) for run in runs
     ]
+    gc.unfreeze()  # or libraries complain at the end of what was never freed
     print(json.dumps(results))
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,13 +169,12 @@ def test_an_adapter_of_the_first_model_draws_with_a_written_difference_as_on_the
     change_json(second / "libreflux.json", steps=2, guidance=1.0)
     speed = tmp_path / "speed.safetensors"
     libreflux.diff(str(tiny_model_dir), str(second), rank=2, out=speed)
-    names, size = {"adapters": [str(trained), str(speed)]}, {"seed": 3, "width": 32, "height": 32}
-    both = libreflux.generate("a fox", model=str(tiny_model_dir), **names, **size).pictures[0]
-    there = libreflux.generate(
-        "a fox", model=str(second), adapters=str(trained), steps=2, guidance=1.0, **size
-    ).pictures[0]
+    size: dict[str, Any] = {"seed": 3, "width": 32, "height": 32}
+    own, first = str(trained), str(tiny_model_dir)
+    both = libreflux.generate("a fox", model=first, adapters=[own, str(speed)], **size).pictures[0]
+    there = libreflux.generate("a fox", model=str(second), adapters=own, steps=2, guidance=1.0, **size).pictures[0]
     assert (both.record.steps, both.record.guidance) == (2, 1.0)
-    pixels = [np.asarray(one.image, dtype=int) for one in (both, there)]
+    pixels = [np.array(one.image).astype(int) for one in (both, there)]
     assert abs(pixels[0] - pixels[1]).max() <= 2
 
 

@@ -81,8 +81,8 @@ app.command("models", cls=Verb)(lists.models)
 
 
 @functools.cache
-def _verbs() -> Any:
-    """All of the above, made once: that takes longer than reading a command line."""
+def command_line() -> Any:
+    """All of the above as a parser, made once a process."""
     return typer.main.get_command(app)
 
 
@@ -140,7 +140,7 @@ def main() -> NoReturn:
         with unwinding():
             _check_folder()
             _check_arguments()
-            code = _verbs()(prog_name="libreflux", standalone_mode=False)
+            code = command_line()(prog_name="libreflux", standalone_mode=False)
     except LibrefluxError as error:
         if error.code != 2 and os.environ.get("LIBREFLUX_TRACEBACK"):
             raise

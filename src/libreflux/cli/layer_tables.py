@@ -15,6 +15,7 @@ from libreflux.printing import counted, printable
 
 if TYPE_CHECKING:
     from libreflux.adapter.difference import Change
+    from libreflux.adapter.rounding import Rounding
 
 
 def print_changes(
@@ -42,6 +43,19 @@ def print_changes(
     (console or terminal.console()).print(table, markup=False)
     if same := len(changes) - len(shown):
         (console or terminal.console()).print(f"{counted(same, 'bias or norm', 'biases and norms')} the same")
+
+
+def print_roundings(roundings: Sequence[Rounding]) -> None:
+    """Prints each changed layer: by how much it changed, and what rounding keeps of that and adds to it."""
+    table = Table(title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("layer", overflow="fold")
+    for column in ("change", "kept", "error", "int8: kept", "error"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in roundings:
+        change = row.change / row.norm if row.norm else math.inf if row.change else 0.0
+        values = (change, row.stored.share, row.stored.error, row.int8.share, row.int8.error)
+        table.add_row(printable(row.layer), *map(percent, values))
+    terminal.console().print(table, markup=False)
 
 
 def percent(value: float) -> str:

@@ -68,8 +68,19 @@ def probe(
     ] = None,
     features: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Local CLIP, DINO or other vision model for distances, in the judge's place."),
+        typer.Option(
+            metavar="DIR",
+            help="Local CLIP, DINO or other vision model for distances, in the judge's place; a whole CLIP or "
+            "SigLIP also for how well pictures agree with their prompts.",
+        ),
     ] = None,
+    ocr: Annotated[
+        bool,
+        typer.Option(
+            "--ocr",
+            help="Read the pictures whose prompts quote a text: share of letters right. Needs the extra `ocr`.",
+        ),
+    ] = False,
     resolution: Annotated[
         int | None, typer.Option(min=16, max=8192, help="Side of the pictures in pixels; default: the model's.")
     ] = None,
@@ -112,6 +123,7 @@ def probe(
         seen=seen,
         judge=judge,
         features=features,
+        ocr=ocr,
         resolution=resolution,
         batch=batch,
         seed=seed,

@@ -221,6 +221,11 @@ def dense_weight(linear: nn.Module, name: str = "linear") -> Tensor:
     raise ModelError(f"{type(linear).__name__} has no dense weight", where=name)
 
 
+def becomes_int8(name: str) -> bool:
+    """Whether a linear of this name is int8 in an int8 transformer."""
+    return name.split(".")[0] not in KEPT
+
+
 def quantise_model(transformer: nn.Module) -> list[str]:
     """Put int8 linears in the place of a transformer's linears, one by one, except those under `KEPT`.
 
@@ -231,7 +236,7 @@ def quantise_model(transformer: nn.Module) -> list[str]:
         Names of the int8 linears of the transformer, in its order, those that were int8 before included.
     """
     for name, module in list(transformer.named_modules()):
-        if isinstance(module, nn.Linear) and name.split(".")[0] not in KEPT:
+        if isinstance(module, nn.Linear) and becomes_int8(name):
             path, _, child = name.rpartition(".")
             setattr(transformer.get_submodule(path), child, quantise(module, name))
     return int8_layers(transformer)

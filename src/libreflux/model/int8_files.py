@@ -27,7 +27,9 @@ from libreflux.model.ranges import RangedFile
 METHOD = INT8
 SHARD_BYTES = 500_000_000  # what a writer holds in memory
 
-_WEIGHTS = "diffusion_pytorch_model"
+WEIGHTS = "diffusion_pytorch_model"
+"""What diffusers calls the files of a transformer."""
+
 _MARK = {"quant_method": METHOD, "schema": 1}
 _DIFFER = "the weights and config.json differ"
 
@@ -142,10 +144,10 @@ def write_int8(folder: Path, config: Mapping[str, Any], tensors: Iterable[tuple[
     shards = [list(shard) for shard in _written(folder, tensors)]
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
-        final = f"{_WEIGHTS}-{number:05d}-of-{len(shards):05d}.safetensors"
+        final = numbered(number, len(shards))
         (folder / f"{number}.safetensors").rename(folder / final)
         weight_map |= dict.fromkeys(names, final)
-    atomic_write_json(folder / f"{_WEIGHTS}.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    atomic_write_json(folder / f"{WEIGHTS}.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     kept = {key: value for key, value in config.items() if key != "_name_or_path"}  # a place on this machine
     atomic_write_json(folder / "config.json", {**kept, "quantization_config": _MARK})
 
@@ -171,11 +173,11 @@ def share_equal(folder: Path, other: Path) -> list[str]:
     kept = {name: _read(file, name).clone() for name, file in own.items() if name not in shared}
     for file in set(own.values()):
         file.unlink()
-    single = f"{_WEIGHTS}-00001-of-00001.safetensors"
+    single = numbered(1, 1)
     atomic_save_safetensors(kept, folder / single)
     there = {name: os.path.relpath(theirs[name], folder).replace(os.sep, "/") for name in shared}
     table = {name: there.get(name, single) for name in own}
-    atomic_write_json(folder / f"{_WEIGHTS}.safetensors.index.json", {"metadata": {}, "weight_map": table})
+    atomic_write_json(folder / f"{WEIGHTS}.safetensors.index.json", {"metadata": {}, "weight_map": table})
     if (folder.parent / CHECKSUMS).is_file():
         write_all_checksums(folder.parent)
     return sorted(shared)
@@ -197,7 +199,7 @@ def _neighbours(folder: Path) -> list[Path]:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files in a transformer folder, then those elsewhere that its index names; each sorted."""
     own = visible(folder, "*.safetensors")
-    index = folder / named(f"{_WEIGHTS}.safetensors.index.json", weight_variant(folder))
+    index = folder / named(f"{WEIGHTS}.safetensors.index.json", weight_variant(folder))
     listed = {str(file) for file in tensor_files(folder).values()} if index.is_file() else set()
     return own + [Path(file) for file in sorted(listed) if Path(file).parent != folder]
 
@@ -216,9 +218,14 @@ def _written(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[li
     yield list(shard)
 
 
+def numbered(number: int, count: int) -> str:
+    """The name of one of several files, counted from 1."""
+    return f"{WEIGHTS}-{number:05d}-of-{count:05d}.safetensors"
+
+
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> file, the tensors of a file together: as the index says, or of the one file."""
-    names = (f"{_WEIGHTS}.safetensors.index.json", f"{_WEIGHTS}.safetensors")
+    names = (f"{WEIGHTS}.safetensors.index.json", f"{WEIGHTS}.safetensors")
     index, single = (folder / named(name, weight_variant(folder)) for name in names)
     if not index.is_file():
         with reading(single):

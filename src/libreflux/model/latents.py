@@ -66,6 +66,11 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     return picture
 
 
+def to_bytes(pixels: Tensor) -> Tensor:
+    """[B, H, W, 3] uint8 on the CPU of decoded pictures [B, 3, H, W]: -1 is 0, 1 is 255, what is beyond is clipped."""
+    return rearrange(((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte(), "b c h w -> b h w c").cpu()
+
+
 def own_side(config: Mapping[str, Any], where: object = None) -> int:
     """Pixels per side that a VAE was made for, in multiples of 16, as its config.json says (1024 where it does not).
 

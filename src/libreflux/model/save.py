@@ -22,6 +22,7 @@ from libreflux.model.load import quiet
 from libreflux.model.locate import PARTS, part_folder
 from libreflux.model.parts import copy_part
 from libreflux.model.source import TEXT_PARTS, ModelSource
+from libreflux.model.streamed import StreamedTransformer
 from libreflux.model.text import TextEncoders
 
 _INDEX: dict[str, Any] = {
@@ -38,9 +39,9 @@ _INDEX: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class LiveParts:
-    """Parts in memory that `save_model` writes; what is None is copied from a source."""
+    """Parts that `save_model` writes, in memory or made meanwhile; what is None is copied from a source."""
 
-    transformer: FluxTransformer2DModel | None = None
+    transformer: FluxTransformer2DModel | StreamedTransformer | None = None
     vae: AutoencoderKL | None = None
     text: TextEncoders | None = None
     scheduler: FlowMatchEulerDiscreteScheduler | None = None
@@ -79,7 +80,9 @@ def save_model(
             if isinstance(module, torch.nn.Module):
                 check_weights(module.state_dict(), f"{name}, {part}")
         for part in PARTS:
-            if part == "transformer" and part in parts and int8_layers(parts[part]):
+            if isinstance(streamed := parts.get(part), StreamedTransformer):
+                streamed.write(staging / part)
+            elif part == "transformer" and part in parts and int8_layers(parts[part]):
                 write_int8(staging / part, json.loads(parts[part].to_json_string()), parts[part].state_dict().items())
             elif part in parts:
                 parts[part].save_pretrained(staging / part)
@@ -92,6 +95,12 @@ def save_model(
         write_facts(staging, dataclasses.replace(facts, parts_from=None))
         for file, content in (extras or {}).items():
             (staging / file).write_text(content, encoding="utf-8")
-        if "transformer" in parts and int8_layers(parts["transformer"]):
+        if _is_int8(live.transformer):
             write_all_checksums(staging)
     return Path(out)
+
+
+def _is_int8(transformer: FluxTransformer2DModel | StreamedTransformer | None) -> bool:
+    if isinstance(transformer, StreamedTransformer):
+        return transformer.int8
+    return transformer is not None and bool(int8_layers(transformer))

@@ -14,7 +14,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from libreflux.errors import ModelError
-from libreflux.model.checksums import verified_part
+from libreflux.model.checksums import tell_unchecked, verified_part
 from libreflux.model.finite import check_weights
 from libreflux.model.int8 import dequantise
 from libreflux.model.int8_files import METHOD, stored_as, tensor_files, weight_files
@@ -22,6 +22,7 @@ from libreflux.model.keys import Row
 from libreflux.model.load import quiet
 from libreflux.model.opening import FilesSource
 from libreflux.model.parts import check_part, reading
+from libreflux.model.quantised_files import main_dtype
 from libreflux.model.ranges import RangedFile
 from libreflux.model.single_file import rows_of
 from libreflux.model.source import ModelSource
@@ -64,6 +65,20 @@ class WeightReader(abc.ABC):
         check_weights({name: wide}, self.where)
         return wide
 
+    def int8(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """A weight and its scales as an int8 folder of ours has them; None where it is stored in another way."""
+        return None
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether it is an int8 folder of ours."""
+        return False
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> torch.dtype:
+        """What its dense tensors are stored in: the dtype that most of their numbers have."""
+
     @contextlib.contextmanager
     def verified(self) -> Iterator[None]:
         """Compares the files with the model's checksums beside the block that reads them; nothing if it has none."""
@@ -89,6 +104,8 @@ class _FolderReader(WeightReader):
         if stored not in (None, METHOD):
             raise ModelError(f"is quantised by {stored}", where=folder, hint="use its bf16 weights")
         int8 = stored == METHOD
+        if int8:
+            tell_unchecked(folder.parent)
         check_part(folder, neighbours=int8)
         self._files = tensor_files(folder)
         scales = {name for name in self._files if name.endswith(".scale")} if int8 else set()
@@ -104,6 +121,21 @@ class _FolderReader(WeightReader):
         if name not in self._scales:
             return tensor
         return dequantise(tensor, self._stored(self._scales[name]), torch.float32)
+
+    def int8(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """See `WeightReader.int8`."""
+        return (self._stored(name), self._stored(self._scales[name])) if name in self._scales else None
+
+    @property
+    def is_int8(self) -> bool:
+        """See `WeightReader.is_int8`."""
+        return bool(self._scales)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `WeightReader.dtype`."""
+        dense = self._files.keys() - self._scales.keys() - set(self._scales.values())
+        return main_dtype(self._opened(self._files[name]).ranges[name] for name in sorted(dense))
 
     def _stored(self, name: str) -> Tensor:
         with reading(self._files[name]):
@@ -128,6 +160,11 @@ class _FileReader(WeightReader):
         self._check(set(file.shapes), {row.bfl for row in used})
         self._check({part for row in used for part in row.parts}, set(self.shapes))
         self._rows = {part: row for row in used for part in row.parts}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `WeightReader.dtype`."""
+        return self._file.dtype
 
     def _read(self, name: str) -> Tensor:
         row = self._rows[name]

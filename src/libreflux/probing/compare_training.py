@@ -229,7 +229,5 @@ def _features(judge: Judge, crops: Sequence[np.ndarray]) -> np.ndarray:
     for start in range(0, len(crops), _AT_ONCE):
         stacked = torch.from_numpy(np.stack(crops[start : start + _AT_ONCE])).permute(0, 3, 1, 2)
         pixels = stacked.float() / 127.5 - 1
-        if pixels.shape[-2:] != (judge.side, judge.side):
-            pixels = torch.nn.functional.interpolate(pixels, (judge.side, judge.side), mode="bilinear", antialias=True)
-        found.append(judge(pixels).features.numpy())
+        found.append(judge(judge.prepare(pixels)).features.numpy())
     return np.concatenate(found)

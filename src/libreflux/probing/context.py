@@ -7,7 +7,6 @@ import io
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from libreflux.probing.held_out import model_velocity
 from libreflux.probing.judges import Judge
 from libreflux.probing.metrics.image_stats import Look, look_at
 from libreflux.probing.metrics.measures import Velocity
+from libreflux.probing.reader import Reader
 from libreflux.probing.results import Coordinate, Picture
 from libreflux.probing.settings import Settings
 from libreflux.probing.subjects import ParsedPrompt, find_subject, groups, parse_prompt
@@ -60,6 +60,7 @@ class ProbeContext:
         older_identity: what the first versions took for it.
         subjects: every known subject's name.
         judge: None without.
+        reader: of text in pictures, None without.
         advance: told how many samples went through the model.
     """
 
@@ -76,6 +77,7 @@ class ProbeContext:
     subjects: Collection[str] = ()
     padding_texts: PaddingTexts = field(default_factory=dict)
     judge: Judge | None = None
+    reader: Reader | None = None
     advance: Callable[[int], None] = lambda samples: None
     _looks: dict[str, Look] = field(default_factory=dict)
 
@@ -189,9 +191,13 @@ class ProbeContext:
             kept.append(Picture(file=file, at=place, purpose=purpose))
         return kept
 
+    def picture(self, latents: Tensor) -> np.ndarray:
+        """[H, W, 3] uint8: the picture of latents [C, h, w]."""
+        pixels = latent_space.decode(self.vae, latents[None].to(self.vae.device))
+        found: np.ndarray = latent_space.to_bytes(pixels)[0].numpy()
+        return found
+
     def _png(self, latents: Tensor) -> bytes:
-        pixels = latent_space.decode(self.vae, latents[None].to(self.vae.device))[0].float()
-        array: Any = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
         buffer = io.BytesIO()
-        Image.fromarray(array).save(buffer, format="PNG")
+        Image.fromarray(self.picture(latents)).save(buffer, format="PNG")
         return buffer.getvalue()

@@ -16,7 +16,14 @@ from libreflux.probing.results import Coordinate, Measure, Result
 
 BY_MODEL = ("own_guidance", "diversity_guidance", "rungs")
 """Settings that follow from the model; all others must be alike."""
-OF_THE_DATA = ("held_out_clipped", "held_out_latents_std", "judge_ceiling")
+OF_THE_DATA = (
+    "held_out_clipped",
+    "held_out_latents_std",
+    "judge_ceiling",
+    "held_out_agreement",
+    "agreement_cut",
+    "held_out_letters",
+)
 """Measures that are the same for every model."""
 OVER_SIGMA = ("loss", "slope")
 ROUNDING = 1e-5

@@ -59,6 +59,12 @@ class Judge(nn.Module):
         self.subject_head = nn.Linear(WIDTHS[-1], len(subjects))
         self.colour_head = nn.Linear(WIDTHS[-1], len(colours))
 
+    def prepare(self, pixels: Tensor) -> Tensor:
+        """Decoded pictures [B, 3, H, W] in [-1, 1] as `forward` is shown them: `side` pixels a side."""
+        if pixels.shape[-2:] == (self.side, self.side):
+            return pixels
+        return nn.functional.interpolate(pixels, (self.side, self.side), mode="bilinear", antialias=True)
+
     def forward(self, pixels: Tensor) -> Verdict:
         """Judges pixels [B, 3, H, W] in [-1, 1]."""
         features = self.body(pixels).mean(dim=(2, 3))

@@ -17,7 +17,7 @@ from libreflux.probing.units import Units
 SCHEMA = 1
 FILE = "probe.json"
 Coordinate = str | float
-PURPOSES = ("guidance", "steps", "seeds", "negative", "padding", "nearest")
+PURPOSES = ("guidance", "steps", "seeds", "negative", "padding", "nearest", "letters")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from libreflux.model.numerics import pinned
 from libreflux.probing.context import ProbeContext
 from libreflux.probing.results import Measure, Picture, Result, write_result
 from libreflux.probing.section import Section, SectionResult
-from libreflux.probing.sections import diversity, guidance, negative, padding, steps, velocity_metrics
+from libreflux.probing.sections import diversity, guidance, letters, negative, padding, steps, velocity_metrics
 from libreflux.probing.settings import Settings
 from libreflux.probing.subjects import ParsedPrompt
 from libreflux.probing.trained import TrainingCheck
@@ -29,6 +29,7 @@ SECTIONS: tuple[Section, ...] = (
     diversity.SECTION,
     padding.SECTION,
     negative.SECTION,
+    letters.SECTION,
 )
 
 Progress = Callable[[int, int, str], None]
@@ -66,11 +67,12 @@ def probe(
         by_unit: what each picture gave is needed: sections of older versions, which did not keep it, are made anew.
         progress: told how far the model is.
     """
-    keys = {one.name: _key(one, decided, settings) for one in SECTIONS}
-    for one in SECTIONS:
+    sections = [one for one in SECTIONS if one.wanted(settings)]
+    keys = {one.name: _key(one, decided, settings) for one in sections}
+    for one in sections:
         _adopt_section(out, one.name, keys[one.name], digest([model, settings.as_json(), one.name, one.version]))
-    kept = {one.name: read_section(out, one.name, keys[one.name]) for one in SECTIONS}
-    todo = [one for one in SECTIONS if kept[one.name] is None or (by_unit and _is_older(kept[one.name]))]
+    kept = {one.name: read_section(out, one.name, keys[one.name]) for one in sections}
+    todo = [one for one in sections if kept[one.name] is None or (by_unit and _is_older(kept[one.name]))]
     if todo:
         context = open_context(todo)
         counter = _Counter(_passes(todo, context, settings, prompts), progress)
@@ -99,6 +101,8 @@ def probe(
 
 def _key(section: Section, decided: Mapping[str, Any], settings: Settings) -> str:
     told = settings.as_json() | {"data": settings.data[1]}  # without the name of its folder
+    told = {name: value for name, value in told.items() if name not in {each.setting for each in SECTIONS}}
+    told |= {} if section.setting is None else {section.setting: getattr(settings, section.setting)}
     return digest({"decided": decided, "settings": told, "section": section.name, "version": section.version})
 
 

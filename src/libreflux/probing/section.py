@@ -39,12 +39,18 @@ class Section:
         version: of its code; another one makes it anew.
         plan: what it will need, for the time left.
         measure: makes it.
+        setting: that asks for it, and that no other section knows of; None: it is always measured.
     """
 
     name: str
     version: int
     plan: Callable[[Settings, Sequence[ParsedPrompt]], Plan]
     measure: Callable[[ProbeContext], SectionResult]
+    setting: str | None = None
+
+    def wanted(self, settings: Settings) -> bool:
+        """Whether these settings ask for it."""
+        return self.setting is None or getattr(settings, self.setting) is not None
 
 
 def prompted(settings: Settings, prompts: Sequence[ParsedPrompt], guidance: float, steps: int) -> PictureBatch:

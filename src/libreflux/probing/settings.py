@@ -41,6 +41,7 @@ class Settings:
         dtype: of the weights; "stored" is the file's.
         data: name and digest of pictures and prompts.
         judge: SHA-256 of the judge's file, None without.
+        reader: what reads the text in drawn pictures, None where nothing does.
         seen: subjects that the model was trained on, None where nobody knows.
     """
 
@@ -67,11 +68,14 @@ class Settings:
     dtype: str = "stored"
     data: tuple[str, str] = ("", "")
     judge: str | None = None
+    reader: str | None = None
     seen: tuple[str, ...] | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values; `reader` only where there is one, as in results of before it came."""
         found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        if self.reader is None:
+            del found["reader"]
         return found
 
 

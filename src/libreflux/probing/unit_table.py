@@ -27,7 +27,7 @@ def rows(results: Sequence[Result]) -> Iterator[list[str]]:
             if one.units is None:
                 continue
             ids = names.get("pictures", ()) if one.units.over == "pictures" else ()
-            texts = names.get("captions" if one.units.over == "pictures" else "prompts", ())
+            texts = names.get({"pictures": "captions", "prompts": "prompts"}.get(one.units.over, ""), ())
             above, below = one.units.arrays()
             for number, value in enumerate(one.units.values().tolist()):
                 told = [ids[number] if number < len(ids) else "", texts[number] if number < len(texts) else ""]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-Over = Literal["pictures", "prompts"]
+Over = Literal["pictures", "prompts", "others"]
 DIGITS = 9
 """Of what is kept: more than fp32 has."""
 
@@ -19,7 +19,7 @@ class Units:
     """The N units of a measure, which is Σ above / Σ below, or its root.
 
     Attributes:
-        over: what they are: the first N of the result's held-out pictures or prompts.
+        over: what they are: the first N of the result's held-out pictures or prompts, or others, which it does not name.
         above: N numbers.
         below: N numbers; None: all are 1.
         root: whether the measure is the root of the ratio.
@@ -62,7 +62,7 @@ class Units:
         """
         above, below = _numbers(row["above"]), row.get("below")
         below = None if below is None else _numbers(below)
-        if row["over"] not in ("pictures", "prompts") or (below is not None and len(below) != len(above)):
+        if row["over"] not in get_args(Over) or (below is not None and len(below) != len(above)):
             raise ValueError("no units of a measure")
         return Units(row["over"], above, below, bool(row.get("root", False)))
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from diffusers import FluxTransformer2DModel
 
 from libreflux.adapter import plan
+from libreflux.adapter.lineage import merged_in
 from libreflux.errors import RecipeError
+from libreflux.files import sha256_file
 from libreflux.model.offload import block_names
 from libreflux.model.source import ModelSource
 from libreflux.recipe import Recipe
@@ -26,7 +30,8 @@ def plan_layers(recipe: Recipe, source: ModelSource) -> plan.Plan:
 
     Raises:
         RecipeError: a guidance-embedded model without `guidance`, or `guidance` for any other; a student's steps on
-            a ladder that depends on the picture's size; a block that the model does not have, for an adversary.
+            a ladder that depends on the picture's size; a block that the model does not have, for an adversary;
+            an adapter to start from that is merged into the model.
         AdapterError: a pattern that matches nothing, or a file that does not fit; see `adapter.plan`.
     """
     if source.facts.guidance_embeds and recipe.guidance is None:
@@ -38,6 +43,7 @@ def plan_layers(recipe: Recipe, source: ModelSource) -> plan.Plan:
         hint = "write a fixed shift into its libreflux.json, or remove this key"
         raise RecipeError("this model's steps depend on the picture's size", where="distil.steps", hint=hint)
     _check_blocks(recipe, source)
+    _check_start(recipe, source)
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(dict(source.config))
     return plan.plan(recipe.adapter, transformer)
@@ -50,3 +56,13 @@ def _check_blocks(recipe: Recipe, source: ModelSource) -> None:
     if wrong:
         hint = f"use numbers from 0 to {count - 1}"
         raise RecipeError(f"the model has no block {wrong[0]}", where="distil.adversarial.blocks", hint=hint)
+
+
+def _check_start(recipe: Recipe, source: ModelSource) -> None:
+    """Raises RecipeError where the adapter to start from is in the base already: it would be there twice."""
+    inside, start = merged_in(source.facts.lineage), recipe.adapter.init_from
+    if start is None or not inside or not Path(start).is_file():  # whoever reads it says what is wrong
+        return
+    if sha256_file(Path(start)) in inside:
+        hint = "remove init_from, for a new adapter on top; or train on the model that it was merged into"
+        raise RecipeError(f"{start} is merged into {source.name} already", where="adapter.init_from", hint=hint)

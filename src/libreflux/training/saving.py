@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from libreflux import __version__, files
 from libreflux.adapter.adapter import Adapter
 from libreflux.adapter.io import file_metadata, load_adapter, save_adapter
+from libreflux.adapter.lineage import told_lineage
 from libreflux.errors import RunError
 from libreflux.model.stream import save_live
 from libreflux.model.w8a8 import kind_for
@@ -137,6 +138,7 @@ def _origin(training: Training) -> dict[str, str]:
     return {
         "model": training.recipe.model,
         "model_hash": training.identity["model_hash"],
+        **told_lineage(training.source.facts.lineage),
         "recipe": training.recipe.fingerprint(training.ranks.world),
         "step": str(training.step),
         "text_padding": training.facts.text_padding,

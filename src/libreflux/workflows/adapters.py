@@ -23,6 +23,7 @@ FOR_PHOTOGRAPHS = ("jimmycarter/LibreFLUX", 34)
 if TYPE_CHECKING:
     from libreflux.adapter.io import AdapterFile
     from libreflux.model.facts import Facts
+    from libreflux.model.source import ModelSource
 
 
 def adapter_argument(text: str) -> tuple[str, float]:
@@ -170,15 +171,34 @@ def adapted_facts(facts: Facts, files: Sequence[tuple[AdapterFile, float]]) -> F
     return adapted.adapted_facts(facts, files)
 
 
-def notice_other_base(base_hash: str, files: Sequence[tuple[AdapterFile, float]]) -> None:
-    """Says when an adapter was trained on other weights than these: allowed, and good to know."""
+def check_base(source: ModelSource, sha256: str, files: Sequence[tuple[AdapterFile, float]]) -> None:
+    """Looks whether adapters belong on a model. Another model than they were trained on is allowed, and is told.
+
+    Args:
+        source: the model.
+        sha256: of its weights.
+        files: all adapters that are put on it.
+
+    Raises:
+        AdapterError: one was trained on this model with an adapter merged in, which is not here.
+    """
+    from libreflux.adapter.lineage import lacking, merged_in
+
+    inside = merged_in(source.facts.lineage)
     for file, _ in files:
-        trained_on = file.metadata.get("model_hash", base_hash)
-        if trained_on != base_hash:
+        trained_on, model = file.metadata.get("model_hash", sha256), file.metadata.get("model", "an unnamed model")
+        missing = lacking(sha256, source.facts.lineage, file, [one for one, _ in files])
+        if missing:
+            names = ", ".join(missing.values())
+            told = f"was trained on {model}, which is this model with {names} merged in"
+            raise AdapterError(told, where=file.where, hint=f"use it on {model}, or together with {names}")
+        if file.sha256 in inside:
+            logger.warning("%s is merged into %s already: it is added once more", file.where, source.name)
+        elif missing is None:
             logger.warning(
                 "%s was trained on other weights (%s of %s) than these (%s)",
                 file.where,
                 trained_on[:10],
-                file.metadata.get("model", "an unnamed model"),
-                base_hash[:10],
+                model,
+                sha256[:10],
             )

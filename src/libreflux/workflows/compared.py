@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from libreflux.errors import OptionError
-from libreflux.workflows.adapters import adapted_facts, adapter_argument, adapter_file, notice_other_base
+from libreflux.workflows.adapters import adapted_facts, adapter_argument, adapter_file, check_base
 from libreflux.workflows.export import is_adapter
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def open_difference(before: ModelSource, other: str) -> tuple[Difference, Facts]
     path, weight = (other, 1.0) if os.path.lexists(other) else adapter_argument(other)
     if is_adapter(path):
         file = load_adapter(adapter_file(Path(os.path.expanduser(path))))
-        notice_other_base(before.hash, [(file, weight)])
+        check_base(before, before.hash, [(file, weight)])
         return AdapterDifference(weight_reader(before), file, weight), adapted_facts(before.facts, [(file, weight)])
     named = chosen_model(other, None, None)
     assert named is not None

@@ -38,7 +38,7 @@ from libreflux.sample.encoding import Encoded, Text, encode_ahead, encode_in_tur
 from libreflux.sample.metadata import GenerationRecord, versions
 from libreflux.sample.pipeline import LibreFluxPipeline
 from libreflux.values import is_guided
-from libreflux.workflows.adapters import adapted_facts, adapter_argument, as_typed, load_arguments, notice_other_base
+from libreflux.workflows.adapters import adapted_facts, adapter_argument, as_typed, check_base, load_arguments
 from libreflux.workflows.picture_options import Offload, OffloadBlocks, Quantize
 
 SMALLER = OptionHint(
@@ -217,7 +217,7 @@ class AdaptedSource:
                 kind = f"w8a8 ({activations})"
             dtype = f"{kind}, {dtype}"
         transformer_hash = self.source.hash_with(sha256)
-        notice_other_base(transformer_hash, self.files)
+        check_base(self.source, transformer_hash, self.files)
         for file, weight in self.files:
             attach_file(transformer, file, weight, dtype=transformer.dtype)
         if self.offload_blocks != 0:

@@ -35,7 +35,7 @@ from libreflux.probing.layer_shares import can_have, changed_shares, shares
 from libreflux.probing.layers import LayerTable, measure_layers
 from libreflux.probing.report import layers_page
 from libreflux.recipe import DataSource
-from libreflux.workflows.adapters import adapted_facts, load_arguments, notice_other_base, result_name
+from libreflux.workflows.adapters import adapted_facts, check_base, load_arguments, result_name
 from libreflux.workflows.compared import open_before, open_difference
 from libreflux.workflows.inspect_layers_options import (
     FILE,
@@ -124,7 +124,7 @@ def inspect_layers_with(options: InspectLayersOptions) -> InspectLayersResult:
     files = load_arguments(options.adapters)
     source = _as_trained(before.with_facts(adapted_facts(before.facts, files)))
     if files:
-        notice_other_base(source.hash, files)
+        check_base(source, source.hash, files)
     measure, shapes = measure_of(options), linear_shapes(empty_transformer(source.config))
     if budget is not None:
         check_budget([row for row in shapes if can_have(measure, row[0])], budget)

@@ -13,6 +13,7 @@ from libreflux.probing.results import FILE, Result
 from libreflux.probing.unit_table import write_table
 from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.probe_compare import FREEDOM_FILE, compare
+from libreflux.workflows.probe_data import check_quotes
 from libreflux.workflows.probe_measure import measure, read_model
 from libreflux.workflows.probe_options import ProbeOptions, check_options
 
@@ -51,11 +52,13 @@ class ProbeResult:
 def probe_with(options: ProbeOptions) -> ProbeResult:
     """Measures how free a model is: loss, calibration, guidance, steps, diversity, padding and negative prompts.
 
-    With `against`, also which share of the distance from the distilled model to the reference is closed. Interrupted,
-    the same call goes on after the last finished measure.
+    With a whole CLIP as `features` also how well pictures agree with their prompts, with `ocr` how many letters of
+    quoted texts are right. With `against`, also which share of the distance from the distilled model to the reference
+    is closed. Interrupted, the same call goes on after the last finished measure.
 
     Raises:
-        OptionError: an option that has no effect, or data missing for a model that is not of the emoji family.
+        OptionError: an option that has no effect, data missing for a model that is not of the emoji family, or `ocr`
+            with captions that quote nothing.
         LibrefluxError: a model, adapter, judge or picture that cannot be read, or a folder that cannot be written.
 
     Example::
@@ -68,6 +71,8 @@ def probe_with(options: ProbeOptions) -> ProbeResult:
         print(found.page)
     """
     check_options(options)
+    if options.ocr:
+        check_quotes(Path(str(options.data)))
     if options.csv is not None:
         file_place(Path(options.csv))
     found = _measured(options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ import torch
 from libreflux.data.cache import Cache
 from libreflux.data.cache_spec import CacheSpec
 from libreflux.data.crops import View, bucket_step
+from libreflux.data.folders import CAPTIONS, walk
 from libreflux.data.held_out import HeldOut
 from libreflux.data.prepare import Sources, prepare
-from libreflux.data.sources import require_folder
+from libreflux.data.sources import read_lists, read_sidecar, require_folder
 from libreflux.errors import DataError, OptionError
 from libreflux.probing.judges import Judge
+from libreflux.probing.metrics.letters import quoted
 from libreflux.probing.sections import negative
 from libreflux.probing.settings import Settings
 from libreflux.probing.subjects import ParsedPrompt, parse_prompt
@@ -83,7 +86,7 @@ class ProbeData:
             cache, sources = _prepare(model, folder, (), out, settings, device, report)
             held_out = _held_out(cache, sources, settings)
             captions = [text for part in held_out.batches(settings.batch) for text in part.captions]
-            texts = texts or list(dict.fromkeys(captions))[: settings.prompts]
+            texts = texts or _prompts(captions, settings, folder)
             colours = judge.colours if judge is not None else ()
             prompts = [parse_prompt(text, known, colours) for text in texts]
             needed = [*texts]
@@ -111,6 +114,39 @@ def check_data(model: ProbedModel, data: Path | None) -> None:
     elif not model.family:
         hint = "name a folder of captioned pictures that it was not trained on"
         raise OptionError("is not of the emoji family, whose pictures we have", "data", hint=hint)
+
+
+def check_quotes(folder: Path) -> None:
+    """Refuses a folder of pictures none of whose captions quotes a text, before anything else is read.
+
+    Raises:
+        OptionError: none does.
+        DataError: no such folder, or captions that cannot be read.
+    """
+    folder = Path(os.path.expanduser(folder))
+    require_folder(folder)
+    found = walk(folder)
+    listed = (row.caption for rows in read_lists(found.lists).values() for row in rows)
+    beside = (picture.with_suffix(CAPTIONS[0]) for picture in found.pictures)
+    files = itertools.chain((file for file in beside if file.is_file()), *found.sidecars.values())
+    captions = itertools.chain(listed, (caption for file in files for caption in read_sidecar(file)))
+    if not any(map(quoted, captions)):
+        raise OptionError(f"no caption in {folder} quotes a text", "ocr", hint=QUOTE_HINT)
+
+
+QUOTE_HINT = 'write what is to be drawn in double quotes: a sign that says "OPEN"'
+
+
+def _prompts(captions: Sequence[str], settings: Settings, folder: Path) -> list[str]:
+    """The captions to draw; where text is read, those that quote one come first."""
+    distinct = list(dict.fromkeys(captions))
+    if settings.reader is None:
+        return distinct[: settings.prompts]
+    found = sorted(distinct, key=lambda text: not quoted(text))[: settings.prompts]
+    if sum(bool(quoted(text)) for text in found) < 2:
+        what = f"fewer than two of the {len(distinct)} captions that are measured in {folder} quote a text"
+        raise OptionError(what, "ocr", hint=f"more `pictures`, or more captions that do; {QUOTE_HINT}")
+    return found
 
 
 def _family_data(settings: Settings, out: Path) -> tuple[Path, list[str], tuple[str, ...]]:

@@ -25,6 +25,7 @@ from libreflux.probing import run as probe_run
 from libreflux.probing.context import PaddingTexts, ProbeContext
 from libreflux.probing.features import features_digest, load_features
 from libreflux.probing.judges import Judge, load_judge
+from libreflux.probing.reader import Reader
 from libreflux.probing.results import FILE, Result
 from libreflux.probing.section import Section
 from libreflux.probing.sections import padding
@@ -64,7 +65,9 @@ def measure(
     judge = _judge(options, judge_file)
     check_data(model, None if options.data is None else Path(options.data))
     check_places(places_of(options.trained_on))
+    reader = Reader() if options.ocr else None
     settings = _settings(options, model, judge_file, trained_subjects)
+    settings = dataclasses.replace(settings, reader=None if reader is None else reader.name)
     with lock(out), contextlib.ExitStack() as bars:
         data = ProbeData.make(
             model,
@@ -81,7 +84,9 @@ def measure(
             with explained(f"reading the model onto {device}", probe_run.SMALLER):
                 texts = _padding_texts(model, data, device) if padding.SECTION in todo else {}
                 release(device)  # the text encoders, before the transformer comes
-                return open_context(model, data, judge, out, device, texts)
+                context = open_context(model, data, judge, out, device, texts)
+                context.reader = reader
+                return context
 
         trained, pairs = check_training(places_of(options.trained_on), model, data, judge, out, options.progress)
         result = probe_run.probe(

@@ -17,7 +17,7 @@ from libreflux.model.opening import open_model
 from libreflux.model.parts import visible
 from libreflux.model.source import ModelSource
 from libreflux.model.text import check_trained_padding
-from libreflux.workflows.adapters import adapted_facts, load_arguments, notice_other_base, result_name
+from libreflux.workflows.adapters import adapted_facts, check_base, load_arguments, result_name
 
 CACHE = "cache"
 """Its folder in a result's."""
@@ -62,7 +62,7 @@ class ProbedModel:
         source.fetch(*PARTS)
         memory = FileMemory((out or PROBES / result_name(name, [Path(file.where) for file, _ in files])) / CACHE)
         sha256 = source.hash_with(memory.sha256)
-        notice_other_base(sha256, files)
+        check_base(source, sha256, files)
         return ProbedModel(source, sha256, files, is_family(source), memory)
 
     @property

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from libreflux.errors import OptionError
+from libreflux.probing.reader import require_reader
 from libreflux.values import check_side, listed_numbers, number_list
 from libreflux.workflows.progress import Progress, silent
 
@@ -41,7 +42,9 @@ class ProbeOptions:
         steps: numbers of steps, the first compared with the others.
         seen: file of subjects that the model was trained on, one a line; None is what the model says itself.
         judge: file of a judge of subjects and colours; None is the emoji family's own.
-        features: folder of a local CLIP, DINO or other vision model, for distances in the judge's place.
+        features: folder of a local CLIP, DINO or other vision model, for distances in the judge's place; a whole CLIP
+            or SigLIP, with its text tower and tokenizer, also measures how well pictures agree with their prompts.
+        ocr: read the pictures whose prompts quote a text, and measure how many of its letters are right.
         resolution: side of the pictures in pixels; None is the model's.
         batch: pictures per forward pass.
         seed: of noise, pictures and intervals.
@@ -67,6 +70,7 @@ class ProbeOptions:
     seen: Path | str | None = None
     judge: Path | str | None = None
     features: Path | str | None = None
+    ocr: bool = False
     resolution: int | None = None
     batch: int | None = None
     seed: int = 0
@@ -102,6 +106,11 @@ def check_options(options: ProbeOptions) -> None:
         raise OptionError("needs `against`", "reference", hint="name the distilled model with `against`")
     if options.features is not None and options.judge is not None:
         raise OptionError("takes the place of `judge`", "features", hint="give one of them")
+    if options.ocr:
+        if options.data is None:
+            hint = "name a folder whose captions quote what is to be written, with `data`"
+            raise OptionError("needs `data`", "ocr", hint=hint)
+        require_reader()
     for name, (least, most) in _RANGES.items():
         value = getattr(options, name)
         whole = isinstance(value, int) and not isinstance(value, bool)

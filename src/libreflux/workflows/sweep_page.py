@@ -98,11 +98,7 @@ difference.</p>
 <details><summary>All candidates by noise level</summary>{_all_levels(table)}</details>
 {_sheet(drawn)}
 <p class="faint">libreflux {__version__}</p>"""
-    return html.document(f"libreflux: which checkpoint of {name}?", f"<style>{_STYLE}</style>{body}")
-
-
-_STYLE = """.verdict { font-size: 1.15rem; border-left: 4px solid var(--c1); padding-left: .9rem; }
-.sheet { overflow-x: auto; } .sheet img { max-width: none; border-radius: 0; }"""
+    return html.document(f"libreflux: which checkpoint of {name}?", f"<style>{html.SWEEP_STYLE}</style>{body}")
 
 
 def _heads(table: SweepTable) -> tuple[str, ...]:

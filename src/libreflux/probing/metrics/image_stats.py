@@ -65,10 +65,7 @@ def _look(latents: Tensor, vae: AutoencoderKL, judge: Judge | None) -> Look:
     std = with_fp64(latents).double().flatten(1).std(dim=1).cpu().numpy()
     if judge is None:
         return Look(clipped, std, None)
-    pixels = pixels.clamp(-1, 1).nan_to_num()
-    if pixels.shape[-2:] != (judge.side, judge.side):
-        pixels = torch.nn.functional.interpolate(pixels, (judge.side, judge.side), mode="bilinear", antialias=True)
-    seen = judge(pixels)
+    seen = judge(judge.prepare(pixels.clamp(-1, 1).nan_to_num()))
     return Look(clipped, std, Verdict(seen.subjects.log_softmax(1), seen.colours.log_softmax(1), seen.features))
 
 

@@ -20,7 +20,7 @@ Told = tuple[float, float, float, str]
 
 def headlines(results: Sequence[Result], labels: Sequence[str], freedom: Sequence[FreedomRow] = ()) -> list[str]:
     """Sentences as HTML, the plainest first; a measure that not all models have is left out."""
-    found = [*_freedom(freedom), *_guidance(results, labels), *_steps(results, labels)]
+    found = [*_freedom(freedom), *_guidance(results, labels), *_scores(results, labels), *_steps(results, labels)]
     found += [*_velocity(results, labels), *_diversity(results, labels)]
     return [one for one in found if one]
 
@@ -44,6 +44,32 @@ def _guidance(results: Sequence[Result], labels: Sequence[str]) -> Iterator[str]
         f"Share whose subject and background are what the prompt asked for, at guidance {scale:g}:",
         labels,
         [_told(one.find("accuracy", guidance=scale, what="both")) for one in results],
+        percent,
+    )
+
+
+def _scores(results: Sequence[Result], labels: Sequence[str]) -> Iterator[str]:
+    scale = nearest_guidance(results)
+    if scale is None:
+        return
+    real = results[0].find("held_out_agreement")
+    cut = results[0].find("agreement_cut", of="prompts")
+    beside = f"; of real pictures and their captions it is {_three(real.value)}" if real else ""
+    beside += f"; {percent(cut.value)} of the prompts are longer than the CLIP reads" if cut and cut.value else ""
+    yield _sentence(
+        "Prompt agreement.",
+        f"The cosine of pictures and prompts, as a CLIP sees them, at guidance {scale:g}{beside}:",
+        labels,
+        [_told(one.find("agreement", guidance=scale)) for one in results],
+        _three,
+    )
+    real = results[0].find("held_out_letters")
+    beside = f"; in real pictures it is {percent(real.value)}" if real else ""
+    yield _sentence(
+        "Text.",
+        f"Share of the letters right of texts that prompts quote, at guidance {scale:g}{beside}:",
+        labels,
+        [_told(one.find("letters", guidance=scale)) for one in results],
         percent,
     )
 

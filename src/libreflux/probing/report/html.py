@@ -35,6 +35,8 @@ td, th { padding: .2rem .9rem .2rem 0; vertical-align: top; }
 .pictures td, .pictures th { padding: 0; font-size: .82rem; line-height: 1.25; }
 .pictures th:first-child { width: 6.5rem; padding-right: .4rem; vertical-align: middle; }
 .pictures img { width: 100%; } .pictures .faint { font-size: inherit; font-weight: 400; white-space: nowrap; }
+.read { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1rem; font-size: .82rem;
+  line-height: 1.3; } .read img { width: 100%; outline: 1px solid var(--line); }
 .pairs td, .pairs th { width: 9rem; padding: 0 .8rem .8rem 0; font-size: .85rem; line-height: 1.3; }
 .pairs { margin-top: 1rem; } .pairs img { width: 100%; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1.2rem; }
@@ -71,6 +73,12 @@ ATTENTION_STYLE = """
   max-width: 52rem; } .pair small { display: block; } .change { max-width: 34rem; margin: 1rem 0; }
 """
 """Beside `STYLE`, of the page of `inspect attention`."""
+
+SWEEP_STYLE = """
+.verdict { font-size: 1.15rem; border-left: 4px solid var(--c1); padding-left: .9rem; }
+.sheet { overflow-x: auto; } .sheet img { max-width: none; border-radius: 0; }
+"""
+"""Beside `STYLE`, of the page of `average --sweep`."""
 
 
 def document(title: str, body: str) -> str:

@@ -13,7 +13,7 @@ from libreflux.errors import DataError
 from libreflux.files import atomic_write_text
 from libreflux.probing.freedom import OVER_SIGMA, FreedomRow, check_comparable
 from libreflux.probing.no_training import NoTraining
-from libreflux.probing.report import few, html, no_training, plots, trained
+from libreflux.probing.report import few, html, letters, no_training, plots, trained
 from libreflux.probing.report.headlines import headlines
 from libreflux.probing.report.labels import MEANINGS, figure, number, place, title
 from libreflux.probing.report.pictures import Grid, grids
@@ -75,13 +75,18 @@ def write_page(
     found = "".join(f"<li>{one}</li>" for one in lines if one)
     shown = grids(results)
     sources = _embedded(
-        {*(file for grid in shown for row in grid.rows for file in row if file), *trained.files(results)}
+        {
+            *(file for grid in shown for row in grid.rows for file in row if file),
+            *letters.files(results),
+            *trained.files(results),
+        }
     )
     body = "\n".join(
         [
             f"<h1>{escape(heading)}</h1>{WHAT_IT_IS}{before}",
             f'<h2>What was found</h2><ul class="found">{found}</ul>' if found else "",
             _pictures(shown, names, sources),
+            letters.section(results, names, sources),
             trained.section(results, names, sources),
             _plots(results, names),
             _freedom(freedom, untrained, _family(results)),
@@ -176,6 +181,19 @@ def _plots(results: Sequence[Result], names: Sequence[str]) -> str:
             title="Pictures that show what was asked for",
             x="guidance",
             y="accuracy",
+            percent=True,
+        ),
+        plots.lines(
+            _series(results, names, "agreement", "guidance", {}),
+            title="Agreement of pictures and prompts (higher is better)",
+            x="guidance",
+            y="cosine",
+        ),
+        plots.lines(
+            _series(results, names, "letters", "guidance", {}),
+            title="Letters of quoted texts that are right",
+            x="guidance",
+            y="letters right",
             percent=True,
         ),
         plots.lines(

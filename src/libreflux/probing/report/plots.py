@@ -53,6 +53,7 @@ def lines(
     xs = [point[0] for points in kept for point in points]
     ys = [value for points in kept for point in points for value in point[1:]] + ([] if level is None else [level])
     ys += [0.0] if percent else []
+    ys += [0.01] if percent and not any(ys) else []  # a share that is always 0 has an axis too
     across, up = _Axis.of(min(xs), max(xs), LEFT, WIDTH - RIGHT), _Axis.of(min(ys), max(ys), HEIGHT - BOTTOM, TOP)
     parts = [_grid(across, up, percent)]
     if level is not None:

@@ -13,6 +13,7 @@ from libreflux.probing.metrics.distances import frechet_replicates, kernel_repli
 from libreflux.probing.metrics.image_stats import Look, accuracies
 from libreflux.probing.results import Coordinate, Measure
 from libreflux.probing.section import Plan, Section, SectionResult, prompted
+from libreflux.probing.sections import agreement
 from libreflux.probing.settings import Settings
 from libreflux.probing.subjects import ParsedPrompt
 
@@ -30,7 +31,10 @@ def _batch(settings: Settings, prompts: Sequence[ParsedPrompt], scale: float) ->
 
 
 def measure(context: ProbeContext) -> SectionResult:
-    """`clipped`, `latents_std`, `accuracy`, `distance` by guidance, and the scales where quality and clipping turn."""
+    """`clipped`, `latents_std`, `accuracy`, `distance` by guidance, and the scales where quality and clipping turn.
+
+    With a whole CLIP also `agreement`.
+    """
     settings, prompts, seed = context.settings, context.prompts, context.settings.seed
     groups, count = context.groups([one.text for one in prompts]), len(prompts)
     batches = {scale: _batch(settings, prompts, scale) for scale in settings.guidance}
@@ -47,6 +51,8 @@ def measure(context: ProbeContext) -> SectionResult:
     rows += measured("saturation_guidance", {}, saturation, count, groups, seed=seed, unit="guidance")
     if context.judge is not None:
         rows += judged(context, looks, groups)
+    if agreement.measures(context):
+        rows += agreeing(context, looks, groups)
     shown = range(min(settings.shown, count))
     pictures = [row for each in batches.values() for row in context.keep("guidance", each, shown)]
     return SectionResult(rows, pictures)
@@ -88,6 +94,18 @@ def judged(context: ProbeContext, looks: Mapping[float, Look], groups: Groups) -
     elif distances:
         rows += _nearest(distances, list(looks))
     return rows
+
+
+def agreeing(context: ProbeContext, looks: Mapping[float, Look], groups: Groups) -> list[Measure]:
+    """`agreement`, the scale where it is best, and that of real pictures."""
+    rows, by_scale = agreement.held_out(context), dict[float, Statistic]()
+    for scale, look in looks.items():
+        found, values = agreement.rows_at(context, look, {"guidance": scale}, groups)
+        rows += found
+        by_scale[scale] = mean(values)
+    count, seed = len(context.prompts), context.settings.seed
+    at = {"by": "agreement"}
+    return rows + measured("best_guidance", at, best_of(by_scale), count, groups, seed=seed, unit="guidance")
 
 
 def distance_rows(context: ProbeContext, looks: Mapping[float, Look], groups: Groups) -> list[Measure]:

@@ -12,6 +12,7 @@ from libreflux.probing.metrics.bootstrap import mean, measured, ratio, share
 from libreflux.probing.metrics.image_stats import Look, accuracies
 from libreflux.probing.results import Coordinate, Measure
 from libreflux.probing.section import Plan, Section, SectionResult, prompted
+from libreflux.probing.sections import agreement
 from libreflux.probing.settings import Settings
 from libreflux.probing.subjects import ParsedPrompt
 
@@ -30,7 +31,7 @@ def _unguided(settings: Settings, prompts: Sequence[ParsedPrompt]) -> PictureBat
 
 
 def measure(context: ProbeContext) -> SectionResult:
-    """`step_gap`, `accuracy` by steps at the model's own guidance, and `straightness`."""
+    """`step_gap`, `accuracy` and `agreement` by steps at the model's own guidance, and `straightness`."""
     settings, prompts, seed = context.settings, context.prompts, context.settings.seed
     groups, count = context.groups([one.text for one in prompts]), len(prompts)
     batches, rows = _batches(settings, prompts), list[Measure]()
@@ -45,6 +46,10 @@ def measure(context: ProbeContext) -> SectionResult:
                 if np.isfinite(right).any():
                     place: dict[str, Coordinate] = {"steps": steps, "guidance": settings.own_guidance, "what": what}
                     rows += measured("accuracy", place, share(right), count, groups, seed=seed, unit="share")
+    if agreement.measures(context):
+        for steps, each in batches.items():
+            place = {"steps": steps, "guidance": settings.own_guidance}
+            rows += agreement.rows_at(context, context.look(each), place, groups)[0]
     path = context.drawn(_unguided(settings, prompts))
     bent = ratio((path.energy - path.length).clamp_min(0).numpy(), path.length.numpy())
     rows += measured("straightness", {}, bent, count, groups, seed=seed, unit="of E‖x1 − x0‖²")
