@@ -19,7 +19,7 @@ class Units:
     """The N units of a measure, which is Σ above / Σ below, or its root.
 
     Attributes:
-        over: what they are: the first N of the result's held-out pictures or prompts, or others, which it does not name.
+        over: what they are: the first N of the result's held-out pictures or prompts, or others without a name there.
         above: N numbers.
         below: N numbers; None: all are 1.
         root: whether the measure is the root of the ratio.
