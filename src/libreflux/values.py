@@ -126,3 +126,11 @@ def adapter_argument(text: str) -> tuple[str, float]:
     if not path or not math.isfinite(value):
         raise AdapterError(f"{weight!r} is no weight", where=text, hint="write FILE.safetensors:0.8")
     return path, value
+
+
+def is_guided(scale: float) -> bool:
+    """Whether a guidance scale asks for the other velocity too: 0 and 1 are no guidance, the prompt's velocity alone.
+
+    Between them v_u + g (v_c − v_u) is a mean of both, which weakens the prompt.
+    """
+    return scale not in (0, 1)

@@ -105,7 +105,7 @@ def test_a_current_folder_that_is_gone_is_one_line(run: Callable, place: Path, v
         ),
         (["generate", "x", "--guidance-start", ".6", "--guidance-stop", ".7", "--steps", "4"], ["no step of 4"]),
         (["generate", "x", "--guidance-start", ".5", "--no-cfg-until", "1"], ["--no-cfg-until", "--guidance-start"]),
-        (["generate", "x", "--guidance", "0.5", "--guidance-rescale", "0.5"], ["--guidance-rescale", "no effect"]),
+        (["generate", "x", "--guidance", "0", "--guidance-rescale", "0.5"], ["--guidance-rescale", "no effect"]),
         (["generate", "x", "--guidance-rescale", "2"], ["--guidance-rescale", "cannot be 2", "hint"]),
         (["generate", "x", "--guidance", "1", "--batch-cfg", "on"], ["--batch-cfg", "no effect at guidance 1"]),
         (["generate", "x", "--batch-cfg", "maybe"], ["--batch-cfg", "maybe"]),

@@ -34,6 +34,7 @@ VERBS: dict[str, tuple[str, list[str]]] = {
     "average --sweep": (FOLDER, ["average", GONE, "--sweep", "--report", "PLACE"]),
     "best of a sweep": (NEW, ["average", GONE, "--sweep", "--report", "r", "--out", "PLACE.safetensors"]),
     "probe": (FOLDER, ["probe", GONE, "--out", "PLACE"]),
+    "probe --csv": (FILE, ["probe", GONE, "--csv", "PLACE.csv"]),
     "probe --against": (FOLDER, ["probe", GONE, "--against", GONE, "--out", "PLACE"]),
     "inspect attention": (FOLDER, ["inspect", "attention", GONE, "x", "--out", "PLACE"]),
     "train": (FOLDER, ["train", "r.yaml", "out=PLACE"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import subprocess
@@ -182,8 +183,17 @@ def test_against_prints_the_freedom_of_models_that_were_measured_alike(
     # Its lineage names the reference: the model itself, so everything that differs is closed.
     facts = read_facts(student)
     write_facts(student, dataclasses.replace(facts, lineage={"distilled_from": str(tiny_model_dir)}))
-    told = run(*command, "--against", student, "--json")
+    told = run(*command, "--against", student, "--json", "--csv", tmp_path / "units.csv")
     assert told.code == 0, told.err
+    with (tmp_path / "units.csv").open(encoding="utf-8", newline="") as file:
+        units = list(csv.DictReader(file))
+    own = [row for row in units if (row["measure"], row["at"]) == ("loss", "sigma 0.5, caption")]
+    assert len(own) == 3 * 5
+    assert {row["text"] for row in own} == set(captions(plain))
+    untrained = json.loads(told.out)["no_training"]
+    assert (untrained["chosen_on"], untrained["measured_on"]) == (2, 3)
+    assert 0 <= untrained["w"] <= 1
+    assert {row["kind"] for row in untrained["rows"]} == {"w", "k"}
     losses = [row for row in json.loads(told.out)["freedom"] if row["name"] == "loss" and row["verdict"] == "gap"]
     assert losses
     assert all(row["share"] == 1.0 for row in losses)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from libreflux.sample.metadata import read_record, save_png
+from libreflux.sample.metadata import open_png, read_record, save_png
 from libreflux.sample.pipeline import LibreFluxPipeline
 from tiny import tiny_transformer
 
@@ -78,6 +78,26 @@ def test_remade_bit_for_bit(run: Callable, drawn: Path, tmp_path: Path) -> None:
     with Image.open(bare.out.strip()) as image, Image.open(drawn) as original:
         assert not image.info.keys() & {"parameters", "libreflux"}
         assert image.tobytes() == original.tobytes()
+
+
+def test_a_picture_of_then_with_a_guidance_below_one_is_remade_as_then(
+    run: Callable, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    words = ["generate", "a fox", "--model", tiny_model_dir, "--steps", 2, "--seed", 3, "--negative", "a dog"]
+    for name, scale in (("plain", 1), ("weak", 0.5)):
+        given = [*words, "--guidance", scale] if scale != 1 else [*words[:-2], "--guidance", scale]
+        assert run(*given, "--out", tmp_path / f"{name}.png").code == 0
+    plain, weak = (tmp_path / f"{name}.png" for name in ("plain", "weak"))
+    told = json.loads(open_png(weak).info["libreflux"])
+    assert told.pop("below_one")  # as an older version, which drew with the prompt alone
+    info = PngInfo()
+    info.add_text("libreflux", json.dumps(told))
+    with Image.open(plain) as image:
+        image.save(tmp_path / "then.png", pnginfo=info)
+    for name in ("then", "weak"):
+        again = run("generate", "--remake", tmp_path / f"{name}.png", "--out", tmp_path / f"{name}-again.png")
+        assert "bit for bit the pixels" in again.err
+    assert np.asarray(Image.open(weak)).tolist() != np.asarray(Image.open(plain)).tolist()
 
 
 def test_every_option_is_the_pipelines_own(tiny_model_dir: Path, drawn: Path) -> None:

@@ -10,10 +10,18 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from PIL.PngImagePlugin import PngImageFile
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from libreflux.errors import DataError
-from libreflux.sample.metadata import GenerationRecord, differences, png_bytes, read_record, save_png, versions
+from libreflux.sample.metadata import (
+    GenerationRecord,
+    differences,
+    open_png,
+    png_bytes,
+    read_record,
+    save_png,
+    versions,
+)
 
 ORIGIN = GenerationRecord(
     prompt="a red apple, ünïcödé 🍎\nsecond line",
@@ -156,3 +164,24 @@ def test_pictures_of_others_are_refused(tmp_path: Path) -> None:
     IMAGE.save(damaged, pnginfo=wrong)
     with pytest.raises(DataError, match=r"damaged record .*steps"):
         read_record(damaged)
+
+
+def test_a_guidance_between_0_and_1_is_followed_but_for_pictures_of_then(tmp_path: Path) -> None:
+    weak = dataclasses.replace(ORIGIN, guidance=0.5)
+    save_png(IMAGE, tmp_path / "new.png", weak)
+    new = read_record(tmp_path / "new.png")
+    assert (new, new.scale, new.passes) == (weak, 0.5, 56)
+    told = json.loads(open_png(tmp_path / "new.png").info["libreflux"])
+    assert told.pop("below_one") is True
+    with Image.open(tmp_path / "new.png") as image:
+        info = PngInfo()
+        info.add_text("libreflux", json.dumps(told))
+        image.save(tmp_path / "old.png", pnginfo=info)
+    old = read_record(tmp_path / "old.png")
+    assert (old.guidance, old.scale, old.passes) == (0.5, 1.0, 28)
+    save_png(IMAGE, tmp_path / "again.png", old)
+    assert read_record(tmp_path / "again.png") == old
+    for scale in (0.0, 1.0):
+        plain = dataclasses.replace(ORIGIN, guidance=scale)
+        assert (plain.scale, plain.passes) == (1.0, 28)
+        assert b"below_one" not in png_bytes(IMAGE, plain)

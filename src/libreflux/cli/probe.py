@@ -47,6 +47,10 @@ def probe(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the result; continued; default: out/probe/NAME.")] = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write what was measured of each picture and prompt as CSV."),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer pictures, scales and steps: a first look.")] = False,
     pictures: Annotated[int | None, typer.Option(min=2, help="Held-out pictures, at most.")] = None,
     prompts: Annotated[int | None, typer.Option(min=2, help="Prompts to draw, at most.")] = None,
@@ -110,6 +114,7 @@ def probe(
         data=data,
         trained_on=trained_on or (),
         out=out,
+        csv=csv,
         quick=quick,
         pictures=pictures,
         prompts=prompts,
@@ -139,10 +144,12 @@ def probe(
         (tables.print_table if whole else tables.print_summary)(found.result)
     else:
         family = str((found.result.settings.get("data") or ("",))[0])
-        (tables.print_freedom if whole else tables.print_freedom_summary)(found.freedom, family)
+        shown = tables.print_freedom if whole else tables.print_freedom_summary
+        shown(found.freedom, family, untrained=found.untrained)
         tables.print_remarks(found.in_order)
+    tables.print_few([found.result])
     if not whole:
         rows = len(found.result.measures if found.freedom is None else found.freedom)
         say(f"--all prints all {rows} rows")
     took = f", measured in {found.result.seconds:.0f} s" if found.freedom is None else ""
-    say(f"{found.file}{took}", f"{found.page}, to be looked at")
+    say(f"{found.file}{took}", f"{found.page}, to be looked at", *([] if csv is None else [f"{csv}, by picture"]))

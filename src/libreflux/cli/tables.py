@@ -12,6 +12,8 @@ from libreflux.cli import terminal
 from libreflux.cli.terminal import SafeConsole
 from libreflux.printing import printable
 from libreflux.probing.freedom import FreedomRow
+from libreflux.probing.no_training import NoTraining
+from libreflux.probing.report import few, no_training
 from libreflux.probing.report.labels import figure, number, place, title
 from libreflux.probing.report.summary import summary
 from libreflux.probing.report.trained import distance_rows
@@ -41,6 +43,7 @@ def print_table(result: Result, console: Console | None = None) -> None:
     subsets = len({one.subset for one in result.measures}) > 1
     for column in ("measure", "at", *(["subset"] if subsets else [])):
         table.add_column(column)
+    table.add_column("n", justify="right")
     table.add_column("value [95 % interval]", justify="right", no_wrap=True)
     table.add_column("theory", justify="right")
     table.add_column("unit")
@@ -51,43 +54,63 @@ def print_table(result: Result, console: Console | None = None) -> None:
         before = one.name
         theory = "" if one.reference is None else f"{one.reference:g}"
         subset = [one.subset] if subsets else []
-        table.add_row(*map(printable, (one.name, place(one.at), *subset, figure(one), theory, one.unit)))
+        table.add_row(
+            *map(printable, (one.name, place(one.at), *subset, *_count(one.count), figure(one), theory, one.unit))
+        )
     _add_distances(table, result, subsets)
     _uncut(console).print(table, markup=False)
 
 
-def print_freedom_summary(rows: Sequence[FreedomRow], family: str = "", console: Console | None = None) -> None:
+def print_freedom_summary(
+    rows: Sequence[FreedomRow],
+    family: str = "",
+    console: Console | None = None,
+    untrained: NoTraining | None = None,
+) -> None:
     """Prints `summary` of the rows in the console's width; intervals hold 95 %.
 
     Args:
         rows: all of them.
         family: see `print_freedom`.
         console: where to; None: stdout.
+        untrained: how much of it needs no training.
     """
     shown = summary(rows)
     table = Table(title=FREEDOM_TITLE, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("measure", overflow="fold")
-    for column in ("distilled", "freed", "reference", "freedom [95 % interval]"):
+    for column in ("distilled", "freed", "reference"):
         table.add_column(column, justify="right")
+    share = "freedom [95 % interval]" if untrained is None else "freedom [95 %]"
+    for column in (share, *no_training.heads(untrained, brief=True)):
+        table.add_column(column, justify="right", no_wrap=untrained is not None)
     for row in shown:
         name, at = title(row.name, row.at, family)
         values = (number(value) for value in (row.distilled, row.freed, row.reference))
-        table.add_row(*map(printable, (", ".join(filter(None, (name, place(at)))), *values, row.text)))
+        controls = no_training.cells(untrained, row, brief=True)
+        table.add_row(*map(printable, (", ".join(filter(None, (name, place(at)))), *values, row.text, *controls)))
     (console or terminal.console()).print(table, markup=False)
+    _explain(shown, untrained, console)
 
 
-def print_freedom(rows: Sequence[FreedomRow], family: str = "", console: Console | None = None) -> None:
+def print_freedom(
+    rows: Sequence[FreedomRow],
+    family: str = "",
+    console: Console | None = None,
+    untrained: NoTraining | None = None,
+) -> None:
     """Prints every row: how much of the distance from distilled to reference is closed; intervals hold 95 %.
 
     Args:
         family: what distances are named after, "emoji" in "FD-emoji".
+        untrained: how much of it needs no training.
     """
     table = Table(title=FREEDOM_TITLE)
     table.title_justify = "left"
     subsets = len({row.subset for row in rows}) > 1
     for column in ("measure", "at", *(["subset"] if subsets else [])):
         table.add_column(column)
-    for column in ("distilled", "freed", "reference", "freedom [95 % interval]"):
+    columns = ("n", "distilled", "freed", "reference", "freedom [95 % interval]", *no_training.heads(untrained))
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     before = ""
     for row in rows:
@@ -96,8 +119,27 @@ def print_freedom(rows: Sequence[FreedomRow], family: str = "", console: Console
         before = row.name
         name, at = title(row.name, row.at, family)
         values = (number(value) for value in (row.distilled, row.freed, row.reference))
-        table.add_row(*map(printable, (name, place(at), *([row.subset] if subsets else []), *values, row.text)))
+        subset = [row.subset] if subsets else []
+        told = (*_count(row.count), *values, row.text, *no_training.cells(untrained, row))
+        table.add_row(*map(printable, (name, place(at), *subset, *told)))
     _uncut(console).print(table, markup=False)
+    _explain(rows, untrained, console)
+
+
+def _explain(rows: Sequence[FreedomRow], untrained: NoTraining | None, console: Console | None) -> None:
+    lines = [no_training.STAR] if no_training.is_starred(rows, untrained) else []
+    for line in [*lines, *([] if untrained is None else [no_training.explained(untrained)])]:
+        (console or terminal.console()).print(printable(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def _count(count: int | None) -> list[str]:
+    return ["" if count is None else str(count)]
+
+
+def print_few(results: Sequence[Result], console: Console | None = None) -> None:
+    """Prints which measures are counted over few pictures or prompts, if any."""
+    if told := few.warning(results):
+        (console or terminal.console()).print(printable(told), markup=False, highlight=False, soft_wrap=True)
 
 
 def print_remarks(results: Sequence[Result], console: Console | None = None) -> None:
@@ -112,7 +154,7 @@ def _add_distances(table: Table, result: Result, subsets: bool) -> None:
     if result.trained is not None:
         table.add_section()
         for told, value in distance_rows(result.trained):
-            table.add_row(*map(printable, (told, "", *([""] if subsets else []), value, "", "")))
+            table.add_row(*map(printable, (told, "", *([""] if subsets else []), "", value, "", "")))
 
 
 def _heading(result: Result) -> Text:

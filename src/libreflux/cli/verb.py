@@ -83,7 +83,7 @@ PANELS: dict[str, dict[str, str]] = {
         "What is measured": "data trained_on quick pictures prompts guidance steps resolution seed",
         "Judges": "seen judge features ocr",
         "Memory and speed": "device dtype batch",
-        "Output": "out json whole",
+        "Output": "out csv json whole",
     },
     "attention": {
         "What to draw": "negative max_tokens seed width height",

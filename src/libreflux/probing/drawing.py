@@ -12,6 +12,7 @@ from torch import Tensor
 from libreflux.flow.solve import Step
 from libreflux.model.latents import pack, unpack
 from libreflux.sample.denoise import StepVelocity, denoise
+from libreflux.values import is_guided
 
 FORMULA = 1
 """Raised when the same model and `PictureBatch` come to give other pictures, not only other last bits."""
@@ -23,7 +24,7 @@ class PictureBatch:
 
     Attributes:
         prompts, seeds: of each picture.
-        guidance: classifier-free guidance scale; 1 is none.
+        guidance: classifier-free guidance scale; 0 and 1 are none.
         steps: of the ladder.
         negatives: what stands in the empty prompt's place, one each; () is the empty prompt.
     """
@@ -44,11 +45,12 @@ class PictureBatch:
     @property
     def passes(self) -> int:
         """Samples that go through the model."""
-        return len(self) * self.steps * (1 if self.guidance == 1 else 2)
+        return len(self) * self.steps * (2 if is_guided(self.guidance) else 1)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self)
+        # Guidance 0 was the empty prompt's velocity once; what was drawn so is not taken for the prompt's.
+        return asdict(self) | ({"unguided": True} if self.guidance == 0 else {})
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,9 @@ OF_THE_DATA = (
 OVER_SIGMA = ("loss", "slope")
 ROUNDING = 1e-5
 """Differences as small as this are fp32's, not the model's: padding that is masked leaves about 4e-7."""
+NOISY = 2.0
+"""An interval of a share that is wider and has 0 within tells nothing: the gap may be closed or have grown."""
+TOO_NOISY = "gap too noisy"
 Place = tuple[str, tuple[tuple[str, Coordinate], ...], str]
 
 
@@ -38,10 +41,14 @@ class FreedomRow:
     Attributes:
         name, at, subset, unit: of the measure; at["sigma"] is "all", "on ladder" or "off ladder" for a mean over sigma.
         distilled, freed, reference: its three values.
-        share: 1 all of the distance, 0 none, below 0 the distance has grown; NaN unless `verdict` is "gap".
+        share: 1 all of the distance, 0 none, below 0 the distance has grown; NaN where there is no gap.
         low, high: ends of the share's 95 % interval.
-        verdict: "gap"; "no gap" where the distance is not clearly off zero; "unknown" where a number is not finite.
+        verdict: "gap"; `TOO_NOISY` where the interval tells nothing; "no gap" where the distance is not clearly off
+            zero; "unknown" where a number is not finite.
         beyond: the freed model is clearly on the reference's other side (for a mean: at most sigmas).
+        high_replicates: the upper end by the replicates alone; `high` is above it where the freed model is not clearly
+            off the reference and counts as arrived.
+        count: pictures or prompts that it is counted over, None where that is not known.
     """
 
     name: str
@@ -56,18 +63,31 @@ class FreedomRow:
     high: float
     verdict: str
     beyond: bool
+    high_replicates: float = math.nan
+    count: int | None = None
+
+    @property
+    def snapped(self) -> bool:
+        """Whether `high` is above what the replicates say."""
+        return self.high > self.high_replicates
 
     @property
     def text(self) -> str:
-        """What a table says: "82 % [75, 88]", "no gap" or "unknown"."""
+        """What a table says: "82 % [75, 88]", "no gap", "gap too noisy" or "unknown"; a star where `snapped`."""
         if self.verdict != "gap":
             return self.verdict
-        beyond = ", beyond" if self.beyond else ""
-        return f"{100 * self.share:.0f} % [{100 * self.low:.0f}, {100 * self.high:.0f}]{beyond}"
+        beyond, star = ", beyond" if self.beyond else "", "*" if self.snapped else ""
+        share, low, high = (round(100 * one) for one in (self.share, self.low, self.high))  # and never "-0"
+        return f"{share} % [{low}, {high}{star}]{beyond}"
+
+    @property
+    def brief(self) -> str:
+        """The same without its interval: "82 %"."""
+        return f"{round(100 * self.share)} %" if self.verdict == "gap" else self.verdict
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; what is not finite is null."""
-        rows = {**self.__dict__, "at": dict(self.at)}
+        rows = {**self.__dict__, "at": dict(self.at), "snapped": self.snapped}
         return {key: None if isinstance(row, float) and not math.isfinite(row) else row for key, row in rows.items()}
 
 
@@ -116,8 +136,18 @@ def check_comparable(results: Sequence[Result]) -> None:
                 raise DataError(f"were measured with another {key}{told}", where=names, hint=hint)
 
 
-def closed(freed: np.ndarray, distilled: np.ndarray, reference: np.ndarray) -> tuple[float, float, float, bool] | None:
-    """1 − mean|freed − reference| / mean|distilled − reference| over K places: (share, low, high, beyond).
+class Closed(NamedTuple):
+    """A share with the ends of its interval, see `FreedomRow`."""
+
+    share: float
+    low: float
+    high: float
+    beyond: bool
+    high_replicates: float
+
+
+def closed(freed: np.ndarray, distilled: np.ndarray, reference: np.ndarray) -> Closed | None:
+    """1 − mean|freed − reference| / mean|distilled − reference| over K places.
 
     Low is a quantile of the share over paired replicates. For high, a place where the freed model is not clearly off
     the reference counts as closed: |·| of noise around 0 is never 0, and would keep 1 out of every interval.
@@ -138,9 +168,16 @@ def closed(freed: np.ndarray, distilled: np.ndarray, reference: np.ndarray) -> t
     share = _one_less(np.abs(left).mean(axis=0), total)
     favoured = _one_less(np.abs(np.where(apart[:, None], left, 0.0)).mean(axis=0), total)
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(share[1:], tail), np.quantile(favoured[1:], 1 - tail)
+    low, plain = np.quantile(share[1:], [tail, 1 - tail])
+    high = np.quantile(favoured[1:], 1 - tail)
     beyond = clear & apart & (np.sign(left[:, 0]) == -np.sign(gap[:, 0]))
-    return float(share[0]), float(min(low, share[0])), float(max(high, share[0])), bool(2 * beyond.sum() > places)
+    return Closed(
+        share=float(share[0]),
+        low=float(min(low, share[0])),
+        high=float(max(high, plain, share[0])),
+        beyond=bool(2 * beyond.sum() > places),
+        high_replicates=float(max(plain, share[0])),
+    )
 
 
 def _one_less(left: np.ndarray, total: np.ndarray) -> np.ndarray:
@@ -165,6 +202,7 @@ class _Triple:
     at: Mapping[str, Coordinate]
     subset: str
     unit: str
+    count: int | None
     freed: np.ndarray
     distilled: np.ndarray
     reference: np.ndarray
@@ -178,7 +216,8 @@ class _Triple:
             sides.append(np.full_like(sides[0], target))
         if len({len(side) for side in sides}) > 1:
             raise DataError("replicates are not paired", where=freed.name, hint="probe the models again, all alike")
-        return _Triple(freed.name, dict(place[1]), freed.subset, freed.unit, *sides)
+        known = [one.count for one in (freed, distilled, target) if isinstance(one, Measure) and one.count is not None]
+        return _Triple(freed.name, dict(place[1]), freed.subset, freed.unit, min(known, default=None), *sides)
 
 
 def _by_place(result: Result) -> dict[Place, Measure]:
@@ -211,11 +250,14 @@ def _row(triples: Sequence[_Triple], at: Mapping[str, Coordinate]) -> FreedomRow
     freed, distilled, reference = (
         np.stack([getattr(triple, side) for triple in triples]) for side in ("freed", "distilled", "reference")
     )
-    verdict, share, low, high, beyond = "unknown", math.nan, math.nan, math.nan, False
+    verdict, found = "unknown", None
     if all(np.isfinite(side).all() for side in (freed, distilled, reference)):
         found = closed(freed, distilled, reference)
         verdict = "no gap" if found is None else "gap"
-        share, low, high, beyond = found or (share, low, high, beyond)
+        if found is not None and found.low < 0 < found.high and found.high - found.low > NOISY:
+            verdict = TOO_NOISY
+    found = found or Closed(math.nan, math.nan, math.nan, False, math.nan)
+    counts = [triple.count for triple in triples if triple.count is not None]
     return FreedomRow(
         name=triples[0].name,
         at=at,
@@ -224,11 +266,9 @@ def _row(triples: Sequence[_Triple], at: Mapping[str, Coordinate]) -> FreedomRow
         distilled=float(distilled[:, 0].mean()),
         freed=float(freed[:, 0].mean()),
         reference=float(reference[:, 0].mean()),
-        share=share,
-        low=low,
-        high=high,
         verdict=verdict,
-        beyond=beyond,
+        count=min(counts, default=None),
+        **found._asdict(),
     )
 
 

@@ -12,6 +12,7 @@ from libreflux import plainjson
 from libreflux.errors import DataError
 from libreflux.files import atomic_write_json
 from libreflux.probing.trained import TrainingCheck
+from libreflux.probing.units import Units
 
 SCHEMA = 1
 FILE = "probe.json"
@@ -32,6 +33,8 @@ class Measure:
         replicates: bootstrap replicates; the r-th of two models over equal units is of the same resampling.
         reference: the value that theory says a free model has, None where it says none.
         unit: of the value.
+        count: of pictures or prompts that it is counted over; None in older results.
+        units: what it is made of, over all of them; None where it is no ratio of sums, and in older results.
     """
 
     name: str
@@ -43,10 +46,12 @@ class Measure:
     replicates: Sequence[float]
     reference: float | None = None
     unit: str = ""
+    count: int | None = None
+    units: Units | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, in the order of the file."""
-        return {
+        rows = {
             "name": self.name,
             "at": dict(self.at),
             "subset": self.subset,
@@ -56,7 +61,9 @@ class Measure:
             "replicates": [_plain(value) for value in self.replicates],
             "reference": self.reference,
             "unit": self.unit,
+            "count": self.count,
         }
+        return rows | ({} if self.units is None else {"units": self.units.as_json()})
 
     @staticmethod
     def from_json(row: Mapping[str, Any]) -> Measure:
@@ -64,7 +71,10 @@ class Measure:
         numbers: dict[str, Any] = {name: _number(row[name]) for name in ("value", "low", "high")}
         numbers["replicates"] = [_number(value) for value in row["replicates"]]
         kept = {name: row[name] for name in ("name", "at", "subset", "reference", "unit")}
-        return Measure(**kept, **numbers)
+        units = row.get("units")
+        return Measure(
+            **kept, **numbers, count=row.get("count"), units=None if units is None else Units.from_json(units)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +116,7 @@ class Result:
         measures: the numbers.
         pictures: what they were seen on, a few of them.
         trained: what of the measured pictures it was trained on, None where nothing is known of its training.
+        names: of the units that measures count: ids of "pictures", their "captions", and "prompts".
         folder: where its pictures' files are; not part of the file.
     """
 
@@ -116,6 +127,7 @@ class Result:
     measures: list[Measure] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     trained: TrainingCheck | None = None
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)
     folder: Path | None = field(default=None, compare=False)
 
     def as_json(self) -> dict[str, Any]:
@@ -129,6 +141,7 @@ class Result:
             "measures": [one.as_json() for one in self.measures],
             "pictures": [one.as_json() for one in self.pictures],
             "trained": None if self.trained is None else self.trained.as_json(),
+            "names": {what: list(names) for what, names in self.names.items()},
         }
 
     @property
@@ -166,6 +179,7 @@ def read_result(folder: Path) -> Result:
             **{name: rows[name] for name in ("model", "settings", "versions", "seconds")},
             measures=[Measure.from_json(row) for row in rows["measures"]],
             pictures=[Picture.from_json(row, path.parent) for row in rows["pictures"]],
+            names={what: [str(name) for name in names] for what, names in rows.get("names", {}).items()},
             folder=path.parent,
         )
     except FileNotFoundError:

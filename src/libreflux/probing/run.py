@@ -22,7 +22,7 @@ from libreflux.probing.subjects import ParsedPrompt
 from libreflux.probing.trained import TrainingCheck
 from libreflux.result_key import digest
 
-SECTIONS = (
+SECTIONS: tuple[Section, ...] = (
     velocity_metrics.SECTION,
     guidance.SECTION,
     steps.SECTION,
@@ -47,6 +47,8 @@ def probe(
     versions: Mapping[str, str],
     trained: TrainingCheck | None = None,
     pairs: Sequence[Picture] = (),
+    names: Mapping[str, Sequence[str]] | None = None,
+    by_unit: bool = False,
     progress: Progress = lambda done, total, note: None,
 ) -> Result:
     """Measures whatever `out/sections` does not hold yet, and writes `out/probe.json`.
@@ -61,6 +63,8 @@ def probe(
         versions: of the result.
         trained: of the result; decides no number.
         pairs: measured pictures and those of the training that are nearest to them.
+        names: of the result.
+        by_unit: what each picture gave is needed: sections of older versions, which did not keep it, are made anew.
         progress: told how far the model is.
     """
     sections = [one for one in SECTIONS if one.wanted(settings)]
@@ -68,7 +72,7 @@ def probe(
     for one in sections:
         _adopt_section(out, one.name, keys[one.name], digest([model, settings.as_json(), one.name, one.version]))
     kept = {one.name: read_section(out, one.name, keys[one.name]) for one in sections}
-    todo = [one for one in sections if kept[one.name] is None]
+    todo = [one for one in sections if kept[one.name] is None or (by_unit and _is_older(kept[one.name]))]
     if todo:
         context = open_context(todo)
         counter = _Counter(_passes(todo, context, settings, prompts), progress)
@@ -88,6 +92,7 @@ def probe(
         measures=[row for found, _ in parts for row in found.measures],
         pictures=[*(row for found, _ in parts for row in found.pictures), *pairs],
         trained=trained,
+        names=names or {},
         folder=out,
     )
     write_result(out, result)
@@ -117,6 +122,12 @@ def _on_its_device(context: ProbeContext, name: str) -> Iterator[None]:
     doing = f"{name}, batch {settings.batch}, resolution {settings.resolution}, device {device}"
     with pinned(device), explained(doing, SMALLER, "run the same command again: finished sections are kept"):
         yield
+
+
+def _is_older(kept: tuple[SectionResult, float] | None) -> bool:
+    """Whether a section has measures, none of which says what it was counted over."""
+    measures = [] if kept is None else kept[0].measures
+    return bool(measures) and all(one.count is None for one in measures)
 
 
 def section_file(out: Path, name: str) -> Path:

@@ -130,7 +130,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "width": (_is_size, f"use a multiple of 16, at most {MOST_SIDE}"),
     "num_inference_steps": (lambda steps: _is_whole(steps) and 1 <= steps <= MOST_STEPS, f"use 1 to {MOST_STEPS}"),
     "sigmas": (_falls, "use falling numbers in (0, 1]; the last one, 0, is added"),
-    "guidance_scale": (_is_scale, "use 0 or more; 1 is no guidance"),
+    "guidance_scale": (_is_scale, "use 0 or more; 0 and 1 are no guidance"),
     "embedded_guidance": (_is_scale, "use 0 or more"),
     "no_cfg_until": (_is_count(0), "use 0 or more steps"),
     "guidance_start": (_is_fraction, "use a fraction of the steps, 0 to 1"),

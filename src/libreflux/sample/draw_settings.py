@@ -14,6 +14,7 @@ from libreflux.model.facts import Facts
 from libreflux.printing import counted
 from libreflux.sample.request import DrawRequest
 from libreflux.sample.rules import GuidanceRule
+from libreflux.values import is_guided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ def resolve(facts: Facts, image_tokens: int, request: DrawRequest) -> DrawSettin
     if request.first_steps is not None:
         request.first_steps.check_steps(steps)
     guided, rule = range(0), GuidanceRule()
-    if scale > 1:
+    if is_guided(scale):
         rule = request.guidance_rule
         rule.check_steps(steps)
         guided = guided_steps(steps, request.no_cfg_until, request.guidance_start, request.guidance_stop)

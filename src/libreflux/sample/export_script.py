@@ -64,6 +64,8 @@ def encode(prompt, **others):  # in the place of FluxPipeline's own, which pads 
 
 
 pipe.encode_prompt = encode
+if 0 < asked.guidance < 1:
+    parser.error("--guidance between 0 and 1 is not diffusers': FluxPipeline guides above 1 alone")
 side = asked.size // pipe.vae_scale_factor
 with torch.no_grad():
     picture = pipe(

@@ -12,6 +12,7 @@ from libreflux.model.text import TextConditioning
 from libreflux.sample.denoise import StepVelocity
 from libreflux.sample.encoding import matched
 from libreflux.sample.guidance import GuidedVelocity
+from libreflux.values import is_guided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ def handed_over(first: FirstSteps | None, then: GuidedVelocity, copies: int) -> 
     if first is None or not first.steps:
         return then
     device, negative = then.image_ids.device, None
-    if first.scale > 1 and first.negative is not None:
+    if is_guided(first.scale) and first.negative is not None:
         negative = matched(first.negative, len(first.positive)).repeat(copies).to(device)
     opening = GuidedVelocity(
         transformer=first.transformer,

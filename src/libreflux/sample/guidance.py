@@ -17,6 +17,7 @@ from libreflux.model.attention_guidance import normalized_attention
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
 from libreflux.sample.rules import GuidanceRule, Nag
+from libreflux.values import is_guided
 
 BatchCfg = bool | Literal["auto"]
 
@@ -66,7 +67,7 @@ class GuidedVelocity:
         positive: B prompts.
         negative: B prompts; None when no call is guided.
         image_ids: see `model.velocity`.
-        scale: the guidance scale; a step without guidance, as all are at 1, is a single pass of `positive`.
+        scale: the guidance scale; a step without guidance, as all are at 0 and 1, is a single pass of `positive`.
         guided_steps: which steps are guided; None is all.
         rescale: phi, see `flow.guidance.rescale`.
         batch_cfg: True: a guided step is one pass of 2B, shorter prompts masked; False: two passes of B; "auto": one
@@ -93,7 +94,7 @@ class GuidedVelocity:
     def is_guided(self, step: int) -> bool:
         """Whether this step runs the negative prompts too."""
         chosen = self.guided_steps is None or step in self.guided_steps
-        return chosen and self.scale != 1 and self.negative is not None
+        return chosen and is_guided(self.scale) and self.negative is not None
 
     def __call__(self, x: Tensor, sigma: float, step: int) -> Tensor:
         """What the rule makes of v_u and v_c, v_c in a step without guidance, or 0 in one that stands still.

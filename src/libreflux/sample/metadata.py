@@ -18,6 +18,7 @@ from libreflux.errors import DataError
 from libreflux.files import atomic_write_bytes
 from libreflux.places import did_you_mean
 from libreflux.sample.checks import first_steps_argument
+from libreflux.values import is_guided
 
 CHUNK = "libreflux"
 YOUNGER = (
@@ -69,6 +70,8 @@ class GenerationRecord:
         hashes: name (e.g. "transformer") to SHA-256.
         adapters: file, sha256 and weight of each adapter, in order; and path, as the user named it (older ones: none).
         versions: package to version.
+        below_one: whether a guidance between 0 and 1 was followed; a picture that does not say so was drawn with the
+            prompt alone.
     """
 
     schema: int = 1
@@ -109,15 +112,21 @@ class GenerationRecord:
     hashes: dict[str, str] = field(default_factory=dict)
     adapters: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    below_one: bool = True
+
+    @property
+    def scale(self) -> float:
+        """The guidance scale that was followed; 1 is none."""
+        followed = is_guided(self.guidance) and (self.guidance > 1 or self.below_one)
+        return self.guidance if followed else 1.0
 
     @property
     def passes(self) -> int:
         """Through the transformer, at most: guided steps take two."""
         first = 0 if self.first_steps_from is None else first_steps_argument(self.first_steps_from)[1]
         rest = self.steps - max(first, self.zero_init)
-        return rest * (1 + (self.guidance > 1) + (self.nag > 0)) + first * (
-            2 if (self.first_steps_guidance or 0) > 1 else 1
-        )
+        of_first = 1 + is_guided(1.0 if self.first_steps_guidance is None else self.first_steps_guidance)
+        return rest * (1 + is_guided(self.scale) + (self.nag > 0)) + first * of_first
 
     def parameters(self) -> str:
         """The text that A1111-compatible viewers show."""
@@ -136,7 +145,7 @@ class GenerationRecord:
             facts["Sigmas"] = " ".join(f"{sigma:g}" for sigma in self.sigmas)
         if self.embedded_guidance is not None:
             facts["Distilled CFG scale"] = f"{self.embedded_guidance:g}"
-        if self.guidance > 1:
+        if is_guided(self.scale):
             facts |= self._guidance_parameters()
         if self.nag:
             facts |= {"NAG scale": f"{self.nag:g}", "NAG tau": f"{self.nag_tau:g}", "NAG alpha": f"{self.nag_alpha:g}"}
@@ -243,6 +252,8 @@ def png_bytes(image: Image.Image, record: GenerationRecord | None = None) -> byt
         for name, usual in (("compile", False), ("batch", 1)):
             if told[name] == usual:
                 del told[name]
+        if not 0 < record.guidance < 1:
+            del told["below_one"]  # it says nothing there
         info.add_text(CHUNK, json.dumps(told, sort_keys=True))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", pnginfo=info, compress_level=6)
@@ -290,6 +301,8 @@ def read_record(path: Path) -> GenerationRecord:
         if unknown := sorted(values.keys() - known):
             what = f"says {', '.join(unknown)}, which this version does not know"
             raise DataError(what, where=path, hint="update libreflux; it was made by a newer one")
+        if "below_one" not in values and isinstance(scale := values.get("guidance"), int | float):
+            values["below_one"] = not 0 < scale < 1  # as older versions drew
         return TypeAdapter(GenerationRecord).validate_python(values)
     except (ValueError, TypeError, AttributeError) as error:
         why = (

@@ -190,7 +190,7 @@ class LibreFluxPipeline(FluxParts):
             height, width: pixels, multiples of 16; None is the size the VAE was made for.
             num_inference_steps: transformer steps; None is the model's own.
             sigmas: an own ladder, falling in (0, 1], without the last 0; the model's shift applies, as in diffusers.
-            guidance_scale: g >= 0. At 1 and below the conditional model, in a single pass. None is the model's own.
+            guidance_scale: g >= 0; 0 and 1 are none: the conditional model, in a single pass. None is the model's own.
             guidance_start, guidance_stop: step i of N is guided where start <= i / N < stop; others cost one pass.
             no_cfg_until: the start as a count of steps.
             guidance_rescale: phi in [0, 1], see `flow.guidance.rescale`.

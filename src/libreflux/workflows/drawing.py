@@ -40,7 +40,7 @@ from libreflux.sample.first_steps import FirstSteps
 from libreflux.sample.metadata import GenerationRecord, versions
 from libreflux.sample.pipeline import LibreFluxPipeline
 from libreflux.sample.rules import nag_of, rule_of
-from libreflux.values import adapter_argument
+from libreflux.values import adapter_argument, is_guided
 from libreflux.workflows.adapters import adapted_facts, as_typed, check_base, load_arguments
 from libreflux.workflows.drawing_device import WAITING, device_for, refuse_int8
 from libreflux.workflows.first_model import check_beside_first, check_latents_agree, first_record
@@ -113,7 +113,7 @@ class DrawingSession:
                 width=record.width,
                 num_inference_steps=record.steps,
                 sigmas=record.sigmas,
-                guidance_scale=record.guidance,
+                guidance_scale=record.scale,
                 no_cfg_until=record.no_cfg_until,
                 guidance_start=record.guidance_start,
                 guidance_stop=record.guidance_stop,
@@ -332,7 +332,7 @@ def texts_of(record: GenerationRecord) -> list[Text]:
     """What must be encoded for a picture: its prompt, and where it is guided its negative prompt."""
     positive = Text(record.prompt, record.prompt_2, record.max_tokens)
     negative = Text(record.negative, record.negative_2, record.max_tokens)
-    return [positive, negative] if record.guidance > 1 or record.nag else [positive]
+    return [positive, negative] if is_guided(record.scale) or record.nag else [positive]
 
 
 def _together(texts: Sequence[TextConditioning]) -> TextConditioning:

@@ -14,6 +14,7 @@ from libreflux.sample.metadata import GenerationRecord
 from libreflux.training import trace
 from libreflux.training.memory_plan import free_memory
 from libreflux.training.phases import CARD_RESERVE, libraries
+from libreflux.values import is_guided
 from libreflux.workflows.picture_options import OffloadBlocks
 
 log = get_logger(__name__)
@@ -75,7 +76,7 @@ def activations(
     if int8_layers(transformer):
         quantise_model(empty)
     largest = max(records, key=lambda record: record.width * record.height)
-    two = any(record.nag or (record.guidance > 1 and record.batch_cfg is not False) for record in records)
+    two = any(record.nag or (is_guided(record.scale) and record.batch_cfg is not False) for record in records)
     size = (largest.height // 8, largest.width // 8)
     guidance = 1.0 if transformer.config.guidance_embeds else None
     batch = max(record.batch for record in records)

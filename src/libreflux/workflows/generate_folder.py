@@ -180,6 +180,8 @@ def _decided(
 
     fields = {name: value for name, value in told_fields(record).items() if name not in _NOT_DECIDING}
     del fields["compile"]  # is known with the weights, and decides last bits
+    if not 0 < record.guidance < 1:
+        del fields["below_one"]  # it says nothing there, and older folders go on without it
     if options.quantize == "w8a8":
         fields["quantize"] = f"w8a8 {kind_for(source.device)}"
     if source.first is not None:

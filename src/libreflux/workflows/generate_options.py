@@ -39,7 +39,7 @@ class DrawingOptions(GuidanceOptions):
         negative: negative prompt.
         negative_2: what T5 reads instead, while CLIP reads the negative prompt.
         max_tokens: T5 tokens that a prompt may have; None is the model's own, the most.
-        guidance: guidance scale, 1 and below is none; None is the model's own.
+        guidance: guidance scale, 0 and 1 are none; None is the model's own.
         embedded_guidance: of a guidance-distilled model (FLUX.1-dev); None is the model's own.
         steps: sampling steps; None is the model's own.
         sigmas: a ladder instead of `steps`: falling in (0, 1], without the last 0; the model's shift applies.

@@ -21,6 +21,7 @@ from libreflux.model.w8a8 import kind_for
 from libreflux.result_key import adopt, digest
 from libreflux.sample.metadata import GenerationRecord, read_record, save_png
 from libreflux.sample.model_key import FORMULA, adapters_key, facts_key, first_steps_key, model_key
+from libreflux.values import is_guided
 from libreflux.workflows.adapters import adapted_facts, load_arguments
 from libreflux.workflows.drawing import AdaptedSource, DrawingSession, open_for_drawing
 from libreflux.workflows.guidance_options import (
@@ -96,7 +97,7 @@ class CellOptions:
     def negative_at(self, scale: float) -> str:
         """The negative prompt of a cell, which is of no effect without guidance."""
         elsewhere = reads_negative(self.guiding, None if self.first is None else self.first.facts)
-        return self.negative if scale > 1 or elsewhere else ""
+        return self.negative if is_guided(scale) or elsewhere else ""
 
     def guidance_fields(self, scale: float) -> dict[str, Any]:
         """What a cell's record says of guidance beyond its scale."""
@@ -195,6 +196,7 @@ class Cells:
             "quantize": self._quantised(),
             **shared.guidance_fields(scale),
             **model.key,
+            **({"below_one": True} if 0 < scale < 1 else {}),  # older versions drew it with the prompt alone
         }
         if shared.first is not None:
             decided["first_steps_from"] = first_steps_key(decided["first_steps_from"], shared.first, self._memory)
@@ -230,7 +232,7 @@ class Cells:
         """Whether nothing that a cell of an older version says of itself is otherwise today."""
         model = self.model(column)
         now = (model.steps(column), model.guidance(column), model.facts.embedded_guidance)
-        return (record.steps, record.guidance, record.embedded_guidance) == now
+        return (record.steps, record.guidance, record.embedded_guidance) == now and record.below_one
 
     def _older(self, column: Column, row: Row) -> Path:
         """Where the first versions kept the cell."""

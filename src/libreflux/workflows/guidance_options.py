@@ -9,6 +9,7 @@ from libreflux.errors import OptionError
 from libreflux.printing import counted
 from libreflux.sample.checks import check_values, first_steps_argument
 from libreflux.sample.rules import nag_of, rule_of
+from libreflux.values import is_guided
 
 if TYPE_CHECKING:
     from libreflux.model.facts import Facts
@@ -62,7 +63,7 @@ def check_zero_init(options: GuidanceOptions, steps: int) -> None:
 
 def rule_fields(options: GuidanceOptions, guidance: float) -> dict[str, Any]:
     """What a picture's record says of the rule, with the numbers that were not given; nothing without guidance."""
-    if guidance <= 1 or options.guidance_rule == "cfg":
+    if not is_guided(guidance) or options.guidance_rule == "cfg":
         return {}
     fields: dict[str, Any] = {"guidance_rule": options.guidance_rule}
     if options.guidance_rule == "cfg-zero":
@@ -119,7 +120,7 @@ def reads_negative(options: GuidanceOptions, facts: Facts | None = None) -> bool
         return False
     given = options.first_steps_guidance
     scale = given if given is not None or facts is None else facts.cfg_scale
-    return scale is None or scale > 1
+    return scale is None or is_guided(scale)
 
 
 def check_nag(options: GuidanceOptions, compile: str) -> None:

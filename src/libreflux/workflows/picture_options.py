@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from libreflux.errors import OptionError
 from libreflux.model.compile_choice import Compile
 from libreflux.plainjson import is_text
-from libreflux.values import check_side, is_whole
+from libreflux.values import check_side, is_guided, is_whole
 from libreflux.workflows.model_options import chosen_model
 
 if TYPE_CHECKING:
@@ -145,9 +145,9 @@ def check_guidance(given: Guidance) -> None:
 
 
 def refuse_unused(guidance: float | None, effects: Mapping[str, object]) -> None:
-    """Raises OptionError for an option that a guidance scale of 1 leaves without effect; None is not known yet."""
+    """Raises OptionError for an option that a guidance scale of 0 or 1 leaves without effect; None is not known yet."""
     for name, given in effects.items():
-        if given and guidance is not None and guidance <= 1:
+        if given and guidance is not None and not is_guided(guidance):
             hint = "add `guidance` 3, or remove it"
             raise OptionError(f"has no effect at guidance {guidance:g}", name, hint=hint)
 

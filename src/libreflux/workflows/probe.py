@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from libreflux.places import file_place
 from libreflux.probing.freedom import FreedomRow
+from libreflux.probing.no_training import NoTraining
 from libreflux.probing.report.page import write_page
 from libreflux.probing.results import FILE, Result
+from libreflux.probing.unit_table import write_table
 from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.probe_compare import FREEDOM_FILE, compare
 from libreflux.workflows.probe_data import check_quotes
@@ -25,6 +28,7 @@ class ProbeResult:
         page: an HTML page that shows it.
         others: of what it is compared with: the distilled model, then the reference if there is one.
         freedom: how much of the distance between those two the model has closed; None without `against`.
+        untrained: how much of it needs no training; None without `against`, and where that cannot be told.
     """
 
     folder: Path
@@ -32,6 +36,7 @@ class ProbeResult:
     page: Path
     others: tuple[Result, ...] = ()
     freedom: tuple[FreedomRow, ...] | None = None
+    untrained: NoTraining | None = None
 
     @property
     def file(self) -> Path:
@@ -68,12 +73,24 @@ def probe_with(options: ProbeOptions) -> ProbeResult:
     check_options(options)
     if options.ocr:
         check_quotes(Path(str(options.data)))
+    if options.csv is not None:
+        file_place(Path(options.csv))
+    found = _measured(options)
+    if options.csv is not None:
+        write_table(found.in_order, Path(options.csv))
+    return found
+
+
+def _measured(options: ProbeOptions) -> ProbeResult:
     if options.against is None:
         folder, result = measure(options, read_model(options))
         return ProbeResult(folder, result, write_page([result], folder))
     found = compare(options, options.against)
-    page = write_page(_in_order(found.result, found.others), found.folder, freedom=found.freedom)
-    return ProbeResult(found.folder, found.result, page, tuple(found.others), tuple(found.freedom))
+    results = _in_order(found.result, found.others)
+    page = write_page(results, found.folder, freedom=found.freedom, untrained=found.untrained)
+    return ProbeResult(
+        found.folder, found.result, page, tuple(found.others), tuple(found.freedom), untrained=found.untrained
+    )
 
 
 def _in_order(result: Result, others: list[Result] | tuple[Result, ...]) -> list[Result]:

@@ -12,6 +12,7 @@ from libreflux.files import atomic_write_json
 from libreflux.model.locate import locate
 from libreflux.printing import get_logger
 from libreflux.probing.freedom import FreedomRow, check_comparable, freedom
+from libreflux.probing.no_training import LEAST, NoTraining, no_training
 from libreflux.probing.results import FILE, Result, read_result
 from libreflux.workflows.probe_measure import measure, out_of, read_model, try_out
 from libreflux.workflows.probe_model import ProbedModel
@@ -31,12 +32,14 @@ class Comparison:
         result: of the model.
         others: of what it is compared with: the distilled model, then the reference if there is one.
         freedom: how much of the distance between those two the model has closed.
+        untrained: how much of it needs no training; None where that cannot be told.
     """
 
     folder: Path
     result: Result
     others: list[Result]
     freedom: list[FreedomRow]
+    untrained: NoTraining | None
 
 
 def compare(options: ProbeOptions, against: str) -> Comparison:
@@ -61,10 +64,21 @@ def compare(options: ProbeOptions, against: str) -> Comparison:
     folder, result = measure(options, model)
     check_comparable([result, *results])
     rows = freedom(result, *results)
-    told = [{"model": one.model["name"], **_held_out(one)} for one in (result, *results)]
-    freed = [row.as_json() for row in rows]
-    atomic_write_json(folder / FREEDOM_FILE, {"schema": 1, "held_out": told, "freedom": freed})
-    return Comparison(folder, result, results, rows)
+    untrained = no_training(result, *results)
+    if untrained is None:
+        logger.warning(
+            "how much of it needs no training is not told: that takes %d pictures or more, and no result of an older "
+            "version",
+            LEAST,
+        )
+    told = {
+        "schema": 1,
+        "held_out": [{"model": one.model["name"], **_held_out(one)} for one in (result, *results)],
+        "freedom": [row.as_json() for row in rows],
+        "no_training": None if untrained is None else untrained.as_json(),
+    }
+    atomic_write_json(folder / FREEDOM_FILE, told)
+    return Comparison(folder, result, results, rows, untrained)
 
 
 def _held_out(result: Result) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class ProbeData:
         prompts: the prompts to draw.
         captions: of the pictures.
         subjects: every known subject's name.
+        ids: of the pictures, in the captions' order.
     """
 
     settings: Settings
@@ -49,6 +50,16 @@ class ProbeData:
     prompts: list[ParsedPrompt]
     captions: list[str]
     subjects: tuple[str, ...]
+    ids: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """Of what measures count, see `Result.names`."""
+        return {
+            "pictures": list(self.ids),
+            "captions": list(self.captions),
+            "prompts": [one.text for one in self.prompts],
+        }
 
     @staticmethod
     def make(
@@ -87,7 +98,8 @@ class ProbeData:
             raise DataError("fewer than two pictures or captions", where=folder, hint="give more of them")
         origin = (folder.name if data else "emoji", digest([held_out.sample_ids, captions, texts]))
         counted = dataclasses.replace(settings, data=origin, pictures=len(held_out), prompts=len(prompts))
-        return ProbeData(counted, held_out, cache, prompts, captions, known)
+        ids = tuple(name for part in held_out.batches(settings.batch) for name in part.sample_ids)
+        return ProbeData(counted, held_out, cache, prompts, captions, known, ids)
 
 
 def check_data(model: ProbedModel, data: Path | None) -> None:

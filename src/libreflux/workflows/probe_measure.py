@@ -99,6 +99,8 @@ def measure(
             versions=versions(),
             trained=trained,
             pairs=pairs,
+            names=data.names,
+            by_unit=options.against is not None or options.csv is not None,
             progress=bars.enter_context(options.progress("probing", "evaluation")),
         )
     return out, result

@@ -34,6 +34,7 @@ class ProbeOptions:
         trained_on: runs, caches and folders of pictures that the model was trained on, beside what the run of an
             adapter tells: each measured picture is looked for in them.
         out: folder of the result, which is continued; None is out/probe/NAME.
+        csv: file that gets what was measured of each picture and prompt, of every model; None writes none.
         quick: fewer pictures, scales and steps.
         pictures: held-out pictures, at most. This and all numbers below: None is as `quick` and the model's size say.
         prompts: prompts to draw, at most.
@@ -60,6 +61,7 @@ class ProbeOptions:
     data: Path | str | None = None
     trained_on: str | Path | Sequence[str | Path] = ()
     out: Path | str | None = None
+    csv: Path | str | None = None
     quick: bool = False
     pictures: int | None = None
     prompts: int | None = None

@@ -3,17 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from libreflux.probing.metrics.measures import CONFIDENCE, resampled
+from libreflux.probing.metrics.wilson import wilson
 from libreflux.probing.results import Coordinate, Measure
+from libreflux.probing.units import Over, Units
 
 REPLICATES = 200
 Statistic = Callable[[np.ndarray], np.ndarray]
 """statistic(weights [R, N], rows that sum to 1) → values [R]."""
 Groups = Mapping[str, np.ndarray]
 """Subset to the numbers of its units in [0, N)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ratio:
+    """Σ w above / Σ w below of N units, or its root: a `Statistic` that can tell what it is made of.
+
+    Attributes:
+        above, below: [N].
+        root: take the root.
+        counts: `above` is 1 for yes and 0 for no, and `below` 1 for what was asked.
+    """
+
+    above: np.ndarray
+    below: np.ndarray
+    root: bool = False
+    counts: bool = False
+
+    def __call__(self, weights: np.ndarray) -> np.ndarray:
+        top, bottom = weights @ self.above, weights @ self.below
+        found: np.ndarray = np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom > 0)
+        return np.sqrt(np.maximum(found, 0.0)) if self.root else found
+
+    def interval(self, members: np.ndarray) -> tuple[float, float] | None:
+        """Wilson's, of counts; None where a bootstrap has to say."""
+        asked = float(self.below[members].sum())
+        return wilson(float(self.above[members].sum()), asked) if self.counts and asked else None
+
+    def units(self, over: Over) -> Units:
+        """All N, to be kept."""
+        return Units.of(over, self.above, self.below, root=self.root)
+
+
+def other_side(count: int, *, seed: int) -> np.ndarray:
+    """[1 + REPLICATES, count]: weights of what the units are compared with, resampled independently of them.
+
+    The first row weighs all alike, as the first that `measured` gives a statistic.
+    """
+    rest = resampled(count, replicates=REPLICATES, seed=seed, purpose="bootstrap of the other side")
+    return np.vstack([np.full((1, count), 1 / count), rest])
 
 
 def measured(
@@ -27,6 +69,7 @@ def measured(
     unit: str = "",
     reference: float | None = None,
     centred: bool = False,
+    over: Over = "prompts",
 ) -> list[Measure]:
     """One measure for each subset of two units or more.
 
@@ -37,6 +80,7 @@ def measured(
         seed: of the resampling, which depends on it and on the subset's size alone.
         centred: move the replicates so that their mean is the value: for a statistic that repeats of one unit in a
             resample push one way.
+        over: what the units are.
     """
     found = []
     for subset, members in groups.items():
@@ -51,6 +95,10 @@ def measured(
         if centred and np.isfinite(replicates).any():
             replicates = replicates + value - np.nanmean(replicates)
         low, high = _interval(replicates)
+        made_of = statistic if isinstance(statistic, Ratio) else None
+        if made_of is not None:
+            count = int((made_of.below[members] > 0).sum())
+            low, high = made_of.interval(members) or (low, high)
         found.append(
             Measure(
                 name=name,
@@ -62,6 +110,8 @@ def measured(
                 replicates=replicates.tolist(),
                 reference=reference,
                 unit=unit,
+                count=count,
+                units=None if made_of is None or subset != "all" else made_of.units(over),
             )
         )
     return found
@@ -76,23 +126,23 @@ def _interval(replicates: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def mean(values: np.ndarray) -> Statistic:
+def mean(values: np.ndarray) -> Ratio:
     """The mean of [N] values; units that are NaN do not count."""
     known = np.isfinite(values)
-    return ratio(np.where(known, values, 0.0), known.astype(np.float64))
+    return Ratio(np.where(known, values, 0.0), known.astype(np.float64))
 
 
-def ratio(above: np.ndarray, below: np.ndarray) -> Statistic:
+def share(values: np.ndarray) -> Ratio:
+    """The mean of [N] values that are 1 for yes, 0 for no, NaN for not asked; its interval is Wilson's."""
+    plain = mean(values)
+    return Ratio(plain.above, plain.below, counts=True)
+
+
+def ratio(above: np.ndarray, below: np.ndarray) -> Ratio:
     """The ratio of two [N] sums; NaN where the lower one is not above 0."""
-
-    def statistic(weights: np.ndarray) -> np.ndarray:
-        top, bottom = weights @ above, weights @ below
-        return np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom > 0)
-
-    return statistic
+    return Ratio(above, below)
 
 
-def root_ratio(above: np.ndarray, below: np.ndarray) -> Statistic:
+def root_ratio(above: np.ndarray, below: np.ndarray) -> Ratio:
     """The ratio of two norms, from [N] squares each."""
-    squares = ratio(above, below)
-    return lambda weights: np.sqrt(np.maximum(squares(weights), 0.0))
+    return Ratio(above, below, root=True)

@@ -55,38 +55,56 @@ def _off_diagonal_mean(square: Tensor) -> Tensor:
     return (square.sum() - square.trace()) / (count * (count - 1))
 
 
-def frechet_replicates(features: Tensor, reference: Tensor, weights: np.ndarray) -> np.ndarray:
-    """[R]: `frechet_distance` of features [N, D], weighed by [R, N] (rows that sum to 1), to a fixed reference [M, D].
+def frechet_replicates(
+    features: Tensor, reference: Tensor, weights: np.ndarray, others: np.ndarray | None = None
+) -> np.ndarray:
+    """[R]: `frechet_distance` of features [N, D], weighed by [R, N], to a reference [M, D], weighed by `others` [R, M].
 
-    The covariances of the features divide by 1 − Σ w², which is N − 1 over N for equal weights.
+    Rows of weights sum to 1; `others` None weighs all of the reference alike. Covariances divide by 1 − Σ w², which is
+    (N − 1) / N for equal weights. A resampled reference makes the interval one over other real pictures too.
     """
-    a, b = features.double(), reference.double()
-    mean_b, cov_b = b.mean(0), b.T.cov()
-    root, trace_b = _root(cov_b), cov_b.trace()
-    found = []
-    for row in torch.from_numpy(weights):
-        kept = row > 0
-        w, x = row[kept], a[kept]
-        mean = w @ x
-        scaled = (x - mean) * (w / (1 - w.square().sum())).sqrt()[:, None]
-        # tr (C_a C_b)^½ is the sum of singular values of A C_b^½, where C_a = AᵀA: the smaller Gram matrix has them.
-        turned = scaled @ root
+    a, b, found = features.double(), reference.double(), []
+    everything = _centred(b, np.full(len(b), 1 / len(b)))
+    for number, row in enumerate(weights):
+        mean_a, scaled_a = _centred(a, row)
+        mean_b, scaled_b = everything if others is None else _centred(b, others[number])
+        # With C_a = AᵀA and C_b = BᵀB, tr (C_a C_b)^½ is the sum of singular values of A Bᵀ.
+        turned = scaled_a @ scaled_b.T
         gram = turned @ turned.T if len(turned) < turned.shape[1] else turned.T @ turned
         cross = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().sum()
-        found.append(float((mean - mean_b).square().sum() + scaled.square().sum() + trace_b - 2 * cross))
+        spread = scaled_a.square().sum() + scaled_b.square().sum()
+        found.append(float((mean_a - mean_b).square().sum() + spread - 2 * cross))
     return np.array(found)
 
 
-def kernel_replicates(features: Tensor, reference: Tensor, weights: np.ndarray) -> np.ndarray:
-    """[R]: `kernel_distance` of features [N, D], weighed by [R, N], to a fixed reference [M, D].
+def _centred(features: Tensor, weights: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Mean [D], and a factor A of the covariance AᵀA, [K, D], of the K features that weigh anything."""
+    row = torch.from_numpy(weights)
+    kept = row > 0
+    w, x = row[kept], features[kept]
+    mean = w @ x
+    return mean, (x - mean) * (w / (1 - w.square().sum())).sqrt()[:, None]
+
+
+def kernel_replicates(
+    features: Tensor, reference: Tensor, weights: np.ndarray, others: np.ndarray | None = None
+) -> np.ndarray:
+    """[R]: `kernel_distance` of features [N, D], weighed by [R, N], to a reference [M, D], weighed by `others` [R, M].
 
     A picture that a resample holds twice is not compared with itself: that would bias the distance upwards.
+    `others` None weighs all of the reference alike.
     """
     a, b = features.double(), reference.double()
-    own = _kernel(a, a).fill_diagonal_(0).numpy()
-    across = _kernel(a, b).mean(dim=1).numpy()
-    pairs = 1 - np.square(weights).sum(axis=1)
-    inner = np.einsum("ri,ij,rj->r", weights, own, weights, optimize=True)
-    # A resample of one picture alone has no pair.
-    inner = np.divide(inner, pairs, out=np.full_like(inner, np.nan), where=pairs > 1e-9)
-    return inner + float(_off_diagonal_mean(_kernel(b, b))) - 2 * weights @ across
+    across, sides = _kernel(a, b).numpy(), ((weights, a), (others, b))
+    inner = []
+    for side, x in sides:
+        rows = np.full((1, len(x)), 1 / len(x)) if side is None else side
+        own = _kernel(x, x).fill_diagonal_(0).numpy()
+        pairs = 1 - np.square(rows).sum(axis=1)
+        total = np.einsum("ri,ij,rj->r", rows, own, rows, optimize=True)
+        # A resample of one picture alone has no pair.
+        inner.append(np.divide(total, pairs, out=np.full_like(total, np.nan), where=pairs > 1e-9))
+    between = weights @ across
+    beside = between.mean(axis=1) if others is None else (between * others).sum(axis=1)
+    found: np.ndarray = inner[0] + inner[1] - 2 * beside
+    return found

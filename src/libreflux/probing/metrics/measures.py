@@ -83,12 +83,13 @@ def moments(
     return Moments(tuple(sigmas), error, cross, power)
 
 
-def resampled(count: int, *, replicates: int = REPLICATES, seed: int = 0) -> np.ndarray:
+def resampled(count: int, *, replicates: int = REPLICATES, seed: int = 0, purpose: str = "bootstrap") -> np.ndarray:
     """[replicates, count] weights of `count` pictures, each row one bootstrap sample of them (Efron 1979).
 
-    The same pictures are drawn for every quantity, noise level and model: what is compared stays paired.
+    The same pictures are drawn for every quantity, noise level and model: what is compared stays paired. Another
+    `purpose` draws independently of it.
     """
-    drawn = seeding.rng(seed, "bootstrap", count).integers(count, size=(replicates, count))
+    drawn = seeding.rng(seed, purpose, count).integers(count, size=(replicates, count))
     rows = np.arange(replicates)[:, None] * count
     times = np.bincount((drawn + rows).reshape(-1), minlength=replicates * count)
     return times.reshape(replicates, count) / count

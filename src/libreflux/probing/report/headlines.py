@@ -154,7 +154,8 @@ def _freedom(rows: Sequence[FreedomRow]) -> Iterator[str]:
         else:
             chosen = row.name == "accuracy" and dict(row.at) == {"guidance": LOOKED_AT, "what": "both"}
         if whole and chosen:
-            told = f"{100 * row.share:.0f}&nbsp;%</b> [{100 * row.low:.0f}, {100 * row.high:.0f}]"
+            star = "*" if row.snapped else ""
+            told = f"{100 * row.share:.0f}&nbsp;%</b> [{100 * row.low:.0f}, {100 * row.high:.0f}{star}]"
             where = f" at guidance {LOOKED_AT:g}" if row.name == "accuracy" else ""
             parts.append(f"<b>{told} by {named[row.name]}{where}")
     if parts:

@@ -12,7 +12,8 @@ from libreflux import __version__
 from libreflux.errors import DataError
 from libreflux.files import atomic_write_text
 from libreflux.probing.freedom import OVER_SIGMA, FreedomRow, check_comparable
-from libreflux.probing.report import html, letters, plots, trained
+from libreflux.probing.no_training import NoTraining
+from libreflux.probing.report import few, html, letters, no_training, plots, trained
 from libreflux.probing.report.headlines import headlines
 from libreflux.probing.report.labels import MEANINGS, figure, number, place, title
 from libreflux.probing.report.pictures import Grid, grids
@@ -36,6 +37,7 @@ def write_page(
     out: Path,
     *,
     freedom: Sequence[FreedomRow] = (),
+    untrained: NoTraining | None = None,
     labels: Sequence[str] = (),
     title: str = "",
     before: str = "",
@@ -47,6 +49,7 @@ def write_page(
         results: of 1–5 models, measured alike, in the order they are shown; their pictures are in their `folder`s.
         out: the file, or the folder that gets an `index.html`.
         freedom: of one of the models.
+        untrained: how much of it needs no training.
         labels: what the models are called, () for their own names.
         title: in place of the question.
         before, after: HTML above and below what was found.
@@ -66,7 +69,9 @@ def write_page(
     )
     if remark := trained.remarks(results, names):
         heading = f"{heading} ({remark})"
-    lines = [trained.warning(results, names), *headlines(results, names, freedom)]
+    first, *others = headlines(results, names, freedom) or [""]
+    lines = [trained.warning(results, names), first, no_training.sentence(untrained), *others]
+    lines.append(escape(few.warning(results)))
     found = "".join(f"<li>{one}</li>" for one in lines if one)
     shown = grids(results)
     sources = _embedded(
@@ -84,7 +89,7 @@ def write_page(
             letters.section(results, names, sources),
             trained.section(results, names, sources),
             _plots(results, names),
-            _freedom(freedom, _family(results)),
+            _freedom(freedom, untrained, _family(results)),
             _measures(results, names),
             _settings(results, names),
             after,
@@ -222,19 +227,21 @@ def _series(
     return found
 
 
-def _freedom(rows: Sequence[FreedomRow], family: str) -> str:
+def _freedom(rows: Sequence[FreedomRow], untrained: NoTraining | None, family: str) -> str:
     if not rows:
         return ""
-    heads = ("measure", "at", "subset", "distilled", "freed", "reference", "freedom [95 % interval]")
-    lines = {id(row): _freedom_line(row, family) for row in rows}
+    heads = ["measure", "at", "subset", "n", "distilled", "freed", "reference", "freedom [95 % interval]"]
+    heads += no_training.heads(untrained, brief=True)
+    lines = {id(row): [*_freedom_line(row, family), *no_training.cells(untrained, row)] for row in rows}
     main = [row for row in rows if row.subset == "all" and _is_summary(row)]
     rest = [row for row in rows if row not in main]
     more = html.table(heads, [lines[id(row)] for row in rest], 3)
     details = f"<details><summary>By noise level and subjects ({len(rest)})</summary>{more}</details>" if rest else ""
     return f"""<h2>Freedom</h2><p>The share of the distance from the distilled model to the reference that is closed:
 100 % is all of it, below 0 the distance has grown; “beyond” is clearly past the reference; “no gap” says that the two
-do not clearly differ, so that there is nothing to close.</p>{html.table(heads, [lines[id(row)] for row in main], 3)}
-{details}"""
+do not clearly differ, so that there is nothing to close; “gap too noisy” that the share could be anything.</p>
+{html.table(heads, [lines[id(row)] for row in main], 3)}{details}
+{no_training.section(untrained, no_training.is_starred(rows, untrained))}"""
 
 
 def _is_summary(row: FreedomRow) -> bool:
@@ -244,7 +251,11 @@ def _is_summary(row: FreedomRow) -> bool:
 def _freedom_line(row: FreedomRow, family: str) -> list[str]:
     name, at = title(row.name, row.at, family)
     values = [number(value) for value in (row.distilled, row.freed, row.reference)]
-    return [name, place(at), row.subset, *values, row.text]
+    return [name, place(at), row.subset, _count(row.count), *values, row.text]
+
+
+def _count(count: int | None) -> str:
+    return "" if count is None else str(count)
 
 
 def _measures(results: Sequence[Result], names: Sequence[str]) -> str:
@@ -256,7 +267,7 @@ def _measures(results: Sequence[Result], names: Sequence[str]) -> str:
         for key in (key for key in keys if key[0] == name):
             found = [table.get(key) for table in tables]
             lines.append(_measure_line(next(row for row in found if row is not None), found, _family(results)))
-        heads = ("", "at", "subset", *names, "theory", "unit")
+        heads = ("", "at", "subset", "n", *names, "theory", "unit")
         meaning = escape(MEANINGS.get(name, ""))
         told = f'<summary><b>{escape(name)}</b> <span class="faint">{meaning}</span></summary>'
         parts.append(f"<details>{told}{html.table(heads, lines, 3)}</details>")
@@ -270,6 +281,7 @@ def _measure_line(first: Measure, found: Sequence[Measure | None], family: str) 
         name,
         place(at),
         first.subset,
+        _count(first.count),
         *values,
         "" if first.reference is None else f"{first.reference:g}",
         first.unit,
@@ -287,7 +299,8 @@ def _settings(results: Sequence[Result], names: Sequence[str]) -> str:
         lines = [[key, *(_plain(row.get(key, "")) for row in rows)] for key in keys]
         parts.append(f"<details><summary>{what}</summary>{html.table(('', *names), lines, len(names) + 1)}</details>")
     took = ", ".join(f"{name} {one.seconds:.0f} s" for name, one in zip(names, results, strict=True))
-    return f'<h2>How it was measured</h2>{"".join(parts)}<p class="faint">Measured in: {escape(took)}.</p>'
+    told = f'<p class="faint">{few.statement(results)} Measured in: {escape(took)}.</p>'
+    return f"<h2>How it was measured</h2>{''.join(parts)}{told}"
 
 
 def _plain(value: object) -> str:

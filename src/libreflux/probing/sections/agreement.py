@@ -45,7 +45,7 @@ def held_out(context: ProbeContext) -> list[Measure]:
     captions, seed, rows = context.held_out_captions(), context.settings.seed, list[Measure]()
     values, cut = found(context, context.held_out_look(), captions)
     groups = context.groups(captions)
-    rows += measured("held_out_agreement", {}, mean(values), len(values), groups, seed=seed, unit=UNIT)
+    rows += measured("held_out_agreement", {}, mean(values), len(values), groups, seed=seed, unit=UNIT, over="pictures")
     prompts = [one.text for one in context.prompts]
     assert isinstance(context.judge, TwoTowers)
     for what, texts, long in (("prompts", prompts, context.judge.texts(prompts)[1]), ("captions", captions, cut)):
@@ -59,6 +59,13 @@ def held_out(context: ProbeContext) -> list[Measure]:
         everyone = {"all": np.arange(len(texts))}
         at = {"of": what}
         rows += measured(
-            "agreement_cut", at, mean(long.astype(np.float64)), len(texts), everyone, seed=seed, unit="share of texts"
+            "agreement_cut",
+            at,
+            mean(long.astype(np.float64)),
+            len(texts),
+            everyone,
+            seed=seed,
+            unit="share of texts",
+            over="others",
         )
     return rows

@@ -8,7 +8,7 @@ import numpy as np
 
 from libreflux.probing.context import ProbeContext
 from libreflux.probing.drawing import PictureBatch
-from libreflux.probing.metrics.bootstrap import Groups, Statistic, mean, measured
+from libreflux.probing.metrics.bootstrap import Groups, Statistic, mean, measured, other_side, share
 from libreflux.probing.metrics.distances import frechet_replicates, kernel_replicates
 from libreflux.probing.metrics.image_stats import Look, accuracies
 from libreflux.probing.results import Coordinate, Measure
@@ -62,12 +62,17 @@ def ceiling(context: ProbeContext) -> list[Measure]:
     """What clipping, spread and the judge say of held-out pictures that have been through the VAE."""
     captions, seed = context.held_out_captions(), context.settings.seed
     groups, look, count = context.groups(captions), context.held_out_look(), len(captions)
-    rows = measured("held_out_clipped", {}, mean(look.clipped), count, groups, seed=seed, unit="share of pixels")
-    rows += measured("held_out_latents_std", {}, mean(look.std), count, groups, seed=seed)
+    rows = list[Measure]()
+
+    def add(name: str, at: dict[str, Coordinate], statistic: Statistic, unit: str) -> None:
+        rows.extend(measured(name, at, statistic, count, groups, seed=seed, unit=unit, over="pictures"))
+
+    add("held_out_clipped", {}, mean(look.clipped), "share of pixels")
+    add("held_out_latents_std", {}, mean(look.std), "")
     if context.judge is not None:
         for what, right in accuracies(look, context.judge, [context.parse(caption) for caption in captions]).items():
             if np.isfinite(right).any():
-                rows += measured("judge_ceiling", {"what": what}, mean(right), count, groups, seed=seed, unit="share")
+                add("judge_ceiling", {"what": what}, share(right), "share")
     return rows
 
 
@@ -80,7 +85,7 @@ def judged(context: ProbeContext, looks: Mapping[float, Look], groups: Groups) -
         for what, values in each.items():
             if np.isfinite(values).any():
                 at: dict[str, Coordinate] = {"guidance": scale, "what": what}
-                rows += measured("accuracy", at, mean(values), count, groups, seed=seed, unit="share")
+                rows += measured("accuracy", at, share(values), count, groups, seed=seed, unit="share")
     distances = distance_rows(context, looks, groups)
     rows += distances
     if any(np.isfinite(each["both"]).any() for each in right.values()):
@@ -107,7 +112,8 @@ def distance_rows(context: ProbeContext, looks: Mapping[float, Look], groups: Gr
     """Fréchet ("FD") and kernel ("KD") distance of a subset's drawn pictures to its held-out ones.
 
     Both compare models, and mean little alone. Few pictures raise FD, by the same amount for every model; KD is
-    unbiased for independent prompts, and falls below 0 where prompts repeat fewer subjects than chance would.
+    unbiased for independent prompts, and falls below 0 where prompts repeat fewer subjects than chance would. Their
+    intervals are over both sides: prompts and held-out pictures are resampled, these alike for all models and scales.
     """
     captions, reference = context.groups(context.held_out_captions()), context.held_out_look().verdict
     assert reference is not None
@@ -116,6 +122,7 @@ def distance_rows(context: ProbeContext, looks: Mapping[float, Look], groups: Gr
         if len(captions[subset]) < 2:
             continue
         target = reference.features[captions[subset].tolist()]
+        others = other_side(len(target), seed=context.settings.seed)
         for scale, look in looks.items():
             assert look.verdict is not None
             features = look.verdict.features
@@ -123,7 +130,7 @@ def distance_rows(context: ProbeContext, looks: Mapping[float, Look], groups: Gr
                 rows += measured(
                     "distance",
                     {"guidance": scale, "kind": kind},
-                    lambda weights, f=features, t=target, s=statistic: s(f, t, weights),  # type: ignore[misc]
+                    lambda weights, f=features, t=target, s=statistic, o=others: s(f, t, weights, o),  # type: ignore[misc]
                     len(context.prompts),
                     {subset: members},
                     seed=context.settings.seed,

@@ -77,7 +77,14 @@ def held_out(context: ProbeContext) -> list[Measure]:
             texts.append(part.captions[index])
     shares, seed = _shares(found), context.settings.seed
     return measured(
-        "held_out_letters", {}, mean(shares), len(shares), context.groups(texts), seed=seed, unit="share of letters"
+        "held_out_letters",
+        {},
+        mean(shares),
+        len(shares),
+        context.groups(texts),
+        seed=seed,
+        unit="share of letters",
+        over="others",
     )
 
 
@@ -100,10 +107,14 @@ def _shares(found: Sequence[Reading]) -> np.ndarray:
 
 def _rows(found: Sequence[Reading], at: Mapping[str, Coordinate], groups: Groups, settings: Settings) -> list[Measure]:
     count, seed = len(found), settings.seed
-    rows = measured("letters", at, mean(_shares(found)), count, groups, seed=seed, unit="share of letters")
+    rows = measured(
+        "letters", at, mean(_shares(found)), count, groups, seed=seed, unit="share of letters", over="others"
+    )
     extra, wanted = (np.array([getattr(one.letters, name) for one in found], float) for name in ("extra", "wanted"))
     unit = "letters for each that is asked for"
-    return rows + measured("letters_extra", at, ratio(extra, wanted), count, groups, seed=seed, unit=unit)
+    return rows + measured(
+        "letters_extra", at, ratio(extra, wanted), count, groups, seed=seed, unit=unit, over="others"
+    )
 
 
 def _kept(context: ProbeContext, batch: PictureBatch, chosen: Sequence[int], found: Sequence[Reading]) -> list[Picture]:

@@ -103,7 +103,15 @@ def measure(context: ProbeContext) -> SectionResult:
         at: dict[str, Coordinate] = {"padding": padding, "tokens": tokens} if name == "padding" else {}
         theory = 0.0 if context.facts.text_padding == padding == "drop" else None
         rows += measured(
-            name, at, root_ratio(*found), len(ids), everyone, seed=settings.seed, reference=theory, unit="of ‖v‖"
+            name,
+            at,
+            root_ratio(*found),
+            len(ids),
+            everyone,
+            seed=settings.seed,
+            reference=theory,
+            unit="of ‖v‖",
+            over="pictures",
         )
     return SectionResult(rows)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from libreflux.probing.context import ProbeContext
 from libreflux.probing.drawing import PictureBatch
-from libreflux.probing.metrics.bootstrap import mean, measured, ratio
+from libreflux.probing.metrics.bootstrap import mean, measured, ratio, share
 from libreflux.probing.metrics.image_stats import Look, accuracies
 from libreflux.probing.results import Coordinate, Measure
 from libreflux.probing.section import Plan, Section, SectionResult, prompted
@@ -45,7 +45,7 @@ def measure(context: ProbeContext) -> SectionResult:
             for what, right in accuracies(context.look(each), context.judge, prompts).items():
                 if np.isfinite(right).any():
                     place: dict[str, Coordinate] = {"steps": steps, "guidance": settings.own_guidance, "what": what}
-                    rows += measured("accuracy", place, mean(right), count, groups, seed=seed, unit="share")
+                    rows += measured("accuracy", place, share(right), count, groups, seed=seed, unit="share")
     if agreement.measures(context):
         for steps, each in batches.items():
             place = {"steps": steps, "guidance": settings.own_guidance}

@@ -16,6 +16,7 @@ from libreflux.probing.results import Coordinate, Measure
 from libreflux.probing.section import Plan, Section, SectionResult
 from libreflux.probing.settings import Settings
 from libreflux.probing.subjects import ParsedPrompt
+from libreflux.probing.units import Over
 
 TEXTS = ("caption", "empty", "other")
 """Each picture's own caption, the empty prompt, and another picture's caption in the negative prompt's place."""
@@ -67,19 +68,22 @@ def measures_of(
         negative: [N, S], mean of (v_n − v_u)² for another caption n.
     """
     count, seed, rows = len(caption), settings.seed, list[Measure]()
+    over: Over = "pictures"
     for column, sigma in enumerate(caption.sigmas):
         for text, side in (("caption", caption), ("empty", empty)):
             at: dict[str, Coordinate] = {"sigma": sigma, "text": text}
-            rows += measured("loss", at, mean(side.error[:, column]), count, groups, seed=seed, unit="MSE")
+            rows += measured("loss", at, mean(side.error[:, column]), count, groups, seed=seed, unit="MSE", over=over)
             slope = ratio(side.cross[:, column], side.power[:, column])
-            rows += measured("slope", at, slope, count, groups, seed=seed, reference=1.0)
+            rows += measured("slope", at, slope, count, groups, seed=seed, reference=1.0, over=over)
         at_sigma: dict[str, Coordinate] = {"sigma": sigma}
         gain = mean(empty.error[:, column] - caption.error[:, column])
-        rows += measured("prompt_gain", at_sigma, gain, count, groups, seed=seed, unit="MSE")
+        rows += measured("prompt_gain", at_sigma, gain, count, groups, seed=seed, unit="MSE", over=over)
         relative = root_ratio(response[:, column], caption.power[:, column])
-        rows += measured("guidance_response", at_sigma, relative, count, groups, seed=seed, unit="of ‖v_c‖")
+        rows += measured("guidance_response", at_sigma, relative, count, groups, seed=seed, unit="of ‖v_c‖", over=over)
     moved = root_ratio(negative.mean(axis=1), response.mean(axis=1))
-    rows += measured("negative", {"what": "velocity"}, moved, count, groups, seed=seed, unit="of ‖v_c − v_u‖")
+    rows += measured(
+        "negative", {"what": "velocity"}, moved, count, groups, seed=seed, unit="of ‖v_c − v_u‖", over=over
+    )
     return rows
 
 
