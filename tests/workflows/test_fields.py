@@ -103,6 +103,7 @@ OTHERWISE: dict[str, tuple[dict[str, Any], Any]] = {
     "zero_init": ({"guidance_rule": "cfg-zero"}, 1),
     "nag_tau": ({"nag": 2.0}, 3.0),
     "nag_alpha": ({"nag": 2.0}, 0.5),
+    "below_one": ({"guidance": 0.5}, False),
 }
 """Another value of a field, and beside what it means something."""
 

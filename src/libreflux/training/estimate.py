@@ -286,8 +286,9 @@ def _learning(
         """Every picture is guided and held, and the empty prompt as long as the others."""
         count, weights, empty = len(noised), torch.ones_like(noised.sigma), noised.text.index([0])
         roles = Roles([False] * count, [keys.guided is not None] * count, [keys.hold is not None] * count)
-        how = {"keys": keys, "roles": roles, "empty": empty, "beside": beside}
-        return flow_objective.learn(transformer, adapter, noised, weights, **how)
+        return flow_objective.learn(
+            transformer, adapter, noised, weights, keys=keys, roles=roles, empty=empty, beside=beside
+        )
 
     return learn
 

@@ -122,7 +122,7 @@ def refuse_training_adapter(file: AdapterFile) -> None:
         return
     hint = (
         "name it as adapter.training_adapter in a recipe; to look at it, use libreflux probe or inspect; "
-        "libreflux diff MODEL FILE --rank R --out NEW makes an ordinary adapter of it"
+        "libreflux diff of the model and this file makes an ordinary adapter of it"
     )
     raise AdapterError(
         "is a training adapter, which is on only while another one is trained", where=file.where, hint=hint

@@ -340,8 +340,7 @@ def _together(texts: Sequence[TextConditioning]) -> TextConditioning:
 
 
 def _size(records: Sequence[GenerationRecord]) -> str:
-    several = f"{len(records)} x " if len(records) > 1 else ""
-    return f"{several}{records[0].width} x {records[0].height}"
+    return f"{f'{len(records)} x ' if len(records) > 1 else ''}{records[0].width} x {records[0].height}"
 
 
 def _device_name(device: torch.device) -> str:
