@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from least import LEAST
-from libreflux.recipe import Recipe, differences, load_recipe, yaml_text
+from libreflux.recipe import Recipe, differences, load_recipe, read_recipe, yaml_text
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
 DESIGN = """
@@ -136,9 +136,16 @@ def test_the_fingerprint_follows_what_decides_the_numbers() -> None:
         "held_out.share=0.1",
         "latents=sample",
         "text_cache=int8",
+        "adapter.role=training_adapter",
+        "adapter.training_adapter=a.safetensors",
     ):
         assert load_recipe(None, [*LEAST, decisive]).fingerprint() != base.fingerprint(), decisive
     assert "latents" not in base.decisive()  # so that runs from before this key go on
+    assert not {"role", "training_adapter"} & base.decisive()["adapter"].keys()  # nor these
+    one, other, weaker = ("a.safetensors", "b.safetensors:1", "a.safetensors:0.5")  # where the file lies is no matter
+    told = [load_recipe(None, [*LEAST, f"adapter.training_adapter={each}"]).fingerprint() for each in (one, other)]
+    assert told[0] == told[1]
+    assert load_recipe(None, [*LEAST, f"adapter.training_adapter={weaker}"]).fingerprint() != told[0]
     falling = [*LEAST, "optimizer.schedule=cosine"]
     assert load_recipe(None, falling).fingerprint() != load_recipe(None, [*falling, "steps=99"]).fingerprint()
 
@@ -196,3 +203,13 @@ def test_recipes_are_read_without_torch() -> None:
 def test_the_dumper_is_safe() -> None:
     with pytest.raises(yaml.YAMLError):
         yaml_text.dump(object())
+
+
+def test_samples_with_a_training_adapter_are_drawn_as_the_distilled_model_draws() -> None:
+    given = [*LEAST, "adapter.training_adapter=a.safetensors", "samples={prompts: [a fox]}"]
+    recipe = load_recipe(None, given)
+    assert recipe.samples.guidance == (1.0,)
+    assert read_recipe(recipe.to_yaml(), "r.yaml") == recipe
+    assert load_recipe(None, [*given, "samples.guidance=[2]"]).samples.guidance == (2.0,)
+    assert load_recipe(None, [*given, "samples.with_training_adapter=true"]).samples.guidance == (3.0,)
+    assert load_recipe(None, given[:-2] + given[-1:]).samples.guidance == (3.0,)

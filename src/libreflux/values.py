@@ -1,14 +1,15 @@
-"""Rules for values that several commands, recipes and calls take: lists of numbers, and sides of pictures in pixels."""
+"""Rules for values that several commands, recipes and calls take: numbers, sides of pictures in pixels, adapters."""
 
 from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from libreflux.errors import OptionError
+from libreflux.errors import AdapterError, OptionError
 
 SIDE_STEP = 16
 """Pixels: 8 of the VAE, 2 of the packing."""
@@ -107,6 +108,24 @@ def number_list(
     if distinct and twice:
         raise OptionError(f"{text!r} has {twice[0]:g} twice", where, hint="remove one of them")
     return tuple(found)
+
+
+def adapter_argument(text: str) -> tuple[str, float]:
+    """`PATH` or `PATH:weight`: the path and its weight, 1 when none is given.
+
+    Raises:
+        AdapterError: the weight is no finite number.
+    """
+    path, colon, weight = text.rpartition(":")
+    if not colon or weight.endswith(".safetensors") or re.search(r"[/\\]", weight):  # C:\run is a folder of Windows
+        return text, 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not path or not math.isfinite(value):
+        raise AdapterError(f"{weight!r} is no weight", where=text, hint="write FILE.safetensors:0.8")
+    return path, value
 
 
 def is_guided(scale: float) -> bool:

@@ -12,7 +12,7 @@ from libreflux.adapter.factors import lokr_shapes
 from libreflux.adapter.layers import linear_shapes
 from libreflux.adapter.targets import resolve
 from libreflux.errors import OptionError
-from libreflux.recipe.sections import AdapterSpec
+from libreflux.recipe import AdapterSpec
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from libreflux.cli.progress import rate
 from libreflux.errors import AdapterError
 from libreflux.model.facts import KNOWN, freed
 from libreflux.printing import clock
+from libreflux.values import adapter_argument
 from libreflux.workflows.adapters import (
     adapted_facts,
-    adapter_argument,
     as_typed,
     default_model,
     result_name,

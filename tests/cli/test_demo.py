@@ -15,7 +15,7 @@ from PIL import Image
 from libreflux.adapter.io import load_adapter
 from libreflux.errors import RunError
 from libreflux.probing.results import read_result
-from libreflux.workflows import demo, demo_page, probe_measure
+from libreflux.workflows import demo, demo_page
 from opened import opened
 from workflows.quick import measure_less
 
@@ -57,7 +57,6 @@ def test_demo_writes_what_it_promises_and_runs_again(
     monkeypatch.setattr(demo, "MEASURED", named)
     small = demo.RECIPE.replace("batch: 32", "batch: 4").replace("resolution: 128", "resolution: 64")
     monkeypatch.setattr(demo, "RECIPE", small)
-    monkeypatch.setattr(probe_measure, "own_side", lambda *_: 64)
     measure_less(monkeypatch)
     demo.demo(out, steps=3, pictures=32)
     page = (out / "index.html").read_text("utf-8")

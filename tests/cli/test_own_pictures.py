@@ -15,12 +15,13 @@ from libreflux.sample.metadata import read_record
 
 README = Path(__file__).parent.parent.parent / "README.md"
 FLUX = "black-forest-labs/FLUX.1-schnell"
+SMALL = ("--width", 64, "--height", 64)
 FEWER: dict[str, list[object]] = {
     "train": ["steps=2", "batch=2", "save.every=1"],
-    "generate": ["--steps", 2],
+    "generate": ["--steps", 2, *SMALL],
     "average": [],
     "merge": [],
-    "grid": ["--steps", 2, "--guidance", "1,3", "--seeds", 0],
+    "grid": ["--steps", 2, "--guidance", "1,3", "--seeds", 0, *SMALL],
 }
 
 
@@ -33,7 +34,7 @@ def place(run: Callable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     compose.write_folder(folder / "photos", 20, 1)
     assert FLUX in blocks["yaml"]
     assert "resolution: 512" in blocks["yaml"]
-    (folder / "mine.yaml").write_text(blocks["yaml"].replace(FLUX, "emoji-base").replace("512", "128"))
+    (folder / "mine.yaml").write_text(blocks["yaml"].replace(FLUX, "emoji-base").replace("512", "64"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for line in blocks["sh"].splitlines():
@@ -44,7 +45,7 @@ def place(run: Callable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
 
 
 def _draw(run: Callable, adapter: object, out: Path) -> bytes:
-    done = run("generate", "a fox", "--adapter", adapter, "--steps", 1, "--out", out)
+    done = run("generate", "a fox", "--adapter", adapter, "--steps", 1, *SMALL, "--out", out)
     assert done.code == 0, done.err
     with Image.open(out) as image:
         return image.tobytes()

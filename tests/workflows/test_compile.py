@@ -14,7 +14,7 @@ import libreflux
 from libreflux.errors import OptionError
 from libreflux.model.compile_choice import Work
 from libreflux.sample.metadata import CHUNK, GenerationRecord, open_png, read_record
-from libreflux.workflows import drawing
+from libreflux.workflows import drawing, drawing_device
 from libreflux.workflows.drawing import open_for_drawing
 
 RECORD = GenerationRecord(prompt="a fox", seed=1, steps=4, guidance=3.0, width=32, height=32, model="tiny")
@@ -111,14 +111,14 @@ def test_auto_looks_at_all_pictures_together(
 def test_what_cannot_be_compiled_is_refused_before_weights_are_read(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drawing, "missing_compiler", lambda device: "there is no compiler")
+    monkeypatch.setattr(drawing_device, "missing_compiler", lambda device: "there is no compiler")
     refused = pytest.raises(OptionError, match=r"^compile on: there is no compiler; hint: set `compile` off$")
     with refused:
         libreflux.generate("a fox", model="no-such-model", device="cpu", compile="on")
     with pytest.raises(OptionError, match=r"^compile: cannot be 'yes'; hint: use one of auto, on, off$"):
         libreflux.generate("a fox", compile="yes")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="does not go with `offload` sequential"):
-        drawing._refuse_compiling(torch.device("cuda"), "sequential")
+        drawing_device.refuse_compiling(torch.device("cuda"), "sequential")
     with pytest.raises(OptionError, match="there is no compiler"):
         libreflux.grid("a fox", model=tiny_model_dir, device="cpu", compile="on", out=tmp_path / "grid")
     assert not (tmp_path / "grid").exists()

@@ -33,7 +33,7 @@ NOT_OF_A_PICTURE = {
 NOT_OF_A_PICTURE |= {"on_notice"}
 """Options that say where the model is, how many pictures there are, or what becomes of them."""
 OF_THE_MODEL = {"schema", "model", "quantize", "compile", "dtype", "device", "hashes", "adapters", "versions"}
-OF_THE_MODEL |= {"batch"}
+OF_THE_MODEL |= {"batch", "first_steps_from", "first_steps_guidance"}
 """Fields of a record that say what drew the picture, and beside which others."""
 AS_TEXT = {"prompt", "prompt_2", "negative", "negative_2", "max_tokens"}
 """Fields of a record that are encoded before the pipeline is called."""
@@ -64,15 +64,47 @@ def test_every_given_option_is_what_the_record_says(tiny_model_dir: Path) -> Non
         "batch_cfg": True,
         "tile": True,
         "quantize": "int8",
+        "guidance_rule": "apg",
+        "apg_eta": 0.5,
+        "apg_radius": 3.0,
+        "apg_momentum": 0.25,
+        "nag": 3.0,
+        "nag_tau": 2.0,
+        "nag_alpha": 0.5,
     }
-    other: dict[str, Any] = {"no_cfg_until": 1, "steps": 3}  # beside which a start and a ladder are refused
-    default = {"model", "adapters", "device", "embedded_guidance", "compile"}
+    other: dict[str, Any] = {
+        "no_cfg_until": 1,
+        "steps": 3,
+        "zero_init": 1,
+        "guidance_rule": "cfg-zero",
+    }  # beside which a start and a ladder are refused
+    default = {
+        "model",
+        "adapters",
+        "device",
+        "embedded_guidance",
+        "compile",
+        "first_steps_from",
+        "first_steps_guidance",
+    }
     assert names_of(GenerateOptions) - NOT_OF_A_PICTURE == given.keys() | other.keys() | default
     record = libreflux.generate("a fox", model=tiny_model_dir, device="cpu", **given).pictures[0].record
     for name, value in given.items():
         assert getattr(record, name) == (list(value) if name == "sigmas" else value), name
     record = libreflux.generate("a fox", model=tiny_model_dir, device="cpu", guidance=2, **other).pictures[0].record
-    assert (record.no_cfg_until, record.steps) == (1, 3)
+    assert (record.no_cfg_until, record.steps, record.zero_init) == (1, 3, 1)
+
+
+OTHERWISE: dict[str, tuple[dict[str, Any], Any]] = {
+    "guidance_rule": ({}, "apg"),
+    "apg_eta": ({"guidance_rule": "apg"}, 0.5),
+    "apg_radius": ({"guidance_rule": "apg"}, 2.0),
+    "apg_momentum": ({"guidance_rule": "apg"}, 0.5),
+    "zero_init": ({"guidance_rule": "cfg-zero"}, 1),
+    "nag_tau": ({"nag": 2.0}, 3.0),
+    "nag_alpha": ({"nag": 2.0}, 0.5),
+}
+"""Another value of a field, and beside what it means something."""
 
 
 def unlike(value: Any, kind: Any) -> Any:
@@ -88,7 +120,9 @@ def unlike(value: Any, kind: Any) -> Any:
 def test_a_record_that_says_another_thing_draws_another_picture(name: str) -> None:
     record = GenerationRecord(prompt="a fox", seed=1, steps=2, guidance=2.0, width=32, height=32, model="m")
     kind = typing.get_type_hints(GenerationRecord)[name]
-    changed = dataclasses.replace(record, **{name: unlike(getattr(record, name), kind)})
+    beside, value = OTHERWISE[name] if name in OTHERWISE else ({}, unlike(getattr(record, name), kind))
+    record = dataclasses.replace(record, **beside)
+    changed = dataclasses.replace(record, **{name: value})
     calls: list[dict[str, Any]] = []
 
     def pipe(**arguments: Any) -> SimpleNamespace:

@@ -29,6 +29,8 @@ from libreflux.places import did_you_mean
 
 PREFIX = LYCORIS
 SCHEMA = "1"
+ROLE, TRAINING_ADAPTER = "role", "training_adapter"
+"""A key of the metadata that says what an adapter is for, and its one value; an ordinary adapter has no such key."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class AdapterFile:
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
     sha256: str = ""
+
+    @property
+    def is_training_adapter(self) -> bool:
+        """Whether it says that it is on a model only while another adapter is trained; see `ROLE`."""
+        return self.metadata.get(ROLE) == TRAINING_ADAPTER
 
     def by_layer(self, layer_names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
         """Layer name -> suffix -> tensor, for the model that has these linears.

@@ -7,6 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from libreflux.cli.guidance_options import (
+    ApgEta,
+    ApgMomentum,
+    ApgRadius,
+    FirstStepsFrom,
+    FirstStepsGuidance,
+    NagAlpha,
+    NagScale,
+    NagTau,
+    Rule,
+    RuleOption,
+    ZeroInit,
+)
 from libreflux.cli.options import (
     Base,
     Batch,
@@ -32,6 +45,7 @@ REMAKE_TAKES = (
     "base",
     "comfyui",
     "adapters",
+    "first_steps_from",
     "device",
     "offload",
     "offload_blocks",
@@ -92,6 +106,16 @@ def generate(
     guidance_rescale: Annotated[
         float, typer.Option(help="Take back the contrast that guidance adds (Lin et al. 2023): 0 none, 1 all.")
     ] = 0.0,
+    nag: NagScale = 0.0,
+    nag_tau: NagTau = None,
+    nag_alpha: NagAlpha = None,
+    guidance_rule: RuleOption = Rule.cfg,
+    apg_eta: ApgEta = None,
+    apg_radius: ApgRadius = None,
+    apg_momentum: ApgMomentum = None,
+    zero_init: ZeroInit = 0,
+    first_steps_from: FirstStepsFrom = None,
+    first_steps_guidance: FirstStepsGuidance = None,
     batch_cfg: Annotated[
         Batch,
         typer.Option(help="Guided steps as one pass (on) or two (off); auto: one where prompts are equally long."),
@@ -159,6 +183,7 @@ def generate(
             base=base,
             comfyui=comfyui,
             adapters=adapters or (),
+            first_steps_from=first_steps_from,
             device=device,
             offload=offload.as_value,
             offload_blocks=block_number(offload_blocks),
@@ -200,6 +225,16 @@ def generate(
         guidance_start=guidance_start,
         guidance_stop=guidance_stop,
         guidance_rescale=guidance_rescale,
+        nag=nag,
+        nag_tau=nag_tau,
+        nag_alpha=nag_alpha,
+        guidance_rule=guidance_rule.as_value,
+        apg_eta=apg_eta,
+        apg_radius=apg_radius,
+        apg_momentum=apg_momentum,
+        zero_init=zero_init,
+        first_steps_from=first_steps_from,
+        first_steps_guidance=first_steps_guidance,
         batch_cfg=batch_cfg.as_value,
         width=width,
         height=height,

@@ -7,6 +7,19 @@ from typing import Annotated
 
 import typer
 
+from libreflux.cli.guidance_options import (
+    ApgEta,
+    ApgMomentum,
+    ApgRadius,
+    FirstStepsFrom,
+    FirstStepsGuidance,
+    NagAlpha,
+    NagScale,
+    NagTau,
+    Rule,
+    RuleOption,
+    ZeroInit,
+)
 from libreflux.cli.options import (
     Base,
     ComfyUI,
@@ -40,6 +53,16 @@ def grid(
         str | None, typer.Option(metavar="1,3.5 or 1:6:1", help="Guidance scales; the last one of a range is in it.")
     ] = None,
     steps: Annotated[str | None, typer.Option(metavar="4,28", help="Numbers of sampling steps.")] = None,
+    nag: NagScale = 0.0,
+    nag_tau: NagTau = None,
+    nag_alpha: NagAlpha = None,
+    guidance_rule: RuleOption = Rule.cfg,
+    apg_eta: ApgEta = None,
+    apg_radius: ApgRadius = None,
+    apg_momentum: ApgMomentum = None,
+    zero_init: ZeroInit = 0,
+    first_steps_from: FirstStepsFrom = None,
+    first_steps_guidance: FirstStepsGuidance = None,
     seeds: Annotated[str, typer.Option(metavar="0,1 or 0:3", help="Seeds: a row for each, with one noise.")] = "0",
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     width: Annotated[int | None, typer.Option(min=16, help="Pixels, a multiple of 16; default: the model's.")] = None,
@@ -68,6 +91,16 @@ def grid(
         guidance=None if guidance is None else number_list(guidance, "--guidance"),
         steps=None if steps is None else [int(n) for n in number_list(steps, "--steps", whole=True, least=1)],
         seeds=[int(n) for n in number_list(seeds, "--seeds", whole=True)],
+        nag=nag,
+        nag_tau=nag_tau,
+        nag_alpha=nag_alpha,
+        guidance_rule=guidance_rule.as_value,
+        apg_eta=apg_eta,
+        apg_radius=apg_radius,
+        apg_momentum=apg_momentum,
+        zero_init=zero_init,
+        first_steps_from=first_steps_from,
+        first_steps_guidance=first_steps_guidance,
         negative=negative,
         width=width,
         height=height,

@@ -43,6 +43,8 @@ PANELS: dict[str, dict[str, str]] = {
         "Model and adapters": "model adapters base comfyui",
         "Sampling": "steps sigmas guidance guidance_start guidance_stop guidance_rescale no_cfg_until "
         "embedded_guidance",
+        "How guidance is done": "nag nag_tau nag_alpha guidance_rule apg_eta apg_radius apg_momentum zero_init "
+        "first_steps_from first_steps_guidance",
         "Memory and speed": "device quantize offload offload_blocks compile batch tile batch_cfg",
         "Output": "out no_metadata",
     },
@@ -50,6 +52,8 @@ PANELS: dict[str, dict[str, str]] = {
         "What to draw": "negative seeds width height",
         "Model and adapters": "model adapters base comfyui",
         "Sampling": "guidance steps",
+        "How guidance is done": "nag nag_tau nag_alpha guidance_rule apg_eta apg_radius apg_momentum zero_init "
+        "first_steps_from first_steps_guidance",
         "Memory and speed": "device quantize offload offload_blocks compile",
         "Output": "out",
     },

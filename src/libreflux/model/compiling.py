@@ -166,6 +166,11 @@ class _Forward:
         return _Forward(memo.get(id(block), block), self.kind)
 
 
+def is_compiled(block: nn.Module) -> bool:
+    """Whether a block is one of `CompiledBlocks`."""
+    return isinstance(vars(block).get("forward"), _Forward)
+
+
 def missing_compiler(device: torch.device | str) -> str | None:
     """Why torch cannot compile for a device here; None: it can."""
     kind = torch.device(device).type

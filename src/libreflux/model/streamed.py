@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from libreflux import plainjson
 from libreflux.files import atomic_write_json
 from libreflux.model.int8_files import WEIGHTS, numbered, write_int8
 from libreflux.model.load import quiet
@@ -58,7 +58,7 @@ class StreamedTransformer:
         """
         empty = empty_transformer(self.config)
         with quiet():
-            config = json.loads(empty.to_json_string())
+            config = plainjson.parse(empty.to_json_string())
         shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
         if self.int8:
             write_int8(folder, config, self.tensors(list(shapes)))

@@ -26,12 +26,12 @@ from pydantic import (
 from libreflux.errors import RecipeError
 from libreflux.places import did_you_mean
 from libreflux.recipe import faults, flow_keys, yaml_text
+from libreflux.recipe.adapter_section import AdapterSpec, TargetSpec, at_few_steps, refuse_idle
 from libreflux.recipe.auto import CountOrAuto, FlagOrAuto, OnOffOrAuto
 from libreflux.recipe.differences import INDECISIVE, differences
 from libreflux.recipe.distil import AdversarialSpec, DistilSpec, refuse_faults
 from libreflux.recipe.flow_keys import GuidedTarget, GuidedTargetSpec, HoldBase, HoldBaseSpec
 from libreflux.recipe.sections import (
-    AdapterSpec,
     DataSource,
     HeldOutSpec,
     OptimizerSpec,
@@ -42,7 +42,6 @@ from libreflux.recipe.sections import (
     Section,
     Seed,
     SigmaSpec,
-    TargetSpec,
     Whole,
     later,
 )
@@ -209,6 +208,11 @@ class Recipe(Section):
             raise ValueError("wanted different widths from 0.01 to 0.28, such as [0.05, 0.1]")
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, value: Any) -> Any:
+        return at_few_steps(value)
+
     @model_validator(mode="after")
     def _objective(self) -> Recipe:
         refuse_faults(self.objective, self.distil, self.data, self.steps, self.sigmas)
@@ -218,6 +222,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _no_idle_key(self) -> Recipe:
         """Every cadence may exceed `steps`, since a run can be prolonged; a warm-up may not, as it hides the rate."""
+        refuse_idle(self.adapter, self.samples)
         if self.optimizer.warmup >= self.steps:
             told = f"optimizer.warmup {self.optimizer.warmup} would fill all of steps {self.steps}"
             raise ValueError(f"{told}, and optimizer.learning_rate never be trained at; shorten it")
@@ -272,6 +277,7 @@ class Recipe(Section):
         flow_keys.as_ever(kept, neutral=True)
         if self.latents == "mean":  # the only one that runs without this key had
             del kept["latents"]
+        kept["adapter"] = self.adapter.decisive()
         kept["held_out"] = {"share": self.held_out.share}
         kept["data"] = [{name: value for name, value in source.items() if name != "path"} for source in kept["data"]]
         kept["text_cache"] = kept["text_cache"].replace("none", "bf16")  # what is encoded anew has the same values

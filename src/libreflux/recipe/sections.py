@@ -1,4 +1,4 @@
-"""The sections of a recipe: sources, adapter, sigmas, optimizer, samples, checkpoints. No torch here.
+"""The sections of a recipe: sources, sigmas, optimizer, samples, checkpoints. No torch here.
 
 Every field's description is the one that the help, the documentation and the error lines reuse.
 """
@@ -104,79 +104,6 @@ class DataSource(Section):
         return value
 
 
-class TargetSpec(Section):
-    """Which layers an adapter factor applies to."""
-
-    layers: str = Field(min_length=1, description="pattern of layer names, e.g. transformer_blocks.{0-7}.attn.**")
-    factor: Whole | None = Field(
-        default=None, ge=1, description="LoKr factor: larger is smaller and cheaper; default: 8"
-    )
-
-
-class AdapterSpec(Section):
-    """What is trained on the frozen base; targets, preset, lycoris_config or init_from chooses its layers."""
-
-    kind: Literal["lokr", "lora"] = Field(default="lokr", description="lokr or lora")
-    init: Literal["perturbed", "ones", "kaiming"] | None = Field(
-        default=None, description="start: perturbed (a LoKr's default), ones or kaiming (a LoRA's only one)"
-    )
-    scale: Real = Field(default=1e-3, gt=0, description="norm of a perturbed start relative to the base weight's")
-    init_from: Place | None = Field(
-        default=None, description="adapter file to start from, with its layers and their sizes"
-    )
-    rank: Whole | None = Field(default=None, ge=1, le=4096, description="rank of a LoRA; default: 16")
-    alpha: Real | None = Field(default=None, gt=0, description="a LoRA is scaled by alpha / rank; default: the rank")
-    targets: tuple[TargetSpec, ...] | None = Field(
-        default=None, min_length=1, description="ordered patterns, the first match wins; default: every linear layer"
-    )
-    preset: Literal["libreflux-600m", "libreflux-3.2b"] | None = Field(
-        default=None, description="libreflux-600m or libreflux-3.2b: LoKr of that many parameters on FLUX.1"
-    )
-    lycoris_config: Place | None = Field(default=None, description="lycoris_config.json, read by LyCORIS' own rules")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults(cls, value: Any) -> Any:
-        """Spells out the defaults that depend on other keys, so that a resolved recipe shows them."""
-        if not isinstance(value, dict):
-            return value
-        filled = dict(value)
-        lora = filled.get("kind") == "lora"
-        chosen = [key for key in _LAYERS_FROM if filled.get(key) is not None]
-        if not chosen:
-            filled["targets"], chosen = [{"layers": "**"}], ["targets"]
-        if "init_from" not in chosen and filled.get("init") is None:
-            filled["init"] = "kaiming" if lora else "perturbed"
-        if lora and "targets" in chosen and filled.get("rank") is None:
-            filled["rank"] = 16
-        if not lora and isinstance(filled.get("targets"), list | tuple):
-            filled["targets"] = [
-                {**target, "factor": 8} if isinstance(target, dict) and target.get("factor") is None else target
-                for target in filled["targets"]
-            ]
-        return filled
-
-    @model_validator(mode="after")
-    def _one_of_each(self) -> AdapterSpec:
-        chosen = [key for key in _LAYERS_FROM if getattr(self, key) is not None]
-        if len(chosen) > 1:
-            raise ValueError(f"{' and '.join(chosen)} each choose the layers; keep one")
-        if self.init_from and self.init:
-            raise ValueError("init_from is the start; remove init")
-        if self.kind == "lora" and self.init not in (None, "kaiming"):
-            raise ValueError(f"init {self.init} is for LoKr; a LoRA starts with kaiming")
-        if self.kind == "lora" and (self.preset or any(target.factor for target in self.targets or ())):
-            raise ValueError("factor and preset are for LoKr; a LoRA has a rank")
-        if (self.rank or self.alpha) and (self.kind != "lora" or not self.targets):
-            raise ValueError("rank and alpha belong to a LoRA with targets")
-        if self.scale != 1e-3 and self.init != "perturbed":
-            raise ValueError(f"scale belongs to the perturbed start and does nothing under {self.init or 'init_from'}")
-        return self
-
-
-_LAYERS_FROM = ("targets", "preset", "lycoris_config", "init_from")
-
-
 class SigmaSpec(Section):
     """The law of the training noise level sigma."""
 
@@ -247,7 +174,12 @@ class SampleSpec(Section):
     at_start: bool = Field(default=False, description="also before the first step")
     prompts: tuple[str, ...] = Field(default=(), description="what to draw")
     guidance: tuple[Annotated[Real, Field(ge=0)], ...] = Field(
-        default=(3.0,), min_length=1, description="guidance scales to draw each prompt at"
+        default=(3.0,),
+        min_length=1,
+        description="guidance scales to draw each prompt at; 1 with adapter.training_adapter",
+    )
+    with_training_adapter: bool = Field(
+        default=False, description="draw with adapter.training_adapter on, as a freed model; else as it will be used"
     )
     seed: Seed = Field(default=42, description="seed of the sample pictures")
 

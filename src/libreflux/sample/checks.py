@@ -13,6 +13,7 @@ from libreflux.model.facts import MOST_STEPS
 from libreflux.values import MOST_SIDE, is_side
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+GUIDANCE_RULES = ("cfg", "apg", "cfg-zero")
 MOST_PIXELS = 2**26
 """Of one picture: 8192 x 8192, 262,144 tokens. A picture's own record, too, may name no more."""
 
@@ -36,6 +37,14 @@ class Arguments(TypedDict, total=False):
     tile: bool | None
     return_dict: bool
     max_sequence_length: int | None
+    guidance_rule: str
+    apg_eta: float | None
+    apg_radius: float | None
+    apg_momentum: float | None
+    zero_init: int
+    nag: float
+    nag_tau: float | None
+    nag_alpha: float | None
 
 
 def check_values(given: Arguments, names: Mapping[str, str] | None = None) -> None:
@@ -57,6 +66,13 @@ def check_values(given: Arguments, names: Mapping[str, str] | None = None) -> No
     if start >= stop:
         name = (names or {}).get("guidance_start", "guidance_start")
         raise OptionError(f"{start:g} is not below the stop, {stop:g}", name, hint="start before the stop")
+
+
+def first_steps_argument(text: str) -> tuple[str, int]:
+    """`MODEL` or `MODEL:N`: the model, and how many first steps it draws, 1 where none is given."""
+    model, colon, number = text.rpartition(":")
+    is_number = bool(colon and model) and number.isascii() and number.isdigit()
+    return (model, int(number)) if is_number else (text, 1)
 
 
 def _is_number(value: Any) -> bool:
@@ -92,6 +108,10 @@ def _is_scale(value: Any) -> bool:
     return _is_number(value) and math.isfinite(value) and value >= 0
 
 
+def _is_finite(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value)
+
+
 def _is_count(least: int) -> Callable[[Any], bool]:
     return lambda value: _is_whole(value) and value >= least
 
@@ -122,9 +142,18 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tile": (_is_switch, "use True, False or None"),
     "return_dict": (_is_switch, "use True or False"),
     "max_sequence_length": (_is_count(0), "use a count of tokens"),
+    "guidance_rule": (GUIDANCE_RULES.__contains__, f"use one of {', '.join(GUIDANCE_RULES)}"),
+    "apg_eta": (_is_finite, "use a number; 0 takes the parallel part out, 1 leaves it"),
+    "apg_radius": (lambda radius: _is_scale(radius) and radius > 0, "use a number above 0, or leave it out"),
+    "apg_momentum": (lambda m: _is_number(m) and -1 < m < 1, "use a number between -1 and 1; 0 is none"),
+    "zero_init": (_is_count(0), "use 0 or more steps"),
+    "nag": (_is_scale, "use 0 or more; 0 is none, 4 is usual"),
+    "nag_tau": (lambda tau: _is_finite(tau) and tau >= 1, "use 1 or more"),
+    "nag_alpha": (_is_fraction, "use 0 to 1; 0 is no guidance"),
 }
 
 
 def arguments_of(request: object) -> Arguments:
-    """All of them, of an object that has them as attributes."""
-    return cast(Arguments, {name: getattr(request, name) for name in _CHECKS})
+    """All that an object has as attributes, but for what is checked where it is made."""
+    names = (name for name in _CHECKS if hasattr(request, name) and name not in ("guidance_rule", "nag"))
+    return cast(Arguments, {name: getattr(request, name) for name in names})

@@ -13,6 +13,7 @@ from libreflux.flow.schedule import ladder, shift_sigmas
 from libreflux.model.facts import Facts
 from libreflux.printing import counted
 from libreflux.sample.request import DrawRequest
+from libreflux.sample.rules import GuidanceRule
 from libreflux.values import is_guided
 
 
@@ -26,6 +27,7 @@ class DrawSettings:
         scale: the guidance scale.
         guided_steps: the steps that are guided; empty at a scale of 1 or below.
         embedded: the embedded guidance of a guidance-distilled model, else what was asked for (None).
+        rule: of guided steps; plain CFG at a scale of 1 or below.
     """
 
     steps: int
@@ -33,6 +35,7 @@ class DrawSettings:
     scale: float
     guided_steps: range
     embedded: float | None
+    rule: GuidanceRule
 
 
 def resolve(facts: Facts, image_tokens: int, request: DrawRequest) -> DrawSettings:
@@ -58,11 +61,15 @@ def resolve(facts: Facts, image_tokens: int, request: DrawRequest) -> DrawSettin
         own = shift_sigmas(torch.tensor(list(request.sigmas), dtype=torch.float64), shift)
         sigmas = torch.cat([own, torch.zeros(1, dtype=torch.float64)]).float()
     scale = facts.cfg_scale if request.guidance_scale is None else float(request.guidance_scale)
-    guided = range(0)
+    if request.first_steps is not None:
+        request.first_steps.check_steps(steps)
+    guided, rule = range(0), GuidanceRule()
     if is_guided(scale):
+        rule = request.guidance_rule
+        rule.check_steps(steps)
         guided = guided_steps(steps, request.no_cfg_until, request.guidance_start, request.guidance_stop)
     embedded = facts.embedded_guidance if request.embedded_guidance is None else request.embedded_guidance
-    return DrawSettings(steps=steps, sigmas=sigmas, scale=scale, guided_steps=guided, embedded=embedded)
+    return DrawSettings(steps=steps, sigmas=sigmas, scale=scale, guided_steps=guided, embedded=embedded, rule=rule)
 
 
 def guided_steps(steps: int, no_cfg_until: int = 0, start: float = 0.0, stop: float = 1.0) -> range:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from libreflux.flow.guidance import cfg, rescale
+from libreflux.flow.guidance import apg, cfg, cfg_zero_star, rescale
+from libreflux.model.attention_guidance import normalized_attention
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
+from libreflux.sample.rules import GuidanceRule, Nag
 from libreflux.values import is_guided
 
 BatchCfg = bool | Literal["auto"]
@@ -71,6 +73,8 @@ class GuidedVelocity:
         batch_cfg: True: a guided step is one pass of 2B, shorter prompts masked; False: two passes of B; "auto": one
             pass where it needs no more padding than two, that is where both sides have the same lengths.
         embedded_guidance: see `model.velocity`.
+        nag: guidance within attention, of every step; it takes a pass of 2B, shorter prompts masked, for one of B.
+        rule: how the two velocities become one. APG's momentum is of the steps that were called before, in turn.
     """
 
     transformer: FluxTransformer2DModel
@@ -82,6 +86,10 @@ class GuidedVelocity:
     rescale: float = 0.0
     batch_cfg: BatchCfg = "auto"
     embedded_guidance: float | None = None
+    rule: GuidanceRule = field(default_factory=GuidanceRule)
+    nag: Nag = field(default_factory=Nag)
+    _average: Tensor | None = field(default=None, init=False)
+    """APG's, of the step before."""
 
     def is_guided(self, step: int) -> bool:
         """Whether this step runs the negative prompts too."""
@@ -89,7 +97,7 @@ class GuidedVelocity:
         return chosen and is_guided(self.scale) and self.negative is not None
 
     def __call__(self, x: Tensor, sigma: float, step: int) -> Tensor:
-        """v_u + g (v_c - v_u), or v_c in a step without guidance.
+        """What the rule makes of v_u and v_c, v_c in a step without guidance, or 0 in one that stands still.
 
         Args:
             x: latents [B, N, 4C].
@@ -97,27 +105,66 @@ class GuidedVelocity:
             step: index of the step, from 0.
         """
         count = x.shape[0]
+        if step < self.rule.zero_init:
+            return torch.zeros_like(x)
         if self.negative is None or not self.is_guided(step):
-            return self._pass(x, sigma, self.positive, step, range(count))
-        if self._in_one_pass(self.negative):
+            return self._conditional(x, sigma, step)
+        if not self.nag.nag and self._in_one_pass(self.negative):
             both = TextConditioning.cat([self.negative, self.positive])
             found = self._pass(torch.cat([x, x]), sigma, both, step, range(count, 2 * count))
             v_uncond, v_cond = found.chunk(2)
         else:
             v_uncond = self._pass(x, sigma, self.negative, step, range(0))
-            v_cond = self._pass(x, sigma, self.positive, step, range(count))
-        v = cfg(v_cond, v_uncond, self.scale)
+            v_cond = self._conditional(x, sigma, step)
+        v = self._guided(v_cond, v_uncond, x, sigma)
         return rescale(v, v_cond, self.rescale) if self.rescale else v
+
+    def _conditional(self, x: Tensor, sigma: float, step: int) -> Tensor:
+        count = x.shape[0]
+        if not self.nag.nag or self.negative is None:
+            return self._pass(x, sigma, self.positive, step, range(count))
+        both = TextConditioning.cat([self.negative, self.positive])
+        found = self._pass(torch.cat([x, x]), sigma, both, step, range(count, 2 * count), nag=self.nag)
+        return found.chunk(2)[1]
+
+    def _guided(self, v_cond: Tensor, v_uncond: Tensor, x: Tensor, sigma: float) -> Tensor:
+        rule = self.rule
+        if rule.guidance_rule == "cfg-zero":
+            return cfg_zero_star(v_cond, v_uncond, self.scale)
+        if rule.guidance_rule == "cfg":
+            return cfg(v_cond, v_uncond, self.scale)
+        v, self._average = apg(
+            v_cond,
+            v_uncond,
+            self.scale,
+            x=x,
+            sigma=sigma,
+            eta=rule.apg_eta,
+            radius=rule.apg_radius,
+            momentum=rule.apg_momentum,
+            average=self._average,
+        )
+        return v
 
     def _in_one_pass(self, negative: TextConditioning) -> bool:
         if self.batch_cfg == "auto":
             return set(negative.lengths) == set(self.positive.lengths)
         return self.batch_cfg
 
-    def _pass(self, x: Tensor, sigma: float, text: TextConditioning, step: int, prompted: range) -> Tensor:
+    def _pass(
+        self, x: Tensor, sigma: float, text: TextConditioning, step: int, prompted: range, nag: Nag | None = None
+    ) -> Tensor:
         def run(x: Tensor, text: TextConditioning) -> Tensor:
             sigmas = torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)
-            return velocity(self.transformer, x, sigmas, text, self.image_ids, guidance=self.embedded_guidance)
+            with _attention(self.transformer, x.shape[1], nag):
+                return velocity(self.transformer, x, sigmas, text, self.image_ids, guidance=self.embedded_guidance)
 
         watcher = _watcher.get()
         return run(x, text) if watcher is None else watcher(GuidedPass(step, sigma, x, text, prompted, run))
+
+
+def _attention(transformer: FluxTransformer2DModel, image_tokens: int, nag: Nag | None) -> AbstractContextManager[None]:
+    if nag is None:
+        return nullcontext()
+    numbers = {"scale": nag.nag, "tau": nag.nag_tau, "alpha": nag.nag_alpha}
+    return normalized_attention(transformer, image_tokens=image_tokens, **numbers)

@@ -17,9 +17,23 @@ from libreflux import plainjson
 from libreflux.errors import DataError
 from libreflux.files import atomic_write_bytes
 from libreflux.places import did_you_mean
+from libreflux.sample.checks import first_steps_argument
 from libreflux.values import is_guided
 
 CHUNK = "libreflux"
+YOUNGER = (
+    "guidance_rule",
+    "apg_eta",
+    "apg_radius",
+    "apg_momentum",
+    "zero_init",
+    "nag",
+    "nag_tau",
+    "nag_alpha",
+    "first_steps_from",
+    "first_steps_guidance",
+)
+"""Fields that records had not at first; a picture says nothing of one that is as usual."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +54,11 @@ class GenerationRecord:
         no_cfg_until: steps without guidance at the start.
         guidance_start, guidance_stop: the interval of guidance, as fractions of the steps.
         guidance_rescale: see `flow.guidance.rescale`.
+        guidance_rule: see `sample.rules`; its numbers are None where the rule does not read them, and a radius of none.
+        apg_eta, apg_radius, apg_momentum, zero_init: see there.
+        nag, nag_tau, nag_alpha: see `sample.rules.Nag`.
+        first_steps_from: "MODEL:N", who drew the first N steps; None is no other model.
+        first_steps_guidance: its guidance scale.
         batch_cfg: True, False or "auto": how the passes were batched, which decides the last bits.
         tile: whether the VAE decoded in tiles; None is by size.
         embedded_guidance: of a guidance-distilled model; None for others.
@@ -72,6 +91,16 @@ class GenerationRecord:
     guidance_start: float = 0.0
     guidance_stop: float = 1.0
     guidance_rescale: float = 0.0
+    guidance_rule: Literal["cfg", "apg", "cfg-zero"] = "cfg"
+    apg_eta: float | None = None
+    apg_radius: float | None = None
+    apg_momentum: float | None = None
+    zero_init: int = 0
+    nag: float = 0.0
+    nag_tau: float | None = None
+    nag_alpha: float | None = None
+    first_steps_from: str | None = None
+    first_steps_guidance: float | None = None
     batch_cfg: bool | Literal["auto"] = "auto"
     tile: bool | None = None
     embedded_guidance: float | None = None
@@ -94,7 +123,11 @@ class GenerationRecord:
     @property
     def passes(self) -> int:
         """Through the transformer, at most: guided steps take two."""
-        return self.steps * (2 if is_guided(self.scale) else 1)
+        first = 0 if self.first_steps_from is None else first_steps_argument(self.first_steps_from)[1]
+        rest = self.steps - max(first, self.zero_init)
+        return rest * (1 + is_guided(self.scale) + (self.nag > 0)) + first * (
+            2 if is_guided(self.first_steps_guidance or 0) else 1
+        )
 
     def parameters(self) -> str:
         """The text that A1111-compatible viewers show."""
@@ -115,6 +148,11 @@ class GenerationRecord:
             facts["Distilled CFG scale"] = f"{self.embedded_guidance:g}"
         if is_guided(self.scale):
             facts |= self._guidance_parameters()
+        if self.nag:
+            facts |= {"NAG scale": f"{self.nag:g}", "NAG tau": f"{self.nag_tau:g}", "NAG alpha": f"{self.nag_alpha:g}"}
+        if self.first_steps_from is not None:
+            facts["First steps from"] = self.first_steps_from
+            facts["First steps CFG scale"] = f"{self.first_steps_guidance:g}"
         for name, text in (("Prompt 2", self.prompt_2), ("Negative prompt 2", self.negative_2)):
             if text is not None:
                 facts[name] = text
@@ -136,16 +174,25 @@ class GenerationRecord:
 
     def _guidance_parameters(self) -> dict[str, Any]:
         """What is not as usual: intervals of all steps, no rescale and automatic batches go without saying."""
-        return {
-            name: f"{value:g}"
-            for name, value, usual in (
-                ("No CFG until step", self.no_cfg_until, 0),
-                ("CFG start", self.guidance_start, 0),
-                ("CFG stop", self.guidance_stop, 1),
-                ("CFG rescale", self.guidance_rescale, 0),
-            )
-            if value != usual
-        } | ({} if self.batch_cfg == "auto" else {"CFG in one pass": self.batch_cfg})
+        rule = {} if self.guidance_rule == "cfg" else {"Guidance rule": self.guidance_rule}
+        return (
+            rule
+            | {
+                name: f"{value:g}"
+                for name, value, usual in (
+                    ("No CFG until step", self.no_cfg_until, 0),
+                    ("CFG start", self.guidance_start, 0),
+                    ("CFG stop", self.guidance_stop, 1),
+                    ("CFG rescale", self.guidance_rescale, 0),
+                    ("APG eta", self.apg_eta, None),
+                    ("APG radius", self.apg_radius, None),
+                    ("APG momentum", self.apg_momentum, None),
+                    ("Zero init", self.zero_init, 0),
+                )
+                if value != usual
+            }
+            | ({} if self.batch_cfg == "auto" else {"CFG in one pass": self.batch_cfg})
+        )
 
 
 def _quoted(value: object) -> str:
@@ -189,16 +236,23 @@ def versions() -> dict[str, str]:
     }
 
 
+def told_fields(record: GenerationRecord) -> dict[str, Any]:
+    """A record as plain values, without younger fields that are as usual: older versions read the rest too."""
+    usual = {field.name: field.default for field in dataclasses.fields(record) if field.name in YOUNGER}
+    told = dataclasses.asdict(record)
+    return {name: value for name, value in told.items() if name not in usual or value != usual[name]}
+
+
 def png_bytes(image: Image.Image, record: GenerationRecord | None = None) -> bytes:
     """The picture as PNG with its record inside; equal pictures and records give equal bytes (no time stamp)."""
     info = PngImagePlugin.PngInfo()
     if record is not None:
         # As UTF-8 iTXt when the text is not Latin-1, which Pillow decides by itself.
         info.add_text("parameters", record.parameters())
-        told = dataclasses.asdict(record)
+        told = told_fields(record)
         for name, usual in (("compile", False), ("batch", 1)):
             if told[name] == usual:
-                del told[name]  # versions that know no such key read the picture too
+                del told[name]
         if not 0 < record.guidance < 1:
             del told["below_one"]  # it says nothing there
         info.add_text(CHUNK, json.dumps(told, sort_keys=True))

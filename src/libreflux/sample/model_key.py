@@ -13,6 +13,7 @@ from libreflux.model.parts import json_object
 from libreflux.model.source import ModelSource
 from libreflux.model.tensor_file import TensorFile
 from libreflux.result_key import digest
+from libreflux.sample.checks import first_steps_argument
 
 FORMULA = 1
 """Raised when the same model and the same request come to give another picture, not only other last bits."""
@@ -63,3 +64,14 @@ def adapters_key(adapters: Sequence[tuple[AdapterFile, float]]) -> list[list[Any
 
 def _scales(file: AdapterFile) -> dict[str, float]:
     return {name: float(tensor) for name, tensor in file.tensors.items() if name.endswith(".alpha")}
+
+
+def first_steps_key(told: str, source: ModelSource, memory: FileMemory) -> list[Any]:
+    """What decides a picture's first steps besides their scale of guidance.
+
+    Args:
+        told: "MODEL:N", whose name decides nothing.
+        source: that model.
+        memory: see `model_key`.
+    """
+    return [first_steps_argument(told)[1], model_key(source, memory), facts_key(source.facts)]

@@ -24,11 +24,13 @@ from libreflux.sample.denoise import denoise
 from libreflux.sample.draw_settings import DrawSettings, resolve
 from libreflux.sample.encoding import encode_prompts, listed, matched
 from libreflux.sample.finite import blamed, check_latents
+from libreflux.sample.first_steps import FirstSteps, handed_over
 from libreflux.sample.guidance import BatchCfg, GuidedVelocity
 from libreflux.sample.noise import Generators, start
 from libreflux.sample.output import decoded, to_pil
 from libreflux.sample.parts import FluxParts
 from libreflux.sample.request import DrawRequest
+from libreflux.sample.rules import GuidanceRule, Nag
 from libreflux.sample.step_end import TENSORS, on_step_end
 
 P = ParamSpec("P")
@@ -169,6 +171,9 @@ class LibreFluxPipeline(FluxParts):
         guidance_start: float = 0.0,
         guidance_stop: float = 1.0,
         guidance_rescale: float = 0.0,
+        guidance_rule: GuidanceRule = GuidanceRule(),
+        nag: Nag = Nag(),
+        first_steps: FirstSteps | None = None,
         batch_cfg: BatchCfg = "auto",
         max_sequence_length: int | None = None,
         tile: bool | None = None,
@@ -189,6 +194,9 @@ class LibreFluxPipeline(FluxParts):
             guidance_start, guidance_stop: step i of N is guided where start <= i / N < stop; others cost one pass.
             no_cfg_until: the start as a count of steps.
             guidance_rescale: phi in [0, 1], see `flow.guidance.rescale`.
+            guidance_rule: what guided steps make of the two velocities: CFG, APG or CFG-Zero*.
+            nag: guidance within attention, from the negative prompt; needs no `guidance_scale`.
+            first_steps: another model that draws the first steps of the ladder, with its own guidance; None is none.
             batch_cfg: how the two passes run, see `GuidedVelocity`; equal up to rounding.
             embedded_guidance: for a guidance-distilled model (FLUX.1-dev) only; None is the model's own.
             num_images_per_prompt: pictures per prompt, in a row.
@@ -232,6 +240,9 @@ class LibreFluxPipeline(FluxParts):
             guidance_start=guidance_start,
             guidance_stop=guidance_stop,
             guidance_rescale=guidance_rescale,
+            guidance_rule=guidance_rule,
+            nag=nag,
+            first_steps=first_steps,
             batch_cfg=batch_cfg,
             max_sequence_length=max_sequence_length,
             tile=tile,
@@ -293,7 +304,7 @@ class LibreFluxPipeline(FluxParts):
         limit, positive, negative = request.max_sequence_length, request.prompt_conditioning, None
         if positive is None:
             positive = self.encode_prompt(request.prompts, request.prompt_2, limit)
-        if settings.guided_steps:
+        if settings.guided_steps or request.nag.nag:
             negatives, ready = request.negative_prompts, request.negative_conditioning
             if ready is None:
                 ready = self.encode_prompt(negatives, request.negative_prompt_2, limit)
@@ -310,6 +321,8 @@ class LibreFluxPipeline(FluxParts):
             scale=settings.scale,
             guided_steps=settings.guided_steps,
             rescale=request.guidance_rescale,
+            rule=settings.rule,
+            nag=request.nag,
             batch_cfg=request.batch_cfg,
             embedded_guidance=settings.embedded,
         )
@@ -322,7 +335,8 @@ class LibreFluxPipeline(FluxParts):
         replaced = on_step_end(self, drawing.guided, callback, names)
         guided, sigmas = drawing.guided, drawing.settings.sigmas
         check = functools.partial(check_latents, guided=guided)
-        for step in denoise(guided, drawing.noise, sigmas, on_step_end=replaced, check=check):
+        follow = handed_over(request.first_steps, guided, request.num_images_per_prompt)
+        for step in denoise(follow, drawing.noise, sigmas, on_step_end=replaced, check=check):
             yield step
             if self.interrupt:
                 return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -12,8 +12,10 @@ from libreflux.flow.solve import Step
 from libreflux.model.text import TextConditioning
 from libreflux.sample.checks import arguments_of, check_values
 from libreflux.sample.encoding import listed
+from libreflux.sample.first_steps import FirstSteps
 from libreflux.sample.guidance import BatchCfg
 from libreflux.sample.noise import Generators
+from libreflux.sample.rules import GuidanceRule, Nag
 from libreflux.sample.step_end import StepEndCallback, check_tensors
 
 Prompts = str | Sequence[str]
@@ -49,6 +51,9 @@ class DrawRequest:
     guidance_start: float = 0.0
     guidance_stop: float = 1.0
     guidance_rescale: float = 0.0
+    guidance_rule: GuidanceRule = field(default_factory=GuidanceRule)
+    nag: Nag = field(default_factory=Nag)
+    first_steps: FirstSteps | None = None
     batch_cfg: BatchCfg = "auto"
     max_sequence_length: int | None = None
     tile: bool | None = None

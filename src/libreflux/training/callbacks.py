@@ -28,7 +28,9 @@ class Started:
         held_out: pictures that are never trained on; None if the recipe asks for none.
         epoch_steps: steps of the first epoch that shows a picture.
         source: the base model.
-        facts: of the model that is trained: the base's, freed of a distillation's own defaults.
+        facts: of the model that is trained: the base's, freed of a distillation's own defaults; with a training adapter
+            the base's own.
+        sample_facts: what sample pictures are drawn with; None: `facts`.
         resolved: the adapted layers.
         start_norm: ||delta|| / ||W|| over them before the first step; None in a resumed run.
     """
@@ -43,6 +45,7 @@ class Started:
     resolved: Sequence[Resolved]
     start_norm: float | None = None
     held_out: HeldOut | None = None
+    sample_facts: Facts | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

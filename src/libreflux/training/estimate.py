@@ -27,7 +27,7 @@ from libreflux.model.opening import open_model
 from libreflux.model.source import ModelSource
 from libreflux.model.w8a8 import quantise_activations
 from libreflux.recipe import AdversarialSpec, Recipe
-from libreflux.training import flow_objective, trace
+from libreflux.training import flow_objective, trace, training_adapter
 from libreflux.training.adversary import Adversary, spec_of
 from libreflux.training.bf16_update import CHUNK, CHUNK_ON_A_CARD, SCRATCH_BYTES
 from libreflux.training.flow_objective import FlowKeys, Roles
@@ -36,6 +36,7 @@ from libreflux.training.objective import NoisedBatch
 from libreflux.training.optimizer import BUCKET, parameter_dtype
 from libreflux.training.phases import Estimate, Phase, libraries
 from libreflux.training.planned import BASE_DTYPES, INT8_BASES, plan_layers
+from libreflux.training.training_adapter import TrainingAdapter
 
 UPDATE_BYTES = 30  # of fp32 AdamW, per element of its largest bucket
 # bitsandbytes: numbers of a moment that share an fp32 scale; smaller parameters than the second keep fp32 moments.
@@ -75,6 +76,7 @@ def estimate_recipe(
         guidance=recipe.guidance,
         on_cpu=cpu,
         adversarial=adversarial,
+        beside=training_adapter.read(recipe),
         flow_keys=keys,
     )
     at_once = min(SHARD_ITEMS, captions or SHARD_ITEMS)
@@ -220,6 +222,7 @@ def estimate(
     on_cpu: bool = False,
     moments_8bit: bool = False,
     adversarial: AdversarialSpec | None = None,
+    beside: TrainingAdapter | None = None,
     flow_keys: FlowKeys | None = None,
 ) -> Estimate:
     """What training this adapter takes.
@@ -236,6 +239,7 @@ def estimate(
         on_cpu: whether it trains on the CPU.
         moments_8bit: whether the optimizer is `training.optimizer8.AdamW8bit`.
         adversarial: of a student that learns from an adversary.
+        beside: the training adapter.
         flow_keys: of a recipe that has passes for them.
     """
     weights = trace.weights_of(transformer)
@@ -243,6 +247,7 @@ def estimate(
     parameters = list(adapter.parameters())
     count, own = sum(parameter.numel() for parameter in parameters), trace.size_in_bytes(parameters)
     moments = sum(map(_moments_8bit, parameters)) if moments_8bit else 2 * own
+    on = None if beside is None else beside.put_on(transformer, adapter, "meta")
     adversary = None if adversarial is None else Adversary(adversarial, transformer, 0, "meta")
     learn = _learning(transformer, adversary, flow_keys)
     heads = [] if adversary is None else adversary.parameters
@@ -251,6 +256,7 @@ def estimate(
         on_cpu=on_cpu,
         weights=weights,
         adapter=own,
+        training_adapter=0 if on is None else trace.size_in_bytes(on.parameters()),
         moments=moments,
         gradient=4 * count,
         heads=4 * of_heads,  # weights, two moments, gradient
@@ -269,6 +275,8 @@ def _learning(
     """A pass of the adapter that is on a transformer, with an adversary or under keys; None: plain flow matching."""
     layers = {name: each for name, each in transformer.named_modules() if isinstance(each, AdaptedLinear)}
     adapter = Adapter(transformer, layers)
+    from_file = {name: each for name, each in layers.items() if each.origin}  # the training adapter
+    beside = Adapter(transformer, from_file) if from_file else None
     if adversary is not None:
         return lambda noised: adversary.learn(transformer, adapter, noised, noised, torch.ones_like(noised.sigma))
     if keys is None:
@@ -278,7 +286,8 @@ def _learning(
         """Every picture is guided and held, and the empty prompt as long as the others."""
         count, weights, empty = len(noised), torch.ones_like(noised.sigma), noised.text.index([0])
         roles = Roles([False] * count, [keys.guided is not None] * count, [keys.hold is not None] * count)
-        return flow_objective.learn(transformer, adapter, noised, weights, keys=keys, roles=roles, empty=empty)
+        how = {"keys": keys, "roles": roles, "empty": empty, "beside": beside}
+        return flow_objective.learn(transformer, adapter, noised, weights, **how)
 
     return learn
 

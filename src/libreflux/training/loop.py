@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from libreflux.data.prepare import prepare_cache, prepare_recipe
 from libreflux.errors import ModelError, RunError
 from libreflux.model import attention, numerics
 from libreflux.model.device import make_current, pick_device
-from libreflux.model.facts import Facts, trained_facts
 from libreflux.model.offload import BlockOffload, blocks_of, spread, waiting_names
 from libreflux.model.opening import open_model
 from libreflux.model.source import ModelSource
@@ -27,7 +25,17 @@ from libreflux.model.w8a8 import kind_for, quantise_activations
 from libreflux.places import folder_place
 from libreflux.printing import get_logger
 from libreflux.recipe import Recipe
-from libreflux.training import adversary, checkpoint, ema, memory, memory_plan, nonfinite, run_state, saving
+from libreflux.training import (
+    adversary,
+    checkpoint,
+    ema,
+    memory,
+    memory_plan,
+    nonfinite,
+    run_state,
+    saving,
+    training_adapter,
+)
 from libreflux.training.callbacks import Callbacks, StepInfo
 from libreflux.training.checkpoint import Checkpoint
 from libreflux.training.compiled import compiled_blocks, errors_of, require_compiler, uncompiled
@@ -173,7 +181,8 @@ def _measure(training: Training, held_out: HeldOut, callbacks: Callbacks) -> Non
     recipe = training.recipe
     training.forget_gradient()
     told = f"held-out pictures after step {training.step}"
-    with memory.explained(told, recipe, memory.measuring(recipe)), uncompiled(training.compiled):
+    told_of = memory.explained(told, recipe, memory.measuring(recipe))
+    with told_of, uncompiled(training.compiled), training.without_beside():
         callbacks.on_measure(training.step, training.transformer, held_out)
 
 
@@ -181,7 +190,8 @@ def _sample(training: Training, callbacks: Callbacks) -> None:
     recipe = training.recipe
     training.forget_gradient()
     told = f"samples after step {training.step}"
-    with memory.explained(told, recipe, memory.drawing(recipe)), uncompiled(training.compiled):
+    shown = contextlib.nullcontext() if recipe.samples.with_training_adapter else training.without_beside()
+    with memory.explained(told, recipe, memory.drawing(recipe)), uncompiled(training.compiled), shown:
         callbacks.on_sample(training.step, training.transformer)
 
 
@@ -219,6 +229,10 @@ def open_for_training(
     source = open_model(recipe.model)
     memory_plan.check(recipe, source, device)
     resolved = plan_layers(recipe, source).layers  # first: a misspelt pattern should not cost an hour of preparing
+    beside = training_adapter.opened(recipe, newest, callbacks)
+    model_hash = None if beside is None else _hash(source, callbacks)
+    if beside is not None and model_hash is not None:
+        beside.check_base(recipe.model, model_hash)
     with memory.explained("preparing", recipe, memory.preparing(recipe)):
         batches, held_out = _prepared(recipe, source, callbacks, ranks, device)
     planned = memory_plan.plan_memory(recipe, source, device, ranks, callbacks)  # when the encoders have gone
@@ -235,17 +249,16 @@ def open_for_training(
     dtype = parameter_dtype(recipe.optimizer)
     with callbacks.stage("making the adapter's first values"):
         adapter = plan.build(recipe.adapter, transformer, resolved, dtype=dtype, seed=recipe.seed, device=device)
+    beside_on = None if beside is None else beside.put_on(transformer, adapter, device)
     if planned.waiting:
         with callbacks.stage(f"pinning {planned.waiting} blocks of the base in RAM"):
             BlockOffload(transformer, planned.waiting, device)
-    with callbacks.stage("hashing the base model's files"):
-        model_hash = source.hash
     training = Training(
         recipe=recipe,
         run=run,
         transformer=transformer,
         source=source,
-        facts=_trained_facts(source.facts, recipe),
+        facts=training_adapter.result_facts(source.facts, recipe),
         resolved=resolved,
         adapter=adapter,
         optimizer=make_optimizer(recipe.optimizer, adapter.named_parameters(), recipe.seed),
@@ -254,9 +267,15 @@ def open_for_training(
         batches=batches,
         device=device,
         held_out=held_out,
-        identity={"model_hash": model_hash, "data_hash": batches.fingerprint()},
+        identity={
+            "model_hash": model_hash or _hash(source, callbacks),
+            "data_hash": batches.fingerprint(),
+            **({} if beside is None else {training_adapter.STATE: beside.file.sha256}),
+        },
         compiled=compiled_blocks(recipe, transformer, device, newest, callbacks),
         adversary=adversary.adversary_of(recipe, transformer, device),
+        beside=beside,
+        beside_on=beside_on,
     )
     if newest is not None:
         with callbacks.stage(f"reading the checkpoint of step {newest.step}"):
@@ -265,6 +284,11 @@ def open_for_training(
         with callbacks.stage("measuring the adapter's norms"):
             training.start_norm = plan.start_norm(recipe.adapter, adapter)
     return training
+
+
+def _hash(source: ModelSource, callbacks: Callbacks) -> str:
+    with callbacks.stage("hashing the base model's files"):
+        return source.hash
 
 
 def _prepared(
@@ -293,12 +317,3 @@ def check_attention(transformer: FluxTransformer2DModel, batches: Batches, devic
     with callbacks.stage("checking attention's gradients"):
         worst = attention.check_gradients(head_dim=head_dim, dtype=dtype, lengths=lengths, device=device)
     callbacks.on_notice(attention.told(head_dim, dtype, lengths, worst))
-
-
-def _trained_facts(facts: Facts, recipe: Recipe) -> Facts:
-    """Freed, or as a student draws; the embedded guidance, for a model that has one, is what it was trained at."""
-    distil = recipe.distil
-    told = trained_facts(
-        facts, text_padding=recipe.text_padding, guidance=recipe.guidance, distilled=distil is not None
-    )
-    return dataclasses.replace(told, steps=distil.steps) if distil is not None and distil.steps else told

@@ -135,7 +135,7 @@ def regularised_target(
 
     Args:
         transformer: the network with `adapter` on it.
-        adapter: what is trained.
+        adapter: what is trained, and whatever else is on: with it off the network is the base.
         batch: the pictures.
         regularised: B flags.
 
@@ -170,7 +170,7 @@ def distilled_target(
 
     Args:
         transformer: the network with `adapter` on it.
-        adapter: the student's.
+        adapter: the student's, and whatever else is on: with it off the network is the teacher.
         batch: the pictures; their sigmas are rungs of the ladder (`on_rungs`) if `spec.steps` is set.
         empty: the empty prompt, one.
         spec: the recipe's.

@@ -64,6 +64,7 @@ class Estimate:
         averages: fp32 averages of the adapter, on the CPU.
         checkpoint: one checkpoint on disk.
         heads: of an adversary: weights, moments and gradient.
+        training_adapter: the one that is on beside what is trained, frozen.
         encoders: both text encoders, where they stay to encode every batch (`text_cache: none`).
         preparing: the phases before training.
         between: the phases between training's steps, drawing and measuring.
@@ -84,6 +85,7 @@ class Estimate:
     averages: int
     checkpoint: int
     heads: int = 0
+    training_adapter: int = 0
     encoders: int = 0
     preparing: tuple[Phase, ...] = ()
     between: tuple[Phase, ...] = ()
@@ -113,7 +115,8 @@ class Estimate:
     def held(self) -> int:
         """What is in the device's memory from the first step to the last."""
         averages = self.averages if self.on_cpu else 0
-        return self.weights + self.adapter + self.moments + self.heads + self.encoders + averages
+        trained = self.adapter + self.moments + self.heads
+        return self.weights + trained + self.training_adapter + self.encoders + averages
 
     @property
     def training(self) -> Phase:
@@ -175,6 +178,8 @@ class Estimate:
         if self.encoders:
             yield "text encoders", self.encoders
         yield "adapter", self.adapter
+        if self.training_adapter:
+            yield "training adapter, frozen", self.training_adapter
         yield "optimizer moments", self.moments
         yield "gradient", self.gradient
         if self.heads:

@@ -14,6 +14,7 @@ from libreflux.files import sha256_file
 from libreflux.model.offload import block_names
 from libreflux.model.source import ModelSource
 from libreflux.recipe import Recipe
+from libreflux.training import training_adapter
 from libreflux.training.adversary import spec_of
 
 # Of an 8-bit base: of what stays dense.
@@ -32,7 +33,8 @@ def plan_layers(recipe: Recipe, source: ModelSource) -> plan.Plan:
         RecipeError: a guidance-embedded model without `guidance`, or `guidance` for any other; a student's steps on
             a ladder that depends on the picture's size; a block that the model does not have, for an adversary;
             an adapter to start from that is merged into the model.
-        AdapterError: a pattern that matches nothing, or a file that does not fit; see `adapter.plan`.
+        AdapterError: a pattern that matches nothing, or a file that does not fit; see `adapter.plan` and
+            `training_adapter.read`.
     """
     if source.facts.guidance_embeds and recipe.guidance is None:
         hint = "set the value to train and draw at, e.g. guidance: 1.0"
@@ -46,7 +48,10 @@ def plan_layers(recipe: Recipe, source: ModelSource) -> plan.Plan:
     _check_start(recipe, source)
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(dict(source.config))
-    return plan.plan(recipe.adapter, transformer)
+    planned = plan.plan(recipe.adapter, transformer)
+    if (beside := training_adapter.read(recipe)) is not None:
+        beside.check_layers(transformer)
+    return planned
 
 
 def _check_blocks(recipe: Recipe, source: ModelSource) -> None:

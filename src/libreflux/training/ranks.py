@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from libreflux.data.order import Unit
 from libreflux.errors import RunError
 from libreflux.processes import own_rank
 
@@ -167,3 +168,17 @@ def joined(device: str, timeout: float = TIMEOUT) -> Iterator[Ranks]:
         if dist.is_initialized():
             with contextlib.suppress(RuntimeError):  # after a card's failure: that is what is to be told
                 dist.destroy_process_group()
+
+
+def sigma_means(units: Sequence[Unit], sigmas: Tensor, world: int) -> list[float | None]:
+    """Mean noise level of each rank's pictures in one step; None for a rank that has none.
+
+    Args:
+        units: the step's, of all ranks.
+        sigmas: [count] fp32, by slot.
+        world: number of ranks.
+    """
+    by_rank: list[list[int]] = [[] for _ in range(world)]
+    for unit in units:
+        by_rank[unit.rank] += unit.slots
+    return [float(sigmas[slots].double().mean()) if slots else None for slots in by_rank]

@@ -20,7 +20,7 @@ from libreflux.model.stream import save_live
 from libreflux.model.w8a8 import kind_for
 from libreflux.printing import get_logger
 from libreflux.recipe import Recipe
-from libreflux.training import checkpoint, ema, forks, nonfinite, run_recipe
+from libreflux.training import checkpoint, ema, forks, nonfinite, run_recipe, training_adapter
 from libreflux.training.callbacks import Callbacks
 from libreflux.training.checkpoint import Checkpoint
 from libreflux.training.compiled import COMPILED
@@ -147,6 +147,7 @@ def _origin(training: Training) -> dict[str, str]:
         "guidance": str(training.facts.guidance),
         "licence": training.facts.licence,
         "libreflux": __version__,
+        **training_adapter.metadata(training.recipe, training.beside, training.ranks.world),
         **({"forked_at": " ".join(str(one["step"]) for one in training.forks)} if training.forks else {}),
     }
 

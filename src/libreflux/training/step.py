@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,13 @@ from libreflux.training.objective import (
     Learned,
     NoisedBatch,
     distilled_target,
-    flow_matching_loss,
     keyed_noise,
     on_rungs,
     regularised_target,
 )
 from libreflux.training.optimizer import Optimizer, lr_at
-from libreflux.training.ranks import Ranks
+from libreflux.training.ranks import Ranks, sigma_means
+from libreflux.training.training_adapter import TrainingAdapter, losses, sample_facts, together
 
 _Row = tuple[int, str, float, bool, Sequence[float]]
 """Of one picture: slot, sample id, loss, whether its source is for regularisation, and the parts of the loss."""
@@ -62,20 +63,6 @@ def draw_sigmas(spec: SigmaSpec, count: int, seed: int, step: int) -> Tensor:
     return draw(law, count, seeding.generator(seed, "sigma", step))
 
 
-def sigma_means(units: Sequence[Unit], sigmas: Tensor, world: int) -> list[float | None]:
-    """Mean noise level of each rank's pictures in one step; None for a rank that has none.
-
-    Args:
-        units: the step's, of all ranks.
-        sigmas: [count] fp32, by slot.
-        world: number of ranks.
-    """
-    by_rank: list[list[int]] = [[] for _ in range(world)]
-    for unit in units:
-        by_rank[unit.rank] += unit.slots
-    return [float(sigmas[slots].double().mean()) if slots else None for slots in by_rank]
-
-
 @dataclass
 class Training:
     """A run in memory. `step` counts finished optimizer steps.
@@ -88,6 +75,8 @@ class Training:
         forks: the changes of the recipe so far, see `training.forks`.
         compiled: the transformer's blocks; None where they are not.
         adversary: of a student that learns from one.
+        beside: the training adapter, of which nothing is saved; None without one.
+        beside_on: the same on the transformer.
     """
 
     recipe: Recipe
@@ -110,12 +99,23 @@ class Training:
     held_out: HeldOut | None = None
     compiled: CompiledBlocks | None = None
     adversary: Adversary | None = None
+    beside: TrainingAdapter | None = None
+    beside_on: Adapter | None = None
     _gradient: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
     def shift(self) -> float:
         """Of a student's ladder; what has no fixed one is refused as a student before training."""
         return 1.0 if self.facts.shift is None else self.facts.shift
+
+    @property
+    def all_on(self) -> Adapter:
+        """All that is on the base, as one adapter to switch off: what is left is the base alone."""
+        return together(self.adapter, self.beside_on)
+
+    def without_beside(self) -> AbstractContextManager[None]:
+        """The model as its result is used: the training adapter is off while the block runs."""
+        return nullcontext() if self.beside_on is None else self.beside_on.disabled()
 
     def started(self) -> Started:
         recipe, samples = self.recipe, self.batches.samples
@@ -128,6 +128,7 @@ class Training:
             epoch_steps=steps_of_epoch(epoch, samples, self.ranks.world, recipe.batch, recipe.accumulate),
             source=self.source,
             facts=self.facts,
+            sample_facts=sample_facts(self.source.facts, recipe),
             resolved=self.resolved,
             start_norm=self.start_norm,
             held_out=self.held_out,
@@ -222,13 +223,14 @@ class Training:
         if adversary is None and flow_objective.flow_keys(self.recipe) is not None:
             return self._learn_by_flow_keys(batch, unit, noised)
         if adversary is None:
-            of_unit = flow_matching_loss(self.transformer, noised, target=self._target(batch, noised))
+            target = self._target(batch, noised)
+            of_unit = losses(self.transformer, self.beside_on, noised, batch.regularised, target)
             (of_unit @ weights / unit.total).backward()
             return Learned(of_unit.detach(), {})
         levels = renoise_sigmas(adversary.spec, unit.total, seed, self.step)[list(unit.slots)]
         again = replace(noised, noise=self._noise(batch, unit, "adversary"), sigma=levels.to(self.device))
         compiled = self.compiled is not None
-        return adversary.learn(self.transformer, self.adapter, noised, again, weights / unit.total, compiled=compiled)
+        return adversary.learn(self.transformer, self.all_on, noised, again, weights / unit.total, compiled=compiled)
 
     def _learn_by_flow_keys(self, batch: Batch, unit: Unit, noised: NoisedBatch) -> Learned:
         """`_learn` under the recipe's `guided_target` and `hold_base`."""
@@ -236,15 +238,15 @@ class Training:
         assert keys is not None
         roles = flow_objective.Roles.of(keys, batch, self._sigmas(unit.total)[list(unit.slots)].tolist())
         weights, empty = batch.loss_weights.to(self.device) / unit.total, self.batches.empty_prompt().to(self.device)
-        on = self.transformer, self.adapter
-        return flow_objective.learn(*on, noised, weights, keys=keys, roles=roles, empty=empty)
+        on, beside = (self.transformer, self.all_on), self.beside_on
+        return flow_objective.learn(*on, noised, weights, keys=keys, roles=roles, empty=empty, beside=beside)
 
     def _target(self, batch: Batch, noised: NoisedBatch) -> Tensor:
         """What the network's velocity is compared with, by the recipe's objective; [B, h*w/4, 4C] fp32."""
         if self.recipe.distil is None:
-            return regularised_target(self.transformer, self.adapter, noised, batch.regularised)
+            return regularised_target(self.transformer, self.all_on, noised, batch.regularised)
         empty = self.batches.empty_prompt().to(self.device)
-        return distilled_target(self.transformer, self.adapter, noised, empty, self.recipe.distil, shift=self.shift)
+        return distilled_target(self.transformer, self.all_on, noised, empty, self.recipe.distil, shift=self.shift)
 
     def _move(self, gradient: Tensor, rows: Sequence[_Row]) -> _Moved:
         """Clips the step's gradient [P] and moves the weights along it, unless it or a loss is not finite.

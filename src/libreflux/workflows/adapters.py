@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from libreflux.errors import AdapterError
 from libreflux.printing import WITH_OPTIONS, get_logger
+from libreflux.values import adapter_argument
 from libreflux.workflows.argument_types import check_path
 
 logger = get_logger(__name__)
@@ -24,24 +24,6 @@ if TYPE_CHECKING:
     from libreflux.adapter.io import AdapterFile
     from libreflux.model.facts import Facts
     from libreflux.model.source import ModelSource
-
-
-def adapter_argument(text: str) -> tuple[str, float]:
-    """`PATH` or `PATH:weight`: the path and its weight, 1 when none is given.
-
-    Raises:
-        AdapterError: the weight is no finite number.
-    """
-    path, colon, weight = text.rpartition(":")
-    if not colon or weight.endswith(".safetensors") or re.search(r"[/\\]", weight):  # C:\run is a folder of Windows
-        return text, 1.0
-    try:
-        value = float(weight)
-    except ValueError:
-        value = math.nan
-    if not path or not math.isfinite(value):
-        raise AdapterError(f"{weight!r} is no weight", where=text, hint="write FILE.safetensors:0.8")
-    return path, value
 
 
 def as_typed(path: str, system: ModuleType = os.path) -> str:
@@ -109,14 +91,58 @@ def _trained_steps(path: Path) -> int:
         return 0  # whoever reads the tensors says what is wrong
 
 
-def load_arguments(texts: str | Path | Iterable[str | Path]) -> list[tuple[AdapterFile, float]]:
-    """The files that adapter arguments name, read, each with its weight; see `adapter_argument` and `adapter_file`."""
+def load_arguments(
+    texts: str | Path | Iterable[str | Path], *, training_adapters: bool = False
+) -> list[tuple[AdapterFile, float]]:
+    """The files that adapter arguments name, read, each with its weight; see `adapter_argument` and `adapter_file`.
+
+    Args:
+        texts: the arguments.
+        training_adapters: whether adapters that are made to be on while another is trained are of use here too: they
+            are for what measures, not for what draws or makes a model.
+
+    Raises:
+        AdapterError: one that cannot be read, or a training adapter that is of no use here.
+    """
     named = [adapter_argument(str(text)) for text in ([texts] if isinstance(texts, str | Path) else texts or ())]
     chosen = [(adapter_file(Path(os.path.expanduser(path))), weight) for path, weight in named]
 
     from libreflux.adapter import io
 
-    return [(io.load_adapter(path), weight) for path, weight in chosen]
+    loaded = [(io.load_adapter(path), weight) for path, weight in chosen]
+    for file, _ in () if training_adapters else loaded:
+        refuse_training_adapter(file)
+    notice_training_adapter(file for file, _ in loaded)
+    return loaded
+
+
+def refuse_training_adapter(file: AdapterFile) -> None:
+    """Raises AdapterError for one that is on a model only while another adapter is trained."""
+    if not file.is_training_adapter:
+        return
+    hint = (
+        "name it as adapter.training_adapter in a recipe; to look at it, use libreflux probe or inspect; "
+        "libreflux diff MODEL FILE --rank R --out NEW makes an ordinary adapter of it"
+    )
+    raise AdapterError(
+        "is a training adapter, which is on only while another one is trained", where=file.where, hint=hint
+    )
+
+
+_told: set[str] = set()
+
+
+def notice_training_adapter(files: Iterable[AdapterFile]) -> None:
+    """Says once which training adapter an adapter was trained with: it is used without it."""
+    for file in files:
+        if file.metadata.get("training_adapter") and file.sha256 not in _told:
+            _told.add(file.sha256)
+            logger.warning(
+                "%s was trained with the training adapter %s (%s), and is used without it",
+                file.where,
+                file.metadata["training_adapter"],
+                file.metadata.get("training_adapter_sha256", "?")[:10],
+            )
 
 
 def load_adapter(path: str | Path) -> AdapterFile:
@@ -154,7 +180,7 @@ def default_model(texts: Iterable[str]) -> str:
     Raises:
         ModelError: the adapter names a model that is not here: nothing is fetched because a file says so.
     """
-    for file, _ in load_arguments(list(texts)[:1]):
+    for file, _ in load_arguments(list(texts)[:1], training_adapters=True):
         if told := file.metadata.get("model"):
             from libreflux.model.locate import told_model
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from libreflux.errors import OptionError
-from libreflux.workflows.adapters import adapted_facts, adapter_argument, adapter_file, check_base
+from libreflux.values import adapter_argument
+from libreflux.workflows.adapters import adapted_facts, adapter_file, check_base
 from libreflux.workflows.export import is_adapter
 
 if TYPE_CHECKING:

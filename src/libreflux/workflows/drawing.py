@@ -17,28 +17,33 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from PIL import Image
 
 from libreflux.adapter.io import AdapterFile, attach_file
-from libreflux.errors import OptionError, OptionHint
+from libreflux.errors import OptionHint
 from libreflux.files import sha256_file
 from libreflux.flow.solve import Step
 from libreflux.model import compile_choice
 from libreflux.model.compile_choice import Compile
 from libreflux.model.compiling import CompiledBlocks, missing_compiler, work_of
-from libreflux.model.device import make_current, pick_device, release
+from libreflux.model.device import release
 from libreflux.model.device_faults import explained
 from libreflux.model.facts import Facts
 from libreflux.model.int8 import int8_layers
-from libreflux.model.offload import block_names, check_count, check_device, waiting_names
+from libreflux.model.offload import block_names, check_count, waiting_names
 from libreflux.model.opening import open_model
 from libreflux.model.single_file import SingleFiles
 from libreflux.model.source import ModelSource
 from libreflux.model.text import TextConditioning, TextEncoders, check_padding
 from libreflux.model.w8a8 import kind_for, quantise_activations
 from libreflux.printing import counted
+from libreflux.sample.checks import first_steps_argument
 from libreflux.sample.encoding import Encoded, Text, encode_ahead, encode_in_turn, untold
+from libreflux.sample.first_steps import FirstSteps
 from libreflux.sample.metadata import GenerationRecord, versions
 from libreflux.sample.pipeline import LibreFluxPipeline
-from libreflux.values import is_guided
-from libreflux.workflows.adapters import adapted_facts, adapter_argument, as_typed, check_base, load_arguments
+from libreflux.sample.rules import nag_of, rule_of
+from libreflux.values import adapter_argument, is_guided
+from libreflux.workflows.adapters import adapted_facts, as_typed, check_base, load_arguments
+from libreflux.workflows.drawing_device import WAITING, device_for, refuse_int8
+from libreflux.workflows.first_model import check_beside_first, check_latents_agree, first_record
 from libreflux.workflows.picture_options import Offload, OffloadBlocks, Quantize
 
 SMALLER = OptionHint(
@@ -46,8 +51,6 @@ SMALLER = OptionHint(
     "(on CUDA), or `device` cpu"
 )
 FEWER_ENCODERS = OptionHint("`offload` sequential (on CUDA), or `device` cpu")
-WAITING: tuple[Offload, ...] = ("model", "sequential")
-"""Under these every part rests on the CPU and comes to the device in its turn."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class DrawingSession:
         adapters: file name, SHA-256, weight and path as it was named of each adapter, in order.
         compiled: the transformer's blocks; None where they are not.
         on_notice: told of what was compiled.
+        first: the model that draws the first steps, with the texts as it reads them; None is no other.
     """
 
     pipe: LibreFluxPipeline
@@ -75,14 +79,16 @@ class DrawingSession:
     adapters: list[dict[str, Any]] = field(default_factory=list)
     compiled: CompiledBlocks | None = None
     on_notice: Callable[[str], None] | None = None
+    first: DrawingSession | None = None
 
     def stamped(self, record: GenerationRecord) -> GenerationRecord:
         """The same picture, made with this model on this machine."""
+        first = {} if self.first is None else {"first_transformer": self.first.hashes["transformer"]}
         return dataclasses.replace(
             record,
             dtype=self.dtype,
             device=_device_name(self.device),
-            hashes=self.hashes,
+            hashes=self.hashes | first,
             adapters=self.adapters,
             compile=self.compiled is not None,
             versions=versions(),
@@ -98,12 +104,11 @@ class DrawingSession:
     ) -> list[Image.Image]:
         """The pictures of records that differ in prompt and seed alone, as one batch."""
         record = records[0]
-        texts = [[self.texts[text] for text in texts_of(one)] for one in records]
-        negatives = [negative for _, *rest in texts for negative in rest]
+        positive, negative = self._texts(records)
         with explained(f"drawing {_size(records)} pixels on {self.device}", SMALLER):
             images = self.pipe(
-                prompt_conditioning=_together([positive for positive, *_ in texts]),
-                negative_conditioning=_together(negatives[:1]) if negatives else None,  # all have the same
+                prompt_conditioning=positive,
+                negative_conditioning=negative,
                 height=record.height,
                 width=record.width,
                 num_inference_steps=record.steps,
@@ -113,6 +118,9 @@ class DrawingSession:
                 guidance_start=record.guidance_start,
                 guidance_stop=record.guidance_stop,
                 guidance_rescale=record.guidance_rescale,
+                guidance_rule=rule_of(record),
+                nag=nag_of(record),
+                first_steps=None if self.first is None else self.first.first_steps(records),
                 batch_cfg=record.batch_cfg,
                 embedded_guidance=record.embedded_guidance,
                 tile=record.tile,
@@ -123,6 +131,26 @@ class DrawingSession:
         if self.compiled is not None and self.on_notice is not None and (line := self.compiled.news()):
             self.on_notice(line)
         return images
+
+    def first_steps(self, records: Sequence[GenerationRecord]) -> FirstSteps | None:
+        """The first steps of these pictures by this model; None where they are not its."""
+        if (told := records[0].first_steps_from) is None:
+            return None
+        begun = [first_record(record) for record in records]
+        positive, negative = self._texts(begun)
+        return FirstSteps(
+            transformer=self.pipe.transformer,
+            steps=first_steps_argument(told)[1],
+            positive=positive,
+            negative=negative,
+            scale=begun[0].guidance,
+            embedded_guidance=self.facts.embedded_guidance,
+        )
+
+    def _texts(self, records: Sequence[GenerationRecord]) -> tuple[TextConditioning, TextConditioning | None]:
+        texts = [[self.texts[text] for text in texts_of(one)] for one in records]
+        negatives = [negative for _, *rest in texts for negative in rest]  # all have the same
+        return _together([positive for positive, *_ in texts]), _together(negatives[:1]) if negatives else None
 
 
 @dataclass(frozen=True)
@@ -137,6 +165,7 @@ class AdaptedSource:
         named: their paths, as the user named them.
         offload, quantize, offload_blocks, compile: see `picture_options`.
         on_notice: told whether blocks are compiled, and of what was.
+        first: the model that draws the first steps; None is no other.
     """
 
     source: ModelSource
@@ -149,6 +178,7 @@ class AdaptedSource:
     offload_blocks: OffloadBlocks = 0
     compile: Compile = "auto"
     on_notice: Callable[[str], None] | None = None
+    first: AdaptedSource | None = None
 
     @property
     def facts(self) -> Facts:
@@ -173,16 +203,20 @@ class AdaptedSource:
         """
         records = list(records)
         release(self.device)  # what was drawn with before
+        first = None if self.first is None else self.first.load([first_record(one) for one in records], sha256)
         with explained(f"encoding the prompts on {self.device}", FEWER_ENCODERS):
             texts, encoders = self.encoded([text for record in records for text in texts_of(record)], told)
         with explained(f"reading the model onto {self.device}", SMALLER):
             session = self._opened(records, texts, encoders, sha256)
-        return dataclasses.replace(session, compiled=self._compiled(session.pipe.transformer, records, passes))
+        compiled = self._compiled(session.pipe.transformer, records, passes)
+        return dataclasses.replace(session, compiled=compiled, first=first)
 
     def _compiled(
         self, transformer: FluxTransformer2DModel, records: Sequence[GenerationRecord], passes: int | None = None
     ) -> CompiledBlocks | None:
         kind = self.device.type
+        if self.compile == "auto" and any(record.nag for record in records):
+            return None
         if self.compile == "off" or (self.compile == "auto" and (kind != "cuda" or self.offload == "sequential")):
             return None
         if passes is None:
@@ -210,7 +244,7 @@ class AdaptedSource:
         transformer = self.source.load_transformer(quantise=quantise, device=place, waiting=names)
         dtype = str(transformer.dtype).removeprefix("torch.")
         if int8_layers(transformer):
-            _refuse_int8(self.offload)
+            refuse_int8(self.offload)
             kind = "int8"
             if self.quantize == "w8a8":
                 quantise_activations(transformer, activations := kind_for(self.device))
@@ -264,70 +298,41 @@ def open_for_drawing(
     offload_blocks: OffloadBlocks = 0,
     compile: Compile = "auto",
     on_notice: Callable[[str], None] | None = None,
+    first: str | ModelSource | None = None,
+    *,
+    training_adapters: bool = False,
 ) -> AdaptedSource:
     """Choose a model with adapter arguments (`PATH[:WEIGHT]`); what can be refused is, before large weights are loaded.
 
+    `first` is the model that draws the first steps; adapters are not put on it, and its blocks are not compiled.
+
     Raises:
         OptionError: an offload that the device has no use for, or more waiting blocks than the model has.
-        ModelError, AdapterError, RunError: see `open_model`, `load_arguments` and `pick_device`.
+        ModelError, AdapterError, RunError: see `open_model`, `load_arguments` (`training_adapters`) and `pick_device`.
     """
     place, adapters = device_for(device, offload, quantize, offload_blocks, compile), list(adapters)
-    files, named = load_arguments(adapters), [adapter_argument(text)[0] for text in adapters]
+    files = load_arguments(adapters, training_adapters=training_adapters)
+    named = [adapter_argument(text)[0] for text in adapters]
     source = open_model(model)
     if offload_blocks != "auto":
         check_count(offload_blocks, len(block_names(source.config)))
     source = source.with_facts(adapted_facts(source.facts, files))
     check_padding(source.facts.text_padding)
     vae = source.load_vae(device="cpu" if offload in WAITING else place)
-    return AdaptedSource(source, vae, place, files, named, offload, quantize, offload_blocks, compile, on_notice)
-
-
-def device_for(
-    name: str,
-    offload: Offload,
-    quantize: Quantize | None = None,
-    offload_blocks: OffloadBlocks = 0,
-    compile: Compile = "auto",
-) -> torch.device:
-    """The device of a name, see `pick_device`, made the current one.
-
-    Raises:
-        OptionError: an offload that it, or an int8 model, has no use for; or compiling, where that cannot be done.
-        RunError: no such device.
-    """
-    place = pick_device(name)
-    if quantize is not None:
-        _refuse_int8(offload)
-    if offload in WAITING and place.type != "cuda":
-        what = f"{offload} is of no use on {place.type}"
-        raise OptionError(what, "offload", hint="leave it out, or use a CUDA device")
-    if offload_blocks not in ("auto", 0):
-        check_device(place)
-    if compile == "on":
-        _refuse_compiling(place, offload)
-    make_current(place)
-    return place
-
-
-def _refuse_compiling(place: torch.device, offload: Offload) -> None:
-    if offload == "sequential":  # accelerate's hooks run within each block
-        what = "does not go with `offload` sequential"
-        raise OptionError(what, "compile", value="on", hint="use `offload` model")
-    if (missing := missing_compiler(place)) is not None:
-        raise OptionError(missing, "compile", value="on", hint="set `compile` off")
-
-
-def _refuse_int8(offload: Offload) -> None:
-    if offload == "sequential":  # accelerate's hooks move parameters, and int8 weights are buffers
-        what = "does nothing for int8 weights, which all stay on the device"
-        raise OptionError(what, "offload", value="sequential", hint="use `offload_blocks` auto or `offload` model")
+    opened = AdaptedSource(source, vae, place, files, named, offload, quantize, offload_blocks, compile, on_notice)
+    if first is None:
+        return opened
+    check_beside_first(offload, offload_blocks)
+    other = open_for_drawing(first, (), device, offload, quantize, compile="off")
+    check_latents_agree(opened.source, opened.vae, other.source, other.vae)
+    return dataclasses.replace(opened, first=other)
 
 
 def texts_of(record: GenerationRecord) -> list[Text]:
     """What must be encoded for a picture: its prompt, and where it is guided its negative prompt."""
     positive = Text(record.prompt, record.prompt_2, record.max_tokens)
     negative = Text(record.negative, record.negative_2, record.max_tokens)
-    return [positive, negative] if is_guided(record.scale) else [positive]
+    return [positive, negative] if is_guided(record.scale) or record.nag else [positive]
 
 
 def _together(texts: Sequence[TextConditioning]) -> TextConditioning:

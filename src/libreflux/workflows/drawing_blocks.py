@@ -76,7 +76,7 @@ def activations(
     if int8_layers(transformer):
         quantise_model(empty)
     largest = max(records, key=lambda record: record.width * record.height)
-    two = any(is_guided(record.scale) and record.batch_cfg is not False for record in records)
+    two = any(record.nag or (is_guided(record.scale) and record.batch_cfg is not False) for record in records)
     size = (largest.height // 8, largest.width // 8)
     guidance = 1.0 if transformer.config.guidance_embeds else None
     batch = max(record.batch for record in records)

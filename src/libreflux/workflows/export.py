@@ -9,7 +9,7 @@ from pathlib import Path
 
 from libreflux.errors import OptionError
 from libreflux.places import new_place
-from libreflux.workflows.adapters import load_adapter
+from libreflux.workflows.adapters import load_adapter, notice_training_adapter, refuse_training_adapter
 from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.model_options import chosen_model
 from libreflux.workflows.picture_options import check_whole
@@ -147,6 +147,8 @@ def _export_adapter(options: ExportOptions, out: Path) -> ExportResult:
 
     with options.progress("exporting", "layer") as report:
         file = load_adapter(options.what)
+        refuse_training_adapter(file)
+        notice_training_adapter([file])
         done = export_adapter(file, options.program, out, rank=options.rank, on_layer=report)
     return ExportResult(out, _size(out), done.lost, done.unread, done.ranks)
 

@@ -18,6 +18,14 @@ from libreflux.workflows.generate_options import (
     guided_only,
     texts_of_options,
 )
+from libreflux.workflows.guidance_options import (
+    check_first_steps,
+    check_zero_init,
+    first_fields,
+    first_model,
+    nag_fields,
+    rule_fields,
+)
 from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.picture_options import adapter_texts, named_model
 from libreflux.workflows.picture_paths import picture_paths_of
@@ -28,9 +36,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from libreflux.flow.solve import Step
-    from libreflux.model.facts import Facts
     from libreflux.sample.metadata import GenerationRecord
-    from libreflux.workflows.drawing import DrawingSession
+    from libreflux.workflows.drawing import AdaptedSource, DrawingSession
 
 
 @dataclass(frozen=True)
@@ -88,8 +95,9 @@ def generate_with(options: GenerateOptions) -> GenerateResult:
     adapters = adapter_texts(options.adapters)
     named = named_model(options.model, options.base, options.comfyui) or default_model(adapters)
     memory = options.offload, options.quantize, options.offload_blocks
-    source = open_for_drawing(named, adapters, options.device, *memory, options.compile, options.on_notice)
-    common = dataclasses.replace(common_record(options, source.facts, source.size), model=str(named))
+    how = *memory, options.compile, options.on_notice, first_model(options)
+    source = open_for_drawing(named, adapters, options.device, *how)
+    common = dataclasses.replace(common_record(options, source), model=str(named))
     records = [
         dataclasses.replace(common, prompt=prompt, prompt_2=seconds[index // options.count], seed=seed)
         for index, (prompt, seed) in enumerate(wanted)
@@ -99,13 +107,12 @@ def generate_with(options: GenerateOptions) -> GenerateResult:
     return GenerateResult(tuple(_drawn(options, session, stamped, targets)))
 
 
-def common_record(options: DrawingOptions, facts: Facts, size: int) -> GenerationRecord:
+def common_record(options: DrawingOptions, source: AdaptedSource) -> GenerationRecord:
     """What all pictures share, with the model's own where nothing was given.
 
     Args:
         options: of the pictures.
-        facts: the model's, under its adapters.
-        size: pixels per side of a picture by default.
+        source: the model, under its adapters, and who draws the first steps.
 
     Raises:
         OptionError: what this model has no use for, or cannot do.
@@ -113,7 +120,11 @@ def common_record(options: DrawingOptions, facts: Facts, size: int) -> Generatio
     from libreflux.sample.encoding import check_max_tokens
     from libreflux.sample.metadata import GenerationRecord
 
+    facts, size = source.facts, source.size
+    first = None if source.first is None else source.first.facts
     check_max_tokens(facts, options.max_tokens, "max_tokens")
+    if first is not None:
+        check_max_tokens(first, options.max_tokens, "max_tokens")
     if options.embedded_guidance is not None and not facts.guidance_embeds:
         what = "has no effect on a model without guidance embedding"
         raise OptionError(what, "embedded_guidance", hint="use `guidance`")
@@ -121,7 +132,9 @@ def common_record(options: DrawingOptions, facts: Facts, size: int) -> Generatio
     width, height = options.width or size, options.height or size
     picture_options.check_picture(width, height, steps)
     guidance = facts.cfg_scale if options.guidance is None else float(options.guidance)
-    picture_options.refuse_unused(guidance, guided_only(options))
+    picture_options.refuse_unused(guidance, guided_only(options, first))
+    check_zero_init(options, steps)
+    check_first_steps(options, steps)
     picture_options.refuse_unguided(steps, options.no_cfg_until, options.guidance_start, options.guidance_stop)
     embedded = facts.embedded_guidance if options.embedded_guidance is None else float(options.embedded_guidance)
     return GenerationRecord(
@@ -137,6 +150,9 @@ def common_record(options: DrawingOptions, facts: Facts, size: int) -> Generatio
         guidance_start=float(options.guidance_start),
         guidance_stop=float(options.guidance_stop),
         guidance_rescale=float(options.guidance_rescale),
+        **rule_fields(options, guidance),
+        **nag_fields(options),
+        **first_fields(options, first),
         batch_cfg=options.batch_cfg,
         tile=options.tile,
         embedded_guidance=embedded,

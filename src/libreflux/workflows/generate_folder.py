@@ -14,6 +14,7 @@ from libreflux.errors import OptionError
 from libreflux.workflows import picture_options
 from libreflux.workflows.generate import common_record
 from libreflux.workflows.generate_options import DrawingOptions, check_numbers, check_words
+from libreflux.workflows.guidance_options import first_model
 from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.picture_options import adapter_texts, named_model
 
@@ -115,8 +116,9 @@ def generate_folder_with(options: GenerateFolderOptions) -> GenerateFolderResult
     adapters = adapter_texts(options.adapters)
     named = named_model(options.model, options.base, options.comfyui) or default_model(adapters)
     how = options.device, options.offload, options.quantize, options.offload_blocks, options.compile, options.on_notice
-    source = open_for_drawing(named, adapters, *how)
-    record = common_record(options, source.facts, source.size)
+    first = first_model(options)
+    source = open_for_drawing(named, adapters, *how, first)
+    record = common_record(options, source)
     record = dataclasses.replace(record, model=str(named), batch=int(options.batch))
     memory = FileMemory(folder.memory)
     decided = _decided(options, source, record, listed, memory)
@@ -173,14 +175,17 @@ def _decided(
     """Everything that the pictures are functions of, but for their last bits, which device and versions decide too."""
     from libreflux.model.w8a8 import kind_for
     from libreflux.result_key import digest
-    from libreflux.sample.model_key import FORMULA, adapters_key, facts_key, model_key
+    from libreflux.sample.metadata import told_fields
+    from libreflux.sample.model_key import FORMULA, adapters_key, facts_key, first_steps_key, model_key
 
-    fields = {name: value for name, value in dataclasses.asdict(record).items() if name not in _NOT_DECIDING}
+    fields = {name: value for name, value in told_fields(record).items() if name not in _NOT_DECIDING}
     del fields["compile"]  # is known with the weights, and decides last bits
     if not 0 < record.guidance < 1:
         del fields["below_one"]  # it says nothing there, and older folders go on without it
     if options.quantize == "w8a8":
         fields["quantize"] = f"w8a8 {kind_for(source.device)}"
+    if source.first is not None:
+        fields["first_steps_from"] = first_steps_key(fields["first_steps_from"], source.first.source, memory)
     model = {f"model ({part})": value for part, value in model_key(source.source, memory).items()}
     return {
         "formula": FORMULA,

@@ -5,19 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from libreflux.errors import OptionError
 from libreflux.model.compile_choice import Compile
 from libreflux.printing import counted
 from libreflux.values import listed_numbers
 from libreflux.workflows import picture_options
+from libreflux.workflows.guidance_options import (
+    GuidanceOptions,
+    check_first_steps,
+    check_nag,
+    check_rule,
+    check_zero_init,
+    reads_negative,
+)
 from libreflux.workflows.picture_options import Offload, OffloadBlocks, Quantize, listed
 from libreflux.workflows.progress import Progress, silent
 
+if TYPE_CHECKING:
+    from libreflux.model.facts import Facts
+
 
 @dataclass(frozen=True, kw_only=True)
-class DrawingOptions:
+class DrawingOptions(GuidanceOptions):
     """How pictures are drawn: what is said of one picture, of several and of a whole folder.
 
     Attributes:
@@ -143,6 +154,9 @@ def check_numbers(options: DrawingOptions) -> None:
         guidance_rescale=options.guidance_rescale,
     )
     picture_options.check_guidance(given)
+    check_rule(options)
+    check_nag(options, options.compile)
+    check_first_steps(options, given_steps(options))
     check_values({"batch_cfg": options.batch_cfg, "tile": options.tile})
     picture_options.refuse_unused(options.guidance, guided_only(options))
     if options.sigmas is not None:
@@ -150,6 +164,7 @@ def check_numbers(options: DrawingOptions) -> None:
             raise OptionError("has no effect beside `sigmas`", "steps", hint="give one of them")
         check_values({"sigmas": list(options.sigmas)})
     if (steps := given_steps(options)) is not None:
+        check_zero_init(options, steps)
         picture_options.refuse_unguided(steps, options.no_cfg_until, options.guidance_start, options.guidance_stop)
 
 
@@ -158,14 +173,21 @@ def given_steps(options: DrawingOptions) -> int | None:
     return options.steps if options.sigmas is None else len(options.sigmas)
 
 
-def guided_only(options: DrawingOptions) -> dict[str, object]:
-    """Options that do something where a picture is guided alone, each with whether it was given."""
+def guided_only(options: DrawingOptions, first: Facts | None = None) -> dict[str, object]:
+    """Options that do something where a picture is guided alone, each with whether it was given.
+
+    Args:
+        options: of the picture.
+        first: facts of the model that draws the first steps; None where there is none, or it is not known yet.
+    """
+    elsewhere = reads_negative(options, first)
     return {
-        "negative": options.negative,
+        "negative": options.negative and not elsewhere,
         "no_cfg_until": options.no_cfg_until,
         "guidance_start": options.guidance_start,
         "guidance_stop": options.guidance_stop != 1,
         "guidance_rescale": options.guidance_rescale,
+        "guidance_rule": options.guidance_rule != "cfg",
         "batch_cfg": options.batch_cfg != "auto",
-        "negative_2": options.negative_2 is not None,
+        "negative_2": options.negative_2 is not None and not elsewhere,
     }

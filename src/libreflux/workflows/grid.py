@@ -12,6 +12,14 @@ from libreflux.errors import OptionError
 from libreflux.model.compile_choice import Compile
 from libreflux.places import file_place, folder_place
 from libreflux.values import MOST_NUMBERS, listed_numbers
+from libreflux.workflows.guidance_options import (
+    GuidanceOptions,
+    check_first_steps,
+    check_nag,
+    check_rule,
+    check_zero_init,
+    first_model,
+)
 from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.picture_options import (
     Offload,
@@ -25,6 +33,7 @@ from libreflux.workflows.picture_options import (
     check_whole,
     listed,
     named_model,
+    refuse_unused,
 )
 from libreflux.workflows.progress import Progress, silent
 
@@ -36,7 +45,7 @@ SHEET, PAGE = "grid.png", "index.html"
 
 
 @dataclass(frozen=True)
-class GridOptions:
+class GridOptions(GuidanceOptions):
     """What is compared: a row for each prompt and seed, a column for each model, number of steps and guidance scale.
 
     Attributes:
@@ -122,7 +131,7 @@ def grid_with(options: GridOptions) -> GridResult:
     from libreflux.files import lock
     from libreflux.model.opening import open_model
     from libreflux.workflows.adapters import load_arguments
-    from libreflux.workflows.drawing import device_for
+    from libreflux.workflows.drawing_device import device_for
     from libreflux.workflows.grid_cells import CellOptions, Cells, Column, Row
     from libreflux.workflows.grid_page import write
 
@@ -146,6 +155,8 @@ def grid_with(options: GridOptions) -> GridResult:
         offload_blocks=options.offload_blocks,
         compile=options.compile,
         on_notice=options.on_notice,
+        guiding=options,
+        first=None if (first := first_model(options)) is None else open_model(first),
     )
     with lock(out):
         cells = Cells(out, shared, columns, rows)
@@ -166,10 +177,19 @@ def _checked(options: GridOptions) -> tuple[tuple[str, ...], list[str], tuple[st
     for name in (SHEET, PAGE):
         file_place(out / name)
     check_memory(options.offload, options.quantize, options.compile, options.offload_blocks)
+    check_rule(options)
+    check_nag(options, options.compile)
     check_picture(options.width, options.height, None)
     names = {"guidance_scale": "guidance"}
     _check_each("guidance", options.guidance, lambda scale: check_values({"guidance_scale": scale}, names))
     _check_each("steps", options.steps, lambda steps: check_picture(None, None, steps))
+    check_first_steps(options, None)
+    for steps in options.steps or ():
+        check_zero_init(options, int(steps))
+        check_first_steps(options, int(steps))
+    if options.guidance_rule != "cfg":
+        for scale in options.guidance or ():
+            refuse_unused(scale, {"guidance_rule": True})
     _check_each("seeds", options.seeds, lambda seed: check_whole("seeds", seed, 0))
     given = options.model
     models = [] if given is None else [given] if isinstance(given, str | Path) else list(given)

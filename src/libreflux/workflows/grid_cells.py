@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,18 @@ from libreflux.model.source import ModelSource
 from libreflux.model.w8a8 import kind_for
 from libreflux.result_key import adopt, digest
 from libreflux.sample.metadata import GenerationRecord, read_record, save_png
-from libreflux.sample.model_key import FORMULA, adapters_key, facts_key, model_key
+from libreflux.sample.model_key import FORMULA, adapters_key, facts_key, first_steps_key, model_key
 from libreflux.values import is_guided
 from libreflux.workflows.adapters import adapted_facts, load_arguments
 from libreflux.workflows.drawing import AdaptedSource, DrawingSession, open_for_drawing
+from libreflux.workflows.guidance_options import (
+    GuidanceOptions,
+    check_first_steps,
+    first_fields,
+    nag_fields,
+    reads_negative,
+    rule_fields,
+)
 from libreflux.workflows.picture_options import Offload, OffloadBlocks, Quantize, check_picture
 from libreflux.workflows.progress import Progress
 
@@ -68,6 +76,8 @@ class CellOptions:
         negative: negative prompt, of the cells that are guided.
         width, height: pixels; None is the model's own size.
         device, quantize, offload, offload_blocks, compile, on_notice: see `GenerateOptions`.
+        guiding: how the cells that are guided are.
+        first: who draws their first steps; None is no other model.
     """
 
     sources: Mapping[str, ModelSource]
@@ -81,10 +91,18 @@ class CellOptions:
     offload_blocks: OffloadBlocks = 0
     compile: Compile = "auto"
     on_notice: Callable[[str], None] | None = None
+    guiding: GuidanceOptions = field(default_factory=GuidanceOptions)
+    first: ModelSource | None = None
 
     def negative_at(self, scale: float) -> str:
         """The negative prompt of a cell, which is of no effect without guidance."""
-        return self.negative if is_guided(scale) else ""
+        elsewhere = reads_negative(self.guiding, None if self.first is None else self.first.facts)
+        return self.negative if is_guided(scale) or elsewhere else ""
+
+    def guidance_fields(self, scale: float) -> dict[str, Any]:
+        """What a cell's record says of guidance beyond its scale."""
+        first = first_fields(self.guiding, None if self.first is None else self.first.facts)
+        return {**rule_fields(self.guiding, scale), **nag_fields(self.guiding), **first}
 
 
 @dataclass(frozen=True)
@@ -166,7 +184,7 @@ class Cells:
         """Where the cell is kept: under a digest of all that decides its pixels."""
         model, shared = self.model(column), self.shared
         scale = model.guidance(column)
-        decided = {
+        decided: dict[str, Any] = {
             "formula": FORMULA,
             "prompt": row.prompt,
             "seed": row.seed,
@@ -176,9 +194,12 @@ class Cells:
             "width": shared.width,
             "height": shared.height,
             "quantize": self._quantised(),
+            **shared.guidance_fields(scale),
             **model.key,
             **({"below_one": True} if 0 < scale < 1 else {}),  # older versions drew it with the prompt alone
         }
+        if shared.first is not None:
+            decided["first_steps_from"] = first_steps_key(decided["first_steps_from"], shared.first, self._memory)
         return self._file(decided)
 
     def _quantised(self) -> str | None:
@@ -230,7 +251,7 @@ class Cells:
             self._opened = None  # before the next one needs the memory
             shared = self.shared
             memory = shared.offload, shared.quantize, shared.offload_blocks
-            how = *memory, shared.compile, shared.on_notice
+            how = *memory, shared.compile, shared.on_notice, shared.first
             source = open_for_drawing(shared.sources[model], shared.adapters, shared.device, *how)
             columns = [column for column in self.columns if column.model == model]
             missing = [(column, row) for column in columns for row in self.rows if self.kept(column, row) is None]
@@ -242,6 +263,7 @@ class Cells:
         width, height = self.shared.width or source.size, self.shared.height or source.size
         check_picture(width, height, column.steps)
         model = self.model(column)
+        check_first_steps(self.shared.guiding, model.steps(column))
         scale = model.guidance(column)
         return GenerationRecord(
             prompt=row.prompt,
@@ -254,4 +276,5 @@ class Cells:
             model=column.model,
             embedded_guidance=model.facts.embedded_guidance,
             quantize=source.quantize,
+            **self.shared.guidance_fields(scale),
         )

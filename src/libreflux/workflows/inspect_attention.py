@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from libreflux.errors import OptionError
-from libreflux.workflows.adapters import adapter_argument, result_name
+from libreflux.values import adapter_argument
+from libreflux.workflows.adapters import result_name
 from libreflux.workflows.inspect_attention_files import AttentionFolder
 from libreflux.workflows.inspect_attention_options import InspectAttentionOptions, check_options
 from libreflux.workflows.keywords import by_keywords
@@ -85,8 +86,13 @@ def inspect_attention_with(options: InspectAttentionOptions) -> InspectAttention
     named = named_model(str(options.model), options.base, None if options.comfyui is None else str(options.comfyui))
     memory = options.offload, options.quantize, options.offload_blocks
     opened = open_for_drawing(
-        named or str(options.model), adapter_texts(options.adapters), options.device, *memory, compile="off"
-    )  # attention of compiled blocks cannot be watched
+        named or str(options.model),
+        adapter_texts(options.adapters),
+        options.device,
+        *memory,
+        compile="off",  # attention of compiled blocks cannot be watched
+        training_adapters=True,
+    )
     own_padding = opened.facts.text_padding
     if options.text_padding is not None:
         opened = _padded(opened, options.text_padding)
@@ -122,7 +128,7 @@ class _Job:
         from libreflux.workflows.generate import common_record
 
         self.options, self.opened = options, opened
-        common = common_record(options.as_pictures(), opened.facts, opened.size)
+        common = common_record(options.as_pictures(), opened)
         self.common = dataclasses.replace(common, model=str(options.model), seed=int(options.seed))
         self.records = [dataclasses.replace(self.common, prompt=prompt) for prompt in prompts]
         self.layouts = _layouts(opened, prompts, options.max_tokens)

@@ -121,7 +121,7 @@ def inspect_layers_with(options: InspectLayersOptions) -> InspectLayersResult:
     before = open_before(
         options.model, "model", options.base, None if options.comfyui is None else Path(options.comfyui)
     )
-    files = load_arguments(options.adapters)
+    files = load_arguments(options.adapters, training_adapters=True)
     source = _as_trained(before.with_facts(adapted_facts(before.facts, files)))
     if files:
         check_base(source, source.hash, files)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from libreflux.printing import quoted_command
 from libreflux.recipe import Recipe
+from libreflux.training.checkpoint import ADAPTER
 from libreflux.training.run_state import all_done
 
 PROMPT = "a red apple on blue"
@@ -21,12 +22,17 @@ def finished(recipe: Recipe, started_at: int | None) -> str:
     """
     if started_at is None:
         return f"this run was finished before: {all_done(recipe.steps)}; raise steps to go on"
-    return f"finished: {all_done(recipe.steps)}"
+    use = ""
+    if recipe.adapter.role == "training_adapter":
+        use = f"; to train with it, write adapter.training_adapter: {os.path.join(recipe.out, ADAPTER)} in a recipe"
+    return f"finished: {all_done(recipe.steps)}{use}"
 
 
 def commands(recipe: Recipe) -> list[str]:
     """Commands that work when they are pasted into a shell, in the folder where the training was started."""
     run = _named(recipe.out)
+    if recipe.adapter.role == "training_adapter":  # no command draws with it: what it is for stands in a recipe
+        return [quoted_command(["libreflux", "recipe", "adapter.training_adapter"])]
     model, adapter = _named(recipe.model), run
     if ":" in adapter:  # what follows would be read as a weight
         adapter = os.path.join(run, "adapter.safetensors")

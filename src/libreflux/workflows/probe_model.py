@@ -56,7 +56,7 @@ class ProbedModel:
             ModelError: no such model, or a text padding that it was not trained with.
             AdapterError: an adapter that cannot be read, or two that do not go together.
         """
-        files, source = load_arguments(adapters), open_model(name)
+        files, source = load_arguments(adapters, training_adapters=True), open_model(name)
         source = source.with_facts(adapted_facts(source.facts, files))
         check_trained_padding(source.facts.text_padding)
         source.fetch(*PARTS)

@@ -17,11 +17,13 @@ from libreflux.model.compile_choice import Compile
 from libreflux.model.locate import told_model
 from libreflux.places import file_place
 from libreflux.printing import counted, quoted_path
-from libreflux.sample.checks import check_values
+from libreflux.sample.checks import check_values, first_steps_argument
 from libreflux.sample.encoding import check_max_tokens
 from libreflux.sample.metadata import GenerationRecord, differences, open_png, read_record, save_png
-from libreflux.workflows.adapters import adapter_argument
+from libreflux.sample.rules import nag_of, rule_of
+from libreflux.values import adapter_argument
 from libreflux.workflows.drawing import open_for_drawing
+from libreflux.workflows.guidance_options import refuse_compiled
 from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.picture_options import Offload, OffloadBlocks, adapter_texts, check_memory, named_model
 from libreflux.workflows.picture_paths import ANOTHER_PLACE, picture_paths_of
@@ -37,6 +39,7 @@ class RemakeOptions:
         model: where its model is now; None: where it was.
         base, comfyui: see `GenerateOptions`.
         adapters: where its adapters are now, in their order; the weights are the picture's.
+        first_steps_from: where the model of its first steps is now; None: where it was.
         device, offload, offload_blocks: see `GenerateOptions`.
         compile: "on" or "off", see `GenerateOptions`; "auto": as the picture was drawn.
         metadata: whether the new PNG says how it was made.
@@ -53,6 +56,7 @@ class RemakeOptions:
     base: str | None = None
     comfyui: str | Path | None = None
     adapters: str | Path | Sequence[str | Path] = ()
+    first_steps_from: str | None = None
     device: str = "auto"
     offload: Offload = "auto"
     offload_blocks: OffloadBlocks = 0
@@ -114,14 +118,18 @@ def remake_with(options: RemakeOptions) -> RemakeResult:
     named = named_model(model, options.base, options.comfyui) or record.model
     adapters = _found(record, adapter_texts(options.adapters), picture)
     memory = options.offload, record.quantize, options.offload_blocks
+    refuse_compiled(record.nag, options.compile)
     asked: Compile = ("on" if record.compile else "off") if options.compile == "auto" else options.compile
-    source = open_for_drawing(named, adapters, options.device, *memory, asked, options.on_notice)
+    first = _first(record, options.first_steps_from, picture)
+    source = open_for_drawing(named, adapters, options.device, *memory, asked, options.on_notice, first)
     try:
         check_max_tokens(source.facts, record.max_tokens, f"{picture}: max_tokens")
     except OptionError as error:
         raise DataError(error.what, where=error.where, hint=error.hint) from None
     session = source.load([record])
     now = dataclasses.replace(session.stamped(record), model=str(named), batch=1)
+    if first is not None and record.first_steps_from is not None:
+        now = dataclasses.replace(now, first_steps_from=f"{first}:{first_steps_argument(record.first_steps_from)[1]}")
     changed = differences(record, now)
     for line in changed:
         if options.on_difference is not None:
@@ -133,6 +141,21 @@ def remake_with(options: RemakeOptions) -> RemakeResult:
         if options.on_picture is not None:
             options.on_picture(target)
     return RemakeResult(image, now, target, tuple(changed), *_compared(picture, image, changed))
+
+
+def _first(record: GenerationRecord, given: str | None, picture: Path) -> str | None:
+    """Who draws the first steps; None is no other model."""
+    if record.first_steps_from is None:
+        if given is not None:
+            raise OptionError(f"was not used for {picture}", "first_steps_from", hint="remove it")
+        return None
+    model, count = first_steps_argument(record.first_steps_from)
+    if given is None:
+        return told_model(model, picture)
+    named, steps = first_steps_argument(given)
+    if named != given and steps != count:
+        raise OptionError(f"has other steps than its {count}", "first_steps_from", hint="give the model alone")
+    return named
 
 
 def _target(out: Path, record: GenerationRecord, picture: Path) -> Path:
@@ -163,6 +186,8 @@ def _check(record: GenerationRecord, picture: Path) -> None:
                 "embedded_guidance": record.embedded_guidance,
             }
         )
+        rule_of(record).check_steps(record.steps)
+        nag_of(record)
     except RecipeError as error:
         what = f"damaged record ({error.where} {error.what})"
         raise DataError(what, where=picture, hint="give the picture unchanged") from None

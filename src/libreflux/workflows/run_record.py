@@ -81,7 +81,8 @@ class RunRecorder(Callbacks):
         self.events.on_notice(line)
 
     def on_start(self, started: Started) -> None:
-        self._source, self._facts, self.started_at = started.source, started.facts, started.step
+        self._source, self.started_at = started.source, started.step
+        self._facts = started.sample_facts or started.facts
         checkpoint.rewind(started.run / checkpoint.HELD_OUT, started.step)
         for step, path in checkpoint.numbered(started.run / SHEETS, ".png").items():
             if step > started.step:  # those steps are taken again, after a fork from here otherwise

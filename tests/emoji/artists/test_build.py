@@ -60,8 +60,8 @@ def test_captions_of_a_step_are_those_of_its_rows() -> None:
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with random latents of `COUNT` scenes, in two files."""
     monkeypatch.setattr(base, "CHUNK", COUNT // 2)
-    monkeypatch.setattr(base, "_corpus", lambda: [text for row in texts for text in row.values()])
     texts = [captions.captions(held_out.training_scene(base.SCENE_SEED, index)) for index in range(COUNT)]
+    monkeypatch.setattr(base, "_corpus", lambda: [text for row in texts for text in row.values()])
     (tmp_path / "latents").mkdir()
     draw = torch.Generator().manual_seed(0)
     for number in range(2):
