@@ -143,7 +143,7 @@ class DrawingSession:
             steps=first_steps_argument(told)[1],
             positive=positive,
             negative=negative,
-            scale=begun[0].guidance,
+            scale=begun[0].scale,
             embedded_guidance=self.facts.embedded_guidance,
         )
 
@@ -330,9 +330,9 @@ def open_for_drawing(
 
 def texts_of(record: GenerationRecord) -> list[Text]:
     """What must be encoded for a picture: its prompt, and where it is guided its negative prompt."""
-    positive = Text(record.prompt, record.prompt_2, record.max_tokens)
-    negative = Text(record.negative, record.negative_2, record.max_tokens)
-    return [positive, negative] if is_guided(record.scale) or record.nag else [positive]
+    texts = [(record.prompt, record.prompt_2), (record.negative, record.negative_2)]
+    count = 2 if is_guided(record.scale) or record.nag else 1
+    return [Text(one, other, record.max_tokens) for one, other in texts[:count]]
 
 
 def _together(texts: Sequence[TextConditioning]) -> TextConditioning:
