@@ -331,8 +331,7 @@ def open_for_drawing(
 def texts_of(record: GenerationRecord) -> list[Text]:
     """What must be encoded for a picture: its prompt, and where it is guided its negative prompt."""
     texts = [(record.prompt, record.prompt_2), (record.negative, record.negative_2)]
-    count = 2 if is_guided(record.scale) or record.nag else 1
-    return [Text(one, other, record.max_tokens) for one, other in texts[:count]]
+    return [Text(*both, record.max_tokens) for both in texts[: 1 + (is_guided(record.scale) or record.nag > 0)]]
 
 
 def _together(texts: Sequence[TextConditioning]) -> TextConditioning:
