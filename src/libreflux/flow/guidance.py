@@ -54,7 +54,7 @@ def apg(
     momentum: float = 0.0,
     average: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416, section 4 and algorithm 1).
+    """Adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416).
 
     In pictures D = x - sigma v, with m the momentum: A = (D_c - D_u) + m A_before; A' = A min(1, r / ||A||);
     D = D_c + (g - 1) (A'_orthogonal + eta A'_parallel), both to D_c. As a velocity that is
@@ -88,7 +88,7 @@ def apg(
 
 
 def zero_star_scale(v_cond: Tensor, v_uncond: Tensor) -> Tensor:
-    """CFG-Zero*'s s = <v_c, v_u> / ||v_u||^2 (Fan et al. 2025, arXiv 2503.18886, eq. 8), [B, 1, …]: each sample's own.
+    """CFG-Zero*'s s = <v_c, v_u> / ||v_u||^2 (Fan et al. 2025, arXiv 2503.18886), [B, 1, …]: each sample's own.
 
     It makes ||v_c - s v_u|| least; equal velocities have 1.
     """
@@ -96,7 +96,7 @@ def zero_star_scale(v_cond: Tensor, v_uncond: Tensor) -> Tensor:
 
 
 def cfg_zero_star(v_cond: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
-    """CFG-Zero* (Fan et al. 2025, arXiv 2503.18886, algorithm 1) without its first steps of zero: `cfg` from s v_u.
+    """CFG-Zero* (Fan et al. 2025, arXiv 2503.18886) without its first steps of zero: `cfg` from s v_u.
 
     (1 - g) s v_u + g v_c, with s of `zero_star_scale`.
 
@@ -115,7 +115,7 @@ def _along(vectors: Tensor, onto: Tensor) -> Tensor:
 
 
 def nag(positive: Tensor, negative: Tensor, scale: float, tau: float, alpha: float) -> Tensor:
-    """Normalized attention guidance (Chen et al. 2025, arXiv 2505.21179, section 4), on what attention gives a token.
+    """Normalized attention guidance (Chen et al. 2025, arXiv 2505.21179), on what attention gives a token.
 
     Z~ = Z+ + s (Z+ - Z-); its L1 norm is cut to tau times that of Z+; alpha of that, and 1 - alpha of Z+.
 
