@@ -23,6 +23,7 @@ FEWER: dict[str, list[object]] = {
     "merge": [],
     "grid": ["--steps", 2, "--guidance", "1,3", "--seeds", 0, *SMALL],
 }
+SWEEP: list[object] = ["--pictures", 4, "--sigmas", "0.5", "--lerps", "0.5", "--widths", "0.1", "--guidance", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,7 @@ def place(run: Callable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     blocks = dict(re.findall(r"```(yaml|sh)\n(.*?)```", section, re.DOTALL))
     folder = tmp_path_factory.mktemp("user")
     compose.write_folder(folder / "photos", 20, 1)
+    compose.write_folder(folder / "photos-apart", 4, 2)
     assert FLUX in blocks["yaml"]
     assert "resolution: 512" in blocks["yaml"]
     (folder / "mine.yaml").write_text(blocks["yaml"].replace(FLUX, "emoji-base").replace("512", "64"))
@@ -39,7 +41,8 @@ def place(run: Callable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
         patch.chdir(folder)
         for line in blocks["sh"].splitlines():
             program, verb, *rest = shlex.split(line.replace(FLUX, "emoji-base"), comments=True)
-            done = run(verb, *rest, *FEWER[verb])
+            fewer = [*SWEEP, "--steps", 1] if "--sweep" in rest else FEWER[verb]
+            done = run(verb, *rest, *fewer)
             assert (program, done.code) == ("libreflux", 0), done.err
         yield folder
 
