@@ -80,7 +80,7 @@ def test_equals_diffusers_flux_pipeline_where_nothing_is_padded(
         (3.0, 2, [2, 2, 4, 4, 4]),
         (3.0, 4, [2, 2, 2, 2, 4]),
         (1.0, 5, [2] * 5),
-        (0.5, 0, [2] * 5),
+        (0.5, 0, [4] * 5),
         (0.0, 0, [2] * 5),
     ],
 )

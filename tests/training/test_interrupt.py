@@ -45,7 +45,7 @@ def verb(**_):
             time.sleep(60)
         replace_whole(Path(sys.argv[1]).with_name("file"), fill)
 module = importlib.import_module("libreflux.cli.app")
-module.app = verb
+module.command_line = lambda: verb
 module.main()
 """
 

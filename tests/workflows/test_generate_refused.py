@@ -32,7 +32,7 @@ from libreflux.errors import LibrefluxError, OptionError
         ({"width": 100}, "width: 100 is not a multiple of 16; hint: use 96"),
         ({"height": 64.5}, "height: cannot be 64.5; hint: use a multiple of 16, at most 16384"),
         ({"steps": 0}, "steps: cannot be 0; hint: use 1 to 10000"),
-        ({"guidance": float("nan")}, "guidance: cannot be nan; hint: use 0 or more; 1 is no guidance"),
+        ({"guidance": float("nan")}, "guidance: cannot be nan; hint: use 0 or more; 0 and 1 are no guidance"),
         ({"guidance": 1, "negative": "y"}, "negative: has no effect at guidance 1; hint: add `guidance` 3, or remove"),
         ({"guidance": 1, "batch_cfg": False}, "batch_cfg: has no effect at guidance 1"),
         ({"batch_cfg": "on"}, "batch_cfg: cannot be 'on'"),
