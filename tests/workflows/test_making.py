@@ -37,7 +37,7 @@ def test_merge(
     silence()
     done = run("merge", tiny_model_dir, named, "--out", tmp_path / "command")
     assert done.code == 0
-    assert f"{len(made.changed)} layers changed, saved in" in done.out
+    assert f"{len(made.changed)} layers changed, by " in done.out
     assert made.out == tmp_path / "python"
     assert files(made.out) == files(tmp_path / "command")
     assert len(files(made.out)) > 5
