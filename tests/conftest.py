@@ -42,10 +42,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two processes of two threads on two c
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-# By what they took, see docs/log.md; the names hold in every folder.
+# By what they took, see docs/log.md; the names hold in every folder. First, though short, the one that compares a
+# prepared cache with one of the same files made later: tests of commands in between change what it remembers of them.
 LONGEST = (
-    "faults demo examples ranks generate_folder process probe generate style own_pictures opened_once export full_size "
-    "kill train remake compiling index quantize shipped_recipes prepare benchmarks drawing_blocks hostile_adapters "
+    "damage faults demo examples ranks generate_folder process probe generate style own_pictures opened_once export "
+    "full_size kill train remake compiling index quantize shipped_recipes prepare benchmarks drawing_blocks hostile_adapters "
     "planned_models foreign_folders verbs training single_files int8_files hub"
 )
 FIRST = {f"test_{name}.py": place for place, name in enumerate(LONGEST.split())}
