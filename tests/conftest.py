@@ -46,8 +46,8 @@ sys.dont_write_bytecode = False
 # prepared cache with one of the same files made later: tests of commands in between change what it remembers of them.
 LONGEST = (
     "damage faults demo examples ranks generate_folder process probe generate style own_pictures opened_once export "
-    "full_size kill train remake compiling index quantize shipped_recipes prepare benchmarks drawing_blocks hostile_adapters "
-    "planned_models foreign_folders verbs training single_files int8_files hub"
+    "full_size kill train remake compiling index quantize shipped_recipes prepare benchmarks drawing_blocks "
+    "hostile_adapters planned_models foreign_folders verbs training single_files int8_files hub"
 )
 FIRST = {f"test_{name}.py": place for place, name in enumerate(LONGEST.split())}
 
