@@ -32,7 +32,8 @@ def test_a_part_of_all_scenes_is_held_out() -> None:
 
 
 def test_every_subject_keeps_four_artists_and_most_places() -> None:
-    assert held_out.nothing_lacks()
+    left = [set(subject.looks) - {held_out.held_out_looks().get(subject.name)} for subject in subjects()]
+    assert min(map(len, left)) >= 4
     shares = [len(held_out.held_out_cells(subject.name)) / held_out.CELLS**3 for subject in subjects()]
     assert max(shares) < 0.13
 

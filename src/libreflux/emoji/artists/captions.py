@@ -21,7 +21,6 @@ from libreflux.emoji.artists.scenes import Background, Figure, Scene
 PLURALS = ("grapes", "cherries", "fries", "books", "scissors")
 NO_ARTICLE = (*PLURALS, "corn", "fire", "beer", "wine", "coffee")
 UNIQUE = ("sun", "moon")
-KINDS = ("bare", "short", "full", "tags", "long")
 STYLES = {
     "3d": "a glossy 3d style",
     "flat": "a flat style",
@@ -150,7 +149,7 @@ def _behind(background: Background) -> str:
 
 
 def captions(what: Scene) -> dict[str, str]:
-    """Every caption of a scene, by kind: a key of `KINDS` to its text."""
+    """Every caption of a scene, by kind: bare, short, full, tags, long."""
     return {
         "bare": phrase(what, Told()),
         "short": phrase(what, _by_chance(what, "short")),

@@ -11,7 +11,7 @@ from typing import Literal
 
 from libreflux import seeding
 from libreflux.emoji.artists.scenes import PAIRS, Figure, Scene, scene
-from libreflux.emoji.artists.subjects import all_subjects, subjects, unseen_subjects
+from libreflux.emoji.artists.subjects import subjects, unseen_subjects
 
 Kind = Literal["subject", "look", "place"]
 KINDS: tuple[Kind, ...] = ("subject", "look", "place")
@@ -82,8 +82,3 @@ def held_out_scene(kind: Kind, seed: int, index: int, *, pairs: float = 0.0) -> 
         if kind_of(found) == kind:
             return found
     raise AssertionError
-
-
-def nothing_lacks() -> bool:
-    """Whether every subject is drawn by at least four artists for training."""
-    return all(len(set(s.looks) - {held_out_looks().get(s.name)}) >= 4 for s in all_subjects())
