@@ -74,6 +74,15 @@ def probe(
             "SigLIP also for how well pictures agree with their prompts.",
         ),
     ] = None,
+    measures: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--measure",
+            metavar="NAME",
+            help="A measure of your own: FILE.py:NAME, or what an installed package registers; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     ocr: Annotated[
         bool,
         typer.Option(
@@ -123,6 +132,7 @@ def probe(
         seen=seen,
         judge=judge,
         features=features,
+        measures=measures or (),
         ocr=ocr,
         resolution=resolution,
         batch=batch,

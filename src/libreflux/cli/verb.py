@@ -81,7 +81,7 @@ PANELS: dict[str, dict[str, str]] = {
     "probe": {
         "Models": "adapters against reference",
         "What is measured": "data trained_on quick pictures prompts guidance steps resolution seed",
-        "Judges": "seen judge features ocr",
+        "Judges": "seen judge features measures ocr",
         "Memory and speed": "device dtype batch",
         "Output": "out csv json whole",
     },

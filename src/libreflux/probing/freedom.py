@@ -16,15 +16,8 @@ from libreflux.probing.results import Coordinate, Measure, Result
 
 BY_MODEL = ("own_guidance", "diversity_guidance", "rungs")
 """Settings that follow from the model; all others must be alike."""
-OF_THE_DATA = (
-    "held_out_clipped",
-    "held_out_latents_std",
-    "judge_ceiling",
-    "held_out_agreement",
-    "agreement_cut",
-    "held_out_letters",
-)
-"""Measures that are the same for every model."""
+OF_THE_DATA = ("judge_ceiling", "agreement_cut")
+"""Measures that are the same for every model, beside those of held-out pictures."""
 OVER_SIGMA = ("loss", "slope")
 ROUNDING = 1e-5
 """Differences as small as this are fp32's, not the model's: padding that is masked leaves about 4e-7."""
@@ -108,7 +101,7 @@ def freedom(freed: Result, distilled: Result, reference: Result | None = None) -
     triples: dict[Place, _Triple] = {}
     for place, one in tables[0].items():
         other, target = tables[1].get(place), one.reference if third is None else third.get(place)
-        if one.name not in OF_THE_DATA and other is not None and target is not None:
+        if not _of_the_data(one.name) and other is not None and target is not None:
             triples[place] = _Triple.of(place, one, other, target)
     rungs = distilled.settings.get("rungs") or ()
     rows = list[FreedomRow]()
@@ -117,6 +110,10 @@ def freedom(freed: Result, distilled: Result, reference: Result | None = None) -
         rows += [_row(group, at) for group, at in (_means(here, rungs) if name in OVER_SIGMA else ())]
         rows += [_row([triple], triple.at) for triple in here]
     return rows
+
+
+def _of_the_data(name: str) -> bool:
+    return name in OF_THE_DATA or name.startswith("held_out_")
 
 
 def check_comparable(results: Sequence[Result]) -> None:

@@ -32,6 +32,8 @@ SECTIONS: tuple[Section, ...] = (
     letters.SECTION,
 )
 
+OWN = "measures"
+"""The setting that names the user's own measures."""
 Progress = Callable[[int, int, str], None]
 """progress(done, total, section): samples that went through the model."""
 
@@ -48,6 +50,7 @@ def probe(
     trained: TrainingCheck | None = None,
     pairs: Sequence[Picture] = (),
     names: Mapping[str, Sequence[str]] | None = None,
+    own: Sequence[Section] = (),
     by_unit: bool = False,
     progress: Progress = lambda done, total, note: None,
 ) -> Result:
@@ -64,10 +67,11 @@ def probe(
         trained: of the result; decides no number.
         pairs: measured pictures and those of the training that are nearest to them.
         names: of the result.
+        own: the user's measures; no other section knows of them.
         by_unit: what each picture gave is needed: sections of older versions, which did not keep it, are made anew.
         progress: told how far the model is.
     """
-    sections = [one for one in SECTIONS if one.wanted(settings)]
+    sections = [*(one for one in SECTIONS if one.wanted(settings)), *own]
     keys = {one.name: _key(one, decided, settings) for one in sections}
     for one in sections:
         _adopt_section(out, one.name, keys[one.name], digest([model, settings.as_json(), one.name, one.version]))
@@ -101,9 +105,11 @@ def probe(
 
 def _key(section: Section, decided: Mapping[str, Any], settings: Settings) -> str:
     told = settings.as_json() | {"data": settings.data[1]}  # without the name of its folder
-    told = {name: value for name, value in told.items() if name not in {each.setting for each in SECTIONS}}
+    others = {OWN, *(each.setting for each in SECTIONS)}
+    told = {name: value for name, value in told.items() if name not in others}
     told |= {} if section.setting is None else {section.setting: getattr(settings, section.setting)}
-    return digest({"decided": decided, "settings": told, "section": section.name, "version": section.version})
+    code = {"code": section.code} if section.code else {}
+    return digest({"decided": decided, "settings": told, "section": section.name, "version": section.version} | code)
 
 
 def _adopt_section(out: Path, name: str, key: str, older: str) -> None:

@@ -40,6 +40,7 @@ class Section:
         plan: what it will need, for the time left.
         measure: makes it.
         setting: that asks for it, and that no other section knows of; None: it is always measured.
+        code: digest of code outside the package that it runs; "" where there is none.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Section:
     plan: Callable[[Settings, Sequence[ParsedPrompt]], Plan]
     measure: Callable[[ProbeContext], SectionResult]
     setting: str | None = None
+    code: str = ""
 
     def wanted(self, settings: Settings) -> bool:
         """Whether these settings ask for it."""

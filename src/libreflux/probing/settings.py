@@ -43,6 +43,7 @@ class Settings:
         judge: SHA-256 of the judge's file, None without.
         reader: what reads the text in drawn pictures, None where nothing does.
         seen: subjects that the model was trained on, None where nobody knows.
+        measures: name, digest and meaning of each of the user's own, see `own.OwnMeasure`.
     """
 
     seed: int = 0
@@ -70,12 +71,15 @@ class Settings:
     judge: str | None = None
     reader: str | None = None
     seen: tuple[str, ...] | None = None
+    measures: tuple[tuple[str, str, str], ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; `reader` only where there is one, as in results of before it came."""
+        """Plain values; `reader` and `measures` only where there are any, as in results of before they came."""
         found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         if self.reader is None:
             del found["reader"]
+        if not self.measures:
+            del found["measures"]
         return found
 
 

@@ -16,6 +16,7 @@ from libreflux.workflows.probe_compare import FREEDOM_FILE, compare
 from libreflux.workflows.probe_data import check_quotes
 from libreflux.workflows.probe_measure import measure, read_model
 from libreflux.workflows.probe_options import ProbeOptions, check_options
+from libreflux.workflows.probe_own import own_measures
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def probe_with(options: ProbeOptions) -> ProbeResult:
         print(found.page)
     """
     check_options(options)
+    own_measures(options.measures)  # refused before a model is read
     if options.ocr:
         check_quotes(Path(str(options.data)))
     if options.csv is not None:

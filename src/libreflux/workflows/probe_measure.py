@@ -37,6 +37,7 @@ from libreflux.sample.model_key import adapters_key, config_digest, facts_key
 from libreflux.workflows.probe_data import ProbeData, check_data
 from libreflux.workflows.probe_model import CACHE, ProbedModel
 from libreflux.workflows.probe_options import ProbeOptions
+from libreflux.workflows.probe_own import own_measures
 from libreflux.workflows.probe_trained import check_places, check_training, places_of
 
 logger = get_logger(__name__)
@@ -66,8 +67,11 @@ def measure(
     check_data(model, None if options.data is None else Path(options.data))
     check_places(places_of(options.trained_on))
     reader = Reader() if options.ocr else None
+    own = own_measures(options.measures)
     settings = _settings(options, model, judge_file, trained_subjects)
-    settings = dataclasses.replace(settings, reader=None if reader is None else reader.name)
+    settings = dataclasses.replace(
+        settings, reader=None if reader is None else reader.name, measures=tuple(one.row for one in own)
+    )
     with lock(out), contextlib.ExitStack() as bars:
         data = ProbeData.make(
             model,
@@ -100,6 +104,7 @@ def measure(
             trained=trained,
             pairs=pairs,
             names=data.names,
+            own=[one.section() for one in own],
             by_unit=options.against is not None or options.csv is not None,
             progress=bars.enter_context(options.progress("probing", "evaluation")),
         )

@@ -14,6 +14,7 @@ from libreflux.workflows.progress import Progress, silent
 
 if TYPE_CHECKING:
     from libreflux.probing.settings import Changes
+    from libreflux.workflows.probe_own import Measures
 
 PRECISIONS = ("stored", "fp32", "bf16")
 MOST_GUIDANCE = MOST_STEPS = 1e4
@@ -44,6 +45,8 @@ class ProbeOptions:
         judge: file of a judge of subjects and colours; None is the emoji family's own.
         features: folder of a local CLIP, DINO or other vision model, for distances in the judge's place; a whole CLIP
             or SigLIP, with its text tower and tokenizer, also measures how well pictures agree with their prompts.
+        measures: measures of your own, each a `libreflux.probing.own.OwnMeasure`, the name of an entry point of an
+            installed package, or "FILE.py:NAME".
         ocr: read the pictures whose prompts quote a text, and measure how many of its letters are right.
         resolution: side of the pictures in pixels; None is the model's.
         batch: pictures per forward pass.
@@ -70,6 +73,7 @@ class ProbeOptions:
     seen: Path | str | None = None
     judge: Path | str | None = None
     features: Path | str | None = None
+    measures: Measures = ()
     ocr: bool = False
     resolution: int | None = None
     batch: int | None = None

@@ -30,5 +30,5 @@ def statement(results: Sequence[Result]) -> str:
         return ""
     return (
         f"Intervals hold 95 %: of {' or '.join(map(str, replicates))} bootstrap replicates over n pictures or prompts, "
-        "and Wilson's for accuracy and judge_ceiling, which are shares of yes and no."
+        "and Wilson's for shares of yes and no, such as accuracy."
     )

@@ -261,6 +261,9 @@ def _count(count: int | None) -> str:
 def _measures(results: Sequence[Result], names: Sequence[str]) -> str:
     tables = [{(row.name, tuple(row.at.items()), row.subset): row for row in one.measures} for one in results]
     keys = dict.fromkeys(key for table in tables for key in table)
+    meanings = dict(MEANINGS)
+    for own, _, told in results[0].settings.get("measures") or ():
+        meanings |= {own: told, f"held_out_{own}": f"The same of the held-out pictures. {told}"}
     parts = []
     for name in dict.fromkeys(key[0] for key in keys):
         lines = []
@@ -268,7 +271,7 @@ def _measures(results: Sequence[Result], names: Sequence[str]) -> str:
             found = [table.get(key) for table in tables]
             lines.append(_measure_line(next(row for row in found if row is not None), found, _family(results)))
         heads = ("", "at", "subset", "n", *names, "theory", "unit")
-        meaning = escape(MEANINGS.get(name, ""))
+        meaning = escape(meanings.get(name, ""))
         told = f'<summary><b>{escape(name)}</b> <span class="faint">{meaning}</span></summary>'
         parts.append(f"<details>{told}{html.table(heads, lines, 3)}</details>")
     return f"<h2>Every measure</h2>{''.join(parts)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
 
+from libreflux.probing.report.labels import MEANINGS
 from libreflux.probing.results import Coordinate
 
 
@@ -44,12 +45,19 @@ SUMMARY: tuple[tuple[str, Mapping[str, Sequence[Coordinate]]], ...] = (
     ("padding", {"padding": ["drop"]}),
 )
 """Of a measure, the values of each coordinate, the best first: words are taken as they are, numbers the nearest."""
+OWN: Mapping[str, Sequence[Coordinate]] = {"guidance": [4.0], "steps": []}
+"""The same of a measure that a user adds."""
 
 
 def summary(rows: Sequence[T]) -> list[T]:
-    """Of these rows, the one of each line of `SUMMARY` that is nearest to it, each once, over all subjects."""
+    """Of these rows, the one of each line of `SUMMARY` that is nearest to it, each once, over all subjects.
+
+    Of a measure of the user's own the one as of `clipped`.
+    """
     found: list[T] = []
-    for name, wanted in SUMMARY:
+    own = [name for name in dict.fromkeys(row.name for row in rows) if name not in MEANINGS]
+    lines = [*SUMMARY, *((name, OWN) for name in own if not name.startswith("held_out_"))]
+    for name, wanted in lines:
         here = [row for row in rows if row.name == name and row.subset == "all"]
         nearest = min(here, key=lambda row: _distance(row.at, wanted), default=None)
         if nearest is not None and not any(nearest is one for one in found):
