@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from libreflux.probing.no_training import PictureMoments
 from libreflux.probing.results import read_result
 from opened import opened
 
@@ -77,6 +78,10 @@ def test_a_kept_picture_is_the_one_that_generate_draws(
         assert ours.std() > 1
         assert abs(ours - theirs).max() <= 2
     assert len(chosen) == 2
+
+
+def is_spread(row: dict[str, Any], guidance: float) -> bool:
+    return row["name"] == "latents_std" and row["at"] == {"guidance": guidance} and row["subset"] == "all"
 
 
 def captions(folder: Path) -> list[str]:
@@ -158,7 +163,9 @@ def test_against_prints_the_freedom_of_models_that_were_measured_alike(
     judge: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(PictureMoments, "best_w", lambda self: 1 / 3)
     from libreflux.model.facts import read_facts, write_facts
 
     changed = opened(tiny_model_dir)
@@ -192,8 +199,15 @@ def test_against_prints_the_freedom_of_models_that_were_measured_alike(
     assert {row["text"] for row in own} == set(captions(plain))
     untrained = json.loads(told.out)["no_training"]
     assert (untrained["chosen_on"], untrained["measured_on"]) == (2, 3)
-    assert 0 <= untrained["w"] <= 1
     assert {row["kind"] for row in untrained["rows"]} == {"w", "k"}
+    drawn = [row for row in untrained["rows"] if row["control"]["name"] == "clipped"]
+    assert {row["kind"] for row in drawn} == {"w"}
+    assert {row["control"]["at"]["guidance"] for row in drawn} == {1, 3}
+    kept = {path.name for path in (out / "against" / "sections").glob("control-*")}
+    assert kept == {f"control-{name}.json" for name in ("guidance", "diversity", "negative")}
+    at_three = next(row["control"] for row in untrained["rows"] if is_spread(row["control"], 3))
+    at_one = next(row for row in json.loads(told.out)["freedom"] if is_spread(row, 1))
+    assert at_three["freed"] == pytest.approx(at_one["distilled"], rel=1e-3)  # 3 times a third
     losses = [row for row in json.loads(told.out)["freedom"] if row["name"] == "loss" and row["verdict"] == "gap"]
     assert losses
     assert all(row["share"] == 1.0 for row in losses)

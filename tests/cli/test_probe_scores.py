@@ -15,8 +15,10 @@ from lettered import make_tiny_clip, sign
 from libreflux.data import encode
 from libreflux.errors import OptionError
 from libreflux.probing.context import ProbeContext
+from libreflux.probing.metrics.wilson import wilson
 from libreflux.probing.reader import Reader
 from libreflux.probing.results import Measure, Result, read_result
+from libreflux.probing.unit_table import COLUMNS, rows
 from libreflux.workflows import probe_options
 from workflows.quick import measure_less
 
@@ -107,6 +109,20 @@ def test_letters_are_measured_where_prompts_quote_a_text(done: tuple[Result, Any
         ("OPEN", "Open", 1.0),
         ("OPEN NOW / 24", "Open", pytest.approx(4 / 9)),
     ]
+
+
+def test_each_score_has_its_interval_and_its_text_in_the_table_by_unit(done: tuple[Result, Any, Any]) -> None:
+    result, _, _ = done
+    told = [dict(zip(COLUMNS, row, strict=True)) for row in rows([result])]
+    read = [
+        (row["text"], row["value"] != "") for row in told if (row["measure"], row["at"]) == ("letters", "guidance 1")
+    ]
+    assert sorted(read) == sorted((prompt, '"' in prompt or "“" in prompt) for prompt in result.names["prompts"])
+    real = {row["text"] for row in told if row["measure"] == "held_out_letters" and row["value"]}
+    assert real == {caption for caption in CAPTIONS if '"' in caption}
+    cut = found(result, "agreement_cut", of="prompts")
+    assert (cut.low, cut.high) == pytest.approx(wilson(cut.value * 3, 3))
+    assert found(result, "letters", guidance=1.0).count == 2
 
 
 def test_agreement_is_measured_by_guidance_and_steps(done: tuple[Result, Any, list[np.ndarray]]) -> None:

@@ -12,7 +12,17 @@ import torch
 
 from libreflux import seeding
 from libreflux.probing.freedom import TOO_NOISY, closed, freedom
-from libreflux.probing.metrics.bootstrap import REPLICATES, mean, measured, other_side, ratio, root_ratio, share
+from libreflux.probing.metrics.bootstrap import (
+    REPLICATES,
+    PairMean,
+    mean,
+    measured,
+    other_side,
+    ratio,
+    root_ratio,
+    share,
+    shared_seeds,
+)
 from libreflux.probing.metrics.distances import (
     frechet_distance,
     frechet_replicates,
@@ -81,6 +91,26 @@ def test_real_pictures_are_resampled_too_and_apart_from_the_drawn_ones() -> None
             mean_gap = (drawn.mean(0) - real[picked].mean(0)).square().sum()
             assert by_hand > float(mean_gap) * 0.99
     assert others.shape == (REPLICATES + 1, 40)
+
+
+def test_seeds_that_all_prompts_share_are_resampled_too() -> None:
+    random = seeding.rng(0, "seeds")
+    prompts, seeds, truth, inside = 20, 4, 2.0, [0, 0]
+    for trial in range(60):
+        # A distance that depends on the two seeds far more than on the prompt: prompts alone say too little.
+        own = random.standard_normal((seeds, seeds))
+        shared = (own + own.T) / 2**0.5
+        noise = 0.1 * random.standard_normal((prompts, seeds, seeds))
+        pairs = (truth + shared + (noise + noise.transpose(0, 2, 1)) / 2) * (1 - np.eye(seeds))
+        both = PairMean(pairs, shared_seeds(seeds, seed=trial))
+        [wide] = measured("d", {}, both, prompts, everyone(prompts), seed=trial)
+        [narrow] = measured("d", {}, mean(both.units("prompts").values()), prompts, everyone(prompts), seed=trial)
+        assert wide.value == pytest.approx(narrow.value)
+        assert wide.count == prompts
+        for number, one in enumerate((wide, narrow)):
+            inside[number] += one.low <= truth <= one.high
+    assert inside[0] > 40
+    assert inside[1] < 15
 
 
 def sides(left: float, gap: float, spread: float) -> list[np.ndarray]:

@@ -33,6 +33,10 @@ def probe(
             help="What a free model is like; default: what the distilled model was distilled from, or theory.",
         ),
     ] = None,
+    controls: Annotated[
+        bool,
+        typer.Option(help="With --against, draw the distilled model at its best w too, a control without training."),
+    ] = True,
     data: Annotated[
         Path | None,
         typer.Option(help="Folder of captioned pictures the model was not trained on; default: the emoji family's."),
@@ -120,6 +124,7 @@ def probe(
         adapters=adapters or (),
         against=against,
         reference=reference,
+        controls=controls,
         data=data,
         trained_on=trained_on or (),
         out=out,

@@ -79,7 +79,7 @@ PANELS: dict[str, dict[str, str]] = {
         "Output": "page",
     },
     "probe": {
-        "Models": "adapters against reference",
+        "Models": "adapters against reference controls",
         "What is measured": "data trained_on quick pictures prompts guidance steps resolution seed",
         "Judges": "seen judge features measures ocr",
         "Memory and speed": "device dtype batch",

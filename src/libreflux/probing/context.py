@@ -36,6 +36,7 @@ from libreflux.result_key import adopt, digest
 from libreflux.sample.finite import check_latents
 from libreflux.sample.guidance import GuidedVelocity
 from libreflux.sample.noise import noise
+from libreflux.values import is_guided
 
 Texts = Callable[[Sequence[str]], TextConditioning]
 PaddingTexts = Mapping[tuple[str, int], TextConditioning]
@@ -62,6 +63,8 @@ class ProbeContext:
         judge: None without.
         reader: of text in pictures, None without.
         advance: told how many samples went through the model.
+        weakened: every guidance is multiplied by it as pictures are drawn, none (0 and 1) is 1: a control, see
+            `no_training`.
     """
 
     transformer: FluxTransformer2DModel
@@ -79,6 +82,7 @@ class ProbeContext:
     judge: Judge | None = None
     reader: Reader | None = None
     advance: Callable[[int], None] = lambda samples: None
+    weakened: float = 1.0
     _looks: dict[str, Look] = field(default_factory=dict)
 
     @property
@@ -138,12 +142,13 @@ class ProbeContext:
         device = self.transformer.device
         text = self.texts([batch.prompts[row] for row in rows]).to(device)
         against = self.texts([batch.negatives[row] if batch.negatives else "" for row in rows]).to(device)
+        scale = self.weakened * (batch.guidance if is_guided(batch.guidance) else 1.0)
         guided = GuidedVelocity(
             self.transformer,
-            text,
+            text if scale else against,
             against,
             latent_space.image_ids(side, side, device=device),
-            scale=batch.guidance,
+            scale=scale,
             batch_cfg=False,
             embedded_guidance=self.facts.embedded_guidance,
         )
@@ -175,8 +180,10 @@ class ProbeContext:
         return self._looks["held-out"]
 
     def keep(self, purpose: str, batch: PictureBatch, rows: Sequence[int], **at: Coordinate) -> list[Picture]:
-        """Writes some of these pictures as PNG."""
-        drawn, kept = self.drawn(batch), []
+        """Writes some of these pictures as PNG; none of a control, which no page shows."""
+        drawn, kept = self.drawn(batch), list[Picture]()
+        if self.weakened != 1:
+            return kept
         for row in rows:
             place: dict[str, Coordinate] = {
                 "prompt": batch.prompts[row],

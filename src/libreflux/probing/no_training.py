@@ -3,7 +3,8 @@
 Two controls. One is the distilled model drawn at a guidance w of at most 1, v_u + w (v_c − v_u): a student that was
 regressed on a guided teacher is nearly undone by it. The other multiplies its velocity by a number k(sigma) at each
 noise level. What they need is chosen on one half of the pictures, by the loss, and measured on the other half. Both are
-counted from numbers that a probe keeps of each picture: nothing runs through the model again.
+counted from numbers that a probe keeps of each picture: nothing runs through the model again. Only for what is measured
+of drawn pictures the distilled model draws anew, at g w where the others draw at g.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ LEAST = 4
 Kind = Literal["w", "k"]
 KINDS: tuple[Kind, ...] = ("w", "k")
 COUNTED = ("loss", "slope", "prompt_gain", "guidance_response")
+DRAWN_DIGITS = 3
+"""Of w as pictures are drawn with it: its last bits would draw all of them again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +137,26 @@ class NoTraining:
     chosen_on: int
     measured_on: int
     rows: Sequence[ControlRow]
+
+    @property
+    def drawn_w(self) -> float:
+        """w as pictures are drawn with it."""
+        return round(self.w, DRAWN_DIGITS)
+
+    def with_drawn(
+        self, control: Result, freed: Result, distilled: Result, reference: Result | None = None
+    ) -> NoTraining:
+        """The same with what the control by w closes in drawn pictures.
+
+        Args:
+            control: what was measured of the distilled model's pictures at `drawn_w`, and nothing else.
+            freed, distilled, reference: as of `no_training`.
+        """
+        others = [one for one in (distilled, reference) if one is not None]
+        trained = {_key(row): row for row in freedom(freed, *others)}
+        drawn = [row for row in freedom(control, *others) if row.name not in COUNTED]
+        added = [ControlRow(kind="w", control=row, freed=trained.get(_key(row))) for row in drawn]
+        return dataclasses.replace(self, rows=[*self.rows, *added])
 
     def find(self, row: FreedomRow, kind: Kind) -> ControlRow | None:
         """Of the same measure at the same place."""

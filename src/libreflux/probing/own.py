@@ -75,7 +75,7 @@ class OwnMeasure:
 
     def section(self) -> Section:
         """Of a probe."""
-        return Section(f"own-{self.name}", 1, _plan, self._measure, code=self.digest)
+        return Section(f"own-{self.name}", 1, _plan, self._measure, code=self.digest, drawn=True)
 
     def _measure(self, context: ProbeContext) -> SectionResult:
         settings, prompts, rows = context.settings, context.prompts, list[Measure]()

@@ -52,6 +52,7 @@ def probe(
     names: Mapping[str, Sequence[str]] | None = None,
     own: Sequence[Section] = (),
     by_unit: bool = False,
+    control: bool = False,
     progress: Progress = lambda done, total, note: None,
 ) -> Result:
     """Measures whatever `out/sections` does not hold yet, and writes `out/probe.json`.
@@ -69,9 +70,11 @@ def probe(
         names: of the result.
         own: the user's measures; no other section knows of them.
         by_unit: what each picture gave is needed: sections of older versions, which did not keep it, are made anew.
+        control: measure what is drawn by guidance alone, into files of its own; no `out/probe.json` is written.
         progress: told how far the model is.
     """
     sections = [*(one for one in SECTIONS if one.wanted(settings)), *own]
+    sections = [one.as_control() for one in sections if one.drawn] if control else sections
     keys = {one.name: _key(one, decided, settings) for one in sections}
     for one in sections:
         _adopt_section(out, one.name, keys[one.name], digest([model, settings.as_json(), one.name, one.version]))
@@ -99,7 +102,8 @@ def probe(
         names=names or {},
         folder=out,
     )
-    write_result(out, result)
+    if not control:
+        write_result(out, result)
     return result
 
 

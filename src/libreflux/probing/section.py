@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -41,6 +42,7 @@ class Section:
         measure: makes it.
         setting: that asks for it, and that no other section knows of; None: it is always measured.
         code: digest of code outside the package that it runs; "" where there is none.
+        drawn: it measures pictures that are drawn by guidance, so that the control by w has it too.
     """
 
     name: str
@@ -49,6 +51,11 @@ class Section:
     measure: Callable[[ProbeContext], SectionResult]
     setting: str | None = None
     code: str = ""
+    drawn: bool = False
+
+    def as_control(self) -> Section:
+        """The same under a name of its own, so that both are kept."""
+        return dataclasses.replace(self, name=f"control-{self.name}")
 
     def wanted(self, settings: Settings) -> bool:
         """Whether these settings ask for it."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from libreflux.files import atomic_write_text
 from libreflux.probing.report.labels import place
+from libreflux.probing.report.page import model_labels
 from libreflux.probing.results import Result
 
 COLUMNS = ("model", "measure", "at", "over", "number", "id", "text", "value", "above", "below", "root")
@@ -21,7 +22,7 @@ The measure of all of them is Σ above / Σ below, and its root where `root` is 
 
 def rows(results: Sequence[Result]) -> Iterator[list[str]]:
     """A row for each picture or prompt of each measure that is a ratio of sums, by `COLUMNS`."""
-    for result in results:
+    for result, label in zip(results, model_labels(results), strict=True):
         names = result.names
         for one in result.measures:
             if one.units is None:
@@ -32,7 +33,7 @@ def rows(results: Sequence[Result]) -> Iterator[list[str]]:
             for number, value in enumerate(one.units.values().tolist()):
                 told = [ids[number] if number < len(ids) else "", texts[number] if number < len(texts) else ""]
                 numbers = [_text(value), _text(above[number]), _text(below[number]), str(int(one.units.root))]
-                yield [str(result.model["name"]), one.name, place(one.at), one.units.over, str(number), *told, *numbers]
+                yield [label, one.name, place(one.at), one.units.over, str(number), *told, *numbers]
 
 
 def write_table(results: Sequence[Result], path: Path) -> Path:

@@ -169,6 +169,7 @@ def _measure(adapter: Path, out: Path, progress: Progress) -> tuple[list[Result]
         MODEL,
         adapters=[str(adapter)],
         against=MODEL,
+        controls=False,
         quick=True,
         out=out,
         progress=progress,

@@ -56,11 +56,17 @@ def compare(options: ProbeOptions, against: str) -> Comparison:
     model = read_model(options)
     places = {out_of(options, model)}
     results: list[Result] = []
+    drawing: list[_Opened] = []
     for name, role in ((against, "against"), (options.reference, "reference")):
         if name is None:
             name = distilled_from(against, results[0])
         if name is not None:
-            results.append(_given(name) or _measured(options, name, role, model, places))
+            found = _given(name)
+            if found is None:
+                one = _opened(options, name, role, places)
+                found = one.measured(model.trained_subjects)
+                drawing += [one] if role == "against" else []
+            results.append(found)
     folder, result = measure(options, model)
     check_comparable([result, *results])
     rows = freedom(result, *results)
@@ -71,6 +77,9 @@ def compare(options: ProbeOptions, against: str) -> Comparison:
             "version",
             LEAST,
         )
+    elif options.controls:
+        control = _drawn_control(drawing, untrained.drawn_w, results[0], model)
+        untrained = untrained if control is None else untrained.with_drawn(control, result, *results)
     told = {
         "schema": 1,
         "held_out": [{"model": one.model["name"], **_held_out(one)} for one in (result, *results)],
@@ -119,8 +128,19 @@ def _given(name: str) -> Result | None:
     return found
 
 
-def _measured(options: ProbeOptions, name: str, role: str, freed: ProbedModel, places: set[Path]) -> Result:
-    """Another model, measured as the first one is, in a folder that none of them has yet."""
+@dataclass(frozen=True)
+class _Opened:
+    """Another model, to be measured as the first one is, in a folder that none of them has yet."""
+
+    options: ProbeOptions
+    model: ProbedModel
+
+    def measured(self, trained_subjects: tuple[str, ...] | None, weakened: float = 1.0) -> Result:
+        """See `measure`."""
+        return measure(self.options, self.model, trained_subjects, weakened)[1]
+
+
+def _opened(options: ProbeOptions, name: str, role: str, places: set[Path]) -> _Opened:
     out = None if options.out is None else Path(options.out) / role
     other = dataclasses.replace(options, model=name, adapters=(), trained_on=(), out=out)
     model = read_model(other)
@@ -130,4 +150,14 @@ def _measured(options: ProbeOptions, name: str, role: str, freed: ProbedModel, p
         try_out(own)
         other, model = dataclasses.replace(other, out=own), model.kept_in(own)
     places.add(own)
-    return measure(other, model, freed.trained_subjects)[1]
+    return _Opened(other, model)
+
+
+def _drawn_control(drawing: list[_Opened], w: float, distilled: Result, freed: ProbedModel) -> Result | None:
+    """What the distilled model draws at guidance w; None where its result alone was named."""
+    if w == 1:
+        return distilled
+    if not drawing:
+        logger.warning("drawn measures have no control without training: name the distilled model itself for it")
+        return None
+    return drawing[0].measured(freed.trained_subjects, w)

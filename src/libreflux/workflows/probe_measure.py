@@ -26,7 +26,7 @@ from libreflux.probing.context import PaddingTexts, ProbeContext
 from libreflux.probing.features import features_digest, load_features
 from libreflux.probing.judges import Judge, load_judge
 from libreflux.probing.reader import Reader
-from libreflux.probing.results import FILE, Result
+from libreflux.probing.results import FILE, Picture, Result
 from libreflux.probing.section import Section
 from libreflux.probing.sections import padding
 from libreflux.probing.settings import LARGE, LARGE_QUICK, QUICK, Changes, Settings, own_guidance, rungs
@@ -48,7 +48,10 @@ FOLDERS = ("data", CACHE, "drawn", "pictures", "sections")
 
 
 def measure(
-    options: ProbeOptions, model: ProbedModel, trained_subjects: tuple[str, ...] | None = None
+    options: ProbeOptions,
+    model: ProbedModel,
+    trained_subjects: tuple[str, ...] | None = None,
+    weakened: float = 1.0,
 ) -> tuple[Path, Result]:
     """Measures a model alone, and writes its probe.json.
 
@@ -56,6 +59,8 @@ def measure(
         options: of the probe.
         model: what `read_model` makes of them.
         trained_subjects: what goes before the subjects that the model itself says it was trained on; None: nothing.
+        weakened: every guidance is multiplied by it as pictures are drawn. Other than 1 it is a control: what is
+            drawn is measured, in the same folder, and no probe.json is written.
 
     Returns:
         The result's folder and the result.
@@ -88,16 +93,18 @@ def measure(
             with explained(f"reading the model onto {device}", probe_run.SMALLER):
                 texts = _padding_texts(model, data, device) if padding.SECTION in todo else {}
                 release(device)  # the text encoders, before the transformer comes
-                context = open_context(model, data, judge, out, device, texts)
+                context = open_context(model, data, judge, out, device, texts, weakened)
                 context.reader = reader
                 return context
 
-        trained, pairs = check_training(places_of(options.trained_on), model, data, judge, out, options.progress)
+        trained, pairs = None, list[Picture]()
+        if weakened == 1:
+            trained, pairs = check_training(places_of(options.trained_on), model, data, judge, out, options.progress)
         result = probe_run.probe(
             out,
             opened,
             model=model.as_json(),
-            decided=_decided(model, data.cache),
+            decided=_decided(model, data.cache, weakened),
             settings=data.settings,
             prompts=data.prompts,
             versions=versions(),
@@ -106,6 +113,7 @@ def measure(
             names=data.names,
             own=[one.section() for one in own],
             by_unit=options.against is not None or options.csv is not None,
+            control=weakened != 1,
             progress=bars.enter_context(options.progress("probing", "evaluation")),
         )
     return out, result
@@ -140,6 +148,7 @@ def open_context(
     out: Path,
     device: torch.device,
     padding_texts: PaddingTexts,
+    weakened: float = 1.0,
 ) -> ProbeContext:
     """Loads the weights, puts the adapters on them, and gives all of it to the measures."""
     transformer = model.source.load_transformer(dtype=DTYPES[data.settings.dtype], device=device)
@@ -157,15 +166,16 @@ def open_context(
         prompts=data.prompts,
         texts=data.cache.text,
         out=out,
-        identity=digest([_decided(model, data.cache), how]),
-        older_identity=digest([model.as_json() | {"name": ""}, *how]),
+        identity=digest([_decided(model, data.cache, weakened), how]),
+        older_identity=digest([model.as_json() | {"name": ""}, *how, *([weakened] if weakened != 1 else [])]),
         subjects=data.subjects,
         padding_texts=padding_texts,
         judge=judge,
+        weakened=weakened,
     )
 
 
-def _decided(model: ProbedModel, cache: Cache) -> dict[str, Any]:
+def _decided(model: ProbedModel, cache: Cache, weakened: float) -> dict[str, Any]:
     """Of the model and the prepared data what decides a measure; the cache knows VAE, text encoders and tokens."""
     return {
         "transformer": model.sha256,
@@ -174,6 +184,7 @@ def _decided(model: ProbedModel, cache: Cache) -> dict[str, Any]:
         "facts": facts_key(model.facts),
         "cache": cache.settings,
         "drawing": drawing.FORMULA,
+        **({} if weakened == 1 else {"weakened": weakened}),
     }
 
 

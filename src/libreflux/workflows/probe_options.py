@@ -31,6 +31,8 @@ class ProbeOptions:
         against: the distilled model that it was freed from, or the folder of its probe; None measures no freedom.
         reference: what a free model is like, a model or the folder of its probe. None is what the distilled model was
             distilled from, or theory.
+        controls: with `against`, draw the distilled model at its best guidance below 1 too, so that drawn measures have
+            a control without training; False leaves those rows out and saves their time.
         data: folder of captioned pictures that the model was not trained on; None is the emoji family's.
         trained_on: runs, caches and folders of pictures that the model was trained on, beside what the run of an
             adapter tells: each measured picture is looked for in them.
@@ -61,6 +63,7 @@ class ProbeOptions:
     adapters: str | Path | Sequence[str | Path] = ()
     against: str | None = None
     reference: str | None = None
+    controls: bool = True
     data: Path | str | None = None
     trained_on: str | Path | Sequence[str | Path] = ()
     out: Path | str | None = None

@@ -49,6 +49,50 @@ class Ratio:
         return Units.of(over, self.above, self.below, root=self.root)
 
 
+@dataclass(frozen=True, eq=False)
+class PairMean:
+    """The mean over N units and the pairs of S seeds that all units share: a `Statistic` that resamples both.
+
+    A seed that a resample holds twice is not paired with itself, which would be no distance at all.
+
+    Attributes:
+        pairs: [N, S, S] of each unit between two seeds, 0 on the diagonal.
+        seeds: [1 + REPLICATES, S], see `shared_seeds`.
+    """
+
+    pairs: np.ndarray
+    seeds: np.ndarray
+
+    @property
+    def below(self) -> np.ndarray:
+        """[N]: every unit counts."""
+        return np.ones(len(self.pairs))
+
+    def __call__(self, weights: np.ndarray) -> np.ndarray:
+        each = np.einsum("rs,nst,rt->rn", self.seeds, self.pairs, self.seeds, optimize=True)
+        found: np.ndarray = (weights * each).sum(axis=1) / (1 - np.square(self.seeds).sum(axis=1))
+        return found
+
+    def interval(self, members: np.ndarray) -> tuple[float, float] | None:
+        """None: the bootstrap says."""
+        return None
+
+    def units(self, over: Over) -> Units:
+        """The mean over the seeds' pairs of each unit, to be kept."""
+        seeds = self.pairs.shape[1]
+        return Units.of(over, self.pairs.sum(axis=(1, 2)) / (seeds * (seeds - 1)), self.below, root=False)
+
+
+def shared_seeds(count: int, *, seed: int) -> np.ndarray:
+    """[1 + REPLICATES, count]: weights of seeds that all units share, resampled independently of the units.
+
+    The first row weighs all alike. Resamples of one seed alone have no pair, and are drawn again.
+    """
+    drawn = resampled(count, replicates=8 * REPLICATES, seed=seed, purpose="bootstrap of the seeds")
+    several = drawn[(drawn > 0).sum(axis=1) > 1][:REPLICATES]
+    return np.vstack([np.full((1, count), 1 / count), several])
+
+
 def other_side(count: int, *, seed: int) -> np.ndarray:
     """[1 + REPLICATES, count]: weights of what the units are compared with, resampled independently of them.
 
@@ -95,7 +139,7 @@ def measured(
         if centred and np.isfinite(replicates).any():
             replicates = replicates + value - np.nanmean(replicates)
         low, high = _interval(replicates)
-        made_of = statistic if isinstance(statistic, Ratio) else None
+        made_of = statistic if isinstance(statistic, Ratio | PairMean) else None
         if made_of is not None:
             count = int((made_of.below[members] > 0).sum())
             low, high = made_of.interval(members) or (low, high)

@@ -33,7 +33,7 @@ def explained(found: NoTraining) -> str:
     return (
         f"Without any training: the distilled model drawn at guidance w (under guidance g: at w g), and its velocity "
         f"times a factor k for each noise level. Both were chosen on {found.chosen_on} of the pictures, by the loss, "
-        f"and are measured on the other {found.measured_on}."
+        f"and are measured on the other {found.measured_on}; what is drawn, over all prompts."
     )
 
 
@@ -61,7 +61,11 @@ def section(found: NoTraining | None, starred: bool) -> str:
     if found is None:
         return star
     titles = ("measure", "at", "n", "freed", *heads(found))
-    lines = [_line(found, row.control, row.freed) for row in found.rows if row.kind == "k"]
+    lines = [
+        _line(found, row.control, row.freed)
+        for row in found.rows
+        if row.kind == "k" or found.find(row.control, "k") is None
+    ]
     table = html.table(titles, lines, 2)
     factors = ", ".join(f"{k:.2f} at {sigma:g}" for sigma, k in found.k.items())
     return f"""{star}<h3>How much needs no training</h3><p>{escape(explained(found))} What a control closes, no training

@@ -9,7 +9,7 @@ import numpy as np
 from libreflux.printing import counted, get_logger
 from libreflux.probing.context import ProbeContext
 from libreflux.probing.features import TwoTowers, agreement
-from libreflux.probing.metrics.bootstrap import Groups, mean, measured
+from libreflux.probing.metrics.bootstrap import Groups, mean, measured, share
 from libreflux.probing.metrics.image_stats import Look
 from libreflux.probing.results import Coordinate, Measure
 
@@ -61,11 +61,11 @@ def held_out(context: ProbeContext) -> list[Measure]:
         rows += measured(
             "agreement_cut",
             at,
-            mean(long.astype(np.float64)),
+            share(long.astype(np.float64)),
             len(texts),
             everyone,
             seed=seed,
             unit="share of texts",
-            over="others",
+            over="prompts" if what == "prompts" else "pictures",
         )
     return rows

@@ -56,14 +56,14 @@ def measure(context: ProbeContext) -> SectionResult:
     """
     settings, prompts = context.settings, context.prompts
     chosen = quoting([one.text for one in prompts])
-    groups = context.groups([prompts[index].text for index in chosen])
+    groups = quoting_groups(context, [one.text for one in prompts])
     rows, scales = held_out(context), _by_scale(settings, prompts)
     by_scale = {scale: [*_read(context, batch, chosen)] for scale, batch in scales.items()}
     for scale, found in by_scale.items():
-        rows += _rows(found, {"guidance": scale}, groups, settings)
+        rows += _rows(found, {"guidance": scale}, groups, settings, chosen)
     for steps, batch in _by_steps(settings, prompts).items():
         at: dict[str, Coordinate] = {"steps": steps, "guidance": settings.own_guidance}
-        rows += _rows([*_read(context, batch, chosen)], at, groups, settings)
+        rows += _rows([*_read(context, batch, chosen)], at, groups, settings, chosen)
     best = max(by_scale, key=lambda scale: (np.mean(_shares(by_scale[scale])), -scale))
     return SectionResult(rows, _kept(context, scales[best], chosen, by_scale[best]))
 
@@ -72,20 +72,24 @@ def held_out(context: ProbeContext) -> list[Measure]:
     """`held_out_letters`: of real pictures that have been through the VAE, what the reader reads of their captions."""
     found, texts = list[Reading](), list[str]()
     for part in context.held_out.batches(context.settings.batch):
-        for index in quoting(part.captions):
-            found.append(_reading(context, part.latents[index], part.captions[index]))
-            texts.append(part.captions[index])
-    shares, seed = _shares(found), context.settings.seed
-    return measured(
-        "held_out_letters",
-        {},
-        mean(shares),
-        len(shares),
-        context.groups(texts),
-        seed=seed,
-        unit="share of letters",
-        over="others",
-    )
+        found += [_reading(context, part.latents[index], part.captions[index]) for index in quoting(part.captions)]
+        texts += part.captions
+    shares, seed = _among(_shares(found), quoting(texts), len(texts)), context.settings.seed
+    groups, unit = quoting_groups(context, texts), "share of letters"
+    return measured("held_out_letters", {}, mean(shares), len(texts), groups, seed=seed, unit=unit, over="pictures")
+
+
+def quoting_groups(context: ProbeContext, texts: Sequence[str]) -> Groups:
+    """The subsets of the texts that quote something, as numbers among all of them."""
+    chosen = np.array(quoting(texts), np.int64)
+    return {subset: chosen[members] for subset, members in context.groups([texts[i] for i in chosen.tolist()]).items()}
+
+
+def _among(values: np.ndarray, chosen: Sequence[int], count: int) -> np.ndarray:
+    """[count]: values at their places, NaN at the others."""
+    found = np.full(count, np.nan)
+    found[list(chosen)] = values
+    return found
 
 
 def _read(context: ProbeContext, batch: PictureBatch, chosen: Sequence[int]) -> Iterator[Reading]:
@@ -105,16 +109,17 @@ def _shares(found: Sequence[Reading]) -> np.ndarray:
     return np.array([one.letters.share for one in found])
 
 
-def _rows(found: Sequence[Reading], at: Mapping[str, Coordinate], groups: Groups, settings: Settings) -> list[Measure]:
-    count, seed = len(found), settings.seed
-    rows = measured(
-        "letters", at, mean(_shares(found)), count, groups, seed=seed, unit="share of letters", over="others"
+def _rows(
+    found: Sequence[Reading], at: Mapping[str, Coordinate], groups: Groups, settings: Settings, chosen: Sequence[int]
+) -> list[Measure]:
+    count, seed, unit = settings.prompts, settings.seed, "share of letters"
+    rows = measured("letters", at, mean(_among(_shares(found), chosen, count)), count, groups, seed=seed, unit=unit)
+    extra, wanted = (
+        np.nan_to_num(_among(np.array([getattr(one.letters, name) for one in found], float), chosen, count))
+        for name in ("extra", "wanted")
     )
-    extra, wanted = (np.array([getattr(one.letters, name) for one in found], float) for name in ("extra", "wanted"))
     unit = "letters for each that is asked for"
-    return rows + measured(
-        "letters_extra", at, ratio(extra, wanted), count, groups, seed=seed, unit=unit, over="others"
-    )
+    return rows + measured("letters_extra", at, ratio(extra, wanted), count, groups, seed=seed, unit=unit)
 
 
 def _kept(context: ProbeContext, batch: PictureBatch, chosen: Sequence[int], found: Sequence[Reading]) -> list[Picture]:
@@ -134,4 +139,4 @@ def _kept(context: ProbeContext, batch: PictureBatch, chosen: Sequence[int], fou
     return kept
 
 
-SECTION = Section("letters", 1, plan, measure, setting="reader")
+SECTION = Section("letters", 2, plan, measure, setting="reader", drawn=True)

@@ -94,4 +94,4 @@ def _but(plain: PictureBatch, negatives: tuple[str, ...]) -> PictureBatch:
     return PictureBatch(plain.prompts, plain.seeds, plain.guidance, plain.steps, negatives)
 
 
-SECTION = Section("negative", 1, plan, measure)
+SECTION = Section("negative", 1, plan, measure, drawn=True)
