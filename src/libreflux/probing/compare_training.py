@@ -28,8 +28,8 @@ from libreflux.probing.training_pictures import (
     TrainingSet,
 )
 
-VERSION = 2
-"""Raised when the same pictures come to be compared in another way."""
+VERSION = 3
+"""Raised when the same pictures come to be compared in another way, by a family's finder of scenes too."""
 _AT_ONCE = 64
 Progress = Callable[[int, int], None]
 

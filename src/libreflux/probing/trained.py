@@ -12,6 +12,8 @@ from libreflux.printing import counted
 
 NEAR = 2.0
 """Of 255, by pixels: a picture that was saved again as JPEG is nearer to itself, as a rule."""
+MOVED = 2.0
+"""A scene that a family says is no farther from one that was trained on is that one, moved."""
 IN_CACHE = "cache"
 
 
@@ -111,6 +113,11 @@ class TrainingCheck:
         return sum(row.seen is None and row.pixels is not None and row.pixels.distance <= NEAR for row in self.rows)
 
     @property
+    def moved(self) -> int:
+        """How many of the others show a scene that was trained on, only moved a little, see `MOVED`."""
+        return sum(row.seen is None and row.scene is not None and row.scene.distance <= MOVED for row in self.rows)
+
+    @property
     def complete(self) -> bool:
         """Whether all that was trained on is known and was compared by its pixels, but for the base's own training."""
         whole = all(one.whole and one.compared == one.pictures for one in self.sets)
@@ -122,7 +129,7 @@ class TrainingCheck:
         if self.seen:
             return False
         asked = self.scenes and all(row.scene is not None for row in self.rows)
-        return True if asked and self.complete and not (self.cached or self.near) else None
+        return True if asked and self.complete and not (self.cached or self.near or self.moved) else None
 
     @property
     def remark(self) -> str:
@@ -137,6 +144,9 @@ class TrainingCheck:
         if self.near:
             verb = "has" if self.near == 1 else "have"
             told.append(f"{self.near:,} {of} {verb} a training picture within {NEAR:g} of 255")
+        if self.moved:
+            verb = "shows" if self.moved == 1 else "show"
+            told.append(f"{self.moved:,} {of} {verb} a scene that was trained on, moved by {MOVED:g} pixels at most")
         return "; ".join(told)
 
     @property
@@ -170,6 +180,7 @@ class TrainingCheck:
             "seen": self.seen,
             "cached": self.cached,
             "near": self.near,
+            "moved": self.moved,
             "complete": self.complete,
             "sets": [asdict(one) for one in self.sets],
             "scenes": self.scenes,

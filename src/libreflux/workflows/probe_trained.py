@@ -39,8 +39,12 @@ FILE = "trained.json"
 
 
 def scene_finder(model: ProbedModel) -> SceneFinder | None:
-    """What finds the nearest scene that a model's family trained it on; None: no family tells, as of now."""
-    return None
+    """What finds the nearest scene that a model's family trained it on; None: it is of no family that tells."""
+    if not model.family:
+        return None
+    from libreflux.emoji.scene_finder import find_scene
+
+    return find_scene
 
 
 def check_training(
@@ -63,7 +67,7 @@ def check_training(
     with progress("comparing", "training picture") as report:
         measured = measured_pictures(data)
         key = _key(measured, known, data)
-        kept = None if known.find_scene is not None else _read(out, key)
+        kept = _read(out, key)
         if kept is None:
             view = view_of(data.settings)
             compared = compare(
@@ -199,7 +203,8 @@ def _key(measured: Sequence[MeasuredPicture], known: Known, data: ProbeData) -> 
         [one.name, sorted(each.id for each in one.pictures), str(one.cache), one.whole, crops_there(one, view)]
         for one in known.sets
     ]
-    told = [pictures, sets, list(known.unknown), data.settings.judge, data.cache.settings]
+    finder = None if known.find_scene is None else getattr(known.find_scene, "__module__", "")
+    told = [pictures, sets, list(known.unknown), data.settings.judge, data.cache.settings, finder]
     seen_in = [view.name(0, "white"), [[one.id, one.path.name, one.caption] for one in measured]]
     return digest([VERSION, told, seen_in])
 

@@ -53,8 +53,9 @@ class Telling:
         return self.difference[1] > 0
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {**asdict(self), "apart": self.apart, "tells": self.tells}
+        """Plain values; what is not finite is null."""
+        told = {**asdict(self), "apart": self.apart, "tells": self.tells}
+        return {name: _plain(value) for name, value in told.items()}
 
 
 def telling(feature: str, against: str, good: Tensor, worse: Tensor, real: Tensor, *, seed: int = 0) -> list[Telling]:
@@ -72,9 +73,9 @@ def telling(feature: str, against: str, good: Tensor, worse: Tensor, real: Tenso
     for kind, distance in DISTANCES.items():
         sides = [distance(one, real, weights, others) for one in (good, worse)]
         # Repeats in a resample push FD one way: its replicates are moved so that their mean is the value.
-        sides = [one - (one[1:].mean() - one[0]) * _later(one) if kind == "FD" else one for one in sides]
+        sides = [one - (np.nanmean(one[1:]) - one[0]) * _later(one) if kind == "FD" else one for one in sides]
         gap = sides[1] - sides[0]
-        spread = float(gap[1:].std())
+        spread = float(np.nanstd(gap[1:]))
         found.append(
             Telling(
                 feature=feature,
@@ -83,7 +84,7 @@ def telling(feature: str, against: str, good: Tensor, worse: Tensor, real: Tenso
                 good=_interval(sides[0]),
                 worse=_interval(sides[1]),
                 difference=_interval(gap),
-                effect=float(gap[0]) / spread if spread else 0.0,
+                effect=float(gap[0]) / spread if spread > 0 else 0.0,
             )
         )
     return found
@@ -101,6 +102,12 @@ def most_telling(found: Sequence[Telling]) -> tuple[str, str] | None:
     least = {key: min(each) for key, each in effects.items()}
     best = max(least, key=lambda key: (least[key], key), default=None)
     return best if best is not None and np.isfinite(least[best]) else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _later(values: np.ndarray) -> np.ndarray:
