@@ -1,8 +1,8 @@
 """In which features does a distance tell a base from a spoilt base? Chosen on one half, measured on the other.
 
-    python benchmarks/features.py --work DIR --choose              # writes DIR/choice.json and prints its SHA-256
-    python benchmarks/features.py --work DIR                       # then the other half, and the models that are named
-    python benchmarks/features.py --work DIR --quick               # a few pictures, to see that it runs
+    python -m benchmarks.features --work DIR --choose              # writes DIR/choice.json and prints its SHA-256
+    python -m benchmarks.features --work DIR                       # then the other half, and the models that are named
+    python -m benchmarks.features --work DIR --quick               # a few pictures, to see that it runs
 
 The base is spoilt in two ways: noise on its weights, and few steps. FD and KD of drawn pictures to real ones are
 compared in each feature; the feature whose distance tells the base from both is chosen. Freed and distilled models are
@@ -37,7 +37,6 @@ from libreflux.probing.no_training import halves
 from libreflux.sample.pipeline import LibreFluxPipeline
 
 BATCH = 8
-NOISE = 0.05
 Feature = Callable[[Tensor], Tensor]
 """[B, 3, H, W] in [-1, 1] → [B, D]."""
 
@@ -190,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, default=128)
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--noise", type=float, default=0.1, help="of a spoilt base, in spreads of each of its tensors")
     parser.add_argument("--side", type=int, default=128, help="pixels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--choose", action="store_true", help="write the choice, and measure nothing else")
@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     choosing, measuring = halves(names, args.seed)
     few = max(1, args.steps // 7)
     spoilt = [
-        Drawer("noise", args.base, args.steps, args.guidance, NOISE),
+        Drawer("noise", args.base, args.steps, args.guidance, args.noise),
         Drawer("few steps", args.base, few, args.guidance),
     ]
     choice, digest = choose(args, choosing, spoilt, names)
@@ -229,7 +229,16 @@ def choose(
 ) -> tuple[list[str] | None, str]:
     """What is chosen on one half, kept in a file that is never written twice, and that file's SHA-256."""
     file = args.work / "choice.json"
-    decided = [args.base, open_model(args.base).hash, args.steps, args.guidance, args.side, args.seed, list(names)]
+    decided = [
+        args.base,
+        open_model(args.base).hash,
+        args.steps,
+        args.guidance,
+        args.noise,
+        args.side,
+        args.seed,
+        list(names),
+    ]
     if not file.is_file():
         found = compared(args, rows, spoilt)
         best = most_telling(found)

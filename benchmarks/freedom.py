@@ -1,205 +1,310 @@
-"""How free is emoji-libre, and what freed it? Probes the emoji models, prints a table, and writes every measure as CSV.
+"""What freed the model, and how much of it? The recipe with three seeds, beside arms that could refute it.
 
-    python benchmarks/freedom.py --work DIR                          # a table of the main measures
-    python benchmarks/freedom.py --work DIR --controls               # the recipe on emoji-base and on random weights
-    python benchmarks/freedom.py --work DIR --csv docs/freedom.csv   # every measure of both, by subjects
-    python benchmarks/freedom_plots.py                               # then: the plots of docs/freedom.md
+    python -m benchmarks.freedom --work DIR                        # emoji-schnell, its own recipe; the thin table first
+    python -m benchmarks.freedom --work DIR --base DIR/m/base --schnell DIR/m/schnell --random DIR/m/random \\
+        --recipe freeing.yaml --pictures DIR/freeing --other openmoji=DIR/openmoji --data DIR/held-out --judge FILE
+    python -m benchmarks.freedom --work DIR --quick                # every arm, two steps each: a few minutes
 
-Before it, in the same DIR: `make emoji` and `python -m libreflux.emoji.build controls`. DIR/runs holds the adapters.
-Results are kept in DIR/probes and used again.
+Arms: no training (the distilled model at its best guidance w, and times k(sigma), chosen on other pictures than those
+measured); the recipe on the distilled model, with three seeds; on the base; on random weights; on pictures of another
+distribution; and with other precisions of the base. One seed of every arm comes first, and its table; then the other
+seeds. All is kept, and the same command goes on. The tables and the CSV are in DIR. Intervals of the main arm are over
+seeds of the training and over pictures (`libreflux.probing.over_seeds`); those of the other arms over pictures.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from libreflux.emoji.build.students import seen_subjects
+import yaml
+
+import libreflux
+from libreflux.cli.progress import progress
+from libreflux.emoji import compose
+from libreflux.emoji.build import students
+from libreflux.files import atomic_write_text
+from libreflux.printing import say, say_table
 from libreflux.probing.freedom import FreedomRow, freedom
+from libreflux.probing.no_training import NoTraining
+from libreflux.probing.over_seeds import over_seeds
+from libreflux.probing.report import no_training
 from libreflux.probing.report.labels import number, place, title
 from libreflux.probing.results import Result, read_result
 
-SWEEP = {
-    "schnell": ["emoji-schnell"],
-    "50 steps": ["emoji-schnell", "--adapter", "free-50"],
-    "250 steps": ["emoji-schnell", "--adapter", "free-250"],
-    "emoji-libre": ["emoji-libre"],
-    "base": ["emoji-base"],
-}
-CONTROLS = {
-    "schnell": ["emoji-schnell"],
-    "emoji-libre": ["emoji-libre"],
-    "recipe on base": ["emoji-base", "--adapter", "control-base"],
-    "recipe on random": ["random", "--adapter", "control-random"],
-    "base": ["emoji-base"],
-}
-ENDS = ("schnell", "base")
-FULL = ["--prompts", "24", "--guidance", "1,2,4,8", "--steps", "4,28"]
-QUICK = ["--quick", "--guidance", "1,4,6"]
-Places = Sequence[tuple[str, dict[str, object]]]
-BRIEF: Places = (
-    ("loss", {"sigma": "all", "text": "caption"}),
-    ("loss", {"sigma": "all", "text": "empty"}),
-    ("slope", {"sigma": 0.5, "text": "caption"}),
-    ("slope", {"sigma": 0.9, "text": "caption"}),
-    ("slope", {"sigma": 0.98, "text": "caption"}),
-    ("slope", {"sigma": "all", "text": "caption"}),
-    ("prompt_gain", {"sigma": 0.9}),
-    ("guidance_response", {"sigma": 0.9}),
-    ("clipped", {"guidance": 1.0}),
-    ("clipped", {"guidance": 4.0}),
-    ("latents_std", {"guidance": 4.0}),
-    ("accuracy", {"guidance": 4.0, "what": "both"}),
-    ("accuracy", {"steps": 4, "guidance": "own", "what": "both"}),
-    ("distance", {"guidance": 4.0, "kind": "FD"}),
-    ("step_gap", {"steps": 4, "against": 28}),
-    ("straightness", {}),
-    ("diversity", {"guidance": 1.0, "kind": "features"}),
-    ("negative", {"what": "subject"}),
-    ("padding", {"padding": "drop", "tokens": 20}),
-)
-"""What the printed table has of all that is measured."""
 COLUMNS = (
-    "table",
+    "arm",
+    "seeds",
     "subjects",
     "measure",
     "place",
-    "model",
+    "n",
     "value",
     "low",
     "high",
     "freedom",
     "freedom_low",
     "freedom_high",
-    "verdict",
+    "snapped",
     "beyond",
+    "verdict",
 )
-"""Of the CSV file: one row for each measure of each model. Freedom is in per cent; schnell and base have none."""
+"""Of the CSV file: one row for each measure of each arm. Freedom is in per cent; schnell and base have none."""
+MAIN = "recipe"
+SEEDS = (0, 1, 2)
+BRIEF: Sequence[tuple[str, Mapping[str, object]]] = (
+    ("loss", {"sigma": "all", "text": "caption"}),
+    ("loss", {"sigma": "all", "text": "empty"}),
+    ("slope", {"sigma": "all", "text": "caption"}),
+    ("slope", {"sigma": "all", "text": "empty"}),
+    ("prompt_gain", {"sigma": 0.9}),
+    ("guidance_response", {"sigma": 0.9}),
+    ("clipped", {"guidance": 1.0}),
+    ("clipped", {"guidance": 4.0}),
+    ("latents_std", {"guidance": 4.0}),
+    ("accuracy", {"guidance": 4.0, "what": "both"}),
+    ("distance", {"guidance": 4.0, "kind": "FD"}),
+    ("distance", {"guidance": 4.0, "kind": "KD"}),
+    ("diversity", {"guidance": 1.0, "kind": "features"}),
+    ("diversity", {"guidance": 1.0, "kind": "latents"}),
+    ("straightness", {}),
+    ("negative", {"what": "subject"}),
+)
+"""What the printed table has of all that is measured; a place that was not measured is left out."""
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--controls", action="store_true")
-    parser.add_argument(
-        "--csv", type=Path, help="write every measure, of both tables, for all, seen and unseen subjects"
-    )
-    args = parser.parse_args()
-    seen = args.work / "seen-subjects.txt"
-    seen.write_text("\n".join(seen_subjects()) + "\n", encoding="utf-8")
-    if args.csv is None:
-        results, freed = _measured(args.work, seen, controls=args.controls)
-        _print_table(results, freed)
-        return 0
-    with args.csv.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        results, freed = _measured(args.work, seen, controls=False)
-        for subjects in ("all", "seen", "unseen"):
-            writer.writerows(csv_rows("steps", results, freed, subjects))
-        results, freed = _measured(args.work, seen, controls=True)
-        writer.writerows(csv_rows("controls", results, freed, "all", only=BRIEF))
-    return 0
+@dataclass(frozen=True)
+class Arm:
+    """One way to make a model.
 
-
-def _measured(work: Path, seen: Path, *, controls: bool) -> tuple[dict[str, Result], dict[str, list[FreedomRow]]]:
-    """The results of a table's models, and the freedom of those that are neither schnell nor base."""
-    models = CONTROLS if controls else SWEEP
-    results = {name: _probed(work, name, words, controls, seen) for name, words in models.items()}
-    middle = [name for name in models if name not in ENDS]
-    return results, {name: freedom(results[name], results["schnell"], results["base"]) for name in middle}
-
-
-def _probed(work: Path, name: str, words: Sequence[str], quick: bool, seen: Path) -> Result:
-    out = work / "probes" / f"{name.replace(' ', '-')}{'-quick' if quick else ''}"
-    model, *rest = words
-    model = str(work / "m" / "random") if model == "random" else model
-    adapter = ["--adapter", str(work / "runs" / rest[1])] if rest else []
-    command = [sys.executable, "-m", "libreflux", "probe", model, *adapter, "--seen", str(seen), "--out", str(out)]
-    subprocess.run([*command, *(QUICK if quick else FULL)], check=True, stdout=subprocess.DEVNULL)
-    return read_result(out)
-
-
-def csv_rows(
-    table: str,
-    results: dict[str, Result],
-    freed: dict[str, list[FreedomRow]],
-    subjects: str,
-    only: Places | None = None,
-) -> Iterator[list[str]]:
-    """A table's rows, by `COLUMNS`.
-
-    Args:
-        table: its name in the file.
-        results: by model, schnell first and base last.
-        freed: the freedom of each model between them.
-        subjects: "all", "seen" or "unseen".
-        only: the measures to write; None: all that were made.
+    Attributes:
+        name: in tables.
+        model: that is trained.
+        pictures: that it is trained on.
+        precision: of the base's weights while it trains.
+        seeds: of its trainings.
     """
-    for row, parts in _rows(freed, subjects, only):
-        label, at = title(row.name, row.at, "emoji")
-        for name, result in results.items():
-            part = parts.get(name)
-            if part is None and name not in ENDS:
-                continue
-            value = row.distilled if name == "schnell" else row.reference if part is None else part.freed
-            shown = [one.replace("–", "nan") for one in _value(result, row, value)]
-            yield [table, subjects, label, place(at), name, *shown, *_share(part)]
+
+    name: str
+    model: str
+    pictures: Path
+    precision: str = "int8"
+    seeds: tuple[int, ...] = (0,)
 
 
-def _rows(
-    freed: dict[str, list[FreedomRow]], subjects: str, only: Places | None
-) -> Iterator[tuple[FreedomRow, dict[str, FreedomRow]]]:
-    """Each measure of the first freed model, with the same measure of every freed model by its name."""
-    found = {name: {_key(row): row for row in rows} for name, rows in freed.items()}
-    first = [row for row in next(iter(freed.values())) if row.subset == subjects]
-    if only is not None:
-        first = [row for name, at in only for row in first if row.name == name and dict(row.at) == at]
-    for row in first:
-        yield row, {name: rows[_key(row)] for name, rows in found.items() if _key(row) in rows}
+@dataclass
+class Found:
+    """What is measured so far.
+
+    Attributes:
+        ends: "schnell" and "base".
+        arms: name to the results of its trainings.
+        untrained: of the first training of the main arm.
+    """
+
+    ends: dict[str, Result] = field(default_factory=dict)
+    arms: dict[str, list[Result]] = field(default_factory=dict)
+    untrained: NoTraining | None = None
+
+    def freed(self) -> dict[str, list[FreedomRow]]:
+        """The freedom of each arm over its seeds."""
+        schnell, base = self.ends["schnell"], self.ends["base"]
+        return {name: freedom(over_seeds(results), schnell, base) for name, results in self.arms.items()}
 
 
-def _share(row: FreedomRow | None) -> list[str]:
-    if row is None:
-        return [""] * 5
-    numbers = [f"{100 * one:.0f}" for one in (row.share, row.low, row.high)] if row.verdict == "gap" else [""] * 3
-    return [*numbers, row.verdict, "yes" if row.beyond else ""]
+def arms_of(args: argparse.Namespace) -> list[Arm]:
+    """Every arm, the main one first."""
+    seeds, first = tuple(args.seeds), args.precision[0]
+    found = [Arm(MAIN, args.schnell, args.pictures, first, seeds)]
+    found += [Arm("recipe on base", args.base, args.pictures, first)]
+    found += [Arm("recipe on random", args.random, args.pictures, first)]
+    for one in args.other:
+        name, _, folder = one.partition("=")
+        found.append(Arm(f"recipe on {name}", args.schnell, Path(folder), first))
+    return found + [Arm(f"recipe, {kind}", args.schnell, args.pictures, kind, seeds) for kind in args.precision[1:]]
 
 
-def _print_table(results: dict[str, Result], freed: dict[str, list[FreedomRow]]) -> None:
-    print(f"| measure | schnell | {' | '.join(f'{name} (freedom)' for name in freed)} | base |")
-    print("|---" * (len(freed) + 3) + "|")
-    for row, parts in _rows(freed, "all", BRIEF):
-        label, at = title(row.name, row.at, "emoji")
-        middle = [
-            f"{_cell(results[name], row, parts[name].freed)} ({parts[name].text})" if name in parts else "–"
-            for name in freed
-        ]
-        ends = [_cell(results["schnell"], row, row.distilled), _cell(results["base"], row, row.reference)]
-        print(f"| {f'{label}, {place(at)}' if at else label} | {ends[0]} | {' | '.join(middle)} | {ends[1]} |")
+def train(args: argparse.Namespace, arm: Arm, seed: int) -> Path:
+    """The run of one training, finished; it is resumed where it was left."""
+    run = args.work / "runs" / f"{arm.name.replace(' ', '-').replace(',', '')}-{seed}{args.suffix}"
+    tree: dict[str, Any]
+    if args.recipe is None:
+        tree = students.freeing(arm.model, arm.pictures, run).model_dump(mode="json", exclude_unset=True, by_alias=True)
+    else:
+        tree = yaml.safe_load(args.recipe.read_text("utf-8"))
+    own = tree["data"][0] if arm.pictures == args.pictures else {"caption_dropout": 0.1}
+    tree |= {
+        "model": arm.model,
+        "base": arm.precision,
+        "data": [own | {"path": str(arm.pictures)}],
+        "seed": seed,
+        "cache": str(args.work / "cache"),
+        "out": str(run),
+    }
+    tree |= {} if args.steps is None else {"steps": args.steps}
+    tree |= {"batch": 2, "resolution": 64, "steps": 2, "save": {"every": 1}} if args.quick else {}
+    done = libreflux.train(tree)
+    if done.stopped is not None:
+        raise done.stopped
+    return run
+
+
+def probe(args: argparse.Namespace, arm: Arm, seed: int, found: Found) -> Result:
+    """A training's result. The first one's probe also measures both ends and the controls without training."""
+    out = args.work / "probes" / f"{arm.name.replace(' ', '-').replace(',', '')}-{seed}{args.suffix}"
+    asked: dict[str, Any] = {"data": args.data, "judge": args.judge, "features": args.features, "seen": args.seen}
+    asked = {name: value for name, value in asked.items() if value is not None} | {"out": out, "progress": progress}
+    if args.quick:
+        asked |= {"quick": True, "pictures": 4, "prompts": 2, "guidance": [1, 4], "steps": [2, 4], "resolution": 64}
+    else:
+        asked |= {"prompts": 48, "guidance": [1, 2, 4, 8], "steps": [4, 28], "pictures": args.measured}
+    run = train(args, arm, seed)
+    if found.ends:
+        return libreflux.probe(arm.model, adapters=[str(run)], **asked).result
+    whole = libreflux.probe(arm.model, adapters=[str(run)], against=args.schnell, reference=args.base, **asked)
+    found.ends = {"schnell": read_result(out / "against"), "base": read_result(out / "reference")}
+    found.untrained = whole.untrained
+    return whole.result
+
+
+def table(found: Found) -> str:
+    """As Markdown: the main measures of every arm with their freedom, and of the controls without training."""
+    freed, untrained = found.freed(), found.untrained
+    heads = ["measure", "n", "schnell", *no_training.heads(untrained), *(f"{name} (freedom)" for name in freed), "base"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    results = {name: over_seeds(each) for name, each in found.arms.items()} | found.ends
+    family = str((found.ends["base"].settings.get("data") or ("",))[0])
+    for row in _main(freed[MAIN]):
+        name, at = title(row.name, row.at, family)
+        cells = [", ".join(filter(None, (name, place(at)))), "" if row.count is None else str(row.count)]
+        cells += [_cell(found.ends["schnell"], row, row.distilled), *no_training.cells(untrained, row)]
+        for arm, rows in freed.items():
+            one = next((each for each in rows if _key(each) == _key(row)), None)
+            cells.append("–" if one is None else f"{_cell(results[arm], one, one.freed)} ({one.text})")
+        lines.append(f"| {' | '.join([*cells, _cell(found.ends['base'], row, row.reference)])} |")
+    seeds = ", ".join(f"{name}: {len(each)}" for name, each in found.arms.items())
+    told = "" if untrained is None else f"\n\n{no_training.explained(untrained)}"
+    return "\n".join(lines) + f"\n\n{no_training.STAR} Trainings: {seeds}.{told}"
+
+
+def csv_rows(found: Found) -> Iterator[list[str]]:
+    """Every measure of every arm, by `COLUMNS`."""
+    freed = found.freed()
+    parts = [(name, len(found.arms[name]), over_seeds(found.arms[name]), rows) for name, rows in freed.items()]
+    for row in freed[MAIN]:
+        for end, value in (("schnell", row.distilled), ("base", row.reference)):
+            yield [end, "1", *_told(row), *_numbers(found.ends[end], row, value), *[""] * 6]
+    for name, seeds, result, rows in parts:
+        for row in rows:
+            yield [name, str(seeds), *_told(row), *_numbers(result, row, row.freed), *_share(row)]
+    for one in () if found.untrained is None else found.untrained.rows:
+        told = f"no training, {one.kind}"
+        yield [told, "0", *_told(one.control), number(one.control.freed), "", "", *_share(one.control)]
+
+
+def _told(row: FreedomRow) -> list[str]:
+    name, at = title(row.name, row.at, "")
+    return [row.subset, name, place(at), "" if row.count is None else str(row.count)]
+
+
+def _share(row: FreedomRow) -> list[str]:
+    known = row.verdict in ("gap", "gap too noisy")
+    numbers = [f"{100 * one:.0f}" for one in (row.share, row.low, row.high)] if known else [""] * 3
+    return [*numbers, "yes" if known and row.snapped else "", "yes" if row.beyond else "", row.verdict]
+
+
+def _main(rows: Sequence[FreedomRow]) -> list[FreedomRow]:
+    every = [row for row in rows if row.subset == "all"]
+    return [row for name, at in BRIEF for row in every if row.name == name and dict(row.at) == at]
 
 
 def _key(row: FreedomRow) -> tuple[object, ...]:
     return row.name, tuple(sorted(row.at.items(), key=str)), row.subset
 
 
-def _cell(result: Result, row: FreedomRow, value: float) -> str:
-    shown, low, high = _value(result, row, value)
-    return f"{shown} [{low}, {high}]" if low else shown
-
-
-def _value(result: Result, row: FreedomRow, value: float) -> tuple[str, str, str]:
-    """A value and the ends of its interval; a mean of several measures has no interval."""
+def _numbers(result: Result, row: FreedomRow, value: float) -> list[str]:
+    """A value and the ends of its interval; a mean over noise levels has none of its own."""
     at = dict(row.at)
     if at.get("guidance") == "own":
         at["guidance"] = result.settings["own_guidance"]
     one = result.find(row.name, row.subset, **at)
-    return (number(value), "", "") if one is None else (number(one.value), number(one.low), number(one.high))
+    return [number(value), "", ""] if one is None else [number(each) for each in (one.value, one.low, one.high)]
+
+
+def _cell(result: Result, row: FreedomRow, value: float) -> str:
+    shown, low, high = _numbers(result, row, value)
+    return f"{shown} [{low}, {high}]" if low else shown
+
+
+def write(args: argparse.Namespace, found: Found, name: str) -> None:
+    """The table and the CSV of what is measured so far."""
+    held = io.StringIO()
+    writer = csv.writer(held, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(csv_rows(found))
+    atomic_write_text(args.work / f"{name}{args.suffix}.csv", held.getvalue())
+    atomic_write_text(args.work / f"{name}{args.suffix}.md", table(found) + "\n")
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, with the emoji family's own where none are given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--schnell", default="emoji-schnell", help="the distilled model: a name or a folder")
+    parser.add_argument("--base", default="emoji-base", help="what it was distilled from")
+    parser.add_argument("--random", help="a model of random weights; default: emoji-base's shape")
+    parser.add_argument(
+        "--recipe", type=Path, help="YAML; its model, data, seed and out are set; default: emoji-libre's"
+    )
+    parser.add_argument("--pictures", type=Path, help="captioned pictures to free it with; default: composed ones")
+    parser.add_argument("--other", action="append", default=[], metavar="NAME=DIR", help="of another distribution")
+    parser.add_argument("--data", type=Path, help="captioned held-out pictures; default: the emoji family's")
+    parser.add_argument("--judge", type=Path)
+    parser.add_argument("--features", type=Path, help="folder of a vision model, in the judge's place")
+    parser.add_argument("--seen", type=Path, help="subjects that the pictures show, one a line")
+    parser.add_argument("--precision", default="int8", help="of the base in training, with commas; the first is main")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="of the main arm, with commas")
+    parser.add_argument("--steps", type=int, help="default: the recipe's")
+    parser.add_argument("--measured", type=int, default=192, help="held-out pictures, at most")
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args(argv)
+    args.suffix = "-quick" if args.quick else ""
+    args.seeds = [int(one) for one in args.seeds.split(",")][: 2 if args.quick else None]
+    args.precision = args.precision.split(",")
+    args.random = args.random or str(students.random_model(args.work))
+    if args.pictures is None:
+        args.pictures = args.work / f"composed{args.suffix}"
+        if not (args.pictures / "metadata.jsonl").is_file():
+            compose.write_folder(args.pictures, 12 if args.quick else 4500, 11)
+    if args.quick and not args.other:  # so that the arm is tried
+        folder = args.work / "pencil-quick"
+        if not (folder / "metadata.jsonl").is_file():
+            compose.write_folder(folder, 12, 12, look="pencil")
+        args.other = [f"pencil={folder}"]
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parsed(argv)
+    found, arms = Found(), arms_of(args)
+    for arm in arms:
+        found.arms[arm.name] = [probe(args, arm, arm.seeds[0], found)]
+        say(f"{arm.name}: trained and measured")
+        write(args, found, "thin")
+    say_table(table(found))
+    for arm in arms:
+        for seed in arm.seeds[1:]:
+            found.arms[arm.name].append(probe(args, arm, seed, found))
+            say(f"{arm.name}, seed {seed}: trained and measured")
+            write(args, found, "freedom")
+    write(args, found, "freedom")
+    say_table(table(found))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

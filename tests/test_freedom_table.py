@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_freedom", ROOT / "benchmarks" / "freedom.py")
+    spec = importlib.util.spec_from_file_location("benchmark_freedom_first", ROOT / "benchmarks" / "freedom_first.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
