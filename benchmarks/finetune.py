@@ -49,8 +49,8 @@ MODELS = {"schnell": "emoji-schnell", "libre": "emoji-libre", "base": "emoji-bas
 COLUMNS = ("set", "model", "seeds", "step", "measure", "guidance", "value", "low", "high", "n")
 RIDGE = 1.0
 ROOT = Path(__file__).resolve().parent.parent
-SUBJECT = "a zorbo"
-"""What no model has a picture of: two subjects' halves, one above the other, under a word that none has read."""
+HALVES = (11, 40)
+"""What no model has a picture of: two subjects' halves, one above the other, called by both names."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Judge:
 
 def unseen_subject(out: Path, count: int) -> None:
     """Writes pictures of a subject that there is not: the upper half of one and the lower half of another."""
-    first, second = (compose.subjects()[number] for number in (11, 40))
+    first, second = (compose.subjects()[number] for number in HALVES)
     rows = []
     for index in range(count):
         colour = list(compose.COLOURS)[seeding.rng(0, "zorbo", index).integers(len(compose.COLOURS))]
@@ -149,7 +149,7 @@ def unseen_subject(out: Path, count: int) -> None:
         parts = [np.asarray(compose.render(compose.Scene(one, colour, size))) for one in (first, second)]
         half = len(parts[0]) // 2
         Image.fromarray(np.concatenate([parts[0][:half], parts[1][half:]])).save(out / f"{index:04d}.png")
-        rows.append(f"{SUBJECT} on {colour}")
+        rows.append(f"a {first.name} {second.name} on {colour}")
     for index, text in enumerate(rows):
         (out / f"{index:04d}.txt").write_text(text, encoding="utf-8")
 
@@ -203,7 +203,7 @@ def train(args: argparse.Namespace, name: str, model: str, pictures: Path, seed:
         "out": str(run),
     }
     if args.quick:
-        tree |= {"batch": 2}
+        tree |= {"batch": 2, "optimizer": tree["optimizer"] | {"warmup": 0}}
     done = libreflux.train(tree)
     if done.stopped is not None:
         raise done.stopped

@@ -147,7 +147,9 @@ def train(args: argparse.Namespace, arm: Arm, seed: int) -> Path:
         "out": str(run),
     }
     tree |= {} if args.steps is None else {"steps": args.steps}
-    tree |= {"batch": 2, "resolution": 64, "steps": 2, "save": {"every": 1}} if args.quick else {}
+    if args.quick:
+        tree |= {"batch": 2, "resolution": 64, "steps": 2, "save": {"every": 1}}
+        tree["optimizer"] = tree["optimizer"] | {"warmup": 0}
     done = libreflux.train(tree)
     if done.stopped is not None:
         raise done.stopped

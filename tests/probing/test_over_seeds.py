@@ -51,7 +51,7 @@ def test_its_value_is_the_mean_and_equal_trainings_leave_the_pictures_interval()
     assert both.measures[0].value == pytest.approx(np.mean([one.measures[0].value for one in runs]))
     assert both.model["name"] == "run 0, 3 trainings"
     assert over_seeds(runs[:1]) is runs[0]
-    [share] = freedom(both, result("d", np.full(PICTURES, 4.0)), result("b", np.full(PICTURES, 1.0)))
+    share, _ = freedom(both, result("d", np.full(PICTURES, 4.0)), result("b", np.full(PICTURES, 1.0)))
     assert share.verdict == "gap"
     assert share.low < share.share < share.high
 

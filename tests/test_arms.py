@@ -1,0 +1,88 @@
+"""benchmarks/freedom.py and benchmarks/finetune.py: their tables and statistics, on planted results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from benchmarks import features, finetune
+from benchmarks.freedom import COLUMNS, MAIN, Found, arms_of, csv_rows, parsed, table
+
+from libreflux.emoji import compose
+from libreflux.probing.metrics.bootstrap import mean, measured
+from libreflux.probing.results import Result
+
+
+def result(name: str, level: float, seed: int) -> Result:
+    values = level + 0.05 * np.random.default_rng(seed).standard_normal(40)
+    at = {"guidance": 4.0}
+    rows = measured("clipped", at, mean(values), 40, {"all": np.arange(40)}, seed=0)
+    return Result(model={"name": name}, settings={"own_guidance": 1.0}, versions={}, seconds=1.0, measures=rows)
+
+
+def test_the_table_and_the_csv_have_every_arm_over_its_seeds() -> None:
+    found = Found(
+        ends={"schnell": result("s", 1.0, 0), "base": result("b", 0.0, 1)},
+        arms={MAIN: [result("m", 0.2, 2), result("m", 0.3, 3)], "recipe on random": [result("r", 1.5, 4)]},
+    )
+    text = table(found)
+    assert "| measure | n | schnell | recipe (freedom) | recipe on random (freedom) | base |" in text
+    assert "clipped, guidance 4 | 40 |" in text
+    assert f"{MAIN}: 2, recipe on random: 1" in text
+    rows = [dict(zip(COLUMNS, row, strict=True)) for row in csv_rows(found)]
+    by_arm = {row["arm"]: row for row in rows}
+    assert set(by_arm) == {"schnell", "base", MAIN, "recipe on random"}
+    main = by_arm[MAIN]
+    assert (main["seeds"], main["n"], main["freedom"]) == ("2", "40", "75")
+    assert int(main["freedom_low"]) < 75 <= int(main["freedom_high"])
+    assert by_arm["recipe on random"]["freedom"] == "-50"
+    assert by_arm["schnell"]["freedom"] == ""
+
+
+def test_every_arm_is_asked_for(tmp_path: Path) -> None:
+    words = ["--work", str(tmp_path), "--random", "m", "--pictures", str(tmp_path), "--precision", "int8,bf16"]
+    arms = arms_of(parsed([*words, "--other", "openmoji=o"]))
+    assert [(one.name, one.precision, len(one.seeds)) for one in arms] == [
+        ("recipe", "int8", 3),
+        ("recipe on base", "int8", 1),
+        ("recipe on random", "int8", 1),
+        ("recipe on openmoji", "int8", 1),
+        ("recipe, bf16", "bf16", 3),
+    ]
+
+
+def pictures(look: str, seed: int) -> torch.Tensor:
+    found = []
+    for index in range(24):
+        picture = compose.LOOKS[look].picture(compose.render(compose.scene(seed, index, pairs=0.0), 64))
+        found.append(torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1))
+    return torch.stack(found).float().div(127.5).sub(1)
+
+
+def test_a_judge_of_a_look_is_right_on_other_pictures_and_says_how_often() -> None:
+    judge = finetune.Judge(pictures("pencil", 1), pictures("plain", 2))
+    assert judge(pictures("pencil", 3)).mean() > 0.9
+    assert judge(pictures("plain", 4)).mean() < 0.1
+    assert judge.asked == (12, 12)
+    assert judge.told.startswith("The judge is right on other real pictures: 12 of 12 of the set [0.76, 1.00]")
+
+
+def test_intervals_are_over_seeds_and_prompts_and_a_single_share_is_wilsons() -> None:
+    one = finetune.interval(np.ones((1, 24)))
+    assert one == pytest.approx((1, 0.862, 1), abs=1e-3)
+    apart = np.stack([np.full(24, level) for level in (0.2, 0.5, 0.8)])
+    value, low, high = finetune.interval(apart)
+    assert value == pytest.approx(0.5)
+    assert low < 0.35
+    assert high > 0.65
+
+
+def test_features_that_nobody_trained_are_functions_of_the_picture() -> None:
+    pixels = pictures("plain", 5)[:3]
+    for name, feature in features.plain_features().items():
+        found = feature(pixels)
+        assert len(found) == 3, name
+        assert torch.isfinite(found).all(), name
+        assert torch.equal(found, features.plain_features()[name](pixels)), name
