@@ -17,6 +17,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from libreflux.files import atomic_save_safetensors, atomic_write_json
 from libreflux.model.opening import open_model
 from libreflux.printing import say, say_table
 from libreflux.probing.features import load_features
-from libreflux.probing.judges import load_judge
+from libreflux.probing.judges import Judge, load_judge
 from libreflux.probing.metrics.telling import Telling, most_telling, telling
 from libreflux.probing.no_training import halves
 from libreflux.sample.pipeline import LibreFluxPipeline
@@ -73,9 +74,14 @@ def drawn(work: Path, how: Drawer, prompts: Sequence[str], side: int | None) -> 
         parts = []
         for start in range(0, len(prompts), BATCH):
             some = list(prompts[start : start + BATCH])
-            asked = {"guidance_scale": how.guidance, "num_inference_steps": how.steps, "output_type": "np"}
-            sizes = {} if side is None else {"height": side, "width": side}
-            parts.append(pipe(some, seeds=list(range(start, start + len(some))), **asked, **sizes).images)
+            asked: dict[str, Any] = {
+                "guidance_scale": how.guidance,
+                "num_inference_steps": how.steps,
+                "output_type": "np",
+            }
+            sizes: dict[str, Any] = {} if side is None else {"height": side, "width": side}
+            images = pipe(some, seeds=list(range(start, start + len(some))), **asked, **sizes).images
+            parts.append(np.asarray(images))
             say(f"{how.name}: {start + len(some)} of {len(prompts)}")
         pixels = torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2)
         atomic_save_safetensors({"pixels": pixels.mul(255).round().byte().contiguous()}, file)
@@ -126,14 +132,18 @@ def random_net() -> Feature:
 def candidates(args: argparse.Namespace) -> dict[str, Feature]:
     """Every feature that is tried."""
     found = plain_features()
-    judges = {}
+    judges = dict[str, Judge]()
     if args.judge is not None:
         judges["judge"] = load_judge(args.judge)
     if args.features is not None:
         judges[args.features.name] = load_features(args.features)
     for name, judge in judges.items():
-        found[name] = lambda pixels, judge=judge: judge(judge.prepare(pixels)).features
+        found[name] = _of_judge(judge)
     return found
+
+
+def _of_judge(judge: Judge) -> Feature:
+    return lambda pixels: judge(judge.prepare(pixels)).features
 
 
 def read_pictures(folder: Path, count: int, side: int) -> tuple[list[str], list[str], Tensor]:

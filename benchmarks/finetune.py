@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -231,9 +232,14 @@ def drawn(
     file = run / "drawn" / f"{step}-{scale:g}-{mark:x}.safetensors"
     if not file.is_file():
         adapters = [] if step == 0 else [str(step_folder(run, step) / ADAPTER)]
-        asked = {"model": args.models[model], "adapters": adapters, "guidance": scale, "steps": told.draw_steps}
+        asked: dict[str, Any] = {
+            "model": args.models[model],
+            "adapters": adapters,
+            "guidance": scale,
+            "steps": told.draw_steps,
+        }
         found = libreflux.generate(list(prompts), **asked, seed=1, width=told.side, height=told.side)
-        pictures = np.stack([np.asarray(one.image.convert("RGB")) for one in found.pictures])
+        pictures = np.stack([np.asarray(one.image) for one in found.pictures])
         atomic_save_safetensors({"pixels": torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()}, file)
     return load_file(file)["pixels"].float().div(127.5).sub(1)
 
@@ -275,7 +281,7 @@ def measured(
     for step in told.steps:
         values = np.array([one[step][0] for one in known])
         between = values.var(ddof=1) / len(values) if len(values) > 1 else 0.0
-        reach = 1.96 * (np.mean([one[step][1] ** 2 for one in known]) + between) ** 0.5
+        reach = 1.96 * float(np.mean([one[step][1] ** 2 for one in known]) + between) ** 0.5
         mean, count = float(values.mean()), known[0][step][2]
         yield Row(name, model, len(seeds), step, "loss", None, mean, mean - reach, mean + reach, count)
         for scale in told.guidance:
