@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from libreflux import seeding
 from libreflux.adapter.io import load_adapter
 from libreflux.adapter.merge import merge
@@ -20,6 +22,7 @@ from libreflux.emoji.artists import captions as grammar
 from libreflux.emoji.artists import held_out, scenes
 from libreflux.emoji.artists.subjects import subjects
 from libreflux.emoji.build.base import replaced
+from libreflux.emoji.build.muon import multiplies_bf16
 from libreflux.emoji.build.students import LIBRE_LAYERS
 from libreflux.files import atomic_write_text, staged_dir
 from libreflux.model.opening import open_model
@@ -43,6 +46,11 @@ _COMMON: dict[str, Any] = {
     "seed": 0,
 }
 _FULL_RANK = {"kind": "lokr", "init": "ones", "targets": [{"layers": "**", "factor": 1}]}
+
+
+def _precision() -> str:
+    """What the base's weights, stored in bf16, are computed in: fp32 on a CPU that has no instructions for bf16."""
+    return "bf16" if torch.cuda.is_available() or multiplies_bf16(torch.device("cpu")) else "fp32"
 
 
 def seen_subjects() -> list[str]:
@@ -97,7 +105,7 @@ def guided_recipe(work: Path, *, steps: int = GUIDED_STEPS) -> Recipe:
     tree = {
         **_COMMON,
         "model": str(work / "m" / "base"),
-        "base": "bf16",
+        "base": _precision(),
         "objective": "distil",
         "distil": {"guidance": GUIDANCE},
         "data": [{"path": str(work / "composed"), "captions": CAPTION_SHARES, "caption_dropout": 0.1}],
@@ -115,7 +123,7 @@ def adversarial_recipe(work: Path, *, steps: int = ADVERSARIAL_STEPS) -> Recipe:
     tree = {
         **_COMMON,
         "model": str(work / "m" / "base"),
-        "base": "bf16",
+        "base": _precision(),
         "objective": "distil",
         "distil": {
             "steps": 4,
