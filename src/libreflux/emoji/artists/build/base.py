@@ -57,7 +57,7 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def working_dtype() -> torch.dtype:
-    """What the family is trained and drawn in while it is made: bf16, or fp32 on a CPU without instructions for bf16."""
+    """What the family is trained and drawn in while it is made: bf16, but fp32 on a CPU without instructions for it."""
     return torch.bfloat16 if torch.cuda.is_available() or multiplies_bf16(torch.device("cpu")) else torch.float32
 
 
