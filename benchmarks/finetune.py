@@ -16,12 +16,9 @@ pictures. Trainings and pictures are kept, and the same command goes on: first o
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +26,24 @@ import numpy as np
 import torch
 import yaml
 from benchmarks.features import edges, random_net, read_pictures, thumbnail
+from benchmarks.finetune_page import Row, write
 from PIL import Image
 from torch import Tensor
 
 import libreflux
 from libreflux import plainjson, seeding
 from libreflux.emoji import compose
-from libreflux.files import atomic_save_safetensors, atomic_write_text
+from libreflux.files import atomic_save_safetensors
 from libreflux.printing import say
 from libreflux.probing.metrics.bootstrap import REPLICATES
 from libreflux.probing.metrics.measures import CONFIDENCE, resampled
 from libreflux.probing.metrics.wilson import wilson
 from libreflux.probing.no_training import halves
 from libreflux.probing.over_seeds import spread_over_seeds
-from libreflux.probing.report import html, plots
 from libreflux.recipe import load_recipe
 from libreflux.training.checkpoint import ADAPTER, step_folder
 
 MODELS = {"schnell": "emoji-schnell", "libre": "emoji-libre", "base": "emoji-base"}
-COLUMNS = ("set", "model", "seeds", "step", "measure", "guidance", "value", "low", "high", "n")
 RIDGE = 1.0
 ROOT = Path(__file__).resolve().parent.parent
 HALVES = (11, 40)
@@ -69,29 +65,6 @@ class Settings:
 
 FULL = Settings((0, 25, 50, 100, 200, 400), (1.0, 3.0, 6.0), (0, 1, 2), 24, 28, 128, 64)
 QUICK = Settings((0, 2), (1.0, 3.0), (0, 1), 3, 2, 64, 12)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A measure of one set and model after some steps."""
-
-    set: str
-    model: str
-    seeds: int
-    step: int
-    measure: str
-    guidance: float | None
-    value: float
-    low: float
-    high: float
-    n: int
-
-    @property
-    def cells(self) -> list[str]:
-        """By `COLUMNS`."""
-        numbers = [f"{each:.6g}" for each in (self.value, self.low, self.high)]
-        scale = "" if self.guidance is None else f"{self.guidance:g}"
-        return [self.set, self.model, str(self.seeds), str(self.step), self.measure, scale, *numbers, str(self.n)]
 
 
 class Judge:
@@ -286,43 +259,10 @@ def measured(
         yield Row(name, model, len(seeds), step, "loss", None, mean, mean - reach, mean + reach, count)
         for scale in told.guidance:
             pixels = [drawn(args, run, model, step, scale, prompts, told) for run in runs]
+            args.shown[name, model, step, scale] = pixels[0][0]
             for measure, of in (("likeness", judge), ("sharpness", sharpness)):
                 found = interval(np.stack([of(each) for each in pixels]))
                 yield Row(name, model, len(seeds), step, measure, scale, *found, len(prompts))
-
-
-def write(args: argparse.Namespace, rows: Sequence[Row], confusions: dict[str, str]) -> None:
-    """The CSV file and the page."""
-    held = io.StringIO()
-    writer = csv.writer(held, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows(row.cells for row in rows)
-    atomic_write_text(args.work / f"finetune{args.suffix}.csv", held.getvalue())
-    parts = []
-    for name in dict.fromkeys(row.set for row in rows):
-        own = [row for row in rows if row.set == name]
-        drawings = [_plot(own, "loss", None, "held-out loss of the set", "loss, MSE")]
-        for measure, y in (("likeness", "share judged to be the set's"), ("sharpness", "of 255")):
-            for scale in sorted({row.guidance for row in own if row.guidance is not None}):
-                drawings.append(_plot(own, measure, scale, f"{measure}, guidance {scale:g}", y))
-        table = html.table(COLUMNS, [row.cells for row in own], 6)
-        details = f"<details><summary>Every number ({len(own)})</summary>{table}</details>"
-        plotted = f'<div class="plots">{"".join(drawings)}</div>'
-        parts.append(f"<h2>{escape(name)}</h2><p>{escape(confusions[name])}</p>{plotted}{details}")
-    said = '<p class="faint">Bands: 95 % intervals over seeds of the training and over pictures.</p>'
-    page = html.document(
-        "Is a freed model easier to fine-tune?", f"<h1>Is a freed model easier to fine-tune?</h1>{said}{''.join(parts)}"
-    )
-    atomic_write_text(args.work / f"finetune{args.suffix}.html", page)
-
-
-def _plot(rows: Sequence[Row], measure: str, scale: float | None, title: str, y: str) -> str:
-    kept = [row for row in rows if (row.measure, row.guidance) == (measure, scale)]
-    series = [
-        plots.Series(model, number, [(row.step, row.value, row.low, row.high) for row in kept if row.model == model])
-        for number, model in enumerate(dict.fromkeys(row.model for row in kept))
-    ]
-    return plots.lines(series, title=title, x="steps of training", y=y, percent=measure == "likeness")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -335,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", help="of the training, with commas; default: 0,1,2")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args(argv)
+    args.shown = {}
     told, args.suffix = (QUICK, "-quick") if args.quick else (FULL, "")
     seeds = told.seeds if args.seeds is None else tuple(int(one) for one in args.seeds.split(","))
     args.models = dict(one.split("=", 1) for one in args.model) or MODELS
@@ -351,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             chosen = sorted({captions[row] for row in halves(names, 0)[1]})[: told.prompts]
             for model in args.models:
                 rows += measured(args, name, model, some, told, judge, chosen, pictures)
-                write(args, rows, confusions)
+                write(args.work / f"finetune{args.suffix}", rows, confusions, args.shown)
                 say(f"{name}, {model}, {len(some)} seeds: {args.work / f'finetune{args.suffix}.csv'}")
 
 

@@ -36,6 +36,7 @@ from libreflux.probing.over_seeds import over_seeds
 from libreflux.probing.report import no_training
 from libreflux.probing.report.labels import number, place, title
 from libreflux.probing.results import Result, read_result
+from libreflux.probing.settings import QUICK, Changes
 
 COLUMNS = (
     "arm",
@@ -57,6 +58,16 @@ COLUMNS = (
 """Of the CSV file: one row for each measure of each arm. Freedom is in per cent; schnell and base have none."""
 MAIN = "recipe"
 SEEDS = (0, 1, 2)
+LESS: Changes = {
+    "sigmas": (0.5, 0.9),
+    "draw_steps": 4,
+    "diversity_prompts": 2,
+    "diversity_seeds": 2,
+    "negative_prompts": 2,
+    "padding_pictures": 2,
+    "padding_tokens": (20,),
+}
+"""What `--quick` measures less than a quick probe."""
 BRIEF: Sequence[tuple[str, Mapping[str, object]]] = (
     ("loss", {"sigma": "all", "text": "caption"}),
     ("loss", {"sigma": "all", "text": "empty"}),
@@ -276,6 +287,8 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args(argv)
     args.suffix = "-quick" if args.quick else ""
+    if args.quick:
+        QUICK.update(LESS)
     args.seeds = [int(one) for one in args.seeds.split(",")][: 2 if args.quick else None]
     args.precision = args.precision.split(",")
     args.random = args.random or str(students.random_model(args.work))

@@ -91,6 +91,7 @@ class Changes(TypedDict, total=False):
     pictures: int
     prompts: int
     guidance: tuple[float, ...]
+    draw_steps: int
     steps: tuple[int, ...]
     own_guidance: float
     diversity_prompts: int
