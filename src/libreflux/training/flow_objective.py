@@ -211,6 +211,17 @@ def extra_passes(recipe: Recipe) -> dict[str, float]:
     return found
 
 
+def second_passes(recipe: Recipe) -> float:
+    """Passes with gradient that are added to each picture's one, on average.
+
+    With a training adapter beside, the velocity that is held to the base is that without it, which takes its own pass.
+    """
+    keys = flow_keys(recipe)
+    if keys is None or keys.hold is None or recipe.adapter.training_adapter is None:
+        return 0.0
+    return _share_of_law(recipe, keys.hold.sigmas)
+
+
 def _share_of_law(recipe: Recipe, interval: tuple[float, float] | None) -> float:
     """How much of a recipe's law of noise levels lies within an interval; None: all."""
     if interval is None:
