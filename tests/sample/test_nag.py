@@ -19,7 +19,7 @@ from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
 from libreflux.sample.first_steps import FirstSteps
 from libreflux.sample.pipeline import LibreFluxPipeline
-from libreflux.sample.rules import Nag
+from libreflux.sample.rules import GuidanceRule, Nag
 from opened import tensor_of
 from tiny import tiny_transformer
 
@@ -189,6 +189,16 @@ def test_first_steps_are_guided_by_their_own_scale_to_the_bit(pipe: LibreFluxPip
 def test_another_model_draws_the_first_steps(pipe: LibreFluxPipeline) -> None:
     other = first(pipe, 1, tiny_transformer(seed=5))
     assert not torch.equal(latent(pipe, first_steps=other), latent(pipe))
+
+
+def test_guided_first_steps_without_a_negative_prompt_are_refused(pipe: LibreFluxPipeline) -> None:
+    with pytest.raises(OptionError, match="guidance 3 needs a negative prompt"):
+        first(pipe, 1, scale=3.0)
+
+
+def test_a_number_that_the_rule_does_not_read_is_refused() -> None:
+    with pytest.raises(OptionError, match="apg_eta: is read by `guidance_rule` apg alone"):
+        GuidanceRule(apg_eta=0.5)
 
 
 @pytest.mark.parametrize("steps", [-1, 2])
