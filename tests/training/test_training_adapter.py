@@ -217,6 +217,14 @@ def test_the_result_draws_in_the_few_steps_of_its_base(made: Path, with_it: Tree
         for one in (training_adapter.result_facts(facts, recipe), training_adapter.sample_facts(facts, recipe))
     ]
     assert found == [(4, 1.0), (28, 3.5)]
+    for keys, drawn in (
+        ({"guided_target": {"scale": 3}}, (4, 1.0)),
+        ({"guided_target": {"scale": 1}}, (28, 3.5)),
+        ({"hold_base": {"weight": 0.2}}, (28, 3.5)),
+    ):
+        without = Recipe.model_validate(with_it("other", adapter={"training_adapter": None}, **keys))
+        one = training_adapter.result_facts(facts, without)
+        assert (one.steps, one.guidance) == drawn
 
 
 def test_a_killed_run_ends_with_the_same_bytes(

@@ -173,14 +173,17 @@ def losses(
 
 
 def result_facts(facts: Facts, recipe: Recipe) -> Facts:
-    """What a run's result is drawn with: with a training adapter in the base's own steps, else see `freed_facts`.
+    """What a run's result is drawn with: with a training adapter or a guided target as the base is, else `freed_facts`.
+
+    Both keep the base's few steps, and a guided target has its guidance in it.
 
     Args:
         facts: of the base.
         recipe: as resolved.
     """
-    told = freed_facts(facts, recipe)
-    if recipe.adapter.training_adapter is None or recipe.distil is not None:
+    told, guided = freed_facts(facts, recipe), recipe.guided_target
+    kept = recipe.adapter.training_adapter is not None or (guided is not None and not guided.neutral)
+    if not kept or recipe.distil is not None:
         return told
     return dataclasses.replace(told, steps=facts.steps, guidance=told.guidance if recipe.guidance else facts.guidance)
 
