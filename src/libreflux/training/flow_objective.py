@@ -188,7 +188,7 @@ def told_parts(rows: Sequence[Sequence[float]], keys: FlowKeys) -> dict[str, flo
         keys: of the recipe.
     """
     names = ["plain_loss", *(["guided_loss"] if keys.guided else []), *(["hold_base_loss", HELD] if keys.hold else [])]
-    sums = {name: math.fsum(column) for name, column in zip(names, zip(*rows, strict=True), strict=False)}
+    sums = {name: math.fsum(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
     held = sums.pop(HELD, 0.0)
     counts = {name: held if name == "hold_base_loss" else float(len(rows)) for name in sums}
     return {name: total / counts[name] for name, total in sums.items() if counts[name]}
