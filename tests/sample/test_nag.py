@@ -175,7 +175,11 @@ def test_a_step_that_stands_still_leaves_the_noise_to_the_next(pipe: LibreFluxPi
     still = latent(pipe, guidance_scale=3.0, guidance_rule=rule, sigmas=[1.0, 0.5], num_inference_steps=None)
     side = pipe.default_size // latents.stride(pipe.vae)
     noise, _ = start(None, 3, None, (1, int(pipe.vae.config.latent_channels), side, side))
-    rest = {"guidance_rule": GuidanceRule(guidance_rule="cfg-zero"), "sigmas": [0.5], "num_inference_steps": None}
+    rest: dict[str, Any] = {
+        "guidance_rule": GuidanceRule(guidance_rule="cfg-zero"),
+        "sigmas": [0.5],
+        "num_inference_steps": None,
+    }
     assert torch.equal(still, latent(pipe, guidance_scale=3.0, latents=noise, seeds=None, **rest))
 
 

@@ -198,10 +198,9 @@ def _check_told(record: GenerationRecord) -> None:
     """Raises OptionError for numbers of NAG and of first steps that a record must have, and has not, or cannot have."""
     first = GuidanceOptions(first_steps_from=record.first_steps_from, first_steps_guidance=record.first_steps_guidance)
     check_first_steps(first, record.steps)
-    needed = ("nag_tau", "nag_alpha") if record.nag else ()
-    needed += ("first_steps_guidance",) if record.first_steps_from is not None else ()
-    for name in needed:
-        if getattr(record, name) is None:
+    needed = {"nag_tau": record.nag, "nag_alpha": record.nag, "first_steps_guidance": record.first_steps_from}
+    for name, by in needed.items():
+        if by and getattr(record, name) is None:
             raise OptionError("is missing", name)
 
 
