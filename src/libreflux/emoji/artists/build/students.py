@@ -20,9 +20,9 @@ from libreflux.adapter.io import load_adapter
 from libreflux.adapter.merge import merge
 from libreflux.emoji.artists import captions as grammar
 from libreflux.emoji.artists import held_out, scenes
+from libreflux.emoji.artists.build.base import working_dtype
 from libreflux.emoji.artists.subjects import subjects
 from libreflux.emoji.build.base import replaced
-from libreflux.emoji.build.muon import multiplies_bf16
 from libreflux.emoji.build.students import LIBRE_LAYERS
 from libreflux.files import atomic_write_text, staged_dir
 from libreflux.model.opening import open_model
@@ -49,8 +49,7 @@ _FULL_RANK = {"kind": "lokr", "init": "ones", "targets": [{"layers": "**", "fact
 
 
 def _precision() -> str:
-    """What the base's weights, stored in bf16, are computed in: fp32 on a CPU that has no instructions for bf16."""
-    return "bf16" if torch.cuda.is_available() or multiplies_bf16(torch.device("cpu")) else "fp32"
+    return "bf16" if working_dtype() is torch.bfloat16 else "fp32"
 
 
 def seen_subjects() -> list[str]:
