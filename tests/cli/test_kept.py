@@ -63,11 +63,14 @@ def test_a_probe_is_whole_and_its_drawings_are_known(
 ) -> None:
     before = read_result(kept / "probe")
     opened = probe_measure.open_context
-    monkeypatch.setattr(probe_measure, "open_context", lambda *args: pytest.fail("measured again"))
+    # Of a section whose statistics have changed since then, another file is made, on the pictures that were drawn.
+    anew = [one.name for one in probe_run.SECTIONS if one.version > 1]
     for _ in range(2):  # under the key of then, and under today's
         done = run(*COMMANDS["probe"])
         assert done.code == 0, done.err
-        assert read_result(kept / "probe").measures == before.measures
+        rows = [row for row in read_result(kept / "probe").measures if row.name not in anew]
+        assert rows == [row for row in before.measures if row.name not in anew]
+        monkeypatch.setattr(probe_measure, "open_context", lambda *args: pytest.fail("measured again"))
     monkeypatch.setattr(probe_measure, "open_context", opened)
     for name in ("guidance", "steps", "diversity"):
         probe_run.section_file(kept / "probe", name).unlink()
