@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from libreflux.probing import drawing, seen
 from libreflux.probing.context import ProbeContext
 from libreflux.probing.drawing import PictureBatch
 from libreflux.probing.few_steps import Ends, Pictures, Point, point
+from libreflux.probing.results import Measure
 from libreflux.probing.run import SMALLER
 from libreflux.probing.section import SEED_STRIDE
 from libreflux.probing.seen import Seen, see
@@ -105,8 +107,12 @@ class Checkup:
                     for batch in todo:
                         self._draw(subject, batch, context)
                         self.made += 1
-        ends = self._ends()
-        return [point(one.name, one.step, self._pictures(one), ends) for one in self.subjects.adapted]
+        return [point(one.name, one.step, self._pictures(one), self._ends) for one in self.subjects.adapted]
+
+    def end_measures(self) -> list[Measure]:
+        """What the ends of both ways measure, once `points` were made."""
+        ends = self._ends
+        return [row for table in (ends.of_others, ends.to_new) for part in table.values() for row in part.values()]
 
     def sheets(self, points: Sequence[Subject]) -> tuple[Sheet, Sheet]:
         """Pictures of the new captions, and of the other prompts, by the ends and by these of the adapted models."""
@@ -126,6 +132,7 @@ class Checkup:
         found += [self.again] if subject is self.subjects.distilled else []
         return list({digest(one.as_json()): one for one in found}.values())
 
+    @functools.cached_property
     def _ends(self) -> Ends:
         subjects = self.subjects
         return Ends(
