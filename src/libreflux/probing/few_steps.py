@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from libreflux import seeding
 from libreflux.probing.features import TwoTowers, agreement
 from libreflux.probing.judges import Judge, Verdict
 from libreflux.probing.metrics.bootstrap import Statistic, mean, measured, share
-from libreflux.probing.metrics.distances import frechet_replicates, kernel_replicates
+from libreflux.probing.metrics.distances import frechet_together, kernel_replicates
 from libreflux.probing.metrics.image_stats import Look, accuracies
 from libreflux.probing.results import Measure
 from libreflux.probing.seen import Seen
@@ -195,7 +196,7 @@ def _of_others(of: str, seen: Seen, ends: Ends) -> Iterator[tuple[str, Measure]]
     yield "sharpness", _measure("sharpness", of, mean(seen.sharpness.numpy()), len(seen), ends)
 
 
-_DISTANCES = {"FD": frechet_replicates, "KD": kernel_replicates}
+_DISTANCES = {"FD": frechet_together, "KD": kernel_replicates}
 
 
 def _beside(statistic: Any, features: Tensor, again: Tensor, weights: np.ndarray) -> np.ndarray:
@@ -215,10 +216,9 @@ def _to_new(of: str, seen: Seen, ends: Ends) -> Iterator[tuple[str, Measure]]:
             found = []
             for first in cuts:
                 for side in (first, ~first):
-                    rows, others = (_only(weights, part) for part in (side, ~side))
-                    found.append(
-                        _where_two(rows, others, lambda a, b: statistic(seen.features, ends.new.features, a, b))
-                    )
+                    rows, others = _only(weights, side), _only(weights, ~side)
+                    here, there = seen.features[torch.from_numpy(side)], ends.new.features[torch.from_numpy(~side)]
+                    found.append(_where_two(rows, others, functools.partial(statistic, here, there)))
             total: np.ndarray = np.mean(found, axis=0)
             return total
 
@@ -236,8 +236,8 @@ def halves(count: int, seed: int) -> list[np.ndarray]:
 
 
 def _only(weights: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """Weights of some units alone, which sum to 1; 0 where a resample has none of them."""
-    kept = weights * members
+    """The weights of some units, which sum to 1; 0 where a resample has none of them."""
+    kept = weights[:, members]
     total = kept.sum(axis=1, keepdims=True)
     return np.divide(kept, total, out=np.zeros_like(kept), where=total > 0)
 

@@ -179,8 +179,8 @@ def _definitions(shown: Shown) -> str:
 <pre>learnt = (d(distilled, NEW) − d(adapted, NEW)) / (d(distilled, NEW) − d(half of NEW, other half))
 kept   = 1 − (m(adapted) − m(distilled)) / (m(broken) − m(distilled))</pre>
 <p>NEW are the new pictures once they have been through the VAE. The distilled and the adapted model draw their
-captions. All three sets are cut into the same halves, and each half is compared with the other half of NEW, so that what
-few pictures add to a distance is the same for all. 0 % is the distilled model, 100 % the new pictures themselves.</p>
+captions. All three sets are cut into the same halves, and each half is compared with the other half of NEW, so that
+what few pictures add to a distance is the same for all. 0 % is the distilled model, 100 % the new pictures.</p>
 <p>m is one of the measures below, on prompts outside of what was learnt, in the distilled model's own steps. Distances
 are from pictures that the distilled model draws from <i>other</i> seeds, so that 100 % kept is another seed of itself.
 0 % is {escape(shown.broken)}. The lowest share leads.</p>
