@@ -123,6 +123,7 @@ def made(step: int, kept: float, learnt: float) -> Point:
         ([(1, 0.8, 0.2), (2, 0.5, 0.7)], 1, "No checkpoint keeps 90%. Step 1 keeps the most"),
         ([(1, 0.95, np.nan), (2, 0.92, np.nan)], 2, "Stop at step 2"),
         ([(1, np.nan, 0.2), (2, 0.92, 0.1)], 2, "Stop at step 2"),
+        ([(1, np.nan, 0.2), (2, np.nan, 0.1)], 2, "Too noisy to tell where to stop"),
     ],
 )
 def test_where_to_stop(rows: list[tuple[int, float, float]], step: int, told: str) -> None:

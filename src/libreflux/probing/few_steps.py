@@ -7,7 +7,6 @@ bootstrap interval over pictures or prompts, in which all three move together.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -283,10 +282,12 @@ def stop(points: Sequence[Point], keep: float = KEEP) -> tuple[Point, str]:
         points: of a run's checkpoints, by step.
         keep: the share of few-step ability that is enough.
     """
-    known = [one for one in points if not one.leading[0].noisy] or list(points)
+    known = [one for one in points if not one.leading[0].noisy]
+    if not known:
+        return points[-1], f"Too noisy to tell where to stop. {_step(points[-1])}, the last: {points[-1].sentence}"
     enough = [one for one in known if one.leading[0].value >= keep]
     if not enough:
-        best = max(known, key=lambda one: -math.inf if one.leading[0].noisy else one.leading[0].value)
+        best = max(known, key=lambda one: one.leading[0].value)
         return best, f"No checkpoint keeps {keep:.0%}. {_step(best)} keeps the most: {best.sentence}"
     learnt = [one for one in enough if not one.leading[1].noisy]
     best = max(learnt, key=lambda one: one.leading[1].value) if learnt else enough[-1]
