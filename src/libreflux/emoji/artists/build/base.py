@@ -56,6 +56,11 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device))
 
 
+def working_dtype() -> torch.dtype:
+    """What the family is trained and drawn in while it is made: bf16, but fp32 on a CPU without instructions for it."""
+    return torch.bfloat16 if torch.cuda.is_available() or multiplies_bf16(torch.device("cpu")) else torch.float32
+
+
 def pixels(what: list[scenes.Scene]) -> Tensor:
     """[B, 3, H, W] in [-1, 1]: the pictures of scenes."""
     stacked = torch.from_numpy(np.stack([np.asarray(scenes.render(scene)) for scene in what]))
@@ -191,12 +196,16 @@ def _stage(work: Path, transformer: FluxTransformer2DModel, text: TextEncoders) 
 
 
 def export(work: Path, out: Path | None = None) -> Path:
-    """Write `work/m/base`, the teacher in bf16, from whatever the stage has reached; replaces an older one."""
+    """Write `work/m/base`, the teacher, from whatever the stage has reached; replaces an older one.
+
+    Its numbers are those of bf16, stored in `working_dtype`.
+    """
     transformer, text = make_transformer(), make_text(work / "tokenizers")
     stage = _stage(work, transformer, text)
     if not stage.resume():
         raise FileNotFoundError(work / "base.safetensors")
     stage.use_average()
+    dtype = working_dtype()
     former = open_model("emoji-base")
     facts: Facts = dataclasses.replace(
         former.facts,
@@ -207,9 +216,9 @@ def export(work: Path, out: Path | None = None) -> Path:
         },
     )
     live = LiveParts(
-        transformer=transformer.bfloat16(),
-        vae=former.load_vae(dtype=torch.bfloat16),
-        text=text.to(dtype=torch.bfloat16),
+        transformer=transformer.bfloat16().to(dtype),
+        vae=former.load_vae(dtype=torch.bfloat16).to(dtype),
+        text=text.to(dtype=torch.bfloat16).to(dtype=dtype),
         scheduler=former.scheduler,
     )
     return replaced(out or work / "m" / "base", lambda fresh: save_model(fresh, facts, live))
