@@ -2,14 +2,15 @@
 
     python -m benchmarks.keep_steps --work DIR                 # emoji-schnell, the set "look": table, plot and page
     python -m benchmarks.keep_steps --work DIR --thin          # first: six arms, one seed, the first set
-    python -m benchmarks.keep_steps --work DIR --quick         # every arm in the small, in minutes: numbers mean nothing
+    python -m benchmarks.keep_steps --work DIR --quick         # every arm in the small, in minutes
     python -m benchmarks.keep_steps --work DIR --family artists --student S --base B --judge J \\
         --sets look,subjects,other --other CLIP_ART            # other models; a folder of captioned pictures
 
 Every arm trains an adapter on one set, and `libreflux.probe_few_steps` measures its checkpoints: what it learnt of
-pictures of the same kind that it was not trained on, and what it kept of few-step drawing on other prompts, both against
-the same broken adapter. Interrupted, the same command goes on. DIR gets keep-steps.csv, a plot for each set, and
-index.html; docs/keep-steps.md says what the shares are.
+pictures of the same kind that it was not trained on, and what it kept of few-step drawing on other prompts. 0 % kept is
+one broken adapter for each set: trained directly at three times the learning rate. Interrupted, the same command goes
+on. DIR gets keep-steps.csv, a plot for each set, and index.html; docs/keep-steps.md says what the shares are. The
+numbers of --quick mean nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from benchmarks.keep_steps_page import write_results
 from benchmarks.keep_steps_sets import FAMILIES, NewSet, new_sets, plain_folder
 
 import libreflux
-from libreflux.files import atomic_write_json
+from libreflux.files import atomic_write_json, atomic_write_text
 
 MAIN = ("direct", "adapter-own", "guided-3", "hold-0.2", "on-base", "redistilled")
 """The arms with three seeds on every set."""
@@ -108,7 +109,7 @@ class Bench:
         model, adapters = self._trained(job)
         trained = time.monotonic() - began
         broken = self._train(job.new, "broken", 0, optimizer={"learning_rate": 3 * self.asked.learning_rate})
-        points = []
+        points, pages = list[Any](), self.work / "pages"
         for number, each in enumerate(adapters):
             found = libreflux.probe_few_steps(
                 model,
@@ -117,12 +118,14 @@ class Bench:
                 prompts=self.prompts,
                 against=self.asked.student,
                 broken=broken / "adapter.safetensors",
-                out=self.work / "probes" / (job.name if len(adapters) == 1 else f"{job.name}-{number}"),
+                out=self.work / "probes" / job.new.name,  # one for all: the distilled model draws once
                 judge=self.asked.judge,
                 features=self.asked.features,
                 resolution=self.size.resolution,
             )
             points += json.loads(found.file.read_text(encoding="utf-8"))["points"]
+            name = job.name if len(adapters) == 1 else f"{job.name}-{number}"
+            atomic_write_text(pages / f"{name}.html", found.page.read_text(encoding="utf-8"))
         told = {"set": job.new.name, "arm": job.arm, "seed": job.seed, "seconds": round(trained), "points": points}
         if len(adapters) > 1:  # of several adapters together the probe knows no step
             for point, each in zip(points, adapters, strict=True):

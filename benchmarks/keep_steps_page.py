@@ -64,13 +64,11 @@ def write_results(work: Path, title: str, main: Sequence[str]) -> list[Path]:
 
 
 HEADS = ("arm", "seeds", "step", "kept [95 %]", "by", "learnt [95 %]", "by", "below 90 % from step", "seconds")
-NOTE = (
-    "Of each arm the checkpoint with the most learnt among those that keep 90 %, or else the one that keeps the most; "
-    "shares are the lowest measure's that is not too noisy, means over the seeds; intervals are of the first seed, over "
-    "pictures and prompts. A dagger marks an arm of one seed. A line in a plot joins the checkpoints of an arm; the grey "
-    "line is the Pareto front: nothing is better in both. What is too noisy is left out of plots. How the shares are "
-    "defined: docs/keep-steps.md."
-)
+NOTE = """Of each arm the checkpoint with the most learnt among those that keep 90 %, or else the one that keeps the
+most; shares are the lowest measure's that is not too noisy, means over the seeds; intervals are of the first seed, over
+pictures and prompts. A dagger marks an arm that is run with one seed. A line in a plot joins the checkpoints of an arm;
+the grey line is the Pareto front: nothing is better in both. What is too noisy is left out of plots. How the shares are
+defined: docs/keep-steps.md. The page of each run, with pictures, is in the folder pages."""
 
 
 def read_rows(results: Path) -> Iterator[Row]:
@@ -152,10 +150,8 @@ def pareto(rows: Sequence[Row], name: str) -> str:
         for axis in (panel.xaxis, panel.yaxis):
             axis.set_major_formatter(lambda value, _: f"{value:.0%}")
         if points:  # one arm far outside must not press the others into a corner
-            panel.set_ylim(max(-0.5, min(row["kept"] for row in points) - 0.1), min(1.5, _most(points, "kept") + 0.1))
-            panel.set_xlim(
-                max(-0.5, min(row["learnt"] for row in points) - 0.1), min(1.5, _most(points, "learnt") + 0.1)
-            )
+            panel.set_ylim(*_limits(points, "kept"))
+            panel.set_xlim(*_limits(points, "learnt"))
         panel.set_xlabel(f"learnt of the set “{name}”")
         panel.set_ylabel("few-step ability kept")
         panel.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
@@ -169,8 +165,9 @@ def _along(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
     return [row["learnt"] for row in rows], [row["kept"] for row in rows]
 
 
-def _most(rows: Sequence[Row], name: str) -> float:
-    return float(max(row[name] for row in rows))
+def _limits(rows: Sequence[Row], name: str) -> tuple[float, float]:
+    values = [float(row[name]) for row in rows]
+    return max(-0.5, min(values) - 0.1), min(1.5, max(values) + 0.1)
 
 
 def _beats(one: Row, other: Row) -> bool:
