@@ -54,6 +54,7 @@ def test_the_unchanged_model_has_kept_all_and_learnt_nothing_exactly(ends: Ends)
 
 
 def test_the_unchanged_model_is_told_so_even_where_nothing_is_broken(ends: Ends) -> None:
+    assert ends.distilled.new is not None
     nothing = dataclasses.replace(ends, broken=ends.distilled.others, new=ends.distilled.new)
     assert point("same", None, ends.distilled, nothing).sentence.startswith("few-step ability kept: 100 %")
 

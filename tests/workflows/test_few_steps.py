@@ -18,6 +18,7 @@ import libreflux
 from libreflux.errors import AdapterError, DataError, LibrefluxError, OptionError, RunError
 from libreflux.workflows.few_steps import FewStepsResult
 from libreflux.workflows.progress import Report
+from workflows.test_examples import example_of
 
 PROMPTS = ["a red apple on blue", "a fox on yellow", "a frog", "a rocket on green"]
 
@@ -89,8 +90,8 @@ def test_an_interrupted_check_goes_on_after_its_finished_sets(
     shutil.copytree(curve.folder / "cache", out / "cache")
 
     @contextmanager
-    def dying(verb: str, what: str) -> Iterator[Report]:
-        def report(done: int, total: int, note: str = "") -> None:
+    def dying(what: str, unit: str = "") -> Iterator[Report]:
+        def report(done: int, total: int, note: str = "", begun: bool = False) -> None:
             if note == "step 2":
                 raise KeyboardInterrupt
 
@@ -112,6 +113,19 @@ def test_other_settings_are_other_pictures(given: dict[str, Any], trained: Path,
     assert fewer.made == 2  # the new captions of two models
     weaker = libreflux.probe_few_steps(**given, adapters=f"{trained}:0.5", out=result, pictures=4)
     assert weaker.made == 3 + 1  # the adapter's, and its noise's; guidance 3 is the model's own
+
+
+def test_the_example_of_the_docstring_runs(
+    given: dict[str, Any], trained: Path, curve: FewStepsResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    for name, target in (("runs/mine", trained.parent), ("photos", given["data"]), ("others.txt", given["prompts"])):
+        Path(name).symlink_to(target)
+    shutil.copytree(curve.folder, tmp_path / "out")
+    tiny = f'{given["model"]!r}, judge={str(given["judge"])!r}, resolution=32, out="out"'
+    exec("if True:\n" + example_of("probe_few_steps").replace('"emoji-schnell"', tiny), {})
+    assert json.loads(Path("out/few-steps.json").read_text())["stop"] == curve.stop
 
 
 @pytest.mark.parametrize(
