@@ -1,4 +1,4 @@
-"""Which way of fine-tuning a distilled model keeps its few steps? Eleven ways and more, on new sets, with seeds.
+"""Which way of fine-tuning a distilled model keeps its few steps? Thirteen ways, on new sets, with seeds.
 
     python -m benchmarks.keep_steps --work DIR                 # emoji-schnell, the set "look": table, plot and page
     python -m benchmarks.keep_steps --work DIR --thin          # first: six arms, one seed, the first set

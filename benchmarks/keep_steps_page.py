@@ -68,7 +68,8 @@ NOTE = """Of each arm the checkpoint with the most learnt among those that keep 
 most; shares are the lowest measure's that is not too noisy, means over the seeds; intervals are of the first seed, over
 pictures and prompts. A dagger marks an arm that is run with one seed. A line in a plot joins the checkpoints of an arm;
 the grey line is the Pareto front: nothing is better in both. What is too noisy is left out of plots. How the shares are
-defined: docs/keep-steps.md. The page of each run, with pictures, is in the folder pages."""
+defined: docs/keep-steps.md. Seconds are of training, with what an arm needs first where that was not there yet. The
+page of each run, with pictures, is in the folder pages."""
 
 
 def read_rows(results: Path) -> Iterator[Row]:

@@ -174,6 +174,7 @@ def test_an_adapter_of_other_weights_is_checked_where_the_distilled_model_is_nam
     result = shutil.copytree(curve.folder, tmp_path / "out")
     found = libreflux.probe_few_steps(**given, adapters=other, against=given["model"], out=result, broken=trained)
     assert found.points[0].kept[0].text == "0 % [0, 0]"
+    assert found.remark == ""
 
 
 def test_the_command_prints_it_and_refuses_what_has_no_effect(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from libreflux.printing import WITH_OPTIONS, get_logger
 from libreflux.workflows.few_steps_options import FILE, PAGE, FewStepsOptions, check_options
 from libreflux.workflows.keywords import by_keywords
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from libreflux.workflows.few_steps_measure import Checkup
     from libreflux.workflows.few_steps_models import Subjects
 
+logger = get_logger(__name__)
+
+WEAK = "noise of the same norm hurts less than training did, so that it is no measure of what is lost"
 MOST_SHOWN = 6
 """Checkpoints of a run whose pictures a page shows."""
 
@@ -33,6 +37,7 @@ class FewStepsResult:
         best: the one to stop at; of one adapter that one.
         stop: the sentence that says so; of one adapter what it kept and learnt.
         made: how many sets of pictures were drawn now; the others were there.
+        remark: what makes the shares doubtful; "" where nothing does.
     """
 
     folder: Path
@@ -41,6 +46,7 @@ class FewStepsResult:
     best: Point
     stop: str
     made: int
+    remark: str = ""
 
     @property
     def file(self) -> Path:
@@ -95,9 +101,17 @@ def probe_few_steps_with(options: FewStepsOptions) -> FewStepsResult:
         last = subjects.adapted[-1].model
         trained, pairs = check_training(trained_on, last, checkup.first, None, options.result, options.progress)
         best, told = stop(points, options.keep) if len(points) > 1 else (points[0], points[0].sentence)
-        result = FewStepsResult(options.result, options.result / PAGE, tuple(points), best, told, checkup.made)
+        remark = WEAK if subjects.broken.noise is not None and any(map(_is_past_broken, points)) else ""
+        if remark:
+            logger.warning("%s: name a broken adapter with `broken`", remark, extra=WITH_OPTIONS)
+        result = FewStepsResult(options.result, options.result / PAGE, tuple(points), best, told, checkup.made, remark)
         _write(options, result, checkup, judge, trained, pairs)
     return result
+
+
+def _is_past_broken(one: Point) -> bool:
+    kept, _ = one.leading
+    return not kept.noisy and kept.high < 0
 
 
 def _write(
@@ -120,6 +134,7 @@ def _write(
         "schema": 1,
         "stop": result.stop,
         "best": result.best.name,
+        "remark": result.remark,
         "keep": options.keep,
         "model": {"name": options.model, "adapters": list(options.named)},
         "models": _models(subjects),
@@ -153,7 +168,8 @@ def _write(
         pictures=settings.pictures,
         prompts=settings.prompts,
         keep=options.keep,
-        remark="" if trained is None else trained.verdict,
+        held_out="" if trained is None else trained.verdict,
+        remark=result.remark,
     )
     text = page(shown, result.stop, points, ends, result.folder, [(one.texts, one.rows) for one in sheets])
     atomic_write_text(result.page, text)

@@ -35,7 +35,8 @@ class Shown:
         data: name of the new pictures' folder.
         pictures, prompts: how many.
         keep: the share of few-step ability that is enough.
-        remark: whether the new pictures were trained on; "" where nobody knows.
+        held_out: whether the new pictures were held out of the training; "" where nobody knows.
+        remark: what makes the shares doubtful; "" where nothing does.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Shown:
     pictures: int
     prompts: int
     keep: float
+    held_out: str
     remark: str
 
 
@@ -100,7 +102,8 @@ def _how(shown: Shown) -> str:
         f"Kept: on {counted(shown.prompts, 'prompt')} outside of what was learnt, between {shown.distilled} and "
         f"{shown.broken}.",
         f"Learnt: on {counted(shown.pictures, 'picture')} of {shown.data}."
-        + (f" Were they held out of the training? {shown.remark}." if shown.remark else ""),
+        + (f" Were they held out of the training? {shown.held_out}." if shown.held_out else ""),
+        *([f"Take care: {shown.remark}. Name a broken adapter instead."] if shown.remark else []),
     ]
     return f'<ul class="faint">{"".join(f"<li>{escape(one)}</li>" for one in told)}</ul>'
 
