@@ -41,11 +41,11 @@ from libreflux.printing import say
 from libreflux.sample.grid import sheet
 from libreflux.sample.metadata import save_png
 
-SCENES, SCENE_SEED = 80_000, 3
+SCENES, SCENE_SEED = 32_000, 3
 CHUNK = 4_000
-STEPS, BATCH = 16_000, 48
+STEPS, BATCH = 8_000, 48
 RATE, MATRIX_RATE = 1e-3, 1e-2  # of AdamW and of Muon
-SHARES = {"bare": 0.15, "short": 0.45, "full": 0.15, "tags": 0.15, "": 0.1}
+SHARES = {"bare": 0.15, "short": 0.35, "full": 0.25, "tags": 0.15, "": 0.1}
 ATTENTION = {"cpu": SDPBackend.MATH, "cuda": SDPBackend.EFFICIENT_ATTENTION}
 """At some 80 tokens plain attention's backward takes half the time of the fused one on a CPU; cuDNN's may be wrong."""
 LONG_EVERY = 12  # every so many steps all captions are long ones: they would pad the others' batches
