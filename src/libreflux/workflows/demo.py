@@ -216,7 +216,19 @@ def by_hand(out: Path, pictures: int) -> list[str]:
     words: list[list[object]] = [
         ["demo-data", data, "--count", pictures, "--seed", SEED],
         ["train", out / "recipe.yaml", f"data.0.path={scalar(str(data))}", f"out={scalar(str(run))}"],
-        ["probe", MODEL, "--adapter", run, "--against", MODEL, "--quick", *measured, "--out", hand / "probe"],
+        [
+            "probe",
+            MODEL,
+            "--adapter",
+            run,
+            "--against",
+            MODEL,
+            "--no-controls",
+            "--quick",
+            *measured,
+            "--out",
+            hand / "probe",
+        ],
         ["generate", "a rocket on white", "--model", MODEL, "--adapter", run, *drawn],
         ["merge", MODEL, run, "--out", hand / "model"],
     ]
