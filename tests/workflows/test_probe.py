@@ -69,6 +69,11 @@ def test_what_python_measures_is_what_the_command_measures(
     [
         ({"reference": "m"}, ["--reference", "m"], "reference: needs `against`; hint: name the distilled model with "),
         ({"features": "f", "judge": "j"}, ["--features", "f", "--judge", "j"], "features: takes the place of `judge`"),
+        (
+            {"controls": False},
+            ["--no-controls"],
+            "controls: are drawn with `against` alone; hint: leave it out, or name",
+        ),
         ({"dtype": "fp8"}, ["--dtype", "fp8"], "dtype: 'fp8' is no precision; hint: use stored, fp32 or bf16"),
         ({"resolution": 40}, ["--resolution", 40], "resolution: 40 is not a multiple of 16; hint: use 32"),
     ],

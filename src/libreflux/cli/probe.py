@@ -137,6 +137,8 @@ def probe(
             ("seen", seen),
             ("ocr", ocr),
             ("whole", whole),
+            ("measures", measures),
+            ("controls", not controls),
         ):
             if value:
                 raise OptionError("has no effect beside `few_steps`", name, hint="remove one of them")

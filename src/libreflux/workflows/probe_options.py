@@ -111,6 +111,10 @@ def check_options(options: ProbeOptions) -> None:
     """
     if options.reference is not None and options.against is None:
         raise OptionError("needs `against`", "reference", hint="name the distilled model with `against`")
+    if not options.controls and options.against is None:
+        raise OptionError(
+            "are drawn with `against` alone", "controls", hint="leave it out, or name the distilled model"
+        )
     if options.features is not None and options.judge is not None:
         raise OptionError("takes the place of `judge`", "features", hint="give one of them")
     if options.ocr:
