@@ -22,7 +22,7 @@ from libreflux.probing.metrics.student import quantile
 Score = Callable[[Moments, np.ndarray], np.ndarray]
 """score(moments, weights [R, N]) → [R]; the lower, the better."""
 FEW = 16
-"""Of 8 pictures the bootstrap alone told equal models apart in half of 300 trials, of 12 in a third, in place of 5 %."""
+"""Of 8 pictures the bootstrap alone told eight equal models apart in half of 300 trials, of 12 in a third."""
 
 
 @dataclass(frozen=True, eq=False)
