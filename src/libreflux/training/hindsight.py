@@ -22,6 +22,7 @@ from torch import Tensor
 
 from libreflux import files
 from libreflux.errors import OptionHint, RunError
+from libreflux.model.finite import is_finite
 from libreflux.places import did_you_mean
 from libreflux.training import checkpoint, ema
 
@@ -55,6 +56,7 @@ class Averaged:
 class _Source:
     step: int
     file: Any
+    path: Path
     prefix: str = ""
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -98,7 +100,8 @@ def average(run: Path, width: float, step: int | None = None) -> Averaged:
             checkpoint between two updates holds the averages of the update before it.
 
     Raises:
-        RunError: no averages were kept, none at `step`, too few to form this one, or a damaged file among them.
+        RunError: no averages were kept, none at `step`, too few to form this one, or a file among them that is damaged or
+            not finite.
     """
     _run_folder(run)
     check_width(width)
@@ -142,7 +145,7 @@ def _profile(
     for number in sorted(number for number in paths if number <= wanted):
         file = _open(stack, paths[number])
         for tracked in sorted({float(key.partition("/")[0]) for key in file.keys() if "/" in key}):  # noqa: SIM118
-            sources.append(_Source(number, file, ema.average_key(tracked, "")))
+            sources.append(_Source(number, file, paths[number], ema.average_key(tracked, "")))
             stored.append((number, ema.exponent(tracked)))
     weights, error = ema.hindsight_weights(stored, (wanted, ema.exponent(width)))
     if error > WORST:
@@ -192,7 +195,7 @@ def lerp(run: Path, alpha: float) -> Averaged:
         alpha: in (0, 1].
 
     Raises:
-        RunError: no complete checkpoint, or alpha out of range.
+        RunError: no complete checkpoint, one that is not finite, or alpha out of range.
     """
     _run_folder(run)
     check_alpha(alpha)
@@ -220,7 +223,7 @@ def _some(found: Kept) -> Sequence[checkpoint.Checkpoint]:
 
 def _of_checkpoints(found: Kept, weights: np.ndarray, said: dict[str, Any]) -> Averaged:
     with ExitStack() as stack:
-        sources = [_Source(one.step, _open(stack, one.adapter)) for one in found.checkpoints]
+        sources = [_Source(one.step, _open(stack, one.adapter), one.adapter) for one in found.checkpoints]
         return _combine(sources, weights, 0.0, said)
 
 
@@ -284,6 +287,9 @@ def _combine(sources: Sequence[_Source], weights: np.ndarray, error: float, said
         else:
             (down, up), gap, size = _lora(sources, x, first, second, float(alpha))
             tensors |= {first: down, second: up}
+        for name in (first, second):
+            if not is_finite(tensors[name]):
+                _refuse_not_finite(sources, name)
         tensors[f"{layer}.alpha"] = alpha
         rows[layer] = (max(0.0, float(gap)), float(size))
     worst = max(rows, key=lambda layer: rows[layer][0] / (rows[layer][1] or math.inf))
@@ -297,6 +303,15 @@ def _combine(sources: Sequence[_Source], weights: np.ndarray, error: float, said
         gap=math.sqrt(total[0] / total[1]) if total[1] else 0.0,
         worst=(worst, math.sqrt(rows[worst][0] / rows[worst][1]) if rows[worst][1] else 0.0),
     )
+
+
+def _refuse_not_finite(sources: Sequence[_Source], name: str) -> None:
+    """Names the first source with NaN or infinity in this tensor, which would be in every average of it."""
+    for source in sources:
+        if not is_finite(source.rows(name, 0, 1 << 62)):
+            hint = "remove the folder of this file, and average the others"
+            raise RunError(f"{source.prefix}{name} is not finite", where=source.path, hint=hint)
+    raise RunError(f"the average of {name} is not finite", where=sources[-1].path, hint="choose another average")
 
 
 def _mean_and_gram(sources: Sequence[_Source], x: Tensor, name: str) -> tuple[Tensor, Tensor]:
