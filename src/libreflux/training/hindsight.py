@@ -100,8 +100,8 @@ def average(run: Path, width: float, step: int | None = None) -> Averaged:
             checkpoint between two updates holds the averages of the update before it.
 
     Raises:
-        RunError: no averages were kept, none at `step`, too few to form this one, or a damaged file among them, or one that
-            is not finite.
+        RunError: no averages were kept, none at `step`, too few to form this one, or one of them is damaged or
+            not finite.
     """
     _run_folder(run)
     check_width(width)
