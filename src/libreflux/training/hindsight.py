@@ -22,7 +22,7 @@ from torch import Tensor
 
 from libreflux import files
 from libreflux.errors import OptionHint, RunError
-from libreflux.model.finite import is_finite
+from libreflux.model.finite import is_finite, not_finite
 from libreflux.places import did_you_mean
 from libreflux.training import checkpoint, ema
 
@@ -59,7 +59,7 @@ class _Source:
     path: Path
     prefix: str = ""
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         part: Tensor = self.file.get_slice(self.prefix + name)[start:stop]
         return part.double()
 
@@ -100,8 +100,7 @@ def average(run: Path, width: float, step: int | None = None) -> Averaged:
             checkpoint between two updates holds the averages of the update before it.
 
     Raises:
-        RunError: no averages were kept, none at `step`, too few to form this one, or one of them is damaged or
-            not finite.
+        RunError: no averages were kept, none at `step`, too few to form this one, or a damaged file among them.
     """
     _run_folder(run)
     check_width(width)
@@ -287,9 +286,8 @@ def _combine(sources: Sequence[_Source], weights: np.ndarray, error: float, said
         else:
             (down, up), gap, size = _lora(sources, x, first, second, float(alpha))
             tensors |= {first: down, second: up}
-        for name in (first, second):
-            if not is_finite(tensors[name]):
-                _refuse_not_finite(sources, name)
+        if bad := not_finite({name: tensors[name] for name in (first, second)}):
+            _refuse_not_finite(sources, bad)
         tensors[f"{layer}.alpha"] = alpha
         rows[layer] = (max(0.0, float(gap)), float(size))
     worst = max(rows, key=lambda layer: rows[layer][0] / (rows[layer][1] or math.inf))
@@ -307,11 +305,8 @@ def _combine(sources: Sequence[_Source], weights: np.ndarray, error: float, said
 
 def _refuse_not_finite(sources: Sequence[_Source], name: str) -> None:
     """Names the first source with NaN or infinity in this tensor, which would be in every average of it."""
-    for source in sources:
-        if not is_finite(source.rows(name, 0, 1 << 62)):
-            hint = "remove the folder of this file, and average the others"
-            raise RunError(f"{source.prefix}{name} is not finite", where=source.path, hint=hint)
-    raise RunError(f"the average of {name} is not finite", where=sources[-1].path, hint="choose another average")
+    source = next((one for one in sources if not is_finite(one.rows(name))), sources[-1])
+    raise RunError(f"{source.prefix}{name} is not finite", where=source.path, hint="remove the folder of this file")
 
 
 def _mean_and_gram(sources: Sequence[_Source], x: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -331,20 +326,25 @@ def _mean_and_gram(sources: Sequence[_Source], x: Tensor, name: str) -> tuple[Te
 def _lora(
     sources: Sequence[_Source], x: Tensor, down_name: str, up_name: str, alpha: float
 ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-    """(mean down, mean up), and the squared norms of gap and delta; one source is in memory at a time."""
+    """(mean down, mean up), and the squared norms of gap and delta: of some of the layer's rows at a time."""
     weighed = list(zip(x.tolist(), sources, strict=True))
 
     def mean(name: str) -> Tensor:
         total = torch.zeros(sources[0].file.get_slice(sources[0].prefix + name).get_shape(), dtype=torch.float64)
         for weight, source in weighed:
-            total.add_(source.rows(name, 0, 1 << 62), alpha=weight)
+            total.add_(source.rows(name), alpha=weight)
         return total
 
     mean_down, mean_up = mean(down_name), mean(up_name)
-    apart = torch.zeros(len(mean_up), mean_down.shape[1], dtype=torch.float64)
-    for weight, source in weighed:
-        up, down = source.rows(up_name, 0, 1 << 62), source.rows(down_name, 0, 1 << 62)
-        apart.addmm_(up.sub_(mean_up), down.sub_(mean_down), alpha=weight)
-    scale = alpha / len(mean_down)
-    gap, size = (scale**2 * matrix.square().sum() for matrix in (apart, mean_up @ mean_down))
-    return (mean_down.float(), mean_up.float()), gap, size
+    gap = size = torch.zeros((), dtype=torch.float64)
+    height = max(1, CHUNK // mean_down.shape[1])  # the layer itself would be larger than its factors of all sources
+    for start in range(0, len(mean_up), height):
+        rows = mean_up[start : start + height]
+        apart = torch.zeros(len(rows), mean_down.shape[1], dtype=torch.float64)
+        for weight, source in weighed:
+            up, down = source.rows(up_name, start, start + height), source.rows(down_name)
+            apart.addmm_(up.sub_(rows), down.sub_(mean_down), alpha=weight)
+        gap = gap + apart.square_().sum()
+        size = size + torch.mm(rows, mean_down, out=apart).square_().sum()
+    scale = (alpha / len(mean_down)) ** 2
+    return (mean_down.float(), mean_up.float()), scale * gap, scale * size
