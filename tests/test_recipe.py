@@ -212,4 +212,7 @@ def test_samples_with_a_training_adapter_are_drawn_as_the_distilled_model_draws(
     assert read_recipe(recipe.to_yaml(), "r.yaml") == recipe
     assert load_recipe(None, [*given, "samples.guidance=[2]"]).samples.guidance == (2.0,)
     assert load_recipe(None, [*given, "samples.with_training_adapter=true"]).samples.guidance == (3.0,)
+    for scale, wanted in ((3, (1.0,)), (1, (3.0,))):  # a guided target has the guidance in it
+        guided = [*LEAST, "samples={prompts: [a fox]}", f"guided_target.scale={scale}"]
+        assert load_recipe(None, guided).samples.guidance == wanted
     assert load_recipe(None, given[:-2] + given[-1:]).samples.guidance == (3.0,)

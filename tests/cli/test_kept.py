@@ -90,6 +90,13 @@ def test_a_grid_is_not_drawn_again(run: Callable[..., Any], kept: Path) -> None:
     assert sorted(now, key=lambda one: one.steps) == sorted(records, key=lambda one: one.steps)
 
 
+def test_a_grid_with_another_guidance_does_not_take_its_cells(run: Callable[..., Any], kept: Path) -> None:
+    before = sorted((kept / "grid" / "cells").iterdir())
+    with pytest.raises(AssertionError, match="made again"):
+        run(*COMMANDS["grid"], "--nag", "4")
+    assert sorted((kept / "grid" / "cells").iterdir()) == before
+
+
 def test_an_adapter_draws(run: Callable[..., Any], kept: Path) -> None:
     words = ["--adapter", "run/adapter.safetensors", "--steps", 1, "--width", 32, "--height", 32, "--out", "one.png"]
     done = run("generate", "a red apple", *words)

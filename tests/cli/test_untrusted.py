@@ -76,6 +76,11 @@ PICTURES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: png(path, record(sigmas=[1 - n / 20_000 for n in range(20_000)])),
         "sigmas cannot be [1",
     ),
+    "first steps beyond the last": (
+        lambda path: png(path, record(first_steps_from="emoji-base:9", first_steps_guidance=3.0)),
+        "damaged record (first_steps_from leaves none of 1 step",
+    ),
+    "NAG without its numbers": (lambda path: png(path, record(nag=4.0)), "damaged record (nag_tau is missing"),
     "a weight beyond all numbers": (
         lambda path: png(path, record(adapters=[{"file": "a", "weight": 10**400}])),
         "drawn with 1 adapter",

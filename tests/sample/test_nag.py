@@ -18,8 +18,9 @@ from libreflux.model.compiling import CompiledBlocks
 from libreflux.model.text import TextConditioning
 from libreflux.model.velocity import velocity
 from libreflux.sample.first_steps import FirstSteps
+from libreflux.sample.noise import start
 from libreflux.sample.pipeline import LibreFluxPipeline
-from libreflux.sample.rules import Nag
+from libreflux.sample.rules import GuidanceRule, Nag
 from opened import tensor_of
 from tiny import tiny_transformer
 
@@ -159,9 +160,37 @@ def test_the_negative_prompt_works_without_a_guidance_scale(pipe: LibreFluxPipel
     assert not torch.equal(guided, latent(pipe, nag=Nag(nag=4.0), negative=""))
 
 
-def test_both_kinds_of_guidance_at_once(pipe: LibreFluxPipeline) -> None:
-    both = latent(pipe, nag=Nag(nag=4.0), guidance_scale=3.0)
-    assert not torch.equal(both, latent(pipe, guidance_scale=3.0))
+def test_both_kinds_of_guidance_at_once_are_guidance_of_nags_velocity_and_the_plain_one(
+    pipe: LibreFluxPipeline,
+) -> None:
+    """In one step latents are noise less velocity, so that they are guided as velocities are."""
+    one: dict[str, Any] = {"num_inference_steps": 1}
+    within, negative = latent(pipe, nag=Nag(nag=4.0), **one), latent(pipe, SHORT, **one)
+    both = latent(pipe, nag=Nag(nag=4.0), guidance_scale=3.0, **one)
+    torch.testing.assert_close(both, negative + 3 * (within - negative), atol=1e-4, rtol=1e-4)
+
+
+def test_a_step_that_stands_still_leaves_the_noise_to_the_next(pipe: LibreFluxPipeline) -> None:
+    rule = GuidanceRule(guidance_rule="cfg-zero", zero_init=1)
+    still = latent(pipe, guidance_scale=3.0, guidance_rule=rule, sigmas=[1.0, 0.5], num_inference_steps=None)
+    side = pipe.default_size // latents.stride(pipe.vae)
+    noise, _ = start(None, 3, None, (1, int(pipe.vae.config.latent_channels), side, side))
+    rest: dict[str, Any] = {
+        "guidance_rule": GuidanceRule(guidance_rule="cfg-zero"),
+        "sigmas": [0.5],
+        "num_inference_steps": None,
+    }
+    assert torch.equal(still, latent(pipe, guidance_scale=3.0, latents=noise, seeds=None, **rest))
+
+
+def test_apgs_momentum_begins_with_the_second_step(pipe: LibreFluxPipeline) -> None:
+    rules = [GuidanceRule(guidance_rule="apg", apg_momentum=momentum) for momentum in (-0.5, 0.0)]
+    one, two = (
+        [latent(pipe, guidance_scale=3.0, guidance_rule=rule, num_inference_steps=steps) for rule in rules]
+        for steps in (1, 2)
+    )
+    assert torch.equal(*one)
+    assert not torch.equal(*two)
 
 
 def test_batch_and_single_pictures_agree(pipe: LibreFluxPipeline) -> None:
@@ -189,6 +218,16 @@ def test_first_steps_are_guided_by_their_own_scale_to_the_bit(pipe: LibreFluxPip
 def test_another_model_draws_the_first_steps(pipe: LibreFluxPipeline) -> None:
     other = first(pipe, 1, tiny_transformer(seed=5))
     assert not torch.equal(latent(pipe, first_steps=other), latent(pipe))
+
+
+def test_guided_first_steps_without_a_negative_prompt_are_refused(pipe: LibreFluxPipeline) -> None:
+    with pytest.raises(OptionError, match="guidance 3 needs a negative prompt"):
+        first(pipe, 1, scale=3.0)
+
+
+def test_a_number_that_the_rule_does_not_read_is_refused() -> None:
+    with pytest.raises(OptionError, match="apg_eta: is read by `guidance_rule` apg alone"):
+        GuidanceRule(apg_eta=0.5)
 
 
 @pytest.mark.parametrize("steps", [-1, 2])

@@ -18,8 +18,17 @@ from libreflux.flow.guidance import cfg, decayed_scale, guided_target
 from libreflux.model.compiling import CompiledBlocks
 from libreflux.model.text import TextConditioning
 from libreflux.recipe import GuidedTargetSpec, HoldBaseSpec, load_recipe
-from libreflux.training.flow_objective import FlowKeys, Roles, extra_passes, flow_keys, learn, told_parts
+from libreflux.training.flow_objective import (
+    FlowKeys,
+    Roles,
+    extra_passes,
+    flow_keys,
+    learn,
+    second_passes,
+    told_parts,
+)
 from libreflux.training.objective import Learned, NoisedBatch, flow_matching_loss, regularised_target
+from libreflux.workflows.dry_run import passes_lines
 from model.bases import adapted, based
 
 CAPTIONS, REGULARISED = ("a fox", "a frog", "", "an apple"), (False, True, False, False)
@@ -238,3 +247,15 @@ def test_what_the_keys_add_is_known_beforehand(overrides: list[str], passes: dic
     recipe = load_recipe(None, [*LEAST, *overrides])
     assert extra_passes(recipe) == pytest.approx(passes)
     assert (flow_keys(recipe) is None) == (passes == {})
+
+
+def test_a_held_base_beside_a_training_adapter_takes_a_second_pass_with_gradient() -> None:
+    given = [*LEAST, "adapter.training_adapter=a.safetensors"]
+    held = load_recipe(None, [*given, "hold_base.weight=1"])
+    assert second_passes(held) == 1
+    assert second_passes(load_recipe(None, [*given, "hold_base={weight: 1, sigmas: [0.5, 1]}"])) == pytest.approx(0.5)
+    assert second_passes(load_recipe(None, [*given, "guided_target.scale=2"])) == 0
+    assert second_passes(load_recipe(None, [*LEAST, "hold_base.weight=1"])) == 0
+    (line,) = passes_lines(held)
+    assert ": one with gradient, 1 more with gradient for hold_base without the training adapter, and without" in line
+    assert "a step takes about 2.5 times as long" in line

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file
 
 from least import LEAST
+from libreflux.adapter.adapter import Adapter
 from libreflux.data.order import step_plan
 from libreflux.errors import RecipeError, RunError
 from libreflux.recipe import Recipe, load_recipe
@@ -25,6 +27,7 @@ from libreflux.training.loop import fit, open_for_training
 from libreflux.training.objective import NoisedBatch, keyed_noise
 from libreflux.training.ranks import Ranks
 from libreflux.training.step import draw_sigmas
+from libreflux.training.training_adapter import together
 from libreflux.workflows.dry_run import dry_run
 from libreflux.workflows.train import train
 from model.bases import adapted, based
@@ -114,13 +117,26 @@ def test_two_processes_are_one_with_twice_the_passes(recipe_tree: Tree, tmp_path
             assert a.get(told) == pytest.approx(b.get(told), rel=1e-4, abs=1e-8)
 
 
-def test_the_trace_of_a_pass_is_the_real_one() -> None:
+def both_on(transformer: FluxTransformer2DModel) -> tuple[Adapter, Adapter]:
+    """What is trained together with a training adapter over it, and that alone."""
+    adapter, beside = adapted(transformer), adapted(transformer, "**.attn.**")
+    for layer in beside.layers.values():
+        layer.origin = "a file"
+        layer.delta.requires_grad_(False)
+    for layer in adapter.layers.values():
+        layer.delta.requires_grad_(True)
+    return together(adapter, beside), beside
+
+
+@pytest.mark.parametrize("with_beside", [False, True])
+def test_the_trace_of_a_pass_is_the_real_one(with_beside: bool) -> None:
     real, meta = based("fp32"), based("fp32")
-    adapter = adapted(real)
+    adapter, beside = both_on(real) if with_beside else (adapted(real), None)
     roles = Roles([False] * 4, [True] * 4, [True] * 4)
     with trace.attention_in_tiles(), trace.LiveBytes() as live:
-        flow_objective.learn(real, adapter, noised(), WEIGHTS, keys=BOTH, roles=roles, empty=empty_prompt())
-    adapted(meta)
+        given: Any = {"keys": BOTH, "roles": roles, "empty": empty_prompt(), "beside": beside}
+        flow_objective.learn(real, adapter, noised(), WEIGHTS, **given)
+    _ = both_on(meta) if with_beside else adapted(meta)
     meta.to("meta")
     traced = trace.trace_pass(meta, 4, (4, 6), 7, learn=estimate._learning(meta, None, BOTH))
     assert abs(traced - live.peak) < 0.1 * live.peak

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from libreflux.adapter.adapter import Adapter, attach
+from libreflux.adapter.export import export_adapter
 from libreflux.adapter.io import load_adapter, save_adapter
 from libreflux.adapter.layers import AdaptedLinear, linear_shapes
 from libreflux.adapter.merge import merge
@@ -37,6 +38,7 @@ from training.recorded import Recorder
 
 Tree = Callable[..., dict[str, Any]]
 LORA = {"kind": "lora", "rank": 2}
+OTHERS: dict[str, Any] = {"guided_target": {"scale": 3, "decay": 1}, "hold_base": {"weight": 0.2}}
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -217,13 +219,22 @@ def test_the_result_draws_in_the_few_steps_of_its_base(made: Path, with_it: Tree
         for one in (training_adapter.result_facts(facts, recipe), training_adapter.sample_facts(facts, recipe))
     ]
     assert found == [(4, 1.0), (28, 3.5)]
+    for keys, drawn in (
+        ({"guided_target": {"scale": 3}}, (4, 1.0)),
+        ({"guided_target": {"scale": 1}}, (28, 3.5)),
+        ({"hold_base": {"weight": 0.2}}, (28, 3.5)),
+    ):
+        without = Recipe.model_validate(with_it("other", adapter={"training_adapter": None}, **keys))
+        one = training_adapter.result_facts(facts, without)
+        assert (one.steps, one.guidance) == drawn
 
 
 def test_a_killed_run_ends_with_the_same_bytes(
     with_it: Tree, fork_runs: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
 ) -> None:
+    """With the other keys that keep few steps: each turns adapters on and off in its own way."""
     samples = {"every": 1, "at_start": True, "prompts": ["a fox"]}
-    changes: dict[str, Any] = {"steps": 4, "gradient_checkpointing": True, "samples": samples}
+    changes: dict[str, Any] = {"steps": 4, "gradient_checkpointing": True, "samples": samples, **OTHERS}
     whole, held = (with_it(name, **changes) for name in ("whole", "held"))
     moments = [{"backward": 3}, {"event": "os.rename", "match": r"checkpoints/step-00000004$", "nth": 1}, None]
     results = fork_runs([{"recipe": whole, "moment": None}, *({"recipe": held, "moment": one} for one in moments)])
@@ -234,6 +245,24 @@ def test_a_killed_run_ends_with_the_same_bytes(
     )
     assert sorted(found) == sorted(expected)
     assert [name for name in expected if found[name] != expected[name]] == []
+
+
+def test_the_result_loads_in_diffusers_by_its_names_and_by_comfyuis(with_it: Tree, tmp_path: Path) -> None:
+    adapter = {**LORA, "targets": [{"layers": "**.attn.**"}]}
+    optimizer = {"kind": "adamw", "learning_rate": 5e-2}
+    trained = load_adapter(fit(Recipe.model_validate(with_it("run", adapter=adapter, optimizer=optimizer, **OTHERS))))
+    plain, merged = tiny_transformer(), tiny_transformer()
+    merge(merged, trained)
+    for program in ("diffusers", "comfyui"):
+        export_adapter(trained, program, tmp_path / f"{program}.safetensors")
+        theirs = tiny_transformer()
+        pipe = FluxPipeline(None, None, None, None, None, None, theirs)
+        pipe.load_lora_weights(tmp_path, weight_name=f"{program}.safetensors")
+        pipe.fuse_lora()
+        for name in trained.layer_names().values():
+            ours, before = (one.get_submodule(name).weight for one in (merged, plain))
+            assert not torch.equal(ours, before)
+            torch.testing.assert_close(theirs.get_submodule(name).base_layer.weight, ours, rtol=1e-4, atol=1e-6)
 
 
 def test_memory_counts_it_by_name(with_it: Tree) -> None:
@@ -280,6 +309,13 @@ def test_a_file_that_does_not_go_with_the_run_is_refused_before_it_begins(
         file = _changed(made, tmp_path / "changed.safetensors", **changes)
         assert told in _refusal(with_it("run", adapter={"training_adapter": str(file)}))
     assert "no such training adapter" in _refusal(with_it("run", adapter={"training_adapter": str(tmp_path / "none")}))
+
+
+def test_one_goes_with_a_base_that_was_quantised_from_its_own(made: Path) -> None:
+    one, own = TrainingAdapter(load_adapter(made), 1.0), _metadata(made)["model_hash"]
+    one.check_base("in int8", "1" * 64, {"quantised": {"sha256": own}})
+    with pytest.raises(LibrefluxError, match="was made for other weights"):
+        one.check_base("merged", "1" * 64, {"base_sha256": own, "adapters": [{"sha256": "2" * 64}]})
 
 
 def test_a_run_goes_on_with_the_file_that_it_began_with(with_it: Tree, made: Path, tmp_path: Path) -> None:

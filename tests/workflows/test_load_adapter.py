@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,3 +51,34 @@ def test_what_is_no_adapter_is_refused(tiny_model_dir: Path, trained: Path, tmp_
     pipe = libreflux.LibreFluxPipeline.from_pretrained(tiny_model_dir)
     with pytest.raises(RecipeError, match="weight_name: has no effect"):
         pipe.load_lora_weights(libreflux.load_adapter(trained), weight_name="other.safetensors")
+
+
+def test_a_pipeline_refuses_a_training_adapter_and_tells_of_other_weights(
+    tiny_model_dir: Path, trained: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = libreflux.LibreFluxPipeline.from_pretrained(tiny_model_dir)
+    read = libreflux.load_adapter(trained)
+    with pytest.raises(AdapterError, match="is a training adapter, which is on only while another one is trained"):
+        pipe.load_lora_weights(dataclasses.replace(read, metadata=read.metadata | {"role": "training_adapter"}))
+    assert pipe.get_active_adapters() == []
+    pipe.load_lora_weights(read)
+    assert caplog.text == ""
+    told = {"model_hash": "0" * 64, "training_adapter": "made.safetensors", "training_adapter_sha256": "abc" * 9}
+    pipe.load_lora_weights(dataclasses.replace(read, metadata=read.metadata | told, sha256="loaded by a pipeline"))
+    assert "was trained on other weights (0000000000 of" in caplog.text
+    assert "was trained with the training adapter made.safetensors (abcabcabca), and is used without it" in caplog.text
+
+
+def test_a_pipeline_refuses_an_adapter_of_a_merged_model_without_what_was_merged(
+    tiny_model_dir: Path, trained: Path
+) -> None:
+    pipe = libreflux.LibreFluxPipeline.from_pretrained(tiny_model_dir)
+    read = libreflux.load_adapter(trained)
+    lineage = {"base_sha256": read.metadata["model_hash"], "adapters": [{"sha256": read.sha256, "file": "first"}]}
+    told = {"model_hash": "0" * 64, "model": "merged", "base_lineage": json.dumps(lineage)}
+    second = dataclasses.replace(read, metadata=read.metadata | told, sha256="1" * 64)
+    with pytest.raises(AdapterError, match="was trained on merged, which is this model with first merged in"):
+        pipe.load_lora_weights(second)
+    pipe.load_lora_weights(read)
+    pipe.load_lora_weights(second)
+    assert len(pipe.get_active_adapters()) == 2

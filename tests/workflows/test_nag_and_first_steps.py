@@ -76,6 +76,10 @@ def test_a_grid_and_a_folder_take_them(tiny_model_dir: Path, base: Path, tmp_pat
         ({"first_steps_guidance": 3}, "first_steps_guidance: has no effect without `first_steps_from`"),
         ({"first_steps_from": "emoji-base:0"}, "first_steps_from: draws no step"),
         ({"first_steps_from": "emoji-base:4", "steps": 4}, "first_steps_from: leaves none of 4 steps"),
+        (
+            {"first_steps_from": "emoji-base:2", "guidance_rule": "cfg-zero", "zero_init": 2},
+            "zero_init: has no effect: `first_steps_from` draws the first 2 steps",
+        ),
         ({"first_steps_from": "SELF", "offload_blocks": "auto"}, "offload_blocks: does not go with"),
         ({"first_steps_from": "SELF", "first_steps_guidance": 1, "guidance": 1, "negative": "x"}, "negative: has no"),
     ],

@@ -86,7 +86,7 @@ def generate(
         int | None, typer.Option(min=1, help="T5 tokens that a prompt may have; default: the model's own, the most.")
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(min=0, help="Guidance scale, 1 and below is none; default: the model's own.")
+        float | None, typer.Option(min=0, help="Guidance scale; 0 and 1 are none; default: the model's own.")
     ] = None,
     embedded_guidance: Annotated[
         float | None, typer.Option(min=0, help="Of a guidance-distilled model (FLUX.1-dev); default: the model's own.")

@@ -2,7 +2,8 @@
 
 The batch has every sample twice: beside its negative prompt first, beside its prompt then. Both halves have one and the
 same image stream: its tokens get what `flow.guidance.nag` makes of the two attentions, in double blocks and in single
-ones, and are modulated by the prompt's pooled text. Each half's text goes its own way. So a picture costs two passes.
+ones, and are modulated by the prompt's pooled text. Each half's text goes its own way; in single blocks, where image
+and text share their modulation, it is the prompt's for both. So a picture costs two passes.
 
 Hooks do it, around whatever computes attention and its projections: int8 weights, adapters and blocks that wait in RAM
 stay as they are. A compiled block does not look at hooks, so that it is refused.

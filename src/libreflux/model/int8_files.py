@@ -8,7 +8,8 @@ The folder is a diffusers transformer folder whose int8 linears have `<layer>.we
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,10 @@ def _stream(folder: Path, empty: FluxTransformer2DModel, device: torch.device | 
     on_disk = wanted.keys() if stored else wanted.keys() - {f"{layer}.scale" for layer in layers}
     _refuse("missing keys", on_disk - files.keys(), folder)
     _refuse("unexpected keys", files.keys() - on_disk, folder)
+    read = _reader()
     for name, file in files.items():
         layer, _, attribute = name.rpartition(".")
-        parts = {name: _read(file, name).to(device)}
+        parts = {name: read(file, name).to(device)}
         if layer in layers and attribute == "weight" and not stored:
             parts[name], parts[f"{layer}.scale"] = quantise_weight(parts[name], name)
         elif parts[name].device.type == "cpu":
@@ -162,15 +164,15 @@ def share_equal(folder: Path, other: Path) -> list[str]:
     Returns:
         Names of the tensors that `folder` no longer stores, all of an int8 layer or none.
     """
-    own, theirs = tensor_files(folder), tensor_files(other)
+    own, theirs, read = tensor_files(folder), tensor_files(other), _reader()
     layers = {name.rpartition(".")[0] for name in own}
     parts = {layer: [name for name in own if name.rpartition(".")[0] == layer] for layer in layers}
 
     def equal(name: str) -> bool:
-        return name in theirs and torch.equal(_read(own[name], name), _read(theirs[name], name))
+        return name in theirs and torch.equal(read(own[name], name), read(theirs[name], name))
 
     shared = {name for names in parts.values() if all(map(equal, names)) for name in names}
-    kept = {name: _read(file, name).clone() for name, file in own.items() if name not in shared}
+    kept = {name: read(file, name).clone() for name, file in own.items() if name not in shared}
     for file in set(own.values()):
         file.unlink()
     single = numbered(1, 1)
@@ -233,10 +235,15 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     return shard_files(index, neighbours=True)
 
 
-def _read(file: Path, name: str) -> Tensor:
-    """One tensor, mapped alone."""
-    with reading(file):
-        return RangedFile(file).read(name)
+def _reader() -> Callable[[Path, str], Tensor]:
+    """Reads one tensor of a file, mapped alone. Each file's header is read once, not again for every tensor in it."""
+    opened = lru_cache(maxsize=None)(RangedFile)
+
+    def read(file: Path, name: str) -> Tensor:
+        with reading(file):
+            return opened(file).read(name)
+
+    return read
 
 
 def _check(name: str, tensor: Tensor, wanted: Tensor, folder: Path) -> None:

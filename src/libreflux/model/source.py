@@ -129,6 +129,7 @@ class ModelSource(abc.ABC):
             prefixes = tuple(f"{name}." for name in waiting)
             transformer = self._read_transformer(chosen, quantise, place, prefixes)
         tell_facts(transformer, self.facts)
+        setattr(transformer, _READ_FROM, self)
         fuse_attention(transformer)
         check_weights(transformer.state_dict(), self._place("transformer"))
         return transformer
@@ -203,6 +204,15 @@ class ModelSource(abc.ABC):
     @abc.abstractmethod
     def _read_text(self, dtype: torch.dtype | None, device: Device, by_block: bool) -> TextEncoders:
         """The text encoders; see `load_text`."""
+
+
+_READ_FROM = "_libreflux_source"
+
+
+def source_of(transformer: object) -> ModelSource | None:
+    """The model that a live transformer was read from by `ModelSource.load_transformer`; None for any other."""
+    found = getattr(transformer, _READ_FROM, None)
+    return found if isinstance(found, ModelSource) else None
 
 
 def weights_hash(folder: Path, sha256: Callable[[Path], str] = sha256_file) -> str:

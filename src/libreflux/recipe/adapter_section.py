@@ -116,14 +116,17 @@ _LAYERS_FROM = ("targets", "preset", "lycoris_config", "init_from")
 
 
 def at_few_steps(tree: Any) -> Any:
-    """A recipe's tree in which samples that are drawn without the training adapter have guidance 1, if none is given.
+    """A recipe's tree in which samples of what keeps few steps have guidance 1, if none is given.
 
-    That is how a distilled model draws. It is spelled out here, so that a resolved recipe shows it.
+    That is how a distilled model draws, without its training adapter, and one that was trained towards a guided target.
+    It is spelled out here, so that a resolved recipe shows it.
     """
     if not isinstance(tree, dict):
         return tree
-    adapter, samples = tree.get("adapter"), tree.get("samples")
-    if not (isinstance(adapter, dict) and adapter.get("training_adapter") and isinstance(samples, dict)):
+    adapter, guided, samples = tree.get("adapter"), tree.get("guided_target"), tree.get("samples")
+    with_adapter = isinstance(adapter, dict) and adapter.get("training_adapter")
+    with_target = isinstance(guided, dict) and guided.get("scale") != 1
+    if not ((with_adapter or with_target) and isinstance(samples, dict)):
         return tree
     if not samples.get("prompts") or samples.get("with_training_adapter") or "guidance" in samples:
         return tree

@@ -176,7 +176,7 @@ class SampleSpec(Section):
     guidance: tuple[Annotated[Real, Field(ge=0)], ...] = Field(
         default=(3.0,),
         min_length=1,
-        description="guidance scales to draw each prompt at; 1 with adapter.training_adapter",
+        description="guidance scales to draw each prompt at; 1 with adapter.training_adapter or guided_target",
     )
     with_training_adapter: bool = Field(
         default=False, description="draw with adapter.training_adapter on, as a freed model; else as it will be used"

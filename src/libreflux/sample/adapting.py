@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from libreflux.adapter.adapter import Adapter
+from libreflux.adapter.checks import check_base, notice_training_adapter, refuse_training_adapter
 from libreflux.adapter.facts import adapted_facts
 from libreflux.adapter.io import AdapterFile, attach_file, load_adapter
 from libreflux.adapter.layers import AdaptedLinear
 from libreflux.errors import ModelError, RecipeError
 from libreflux.model.facts import Facts, tell_facts
+from libreflux.model.source import source_of
 from libreflux.printing import counted
 
 _LOADED = "_libreflux_adapters"
@@ -64,7 +66,8 @@ class Adapting:
     ) -> None:
         """Put a LoRA or LoKr on the transformer, which is frozen; several add up.
 
-        Text padding, tokens, steps and guidance become those that the adapter was trained for, where it says so.
+        Text padding, tokens, steps and guidance become those that the adapter was trained for, where it says so. One
+        that was trained on other weights than the transformer's is loaded, and told.
 
         Args:
             path: an adapter file of any kind that libreflux reads, or the folder of `weight_name`; or what
@@ -74,7 +77,8 @@ class Adapting:
             weight: its strength.
 
         Raises:
-            AdapterError: no such file, one that does not fit, or one trained with another text padding than those here.
+            AdapterError: no such file, a training adapter, one that does not fit, or one trained with another text
+                padding than those here, or on this model with an adapter merged in that is not here.
             RecipeError: a path or a weight that is none, a `weight_name` beside an adapter that is read already, or a
                 name that is taken.
             ModelError: the transformer's weights are offloaded layer by layer.
@@ -87,7 +91,12 @@ class Adapting:
             hint = "load adapters before enable_sequential_cpu_offload()"
             raise ModelError("the transformer's weights are offloaded layer by layer", hint=hint)
         strength, file = _weight(weight), _read(path, weight_name)
+        refuse_training_adapter(file)
         adapted_facts(self._own, [(one.file, one.weight) for one in loaded.values()] + [(file, strength)])  # or refuses
+        source = source_of(self.transformer)
+        if source is not None and "model_hash" in file.metadata:  # else nothing is read for it
+            check_base(source, source.hash, [file], [one.file for one in loaded.values()])
+        notice_training_adapter([file])
         loaded[name] = _Loaded(attach_file(self.transformer, file, strength), file, strength)
 
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0) -> None:

@@ -25,9 +25,9 @@ class DrawSettings:
         steps: number of Euler steps.
         sigmas: [steps + 1] fp32, falling to 0, the shift applied.
         scale: the guidance scale.
-        guided_steps: the steps that are guided; empty at a scale of 1 or below.
+        guided_steps: the steps that are guided; empty at a scale of 0 or 1.
         embedded: the embedded guidance of a guidance-distilled model, else what was asked for (None).
-        rule: of guided steps; plain CFG at a scale of 1 or below.
+        rule: of guided steps; plain CFG at a scale of 0 or 1.
     """
 
     steps: int

@@ -25,9 +25,12 @@ class FirstSteps:
         transformer: the other model's.
         steps: how many steps are its; 0 is none.
         positive: P prompts, encoded as the other model wants them.
-        negative: one negative prompt or P of them; read only where `scale` is above 1.
+        negative: one negative prompt or P of them; read only where `scale` is guided, neither 0 nor 1.
         scale: its own scale of classifier-free guidance.
         embedded_guidance: see `model.velocity`.
+
+    Raises:
+        OptionError: a guided scale without a negative prompt.
     """
 
     transformer: FluxTransformer2DModel
@@ -36,6 +39,11 @@ class FirstSteps:
     negative: TextConditioning | None = None
     scale: float = 1.0
     embedded_guidance: float | None = None
+
+    def __post_init__(self) -> None:
+        if is_guided(self.scale) and self.negative is None:
+            hint = "give the empty prompt, encoded, or scale 1"
+            raise OptionError(f"guidance {self.scale:g} needs a negative prompt", "first_steps", hint=hint)
 
     def check_steps(self, steps: int) -> None:
         """Raises OptionError where no step of so many is left to the model itself."""

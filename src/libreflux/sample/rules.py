@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,8 +43,11 @@ class GuidanceRule:
                 "zero_init": self.zero_init,
             }
         )
-        if self.zero_init and self.guidance_rule != "cfg-zero":
-            raise OptionError("is read by `guidance_rule` cfg-zero alone", "zero_init", hint="remove it, or add that")
+        readers = {"apg_eta": "apg", "apg_radius": "apg", "apg_momentum": "apg", "zero_init": "cfg-zero"}
+        for field in dataclasses.fields(self):
+            rule = readers.get(field.name, self.guidance_rule)
+            if rule != self.guidance_rule and getattr(self, field.name) != field.default:
+                raise OptionError(f"is read by `guidance_rule` {rule} alone", field.name, hint="remove it, or add that")
 
     def check_steps(self, steps: int) -> None:
         """Raises OptionError where no step would be left."""

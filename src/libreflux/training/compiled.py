@@ -17,7 +17,7 @@ from libreflux.recipe import Recipe
 from libreflux.training.adversary import spec_of
 from libreflux.training.callbacks import Callbacks
 from libreflux.training.checkpoint import Checkpoint, listed
-from libreflux.training.flow_objective import extra_passes
+from libreflux.training.flow_objective import extra_passes, second_passes
 
 COMPILED = "compiled"
 """In a checkpoint's state.json where blocks were compiled; left out where not, as versions did that knew no such."""
@@ -87,7 +87,7 @@ def _work(recipe: Recipe, kinds: int, blocks: int) -> compile_choice.Work:
     The passes of `guided_target` and `hold_base` have graphs of their own, and gain little: they count by those alone.
     """
     passes = recipe.steps * recipe.accumulate * (1 if spec_of(recipe) is None else 3)
-    own = len(extra_passes(recipe))
+    own = len(extra_passes(recipe)) + (second_passes(recipe) > 0)
     graphs = compile_choice.GRAPHS_A_KIND * (1 + own)
     return compile_choice.Work(kinds=kinds, blocks=blocks, passes=passes, training=True, graphs=graphs)
 

@@ -188,7 +188,7 @@ def told_parts(rows: Sequence[Sequence[float]], keys: FlowKeys) -> dict[str, flo
         keys: of the recipe.
     """
     names = ["plain_loss", *(["guided_loss"] if keys.guided else []), *(["hold_base_loss", HELD] if keys.hold else [])]
-    sums = {name: math.fsum(column) for name, column in zip(names, zip(*rows, strict=True), strict=False)}
+    sums = {name: math.fsum(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
     held = sums.pop(HELD, 0.0)
     counts = {name: held if name == "hold_base_loss" else float(len(rows)) for name in sums}
     return {name: total / counts[name] for name, total in sums.items() if counts[name]}
@@ -209,6 +209,17 @@ def extra_passes(recipe: Recipe) -> dict[str, float]:
     if keys.hold is not None:
         found["hold_base"] = _share_of_law(recipe, keys.hold.sigmas)
     return found
+
+
+def second_passes(recipe: Recipe) -> float:
+    """Passes with gradient that are added to each picture's one, on average.
+
+    With a training adapter beside, the velocity that is held to the base is that without it, which takes its own pass.
+    """
+    keys = flow_keys(recipe)
+    if keys is None or keys.hold is None or recipe.adapter.training_adapter is None:
+        return 0.0
+    return _share_of_law(recipe, keys.hold.sigmas)
 
 
 def _share_of_law(recipe: Recipe, interval: tuple[float, float] | None) -> float:

@@ -232,7 +232,7 @@ def open_for_training(
     beside = training_adapter.opened(recipe, newest, callbacks)
     model_hash = None if beside is None else _hash(source, callbacks)
     if beside is not None and model_hash is not None:
-        beside.check_base(recipe.model, model_hash)
+        beside.check_base(recipe.model, model_hash, source.facts.lineage)
     with memory.explained("preparing", recipe, memory.preparing(recipe)):
         batches, held_out = _prepared(recipe, source, callbacks, ranks, device)
     planned = memory_plan.plan_memory(recipe, source, device, ranks, callbacks)  # when the encoders have gone

@@ -220,8 +220,8 @@ class Training:
     def _learn(self, batch: Batch, unit: Unit, noised: NoisedBatch) -> Learned:
         """One forward and backward pass, or those with an adversary: gradients are left with the parameters."""
         weights, adversary, seed = batch.loss_weights.to(self.device), self.adversary, self.recipe.seed
-        if adversary is None and flow_objective.flow_keys(self.recipe) is not None:
-            return self._learn_by_flow_keys(batch, unit, noised)
+        if adversary is None and (keys := flow_objective.flow_keys(self.recipe)) is not None:
+            return self._learn_by_flow_keys(keys, batch, unit, noised)
         if adversary is None:
             target = self._target(batch, noised)
             of_unit = losses(self.transformer, self.beside_on, noised, batch.regularised, target)
@@ -232,10 +232,11 @@ class Training:
         compiled = self.compiled is not None
         return adversary.learn(self.transformer, self.all_on, noised, again, weights / unit.total, compiled=compiled)
 
-    def _learn_by_flow_keys(self, batch: Batch, unit: Unit, noised: NoisedBatch) -> Learned:
+    def _learn_by_flow_keys(
+        self, keys: flow_objective.FlowKeys, batch: Batch, unit: Unit, noised: NoisedBatch
+    ) -> Learned:
         """`_learn` under the recipe's `guided_target` and `hold_base`."""
-        keys = flow_objective.flow_keys(self.recipe)
-        assert keys is not None
+        # The noise levels are drawn again: to ask for those of `noised` would wait for the device.
         roles = flow_objective.Roles.of(keys, batch, self._sigmas(unit.total)[list(unit.slots)].tolist())
         weights, empty = batch.loss_weights.to(self.device) / unit.total, self.batches.empty_prompt().to(self.device)
         on, beside = (self.transformer, self.all_on), self.beside_on

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from libreflux.adapter.adapter import Adapter
 from libreflux.adapter.io import ROLE, TRAINING_ADAPTER, AdapterFile, attach_file, load_adapter
 from libreflux.adapter.layers import delta_from_tensors, features, linears
+from libreflux.adapter.lineage import lacking
 from libreflux.errors import AdapterError, RunError
 from libreflux.model.facts import Facts, trained_facts
 from libreflux.places import did_you_mean
@@ -63,10 +65,16 @@ class TrainingAdapter:
         for name, tensors in self.file.by_layer(found).items():
             delta_from_tensors(tensors, *features(found[name]), f"{self.file.where}, {name}")
 
-    def check_base(self, model: str, model_hash: str) -> None:
-        """Raises AdapterError where it says that it was made for other weights than these."""
+    def check_base(self, model: str, model_hash: str, lineage: Mapping[str, Any]) -> None:
+        """Raises AdapterError where it says that it was made for other weights than these.
+
+        Args:
+            model: the base's name.
+            model_hash: SHA-256 of its weights.
+            lineage: of its facts: what it was quantised from is as good.
+        """
         made_for = self.file.metadata.get("model_hash", model_hash)
-        if made_for != model_hash:
+        if lacking(model_hash, lineage, self.file, []) != {}:
             name = self.file.metadata.get("model", "an unnamed model")
             what = f"was made for other weights ({made_for[:10]}, {name}) than those of {model} ({model_hash[:10]})"
             raise AdapterError(
@@ -173,14 +181,17 @@ def losses(
 
 
 def result_facts(facts: Facts, recipe: Recipe) -> Facts:
-    """What a run's result is drawn with: with a training adapter in the base's own steps, else see `freed_facts`.
+    """What a run's result is drawn with: with a training adapter or a guided target as the base is, else `freed_facts`.
+
+    Both keep the base's few steps, and a guided target has its guidance in it.
 
     Args:
         facts: of the base.
         recipe: as resolved.
     """
-    told = freed_facts(facts, recipe)
-    if recipe.adapter.training_adapter is None or recipe.distil is not None:
+    told, guided = freed_facts(facts, recipe), recipe.guided_target
+    kept = recipe.adapter.training_adapter is not None or (guided is not None and not guided.neutral)
+    if not kept or recipe.distil is not None:
         return told
     return dataclasses.replace(told, steps=facts.steps, guidance=told.guidance if recipe.guidance else facts.guidance)
 

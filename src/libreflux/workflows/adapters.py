@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from libreflux.adapter.checks import notice_training_adapter, refuse_training_adapter
 from libreflux.errors import AdapterError
 from libreflux.printing import WITH_OPTIONS, get_logger
 from libreflux.values import adapter_argument
@@ -116,35 +117,6 @@ def load_arguments(
     return loaded
 
 
-def refuse_training_adapter(file: AdapterFile) -> None:
-    """Raises AdapterError for one that is on a model only while another adapter is trained."""
-    if not file.is_training_adapter:
-        return
-    hint = (
-        "name it as adapter.training_adapter in a recipe; to look at it, use libreflux probe or inspect; "
-        "libreflux diff of the model and this file makes an ordinary adapter of it"
-    )
-    raise AdapterError(
-        "is a training adapter, which is on only while another one is trained", where=file.where, hint=hint
-    )
-
-
-_told: set[str] = set()
-
-
-def notice_training_adapter(files: Iterable[AdapterFile]) -> None:
-    """Says once which training adapter an adapter was trained with: it is used without it."""
-    for file in files:
-        if file.metadata.get("training_adapter") and file.sha256 not in _told:
-            _told.add(file.sha256)
-            logger.warning(
-                "%s was trained with the training adapter %s (%s), and is used without it",
-                file.where,
-                file.metadata["training_adapter"],
-                file.metadata.get("training_adapter_sha256", "?")[:10],
-            )
-
-
 def load_adapter(path: str | Path) -> AdapterFile:
     """Read an adapter, of any kind that libreflux knows.
 
@@ -198,33 +170,7 @@ def adapted_facts(facts: Facts, files: Sequence[tuple[AdapterFile, float]]) -> F
 
 
 def check_base(source: ModelSource, sha256: str, files: Sequence[tuple[AdapterFile, float]]) -> None:
-    """Looks whether adapters belong on a model. Another model than they were trained on is allowed, and is told.
+    """See `adapter.checks`."""
+    from libreflux.adapter import checks
 
-    Args:
-        source: the model.
-        sha256: of its weights.
-        files: all adapters that are put on it.
-
-    Raises:
-        AdapterError: one was trained on this model with an adapter merged in, which is not here.
-    """
-    from libreflux.adapter.lineage import lacking, merged_in
-
-    inside = merged_in(source.facts.lineage)
-    for file, _ in files:
-        trained_on, model = file.metadata.get("model_hash", sha256), file.metadata.get("model", "an unnamed model")
-        missing = lacking(sha256, source.facts.lineage, file, [one for one, _ in files])
-        if missing:
-            names = ", ".join(missing.values())
-            told = f"was trained on {model}, which is this model with {names} merged in"
-            raise AdapterError(told, where=file.where, hint=f"use it on {model}, or together with {names}")
-        if file.sha256 in inside:
-            logger.warning("%s is merged into %s already: it is added once more", file.where, source.name)
-        elif missing is None:
-            logger.warning(
-                "%s was trained on other weights (%s of %s) than these (%s)",
-                file.where,
-                trained_on[:10],
-                model,
-                sha256[:10],
-            )
+    checks.check_base(source, sha256, [file for file, _ in files])

@@ -21,7 +21,7 @@ from libreflux.recipe import Recipe
 from libreflux.training.checkpoint import METRICS, RECIPE
 from libreflux.training.compiled import is_here, planned_line, require_compiler
 from libreflux.training.estimate import estimate_recipe
-from libreflux.training.flow_objective import extra_passes
+from libreflux.training.flow_objective import extra_passes, second_passes
 from libreflux.training.memory_plan import check_count
 from libreflux.training.phases import Estimate
 from libreflux.training.planned import plan_layers
@@ -221,8 +221,10 @@ def passes_lines(recipe: Recipe) -> list[str]:
     told = " and ".join(f"{readable(count, 2)} for {key}" for key, count in added.items())
     # The base is frozen: its backward pass costs about as much as a forward one, and checkpointing a second of those.
     own = 2 if recipe.gradient_checkpointing is False else 3
-    longer = readable((own + sum(added.values())) / own, 2)
-    line = f"passes for each picture: one with gradient, and without gradient {told}"
+    second = second_passes(recipe)
+    longer = readable((own * (1 + second) + sum(added.values())) / own, 2)
+    also = f", {readable(second, 2)} more with gradient for hold_base without the training adapter" if second else ""
+    line = f"passes for each picture: one with gradient{also}, and without gradient {told}"
     return [f"{line}: a step takes about {longer} times as long as without (estimated)"]
 
 

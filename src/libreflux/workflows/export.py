@@ -7,9 +7,10 @@ import re
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
+from libreflux.adapter.checks import notice_training_adapter, refuse_training_adapter
 from libreflux.errors import OptionError
 from libreflux.places import new_place
-from libreflux.workflows.adapters import load_adapter, notice_training_adapter, refuse_training_adapter
+from libreflux.workflows.adapters import load_adapter
 from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.model_options import chosen_model
 from libreflux.workflows.picture_options import check_whole

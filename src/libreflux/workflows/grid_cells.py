@@ -232,7 +232,8 @@ class Cells:
         """Whether nothing that a cell of an older version says of itself is otherwise today."""
         model = self.model(column)
         now = (model.steps(column), model.guidance(column), model.facts.embedded_guidance)
-        return (record.steps, record.guidance, record.embedded_guidance) == now and record.below_one
+        plain = not self.shared.guidance_fields(now[1])  # no older version knew of these
+        return plain and (record.steps, record.guidance, record.embedded_guidance) == now and record.below_one
 
     def _older(self, column: Column, row: Row) -> Path:
         """Where the first versions kept the cell."""

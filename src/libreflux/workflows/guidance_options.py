@@ -85,6 +85,9 @@ def check_first_steps(options: GuidanceOptions, steps: int | None) -> None:
     count = first_steps_argument(options.first_steps_from)[1]
     if count < 1:
         raise OptionError("draws no step", "first_steps_from", hint="use MODEL:1, or remove it")
+    if 0 < options.zero_init <= count:
+        what = f"has no effect: `first_steps_from` draws the first {counted(count, 'step')}"
+        raise OptionError(what, "zero_init", hint=f"remove it, or use more than {count}")
     if steps is not None and count >= steps:
         hint = f"use MODEL:{steps - 1} at most" if steps > 1 else "use more `steps`"
         raise OptionError(f"leaves none of {counted(steps, 'step')} to the model", "first_steps_from", hint=hint)

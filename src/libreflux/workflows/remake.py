@@ -23,7 +23,7 @@ from libreflux.sample.metadata import GenerationRecord, differences, open_png, r
 from libreflux.sample.rules import nag_of, rule_of
 from libreflux.values import adapter_argument
 from libreflux.workflows.drawing import open_for_drawing
-from libreflux.workflows.guidance_options import refuse_compiled
+from libreflux.workflows.guidance_options import GuidanceOptions, check_first_steps, refuse_compiled
 from libreflux.workflows.keywords import by_keywords
 from libreflux.workflows.picture_options import Offload, OffloadBlocks, adapter_texts, check_memory, named_model
 from libreflux.workflows.picture_paths import ANOTHER_PLACE, picture_paths_of
@@ -188,9 +188,20 @@ def _check(record: GenerationRecord, picture: Path) -> None:
         )
         rule_of(record).check_steps(record.steps)
         nag_of(record)
+        _check_told(record)
     except RecipeError as error:
         what = f"damaged record ({error.where} {error.what})"
         raise DataError(what, where=picture, hint="give the picture unchanged") from None
+
+
+def _check_told(record: GenerationRecord) -> None:
+    """Raises OptionError for numbers of NAG and of first steps that a record must have, and has not, or cannot have."""
+    first = GuidanceOptions(first_steps_from=record.first_steps_from, first_steps_guidance=record.first_steps_guidance)
+    check_first_steps(first, record.steps)
+    needed = {"nag_tau": record.nag, "nag_alpha": record.nag, "first_steps_guidance": record.first_steps_from}
+    for name, by in needed.items():
+        if by and getattr(record, name) is None:
+            raise OptionError("is missing", name)
 
 
 def _found(record: GenerationRecord, adapters: Sequence[str], picture: Path) -> list[str]:

@@ -15,12 +15,12 @@ from libreflux import seeding
 from libreflux.emoji.artists.subjects import SIDE, Subject, drawing, subjects
 from libreflux.emoji.compose import COLOURS
 
-SMALLEST, LARGEST = 0.34, 0.92  # side of a lone subject over the side of the picture
-SMALL_BELOW, LARGE_ABOVE = 0.48, 0.72
+SMALLEST, LARGEST = 0.4, 0.92  # side of a lone subject over the side of the picture
+SMALL_BELOW, LARGE_ABOVE = 0.52, 0.72
 OFF_CENTRE = 0.09  # of the side: from here on a place is "left", not "in the centre"
 MARGIN = 0.02
-PAIR_SIZES = (0.34, 0.46)
-TURN, MOST_TURN = 6.0, 14.0  # degrees: standard deviation and most
+PAIR_SIZES = (0.4, 0.46)
+TURN, MOST_TURN = 5.0, 10.0  # degrees: standard deviation and most
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # from the second to the first
 BORDER = 16  # pixels around a drawing of `SIDE`, for the corners of a turned one
 KINDS = {"plain": 0.6, "gradient": 0.2, "halves": 0.2}

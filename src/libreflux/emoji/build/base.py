@@ -146,11 +146,11 @@ def make_transformer() -> FluxTransformer2DModel:
 def condition(text: TextEncoders, prompts: Sequence[str]) -> TextConditioning:
     """`TextEncoders.encode` under `drop`, with gradients and in one masked T5 pass for the whole batch."""
     device = text.text_encoder.device
-    t5_ids = [torch.tensor(text.tokenizer_2(prompt).input_ids) for prompt in prompts]
+    t5_ids = [torch.tensor(row) for row in text.tokenizer_2(list(prompts)).input_ids]
     ids = pad_sequence(t5_ids, batch_first=True)
     seen = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in t5_ids])[:, None]
     hidden = text.text_encoder_2(input_ids=ids.to(device), attention_mask=seen.long().to(device)).last_hidden_state
-    clip_ids = [torch.tensor(text.tokenizer(prompt, truncation=True, max_length=77).input_ids) for prompt in prompts]
+    clip_ids = [torch.tensor(row) for row in text.tokenizer(list(prompts), truncation=True, max_length=77).input_ids]
     padded = pad_sequence(clip_ids, batch_first=True, padding_value=text.tokenizer.eos_token_id)
     last = text.text_encoder(input_ids=padded.to(device)).last_hidden_state
     ends = torch.tensor([len(row) - 1 for row in clip_ids])

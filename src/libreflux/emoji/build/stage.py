@@ -98,7 +98,8 @@ class Stage:
     ) -> Iterator[int]:
         """Train to `steps`, yielding after each save; the loss is a function of the step number alone."""
         log = self.file.with_suffix(".jsonl")
-        began, total, counted = time.perf_counter(), 0.0, 0
+        began, counted = time.perf_counter(), 0
+        total = torch.zeros(())
         while self.step < steps:
             for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
                 optimizer.param_groups[0]["lr"] = rate * shape(self.step, steps)
@@ -110,12 +111,13 @@ class Stage:
                 optimizer.zero_grad(set_to_none=True)
             decay = min(self.decay, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
-            total, counted = total + value.item(), counted + 1
+            # Added where it was computed: to read it each step would make the host wait for a card.
+            total, counted = value.detach() + total.to(value.device), counted + 1
             self.step += 1
             now = time.perf_counter()
             self.seconds, began = self.seconds + now - began, now
             if self.step % 20 == 0:
-                mean, total, counted = total / counted, 0.0, 0
+                mean, total, counted = total.item() / counted, torch.zeros(()), 0
                 row = {"step": self.step, "loss": round(mean, 5), "seconds": round(self.seconds, 1)}
                 with log.open("a") as lines:
                     lines.write(json.dumps(row) + "\n")

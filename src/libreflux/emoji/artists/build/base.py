@@ -41,11 +41,11 @@ from libreflux.printing import say
 from libreflux.sample.grid import sheet
 from libreflux.sample.metadata import save_png
 
-SCENES, SCENE_SEED = 80_000, 3
+SCENES, SCENE_SEED = 32_000, 3
 CHUNK = 4_000
-STEPS, BATCH = 16_000, 48
+STEPS, BATCH = 8_000, 48
 RATE, MATRIX_RATE = 1e-3, 1e-2  # of AdamW and of Muon
-SHARES = {"bare": 0.15, "short": 0.45, "full": 0.15, "tags": 0.15, "": 0.1}
+SHARES = {"bare": 0.15, "short": 0.35, "full": 0.25, "tags": 0.15, "": 0.1}
 ATTENTION = {"cpu": SDPBackend.MATH, "cuda": SDPBackend.EFFICIENT_ATTENTION}
 """At some 80 tokens plain attention's backward takes half the time of the fused one on a CPU; cuDNN's may be wrong."""
 LONG_EVERY = 12  # every so many steps all captions are long ones: they would pad the others' batches
@@ -54,6 +54,11 @@ LONG_EVERY = 12  # every so many steps all captions are long ones: they would pa
 def autocast(device: torch.device) -> torch.autocast:
     """bf16 where the processor multiplies it, fp32 where it would be the slower one."""
     return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device))
+
+
+def working_dtype() -> torch.dtype:
+    """What the family is trained and drawn in while it is made: bf16, but fp32 on a CPU without instructions for it."""
+    return torch.bfloat16 if torch.cuda.is_available() or multiplies_bf16(torch.device("cpu")) else torch.float32
 
 
 def pixels(what: list[scenes.Scene]) -> Tensor:
@@ -191,12 +196,16 @@ def _stage(work: Path, transformer: FluxTransformer2DModel, text: TextEncoders) 
 
 
 def export(work: Path, out: Path | None = None) -> Path:
-    """Write `work/m/base`, the teacher in bf16, from whatever the stage has reached; replaces an older one."""
+    """Write `work/m/base`, the teacher, from whatever the stage has reached; replaces an older one.
+
+    Its numbers are those of bf16, stored in `working_dtype`.
+    """
     transformer, text = make_transformer(), make_text(work / "tokenizers")
     stage = _stage(work, transformer, text)
     if not stage.resume():
         raise FileNotFoundError(work / "base.safetensors")
     stage.use_average()
+    dtype = working_dtype()
     former = open_model("emoji-base")
     facts: Facts = dataclasses.replace(
         former.facts,
@@ -207,9 +216,9 @@ def export(work: Path, out: Path | None = None) -> Path:
         },
     )
     live = LiveParts(
-        transformer=transformer.bfloat16(),
-        vae=former.load_vae(dtype=torch.bfloat16),
-        text=text.to(dtype=torch.bfloat16),
+        transformer=transformer.bfloat16().to(dtype),
+        vae=former.load_vae(dtype=torch.bfloat16).to(dtype),
+        text=text.to(dtype=torch.bfloat16).to(dtype=dtype),
         scheduler=former.scheduler,
     )
     return replaced(out or work / "m" / "base", lambda fresh: save_model(fresh, facts, live))

@@ -13,11 +13,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from libreflux import seeding
 from libreflux.adapter.io import load_adapter
 from libreflux.adapter.merge import merge
 from libreflux.emoji.artists import captions as grammar
 from libreflux.emoji.artists import held_out, scenes
+from libreflux.emoji.artists.build.base import working_dtype
 from libreflux.emoji.artists.subjects import subjects
 from libreflux.emoji.build.base import replaced
 from libreflux.emoji.build.students import LIBRE_LAYERS
@@ -43,6 +46,10 @@ _COMMON: dict[str, Any] = {
     "seed": 0,
 }
 _FULL_RANK = {"kind": "lokr", "init": "ones", "targets": [{"layers": "**", "factor": 1}]}
+
+
+def _precision() -> str:
+    return "bf16" if working_dtype() is torch.bfloat16 else "fp32"
 
 
 def seen_subjects() -> list[str]:
@@ -97,7 +104,7 @@ def guided_recipe(work: Path, *, steps: int = GUIDED_STEPS) -> Recipe:
     tree = {
         **_COMMON,
         "model": str(work / "m" / "base"),
-        "base": "bf16",
+        "base": _precision(),
         "objective": "distil",
         "distil": {"guidance": GUIDANCE},
         "data": [{"path": str(work / "composed"), "captions": CAPTION_SHARES, "caption_dropout": 0.1}],
@@ -115,7 +122,7 @@ def adversarial_recipe(work: Path, *, steps: int = ADVERSARIAL_STEPS) -> Recipe:
     tree = {
         **_COMMON,
         "model": str(work / "m" / "base"),
-        "base": "bf16",
+        "base": _precision(),
         "objective": "distil",
         "distil": {
             "steps": 4,
