@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def test_an_average_of_many_takes_less_than_two_adapters(
     for step in range(1, SOURCES + 1):
         made = {name: torch.randn(shape, generator=random) for name, shape in names}
         made |= {f"lycoris_layer{layer}.alpha": torch.tensor(4.0) for layer in range(LAYERS)}
-        checkpoint.write(tmp_path, step, {checkpoint.ADAPTER: lambda path, made=made: save_file(made, path)}, {})
+        checkpoint.write(tmp_path, step, {checkpoint.ADAPTER: partial(save_file, made)}, {})
     monkeypatch.setattr(hindsight, "CHUNK", 2048)
     adapter = sum(4 * shape[0] * shape[1] for _, shape in names)
     with Census() as census:
