@@ -30,6 +30,7 @@ REFUSED = {
     "open_model": "('nowhere')",
     "prepare": "('nowhere.yaml')",
     "probe": "('nowhere')",
+    "probe_few_steps": "('nowhere')",
     "remake": "('nowhere.png')",
     "sweep": "('nowhere')",
     "train": "('nowhere.yaml')",

@@ -20,6 +20,7 @@ What a command does is a function here too. It prints nothing, and what it made 
     libreflux.remake("apple.png", out="again.png")
     libreflux.grid(["a red apple on blue"], guidance=[1, 3], out="sheet")
     libreflux.probe("models/mine", against="emoji-schnell", quick=True)
+    libreflux.probe_few_steps("emoji-schnell", adapters="runs/mine", data="pictures", prompts="others.txt")
     libreflux.inspect_attention("models/mine", "a red apple on blue", text_padding="keep")
     libreflux.inspect_layers("emoji-schnell", against="models/mine", budget="400k")
     libreflux.diff("emoji-schnell", "models/mine", rank=16, out="difference.safetensors")
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from libreflux.workflows.diff import diff
     from libreflux.workflows.dry_run import dry_run
     from libreflux.workflows.export import export
+    from libreflux.workflows.few_steps import probe_few_steps
     from libreflux.workflows.generate import generate
     from libreflux.workflows.generate_folder import generate_folder
     from libreflux.workflows.grid import grid
@@ -85,6 +87,7 @@ __all__ = [
     "open_model",
     "prepare",
     "probe",
+    "probe_few_steps",
     "remake",
     "sweep",
     "train",
@@ -110,6 +113,7 @@ _LAZY = {
     "open_model": "libreflux.model.opening",
     "prepare": "libreflux.workflows.prepare",
     "probe": "libreflux.workflows.probe",
+    "probe_few_steps": "libreflux.workflows.few_steps",
     "remake": "libreflux.workflows.remake",
     "sweep": "libreflux.workflows.sweep",
     "train": "libreflux.workflows.train",

@@ -20,6 +20,7 @@ from rights import bound_by_modes
 
 GONE = "no/such/thing"
 FILE, FOLDER, NEW = "a file", "a folder", "new"
+FEW = ["--adapter", GONE, "--data", GONE, "--prompts", GONE]
 VERBS: dict[str, tuple[str, list[str]]] = {
     "generate": (FILE, ["generate", "x", "--model", GONE, "--out", "PLACE.png"]),
     "generate into a folder": (FOLDER, ["generate", "x", "y", "--model", GONE, "--out", "PLACE"]),
@@ -36,6 +37,8 @@ VERBS: dict[str, tuple[str, list[str]]] = {
     "probe": (FOLDER, ["probe", GONE, "--out", "PLACE"]),
     "probe --csv": (FILE, ["probe", GONE, "--csv", "PLACE.csv"]),
     "probe --against": (FOLDER, ["probe", GONE, "--against", GONE, "--out", "PLACE"]),
+    "probe --few-steps": (FOLDER, ["probe", GONE, "--few-steps", *FEW, "--out", "PLACE"]),
+    "csv of few steps": (FILE, ["probe", GONE, "--few-steps", *FEW, "--out", "r", "--csv", "PLACE.csv"]),
     "inspect attention": (FOLDER, ["inspect", "attention", GONE, "x", "--out", "PLACE"]),
     "train": (FOLDER, ["train", "r.yaml", "out=PLACE"]),
     "prepare": (FOLDER, ["prepare", GONE, "--model", GONE, "--out", "PLACE"]),

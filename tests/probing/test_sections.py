@@ -16,7 +16,13 @@ from libreflux.probing.context import OWN
 from libreflux.probing.drawing import mean_square
 from libreflux.probing.held_out import model_velocity
 from libreflux.probing.metrics.bootstrap import mean
-from libreflux.probing.metrics.distances import frechet_distance, frechet_replicates, kernel_distance, kernel_replicates
+from libreflux.probing.metrics.distances import (
+    frechet_distance,
+    frechet_replicates,
+    frechet_together,
+    kernel_distance,
+    kernel_replicates,
+)
 from libreflux.probing.metrics.measures import moments, resampled
 from libreflux.probing.results import Measure
 from libreflux.probing.sections import padding
@@ -86,6 +92,8 @@ def test_distances_by_weights_are_the_distances_and_a_kernel_resample_is_not_bia
         equal = np.full((1, count), 1 / count)
         assert frechet_replicates(a, b, equal) == pytest.approx(frechet_distance(a, b), rel=1e-6)
         assert kernel_replicates(a, b, equal) == pytest.approx(kernel_distance(a, b), rel=1e-9)
+        some, others = resampled(count, replicates=20), resampled(50, replicates=20)
+        assert frechet_together(a, b, some, others) == pytest.approx(frechet_replicates(a, b, some, others), rel=1e-6)
         many = kernel_replicates(a, b, resampled(count, replicates=2000))
         assert many.mean() == pytest.approx(kernel_distance(a, b), abs=4 * many.std() / 2000**0.5)
 

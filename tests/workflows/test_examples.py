@@ -19,9 +19,9 @@ from libreflux.cli.app import app
 from workflows.quick import measure_less
 
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"
-RUN_ELSEWHERE = {"caption", "generate", "generate_folder", "remake", "grid", "demo", "sweep"}
-"""By test_generate.py, test_generate_folder.py, test_sweep.py and tests/captioning/test_vision_model.py; and
-tests/cli/test_demo.py runs the demo, which takes minutes."""
+RUN_ELSEWHERE = {"caption", "generate", "generate_folder", "remake", "grid", "demo", "sweep", "probe_few_steps"}
+"""By test_generate.py, test_generate_folder.py, test_sweep.py, test_few_steps.py and
+tests/captioning/test_vision_model.py; and tests/cli/test_demo.py runs the demo, which takes minutes."""
 
 
 @dataclass(frozen=True)

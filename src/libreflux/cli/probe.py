@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from libreflux.errors import RecipeError
+from libreflux.cli import few_steps as few
+from libreflux.errors import OptionError, RecipeError
 from libreflux.printing import say, say_json
 from libreflux.values import check_side, number_list
 
@@ -53,7 +54,13 @@ def probe(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer pictures, scales and steps: a first look.")] = False,
     pictures: Annotated[int | None, typer.Option(min=2, help="Held-out pictures, at most.")] = None,
-    prompts: Annotated[int | None, typer.Option(min=2, help="Prompts to draw, at most.")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|FILE",
+            help="Prompts to draw, at most. With --few-steps: file of prompts outside of what was learnt.",
+        ),
+    ] = None,
     guidance: Annotated[
         str | None, typer.Option(metavar="G,G,...", help="Guidance scales to draw at; default: 1,2,3,4,6,8.")
     ] = None,
@@ -81,6 +88,9 @@ def probe(
             help="Read the pictures whose prompts quote a text: share of letters right. Needs the extra `ocr`.",
         ),
     ] = False,
+    few_steps: few.FewSteps = False,
+    broken: few.Broken = None,
+    keep: few.Keep = None,
     resolution: Annotated[
         int | None, typer.Option(min=16, max=8192, help="Side of the pictures in pixels; default: the model's.")
     ] = None,
@@ -94,6 +104,7 @@ def probe(
     """Measure how free a model is: loss, calibration, guidance, steps, diversity, padding and negative prompts.
 
     With --against, also which share of the distance from the distilled model to the reference is closed.
+    With --few-steps, instead, how much of few-step drawing an adapter kept, and how much it learnt.
 
     Interrupted, the same command goes on after the last finished measure.
     """
@@ -102,8 +113,47 @@ def probe(
     check_side(resolution, "--resolution")
 
     from libreflux.cli.progress import progress
+    from libreflux.workflows.few_steps_options import FewStepsOptions
     from libreflux.workflows.probe_options import MOST_GUIDANCE, MOST_STEPS, ProbeOptions, check_options
 
+    if few_steps:
+        for name, value in (
+            ("reference", reference),
+            ("quick", quick),
+            ("guidance", guidance),
+            ("seen", seen),
+            ("ocr", ocr),
+            ("whole", whole),
+        ):
+            if value:
+                raise OptionError("has no effect beside `few_steps`", name, hint="remove one of them")
+        few.run(
+            FewStepsOptions(
+                model,
+                adapters=adapters or (),
+                data=data,
+                prompts=prompts,
+                against=against,
+                broken=broken,
+                out=out,
+                csv=csv,
+                pictures=64 if pictures is None else pictures,
+                steps=few.one_number(steps),
+                keep=0.9 if keep is None else keep,
+                judge=judge,
+                features=features,
+                trained_on=trained_on or (),
+                resolution=resolution,
+                batch=batch,
+                seed=seed,
+                dtype=dtype,
+                device=device,
+                progress=progress,
+            ),
+            json=json,
+        )
+        return
+    few.refuse(broken, keep)
     scales = None if guidance is None else number_list(guidance, "--guidance", most=MOST_GUIDANCE)
     counts = None if steps is None else number_list(steps, "--steps", whole=True, least=1, most=MOST_STEPS)
     options = ProbeOptions(
@@ -117,7 +167,7 @@ def probe(
         csv=csv,
         quick=quick,
         pictures=pictures,
-        prompts=prompts,
+        prompts=few.number_of(prompts),
         guidance=scales,
         steps=None if counts is None else [int(count) for count in counts],
         seen=seen,

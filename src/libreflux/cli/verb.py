@@ -82,6 +82,7 @@ PANELS: dict[str, dict[str, str]] = {
         "Models": "adapters against reference",
         "What is measured": "data trained_on quick pictures prompts guidance steps resolution seed",
         "Judges": "seen judge features ocr",
+        "Few steps kept": "few_steps broken keep",
         "Memory and speed": "device dtype batch",
         "Output": "out csv json whole",
     },

@@ -108,3 +108,31 @@ def kernel_replicates(
     beside = between.mean(axis=1) if others is None else (between * others).sum(axis=1)
     found: np.ndarray = inner[0] + inner[1] - 2 * beside
     return found
+
+
+def frechet_together(features: Tensor, reference: Tensor, weights: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """`frechet_replicates` of small sets, all R at once: many times as fast, and the same but for rounding.
+
+    Args:
+        features: [N, D].
+        reference: [M, D].
+        weights: [R, N], rows that sum to 1, each over two pictures or more.
+        others: [R, M], likewise.
+    """
+    (a, w), (b, v) = ((x.double(), torch.from_numpy(rows)) for x, rows in ((features, weights), (reference, others)))
+    spread = torch.zeros(len(w), dtype=torch.float64)
+    means, scales = [], []
+    for x, rows in ((a, w), (b, v)):
+        mean = rows @ x
+        scale = rows / (1 - rows.square().sum(dim=1, keepdim=True))
+        spread += (scale * (x.square().sum(dim=1) - 2 * mean @ x.T + mean.square().sum(dim=1, keepdim=True))).sum(dim=1)
+        means.append(mean)
+        scales.append(scale.clamp_min(0).sqrt())
+    m, n = means
+    # Of centred pictures: ⟨x_i − m, y_j − n⟩, for every resample.
+    inner = a @ b.T - (a @ n.T).T[:, :, None] - (m @ b.T)[:, None, :] + (m * n).sum(dim=1)[:, None, None]
+    turned = scales[0][:, :, None] * inner * scales[1][:, None, :]
+    gram = turned @ turned.mT if len(a) < len(b) else turned.mT @ turned
+    cross = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().sum(dim=1)
+    found: np.ndarray = ((m - n).square().sum(dim=1) + spread - 2 * cross).numpy()
+    return found
