@@ -17,6 +17,7 @@ from libreflux.probing.metrics.letters import letters, quoted, read_letters
         ('a sign that says "OPEN", and “24 hours” below', ("OPEN", "24 hours")),
         ("„Guten Tag“ und «bon jour» und »Hallo«", ("Guten Tag", "bon jour", "Hallo")),
         ("「日本」 on a flag", ("日本",)),
+        ("„OPEN” beside “CLOSED”, “A” and „B“", ("OPEN", "CLOSED", "A", "B")),
         ('text:"OPEN"', ("OPEN",)),
         ("it says \"it's 5 o'clock\"", ("it's 5 o'clock",)),
         ('a 5" nail and a 3" hole', ()),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from libreflux.probing.metrics.measures import Moments, resampled
-from libreflux.probing.metrics.paired import compare, relative_loss, slope_error, total_loss
+from libreflux.probing.metrics.paired import FEW, compare, relative_loss, slope_error, total_loss
+from libreflux.probing.metrics.student import beyond, quantile
 
 PICTURES = 60
 
@@ -40,12 +42,41 @@ def test_equal_models_do_not_differ_and_the_interval_is_nothing(hard: np.ndarray
 
 
 def test_two_models_have_the_interval_of_the_naive_paired_bootstrap(hard: np.ndarray) -> None:
+    """But for what Student's t adds of 60 pictures, about 3 %."""
     other = hard + np.random.default_rng(2).normal(size=hard.shape)
     found = compare([moments(other), moments(hard)], total_loss, seed=3)
     each = (other - hard).mean(axis=1)
     naive = np.array([row @ each for row in resampled(PICTURES, seed=3)])
-    away = np.abs(naive - each.mean())
-    assert found.reach[0, 1] == pytest.approx(np.quantile(away, 0.95))
+    most = np.quantile(np.abs(naive - each.mean()), 0.95) / naive.std()
+    student = stats.t.isf(stats.norm.sf(most), PICTURES - 1) * np.sqrt(PICTURES / (PICTURES - 1))
+    assert found.reach[0, 1] == pytest.approx(student * naive.std())
+    assert 1 < student / most < 1.04
+
+
+def test_of_few_pictures_equal_models_are_not_told_apart() -> None:
+    """The bootstrap alone tells all of those of 2 pictures apart, and half of those of 8."""
+    for pictures in (2, 8):
+        wrong = 0
+        for trial in range(20):
+            random = np.random.default_rng(100 + trial)
+            same = [moments(random.normal(size=(pictures, 2))) for _ in range(8)]
+            wrong += bool(compare(same, total_loss).apart.any())
+        assert wrong <= 4  # 1 is expected
+
+
+def test_two_models_of_few_pictures_have_students_interval() -> None:
+    each = np.random.default_rng(4).normal(size=(FEW - 1, 1))
+    found = compare([moments(each + 1), moments(np.ones_like(each))], total_loss)
+    exact = stats.t.isf(0.025, FEW - 2) * each.std(ddof=1) / np.sqrt(len(each))
+    assert found.reach[0, 1] == pytest.approx(exact, rel=0.06)  # the spread is that of 1,000 resamples
+
+
+def test_students_t_is_scipys() -> None:
+    for freedom in (1, 2, 3, 4, 7, 8, 63, 500):
+        assert beyond(2.3, freedom) == pytest.approx(2 * stats.t.sf(2.3, freedom), rel=1e-9)
+        for probability in (0.05, 1e-4, 1.0):
+            exact = stats.t.isf(probability / 2, freedom)
+            assert quantile(probability, freedom) == pytest.approx(exact, rel=1e-8, abs=1e-9)
 
 
 def test_the_best_of_many_equals_is_not_called_better(hard: np.ndarray) -> None:

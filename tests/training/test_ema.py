@@ -342,3 +342,9 @@ def test_a_run_without_averages_says_so(tmp_path: Path) -> None:
         hindsight.lerp(tmp_path / "none", 0.1)
     with pytest.raises(RunError, match=r"not in \(0, 1\]"):
         hindsight.lerp(tmp_path, 0.0)
+
+
+def test_a_checkpoint_of_nan_is_named_and_nothing_is_averaged(tmp_path: Path) -> None:
+    write_run(tmp_path, [0.1, math.nan, 0.1])
+    with pytest.raises(RunError, match=r"step-00000050/adapter\.safetensors: lycoris_.* is not finite; hint: remove"):
+        hindsight.lerp(tmp_path, 0.2)

@@ -124,6 +124,8 @@ def test_the_page_the_sheet_and_the_numbers(swept: SweepResult) -> None:
     assert told["sentence"] == swept.sentence
     assert [row["name"] for row in told["candidates"]] == [row.name for row in swept.rows]
     assert "LERP 0.9" in swept.page.read_text()
+    assert "Judged on: apart." in swept.page.read_text()
+    assert "Fewer than 30 pictures: intervals of values are too narrow" in swept.page.read_text()
     assert swept.sheet is not None
     assert len({name for row in swept.rows for each in row.pictures for name in each}) == 4 * 2
     assert libreflux.__version__ in swept.page.read_text()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from libreflux import files
 from libreflux.errors import OptionHint, RunError
+from libreflux.model.finite import is_finite, not_finite
 from libreflux.places import did_you_mean
 from libreflux.training import checkpoint, ema
 
@@ -55,9 +56,10 @@ class Averaged:
 class _Source:
     step: int
     file: Any
+    path: Path
     prefix: str = ""
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         part: Tensor = self.file.get_slice(self.prefix + name)[start:stop]
         return part.double()
 
@@ -142,7 +144,7 @@ def _profile(
     for number in sorted(number for number in paths if number <= wanted):
         file = _open(stack, paths[number])
         for tracked in sorted({float(key.partition("/")[0]) for key in file.keys() if "/" in key}):  # noqa: SIM118
-            sources.append(_Source(number, file, ema.average_key(tracked, "")))
+            sources.append(_Source(number, file, paths[number], ema.average_key(tracked, "")))
             stored.append((number, ema.exponent(tracked)))
     weights, error = ema.hindsight_weights(stored, (wanted, ema.exponent(width)))
     if error > WORST:
@@ -192,7 +194,7 @@ def lerp(run: Path, alpha: float) -> Averaged:
         alpha: in (0, 1].
 
     Raises:
-        RunError: no complete checkpoint, or alpha out of range.
+        RunError: no complete checkpoint, one that is not finite, or alpha out of range.
     """
     _run_folder(run)
     check_alpha(alpha)
@@ -220,7 +222,7 @@ def _some(found: Kept) -> Sequence[checkpoint.Checkpoint]:
 
 def _of_checkpoints(found: Kept, weights: np.ndarray, said: dict[str, Any]) -> Averaged:
     with ExitStack() as stack:
-        sources = [_Source(one.step, _open(stack, one.adapter)) for one in found.checkpoints]
+        sources = [_Source(one.step, _open(stack, one.adapter), one.adapter) for one in found.checkpoints]
         return _combine(sources, weights, 0.0, said)
 
 
@@ -284,6 +286,8 @@ def _combine(sources: Sequence[_Source], weights: np.ndarray, error: float, said
         else:
             (down, up), gap, size = _lora(sources, x, first, second, float(alpha))
             tensors |= {first: down, second: up}
+        if bad := not_finite({name: tensors[name] for name in (first, second)}):
+            _refuse_not_finite(sources, bad)
         tensors[f"{layer}.alpha"] = alpha
         rows[layer] = (max(0.0, float(gap)), float(size))
     worst = max(rows, key=lambda layer: rows[layer][0] / (rows[layer][1] or math.inf))
@@ -297,6 +301,12 @@ def _combine(sources: Sequence[_Source], weights: np.ndarray, error: float, said
         gap=math.sqrt(total[0] / total[1]) if total[1] else 0.0,
         worst=(worst, math.sqrt(rows[worst][0] / rows[worst][1]) if rows[worst][1] else 0.0),
     )
+
+
+def _refuse_not_finite(sources: Sequence[_Source], name: str) -> None:
+    """Names the first source with NaN or infinity in this tensor, which would be in every average of it."""
+    source = next((one for one in sources if not is_finite(one.rows(name))), sources[-1])
+    raise RunError(f"{source.prefix}{name} is not finite", where=source.path, hint="remove the folder of this file")
 
 
 def _mean_and_gram(sources: Sequence[_Source], x: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -316,20 +326,25 @@ def _mean_and_gram(sources: Sequence[_Source], x: Tensor, name: str) -> tuple[Te
 def _lora(
     sources: Sequence[_Source], x: Tensor, down_name: str, up_name: str, alpha: float
 ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-    """(mean down, mean up), and the squared norms of gap and delta; one source is in memory at a time."""
+    """(mean down, mean up), and the squared norms of gap and delta: of some of the layer's rows at a time."""
     weighed = list(zip(x.tolist(), sources, strict=True))
 
     def mean(name: str) -> Tensor:
         total = torch.zeros(sources[0].file.get_slice(sources[0].prefix + name).get_shape(), dtype=torch.float64)
         for weight, source in weighed:
-            total.add_(source.rows(name, 0, 1 << 62), alpha=weight)
+            total.add_(source.rows(name), alpha=weight)
         return total
 
     mean_down, mean_up = mean(down_name), mean(up_name)
-    apart = torch.zeros(len(mean_up), mean_down.shape[1], dtype=torch.float64)
-    for weight, source in weighed:
-        up, down = source.rows(up_name, 0, 1 << 62), source.rows(down_name, 0, 1 << 62)
-        apart.addmm_(up.sub_(mean_up), down.sub_(mean_down), alpha=weight)
-    scale = alpha / len(mean_down)
-    gap, size = (scale**2 * matrix.square().sum() for matrix in (apart, mean_up @ mean_down))
-    return (mean_down.float(), mean_up.float()), gap, size
+    gap = size = torch.zeros((), dtype=torch.float64)
+    height = max(1, CHUNK // mean_down.shape[1])  # the layer itself would be larger than its factors of all sources
+    for start in range(0, len(mean_up), height):
+        rows = mean_up[start : start + height]
+        apart = torch.zeros(len(rows), mean_down.shape[1], dtype=torch.float64)
+        for weight, source in weighed:
+            up, down = source.rows(up_name, start, start + height), source.rows(down_name)
+            apart.addmm_(up.sub_(rows), down.sub_(mean_down), alpha=weight)
+        gap = gap + apart.square_().sum()
+        size = size + torch.mm(rows, mean_down, out=apart).square_().sum()
+    scale = (alpha / len(mean_down)) ** 2
+    return (mean_down.float(), mean_up.float()), scale * gap, scale * size

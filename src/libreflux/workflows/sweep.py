@@ -164,6 +164,7 @@ def _write(
     options: SweepOptions, result: SweepResult, data: ProbeData, judged: list[Judged], model: ProbedModel
 ) -> None:
     from libreflux.files import atomic_write_json, atomic_write_text
+    from libreflux.probing.report.few import ENOUGH
     from libreflux.workflows import sweep_page
 
     run = Path(os.path.abspath(options.run)).name
@@ -195,10 +196,13 @@ def _write(
         sweep_page.write_sheet(result.sheet, result.folder, result.rows, prompts, options.seeds, settings.guidance)
     else:
         (result.folder / SHEET).unlink(missing_ok=True)  # of a call before, which drew
-    notes = [
-        f"Widths left out, which the run's averages cannot form: {', '.join(f'{one:g}' for one in result.left_out)}."
-    ]
-    page = sweep_page.page(run, result.table, judged, result.trained, notes if result.left_out else [], result.sheet)
+    notes = [f"Judged on: {settings.data[0]}."]
+    if result.left_out:
+        widths = ", ".join(f"{one:g}" for one in result.left_out)
+        notes.append(f"Widths left out, which the run's averages cannot form: {widths}.")
+    if len(data.held_out) < ENOUGH:
+        notes.append(f"Fewer than {ENOUGH} pictures: intervals of values are too narrow, those of differences are not.")
+    page = sweep_page.page(run, result.table, judged, result.trained, notes, result.sheet)
     atomic_write_text(result.page, page)
 
 

@@ -15,10 +15,12 @@ import numpy as np
 
 QUOTES = (('"', '"'), ("“", "”"), ("„", "“"), ("„", "”"), ("«", "»"), ("»", "«"), ("「", "」"), ("『", "』"))
 """Opening and closing. Single quotes are apostrophes too, and do not count."""
+_CURVED = "„“”"
 _QUOTED = re.compile(
     "|".join(
         # Of straight quotes, 5" is no opening and "5 no closing one.
-        rf"(?<!\w){a}([^{a}\n]*){b}(?!\w)" if a == b else rf"{a}([^{a}{b}\n]*){b}"
+        # In „OPEN” and “CLOSED” the third mark closes nothing: no curved mark stands inside a pair of them.
+        rf"(?<!\w){a}([^{a}\n]*){b}(?!\w)" if a == b else rf"{a}([^{a}{b}{_CURVED if a in _CURVED else ''}\n]*){b}"
         for a, b in QUOTES
     )
 )

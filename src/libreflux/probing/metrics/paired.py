@@ -3,20 +3,26 @@
 All of them saw the same pictures under the same noise, so a resample of the pictures moves them together: the interval
 of a difference is far narrower than those of the two values. The intervals are simultaneous (the bootstrap of the
 largest studentised deviation, Westfall & Young 1993): that the best one was chosen by these very pictures does not
-make them wrong, as it would of intervals that are made for one pair each.
+make them wrong, as it would of intervals that are made for one pair each. Of few pictures the spread is uncertain
+itself, so their reach is that of Student's t; of fewer than `FEW` no bootstrap tells how the pairs hang together, and
+each pair has its share of the 5 % (Bonferroni).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
 from libreflux.probing.metrics.measures import CONFIDENCE, Moments, resampled
+from libreflux.probing.metrics.student import quantile
 
 Score = Callable[[Moments, np.ndarray], np.ndarray]
 """score(moments, weights [R, N]) → [R]; the lower, the better."""
+FEW = 16
+"""Of 8 pictures the bootstrap alone told eight equal models apart in half of 300 trials, of 12 in a third."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +83,8 @@ def compare(models: Sequence[Moments], score: Score, *, seed: int = 0) -> Paired
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(replicates, [tail, 1 - tail], axis=0)
     difference = value[:, None] - value[None]
-    return Paired(
-        value, low, high, difference, _reach(replicates, difference), _share(replicates.argmin(axis=1), len(models))
-    )
+    reach = _reach(replicates, difference, count)
+    return Paired(value, low, high, difference, reach, _share(replicates.argmin(axis=1), len(models)))
 
 
 def relative_loss(one: Moments, reference: Moments, *, seed: int = 0) -> np.ndarray:
@@ -92,20 +97,26 @@ def relative_loss(one: Moments, reference: Moments, *, seed: int = 0) -> np.ndar
     return np.stack([ratio[0], low, high], axis=1)
 
 
-def _reach(replicates: np.ndarray, difference: np.ndarray) -> np.ndarray:
-    """[C, C] from [R, C]: the 95 % quantile over resamples of the largest |d* − d| / se, times each pair's se."""
+def _reach(replicates: np.ndarray, difference: np.ndarray, count: int) -> np.ndarray:
+    """[C, C] from [R, C]: the 95 % quantile over resamples of the largest |d* − d| / se, times each pair's se.
+
+    The quantile of a normal's tail is taken to the same tail of Student's t of n − 1 degrees of freedom, n the count of
+    pictures; se² is the resamples' variance · n / (n − 1).
+    """
     models = replicates.shape[1]
     spread = np.zeros_like(difference)
     largest = np.zeros(len(replicates))
     for first in range(models):
-        each = (
-            replicates[:, first : first + 1] - replicates
-        )  # [R, C]: the pairs of one row, so that R x C x C is not held
+        # [R, C]: the pairs of one row, so that R x C x C is not held
+        each = replicates[:, first : first + 1] - replicates
         spread[first] = each.std(axis=0)
         away = np.abs(each - difference[first])
         ratio = np.divide(away, spread[first], out=np.zeros_like(away), where=spread[first] > 0)
         largest = np.maximum(largest, ratio.max(axis=1))
-    reach: np.ndarray = np.quantile(largest, CONFIDENCE) * spread
+    pairs = max(1, models * (models - 1) // 2)
+    few = count < FEW
+    tail = (1 - CONFIDENCE) / pairs if few else 2 * NormalDist().cdf(-np.quantile(largest, CONFIDENCE))
+    reach: np.ndarray = quantile(tail, count - 1) * np.sqrt(count / (count - 1)) * spread
     return reach
 
 
