@@ -59,6 +59,30 @@ def test_the_unchanged_model_is_told_so_even_where_nothing_is_broken(ends: Ends)
     assert point("same", None, ends.distilled, nothing).sentence.startswith("few-step ability kept: 100 %")
 
 
+def test_either_share_is_exact_where_its_own_pictures_are_unchanged(ends: Ends) -> None:
+    nothing = dataclasses.replace(ends, broken=ends.distilled.others)
+    called = point("called", None, Pictures(seen(8, 1.0), ends.distilled.others), nothing)
+    assert called.leading[0].text == "100 % [100, 100]"
+    assert 0 < called.leading[1].value < 1
+    assert not called.unchanged
+    assert ends.distilled.new is not None
+    other = point("other", None, Pictures(ends.distilled.new, seen(9, 1.0)), ends)
+    assert other.leading[1].text == "0 % [0, 0]"
+    assert point("broken", None, Pictures(seen(8), ends.broken), ends).leading[0].text == "0 % [0, 0]"
+
+
+def test_a_judge_that_cannot_read_the_new_pictures_is_told(ends: Ends) -> None:
+    assert ends.ceiling is None
+    assert not ends.is_blind
+    sees = dataclasses.replace(ends, captions=PROMPTS)
+    assert sees.ceiling is not None
+    assert (sees.ceiling.value, sees.is_blind) == (1.0, False)
+    blind = dataclasses.replace(ends, new=seen(5, 2.0, right=3), captions=PROMPTS)
+    assert blind.ceiling is not None
+    assert blind.ceiling.value == pytest.approx(3 / COUNT)
+    assert blind.is_blind
+
+
 def test_the_broken_model_has_kept_nothing_and_the_new_pictures_are_learnt(ends: Ends) -> None:
     found = point("broken", 3, Pictures(ends.new, ends.broken), ends)
     assert {one.by for one in found.kept} == {"accuracy", "picture distance", "FD", "KD", "sharpness"}

@@ -80,7 +80,8 @@ def test_the_same_call_draws_nothing_and_finds_the_same(
     assert curve.page.read_bytes() == page
     rows = list(csv.DictReader(table.read_text().splitlines()))
     assert {row["model"] for row in rows} == {"distilled and broken", "step 2", "step 3"}
-    assert {row["text"] for row in rows} == set(PROMPTS)
+    assert {row["text"] for row in rows if row["over"] == "prompts"} == set(PROMPTS)
+    assert {row["measure"] for row in rows if row["over"] == "pictures"} == {"judge_ceiling"}
 
 
 def test_an_interrupted_check_goes_on_after_its_finished_sets(

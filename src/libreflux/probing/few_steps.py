@@ -23,7 +23,7 @@ from libreflux.probing.metrics.distances import frechet_together, kernel_replica
 from libreflux.probing.metrics.image_stats import Look, accuracies
 from libreflux.probing.results import Measure
 from libreflux.probing.seen import Seen
-from libreflux.probing.shares import Share, exactly, ordered, share_of_way
+from libreflux.probing.shares import YES_OR_NO, Share, exactly, ordered, share_of_way
 from libreflux.probing.subjects import ParsedPrompt
 from libreflux.probing.units import Over
 
@@ -32,6 +32,7 @@ FORMULA = 1
 SPLITS = 4
 """Ways in which the new pictures are cut into halves; a distance is the mean over them."""
 LEAST_PICTURES, LEAST_PROMPTS = 4, 2
+CEILING = "judge_ceiling"
 KEEP = 0.9
 """The share of the few steps below which a training is told to have gone too far."""
 MEANINGS = {
@@ -72,6 +73,7 @@ class Ends:
         prompts: the other prompts.
         judge: who saw all of it.
         seed: of halves and resampling.
+        captions: of the new pictures.
     """
 
     new: Seen
@@ -81,6 +83,7 @@ class Ends:
     prompts: Sequence[ParsedPrompt]
     judge: Judge
     seed: int = 0
+    captions: Sequence[ParsedPrompt] = ()
 
     @functools.cached_property
     def of_others(self) -> dict[str, dict[str, Measure]]:
@@ -94,6 +97,23 @@ class Ends:
         assert self.distilled.new is not None
         sets = {"distilled": self.distilled.new, "halves": self.new}
         return {of: dict(_to_new(of, seen, self)) for of, seen in sets.items()}
+
+    @functools.cached_property
+    def ceiling(self) -> Measure | None:
+        """In which share of the new pictures the judge finds what their captions name; None where they name nothing.
+
+        A judge that cannot read the new look takes every picture that has it for a broken one.
+        """
+        found = _right(self.new, self.judge, self.captions) if self.captions else None
+        if found is None:
+            return None
+        return _measure("accuracy", "new pictures", share(found), len(self.new), self, name=CEILING, over="pictures")
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether the judge finds clearly less in the new pictures than in the distilled model's."""
+        usual = self.of_others["distilled"].get("accuracy")
+        return self.ceiling is not None and usual is not None and self.ceiling.high < usual.low
 
 
 @dataclass(frozen=True)
@@ -165,24 +185,22 @@ def point(name: str, step: int | None, adapted: Pictures, ends: Ends) -> Point:
         for by, one in found.items()
     ]
     learnt = [share_of_way(by, one, ours_new["distilled"][by], ours_new["halves"][by]) for by, one in apart.items()]
-    unchanged = adapted.others.same_as(ends.distilled.others) and mine.same_as(ours)
-    if unchanged:
-        kept, learnt = [exactly(one, 1.0) for one in kept], [exactly(one, 0.0) for one in learnt]
+    kept_all, learnt_nothing = adapted.others.same_as(ends.distilled.others), mine.same_as(ours)
+    if kept_all or adapted.others.same_as(ends.broken):
+        kept = [exactly(one, float(kept_all)) for one in kept]
+    if learnt_nothing:
+        learnt = [exactly(one, 0.0) for one in learnt]
     answers = None
     if adapted.guided is not None and ends.distilled.guided is not None:
         answers = _answer("distilled", ends.distilled.guided, ends), _answer("adapted", adapted.guided, ends)
     rows = (*found.values(), *apart.values(), *(answers or ()))
-    return Point(name, step, ordered(learnt), ordered(kept), answers, rows, unchanged)
+    return Point(name, step, ordered(learnt), ordered(kept), answers, rows, kept_all and learnt_nothing)
 
 
 def _of_others(of: str, seen: Seen, ends: Ends) -> Iterator[tuple[str, Measure]]:
     """What pictures of the other prompts say, by measure; what they cannot say is left out."""
-    look = Look(np.zeros(len(seen)), np.zeros(len(seen)), Verdict(seen.subjects, seen.colours, seen.features))
-    right = accuracies(look, ends.judge, ends.prompts)
-    for what in ("both", "subject"):  # of prompts that name no colour the subject alone
-        if np.isfinite(right[what]).sum() >= LEAST_PROMPTS:
-            yield "accuracy", _measure("accuracy", of, share(right[what]), len(seen), ends)
-            break
+    if (right := _right(seen, ends.judge, ends.prompts)) is not None:
+        yield "accuracy", _measure("accuracy", of, share(right), len(seen), ends, unit=YES_OR_NO)
     if isinstance(ends.judge, TwoTowers):
         cosines = agreement(seen.features, ends.judge.texts([one.text for one in ends.prompts])[0])
         yield "agreement", _measure("agreement", of, mean(cosines), len(seen), ends)
@@ -193,6 +211,14 @@ def _of_others(of: str, seen: Seen, ends: Ends) -> Iterator[tuple[str, Measure]]
         beside = functools.partial(_beside, statistic, seen.features, again)
         yield kind, _measure(kind, of, beside, len(seen), ends, centred=True)
     yield "sharpness", _measure("sharpness", of, mean(seen.sharpness.numpy()), len(seen), ends)
+
+
+def _right(seen: Seen, judge: Judge, prompts: Sequence[ParsedPrompt]) -> np.ndarray | None:
+    """[N] 1 where the judge finds what was asked for, 0 where not, NaN where it cannot know; None: mostly the last."""
+    look = Look(np.zeros(len(seen)), np.zeros(len(seen)), Verdict(seen.subjects, seen.colours, seen.features))
+    right = accuracies(look, judge, prompts)
+    known = (right[what] for what in ("both", "subject"))  # of prompts that name no colour the subject alone
+    return next((one for one in known if np.isfinite(one).sum() >= LEAST_PROMPTS), None)
 
 
 _DISTANCES = {"FD": frechet_together, "KD": kernel_replicates}
@@ -221,7 +247,7 @@ def _to_new(of: str, seen: Seen, ends: Ends) -> Iterator[tuple[str, Measure]]:
             total: np.ndarray = np.mean(found, axis=0)
             return total
 
-        yield kind, _measure(kind, of, distance, len(seen), ends, centred=True, name="distance to new")
+        yield kind, _measure(kind, of, distance, len(seen), ends, centred=True, name="distance to new", over="pictures")
 
 
 def halves(count: int, seed: int) -> list[np.ndarray]:
@@ -265,11 +291,12 @@ def _measure(
     *,
     centred: bool = False,
     name: str = "of other prompts",
+    over: Over = "prompts",
+    unit: str = "",
 ) -> Measure:
     at = {"by": by, "of": of} if by else {"of": of}
-    over: Over = "pictures" if name == "distance to new" else "prompts"
     everyone = {"all": np.arange(count)}
-    [found] = measured(name, at, statistic, count, everyone, seed=ends.seed, centred=centred, over=over)
+    [found] = measured(name, at, statistic, count, everyone, seed=ends.seed, unit=unit, centred=centred, over=over)
     return found
 
 

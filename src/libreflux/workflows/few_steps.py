@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from libreflux.printing import WITH_OPTIONS, get_logger
+from libreflux.printing import get_logger
 from libreflux.workflows.few_steps_options import FILE, PAGE, FewStepsOptions, check_options
 from libreflux.workflows.keywords import by_keywords
 
@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-WEAK = "noise of the same norm hurts less than training did, so that it is no measure of what is lost"
+WEAK = (
+    "noise of the same norm hurts less than training did, so that it is no measure of what is lost: name a broken "
+    "adapter"
+)
+BLIND = (
+    "the judge finds what was asked for in {ceiling:.0%} of the new pictures, and in {usual:.0%} of those that the "
+    "distilled model draws: where the adapter changes the look of all pictures, accuracy says nothing"
+)
 MOST_SHOWN = 6
 """Checkpoints of a run whose pictures a page shows."""
 
@@ -101,12 +108,23 @@ def probe_few_steps_with(options: FewStepsOptions) -> FewStepsResult:
         last = subjects.adapted[-1].model
         trained, pairs = check_training(trained_on, last, checkup.first, None, options.result, options.progress)
         best, told = stop(points, options.keep) if len(points) > 1 else (points[0], points[0].sentence)
-        remark = WEAK if subjects.broken.noise is not None and any(map(_is_past_broken, points)) else ""
-        if remark:
-            logger.warning("%s: name a broken adapter with `broken`", remark, extra=WITH_OPTIONS)
+        remarks = list(_remarks(checkup, points))
+        for one in remarks:
+            logger.warning("%s", one)
+        remark = "; ".join(remarks)
         result = FewStepsResult(options.result, options.result / PAGE, tuple(points), best, told, checkup.made, remark)
         _write(options, result, checkup, judge, trained, pairs)
     return result
+
+
+def _remarks(checkup: Checkup, points: Sequence[Point]) -> Iterator[str]:
+    """What makes the shares doubtful."""
+    if checkup.subjects.broken.noise is not None and any(map(_is_past_broken, points)):
+        yield WEAK
+    ends = checkup.ends
+    if ends.is_blind and ends.ceiling is not None:
+        usual = ends.of_others["distilled"]["accuracy"].value
+        yield BLIND.format(ceiling=ends.ceiling.value, usual=usual)
 
 
 def _is_past_broken(one: Point) -> bool:

@@ -27,6 +27,7 @@ from libreflux.probing.results import Measure
 from libreflux.probing.run import SMALLER
 from libreflux.probing.section import SEED_STRIDE
 from libreflux.probing.seen import Seen, see
+from libreflux.probing.subjects import parse_prompt
 from libreflux.result_key import digest
 from libreflux.sample.model_key import config_digest, facts_key
 from libreflux.workflows.few_steps_data import JudgeFile, Place, place_of
@@ -107,12 +108,13 @@ class Checkup:
                     for batch in todo:
                         self._draw(subject, batch, context)
                         self.made += 1
-        return [point(one.name, one.step, self._pictures(one), self._ends) for one in self.subjects.adapted]
+        return [point(one.name, one.step, self._pictures(one), self.ends) for one in self.subjects.adapted]
 
     def end_measures(self) -> list[Measure]:
         """What the ends of both ways measure, once `points` were made."""
-        ends = self._ends
-        return [row for table in (ends.of_others, ends.to_new) for part in table.values() for row in part.values()]
+        ends = self.ends
+        rows = [row for table in (ends.of_others, ends.to_new) for part in table.values() for row in part.values()]
+        return rows if ends.ceiling is None else [*rows, ends.ceiling]
 
     def sheets(self, points: Sequence[Subject]) -> tuple[Sheet, Sheet]:
         """Pictures of the new captions, and of the other prompts, by the ends and by these of the adapted models."""
@@ -133,16 +135,18 @@ class Checkup:
         return list({digest(one.as_json()): one for one in found}.values())
 
     @functools.cached_property
-    def _ends(self) -> Ends:
-        subjects = self.subjects
+    def ends(self) -> Ends:
+        """What the adapted models are compared with, once `points` were made."""
+        subjects, judge = self.subjects, self.judge.judge
         return Ends(
             new=self._new(),
             distilled=self._pictures(subjects.distilled),
             again=self._seen(subjects.distilled, self.again),
             broken=self._seen(subjects.broken, self.others),
             prompts=self.first.prompts,
-            judge=self.judge.judge,
+            judge=judge,
             seed=self.first.settings.seed,
+            captions=[parse_prompt(text, judge.subjects, judge.colours) for text in self.first.captions],
         )
 
     def _pictures(self, subject: Subject) -> Pictures:

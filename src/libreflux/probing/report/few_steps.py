@@ -103,7 +103,7 @@ def _how(shown: Shown) -> str:
         f"{shown.broken}.",
         f"Learnt: on {counted(shown.pictures, 'picture')} of {shown.data}."
         + (f" Were they held out of the training? {shown.held_out}." if shown.held_out else ""),
-        *([f"Take care: {shown.remark}. Name a broken adapter instead."] if shown.remark else []),
+        *([f"Take care: {shown.remark}."] if shown.remark else []),
     ]
     return f'<ul class="faint">{"".join(f"<li>{escape(one)}</li>" for one in told)}</ul>'
 
