@@ -5,17 +5,22 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import libreflux
+from libreflux.adapter import io
+from libreflux.adapter.noise import noise_like
 from libreflux.errors import AdapterError, DataError, LibrefluxError, OptionError, RunError
+from libreflux.workflows import few_steps_models
 from libreflux.workflows.few_steps import FewStepsResult
 from libreflux.workflows.progress import Report
 from workflows.test_examples import example_of
@@ -114,6 +119,29 @@ def test_other_settings_are_other_pictures(given: dict[str, Any], trained: Path,
     assert fewer.made == 2  # the new captions of two models
     weaker = libreflux.probe_few_steps(**given, adapters=f"{trained}:0.5", out=result, pictures=4)
     assert weaker.made == 3 + 1  # the adapter's, and its noise's; guidance 3 is the model's own
+
+
+def test_of_a_curve_the_tensors_of_one_point_are_held_at_a_time(
+    given: dict[str, Any], trained: Path, curve: FewStepsResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, alive = list[weakref.ref[torch.Tensor]](), list[int]()
+    plain = io.load_adapter
+
+    def watched(path: Path) -> io.AdapterFile:
+        file = plain(path)
+        read.append(weakref.ref(next(iter(file.tensors.values()))))
+        return file
+
+    def noise(file: io.AdapterFile, seed: int) -> io.AdapterFile:
+        alive.append(sum(one() is not None for one in read))
+        return noise_like(file, seed)
+
+    monkeypatch.setattr(io, "load_adapter", watched)
+    monkeypatch.setattr(few_steps_models, "noise_like", noise)
+    found = libreflux.probe_few_steps(**given, adapters=trained.parent, out=curve.folder)
+    assert found.made == 0
+    assert len(read) > 2
+    assert alive == [1]
 
 
 def test_the_example_of_the_docstring_runs(

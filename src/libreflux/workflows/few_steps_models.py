@@ -31,6 +31,9 @@ from libreflux.workflows.probe_model import CACHE, ProbedModel, is_family
 
 logger = get_logger(__name__)
 
+Loaded = list[tuple[AdapterFile, float]]
+"""Adapters with their weights."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -49,7 +52,7 @@ class Subject:
     step: int | None = None
     noise: AdapterFile | None = None
 
-    def adapters(self) -> list[tuple[AdapterFile, float]]:
+    def adapters(self) -> Loaded:
         """With their tensors.
 
         Raises:
@@ -90,14 +93,17 @@ def read_subjects(options: FewStepsOptions) -> Subjects:
         OptionError: a distilled model of many steps.
     """
     out = options.result
-    given = [_loaded(texts) for texts in _points(options.named)]
+    given = list[tuple[Loaded, list[list[Any]]]]()
+    for texts in _points(options.named):
+        last = load_arguments(texts)
+        given.append((_light(last), adapters_key(last)))  # of a long curve no more than one point's tensors are held
     distilled = ProbedModel.read(options.against or options.model, (), out)
     steps = options.steps or distilled.facts.steps
     if options.steps is None and steps > FEW:
         told = f"{distilled.name} draws in {steps} steps: it is no few-step model"
         raise OptionError(told, "few_steps", hint="name a distilled one, or say how many `steps` are meant")
-    adapted = tuple(_adapted(options, loaded, distilled, out) for loaded in given)
-    broken = _broken(options, distilled, given[-1], adapted[-1])
+    adapted = tuple(_adapted(options, loaded, key, distilled, out) for loaded, key in given)
+    broken = _broken(options, distilled, last, adapted[-1])
     plain = dataclasses.replace(distilled, source=distilled.source.with_facts(distilled.facts))
     return Subjects(Subject(distilled.name, plain), adapted, broken, steps)
 
@@ -124,21 +130,17 @@ def _points(named: Sequence[str]) -> list[list[str]]:
     return [[f"{found[step]}:{weight}"] for step in sorted(found)] or [list(named)]
 
 
-def _loaded(texts: Sequence[str]) -> list[tuple[AdapterFile, float]]:
-    return load_arguments(texts)
-
-
 def _step_of(file: AdapterFile) -> int | None:
     told = file.metadata.get("step", "")
     return int(told) if told.isdecimal() else None
 
 
-def _light(loaded: Sequence[tuple[AdapterFile, float]]) -> list[tuple[AdapterFile, float]]:
+def _light(loaded: Loaded) -> Loaded:
     return [(dataclasses.replace(file, tensors={}), weight) for file, weight in loaded]
 
 
 def _adapted(
-    options: FewStepsOptions, loaded: Sequence[tuple[AdapterFile, float]], distilled: ProbedModel, out: Path
+    options: FewStepsOptions, loaded: Loaded, key: list[list[Any]], distilled: ProbedModel, out: Path
 ) -> Subject:
     """The model under these adapters; it draws as the distilled one does, but for the text padding of its own."""
     source = open_model(options.model)
@@ -152,10 +154,10 @@ def _adapted(
         for file, _ in loaded:
             _check_weights(file, sha256, source.name, source.facts.lineage, [one for one, _ in loaded])
     check_base(source, sha256, loaded)
-    model = ProbedModel(source, sha256, _light(loaded), is_family(source), memory)
+    model = ProbedModel(source, sha256, loaded, is_family(source), memory)
     step = _step_of(loaded[0][0]) if len(loaded) == 1 else None
     names = " + ".join(Path(file.where).stem for file, _ in loaded) or source.name
-    return Subject(names if step is None else f"step {step:,}", model, adapters_key(loaded), step)
+    return Subject(names if step is None else f"step {step:,}", model, key, step)
 
 
 def _drawing(distilled: Facts, own: Facts) -> Facts:
@@ -172,9 +174,7 @@ def _check_weights(
     raise AdapterError(told, where=file.where, hint=hint)
 
 
-def _broken(
-    options: FewStepsOptions, distilled: ProbedModel, last: Sequence[tuple[AdapterFile, float]], adapted: Subject
-) -> Subject:
+def _broken(options: FewStepsOptions, distilled: ProbedModel, last: Loaded, adapted: Subject) -> Subject:
     if options.broken is not None:
         loaded = load_arguments([options.broken], training_adapters=True)
         check_base(distilled.source, distilled.sha256, loaded)
