@@ -157,6 +157,13 @@ def test_where_to_stop(rows: list[tuple[int, float, float]], step: int, told: st
     assert told in sentence
 
 
+def test_what_may_have_been_kept_is_not_told_to_be_lost() -> None:
+    one = made(5, 0.85, 0.2)
+    lead = dataclasses.replace(one.kept[0], low=0.7, high=0.98)
+    sentence = stop([dataclasses.replace(one, kept=(lead,)), made(6, 0.5, 0.7)])[1]
+    assert sentence.startswith("Of no checkpoint it is shown that it keeps 90%. Step 5 keeps the most")
+
+
 def test_sharpness_of_pictures_that_are_known() -> None:
     rows = torch.arange(8)
     board = ((rows[:, None] + rows) % 2).float() * 2 - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -50,6 +51,7 @@ def test_all_right_is_not_told_to_be_certain() -> None:
     assert found.low == pytest.approx(0.86, abs=0.01)
     assert found.high > 1
     nothing = share_of_way("accuracy", *(measure(one, counts=True) for one in (wrong, right, wrong)), left=True)
+    assert json.loads(json.dumps(nothing.as_json()))["by"] == "accuracy"
     assert nothing.low == nothing.value == 0  # it cannot get less than nothing right
     assert nothing.high == pytest.approx(0.2, abs=0.05)
 

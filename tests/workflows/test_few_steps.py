@@ -118,6 +118,7 @@ def test_other_settings_are_other_pictures(given: dict[str, Any], trained: Path,
     fewer = libreflux.probe_few_steps(**given, adapters=trained, out=result, pictures=4)
     assert fewer.made == 2  # the new captions of two models
     weaker = libreflux.probe_few_steps(**given, adapters=f"{trained}:0.5", out=result, pictures=4)
+    assert weaker.points[0].name == "step 3 at 0.5"
     assert weaker.made == 3 + 1  # the adapter's, and its noise's; guidance 3 is the model's own
 
 

@@ -315,7 +315,9 @@ def stop(points: Sequence[Point], keep: float = KEEP) -> tuple[Point, str]:
     enough = [one for one in known if one.leading[0].value >= keep]
     if not enough:
         best = max(known, key=lambda one: one.leading[0].value)
-        return best, f"No checkpoint keeps {keep:.0%}. {_step(best)} keeps the most: {best.sentence}"
+        surely = all(one.leading[0].high < keep for one in known)
+        told = f"No checkpoint keeps {keep:.0%}" if surely else f"Of no checkpoint it is shown that it keeps {keep:.0%}"
+        return best, f"{told}. {_step(best)} keeps the most: {best.sentence}"
     learnt = [one for one in enough if not one.leading[1].noisy]
     best = max(learnt, key=lambda one: one.leading[1].value) if learnt else enough[-1]
     later = [one for one in known if one.step is not None and best.step is not None and one.step > best.step]

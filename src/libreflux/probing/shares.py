@@ -91,7 +91,7 @@ def share_of_way(by: str, adapted: Measure, start: Measure, end: Measure, *, lef
     if adapted.units is not None:
         low, high = (value + _stretch(adapted.count) * (each - value) for each in (low, high))
         if adapted.unit == YES_OR_NO:
-            reach = [each / gap[0] for each in _paired(adapted, start)]
+            reach = [each / float(gap[0]) for each in _paired(adapted, start)]
             low, high = min(low, *reach), max(high, *reach)
     value, low, high = (1 - value, 1 - high, 1 - low) if left else (value, low, high)
     noisy = low < 0 < high and high - low > NOISY

@@ -157,7 +157,9 @@ def _adapted(
     model = ProbedModel(source, sha256, loaded, is_family(source), memory)
     step = _step_of(loaded[0][0]) if len(loaded) == 1 else None
     names = " + ".join(Path(file.where).stem for file, _ in loaded) or source.name
-    return Subject(names if step is None else f"step {step:,}", model, key, step)
+    called = names if step is None else f"step {step:,}"
+    weight = f" at {loaded[0][1]:g}" if len(loaded) == 1 and loaded[0][1] != 1 else ""
+    return Subject(called + weight, model, key, step)
 
 
 def _drawing(distilled: Facts, own: Facts) -> Facts:

@@ -136,7 +136,10 @@ def _shares(points: Sequence[Point]) -> str:
         ]
         for one in points
     ]
-    note = "The first two columns are the lowest of the others that are not too noisy. In brackets 95 % intervals."
+    note = (
+        "The first two columns are the lowest of the others that are neither too noisy nor wider than the whole way. "
+        "In brackets 95 % intervals."
+    )
     return f'<h2>Shares</h2><p class="faint">{note}</p>{html.table(heads, rows, 1)}'
 
 
@@ -186,12 +189,15 @@ captions. All three sets are cut into the same halves, and each half is compared
 what few pictures add to a distance is the same for all. 0 % is the distilled model, 100 % the new pictures.</p>
 <p>m is one of the measures below, on prompts outside of what was learnt, in the distilled model's own steps. Distances
 are from pictures that the distilled model draws from <i>other</i> seeds, so that 100 % kept is another seed of itself.
-0 % is {escape(shown.broken)}. The lowest share leads.</p>
+0 % is {escape(shown.broken)}. The lowest share leads, of those whose interval is not wider than the whole way.</p>
 <ul>{meanings}</ul>
-<p>Intervals are over pictures and prompts, of 200 bootstrap replicates; all models are resampled alike. They say
-nothing of other seeds of the training. “Too noisy”: the interval of the denominator touches 0, so that the two ends
-cannot be told apart, or the share could be anything. A distance counts a change of look as a loss: where an adapter is
-to change the look of every picture, read accuracy and sharpness.</p>"""
+<p>Intervals are over pictures and prompts, of 200 bootstrap replicates; all models are resampled alike. Those of means
+are widened for few prompts (Student's t, and Newcombe's of what is right or wrong). The lowest of several is low by
+chance too: the upper end of the leading one allows for that. They say nothing of other seeds of the training. “Too
+noisy”: the interval of the denominator touches 0, so that the two ends cannot be told apart, or the share could be
+anything. A distance counts a change of look as a loss: where an adapter is to change the look of every picture, read
+accuracy and sharpness, if the judge can read the new look. What is learnt is a distance too: pictures that fall apart
+may come nearer to NEW as well. Look at them.</p>"""
 
 
 def _every(points: Sequence[Point], ends: Sequence[Measure]) -> str:
