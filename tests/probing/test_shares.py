@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 
@@ -35,6 +36,16 @@ def covered(found: list[Share], true: float) -> float:
 def test_the_true_share_is_within_the_interval_of_few_units_as_often_as_it_says(units: int) -> None:
     random = np.random.default_rng(units)
     assert 0.91 <= covered([way(random, units, 0.3) for _ in range(200)], 0.7) <= 0.99
+
+
+def test_a_distance_of_few_pictures_is_widened_too() -> None:
+    random = np.random.default_rng(3)
+    rows = [measure(at + random.normal(size=6)) for at in (3, 0, 10)]
+    apart = [dataclasses.replace(one, units=None) for one in rows]  # what a distance is made of is no sum
+    many = [dataclasses.replace(one, count=6000) for one in apart]
+    (few, much) = (share_of_way("FD", *each) for each in (apart, many))
+    assert few.value == much.value
+    assert (few.high - few.value) / (much.high - much.value) == pytest.approx(2.571 / 1.96 * (6 / 5) ** 0.5, rel=1e-3)
 
 
 def test_the_lowest_of_several_that_are_alike_still_has_the_true_one_within() -> None:

@@ -1,9 +1,9 @@
 """A share of the way between two ends, all three measured on the same pictures, with its interval.
 
-A bootstrap of few units is too narrow (Efron & Tibshirani 1993, ch. 13): of a mean its ends are moved out as far as
-Student's t is wider than a normal. Where an adapter got the same prompts right as the distilled model, a bootstrap
-says "exactly": there the score interval of two paired shares says how far they may differ (Newcombe 1998, Stat. Med.
-17, p. 2635, method 10).
+A bootstrap of few units is too narrow (Efron & Tibshirani 1993, ch. 13): its ends are moved out as far as Student's t
+is wider than a normal. Where an adapter got the same prompts right as the distilled model, a bootstrap is certain of
+it: there the score interval of two paired shares says how far they may differ (Newcombe 1998, Stat. Med. 17, p. 2635,
+method 10).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def share_of_way(by: str, adapted: Measure, start: Measure, end: Measure, *, lef
 
     Args:
         by: what the measures are.
-        adapted, start, end: the three values. Those that are means keep the numbers of their units.
+        adapted, start, end: the three values. Those that count what is right keep the numbers of their units.
         left: whether the share that is left is asked for.
     """
     one, zero, far = (np.array([row.value, *row.replicates]) for row in (adapted, start, end))
@@ -88,11 +88,10 @@ def share_of_way(by: str, adapted: Measure, start: Measure, end: Measure, *, lef
     gone = (one - zero)[whole] / np.where(gap == 0, np.nan, gap)
     value = float(gone[0])
     low, high = (float(each) for each in np.nanquantile(gone[1:], _TAILS))
-    if adapted.units is not None:
-        low, high = (value + _stretch(adapted.count) * (each - value) for each in (low, high))
-        if adapted.unit == YES_OR_NO:
-            reach = [each / float(gap[0]) for each in _paired(adapted, start)]
-            low, high = min(low, *reach), max(high, *reach)
+    low, high = (value + _stretch(adapted.count) * (each - value) for each in (low, high))
+    if adapted.unit == YES_OR_NO:
+        reach = [each / float(gap[0]) for each in _paired(adapted, start)]
+        low, high = min(low, *reach), max(high, *reach)
     value, low, high = (1 - value, 1 - high, 1 - low) if left else (value, low, high)
     noisy = low < 0 < high and high - low > NOISY
     return build(value=value, low=min(low, value), high=max(high, value), noisy=noisy)

@@ -119,7 +119,7 @@ def _curve(points: Sequence[Point], keep: float) -> str:
         series.append(Series(label, number, rows))
     drawn = lines(series, title="Kept and learnt, by step", x="step", y="share", level=keep, percent=True)
     note = f"Bands are 95 % intervals. The thin line is {keep:.0%}. What is too noisy has no mark."
-    return f'<h2>The curve</h2><div class="plots">{drawn}</div><p class="faint">{note}</p>'
+    return f'<h2>The curve</h2><div class="plots" style="max-width: 36em">{drawn}</div><p class="faint">{note}</p>'
 
 
 def _shares(points: Sequence[Point]) -> str:
@@ -191,8 +191,8 @@ what few pictures add to a distance is the same for all. 0 % is the distilled mo
 are from pictures that the distilled model draws from <i>other</i> seeds, so that 100 % kept is another seed of itself.
 0 % is {escape(shown.broken)}. The lowest share leads, of those whose interval is not wider than the whole way.</p>
 <ul>{meanings}</ul>
-<p>Intervals are over pictures and prompts, of 200 bootstrap replicates; all models are resampled alike. Those of means
-are widened for few prompts (Student's t, and Newcombe's of what is right or wrong). The lowest of several is low by
+<p>Intervals are over pictures and prompts, of 200 bootstrap replicates; all models are resampled alike. They
+are widened where these are few (Student's t, and Newcombe's of what is right or wrong). The lowest of several is low by
 chance too: the upper end of the leading one allows for that. They say nothing of other seeds of the training. “Too
 noisy”: the interval of the denominator touches 0, so that the two ends cannot be told apart, or the share could be
 anything. A distance counts a change of look as a loss: where an adapter is to change the look of every picture, read
