@@ -8,7 +8,7 @@ import pytest
 from libreflux import seeding
 from libreflux.errors import DataError
 from libreflux.probing.freedom import freedom
-from libreflux.probing.metrics.bootstrap import mean, measured
+from libreflux.probing.metrics.bootstrap import mean, measured, share
 from libreflux.probing.over_seeds import over_seeds
 from libreflux.probing.results import Result
 
@@ -38,7 +38,7 @@ def test_the_interval_holds_where_trainings_differ_more_than_pictures_do() -> No
         for number, one in enumerate((over_seeds(runs, seed=trial), runs[0])):
             [row] = one.measures
             inside[number] += row.low <= 2 <= row.high
-    assert inside[0] >= 42  # three trainings are few
+    assert inside[0] >= 54  # a bootstrap of three trainings: 44
     assert inside[1] <= 30
 
 
@@ -54,6 +54,13 @@ def test_its_value_is_the_mean_and_equal_trainings_leave_the_pictures_interval()
     share, _ = freedom(both, result("d", np.full(PICTURES, 4.0)), result("b", np.full(PICTURES, 1.0)))
     assert share.verdict == "gap"
     assert share.low < share.share < share.high
+
+
+def test_a_share_that_all_trainings_reach_keeps_wilsons_interval() -> None:
+    rows = measured("accuracy", {}, share(np.ones(24)), 24, {"all": np.arange(24)}, seed=0)
+    one = Result(model={"name": "run"}, settings={}, versions={}, seconds=1.0, measures=rows)
+    [row] = over_seeds([one] * TRAININGS).measures
+    assert (row.value, row.low, row.high) == pytest.approx((1, 0.862, 1), abs=1e-3)
 
 
 def test_replicates_that_are_not_paired_are_refused() -> None:

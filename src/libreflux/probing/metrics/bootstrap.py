@@ -138,7 +138,7 @@ def measured(
         replicates = np.array(rest)
         if centred and np.isfinite(replicates).any():
             replicates = replicates + value - np.nanmean(replicates)
-        low, high = _interval(replicates)
+        low, high = ends(replicates)
         made_of = statistic if isinstance(statistic, Ratio | PairMean) else None
         if made_of is not None:
             count = int((made_of.below[members] > 0).sum())
@@ -161,7 +161,8 @@ def measured(
     return found
 
 
-def _interval(replicates: np.ndarray) -> tuple[float, float]:
+def ends(replicates: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of [R] replicates: quantiles of those that are finite; NaN where none is."""
     finite = replicates[np.isfinite(replicates)]
     if not len(finite):
         return float("nan"), float("nan")
