@@ -75,8 +75,17 @@ def test_intervals_are_over_seeds_and_prompts_and_a_single_share_is_wilsons() ->
     apart = np.stack([np.full(24, level) for level in (0.2, 0.5, 0.8)])
     value, low, high = finetune.interval(apart)
     assert value == pytest.approx(0.5)
-    assert low < 0.35
-    assert high > 0.65
+    assert low < 0.1  # Student's t of three seeds reaches 0.37 to both sides
+    assert high > 0.9
+    same = finetune.interval(np.ones((3, 24)))
+    assert same == pytest.approx((1, 0.862, 1), abs=1e-3)
+
+
+def test_the_interval_of_a_loss_is_students_over_seeds() -> None:
+    value, low, high = finetune.loss_interval([0.2, 0.5, 0.8], [1e-6] * 3)
+    assert value == pytest.approx(0.5)
+    assert (0.5 - low, high - 0.5) == pytest.approx((0.745, 0.745), abs=0.001)  # 4.303 · 0.3 / √3
+    assert finetune.loss_interval([0.5], [0.1]) == pytest.approx((0.5, 0.304, 0.696))
 
 
 def test_features_that_nobody_trained_are_functions_of_the_picture() -> None:
