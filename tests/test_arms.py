@@ -95,3 +95,19 @@ def test_features_that_nobody_trained_are_functions_of_the_picture() -> None:
         assert len(found) == 3, name
         assert torch.isfinite(found).all(), name
         assert torch.equal(found, features.plain_features()[name](pixels)), name
+
+
+def test_the_halves_that_choose_and_measure_share_no_caption(tmp_path: Path) -> None:
+    captions = [f"a {number % 12} on red" for number in range(48)]
+    choosing, measuring = features.halves_by_caption(captions, 0)
+    assert sorted([*choosing, *measuring]) == list(range(48))
+    assert not {captions[row] for row in choosing} & {captions[row] for row in measuring}
+    with pytest.raises(SystemExit, match="fewer than two captions"):
+        features.halves_by_caption([""] * 8, 0)
+    judge = tmp_path / "judge.safetensors"
+    judge.write_bytes(b"one")
+    before = features.judge_digest(judge)
+    judge.write_bytes(b"two")
+    assert features.judge_digest(judge) != before
+    black, white = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
+    assert features.told_of(["a", "b"], black) != features.told_of(["a", "b"], white)
