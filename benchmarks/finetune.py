@@ -9,8 +9,9 @@ Two sets: a look that no model has seen, and a subject that none has seen. From 
 (docs/style.yaml, or --recipe) trains an adapter with each of three seeds. Over the steps it is measured: the loss of
 held-out pictures of the set; by guidance, the share of drawn pictures that a judge takes for the set's; and their
 sharpness. The judge tells pictures of the set from --rest pictures by features that no model has made, is fitted on one
-half of the real ones, and what it makes of the other half (its confusion) is stated. Intervals are over seeds and
-pictures. Trainings and pictures are kept, and the same command goes on: first one seed of everything, then the others.
+half of the real ones, and what it makes of the other half (its confusion) is stated. Intervals are over pictures
+and, where there are several, seeds.
+Trainings and pictures are kept, and the same command goes on: first one seed of everything, then the others.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -63,9 +65,15 @@ def test_a_share_that_all_trainings_reach_keeps_wilsons_interval() -> None:
     assert (row.value, row.low, row.high) == pytest.approx((1, 0.862, 1), abs=1e-3)
 
 
-def test_replicates_that_are_not_paired_are_refused() -> None:
-    import dataclasses
+def test_trainings_that_were_not_measured_alike_are_refused() -> None:
+    one, other = (
+        dataclasses.replace(run, settings={"pictures": 60 + n}) for n, run in enumerate(trainings(3, 0.0)[:2])
+    )
+    with pytest.raises(DataError, match="were measured with another pictures"):
+        over_seeds([one, other])
 
+
+def test_replicates_that_are_not_paired_are_refused() -> None:
     runs = trainings(2, 0.0)
     short = dataclasses.replace(runs[0].measures[0], replicates=runs[0].measures[0].replicates[:10])
     with pytest.raises(DataError, match="not paired"):

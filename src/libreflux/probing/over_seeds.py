@@ -9,6 +9,7 @@ import numpy as np
 
 from libreflux import seeding
 from libreflux.errors import DataError
+from libreflux.probing.freedom import check_comparable
 from libreflux.probing.metrics.bootstrap import ends
 from libreflux.probing.results import Measure, Result
 
@@ -25,10 +26,11 @@ def over_seeds(results: Sequence[Result], *, seed: int = 0) -> Result:
         seed: of the replicates.
 
     Raises:
-        DataError: replicates of several lengths.
+        DataError: replicates of several lengths, or results that were not measured alike.
     """
     if len(results) == 1:
         return results[0]
+    check_comparable(results)
     tables = [{_place(row): row for row in one.measures} for one in results]
     shared = [row for row in results[0].measures if all(_place(row) in table for table in tables)]
     rows = [_mean([table[_place(row)] for table in tables], seed) for row in shared]
