@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from benchmarks.family import sharpness
 from benchmarks.features import edges, random_net, read_pictures, thumbnail
 from benchmarks.finetune_page import Row, write
 from PIL import Image
@@ -219,13 +220,6 @@ def drawn(
         pictures = np.stack([np.asarray(one.image) for one in found.pictures])
         atomic_save_safetensors({"pixels": torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()}, file)
     return load_file(file)["pixels"].float().div(127.5).sub(1)
-
-
-def sharpness(pixels: Tensor) -> np.ndarray:
-    """[B]: mean absolute difference of neighbouring pixels, of 255."""
-    across = (pixels[..., 1:] - pixels[..., :-1]).abs().mean((1, 2, 3))
-    down = (pixels[..., 1:, :] - pixels[..., :-1, :]).abs().mean((1, 2, 3))
-    return (127.5 * (across + down) / 2).double().numpy()
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
