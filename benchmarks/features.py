@@ -36,6 +36,7 @@ from libreflux.probing.features import features_digest, load_features
 from libreflux.probing.judges import Judge, load_judge
 from libreflux.probing.metrics.telling import Telling, most_telling, telling
 from libreflux.probing.no_training import halves
+from libreflux.probing.report.few import ENOUGH
 from libreflux.probing.section import SEED_STRIDE
 from libreflux.sample.pipeline import LibreFluxPipeline
 
@@ -204,6 +205,13 @@ def judge_digest(place: Path | None) -> str:
     return features_digest(place) if place.is_dir() else sha256_file(place)
 
 
+def few(rows: np.ndarray) -> str:
+    """What is to be said of so many pictures; "" where they are enough."""
+    if len(rows) >= ENOUGH:
+        return ""
+    return f"Of {len(rows)} pictures: intervals of fewer than {ENOUGH} are too narrow. "
+
+
 def table(found: Sequence[Telling]) -> str:
     """As Markdown."""
     lines = ["| feature | distance | base | worse | which | apart | effect |", "|---" * 7 + "|"]
@@ -259,7 +267,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     told = {"choice_sha256": digest, "chosen": choice, "rows": [one.as_json() for one in found]}
     atomic_write_json(kept, told)
     chosen = [one for one in found if [one.feature, one.distance] == choice]
-    say_table(f"Chosen before: {choice or 'none told the base from both'} ({digest[:12]})\n\n{table(chosen or found)}")
+    named = choice or "none told the base from both"
+    say_table(f"{few(measuring)}Chosen before: {named} ({digest[:12]})\n\n{table(chosen or found)}")
 
 
 def choose(
@@ -283,7 +292,7 @@ def choose(
         best = most_telling(found)
         told = {"chosen": best, "chosen_on": [names[row] for row in rows], "decided": decided}
         atomic_write_json(file, told | {"rows": [one.as_json() for one in found]})
-        say_table(table(found))
+        say_table(f"{few(rows)}Choosing:\n\n{table(found)}")
     kept, digest = plainjson.parse(file.read_text("utf-8")), hashlib.sha256(file.read_bytes()).hexdigest()
     if kept["decided"] != decided:
         raise SystemExit(f"{file} was chosen with other settings: use them, or another --work")

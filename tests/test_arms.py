@@ -104,6 +104,8 @@ def test_the_halves_that_choose_and_measure_share_no_caption(tmp_path: Path) -> 
     assert not {captions[row] for row in choosing} & {captions[row] for row in measuring}
     with pytest.raises(SystemExit, match="fewer than two captions"):
         features.halves_by_caption([""] * 8, 0)
+    assert features.few(choosing) == "Of 24 pictures: intervals of fewer than 30 are too narrow. "
+    assert features.few(np.arange(30)) == ""
     judge = tmp_path / "judge.safetensors"
     judge.write_bytes(b"one")
     before = features.judge_digest(judge)

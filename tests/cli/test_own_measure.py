@@ -152,6 +152,14 @@ def test_what_a_function_holds_is_in_its_key() -> None:
     def above(limit: float) -> OfPictures:
         return lambda pictures, prompts: pictures.max(axis=(1, 2, 3)) > limit
 
+    def unfinished() -> str:
+        def of(pictures: np.ndarray, prompts: Sequence[str]) -> list[float]:
+            return [later] * len(prompts)
+
+        found = OwnMeasure(name="grey", of=of).digest
+        later = 1.0
+        return found
+
     def typed(text: str) -> OfPictures:
         return eval(text)  # as at a prompt: it has no file
 
@@ -170,6 +178,7 @@ def test_what_a_function_holds_is_in_its_key() -> None:
         (Blurred(1).__call__, Blurred(1).__call__, Blurred(2).__call__),
         (np.add, np.add, np.multiply),
     ]
+    assert len(unfinished()) == 64
     for one, same, other in pairs:
         digests = [OwnMeasure(name="grey", of=each).digest for each in (one, same, other)]
         assert digests[0] == digests[1]

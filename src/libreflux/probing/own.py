@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -176,7 +177,10 @@ def _code(of: Any) -> str:
 
 def _held(function: FunctionType) -> list[str]:
     """Numbers, texts and tuples among a function's defaults and in what it encloses."""
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    cells = list[object]()
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # a name that has no value yet
+            cells.append(cell.cell_contents)
     values = [*(function.__defaults__ or ()), *sorted((function.__kwdefaults__ or {}).items()), *cells]
     return [repr(one) for one in values if isinstance(one, bool | int | float | str | tuple)]
 
