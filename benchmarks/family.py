@@ -125,7 +125,7 @@ def sharpness(pixels: Tensor) -> np.ndarray:
     """[B]: mean absolute difference of neighbouring pixels, of 255."""
     across = (pixels[..., 1:] - pixels[..., :-1]).abs().mean((1, 2, 3))
     down = (pixels[..., 1:, :] - pixels[..., :-1, :]).abs().mean((1, 2, 3))
-    return (127.5 * (across + down) / 2).numpy()
+    return (127.5 * (across + down) / 2).double().numpy()
 
 
 def interval(values: np.ndarray) -> str:

@@ -5,8 +5,9 @@
     python -m benchmarks.features --work DIR --quick               # a few pictures, to see that it runs
 
 The base is spoilt in two ways: noise on its weights, and few steps. FD and KD of drawn pictures to real ones are
-compared in each feature; the feature whose distance tells the base from both is chosen. Freed and distilled models are
-drawn on the other half alone, after the choice is written. Pictures are kept, and the same command goes on.
+compared in each feature; the feature whose distance tells the base from both is chosen. The halves share no picture,
+caption or seed. Freed and distilled models are drawn on the other half alone, after the choice is written.
+Pictures are kept, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ from torch import Tensor, nn
 from libreflux import plainjson, seeding
 from libreflux.data.folders import walk
 from libreflux.data.sources import read_lists, read_sidecar
-from libreflux.files import atomic_save_safetensors, atomic_write_json
+from libreflux.files import atomic_save_safetensors, atomic_write_json, sha256_file
 from libreflux.model.opening import open_model
 from libreflux.printing import say, say_table
-from libreflux.probing.features import load_features
+from libreflux.probing.features import features_digest, load_features
 from libreflux.probing.judges import Judge, load_judge
 from libreflux.probing.metrics.telling import Telling, most_telling, telling
 from libreflux.probing.no_training import halves
+from libreflux.probing.report.few import ENOUGH
+from libreflux.probing.section import SEED_STRIDE
 from libreflux.sample.pipeline import LibreFluxPipeline
 
 BATCH = 8
@@ -62,9 +65,10 @@ def spoil(module: nn.Module, noise: float) -> None:
             values.add_((noise * spread * torch.randn(values.shape, generator=random)).to(values))
 
 
-def drawn(work: Path, how: Drawer, prompts: Sequence[str], side: int | None) -> Tensor:
-    """[N, 3, H, W] in [-1, 1]: a picture of each prompt, its seed its number; kept in a file."""
-    mark = seeding.key(0, "features", json.dumps([how.__dict__, list(prompts), side, open_model(how.model).hash]))
+def drawn(work: Path, how: Drawer, prompts: Sequence[str], side: int | None, first: int = 0) -> Tensor:
+    """[N, 3, H, W] in [-1, 1]: a picture of each prompt, its seed its number after `first`; kept in a file."""
+    told = [how.__dict__, list(prompts), side, open_model(how.model).hash, *([first] if first else [])]
+    mark = seeding.key(0, "features", json.dumps(told))
     file = work / "drawn" / f"{how.name.replace(' ', '-')}-{mark:x}.safetensors"
     if not file.exists():
         pipe = LibreFluxPipeline.from_model(open_model(how.model))
@@ -80,7 +84,8 @@ def drawn(work: Path, how: Drawer, prompts: Sequence[str], side: int | None) -> 
                 "output_type": "np",
             }
             sizes: dict[str, Any] = {} if side is None else {"height": side, "width": side}
-            images = pipe(some, seeds=list(range(start, start + len(some))), **asked, **sizes).images
+            seeds = list(range(first + start, first + start + len(some)))
+            images = pipe(some, seeds=seeds, **asked, **sizes).images
             parts.append(np.asarray(images))
             say(f"{how.name}: {start + len(some)} of {len(prompts)}")
         pixels = torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2)
@@ -163,18 +168,48 @@ def read_pictures(folder: Path, count: int, side: int) -> tuple[list[str], list[
 
 
 @torch.no_grad()
-def compared(args: argparse.Namespace, rows: np.ndarray, others: Sequence[Drawer]) -> list[Telling]:
+def compared(args: argparse.Namespace, rows: np.ndarray, others: Sequence[Drawer], first: int = 0) -> list[Telling]:
     """Every feature and distance, of the base against each of the others, on these pictures and their captions."""
     _, captions, pixels = read_pictures(args.data, args.pictures, args.side)
     prompts, real = [captions[row] for row in rows], pixels[torch.from_numpy(rows)]
     base = Drawer("base", args.base, args.steps, args.guidance)
-    good = drawn(args.work, base, prompts, args.side)
+    good = drawn(args.work, base, prompts, args.side, first)
     found = []
     for other in others:
-        worse = drawn(args.work, other, prompts, args.side)
+        worse = drawn(args.work, other, prompts, args.side, first)
         for name, feature in candidates(args).items():
             found += telling(name, other.name, feature(good), feature(worse), feature(real), seed=args.seed)
     return found
+
+
+def halves_by_caption(captions: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(choosing, measuring): the numbers of the pictures; those of one caption are in one half."""
+    distinct = list(dict.fromkeys(captions))
+    if len(distinct) < 2:
+        raise SystemExit("the pictures have fewer than two captions: there are no halves")
+    chosen = {distinct[row] for row in halves(distinct, seed)[0]}
+    chooses = np.array([caption in chosen for caption in captions])
+    return np.flatnonzero(chooses), np.flatnonzero(~chooses)
+
+
+def told_of(captions: Sequence[str], pixels: Tensor) -> tuple[str, str]:
+    """SHA-256 of what the pictures are called, and of what they show."""
+    shown = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(json.dumps(list(captions)).encode()).hexdigest(), shown
+
+
+def judge_digest(place: Path | None) -> str:
+    """Of a judge's file or a vision model's folder; "" for none."""
+    if place is None:
+        return ""
+    return features_digest(place) if place.is_dir() else sha256_file(place)
+
+
+def few(rows: np.ndarray) -> str:
+    """What is to be said of so many pictures; "" where they are enough."""
+    if len(rows) >= ENOUGH:
+        return ""
+    return f"Of {len(rows)} pictures: intervals of fewer than {ENOUGH} are too narrow. "
 
 
 def table(found: Sequence[Telling]) -> str:
@@ -212,8 +247,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         args.data = write_held_out(args.work / "held-out", args.pictures)
         args.judge = args.judge or JUDGE
-    names = read_pictures(args.data, args.pictures, args.side)[0]
-    choosing, measuring = halves(names, args.seed)
+    names, captions, pixels = read_pictures(args.data, args.pictures, args.side)
+    choosing, measuring = halves_by_caption(captions, args.seed)
+    args.decided = [*told_of(captions, pixels), *(judge_digest(one) for one in (args.judge, args.features))]
     few = max(1, args.steps // 7)
     spoilt = [
         Drawer("noise", args.base, args.steps, args.guidance, args.noise),
@@ -227,11 +263,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     kept = args.work / "measured.json"
     if kept.is_file() and plainjson.parse(kept.read_text("utf-8"))["choice_sha256"] != digest:
         raise SystemExit(f"{kept} was measured after another choice: move it away first")
-    found = compared(args, measuring, [*spoilt, *models])
+    found = compared(args, measuring, [*spoilt, *models], SEED_STRIDE)
     told = {"choice_sha256": digest, "chosen": choice, "rows": [one.as_json() for one in found]}
     atomic_write_json(kept, told)
     chosen = [one for one in found if [one.feature, one.distance] == choice]
-    say_table(f"Chosen before: {choice or 'none told the base from both'} ({digest[:12]})\n\n{table(chosen or found)}")
+    named = choice or "none told the base from both"
+    say_table(f"{few(measuring)}Chosen before: {named} ({digest[:12]})\n\n{table(chosen or found)}")
 
 
 def choose(
@@ -248,13 +285,14 @@ def choose(
         args.side,
         args.seed,
         list(names),
+        *args.decided,
     ]
     if not file.is_file():
         found = compared(args, rows, spoilt)
         best = most_telling(found)
         told = {"chosen": best, "chosen_on": [names[row] for row in rows], "decided": decided}
         atomic_write_json(file, told | {"rows": [one.as_json() for one in found]})
-        say_table(table(found))
+        say_table(f"{few(rows)}Choosing:\n\n{table(found)}")
     kept, digest = plainjson.parse(file.read_text("utf-8")), hashlib.sha256(file.read_bytes()).hexdigest()
     if kept["decided"] != decided:
         raise SystemExit(f"{file} was chosen with other settings: use them, or another --work")

@@ -9,13 +9,15 @@ Two sets: a look that no model has seen, and a subject that none has seen. From 
 (docs/style.yaml, or --recipe) trains an adapter with each of three seeds. Over the steps it is measured: the loss of
 held-out pictures of the set; by guidance, the share of drawn pictures that a judge takes for the set's; and their
 sharpness. The judge tells pictures of the set from --rest pictures by features that no model has made, is fitted on one
-half of the real ones, and what it makes of the other half (its confusion) is stated. Intervals are over seeds and
-pictures. Trainings and pictures are kept, and the same command goes on: first one seed of everything, then the others.
+half of the real ones, and what it makes of the other half (its confusion) is stated. Intervals are over pictures
+and, where there are several, seeds.
+Trainings and pictures are kept, and the same command goes on: first one seed of everything, then the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from benchmarks.family import sharpness
 from benchmarks.features import edges, random_net, read_pictures, thumbnail
 from benchmarks.finetune_page import Row, write
 from PIL import Image
@@ -37,6 +40,7 @@ from libreflux.files import atomic_save_safetensors
 from libreflux.printing import say
 from libreflux.probing.metrics.bootstrap import REPLICATES
 from libreflux.probing.metrics.measures import CONFIDENCE, resampled
+from libreflux.probing.metrics.student import quantile
 from libreflux.probing.metrics.wilson import wilson
 from libreflux.probing.no_training import halves
 from libreflux.probing.over_seeds import spread_over_seeds
@@ -45,6 +49,7 @@ from libreflux.training.checkpoint import ADAPTER, step_folder
 
 MODELS = {"schnell": "emoji-schnell", "libre": "emoji-libre", "base": "emoji-base"}
 RIDGE = 1.0
+TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
 ROOT = Path(__file__).resolve().parent.parent
 HALVES = (11, 40)
 """What no model has a picture of: two subjects' halves, one above the other, called by both names."""
@@ -217,25 +222,31 @@ def drawn(
     return load_file(file)["pixels"].float().div(127.5).sub(1)
 
 
-def sharpness(pixels: Tensor) -> np.ndarray:
-    """[B]: mean absolute difference of neighbouring pixels, of 255."""
-    across = (pixels[..., 1:] - pixels[..., :-1]).abs().mean((1, 2, 3))
-    down = (pixels[..., 1:, :] - pixels[..., :-1, :]).abs().mean((1, 2, 3))
-    return (127.5 * (across + down) / 2).double().numpy()
-
-
 def interval(values: np.ndarray) -> tuple[float, float, float]:
     """Mean of [K, N] values, of K seeds and N prompts that they share, and its 95 % interval over both."""
-    counts = int(values.sum()), values.size
-    if len(values) == 1 and np.isin(values, (0, 1)).all():
+    counts = values.shape[1] * float(values.mean()), values.shape[1]
+    is_share = np.isin(values, (0, 1)).all()
+    if len(values) == 1 and is_share:
         return float(values.mean()), *wilson(*counts)
     weights = np.vstack(
         [np.full((1, values.shape[1]), 1 / values.shape[1]), resampled(values.shape[1], replicates=REPLICATES)]
     )
     each = values @ weights.T
     moved = each[:, 1:].mean(axis=0) + (spread_over_seeds(each) if len(each) > 1 else 0.0)
-    low, high = np.quantile(moved, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    low, high = np.quantile(moved, TAILS)
+    if is_share:  # of prompts that all seeds got right a bootstrap says that there are no others
+        least, most = wilson(*counts)
+        low, high = max(0.0, min(low, least)), min(1.0, max(high, most))
     return float(each[:, 0].mean()), float(low), float(high)
+
+
+def loss_interval(values: Sequence[float], errors: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of K seeds' losses and its 95 % interval: `errors` are of the pictures, which all seeds share."""
+    mean, reach = float(np.mean(values)), 1.96 * float(np.mean(np.square(errors))) ** 0.5
+    if (count := len(values)) > 1:
+        of_seeds = quantile(1 - CONFIDENCE, count - 1) * float(np.std(values, ddof=1)) / count**0.5
+        reach = math.hypot(reach, of_seeds)
+    return mean, mean - reach, mean + reach
 
 
 def measured(
@@ -252,11 +263,8 @@ def measured(
     runs = [train(args, name, model, pictures, seed, told) for seed in seeds]
     known = [losses(run, told) for run in runs]
     for step in told.steps:
-        values = np.array([one[step][0] for one in known])
-        between = values.var(ddof=1) / len(values) if len(values) > 1 else 0.0
-        reach = 1.96 * float(np.mean([one[step][1] ** 2 for one in known]) + between) ** 0.5
-        mean, count = float(values.mean()), known[0][step][2]
-        yield Row(name, model, len(seeds), step, "loss", None, mean, mean - reach, mean + reach, count)
+        found = loss_interval([one[step][0] for one in known], [one[step][1] for one in known])
+        yield Row(name, model, len(seeds), step, "loss", None, *found, known[0][step][2])
         for scale in told.guidance:
             pixels = [drawn(args, run, model, step, scale, prompts, told) for run in runs]
             args.shown[name, model, step, scale] = pixels[0][0]

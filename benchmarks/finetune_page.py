@@ -67,7 +67,8 @@ def write(out: Path, rows: Sequence[Row], confusions: Mapping[str, str], shown: 
         plotted = f'<div class="plots">{"".join(drawings)}</div>'
         pictures = _pictures(shown, name)
         parts.append(f"<h2>{escape(name)}</h2><p>{escape(confusions[name])}</p>{plotted}{pictures}{details}")
-    said = '<p class="faint">Bands: 95 % intervals over seeds of the training and over pictures.</p>'
+    bands = "Bands: 95 % intervals over pictures and, where there are several, over seeds of the training."
+    said = f'<p class="faint">{bands}</p>'
     page = html.document(
         "Is a freed model easier to fine-tune?", f"<h1>Is a freed model easier to fine-tune?</h1>{said}{''.join(parts)}"
     )

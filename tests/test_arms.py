@@ -75,8 +75,17 @@ def test_intervals_are_over_seeds_and_prompts_and_a_single_share_is_wilsons() ->
     apart = np.stack([np.full(24, level) for level in (0.2, 0.5, 0.8)])
     value, low, high = finetune.interval(apart)
     assert value == pytest.approx(0.5)
-    assert low < 0.35
-    assert high > 0.65
+    assert low < 0.1  # Student's t of three seeds reaches 0.37 to both sides
+    assert high > 0.9
+    same = finetune.interval(np.ones((3, 24)))
+    assert same == pytest.approx((1, 0.862, 1), abs=1e-3)
+
+
+def test_the_interval_of_a_loss_is_students_over_seeds() -> None:
+    value, low, high = finetune.loss_interval([0.2, 0.5, 0.8], [1e-6] * 3)
+    assert value == pytest.approx(0.5)
+    assert (0.5 - low, high - 0.5) == pytest.approx((0.745, 0.745), abs=0.001)  # 4.303 · 0.3 / √3
+    assert finetune.loss_interval([0.5], [0.1]) == pytest.approx((0.5, 0.304, 0.696))
 
 
 def test_features_that_nobody_trained_are_functions_of_the_picture() -> None:
@@ -86,3 +95,21 @@ def test_features_that_nobody_trained_are_functions_of_the_picture() -> None:
         assert len(found) == 3, name
         assert torch.isfinite(found).all(), name
         assert torch.equal(found, features.plain_features()[name](pixels)), name
+
+
+def test_the_halves_that_choose_and_measure_share_no_caption(tmp_path: Path) -> None:
+    captions = [f"a {number % 12} on red" for number in range(48)]
+    choosing, measuring = features.halves_by_caption(captions, 0)
+    assert sorted([*choosing, *measuring]) == list(range(48))
+    assert not {captions[row] for row in choosing} & {captions[row] for row in measuring}
+    with pytest.raises(SystemExit, match="fewer than two captions"):
+        features.halves_by_caption([""] * 8, 0)
+    assert features.few(choosing) == "Of 24 pictures: intervals of fewer than 30 are too narrow. "
+    assert features.few(np.arange(30)) == ""
+    judge = tmp_path / "judge.safetensors"
+    judge.write_bytes(b"one")
+    before = features.judge_digest(judge)
+    judge.write_bytes(b"two")
+    assert features.judge_digest(judge) != before
+    black, white = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
+    assert features.told_of(["a", "b"], black) != features.told_of(["a", "b"], white)

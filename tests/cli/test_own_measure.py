@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import libreflux
 from libreflux.errors import DataError, OptionError
 from libreflux.probing import run as probe_run
-from libreflux.probing.own import OwnMeasure
+from libreflux.probing.own import OfPictures, OwnMeasure
 from libreflux.probing.results import read_result
 from libreflux.probing.sections import velocity_metrics
 from libreflux.workflows.probe_own import GROUP, own_measures
@@ -109,6 +110,7 @@ def test_a_call_takes_the_object_and_shares_have_wilsons_interval(
     assert one.low == pytest.approx(0.342, abs=1e-3)
     wrong: list[tuple[Any, str]] = [
         (lambda pictures, prompts: 1 / 0, r"grey: its function failed \(ZeroDivisionError: division by zero\)"),
+        (lambda pictures, prompts: [float("inf")] * 3, "grey: its function gave an infinite number"),
         (lambda pictures, prompts: [0.5] * 3, "grey: is a share, and a number is neither 0 nor 1"),
     ]
     for number, (of, text) in enumerate(wrong, 2):
@@ -124,6 +126,7 @@ def test_a_call_takes_the_object_and_shares_have_wilsons_interval(
         ("nowhere.py:edges", "--measure: no such file: nowhere.py"),
         ("{file}:other", "edges.py has no 'other'"),
         ("{file}:sharpness", "is no libreflux.probing.own.OwnMeasure but a function"),
+        ("{leaving}:edges", "cannot be read (SystemExit: 3)"),
         ("{broken}:edges", "cannot be read (SyntaxError: "),
         ("{taken}:edges", "loss: is a measure of every probe; hint: give yours another name"),
     ],
@@ -131,10 +134,59 @@ def test_a_call_takes_the_object_and_shares_have_wilsons_interval(
 def test_mistakes_are_one_line_before_a_model_is_read(
     run: Callable[..., Any], documented: Path, tmp_path: Path, measure: str, text: str
 ) -> None:
-    broken, taken = tmp_path / "broken.py", tmp_path / "taken.py"
+    broken, taken, leaving = (tmp_path / name for name in ("broken.py", "taken.py", "leaving.py"))
+    leaving.write_text("raise SystemExit(3)\n")
     broken.write_text("edges = =\n")
     taken.write_text(documented.read_text("utf-8").replace('name="sharpness"', 'name="loss"'))
-    refused = run("probe", "no-model", "--measure", measure.format(file=documented, broken=broken, taken=taken))
+    files = {"broken": broken, "taken": taken, "leaving": leaving}
+    refused = run("probe", "no-model", "--measure", measure.format(file=documented, **files))
     assert refused.code == 2
     assert text in refused.err
     assert len(refused.err.strip().splitlines()) == 1
+
+
+def test_what_a_function_holds_is_in_its_key() -> None:
+    def of(pictures: np.ndarray, prompts: Sequence[str], power: float = 1) -> np.ndarray:
+        return np.mean(pictures**power, axis=(1, 2, 3))
+
+    def above(limit: float) -> OfPictures:
+        return lambda pictures, prompts: pictures.max(axis=(1, 2, 3)) > limit
+
+    def unfinished() -> str:
+        def of(pictures: np.ndarray, prompts: Sequence[str]) -> list[float]:
+            return [later] * len(prompts)
+
+        found = OwnMeasure(name="grey", of=of).digest
+        later = 1.0
+        return found
+
+    def typed(text: str) -> OfPictures:
+        return eval(text)  # as at a prompt: it has no file
+
+    class Blurred:
+        def __init__(self, radius: int) -> None:
+            self.radius = radius
+
+        def __call__(self, pictures: np.ndarray, prompts: Sequence[str]) -> list[float]:
+            return [self.radius] * len(prompts)
+
+    pairs: list[tuple[OfPictures, OfPictures, OfPictures]] = [
+        (functools.partial(of, power=2), functools.partial(of, power=2), functools.partial(of, power=3)),
+        (above(1), above(1), above(2)),
+        (typed("lambda a, b: [1]"), typed("lambda a, b: [1]"), typed("lambda a, b: [2]")),
+        (Blurred(1), Blurred(1), Blurred(2)),
+        (Blurred(1).__call__, Blurred(1).__call__, Blurred(2).__call__),
+        (np.add, np.add, np.multiply),
+    ]
+    assert len(unfinished()) == 64
+    for one, same, other in pairs:
+        digests = [OwnMeasure(name="grey", of=each).digest for each in (one, same, other)]
+        assert digests[0] == digests[1]
+        assert digests[0] != digests[2]
+
+
+def test_a_file_may_hold_a_dataclass(documented: Path) -> None:
+    head = "from __future__ import annotations\nfrom dataclasses import dataclass\n\n"
+    head += "@dataclass\nclass A:\n    b: int = 1\n"
+    documented.write_text(head + documented.read_text("utf-8"), "utf-8")
+    assert own_measures(f"{documented}:edges")[0].name == "sharpness"

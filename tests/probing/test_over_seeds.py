@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from libreflux import seeding
 from libreflux.errors import DataError
 from libreflux.probing.freedom import freedom
-from libreflux.probing.metrics.bootstrap import mean, measured
+from libreflux.probing.metrics.bootstrap import mean, measured, share
 from libreflux.probing.over_seeds import over_seeds
 from libreflux.probing.results import Result
 
@@ -38,7 +40,7 @@ def test_the_interval_holds_where_trainings_differ_more_than_pictures_do() -> No
         for number, one in enumerate((over_seeds(runs, seed=trial), runs[0])):
             [row] = one.measures
             inside[number] += row.low <= 2 <= row.high
-    assert inside[0] >= 42  # three trainings are few
+    assert inside[0] >= 54  # a bootstrap of three trainings: 44
     assert inside[1] <= 30
 
 
@@ -56,9 +58,22 @@ def test_its_value_is_the_mean_and_equal_trainings_leave_the_pictures_interval()
     assert share.low < share.share < share.high
 
 
-def test_replicates_that_are_not_paired_are_refused() -> None:
-    import dataclasses
+def test_a_share_that_all_trainings_reach_keeps_wilsons_interval() -> None:
+    rows = measured("accuracy", {}, share(np.ones(24)), 24, {"all": np.arange(24)}, seed=0)
+    one = Result(model={"name": "run"}, settings={}, versions={}, seconds=1.0, measures=rows)
+    [row] = over_seeds([one] * TRAININGS).measures
+    assert (row.value, row.low, row.high) == pytest.approx((1, 0.862, 1), abs=1e-3)
 
+
+def test_trainings_that_were_not_measured_alike_are_refused() -> None:
+    one, other = (
+        dataclasses.replace(run, settings={"pictures": 60 + n}) for n, run in enumerate(trainings(3, 0.0)[:2])
+    )
+    with pytest.raises(DataError, match="were measured with another pictures"):
+        over_seeds([one, other])
+
+
+def test_replicates_that_are_not_paired_are_refused() -> None:
     runs = trainings(2, 0.0)
     short = dataclasses.replace(runs[0].measures[0], replicates=runs[0].measures[0].replicates[:10])
     with pytest.raises(DataError, match="not paired"):

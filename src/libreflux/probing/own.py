@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType, FunctionType, MethodType
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -65,7 +69,10 @@ class OwnMeasure:
 
     @property
     def digest(self) -> str:
-        """Of its version and the file that holds its function: kept numbers of another one are not used."""
+        """Of its version, the file that holds its function, and plain values that the function holds.
+
+        Kept numbers of another one are not used.
+        """
         return digest([FORMULA, self.version, self.unit, self.is_share, self.reference, _code(self.of)])
 
     @property
@@ -95,12 +102,15 @@ class OwnMeasure:
             found = np.asarray(self.of(pictures, list(texts)), np.float64)
         except LibrefluxError:
             raise
-        except Exception as error:  # the caller's own code: whatever it raises
+        except (Exception, SystemExit) as error:  # the caller's own code: whatever it raises
             told = f"its function failed ({type(error).__name__}: {error})".splitlines()[0]
             raise DataError(told, where=self.name, hint="mend the function, and run the same again") from error
         if found.shape != (len(texts),):
             told = f"its function gave {_shape(found)} for {len(texts)} pictures"
             raise DataError(told, where=self.name, hint="give one number for each picture")
+        if np.isinf(found).any():
+            hint = "give NaN where it says nothing of a picture"
+            raise DataError("its function gave an infinite number", where=self.name, hint=hint)
         return found
 
     def _rows(
@@ -145,13 +155,40 @@ def _plan(settings: Settings, prompts: Sequence[ParsedPrompt]) -> Plan:
     return Plan([batch for _, batch in _batches(settings, prompts)])
 
 
-def _code(of: OfPictures) -> str:
-    """SHA-256 of the file that a function comes from; "" where none is found, as of what was typed at a prompt."""
+def _code(of: Any) -> str:
+    """SHA-256 of a function's file, or of its byte code where no file is found; with the plain values that it holds."""
+    if isinstance(of, functools.partial):
+        return digest([_code(of.func), repr(of.args), repr(sorted(of.keywords.items()))])
+    function = inspect.unwrap(of)
+    if isinstance(function, MethodType):
+        return digest([_code(function.__func__), repr(getattr(function.__self__, "__dict__", None))])
+    if not isinstance(function, FunctionType):
+        called = type(function).__call__
+        inside = _code(called) if isinstance(called, FunctionType) else repr(function)
+        return digest([inside, repr(getattr(function, "__dict__", None))])
     try:
-        file = inspect.getsourcefile(inspect.unwrap(of))
-        return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        file = inspect.getsourcefile(function)
+        code = "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
     except (TypeError, OSError):
-        return ""
+        code = ""
+    held, code = _held(function), code or digest(_byte_code(function.__code__))
+    return digest([code, held]) if held else code
+
+
+def _held(function: FunctionType) -> list[str]:
+    """Numbers, texts and tuples among a function's defaults and in what it encloses."""
+    cells = list[object]()
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # a name that has no value yet
+            cells.append(cell.cell_contents)
+    values = [*(function.__defaults__ or ()), *sorted((function.__kwdefaults__ or {}).items()), *cells]
+    return [repr(one) for one in values if isinstance(one, bool | int | float | str | tuple)]
+
+
+def _byte_code(code: CodeType) -> list[Any]:
+    """Of a function that was typed at a prompt; its own functions are within."""
+    constants = [_byte_code(one) if isinstance(one, CodeType) else repr(one) for one in code.co_consts]
+    return [code.co_code.hex(), constants, list(code.co_names)]
 
 
 def _shape(found: np.ndarray) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -51,7 +52,7 @@ def _named(name: object) -> OwnMeasure:
         found = _of_file(Path(os.path.expanduser(file)), inside) if colon else _of_package(name)
     except LibrefluxError:
         raise
-    except Exception as error:  # the user's own code: whatever it raises
+    except (Exception, SystemExit) as error:  # the user's own code: whatever it raises
         told = f"{name!r} cannot be read ({type(error).__name__}: {error})".splitlines()[0]
         raise OptionError(told, OPTION, hint="mend what it says") from error
     if not isinstance(found, OwnMeasure):
@@ -67,6 +68,7 @@ def _of_file(file: Path, name: str) -> object:
     if spec is None or spec.loader is None:
         raise OptionError(f"{file} is no Python file", OPTION, hint=HINT)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their module
     spec.loader.exec_module(module)
     if not hasattr(module, name):
         raise OptionError(f"{file} has no {name!r}", OPTION, hint=HINT)

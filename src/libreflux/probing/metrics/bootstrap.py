@@ -53,7 +53,9 @@ class Ratio:
 class PairMean:
     """The mean over N units and the pairs of S seeds that all units share: a `Statistic` that resamples both.
 
-    A seed that a resample holds twice is not paired with itself, which would be no distance at all.
+    A seed that a resample holds twice is not paired with itself, which would be no distance at all. Few seeds tell
+    little of others: where they decide more than prompts do, the 95 % interval of 8 seeds holds in 94 of 100 cases,
+    that of 5 in 90, of 3 in 68; two have one pair, and are not resampled at all.
 
     Attributes:
         pairs: [N, S, S] of each unit between two seeds, 0 on the diagonal.
@@ -138,7 +140,7 @@ def measured(
         replicates = np.array(rest)
         if centred and np.isfinite(replicates).any():
             replicates = replicates + value - np.nanmean(replicates)
-        low, high = _interval(replicates)
+        low, high = ends(replicates)
         made_of = statistic if isinstance(statistic, Ratio | PairMean) else None
         if made_of is not None:
             count = int((made_of.below[members] > 0).sum())
@@ -161,7 +163,8 @@ def measured(
     return found
 
 
-def _interval(replicates: np.ndarray) -> tuple[float, float]:
+def ends(replicates: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of [R] replicates: quantiles of those that are finite; NaN where none is."""
     finite = replicates[np.isfinite(replicates)]
     if not len(finite):
         return float("nan"), float("nan")
