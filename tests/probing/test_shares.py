@@ -24,8 +24,8 @@ def measure(values: np.ndarray, *, counts: bool = False) -> Measure:
 
 def way(random: np.random.Generator, units: int, gone: float) -> Share:
     """What is left of a way from 0 to 10, of which `gone` has been gone, under noise of 1."""
-    rows = [measure(at + random.normal(size=units)) for at in (10 * gone, 0, 10)]
-    return share_of_way("x", *rows, left=True)
+    adapted, start, end = (measure(at + random.normal(size=units)) for at in (10 * gone, 0, 10))
+    return share_of_way("x", adapted, start, end, left=True)
 
 
 def covered(found: list[Share], true: float) -> float:
@@ -43,7 +43,7 @@ def test_a_distance_of_few_pictures_is_widened_too() -> None:
     rows = [measure(at + random.normal(size=6)) for at in (3, 0, 10)]
     apart = [dataclasses.replace(one, units=None) for one in rows]  # what a distance is made of is no sum
     many = [dataclasses.replace(one, count=6000) for one in apart]
-    (few, much) = (share_of_way("FD", *each) for each in (apart, many))
+    (few, much) = (share_of_way("FD", each[0], each[1], each[2]) for each in (apart, many))
     assert few.value == much.value
     assert (few.high - few.value) / (much.high - much.value) == pytest.approx(2.571 / 1.96 * (6 / 5) ** 0.5, rel=1e-3)
 
@@ -57,11 +57,12 @@ def test_the_lowest_of_several_that_are_alike_still_has_the_true_one_within() ->
 
 def test_all_right_is_not_told_to_be_certain() -> None:
     right, wrong = np.ones(24), np.zeros(24)
-    found = share_of_way("accuracy", *(measure(one, counts=True) for one in (right, right, wrong)), left=True)
+    all_right, none = measure(right, counts=True), measure(wrong, counts=True)
+    found = share_of_way("accuracy", all_right, all_right, none, left=True)
     assert found.value == 1
     assert found.low == pytest.approx(0.86, abs=0.01)
     assert found.high > 1
-    nothing = share_of_way("accuracy", *(measure(one, counts=True) for one in (wrong, right, wrong)), left=True)
+    nothing = share_of_way("accuracy", none, all_right, none, left=True)
     assert json.loads(json.dumps(nothing.as_json()))["by"] == "accuracy"
     assert nothing.low == nothing.value == 0  # it cannot get less than nothing right
     assert nothing.high == pytest.approx(0.2, abs=0.05)
@@ -74,7 +75,7 @@ def test_accuracy_near_the_distilled_one_has_the_true_share_within() -> None:
         luck = random.random(48)  # of the prompt: both models miss the same ones
         rows = [measure((luck < p).astype(float), counts=True) for p in (0.89, 0.95)]
         broken = measure((random.random(48) < 0.15).astype(float), counts=True)
-        found.append(share_of_way("accuracy", *rows, broken, left=True))
+        found.append(share_of_way("accuracy", rows[0], rows[1], broken, left=True))
     assert covered(found, 1 - 0.06 / 0.8) >= 0.93
 
 
