@@ -109,8 +109,8 @@ def probe_few_steps_with(options: FewStepsOptions) -> FewStepsResult:
         trained, pairs = check_training(trained_on, last, checkup.first, None, options.result, options.progress)
         best, told = stop(points, options.keep) if len(points) > 1 else (points[0], points[0].sentence)
         remarks = list(_remarks(checkup, points))
-        for told in remarks:
-            logger.warning("%s", told)
+        for doubt in remarks:
+            logger.warning("%s", doubt)
         remark = "; ".join(remarks)
         result = FewStepsResult(options.result, options.result / PAGE, tuple(points), best, told, checkup.made, remark)
         _write(options, result, checkup, judge, trained, pairs)
