@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from census import Census
 from libreflux.training import checkpoint, hindsight
 
 LAYERS, SOURCES = 8, 12
-
-
-class Census(TorchDispatchMode):
-    """The most bytes of tensors that are alive at any time, those that an operation gave or took."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
-        self.most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves((args, found)):
-            if isinstance(tensor, torch.Tensor) and tensor._base is None:
-                self.alive[id(tensor)] = weakref.ref(tensor), tensor.nbytes
-        self.alive = {key: one for key, one in self.alive.items() if one[0]() is not None}
-        self.most = max(self.most, sum(size for _, size in self.alive.values()))
-        return found
 
 
 def shapes(kind: str) -> dict[str, tuple[int, int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +13,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import libreflux
+from census import Census
 from libreflux.adapter.io import attach_file
 from libreflux.data.held_out import HeldOut
 from libreflux.emoji import compose
@@ -176,28 +174,10 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(
     assert not (tmp_path / "report" / "sheet.png").exists()
 
 
-class Census(TorchDispatchMode):
-    """The most bytes, at any time, of tensors that have the adapter's rank as a side."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
-        self.most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves((args, found)):
-            if isinstance(tensor, torch.Tensor) and RANK in tensor.shape and tensor._base is None:
-                self.alive[id(tensor)] = weakref.ref(tensor), tensor.nbytes
-        self.alive = {key: one for key, one in self.alive.items() if one[0]() is not None}
-        self.most = max(self.most, sum(size for _, size in self.alive.values()))
-        return found
-
-
 def test_no_more_than_three_adapters_are_in_memory(many: Path, apart: Path, swept: SweepResult, tmp_path: Path) -> None:
     """The run has six checkpoints and twelve averages; the base, pictures and texts have no side of seven."""
     shutil.copytree(swept.folder / "cache", tmp_path / "report" / "cache")
-    with Census() as census:
+    with Census(lambda tensor: RANK in tensor.shape) as census:
         less = {"lerps": [0.3], "sigmas": [0.5], "guidance": [], "steps": None}
         libreflux.sweep(many, data=apart, report=tmp_path / "report", **{**QUICK, **less})
     tensors = load_file(many / "adapter.safetensors").values()
