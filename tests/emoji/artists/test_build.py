@@ -1,21 +1,23 @@
 """The stages: what a step trains on, a resumed base to the bit, the folders and recipes of the students."""
 
 import json
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from PIL import Image
+from PIL import Image, ImageOps
 
-from libreflux.emoji.artists import captions, held_out
-from libreflux.emoji.artists.build import base, pictures, students
-from libreflux.emoji.artists.subjects import all_subjects, unseen_subjects
+from libreflux.emoji.artists import captions, held_out, scenes
+from libreflux.emoji.artists.build import base, layout, pictures, reading, students
+from libreflux.emoji.artists.subjects import LOOKS, SIDE, all_subjects, drawing, unseen_subjects
 from libreflux.errors import DataError
 from libreflux.files import atomic_save_safetensors
 
 COUNT = 8
-LAST = 4_000_000
+LAST = 1_000_000
 
 
 def tiny_transformer() -> FluxTransformer2DModel:
@@ -75,6 +77,9 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_base_that_is_gone_on_with_has_the_same_bits(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "trapezoid", lambda step, steps: 1.0)
     monkeypatch.setattr(base, "make_transformer", tiny_transformer)
+    monkeypatch.setattr(base, "READ_BEHIND", 0)
+    monkeypatch.setattr(reading, "BATCH", 4)
+    monkeypatch.setattr(reading, "train", partial(reading.train, steps=1))
     base.train(work, steps=2, count=COUNT, batch=2)
     whole = (work / "base.safetensors").read_bytes()
     (work / "base.safetensors").unlink()
@@ -83,6 +88,58 @@ def test_a_base_that_is_gone_on_with_has_the_same_bits(work: Path, monkeypatch: 
     gone_on = (work / "base.safetensors").read_bytes()
     assert gone_on[-LAST:] == whole[-LAST:]  # without the header, which tells seconds
     assert len(whole) > LAST
+
+
+def test_the_layout_is_where_the_drawing_is() -> None:
+    """A picture put together again from the drawings by the layout's own places resembles the scene."""
+    shown, put = [], []
+    for index in range(40):
+        what = held_out.training_scene(1, index)
+        answers = dict(zip(layout.QUESTIONS, layout.labels(what).reshape(-1, layout.GRID, layout.GRID), strict=True))
+        picture = scenes.render(what)
+        for row, column in np.argwhere(answers["subject"] > 0).tolist():
+            subject = all_subjects()[answers["subject"][row, column] - 1]
+            assert subject in [figure.subject for figure in what.figures]
+            side = picture.width // layout.GRID
+            shown.append(np.asarray(picture)[row * side + side // 2, column * side + side // 2])
+            whole = drawing(subject.name, LOOKS[answers["look"][row, column]])
+            if answers["mirrored"][row, column]:
+                whole = ImageOps.mirror(whole)
+            part = SIDE // layout.PARTS
+            across, down = int(answers["across"][row, column]), int(answers["down"][row, column])
+            across = layout.PARTS - 1 - across if answers["mirrored"][row, column] else across
+            box = (across * part, down * part, (across + 1) * part, (down + 1) * part)
+            put.append(np.asarray(whole.convert("RGBa").crop(box).convert("RGBA")).reshape(-1, 4))
+    nearest = [
+        np.abs(pixels[pixels[:, 3] > 128, :3].astype(int) - seen).sum(-1).min()
+        for seen, pixels in zip(shown, put, strict=True)
+        if (pixels[:, 3] > 128).any()
+    ]
+    assert np.mean(np.array(nearest) < 60) > 0.9
+
+
+def test_a_reader_is_asked_what_a_caption_tells() -> None:
+    asked = reading.questions()
+    texts, right = reading.batch_at(1)
+    for text, row in zip(texts, right, strict=True):
+        assert [fact for fact, answer in row.items() if answer not in asked[fact]] == []
+        told = [row[fact] for fact in ("first", "second", "look", "colour", "other colour") if fact in row]
+        assert [word for word in told if word not in text] == []
+        assert bool(text) == ("first" in row)
+
+
+def test_encoders_learn_to_read_captions_and_go_on_with_the_same_bits(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "BATCH", 16)
+    monkeypatch.setattr(reading, "cosine", lambda step, steps: 1.0)
+    whole = reading.train(work, base.make_text(work / "tokenizers"), steps=4)
+    losses = (work / "text.safetensors").read_bytes()
+    (work / "text.safetensors").unlink()
+    reading.train(work, base.make_text(work / "tokenizers"), steps=2)
+    reading.train(work, base.make_text(work / "tokenizers"), steps=4)
+    assert (work / "text.safetensors").read_bytes()[-LAST :] == losses[-LAST :]
+    assert not any(parameter.requires_grad for parameter in whole.text_encoder.parameters())
 
 
 def test_students_see_no_held_out_picture_and_the_freed_one_no_other_subject(tmp_path: Path) -> None:

@@ -50,6 +50,13 @@ def _by_chance(what: Scene, purpose: str) -> Told:
     return Told(bool(look), bool(size), bool(place), bool(background))
 
 
+def told_by(what: Scene, kind: str) -> Told:
+    """Which facts the caption of this kind has: short and tags leave some out by chance."""
+    if kind in ("short", "tags"):
+        return _by_chance(what, kind)
+    return Told() if kind == "bare" else ALL
+
+
 def _a(words: str, name: str) -> str:
     if name in NO_ARTICLE:
         return words
@@ -95,7 +102,7 @@ def phrase(what: Scene, told: Told) -> str:
 
 def tags(what: Scene) -> str:
     """Words between commas, some facts left out by chance."""
-    told = _by_chance(what, "tags")
+    told = told_by(what, "tags")
     words = []
     for figure in what.figures:
         words += [figure.subject.name, *([figure.look] if told.look else [])]
@@ -151,9 +158,7 @@ def _behind(background: Background) -> str:
 def captions(what: Scene) -> dict[str, str]:
     """Every caption of a scene, by kind: bare, short, full, tags, long."""
     return {
-        "bare": phrase(what, Told()),
-        "short": phrase(what, _by_chance(what, "short")),
-        "full": phrase(what, ALL),
+        **{kind: phrase(what, told_by(what, kind)) for kind in ("bare", "short", "full")},
         "tags": tags(what),
         "long": long(what),
     }

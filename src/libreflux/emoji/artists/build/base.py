@@ -1,7 +1,7 @@
-"""Latents of training scenes with their captions, then emoji-base from nothing by plain flow matching.
+"""Latents of training scenes with their captions, then emoji-base from nothing by flow matching.
 
-The autoencoder is the shipped one. The transformer and both text encoders learn together; afterwards the encoders are
-frozen for the whole family.
+The autoencoder is the shipped one. The text encoders have learnt to read before (`reading`) and are frozen for the
+whole family. Beside the pictures' loss a head that is thrown away reads the layout from hidden image tokens (`layout`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from libreflux import seeding
 from libreflux.emoji.artists import captions as grammar
 from libreflux.emoji.artists import held_out, scenes
+from libreflux.emoji.artists.build import layout, reading
 from libreflux.emoji.artists.subjects import all_subjects
 from libreflux.emoji.build.base import EDGE, condition, encoders, make_transformer, replaced
 from libreflux.emoji.build.muon import multiplies_bf16
@@ -44,6 +45,9 @@ from libreflux.sample.metadata import save_png
 SCENES, SCENE_SEED = 32_000, 3
 CHUNK = 4_000
 STEPS, BATCH = 8_000, 48
+SMALL_BATCH, SMALL_UNTIL = 24, 600  # at first half a batch teaches as much a step
+LAYOUT_SHARE = 0.05  # of the layout's cross-entropy in the loss
+READ_BEHIND = 1  # the single block whose image tokens the layout is read from: the fifth block of nine
 RATE, MATRIX_RATE = 1e-3, 1e-2  # of AdamW and of Muon
 SHARES = {"bare": 0.15, "short": 0.35, "full": 0.25, "tags": 0.15, "": 0.1}
 ATTENTION = {"cpu": SDPBackend.MATH, "cuda": SDPBackend.EFFICIENT_ATTENTION}
@@ -148,6 +152,15 @@ def batch_at(step: int, seed: int, texts: list[dict[str, str]], batch: int) -> t
     return rows, [texts[row][kind] if kind else "" for row, kind in zip(rows, kinds, strict=True)]
 
 
+def _layouts(work: Path, count: int) -> Tensor:
+    """[count, questions, tokens] int16, of every training scene; made once."""
+    file = work / "layouts.safetensors"
+    if not file.exists():
+        made = np.stack([layout.labels(held_out.training_scene(SCENE_SEED, index)) for index in range(count)])
+        atomic_save_safetensors({"layouts": torch.from_numpy(made)}, file, {})
+    return load_file(file)["layouts"][:count]
+
+
 def train(
     work: Path,
     *,
@@ -161,38 +174,48 @@ def train(
     """Train (or resume) to `steps`; `work/base.safetensors` keeps the state."""
     packed, texts = load_latents(work, count)
     where = torch.device(device)
-    transformer, text = make_transformer().to(where), make_text(work / "tokenizers")
+    text = reading.train(work, make_text(work / "tokenizers"))
+    transformer = make_transformer().to(where)
     transformer.train()
     text.to(where)
-    packed = packed.to(where)
+    packed, layouts = packed.to(where), _layouts(work, count).to(where)
     ids = latents_room.image_ids(16, 16).to(where)
+    head = _layout_head(transformer).to(where)
+    hidden: list[Tensor] = []
+    block = transformer.single_transformer_blocks[READ_BEHIND]
+    block.register_forward_hook(lambda _module, _inputs, outputs: hidden.append(outputs[1]))
 
     def loss_at(step: int) -> Tensor:
-        rows, captions = batch_at(step, seed, texts, batch)
+        size = min(SMALL_BATCH, batch) if step < SMALL_UNTIL else batch
+        rows, captions = batch_at(step, seed, texts, size)
         x0 = packed[rows].float()
         noise = torch.randn(x0.shape, generator=seeding.generator(seed, "noise", step)).to(where)
         # Noisier than the recipe's Beta(2, 2): shapes are decided there, and are slow to be learnt. One step in eight
         # keeps the rare ends trained.
         law = Uniform() if step % 8 == 7 else Beta(alpha=4.0, beta=1.2)
-        sigma = stratified(law, batch, seeding.generator(seed, "sigma", step)).to(where)
+        sigma = stratified(law, size, seeding.generator(seed, "sigma", step)).to(where)
         with autocast(where), sdpa_kernel(ATTENTION[where.type]):
-            conditioning = condition(text, captions)
+            with torch.no_grad():
+                conditioning = condition(text, captions)
             output = velocity(transformer, flow_path.interpolate(x0, noise, sigma), sigma, conditioning, ids)
-        return F.mse_loss(output.float(), flow_path.velocity_target(x0, noise))
+        pictures = F.mse_loss(output.float(), flow_path.velocity_target(x0, noise))
+        return pictures + LAYOUT_SHARE * head.loss(hidden.pop().float(), layouts[rows])
 
-    stage = _stage(work, transformer, text)
+    stage = _stage(work, transformer, head)
     stage.resume()
     for _ in stage.run(steps, loss_at, trapezoid, every=save_every):
         pass
 
 
-def _stage(work: Path, transformer: FluxTransformer2DModel, text: TextEncoders) -> Stage:
-    modules: dict[str, nn.Module] = {
-        "transformer": transformer,
-        "clip": text.text_encoder,
-        "t5": text.text_encoder_2,
-    }
-    return Stage(work / "base.safetensors", modules, lr=RATE, matrix_lr=MATRIX_RATE, average=0.998, edge=EDGE)
+def _layout_head(transformer: FluxTransformer2DModel) -> layout.LayoutHead:
+    torch.manual_seed(4)
+    return layout.LayoutHead(transformer.inner_dim)
+
+
+def _stage(work: Path, transformer: FluxTransformer2DModel, head: layout.LayoutHead) -> Stage:
+    modules: dict[str, nn.Module] = {"transformer": transformer, "layout": head}
+    edge = (*EDGE, "layout")
+    return Stage(work / "base.safetensors", modules, lr=RATE, matrix_lr=MATRIX_RATE, average=0.998, edge=edge)
 
 
 def export(work: Path, out: Path | None = None) -> Path:
@@ -200,8 +223,8 @@ def export(work: Path, out: Path | None = None) -> Path:
 
     Its numbers are those of bf16, stored in `working_dtype`.
     """
-    transformer, text = make_transformer(), make_text(work / "tokenizers")
-    stage = _stage(work, transformer, text)
+    transformer, text = make_transformer(), reading.train(work, make_text(work / "tokenizers"))
+    stage = _stage(work, transformer, _layout_head(transformer))
     if not stage.resume():
         raise FileNotFoundError(work / "base.safetensors")
     stage.use_average()
