@@ -31,6 +31,7 @@ from libreflux.emoji.artists.subjects import subjects
 from libreflux.files import atomic_write_text
 from libreflux.model.opening import open_model
 from libreflux.printing import say, say_table
+from libreflux.probing.judges import Judge, Score, load_judge
 from libreflux.probing.metrics.distances import frechet_replicates
 from libreflux.probing.metrics.measures import CONFIDENCE, resampled
 from libreflux.sample.grid import sheet
@@ -144,10 +145,10 @@ def distance(features: Tensor, reference: Tensor) -> str:
     return f"{found[0]:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def variety(judge: judges.SceneJudge, pixels: Tensor) -> str:
+def variety(judge: Judge, pixels: Tensor) -> str:
     """Looks and places that the judge sees in the pictures of one caption, and their mean distance."""
     with torch.no_grad():
-        seen = judge(pixels)
+        seen = judge(pixels).answers
     looks, places = (len(set(seen[head].argmax(1).tolist())) for head in ("look", "place"))
     spread = torch.pdist(pixels.flatten(1)).mean() / (pixels[0].numel() ** 0.5) * 127.5
     return f"{looks} looks, {places} places, {spread:.0f}"
@@ -155,7 +156,7 @@ def variety(judge: judges.SceneJudge, pixels: Tensor) -> str:
 
 def table(work: Path, rows: Sequence[Row], *, quick: bool, device: str) -> str:
     """The whole table as Markdown."""
-    judge = judges.load(work / "judge.safetensors")
+    judge = load_judge(work / "judge.safetensors")
     count, pairs = (8, 8) if quick else (COUNT, PAIR_COUNT)
     wanted = asked(count, pairs)
     real = through(base.pixels(wanted.scenes), torch.device("cpu"))
@@ -164,8 +165,8 @@ def table(work: Path, rows: Sequence[Row], *, quick: bool, device: str) -> str:
     bare = [f"a {subject.name}" for subject in subjects() if subject.name in ("fox", "car", "cat")]
     bare = [text for text in bare for _ in range(4 if quick else BARE_SEEDS)]
 
-    def line(name: str, pixels: Tensor, found: judges.Marks, apart: str, open_to: str) -> str:
-        right = found.all_right.numpy().astype(float)
+    def line(name: str, pixels: Tensor, found: Score, apart: str, open_to: str) -> str:
+        right = found.all.numpy().astype(float)
         shares = [f"{right[[k == kind for k in wanted.kinds]].mean():.2f}" for kind in kinds]
         return " | ".join(["", name, interval(right), *shares, interval(sharpness(pixels)), apart, open_to, ""]).strip()
 

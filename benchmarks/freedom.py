@@ -78,7 +78,7 @@ BRIEF: Sequence[tuple[str, Mapping[str, object]]] = (
     ("clipped", {"guidance": 1.0}),
     ("clipped", {"guidance": 4.0}),
     ("latents_std", {"guidance": 4.0}),
-    ("accuracy", {"guidance": 4.0, "what": "both"}),
+    ("accuracy", {"guidance": 4.0, "what": "all"}),
     ("distance", {"guidance": 4.0, "kind": "FD"}),
     ("distance", {"guidance": 4.0, "kind": "KD"}),
     ("diversity", {"guidance": 1.0, "kind": "features"}),

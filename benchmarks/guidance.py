@@ -79,8 +79,8 @@ def main() -> None:
             images, passes = drawn(f"a {subject}", row, "")
             pixels = torch.stack([torch.from_numpy(np.asarray(one).copy()).permute(2, 0, 1) for one in images])
             verdict = judge(pixels.float() / 127.5 - 1)
-            found = [judge.colours[best] for best in verdict.colours.argmax(1).tolist()]
-            right += sum(judge.subjects[best] == subject for best in verdict.subjects.argmax(1).tolist())
+            found = [judge.colours[best] for best in verdict.answers["colour"].argmax(1).tolist()]
+            right += sum(judge.subjects[best] == subject for best in verdict.answers["subject"].argmax(1).tolist())
             distances.append(float(mean_pairwise(pixels.flatten(1)[None].float() / 255)[0]))
             (colour, count), *_ = Counter(found).most_common(1)
             before += count
@@ -89,7 +89,7 @@ def main() -> None:
             if row.reads_negative:
                 images, _ = drawn(f"a {subject}", row, f"{colour} background")
                 pixels = torch.stack([torch.from_numpy(np.asarray(one).copy()).permute(2, 0, 1) for one in images])
-                seen = judge(pixels.float() / 127.5 - 1).colours.argmax(1).tolist()
+                seen = judge(pixels.float() / 127.5 - 1).answers["colour"].argmax(1).tolist()
                 after += sum(judge.colours[best] == colour for best in seen)
                 shown.append(images)
                 names.append(f"... not {colour}")

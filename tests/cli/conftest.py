@@ -57,7 +57,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("judge") / "judge.safetensors"
-    Judge([subject.name for subject in compose.subjects()], list(compose.COLOURS)).save(path)
+    Judge({"subject": [subject.name for subject in compose.subjects()], "colour": list(compose.COLOURS)}).save(path)
     return path
 
 

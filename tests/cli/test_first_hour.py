@@ -152,9 +152,9 @@ def freedom_rows() -> list[FreedomRow]:
         places += [(name, {"sigma": sigma}) for name in ("prompt_gain", "guidance_response") if sigma != "all"]
     for scale in (1.0, 2.0, 3.0, 4.0, 6.0, 8.0):
         places += [(name, {"guidance": scale}) for name in ("clipped", "latents_std")]
-        places += [("accuracy", {"guidance": scale, "what": what}) for what in ("both", "subject", "colour")]
+        places += [("accuracy", {"guidance": scale, "what": what}) for what in ("all", "subject", "colour")]
         places += [("distance", {"guidance": scale, "kind": kind}) for kind in ("FD", "KD")]
-    places += [("accuracy", {"guidance": "own", "steps": n, "what": "both"}) for n in (4, 28, 50)]
+    places += [("accuracy", {"guidance": "own", "steps": n, "what": "all"}) for n in (4, 28, 50)]
     places += [("step_gap", {"against": n, "steps": 4}) for n in (50, 28)]
     places += [("negative", {"what": what}) for what in ("velocity", "colour", "subject")]
     return [
@@ -202,7 +202,7 @@ def test_freedom_is_summed_up_within_the_width(monkeypatch: pytest.MonkeyPatch, 
         ("clipped", [{"guidance": 1.0}, {"guidance": 3.5}, {"guidance": 8.0}], 1),
         ("slope", [{"sigma": 0.5, "text": "caption"}, {"sigma": 0.98, "text": "caption"}], 1),
         ("slope", [{"sigma": 0.9, "text": "empty"}, {"sigma": 0.1, "text": "caption"}], 1),
-        ("accuracy", [{"guidance": 1.0, "what": "colour"}, {"guidance": 1.0, "what": "both"}], 1),
+        ("accuracy", [{"guidance": 1.0, "what": "colour"}, {"guidance": 1.0, "what": "all"}], 1),
         ("straightness", [{}], 0),
     ],
 )

@@ -44,6 +44,8 @@ def test_a_written_folder_is_kept_and_prompts_begin_alike(tmp_path: Path) -> Non
     assert len(before) == 4
     prompts = held_out.prompts(200)
     assert prompts[:10] == held_out.prompts(10)
-    read = [parse_prompt(text, held_out.subject_names(), compose.COLOURS) for text in prompts]
+    read = [
+        parse_prompt(text, {"subject": held_out.subject_names(), "colour": list(compose.COLOURS)}) for text in prompts
+    ]
     assert len({one.subject for one in read[: len(compose.subjects())]}) == len(compose.subjects())
     assert all(one.colour for one in read)

@@ -16,8 +16,8 @@ from libreflux.probing.shares import Share, share_of_way
 from libreflux.probing.subjects import ParsedPrompt
 
 COUNT, SIZE = 40, 6
-JUDGE = Judge(["fox", "owl"], ["red"])
-PROMPTS = [ParsedPrompt(f"a fox {row}", "fox") for row in range(COUNT)]
+JUDGE = Judge({"subject": ["fox", "owl"]})
+PROMPTS = [ParsedPrompt(f"a fox {row}", {"subject": "fox"}) for row in range(COUNT)]
 
 
 def seen(seed: int, shift: float = 0.0, sharp: float = 1.0, right: int = COUNT) -> Seen:
@@ -27,9 +27,8 @@ def seen(seed: int, shift: float = 0.0, sharp: float = 1.0, right: int = COUNT) 
     logs[torch.arange(COUNT), (torch.arange(COUNT) >= right).long()] = -0.1
     return Seen(
         torch.randn(COUNT, SIZE, generator=random) + shift,
-        logs,
-        torch.zeros(COUNT, 1),
         torch.full((COUNT,), sharp, dtype=torch.float64) + 0.01 * torch.rand(COUNT, generator=random).double(),
+        {"subject": logs},
     )
 
 
@@ -121,13 +120,17 @@ def test_a_share_has_paired_replicates() -> None:
     assert share_of_way("x", *rows, left=True).value == pytest.approx(0.75)
 
 
+def first_four(whole: Seen) -> Seen:
+    return Seen(whole.features[:4], whole.sharpness[:4], {name: logs[:4] for name, logs in whole.answers.items()})
+
+
 def test_halves_are_halves_and_few_pictures_still_give_numbers(ends: Ends) -> None:
     assert [int(one.sum()) for one in halves(7, 0)] == [3] * 4
     assert len({tuple(one) for one in halves(30, 0)}) == 4
-    few = {name: getattr(ends.new, name)[:4] for name in vars(ends.new)}
-    mine = {name: getattr(ends.distilled.new, name)[:4] for name in vars(ends.new)}
-    small = dataclasses.replace(ends, new=Seen(**few), distilled=dataclasses.replace(ends.distilled, new=Seen(**mine)))
-    found = point("x", 1, Pictures(Seen(**few), ends.broken), small)
+    assert ends.distilled.new is not None
+    few, mine = first_four(ends.new), first_four(ends.distilled.new)
+    small = dataclasses.replace(ends, new=few, distilled=dataclasses.replace(ends.distilled, new=mine))
+    found = point("x", 1, Pictures(few, ends.broken), small)
     assert found.learnt[0].noisy or found.learnt[0].value == pytest.approx(1)
 
 

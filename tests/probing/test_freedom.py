@@ -67,10 +67,10 @@ def model(name: str, excess: float, settings: dict[str, Any] | None = None, guid
     for sigma in (0.25, 0.5, 1.0):
         rows += rows_of("loss", {"sigma": sigma, "text": "caption"}, 0.5 + excess * sigma)
         rows += rows_of("slope", {"sigma": sigma, "text": "caption"}, 1 - excess * sigma, 1e-3, reference=1.0)
-    rows += rows_of("accuracy", {"guidance": 4.0, "what": "both"}, 0.9 - excess)
-    rows += rows_of("accuracy", {"steps": 4, "guidance": guidance, "what": "both"}, 0.5 + excess / 2)
+    rows += rows_of("accuracy", {"guidance": 4.0, "what": "all"}, 0.9 - excess)
+    rows += rows_of("accuracy", {"steps": 4, "guidance": guidance, "what": "all"}, 0.5 + excess / 2)
     rows += rows_of("padding", {"padding": "drop", "tokens": 20}, excess, 1e-3, reference=0.0)
-    rows += rows_of("judge_ceiling", {"what": "both"}, 0.99)
+    rows += rows_of("judge_ceiling", {"what": "all"}, 0.99)
     settings = {**SETTINGS, "own_guidance": guidance, **(settings or {})}
     return Result(model={"name": name}, settings=settings, versions={}, seconds=1, measures=rows)
 
@@ -82,12 +82,12 @@ def table(rows: list[FreedomRow]) -> dict[tuple[str, str], FreedomRow]:
 def test_paired_models_give_exact_shares_by_measure_and_over_sigma() -> None:
     distilled, freed, base = model("d", 0.4, {"rungs": [0.25, 1.0]}, 1.0), model("f", 0.1), model("b", 0.0)
     found = table(freedom(freed, distilled, base))
-    assert ("judge_ceiling", "both") not in found
+    assert ("judge_ceiling", "all") not in found
     for key in [
         ("loss", "0.25/caption"),
         ("slope", "all/caption"),
-        ("accuracy", "4.0/both"),
-        ("accuracy", "own/4/both"),
+        ("accuracy", "4.0/all"),
+        ("accuracy", "own/4/all"),
     ]:
         row = found[key]
         assert (row.share, row.low, row.high) == pytest.approx((0.75,) * 3, abs=0.02), key

@@ -84,9 +84,9 @@ def model(folder: Path, name: str, excess: float) -> Result:
         add("slope", 1 - excess * sigma, {"sigma": sigma, "text": "caption"}, 1.0)
     for scale in (1.0, 2.0, 4.0, 6.0):
         add("clipped", excess * scale / 8, {"guidance": scale})
-        add("accuracy", 1 - excess * scale / 8, {"guidance": scale, "what": "both"})
+        add("accuracy", 1 - excess * scale / 8, {"guidance": scale, "what": "all"})
         add("distance", 10 * excess, {"guidance": scale, "kind": "FD"})
-    add("accuracy", 0.9, {"steps": 4, "guidance": 1.0, "what": "both"})
+    add("accuracy", 0.9, {"steps": 4, "guidance": 1.0, "what": "all"})
     add("diversity", 0.3, {"guidance": 1.0, "kind": "features"})
     pictures = []
     for index, (purpose, scale, steps) in enumerate(

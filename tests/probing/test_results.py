@@ -15,7 +15,7 @@ from libreflux.probing.metrics.bootstrap import REPLICATES, mean, measured, rati
 from libreflux.probing.results import Measure, Picture, Result, read_result, write_result
 from libreflux.probing.run import read_section, section_file, write_section
 from libreflux.probing.section import SectionResult
-from libreflux.probing.subjects import find_subject, groups, parse_prompt
+from libreflux.probing.subjects import find_name, groups, parse_prompt
 
 EVERYONE = {"all": np.arange(40)}
 VALUES = seeding.rng(0, "values").standard_normal(40)
@@ -95,11 +95,18 @@ def test_statistics() -> None:
 
 def test_what_a_prompt_names() -> None:
     names = ("dog", "hot dog", "orange", "fox")
-    one = parse_prompt("a small hot dog at the left, on orange", names, ("orange", "red"))
+    places = ("left", "top left", "right")
+    grounds = ("on red", "on a red to white gradient")
+    asked = {"subject": names, "colour": ("orange", "red"), "place": places, "ground": grounds}
+    one = parse_prompt("a small hot dog at the left, on orange", asked)
     assert (one.subject, one.colour) == ("hot dog", "orange")
-    assert parse_prompt("an orange on red", names, ("orange", "red")).subject == "orange"
-    assert parse_prompt("a foxglove on blue", names, ("red",)).subject is None
-    assert find_subject("a FOX left of a dog", names) == "dog" or find_subject("a fox by a fox", names) == "fox"
+    assert parse_prompt("an orange on red", asked).subject == "orange"
+    assert parse_prompt("a foxglove on blue", asked).subject is None
+    assert find_name("a FOX left of a dog", names) == "dog" or find_name("a fox by a fox", names) == "fox"
+    assert one.named == {"subject": "hot dog", "colour": "orange", "place": "left"}
+    told = parse_prompt("a fox at the top left, on a red to white gradient", asked).named
+    assert told == {"subject": "fox", "place": "top left", "ground": "on a red to white gradient"}
+    assert parse_prompt("a fox on red", asked).named == {"subject": "fox", "colour": "red", "ground": "on red"}
     parts = groups(["dog", None, "fox", "dog"], {"dog"})
     assert {name: rows.tolist() for name, rows in parts.items()} == {
         "all": [0, 1, 2, 3],

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from libreflux.emoji import compose
+from libreflux.emoji import compose, held_out
 from libreflux.emoji.build.base import layouts
 from libreflux.emoji.compose import COLOURS, Scene
+from libreflux.probing.judges import COLOUR, SUBJECT
 from libreflux.probing.subjects import parse_prompt
 from libreflux.probing.training_pictures import MeasuredPicture, NearestScene
 
@@ -24,7 +25,7 @@ def find_scene(picture: MeasuredPicture) -> NearestScene | None:
     """
     if picture.pixels.shape != (compose.SIDE, compose.SIDE, 3):
         return None
-    named = parse_prompt(picture.caption, [subject.name for subject in compose.subjects()], COLOURS)
+    named = parse_prompt(picture.caption, {SUBJECT: held_out.subject_names(), COLOUR: list(COLOURS)})
     if named.subject is None or named.colour is None:
         return None
     subject = next(one for one in compose.subjects() if one.name == named.subject)

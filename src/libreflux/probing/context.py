@@ -31,7 +31,7 @@ from libreflux.probing.metrics.measures import Velocity
 from libreflux.probing.reader import Reader
 from libreflux.probing.results import Coordinate, Picture
 from libreflux.probing.settings import Settings
-from libreflux.probing.subjects import ParsedPrompt, find_subject, groups, parse_prompt
+from libreflux.probing.subjects import ParsedPrompt, find_name, groups, parse_prompt
 from libreflux.result_key import adopt, digest
 from libreflux.sample.finite import check_latents
 from libreflux.sample.guidance import GuidedVelocity
@@ -103,11 +103,11 @@ class ProbeContext:
 
     def groups(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """Subsets of units that have these captions or prompts."""
-        return groups([find_subject(text, self.subjects) for text in texts], self.settings.seen)
+        return groups([find_name(text, self.subjects) for text in texts], self.settings.seen)
 
     def parse(self, text: str) -> ParsedPrompt:
         """What a text names of what the judge knows."""
-        return ParsedPrompt(text) if self.judge is None else parse_prompt(text, self.judge.subjects, self.judge.colours)
+        return ParsedPrompt(text) if self.judge is None else parse_prompt(text, self.judge.questions)
 
     def drawn(self, batch: PictureBatch) -> Drawn:
         """Pictures, from disk if this model has drawn them before."""

@@ -47,7 +47,7 @@ class Features(Judge):
 
     def __init__(self, model: nn.Module, mean: list[float], std: list[float], side: int) -> None:
         nn.Module.__init__(self)
-        self.subjects, self.colours, self.side = (), (), side
+        self.questions, self.side = {}, side
         self.model = model
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
@@ -59,7 +59,7 @@ class Features(Judge):
             found = _pooled(self.model.get_image_features(pixel_values=inputs))  # type: ignore[operator]
         else:
             found = _pooled(self.model(pixel_values=inputs))
-        return _verdict(found)
+        return Verdict({}, found.float())
 
 
 class TwoTowers(Features):
@@ -91,7 +91,8 @@ class TwoTowers(Features):
 
     def forward(self, pixels: Tensor) -> Verdict:
         """Looks at what `prepare` gives; the verdict has features [B, D] alone, not normalised."""
-        return _verdict(_pooled(self.model.get_image_features(pixel_values=pixels)))  # type: ignore[operator]
+        found = _pooled(self.model.get_image_features(pixel_values=pixels))  # type: ignore[operator]
+        return Verdict({}, found.float())
 
     def texts(self, texts: Sequence[str]) -> tuple[Tensor, np.ndarray]:
         """Features of N texts, computed once.
@@ -232,11 +233,6 @@ def _pooled(found: Any) -> Tensor:
         found = found.last_hidden_state[:, 0] if pooled is None else pooled
     flat: Tensor = found.flatten(1)
     return flat
-
-
-def _verdict(features: Tensor) -> Verdict:
-    none = features.new_zeros(len(features), 0)
-    return Verdict(none, none, features.float())
 
 
 def features_digest(folder: Path) -> str:

@@ -20,7 +20,7 @@ from libreflux.probing.features import TwoTowers, agreement
 from libreflux.probing.judges import Judge, Verdict
 from libreflux.probing.metrics.bootstrap import Statistic, mean, measured, share
 from libreflux.probing.metrics.distances import frechet_together, kernel_replicates
-from libreflux.probing.metrics.image_stats import Look, accuracies
+from libreflux.probing.metrics.image_stats import ALL, Look, accuracies
 from libreflux.probing.results import Measure
 from libreflux.probing.seen import Seen
 from libreflux.probing.shares import YES_OR_NO, Share, exactly, ordered, share_of_way
@@ -215,10 +215,9 @@ def _of_others(of: str, seen: Seen, ends: Ends) -> Iterator[tuple[str, Measure]]
 
 def _right(seen: Seen, judge: Judge, prompts: Sequence[ParsedPrompt]) -> np.ndarray | None:
     """[N] 1 where the judge finds what was asked for, 0 where not, NaN where it cannot know; None: mostly the last."""
-    look = Look(np.zeros(len(seen)), np.zeros(len(seen)), Verdict(seen.subjects, seen.colours, seen.features))
-    right = accuracies(look, judge, prompts)
-    known = (right[what] for what in ("both", "subject"))  # of prompts that name no colour the subject alone
-    return next((one for one in known if np.isfinite(one).sum() >= LEAST_PROMPTS), None)
+    look = Look(np.zeros(len(seen)), np.zeros(len(seen)), Verdict(seen.answers, seen.features))
+    right = accuracies(look, judge, prompts)[ALL]
+    return right if np.isfinite(right).sum() >= LEAST_PROMPTS else None
 
 
 _DISTANCES = {"FD": frechet_together, "KD": kernel_replicates}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from libreflux.files import atomic_save_safetensors
 from libreflux.model import latents as latent_space
 from libreflux.probing.judges import Judge
 
-FORMULA = 1
+FORMULA = 2
 """Raised when the same pictures come to give other numbers."""
+_ANSWERS = "answers/"
 _LUMA = (0.299, 0.587, 0.114)  # of ITU-R BT.601
 
 
@@ -28,33 +29,39 @@ class Seen:
 
     Attributes:
         features: [N, D] fp32, the judge's.
-        subjects, colours: [N, number of names], its log-probabilities; no column of a judge without names.
         sharpness: [N] fp64, see `sharpness`.
+        answers: question → [N, number of its answers], its log-probabilities; empty of a judge without names.
     """
 
     features: Tensor
-    subjects: Tensor
-    colours: Tensor
     sharpness: Tensor
+    answers: Mapping[str, Tensor]
 
     def __len__(self) -> int:
         return len(self.features)
 
     def same_as(self, other: Seen) -> bool:
         """Whether both sets give the same numbers, to the bit: the same pictures."""
-        return all(torch.equal(getattr(self, name), getattr(other, name)) for name in vars(self))
+        ours, theirs = self._tensors(), other._tensors()
+        return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        answers = {_ANSWERS + question: logs for question, logs in self.answers.items()}
+        return {"features": self.features, "sharpness": self.sharpness, **answers}
 
     def save(self, path: Path) -> None:
         """Writes all of it, atomically."""
-        atomic_save_safetensors(dict(vars(self)), path)
+        atomic_save_safetensors(self._tensors(), path)
 
     @staticmethod
     def load(path: Path) -> Seen | None:
         """What `save` wrote; None if it is not there, or damaged."""
         try:
-            return Seen(**load_file(path))
-        except (OSError, SafetensorError, TypeError):
+            tensors = load_file(path)
+            features, sharp = tensors.pop("features"), tensors.pop("sharpness")
+        except (OSError, SafetensorError, KeyError):
             return None
+        return Seen(features, sharp, {name.removeprefix(_ANSWERS): logs for name, logs in tensors.items()})
 
 
 def sharpness(pixels: Tensor) -> Tensor:
@@ -82,12 +89,11 @@ def _see(latents: Tensor, vae: AutoencoderKL, judge: Judge) -> Seen:
     found = judge(judge.prepare(pixels))
     return Seen(
         found.features.contiguous(),
-        found.subjects.log_softmax(1).contiguous(),
-        found.colours.log_softmax(1).contiguous(),
         sharpness(pixels),
+        {question: logits.log_softmax(1).contiguous() for question, logits in found.answers.items()},
     )
 
 
 def _together(parts: Sequence[Seen]) -> Seen:
-    names = list(vars(parts[0]))
-    return Seen(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+    features, sharp = (torch.cat([getattr(part, name) for part in parts]) for name in ("features", "sharpness"))
+    return Seen(features, sharp, {name: torch.cat([part.answers[name] for part in parts]) for name in parts[0].answers})

@@ -3,34 +3,53 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from libreflux.errors import DataError
+from libreflux.probing.judges import COLOUR, SUBJECT
 
 
 @dataclass(frozen=True)
 class ParsedPrompt:
-    """A prompt and what it names, None for what it does not."""
+    """A prompt and what it names: question → answer, see `Judge.questions`."""
 
     text: str
-    subject: str | None = None
-    colour: str | None = None
+    named: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def subject(self) -> str | None:
+        """The subject that it names, None for none."""
+        return self.named.get(SUBJECT)
+
+    @property
+    def colour(self) -> str | None:
+        """The colour of the background, None where it names none."""
+        return self.named.get(COLOUR)
 
 
-def parse_prompt(text: str, subjects: Collection[str], colours: Collection[str]) -> ParsedPrompt:
-    """Reads "a red apple on blue": a colour after the last "on", the longest known subject before it."""
+def parse_prompt(text: str, questions: Mapping[str, Collection[str]]) -> ParsedPrompt:
+    """Reads "a small red apple on blue": a colour after the last "on", the longest known answers of others before it.
+
+    Answers that hold an "on" themselves are looked for in the whole text, as are all where no known colour ends it.
+    """
     before, _, after = text.rpartition(" on ")
-    colour = after.strip() if before and after.strip() in colours else None
-    return ParsedPrompt(text, find_subject(before if colour else text, subjects), colour)
+    colour = after.strip() if before and after.strip() in questions.get(COLOUR, ()) else None
+    named = {} if colour is None else {COLOUR: colour}
+    for question, answers in questions.items():
+        if question != COLOUR:
+            whole = {answer for answer in answers if f" {answer}".startswith(" on ")}
+            found = find_name(text, whole) or find_name(before if colour else text, set(answers) - whole)
+            named |= {} if found is None else {question: found}
+    return ParsedPrompt(text, named)
 
 
-def find_subject(text: str, subjects: Collection[str]) -> str | None:
+def find_name(text: str, names: Collection[str]) -> str | None:
     """The longest of these names that a text contains as whole words; of equals the first said."""
-    found = [(-len(name), match.start(), name) for name in subjects if (match := _said(name, text))]
+    found = [(-len(name), match.start(), name) for name in names if (match := _said(name, text))]
     return min(found)[2] if found else None
 
 

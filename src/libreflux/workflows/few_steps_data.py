@@ -25,7 +25,7 @@ from libreflux.probing.features import features_digest, load_features
 from libreflux.probing.few_steps import LEAST_PICTURES, LEAST_PROMPTS
 from libreflux.probing.judges import Judge, load_judge
 from libreflux.probing.settings import Settings, own_guidance
-from libreflux.probing.subjects import ParsedPrompt, parse_prompt
+from libreflux.probing.subjects import parse_prompt
 from libreflux.recipe import DataSource
 from libreflux.result_key import digest
 from libreflux.workflows.few_steps_models import Subject, Subjects
@@ -161,6 +161,5 @@ def _encoded(
         data=(folder.name, digest([list(held_out.sample_ids), captions])),
         judge=judge.sha256,
     )
-    parsed = [parse_prompt(text, judge.judge.subjects, judge.judge.colours) for text in prompts]
-    known: list[ParsedPrompt] = parsed if judge.judge.subjects else [ParsedPrompt(text) for text in prompts]
-    return ProbeData(settings, held_out, cache, known, captions, tuple(judge.judge.subjects), ids)
+    parsed = [parse_prompt(text, judge.judge.questions) for text in prompts]
+    return ProbeData(settings, held_out, cache, parsed, captions, tuple(judge.judge.subjects), ids)

@@ -146,7 +146,7 @@ class Checkup:
             prompts=self.first.prompts,
             judge=judge,
             seed=self.first.settings.seed,
-            captions=[parse_prompt(text, judge.subjects, judge.colours) for text in self.first.captions],
+            captions=[parse_prompt(text, judge.questions) for text in self.first.captions],
         )
 
     def _pictures(self, subject: Subject) -> Pictures:

@@ -19,7 +19,7 @@ from libreflux.data.held_out import HeldOut
 from libreflux.data.prepare import Sources, prepare
 from libreflux.data.sources import read_lists, read_sidecar, require_folder
 from libreflux.errors import DataError, OptionError
-from libreflux.probing.judges import Judge
+from libreflux.probing.judges import SUBJECT, Judge
 from libreflux.probing.metrics.letters import quoted
 from libreflux.probing.sections import negative
 from libreflux.probing.settings import Settings
@@ -87,8 +87,8 @@ class ProbeData:
             held_out = _held_out(cache, sources, settings)
             captions = [text for part in held_out.batches(settings.batch) for text in part.captions]
             texts = texts or _prompts(captions, settings, folder)
-            colours = judge.colours if judge is not None else ()
-            prompts = [parse_prompt(text, known, colours) for text in texts]
+            questions = {**(judge.questions if judge is not None else {}), SUBJECT: known}
+            prompts = [parse_prompt(text, questions) for text in texts]
             needed = [*texts]
             if judge is not None:
                 needed += negative.texts(prompts[: settings.negative_prompts], judge.subjects, judge.colours)

@@ -138,7 +138,7 @@ def test_encoders_learn_to_read_captions_and_go_on_with_the_same_bits(
     (work / "text.safetensors").unlink()
     reading.train(work, base.make_text(work / "tokenizers"), steps=2)
     reading.train(work, base.make_text(work / "tokenizers"), steps=4)
-    assert (work / "text.safetensors").read_bytes()[-LAST :] == losses[-LAST :]
+    assert (work / "text.safetensors").read_bytes()[-LAST:] == losses[-LAST:]
     assert not any(parameter.requires_grad for parameter in whole.text_encoder.parameters())
 
 

@@ -1,17 +1,14 @@
-"""Says what is in a picture of one subject: which, by which artist, how large, where, and on what background.
+"""What the judge of the artists' pictures is asked, and its marks: what is there, by whom, how large, where, on what.
 
 It is trained on composed pictures alone, never on what a model drew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from libreflux.emoji.artists import captions, scenes
@@ -19,10 +16,8 @@ from libreflux.emoji.artists.captions import Told
 from libreflux.emoji.artists.scenes import Background, Figure, Scene
 from libreflux.emoji.artists.subjects import LOOKS, all_subjects
 from libreflux.emoji.compose import COLOURS
-from libreflux.errors import ModelError
-from libreflux.files import atomic_save_safetensors
+from libreflux.probing.judges import COLOUR, SUBJECT, Judge, Score
 
-WIDTHS = (32, 64, 128, 192, 256)
 PLACES = (
     "centre",
     "left",
@@ -39,10 +34,11 @@ GROUNDS = tuple(
 )
 
 
-def heads() -> dict[str, tuple[str, ...]]:
-    """What the judge tells apart: head → its answers."""
+def questions() -> dict[str, tuple[str, ...]]:
+    """What the judge tells apart: question → its answers. A colour is asked of plain backgrounds alone."""
     return {
-        "subject": tuple(subject.name for subject in all_subjects()),
+        SUBJECT: tuple(subject.name for subject in all_subjects()),
+        COLOUR: tuple(COLOURS),
         "look": LOOKS,
         "size": SIZES,
         "place": PLACES,
@@ -51,9 +47,10 @@ def heads() -> dict[str, tuple[str, ...]]:
 
 
 def answers(figure: Figure, background: Background) -> dict[str, str]:
-    """The right answer of each head for a picture of one figure."""
+    """The right answer to each question for a picture of one figure."""
     return {
-        "subject": figure.subject.name,
+        SUBJECT: figure.subject.name,
+        **({COLOUR: background.first} if background.kind == "plain" else {}),
         "look": figure.look,
         "size": figure.size,
         "place": figure.place,
@@ -61,86 +58,15 @@ def answers(figure: Figure, background: Background) -> dict[str, str]:
     }
 
 
-class SceneJudge(nn.Module):
-    """A convolutional classifier with a head for each question; pixels [B, 3, H, W] in [-1, 1], sides that 32 divides.
-
-    The head of places and that of backgrounds see where things are: features pooled to 4 × 4 instead of one.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        inputs = (3, *WIDTHS[:-1])
-        self.body = nn.Sequential(*[_Block(a, b) for a, b in zip(inputs, WIDTHS, strict=True)])
-        wide = WIDTHS[-1]
-        self.heads = nn.ModuleDict(
-            {
-                name: nn.Linear(wide * (16 if name in ("size", "place", "background") else 1), len(labels))
-                for name, labels in heads().items()
-            }
-        )
-
-    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Head → logits [B, number of answers]; and `features` [B, D] fp32, pooled."""
-        seen = self.body(pixels)
-        pooled = seen.mean(dim=(2, 3))
-        spread = F.adaptive_avg_pool2d(seen, 4).flatten(1)
-        out = {
-            name: head(spread if head.in_features == spread.shape[1] else pooled) for name, head in self.heads.items()
-        }
-        return out | {"features": pooled.float()}
-
-    def save(self, path: Path) -> None:
-        """Writes the weights in bf16."""
-        atomic_save_safetensors({k: v.bfloat16() for k, v in self.state_dict().items()}, path, {"schema": "2"})
-
-
-class _Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.reduce = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)
-        self.norm = nn.GroupNorm(8, outputs)
-        self.mix = nn.Conv2d(outputs, outputs, 3, padding=1, groups=outputs)
-        self.project = nn.Conv2d(outputs, outputs, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.silu(self.norm(self.reduce(x)))
-        return x + F.silu(self.project(self.mix(x)))
-
-
-def load(path: Path) -> SceneJudge:
-    """Reads what `SceneJudge.save` wrote, in fp32.
-
-    Raises:
-        ModelError: not a judge of these pictures.
-    """
-    try:
-        with safe_open(path, "pt") as saved:
-            tensors = {name: saved.get_tensor(name).float() for name in saved.keys()}  # noqa: SIM118
-        judge = SceneJudge()
-        judge.load_state_dict(tensors)
-    except Exception as error:
-        raise ModelError(f"not a judge ({error})".splitlines()[0], where=path) from None
-    return judge.eval().requires_grad_(False)
-
-
-@dataclass(frozen=True)
-class Marks:
-    """What was asked of each of B pictures, and found: head → [B] bool. Only heads that were asked are there."""
-
-    right: Mapping[str, Tensor]
-    asked: Mapping[str, Tensor]
-    features: Tensor
-
-    @property
-    def all_right(self) -> Tensor:
-        """[B] bool: everything that was asked."""
-        return torch.stack([self.right[head] | ~self.asked[head] for head in self.right]).all(0)
+def fresh() -> Judge:
+    """A judge of the artists' pictures that has learnt nothing yet."""
+    return Judge(questions(), placed=(COLOUR, "size", "place", "background"))
 
 
 def asked_of(told: Told) -> set[str]:
-    """The heads that a caption with these facts asks."""
+    """The questions that a caption with these facts asks; its background is asked as a whole, colour and kind."""
     facts = {"look": told.look, "size": told.size, "place": told.place, "background": told.background}
-    return {"subject", *(head for head, said in facts.items() if said)}
+    return {SUBJECT, *(question for question, said in facts.items() if said)}
 
 
 def halves(pixels: Tensor, relation: str) -> tuple[Tensor, Tensor]:
@@ -155,7 +81,7 @@ def halves(pixels: Tensor, relation: str) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def mark(judge: SceneJudge, pixels: Tensor, what: Sequence[Scene], told: Sequence[Told], batch: int = 64) -> Marks:
+def mark(judge: Judge, pixels: Tensor, what: Sequence[Scene], told: Sequence[Told], batch: int = 64) -> Score:
     """Judges pictures against what their captions told.
 
     Of a pair each half is judged: the two subjects, and their looks if they were told. Its background is not.
@@ -163,22 +89,19 @@ def mark(judge: SceneJudge, pixels: Tensor, what: Sequence[Scene], told: Sequenc
     Args:
         pixels: [B, 3, H, W] in [-1, 1].
     """
-    names = heads()
-    right = {head: torch.ones(len(what), dtype=torch.bool) for head in names}
-    asked = {head: torch.zeros(len(what), dtype=torch.bool) for head in names}
-    features = []
-    for start in range(0, len(what), batch):
-        rows = range(start, min(start + batch, len(what)))
-        features.append(judge(pixels[start : rows.stop].float())["features"])
+    right = {question: torch.ones(len(what), dtype=torch.bool) for question in judge.questions}
+    asked = {question: torch.zeros(len(what), dtype=torch.bool) for question in judge.questions}
+    features = [judge(part.float()).features for part in pixels.split(batch)]
     for row, (scene, facts) in enumerate(zip(what, told, strict=True)):
         wanted = asked_of(facts)
         views = [pixels[row : row + 1].float()]
         if scene.relation is not None:
-            wanted &= {"subject", "look"}
+            wanted &= {SUBJECT, "look"}
             views = list(halves(views[0], scene.relation))
         for view, figure in zip(views, scene.figures, strict=True):
-            seen, truth = judge(view), answers(figure, scene.background)
-            for head in wanted:
-                asked[head][row] = True
-                right[head][row] &= names[head][int(seen[head].argmax())] == truth[head]
-    return Marks(right, asked, torch.cat(features))
+            seen, truth = judge(view).answers, answers(figure, scene.background)
+            for question in wanted:
+                asked[question][row] = True
+                guess = judge.questions[question][int(seen[question].argmax())]
+                right[question][row] &= guess == truth[question]
+    return Score(right, asked, torch.cat(features))

@@ -46,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         trained = judge.train(args.work, steps=args.steps or judge.STEPS)
         trained.save(judge.WEIGHTS)
         seen = judge.ceiling(trained, args.work)
-        rates = f"subject {seen.subject.float().mean():.1%}, colour {seen.colour.float().mean():.1%}"
-        print(f"held-out reconstructions: {rates}, both {seen.both.float().mean():.1%}")
+        rates = ", ".join(f"{question} {right.float().mean():.1%}" for question, right in seen.right.items())
+        print(f"held-out reconstructions: {rates}, all {seen.all.float().mean():.1%}")
     if args.stage in ("schnell", "all"):
         students.schnell(args.work)
         print(students.ship(args.work, "schnell"))

@@ -23,7 +23,7 @@ from libreflux.emoji.build.stage import Stage, cosine
 from libreflux.files import atomic_save_safetensors
 from libreflux.model import latents as latents_room
 from libreflux.model.opening import open_model
-from libreflux.probing.judges import Judge, Score, score
+from libreflux.probing.judges import COLOUR, SUBJECT, Judge, Score, score
 
 STEPS, BATCH = 1200, 96
 HELD_OUT = 10  # one scene in so many
@@ -66,13 +66,13 @@ def _rendered(row: int) -> Tensor:
     return rearrange(torch.from_numpy(np.array(compose.render(base.scenes()[0][row]))), "h w c -> c h w")
 
 
-def wanted(row: int) -> tuple[str, str]:
-    """(subject, colour) of a single scene."""
+def wanted(row: int) -> dict[str, str]:
+    """The judge's answers to a single scene."""
     scene = base.scenes()[0][row]
-    return scene.subject.name, scene.colour
+    return {SUBJECT: scene.subject.name, COLOUR: scene.colour}
 
 
-def batch_at(step: int, decoded: dict[int, Tensor]) -> tuple[Tensor, list[tuple[str, str]]]:
+def batch_at(step: int, decoded: dict[int, Tensor]) -> tuple[Tensor, list[dict[str, str]]]:
     """Pictures [B, 3, 128, 128] of one step, about [-1, 1], shifted, recoloured, blurred, noised; labels."""
     rng = seeding.rng(0, "judge", step)
     trained = split()[0]
@@ -97,7 +97,7 @@ def batch_at(step: int, decoded: dict[int, Tensor]) -> tuple[Tensor, list[tuple[
 def train(work: Path, *, steps: int = STEPS) -> Judge:
     """Train (or resume) and return the averaged judge; `work/judge.safetensors` keeps the state."""
     torch.manual_seed(2)
-    judge = Judge([subject.name for subject in compose.subjects()], list(compose.COLOURS))
+    judge = Judge({SUBJECT: [subject.name for subject in compose.subjects()], COLOUR: list(compose.COLOURS)})
     judge.to(memory_format=torch.channels_last)
     stage = Stage(
         work / "judge.safetensors",
@@ -112,12 +112,12 @@ def train(work: Path, *, steps: int = STEPS) -> Judge:
 
     def loss_at(step: int) -> Tensor:
         pixels, labels = batch_at(step, decoded)
-        subjects = torch.tensor([judge.subjects.index(subject) for subject, _ in labels])
-        colours = torch.tensor([judge.colours.index(colour) for _, colour in labels])
+        subjects = torch.tensor([judge.subjects.index(row[SUBJECT]) for row in labels])
+        colours = torch.tensor([judge.colours.index(row[COLOUR]) for row in labels])
         with torch.autocast("cpu", torch.bfloat16):
             seen = judge(pixels.contiguous(memory_format=torch.channels_last))
-        return F.cross_entropy(seen.subjects.float(), subjects, label_smoothing=0.05) + 0.5 * F.cross_entropy(
-            seen.colours.float(), colours
+        return F.cross_entropy(seen.answers[SUBJECT].float(), subjects, label_smoothing=0.05) + 0.5 * F.cross_entropy(
+            seen.answers[COLOUR].float(), colours
         )
 
     for _ in stage.run(steps, loss_at, cosine, every=100):

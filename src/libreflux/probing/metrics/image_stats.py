@@ -15,6 +15,9 @@ from libreflux.model.device import with_fp64
 from libreflux.probing.judges import Judge, Verdict
 from libreflux.probing.subjects import ParsedPrompt
 
+ALL = "all"
+"""Of accuracies: everything that a prompt names."""
+
 
 @dataclass(frozen=True, eq=False)
 class Look:
@@ -36,10 +39,8 @@ class Look:
         verdicts = [part.verdict for part in parts if part.verdict is not None]
         merged = None
         if verdicts:
-            columns = (
-                torch.cat([getattr(one, name) for one in verdicts]) for name in ("subjects", "colours", "features")
-            )
-            merged = Verdict(*columns)
+            answers = {name: torch.cat([one.answers[name] for one in verdicts]) for name in verdicts[0].answers}
+            merged = Verdict(answers, torch.cat([one.features for one in verdicts]))
         clipped, std = (np.concatenate([getattr(part, name) for part in parts]) for name in ("clipped", "std"))
         return Look(clipped, std, merged)
 
@@ -47,7 +48,8 @@ class Look:
         """The pictures at these positions."""
         picked, seen = list(rows), self.verdict
         if seen is not None:
-            seen = Verdict(seen.subjects[picked], seen.colours[picked], seen.features[picked])
+            answers = {name: logs[picked] for name, logs in seen.answers.items()}
+            seen = Verdict(answers, seen.features[picked])
         return Look(self.clipped[picked], self.std[picked], seen)
 
 
@@ -66,34 +68,31 @@ def _look(latents: Tensor, vae: AutoencoderKL, judge: Judge | None) -> Look:
     if judge is None:
         return Look(clipped, std, None)
     seen = judge(judge.prepare(pixels.clamp(-1, 1).nan_to_num()))
-    return Look(clipped, std, Verdict(seen.subjects.log_softmax(1), seen.colours.log_softmax(1), seen.features))
+    return Look(
+        clipped, std, Verdict({name: told.log_softmax(1) for name, told in seen.answers.items()}, seen.features)
+    )
 
 
 def accuracies(look: Look, judge: Judge, prompts: Sequence[ParsedPrompt]) -> dict[str, np.ndarray]:
-    """Whether each of N pictures shows what it was asked for: "subject", "colour", "both"; [N] of 1, 0 or NaN.
+    """Whether each of N pictures shows what it was asked for: by question, and "all" of them; [N] of 1, 0 or NaN.
 
-    NaN is a prompt that does not name one of the judge's subjects or colours.
+    NaN is a prompt that does not name one of the question's answers; for "all", one that names none of any.
     """
     assert look.verdict is not None
     found = {}
-    for what, names, logs in (
-        ("subject", judge.subjects, look.verdict.subjects),
-        ("colour", judge.colours, look.verdict.colours),
-    ):
-        wanted = [getattr(one, what) for one in prompts]
-        if not names:
-            found[what] = np.full(len(wanted), np.nan)
-            continue
-        guess = [names[best] for best in logs.argmax(1).tolist()]
+    for question, names in judge.questions.items():
+        wanted = [one.named.get(question) for one in prompts]
+        guess = [names[best] for best in look.verdict.answers[question].argmax(1).tolist()]
         right = [float(a == b) if b in names else np.nan for a, b in zip(guess, wanted, strict=True)]
-        found[what] = np.array(right)
-    return {"both": found["subject"] * found["colour"], **found}
+        found[question] = np.array(right)
+    every = np.array([*found.values()]).reshape(len(found), len(prompts))
+    asked = np.isfinite(every)
+    right_of_asked = np.where(asked, every, 1.0).prod(axis=0)
+    return {ALL: np.where(asked.any(axis=0), right_of_asked, np.nan), **found}
 
 
-def log_probability(look: Look, judge: Judge, what: str, names: Sequence[str]) -> np.ndarray:
-    """[N] fp64: the judge's log-probability of a named subject or colour in each picture."""
+def log_probability(look: Look, judge: Judge, question: str, names: Sequence[str]) -> np.ndarray:
+    """[N] fp64: the judge's log-probability of a named answer in each picture."""
     assert look.verdict is not None
-    known, logs = (
-        (judge.subjects, look.verdict.subjects) if what == "subject" else (judge.colours, look.verdict.colours)
-    )
+    known, logs = judge.questions[question], look.verdict.answers[question]
     return logs[torch.arange(len(names)), [known.index(name) for name in names]].double().numpy()

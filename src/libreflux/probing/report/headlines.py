@@ -43,7 +43,7 @@ def _guidance(results: Sequence[Result], labels: Sequence[str]) -> Iterator[str]
         "Right pictures.",
         f"Share whose subject and background are what the prompt asked for, at guidance {scale:g}:",
         labels,
-        [_told(one.find("accuracy", guidance=scale, what="both")) for one in results],
+        [_told(one.find("accuracy", guidance=scale, what="all")) for one in results],
         percent,
     )
 
@@ -86,7 +86,7 @@ def _steps(results: Sequence[Result], labels: Sequence[str]) -> Iterator[str]:
         return
     own = [float(one.settings.get("own_guidance", 1.0)) for one in results]
     found = [
-        _told(one.find("accuracy", steps=counts[0], guidance=scale, what="both"), f"at guidance {scale:g}")
+        _told(one.find("accuracy", steps=counts[0], guidance=scale, what="all"), f"at guidance {scale:g}")
         for one, scale in zip(results, own, strict=True)
     ]
     yield _sentence(
@@ -152,7 +152,7 @@ def _freedom(rows: Sequence[FreedomRow]) -> Iterator[str]:
         if row.name in ("loss", "slope"):
             chosen = row.at.get("sigma") == "all" and row.at.get("text") == "caption"
         else:
-            chosen = row.name == "accuracy" and dict(row.at) == {"guidance": LOOKED_AT, "what": "both"}
+            chosen = row.name == "accuracy" and dict(row.at) == {"guidance": LOOKED_AT, "what": "all"}
         if whole and chosen:
             star = "*" if row.snapped else ""
             told = f"{100 * row.share:.0f}&nbsp;%</b> [{100 * row.low:.0f}, {100 * row.high:.0f}{star}]"

@@ -161,7 +161,7 @@ def _embedded(files: set[Path]) -> dict[Path, bytes]:
 def _plots(results: Sequence[Result], names: Sequence[str]) -> str:
     rungs = any(one.settings.get("rungs") for one in results)
     noise = "noise level sigma (0 picture, 1 noise)"
-    by_sigma, by_scale = {"text": "caption"}, {"what": "both"}
+    by_sigma, by_scale = {"text": "caption"}, {"what": "all"}
     drawn = [
         plots.lines(
             _series(results, names, "loss", "sigma", by_sigma),

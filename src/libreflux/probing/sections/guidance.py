@@ -10,7 +10,7 @@ from libreflux.probing.context import ProbeContext
 from libreflux.probing.drawing import PictureBatch
 from libreflux.probing.metrics.bootstrap import Groups, Statistic, mean, measured, other_side, share
 from libreflux.probing.metrics.distances import frechet_replicates, kernel_replicates
-from libreflux.probing.metrics.image_stats import Look, accuracies
+from libreflux.probing.metrics.image_stats import ALL, Look, accuracies
 from libreflux.probing.results import Coordinate, Measure
 from libreflux.probing.section import Plan, Section, SectionResult, prompted
 from libreflux.probing.sections import agreement
@@ -88,8 +88,8 @@ def judged(context: ProbeContext, looks: Mapping[float, Look], groups: Groups) -
                 rows += measured("accuracy", at, share(values), count, groups, seed=seed, unit="share")
     distances = distance_rows(context, looks, groups)
     rows += distances
-    if any(np.isfinite(each["both"]).any() for each in right.values()):
-        best = best_of({scale: mean(each["both"]) for scale, each in right.items()})
+    if any(np.isfinite(each[ALL]).any() for each in right.values()):
+        best = best_of({scale: mean(each[ALL]) for scale, each in right.items()})
         rows += measured("best_guidance", {"by": "accuracy"}, best, count, groups, seed=seed, unit="guidance")
     elif distances:
         rows += _nearest(distances, list(looks))

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 from libreflux.probing.context import ProbeContext
 from libreflux.probing.drawing import PictureBatch
+from libreflux.probing.judges import COLOUR, SUBJECT
 from libreflux.probing.metrics.bootstrap import mean, measured
 from libreflux.probing.metrics.image_stats import log_probability
 from libreflux.probing.results import Measure
@@ -13,24 +14,24 @@ from libreflux.probing.section import Plan, Section, SectionResult, prompted
 from libreflux.probing.settings import Settings
 from libreflux.probing.subjects import ParsedPrompt
 
-KINDS = ("colour", "subject")
+KINDS = (COLOUR, SUBJECT)
 
 
 def open_prompt(one: ParsedPrompt, kind: str) -> str:
     """A prompt that leaves its colour or its subject to the model: "a fox", "blue background, emoji"."""
-    return one.text.rpartition(" on ")[0].rstrip(",") if kind == "colour" else f"{one.colour} background, emoji"
+    return one.text.rpartition(" on ")[0].rstrip(",") if kind == COLOUR else f"{one.colour} background, emoji"
 
 
 def negative_of(name: str, kind: str) -> str:
     """The negative prompt that names a colour or a subject."""
-    return f"{name} background" if kind == "colour" else name
+    return f"{name} background" if kind == COLOUR else name
 
 
 def texts(prompts: Sequence[ParsedPrompt], subjects: Collection[str], colours: Collection[str]) -> list[str]:
     """Every text that the section may need besides the prompts."""
     if not labelled(prompts):
         return []
-    named = {"colour": colours, "subject": subjects}
+    named = {COLOUR: colours, SUBJECT: subjects}
     opened = [open_prompt(one, kind) for kind in KINDS for one in prompts]
     return list(dict.fromkeys([*opened, *(negative_of(name, kind) for kind in KINDS for name in named[kind])]))
 
@@ -70,18 +71,17 @@ def measure(context: ProbeContext) -> SectionResult:
             [], [*context.keep("negative", plain, shown), *context.keep("negative", _but(plain, others), shown)]
         )
     for kind, plain in zip(KINDS, _plain(settings, chosen, KINDS), strict=True):
-        names = context.judge.subjects if kind == "subject" else context.judge.colours
+        names = context.judge.questions[kind]
         before = context.look(plain)
         assert before.verdict is not None
-        logs = before.verdict.subjects if kind == "subject" else before.verdict.colours
-        guess = [names[best] for best in logs.argmax(1).tolist()]
+        guess = [names[best] for best in before.verdict.answers[kind].argmax(1).tolist()]
         against = _but(plain, tuple(negative_of(name, kind) for name in guess))
         after = context.look(against)
         change = log_probability(after, context.judge, kind, guess) - log_probability(
             before, context.judge, kind, guess
         )
         groups = context.groups([one.text for one in chosen])
-        if kind == "subject":  # the prompts name none
+        if kind == SUBJECT:  # the prompts name none
             groups = {"all": groups["all"]}
         rows += measured(
             "negative", {"what": kind}, mean(change), len(chosen), groups, seed=settings.seed, unit="log-probability"

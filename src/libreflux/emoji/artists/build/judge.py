@@ -19,6 +19,7 @@ from libreflux.emoji.build.stage import Stage, cosine
 from libreflux.files import atomic_save_safetensors
 from libreflux.model import latents as latents_room
 from libreflux.model.opening import open_model
+from libreflux.probing.judges import SUBJECT, Judge, load_judge
 
 STEPS, BATCH = 4_000, 64
 SCENE_SEED, THROUGH = 21, 6_000  # of its own scenes; how many of them have been through the autoencoder
@@ -77,7 +78,7 @@ def batch_at(step: int, given_back: Tensor) -> tuple[Tensor, list[dict[str, str]
         else:
             pictures.append(judges.halves(pixels[None], scene.relation)[which][0])
             told = judges.answers(scene.figures[which], scene.background)
-            labels.append({head: told[head] for head in ("subject", "look")})
+            labels.append({head: told[head] for head in (SUBJECT, "look")})
     return _disturbed(torch.stack(pictures), step), labels
 
 
@@ -91,22 +92,22 @@ def _disturbed(pixels: Tensor, step: int) -> Tensor:
     return pixels * contrast + brightness + noise
 
 
-def train(work: Path, *, steps: int = STEPS, device: str = "cpu") -> judges.SceneJudge:
+def train(work: Path, *, steps: int = STEPS, device: str = "cpu") -> Judge:
     """Train (or resume) and return the averaged judge; `work/judge-state.safetensors` keeps the state."""
     where = torch.device(device)
     torch.manual_seed(2)
-    judge = judges.SceneJudge().to(where).to(memory_format=torch.channels_last)
+    judge = judges.fresh().to(where).to(memory_format=torch.channels_last)
     edge = ("body.0", "heads", "mix")
     file = work / "judge-state.safetensors"
     stage = Stage(file, {"judge": judge}, lr=3e-3, matrix_lr=1e-2, average=0.995, edge=edge)
     stage.resume()
     given_back = _given_back(work, where)
-    numbers = {head: {label: i for i, label in enumerate(labels)} for head, labels in judges.heads().items()}
+    numbers = {head: {label: i for i, label in enumerate(labels)} for head, labels in judge.questions.items()}
 
     def loss_at(step: int) -> Tensor:
         pixels, labels = batch_at(step, given_back)
         with base.autocast(where):
-            seen = judge(pixels.to(where).contiguous(memory_format=torch.channels_last))
+            seen = judge(pixels.to(where).contiguous(memory_format=torch.channels_last)).answers
         total = torch.zeros((), device=where)
         for head, known in numbers.items():
             truth = torch.tensor([known[row[head]] if head in row else -100 for row in labels], device=where)
@@ -117,13 +118,14 @@ def train(work: Path, *, steps: int = STEPS, device: str = "cpu") -> judges.Scen
         pass
     stage.use_average()
     judge.to("cpu").eval().save(work / "judge.safetensors")
-    return judges.load(work / "judge.safetensors")
+    return load_judge(work / "judge.safetensors")
 
 
-def ceiling(judge: judges.SceneJudge, count: int = 400) -> dict[str, float]:
+def ceiling(judge: Judge, count: int = 400) -> dict[str, float]:
     """Its accuracy on composed pictures that it was not trained on, through the autoencoder: head → share right."""
     what = [_scene(TEST_SEED, index) for index in range(count)]
     pixels = through(base.pixels(what), torch.device("cpu"))
     marks = judges.mark(judge, pixels, what, [ALL] * count)
-    shares = {head: float(right[marks.asked[head]].float().mean()) for head, right in marks.right.items()}
-    return shares | {"all": float(np.mean(marks.all_right.numpy()))}
+    asked = {head: told for head, told in marks.asked.items() if told.any()}
+    shares = {head: float(marks.right[head][told].float().mean()) for head, told in asked.items()}
+    return shares | {"all": float(np.mean(marks.all.numpy()))}
