@@ -6,17 +6,25 @@ Every scene is of one kind; `training_scene` draws only those of none, `held_out
 from __future__ import annotations
 
 import itertools
+import json
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 from libreflux import seeding
-from libreflux.emoji.artists.scenes import PAIRS, Figure, Scene, scene
+from libreflux.emoji.artists import captions
+from libreflux.emoji.artists.captions import Told
+from libreflux.emoji.artists.scenes import LARGEST, MARGIN, PAIRS, SMALLEST, Background, Figure, Scene, render, scene
 from libreflux.emoji.artists.subjects import subjects, unseen_subjects
+from libreflux.emoji.compose import COLOURS
+from libreflux.files import staged_dir
 
 Kind = Literal["subject", "look", "place"]
 KINDS: tuple[Kind, ...] = ("subject", "look", "place")
 
 LOOKS_HELD_OUT = 0.5  # of the subjects, one look each
+MEASURED_SEED = 71
+LOOK_TOLD = 0.5  # of the prompts
 CELLS, HELD_OUT_CELLS = 5, 0.12  # places and sizes: so many steps each way, and the share kept out for each subject
 
 
@@ -34,7 +42,6 @@ def held_out_looks() -> dict[str, str]:
 
 def cell(figure: Figure) -> tuple[int, int, int]:
     """(column, row, size) of a figure, `CELLS` steps each: of its free room across and down, and of the sizes."""
-    from libreflux.emoji.artists.scenes import LARGEST, MARGIN, SMALLEST
 
     def step(share: float) -> int:
         return max(0, min(CELLS - 1, int(share * CELLS)))
@@ -65,13 +72,18 @@ def kind_of(what: Scene) -> Kind | None:
     return None
 
 
-def training_scene(seed: int, index: int, *, pairs: float = PAIRS) -> Scene:
-    """The scene of (seed, index) of a training set: the first of its draws that is not held out."""
+def training_draw(seed: int, index: int, *, pairs: float = PAIRS) -> tuple[int, Scene]:
+    """(its own index, the scene) of `training_scene`: `scenes.scene` of the seed and that index gives it at once."""
     for turn in itertools.count():
         found = scene(seed, index * 64 + turn, pairs=pairs)
         if kind_of(found) is None:
-            return found
+            return index * 64 + turn, found
     raise AssertionError
+
+
+def training_scene(seed: int, index: int, *, pairs: float = PAIRS) -> Scene:
+    """The scene of (seed, index) of a training set: the first of its draws that is not held out."""
+    return training_draw(seed, index, pairs=pairs)[1]
 
 
 def held_out_scene(kind: Kind, seed: int, index: int, *, pairs: float = 0.0) -> Scene:
@@ -82,3 +94,47 @@ def held_out_scene(kind: Kind, seed: int, index: int, *, pairs: float = 0.0) -> 
         if kind_of(found) == kind:
             return found
     raise AssertionError
+
+
+def subject_names() -> tuple[str, ...]:
+    """Every subject of the family that its models were shown."""
+    return tuple(subject.name for subject in subjects())
+
+
+def measured_scenes(count: int) -> list[Scene]:
+    """`count` held-out scenes of one subject, by look and by place in turn; a longer list begins with a shorter one."""
+    reasons: tuple[Kind, ...] = ("look", "place")
+    return [held_out_scene(reasons[index % 2], MEASURED_SEED, index) for index in range(count)]
+
+
+def write_held_out(folder: Path, count: int) -> Path:
+    """Writes `count` held-out pictures with captions that tell some facts, a captioned folder; a whole one is kept."""
+    listing = folder / "metadata.jsonl"
+    if listing.is_file() and len(listing.read_text(encoding="utf-8").splitlines()) == count:
+        return folder
+    with staged_dir(folder) as staging:
+        rows = []
+        for index, what in enumerate(measured_scenes(count)):
+            name = f"{index:04d}.png"
+            render(what).save(staging / name)
+            rows.append(json.dumps({"file_name": name, "text": captions.phrase(what, captions.told_by(what, "short"))}))
+        (staging / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+def prompts(count: int) -> list[str]:
+    """`count` prompts "a SUBJECT on COLOUR", half of them with a look that the subject was shown in.
+
+    Every subject comes before any twice; a longer list begins with these.
+    """
+    pool, colours = subjects(), list(COLOURS)
+    found = []
+    for index in range(count):
+        turn, place = divmod(index, len(pool))
+        subject = pool[seeding.rng(0, "artists-probe-subjects", turn).permutation(len(pool))[place]]
+        rng = seeding.rng(0, "artists-probe-prompt", index)
+        looks = [look for look in subject.looks if look != held_out_looks().get(subject.name)]
+        figure = Figure(subject, looks[rng.integers(len(looks))], 0.6, 0.5, 0.5)
+        what = Scene((figure,), Background(colours[rng.integers(len(colours))]))
+        found.append(captions.phrase(what, Told(look=bool(rng.random() < LOOK_TOLD), background=True)))
+    return found

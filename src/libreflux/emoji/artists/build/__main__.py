@@ -1,7 +1,7 @@
 """Make models of the artists' pictures: `python -m libreflux.emoji.artists.build STAGE --work DIR`, resumable.
 
 Stages in order: latents, base, export (the base model), judge, schnell (the student), libre (set free from it). Apart:
-sheet, forty training scenes for the eye.
+sheet, forty training scenes for the eye; index, of every scene that they were trained on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from libreflux.printing import say
 
-STAGES = ("latents", "base", "export", "judge", "schnell", "libre", "all", "sheet")
+STAGES = ("latents", "base", "export", "judge", "schnell", "libre", "all", "sheet", "index")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         say(students.schnell(args.work))
     if args.stage in ("libre", "all"):
         say(students.libre(args.work))
+    if args.stage in ("index", "all"):
+        say(students.write_index())
     return 0
 
 

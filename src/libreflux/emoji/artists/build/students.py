@@ -19,8 +19,8 @@ from libreflux import seeding
 from libreflux.adapter.io import load_adapter
 from libreflux.adapter.merge import merge
 from libreflux.emoji.artists import captions as grammar
-from libreflux.emoji.artists import held_out, scenes
-from libreflux.emoji.artists.build.base import working_dtype
+from libreflux.emoji.artists import held_out, scenes, training_scenes
+from libreflux.emoji.artists.build.base import SCENE_SEED, SCENES, working_dtype
 from libreflux.emoji.artists.subjects import subjects
 from libreflux.emoji.build.base import replaced
 from libreflux.emoji.build.students import LIBRE_LAYERS
@@ -59,6 +59,23 @@ def seen_subjects() -> list[str]:
     return sorted(names[i] for i in order[: round(len(names) * 2 / 3)])
 
 
+def shows_only(what: scenes.Scene, names: set[str] | None) -> bool:
+    """Whether a scene shows no other subject than these; None: any may be shown."""
+    return names is None or {figure.subject.name for figure in what.figures} <= names
+
+
+def write_index() -> Path:
+    """The index of all that the family's models were trained on, in the package."""
+    names = set(seen_subjects())
+    return training_scenes.write(
+        [
+            training_scenes.listed(SCENE_SEED, SCENES),
+            training_scenes.listed(TEACH_SEED, TAUGHT),
+            training_scenes.listed(FREEING_SEED, FREEING_PICTURES, lambda what: shows_only(what, names)),
+        ]
+    )
+
+
 def write_pictures(folder: Path, count: int, seed: int, names: set[str] | None = None) -> Path:
     """`count` training scenes as a captioned folder, of the named subjects alone; a whole one is kept."""
     if (folder / "metadata.jsonl").is_file():
@@ -69,7 +86,7 @@ def write_pictures(folder: Path, count: int, seed: int, names: set[str] | None =
         while len(rows) < count:
             what = held_out.training_scene(seed, index)
             index += 1
-            if names is not None and not {figure.subject.name for figure in what.figures} <= names:
+            if not shows_only(what, names):
                 continue
             name = f"{len(rows):05d}.png"
             scenes.render(what).save(staging / name)
