@@ -61,7 +61,7 @@ def test_a_stranger_is_nobodys(index: TrainingScenes) -> None:
 
 
 def test_no_drawing_reaches_into_a_corner_and_no_two_grounds_share_a_number() -> None:
-    numbers = {}
+    numbers: dict[int, set[bytes]] = {}
     for index in range(400):
         what = scenes.scene(9, index)
         empty = np.asarray(scenes.render(Scene((), what.background)))

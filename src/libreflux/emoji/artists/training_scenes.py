@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -87,7 +88,7 @@ def write(sets: list[TrainingScenes], file: Path = FILE) -> Path:
     """Writes an index of several sets, compressed."""
     import io
 
-    whole = {name: np.concatenate([getattr(one, name) for one in sets]) for name in _COLUMNS}
+    whole: dict[str, Any] = {name: np.concatenate([getattr(one, name) for one in sets]) for name in _COLUMNS}
     made = io.BytesIO()
     np.savez_compressed(made, **whole)
     atomic_write_bytes(file, made.getvalue())
