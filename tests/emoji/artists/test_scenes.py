@@ -45,29 +45,48 @@ def test_two_subjects_stand_as_their_relation_says_and_do_not_overlap() -> None:
         what = scenes.scene(3, index, pairs=1.0)
         first, second = what.figures
         dx, dy = scenes.RELATIONS[what.relation or ""]
-        along = dx * (first.x - second.x) + dy * (first.y - second.y)
-        assert along >= (first.side + second.side) / 2
+        along = dx * (first.column - second.column) + dy * (first.row - second.row)
+        assert along >= first.cells == second.cells == scenes.PAIR_SIZE
 
 
 def test_words_follow_the_numbers() -> None:
-    figure = Figure(STAR, "flat", 0.4, 0.3, 0.2)
+    figure = Figure(STAR, "flat", 7, 0, 1)
     assert (figure.size, figure.place) == ("small", "top left")
-    assert dataclasses.replace(figure, side=0.9, x=0.5, y=0.5).size == "large"
-    assert dataclasses.replace(figure, x=0.5, y=0.5).place == "centre"
+    assert (dataclasses.replace(figure, column=4).place, dataclasses.replace(figure, row=9).place) == (
+        "top",
+        "bottom left",
+    )
+    large = Figure(STAR, "flat", 13, 1, 2)
+    assert (large.size, large.place) == ("large", "centre")
+    assert dataclasses.replace(large, column=3).place == "right"
 
 
-@pytest.mark.parametrize(("x", "y", "turn"), [(0.3, 0.3, 0.0), (0.7, 0.4, 12.0), (0.5, 0.72, -12.0)])
-def test_a_figure_is_drawn_where_it_says(x: float, y: float, turn: float) -> None:
-    behind = Background("blue")
-    picture = np.asarray(scenes.render(Scene((Figure(STAR, "flat", 0.4, x, y, False, turn),), behind)), np.int64)
-    drawn = np.abs(picture - COLOURS["blue"]).sum(-1) > 60
-    rows, columns = np.nonzero(drawn)
+def test_every_figure_lies_within_the_picture() -> None:
+    figures = [figure for index in range(500) for figure in scenes.scene(4, index).figures]
+    assert min(min(figure.column, figure.row) for figure in figures) == 0
+    assert max(max(figure.column, figure.row) + figure.cells for figure in figures) == scenes.CELLS
+    assert {figure.size for figure in figures} == set(scenes.SIZES)
+
+
+@pytest.mark.parametrize(("cells", "column", "row"), [(7, 0, 0), (7, 9, 4), (10, 3, 6), (13, 2, 1)])
+def test_a_figure_is_drawn_where_it_says(cells: int, column: int, row: int) -> None:
+    figure = Figure(STAR, "flat", cells, column, row)
+    picture = np.asarray(scenes.render(Scene((figure,), Background("blue"))), np.int64)
+    rows, columns = np.nonzero(np.abs(picture - COLOURS["blue"]).sum(-1) > 60)
+    x, y = figure.centre
     assert columns.mean() / 128 == pytest.approx(x, abs=0.03)
     assert rows.mean() / 128 == pytest.approx(y, abs=0.03)
+    assert column * 8 <= columns.min() < columns.max() < (column + cells) * 8
+
+
+def test_the_same_drawing_elsewhere_has_the_same_pixels() -> None:
+    """Places are whole cells: of the autoencoder's latents, so that these too are only moved."""
+    one, other = (np.asarray(scenes.render(Scene((Figure(STAR, "3d", 7, c, 2),), Background("red")))) for c in (1, 6))
+    assert (one[:, 8:64] == other[:, 48:104]).all()
 
 
 def test_backgrounds_are_what_they_say() -> None:
-    figure = Figure(STAR, "flat", 0.4, 0.5, 0.5)
+    figure = Figure(STAR, "flat", 7, 4, 5)
 
     def corners(background: Background) -> list[tuple[int, ...]]:
         picture = np.asarray(scenes.render(Scene((figure,), background)))
@@ -82,7 +101,7 @@ def test_backgrounds_are_what_they_say() -> None:
 
 
 def test_a_mirrored_figure_is_the_mirror_image() -> None:
-    left = Figure(STAR, "retro", 0.6, 0.5, 0.5)
+    left = Figure(STAR, "retro", 10, 3, 3)
     plain, turned = (
         np.asarray(scenes.render(Scene((dataclasses.replace(left, mirrored=m),), Background("green"))))
         for m in (False, True)

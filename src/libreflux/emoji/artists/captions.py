@@ -6,7 +6,7 @@
     tags    fox, flat, small, top left, blue background      each fact told or left out by chance
     long    The picture shows a fox. It is drawn in a flat style. …
 
-Of a pair the relation is always told. Mirroring and turning are told by no caption.
+Of a pair the relation is always told. Mirroring is told by no caption.
 """
 
 from __future__ import annotations

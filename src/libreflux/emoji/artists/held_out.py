@@ -14,7 +14,7 @@ from typing import Literal
 from libreflux import seeding
 from libreflux.emoji.artists import captions
 from libreflux.emoji.artists.captions import Told
-from libreflux.emoji.artists.scenes import LARGEST, MARGIN, PAIRS, SMALLEST, Background, Figure, Scene, render, scene
+from libreflux.emoji.artists.scenes import CELLS, PAIRS, SIZES, Background, Figure, Scene, render, scene
 from libreflux.emoji.artists.subjects import subjects, unseen_subjects
 from libreflux.emoji.compose import COLOURS
 from libreflux.files import staged_dir
@@ -25,7 +25,7 @@ KINDS: tuple[Kind, ...] = ("subject", "look", "place")
 LOOKS_HELD_OUT = 0.5  # of the subjects, one look each
 MEASURED_SEED = 71
 LOOK_TOLD = 0.5  # of the prompts
-CELLS, HELD_OUT_CELLS = 5, 0.12  # places and sizes: so many steps each way, and the share kept out for each subject
+HELD_OUT_CELLS = 0.12  # of each subject's places and sizes
 
 
 @cache
@@ -41,20 +41,18 @@ def held_out_looks() -> dict[str, str]:
 
 
 def cell(figure: Figure) -> tuple[int, int, int]:
-    """(column, row, size) of a figure, `CELLS` steps each: of its free room across and down, and of the sizes."""
-
-    def step(share: float) -> int:
-        return max(0, min(CELLS - 1, int(share * CELLS)))
-
-    low, room = MARGIN + figure.side / 2, 1 - 2 * MARGIN - figure.side
-    across, down = ((value - low) / room if room > 0 else 0.5 for value in (figure.x, figure.y))
-    return step(across), step(down), step((figure.side - SMALLEST) / (LARGEST - SMALLEST))
+    """(column, row, side) of a figure, in cells."""
+    return figure.column, figure.row, figure.cells
 
 
 @cache
 def held_out_cells(subject: str) -> frozenset[tuple[int, int, int]]:
     """The places and sizes in which no training picture shows this subject alone."""
-    every = list(itertools.product(range(CELLS), repeat=3))
+    every = [
+        (column, row, cells)
+        for cells in SIZES.values()
+        for column, row in itertools.product(range(CELLS - cells + 1), repeat=2)
+    ]
     order = seeding.rng(0, "held-out-cells", subject).permutation(len(every))
     return frozenset(every[i] for i in order[: round(len(every) * HELD_OUT_CELLS)])
 
@@ -134,7 +132,7 @@ def prompts(count: int) -> list[str]:
         subject = pool[seeding.rng(0, "artists-probe-subjects", turn).permutation(len(pool))[place]]
         rng = seeding.rng(0, "artists-probe-prompt", index)
         looks = [look for look in subject.looks if look != held_out_looks().get(subject.name)]
-        figure = Figure(subject, looks[rng.integers(len(looks))], 0.6, 0.5, 0.5)
+        figure = Figure(subject, looks[rng.integers(len(looks))], SIZES["medium"], 3, 3)
         what = Scene((figure,), Background(colours[rng.integers(len(colours))]))
         found.append(captions.phrase(what, Told(look=bool(rng.random() < LOOK_TOLD), background=True)))
     return found

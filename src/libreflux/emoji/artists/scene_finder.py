@@ -15,6 +15,8 @@ from libreflux.emoji.compose import COLOURS
 from libreflux.probing.subjects import find_name
 from libreflux.probing.training_pictures import MeasuredPicture, NearestScene
 
+STRIDE = 4
+LEAST_GROUND = 0.15  # of a picture that must be the background's, to the bit
 MOST = 400
 """Scenes of a subject that are drawn to be compared, where none has the picture's background."""
 
@@ -35,7 +37,7 @@ def find_scene(picture: MeasuredPicture, index: TrainingScenes | None = None) ->
     if picture.pixels.shape != (SIDE, SIDE, 3):
         return None
     name = find_name(picture.caption, [subject.name for subject in all_subjects()])
-    ground = _grounds().get(picture.pixels[:: SIDE - 1, :: SIDE - 1].tobytes())
+    ground = ground_of(picture.pixels)
     if name is None or ground is None:
         return None
     known = training_scenes.read() if index is None else index
@@ -52,13 +54,21 @@ def _difference(pixels: np.ndarray, what: Scene) -> float:
     return float(np.abs(pixels.astype(np.int16) - np.asarray(scenes.render(what))).mean())
 
 
+def ground_of(pixels: np.ndarray) -> int | None:
+    """The number of the background that most pixels of a picture are of; None where too few are of any."""
+    numbers, every = _grounds()
+    shown = (every == pixels[::STRIDE, ::STRIDE]).all(axis=-1).mean(axis=(1, 2))
+    best = int(np.argmax(shown))
+    return numbers[best] if shown[best] >= LEAST_GROUND else None
+
+
 @cache
-def _grounds() -> dict[bytes, int]:
-    """The four corners of every background → its number; a drawing never reaches into a corner."""
-    found = {}
+def _grounds() -> tuple[list[int], np.ndarray]:
+    """The numbers of all N backgrounds, and every `STRIDE`-th pixel of each, [N, H, W, 3] uint8."""
+    numbers, pixels = [], []
     for kind, first, second, upright in itertools.product(KINDS, COLOURS, COLOURS, (True, False)):
-        if kind == "plain" or first != second:
+        if (first == second and upright) if kind == "plain" else first != second:
             ground = Background(first, None if kind == "plain" else second, kind, upright)
-            pixels = np.asarray(scenes.render(Scene((), ground)))
-            found[pixels[:: SIDE - 1, :: SIDE - 1].tobytes()] = training_scenes.ground_number(ground)
-    return found
+            numbers.append(training_scenes.ground_number(ground))
+            pixels.append(np.asarray(scenes.render(Scene((), ground)))[::STRIDE, ::STRIDE])
+    return numbers, np.stack(pixels)

@@ -15,40 +15,42 @@ from libreflux import seeding
 from libreflux.emoji.artists.subjects import SIDE, Subject, drawing, subjects
 from libreflux.emoji.compose import COLOURS
 
-SMALLEST, LARGEST = 0.4, 0.92  # side of a lone subject over the side of the picture
-SMALL_BELOW, LARGE_ABOVE = 0.52, 0.72
+CELLS = 16  # of the picture, each way: one of the autoencoder's latents, 8 pixels at a side of 128
+SIZES = {"small": 7, "medium": 10, "large": 13}  # side of a lone subject, in cells
+PAIR_SIZE = SIZES["small"]
 OFF_CENTRE = 0.09  # of the side: from here on a place is "left", not "in the centre"
-MARGIN = 0.02
-PAIR_SIZES = (0.4, 0.46)
-TURN, MOST_TURN = 5.0, 10.0  # degrees: standard deviation and most
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # from the second to the first
-BORDER = 16  # pixels around a drawing of `SIDE`, for the corners of a turned one
 KINDS = {"plain": 0.6, "gradient": 0.2, "halves": 0.2}
 PAIRS = 0.2
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One subject in a picture. `side`, `x`, `y`: its size and centre, in sides of the picture; `turn`: degrees."""
+    """One subject in a picture. `cells`: its side; `column`, `row`: of its upper left corner, in cells too."""
 
     subject: Subject
     look: str
-    side: float
-    x: float
-    y: float
+    cells: int
+    column: int
+    row: int
     mirrored: bool = False
-    turn: float = 0.0
 
     @property
     def size(self) -> str:
         """small, medium or large."""
-        return "small" if self.side < SMALL_BELOW else "large" if self.side > LARGE_ABOVE else "medium"
+        return {cells: size for size, cells in SIZES.items()}[self.cells]
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """(x, y) of its centre, in sides of the picture."""
+        return (self.column + self.cells / 2) / CELLS, (self.row + self.cells / 2) / CELLS
 
     @property
     def place(self) -> str:
         """centre, left, right, top, bottom, or two of them: "top left"."""
-        across = _word(self.x - 0.5, "left", "right")
-        down = _word(self.y - 0.5, "top", "bottom")
+        x, y = self.centre
+        across = _word(x - 0.5, "left", "right")
+        down = _word(y - 0.5, "top", "bottom")
         return " ".join(word for word in (down, across) if word) or "centre"
 
 
@@ -86,9 +88,9 @@ def scene(seed: int, index: int, *, pairs: float = PAIRS, pool: tuple[Subject, .
     chosen = [pool[i] for i in rng.choice(len(pool), 2, replace=len(pool) < 2)]
     behind = _background(rng)
     if rng.random() >= pairs:
-        side = float(rng.uniform(SMALLEST, LARGEST))
-        x, y = (float(rng.uniform(MARGIN + side / 2, 1 - MARGIN - side / 2)) for _ in range(2))
-        return Scene((_figure(rng, chosen[0], side, x, y),), behind)
+        cells = list(SIZES.values())[rng.integers(len(SIZES))]
+        column, row = (int(rng.integers(CELLS - cells + 1)) for _ in range(2))
+        return Scene((_figure(rng, chosen[0], cells, column, row),), behind)
     relation = str(rng.choice(list(RELATIONS)))
     return Scene(tuple(_beside(rng, chosen, relation)), behind, relation)
 
@@ -100,25 +102,23 @@ def _background(rng: np.random.Generator) -> Background:
     return Background(first) if kind == "plain" else Background(first, second, kind, upright)
 
 
-def _figure(rng: np.random.Generator, subject: Subject, side: float, x: float, y: float) -> Figure:
+def _figure(rng: np.random.Generator, subject: Subject, cells: int, column: int, row: int) -> Figure:
     look = subject.looks[rng.integers(len(subject.looks))]
-    turn = float(np.clip(rng.normal(0, TURN), -MOST_TURN, MOST_TURN))
-    return Figure(subject, look, side, x, y, bool(rng.random() < 0.5), turn)
+    return Figure(subject, look, cells, column, row, bool(rng.random() < 0.5))
 
 
 def _beside(rng: np.random.Generator, chosen: list[Subject], relation: str) -> list[Figure]:
     dx, dy = RELATIONS[relation]
     made = []
     for subject, way in zip(chosen, (1, -1), strict=True):
-        side = float(rng.uniform(*PAIR_SIZES))
-        # Each keeps to its own half along the relation, and lies anywhere across it.
-        near, far = MARGIN + side / 2, 0.5 - side / 2
-        along = 0.5 + way * (0.5 - float(rng.uniform(near, far)))
-        against = 1 - along
-        across = float(rng.uniform(0.5 - 0.12, 0.5 + 0.12))
-        x = (along if dx > 0 else against) if dx else across
-        y = (along if dy > 0 else against) if dy else across
-        made.append(_figure(rng, subject, side, x, y))
+        # Each keeps to its own half along the relation, and lies about the middle across it.
+        room = CELLS // 2 - PAIR_SIZE
+        later = (dx or dy) * way > 0
+        along = int(rng.integers(room + 1)) + (CELLS // 2 if later else 0)
+        middle = (CELLS - PAIR_SIZE) // 2
+        across = int(rng.integers(middle - 1, middle + 3))
+        column, row = (along, across) if dx else (across, along)
+        made.append(_figure(rng, subject, PAIR_SIZE, column, row))
     return made
 
 
@@ -138,21 +138,18 @@ def render(what: Scene, side: int = SIDE) -> Image.Image:
     """The RGB picture of a scene, `side` × `side` pixels."""
     canvas = _ground(what.background, side).copy()
     for figure in what.figures:
-        picture = _turned(figure)
-        room = max(1, round(figure.side * side * picture.width / SIDE))
-        picture = picture.resize((room, room), Image.Resampling.LANCZOS).convert("RGBA")
-        canvas.paste(picture, (round(figure.x * side - room / 2), round(figure.y * side - room / 2)), picture)
+        room = figure.cells * side // CELLS
+        picture = _scaled(figure, room)
+        canvas.paste(picture, (figure.column * side // CELLS, figure.row * side // CELLS), picture)
     return canvas.convert("RGB")
 
 
-def _turned(figure: Figure) -> Image.Image:
-    """A drawing mirrored and turned, with room for its corners, premultiplied.
+def _scaled(figure: Figure, room: int) -> Image.Image:
+    """A drawing, mirrored or not, `room` pixels wide.
 
-    Otherwise the colours of transparent pixels bleed into the edges when it is scaled.
+    Scaled premultiplied: otherwise the colours of transparent pixels bleed into the edges.
     """
     picture = drawing(figure.subject.name, figure.look).convert("RGBa")
     if figure.mirrored:
         picture = ImageOps.mirror(picture)
-    roomy = Image.new("RGBa", (SIDE + 2 * BORDER, SIDE + 2 * BORDER))
-    roomy.paste(picture, (BORDER, BORDER))
-    return roomy.rotate(figure.turn, Image.Resampling.BICUBIC)
+    return picture.resize((room, room), Image.Resampling.LANCZOS).convert("RGBA")

@@ -42,7 +42,7 @@ from libreflux.printing import say
 from libreflux.sample.grid import sheet
 from libreflux.sample.metadata import save_png
 
-SCENES, SCENE_SEED = 32_000, 3
+SCENES, SCENE_SEED = 24_000, 3
 CHUNK = 4_000
 STEPS, BATCH = 8_000, 48
 SMALL_BATCH, SMALL_UNTIL = 24, 600  # at first half a batch teaches as much a step

@@ -7,14 +7,12 @@ the pictures' own loss says little about it. REPA does so with another network's
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from libreflux.emoji.artists.scenes import Figure, Scene
+from libreflux.emoji.artists.scenes import CELLS, Figure, Scene
 from libreflux.emoji.artists.subjects import LOOKS, SIDE, all_subjects, drawing
 
 GRID = 8  # image tokens each way
@@ -26,13 +24,9 @@ NOT_ASKED = -100
 
 
 def _of_figure(figure: Figure) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(u, v, opaque) [GRID, GRID]: where each token's centre lies in the upright drawing, in its sides."""
-    centre = (np.arange(GRID) + 0.5) / GRID
-    x, y = np.meshgrid(centre - figure.x, centre - figure.y)
-    angle = math.radians(figure.turn)
-    # Undo the turn, which PIL makes against the clock with y downwards.
-    u = (x * math.cos(angle) - y * math.sin(angle)) / figure.side + 0.5
-    v = (x * math.sin(angle) + y * math.cos(angle)) / figure.side + 0.5
+    """(u, v, opaque) [GRID, GRID]: where each token's centre lies in the unmirrored drawing, in its sides."""
+    centre = (np.arange(GRID) + 0.5) / GRID * CELLS
+    u, v = np.meshgrid((centre - figure.column) / figure.cells, (centre - figure.row) / figure.cells)
     if figure.mirrored:
         u = 1 - u
     alpha = np.asarray(drawing(figure.subject.name, figure.look).getchannel("A"))

@@ -24,7 +24,7 @@ from libreflux.emoji.build.stage import Stage, cosine
 from libreflux.emoji.compose import COLOURS
 from libreflux.model.text import TextConditioning, TextEncoders
 
-STEPS, BATCH = 600, 128
+STEPS, BATCH = 800, 128
 SCENE_SEED, PAIRS, EMPTY = 61, 0.3, 0.03
 KINDS = ("bare", "short", "full", "tags", "long")
 NOT_TOLD = "not told"
