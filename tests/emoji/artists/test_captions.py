@@ -12,7 +12,7 @@ BY_NAME = {subject.name: subject for subject in all_subjects()}
 
 
 def alone(name: str) -> Scene:
-    return Scene((Figure(BY_NAME[name], "flat", 7, 0, 0),), Background("orange", "blue", "gradient"))
+    return Scene((Figure(BY_NAME[name], "flat", 4, 0, 0),), Background("orange", "blue", "gradient"))
 
 
 def test_a_bare_caption_has_the_subject_alone() -> None:

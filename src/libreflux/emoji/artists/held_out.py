@@ -25,7 +25,7 @@ KINDS: tuple[Kind, ...] = ("subject", "look", "place")
 LOOKS_HELD_OUT = 0.5  # of the subjects, one look each
 MEASURED_SEED = 71
 LOOK_TOLD = 0.5  # of the prompts
-HELD_OUT_CELLS = 0.12  # of each subject's places and sizes
+HELD_OUT_CELLS = 0.15  # of each subject's places and sizes
 
 
 @cache
@@ -132,7 +132,7 @@ def prompts(count: int) -> list[str]:
         subject = pool[seeding.rng(0, "artists-probe-subjects", turn).permutation(len(pool))[place]]
         rng = seeding.rng(0, "artists-probe-prompt", index)
         looks = [look for look in subject.looks if look != held_out_looks().get(subject.name)]
-        figure = Figure(subject, looks[rng.integers(len(looks))], SIZES["medium"], 3, 3)
+        figure = Figure(subject, looks[rng.integers(len(looks))], SIZES["medium"], 1, 1)
         what = Scene((figure,), Background(colours[rng.integers(len(colours))]))
         found.append(captions.phrase(what, Told(look=bool(rng.random() < LOOK_TOLD), background=True)))
     return found

@@ -15,8 +15,8 @@ from libreflux import seeding
 from libreflux.emoji.artists.subjects import SIDE, Subject, drawing, subjects
 from libreflux.emoji.compose import COLOURS
 
-CELLS = 16  # of the picture, each way: one of the autoencoder's latents, 8 pixels at a side of 128
-SIZES = {"small": 7, "medium": 10, "large": 13}  # side of a lone subject, in cells
+CELLS = 8  # of the picture, each way: one image token of the transformer, 16 pixels at a side of 128
+SIZES = {"small": 4, "medium": 5, "large": 7}  # side of a lone subject, in cells
 PAIR_SIZE = SIZES["small"]
 OFF_CENTRE = 0.09  # of the side: from here on a place is "left", not "in the centre"
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # from the second to the first
@@ -111,12 +111,10 @@ def _beside(rng: np.random.Generator, chosen: list[Subject], relation: str) -> l
     dx, dy = RELATIONS[relation]
     made = []
     for subject, way in zip(chosen, (1, -1), strict=True):
-        # Each keeps to its own half along the relation, and lies about the middle across it.
-        room = CELLS // 2 - PAIR_SIZE
-        later = (dx or dy) * way > 0
-        along = int(rng.integers(room + 1)) + (CELLS // 2 if later else 0)
+        # Each fills its own half along the relation, and lies about the middle across it.
+        along = CELLS - PAIR_SIZE if (dx or dy) * way > 0 else 0
         middle = (CELLS - PAIR_SIZE) // 2
-        across = int(rng.integers(middle - 1, middle + 3))
+        across = int(rng.integers(middle - 1, middle + 2))
         column, row = (along, across) if dx else (across, along)
         made.append(_figure(rng, subject, PAIR_SIZE, column, row))
     return made
