@@ -17,7 +17,7 @@ from libreflux.probing.training_pictures import MeasuredPicture, NearestScene
 
 STRIDE = 4
 LEAST_GROUND = 0.15  # of a picture that must be the background's, to the bit
-MOST = 400
+MOST = 100
 """Scenes of a subject that are drawn to be compared, where none has the picture's background."""
 
 
