@@ -77,6 +77,12 @@ def test_what_is_no_judge_is_refused(judge: Judge, tmp_path: Path) -> None:
         load_judge(tmp_path / "absent.safetensors")
 
 
+@pytest.mark.parametrize("question", ["all", "type", "a.b", ""])
+def test_a_question_that_cannot_be_is_refused(question: str) -> None:
+    with pytest.raises(ModelError, match="cannot be a question"):
+        Judge({question: ["yes", "no"]})
+
+
 def test_accuracy_counts_only_what_the_judge_knows(judge: Judge) -> None:
     seen = judge(torch.zeros(1, 3, 32, 32))
     told = {question: names[seen.answers[question][0].argmax()] for question, names in judge.questions.items()}
@@ -88,14 +94,15 @@ def test_accuracy_counts_only_what_the_judge_knows(judge: Judge) -> None:
         {"subject": subject},
         {},
         {"colour": "mud"},
+        {"colour": colour, "subject": "zebra"},
     ]
-    seen = judge(torch.zeros(5, 3, 32, 32))
-    look = Look(np.zeros(5), np.zeros(5), seen)
+    seen = judge(torch.zeros(6, 3, 32, 32))
+    look = Look(np.zeros(6), np.zeros(6), seen)
     found = accuracies(look, judge, [ParsedPrompt("", one) for one in named])
-    np.testing.assert_array_equal(found["all"], [1, 0, 1, np.nan, np.nan])
-    np.testing.assert_array_equal(found["subject"], [1, 1, 1, np.nan, np.nan])
-    np.testing.assert_array_equal(found["size"], [np.nan, 1, np.nan, np.nan, np.nan])
-    wanted = log_probability(look, judge, "colour", [colour] * 5)
+    np.testing.assert_array_equal(found["all"], [1, 0, 1, np.nan, np.nan, np.nan])
+    np.testing.assert_array_equal(found["subject"], [1, 1, 1, np.nan, np.nan, np.nan])
+    np.testing.assert_array_equal(found["size"], [np.nan, 1, np.nan, np.nan, np.nan, np.nan])
+    wanted = log_probability(look, judge, "colour", [colour] * 6)
     np.testing.assert_allclose(wanted, seen.answers["colour"].detach().double().max(dim=1).values)
 
 

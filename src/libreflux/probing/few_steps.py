@@ -214,7 +214,7 @@ def _of_others(of: str, seen: Seen, ends: Ends) -> Iterator[tuple[str, Measure]]
 
 
 def _right(seen: Seen, judge: Judge, prompts: Sequence[ParsedPrompt]) -> np.ndarray | None:
-    """[N] 1 where the judge finds what was asked for, 0 where not, NaN where it cannot know; None: mostly the last."""
+    """[N] 1 where the judge finds what was asked for, 0 where not, NaN where it cannot know; None: it knows too few."""
     look = Look(np.zeros(len(seen)), np.zeros(len(seen)), Verdict(seen.answers, seen.features))
     right = accuracies(look, judge, prompts)[ALL]
     return right if np.isfinite(right).sum() >= LEAST_PROMPTS else None

@@ -60,6 +60,8 @@ class Judge(nn.Module):
         widths: Sequence[int] = WIDTHS,
     ) -> None:
         super().__init__()
+        if refused := [question for question in questions if question == "all" or not _is_a_name(question)]:
+            raise ModelError(f"{refused[0]!r} cannot be a question", hint="choose another word, without a dot")
         self.questions = {question: tuple(answers) for question, answers in questions.items()}
         self.placed, self.widths, self.side = frozenset(placed), tuple(widths), JUDGED_SIDE
         inputs = (3, *self.widths[:-1])
@@ -101,6 +103,11 @@ class Judge(nn.Module):
         told = {"questions": self.questions, "placed": sorted(self.placed), "widths": self.widths}
         metadata = {"schema": SCHEMA, **{name: json.dumps(value) for name, value in told.items()}}
         atomic_save_safetensors({k: v.bfloat16() for k, v in self.state_dict().items()}, path, metadata)
+
+
+def _is_a_name(question: str) -> bool:
+    """Whether torch takes it as a module's name."""
+    return bool(question) and "." not in question and not hasattr(nn.ModuleDict, question)
 
 
 class _Stage(nn.Module):

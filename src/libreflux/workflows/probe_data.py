@@ -87,7 +87,9 @@ class ProbeData:
             held_out = _held_out(cache, sources, settings)
             captions = [text for part in held_out.batches(settings.batch) for text in part.captions]
             texts = texts or _prompts(captions, settings, folder)
-            questions = {**(judge.questions if judge is not None else {}), SUBJECT: known}
+            questions = dict(judge.questions) if judge is not None else {}
+            if judge is None or judge.subjects:  # a judge that is asked for no subject can tell none
+                questions[SUBJECT] = known
             prompts = [parse_prompt(text, questions) for text in texts]
             needed = [*texts]
             if judge is not None:

@@ -1,13 +1,16 @@
 """Captioned folders of training scenes, and what stays true of them under another look."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from libreflux.emoji.artists import captions, folder, held_out
+from libreflux.emoji.artists import captions, folder, held_out, scenes
+from libreflux.emoji.artists.scenes import Background
 from libreflux.emoji.artists.subjects import LOOKS
 
 
@@ -31,10 +34,21 @@ def test_pencil_is_grey_on_white_and_no_caption_tells_otherwise(tmp_path: Path) 
         assert (pixels.max(-1) - pixels.min(-1)).max() < 12
         assert pixels.mean() > 180
         what = held_out.training_scene(1, index)
-        words = {word for text in row["captions"].values() for word in text.replace(",", " ").split()}
+        words = {word for text in row["captions"].values() for word in re.findall(r"\w+", text)}
         assert not words & {*LOOKS, "gradient", "half", "red", "blue"}
         assert what.figures[0].subject.name in row["captions"]["bare"]
         assert row["captions"]["full"].endswith("on white")
+
+
+def test_nothing_of_the_background_is_left_in_pencil(tmp_path: Path) -> None:
+    out = folder.write_folder(tmp_path / "pictures", 12, 1, look="pencil")
+    kinds = set()
+    for index, file in enumerate(sorted(out.glob("*.png"))):
+        what = held_out.training_scene(1, index)
+        kinds.add(what.background.kind)
+        white = replace(what, background=Background("white"))
+        assert (np.asarray(Image.open(file)) == np.asarray(folder.pencil(scenes.render(white)))).all()
+    assert "halves" in kinds
 
 
 @pytest.mark.parametrize("pairs", [0.0, 1.0])

@@ -30,9 +30,10 @@ def pencil(picture: Image.Image) -> Image.Image:
 def pencil_captions(what: Scene) -> dict[str, str]:
     """True captions of a scene under `pencil`, by kind: on white, and whose drawing it was is told by none.
 
-    They keep to words that the family's text encoders know; others would hide the subject from the model.
+    All but the long one keep to words that the family's text encoders know; others would hide the subject from the
+    model.
     """
-    on_white = replace(what, background=Background("white"))
+    on_white = _on_white(what)
     told = {kind: replace(captions.told_by(on_white, kind), look=False) for kind in ("bare", "short", "full")}
     whole = captions.phrase(on_white, Told(size=True, place=True))
     long = f"The picture is a pencil drawing of {whole}. Only dark outlines are drawn. The background is plain white."
@@ -41,13 +42,21 @@ def pencil_captions(what: Scene) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Look:
-    """An operation on composed pictures and the captions that stay true under it."""
+    """An operation on composed pictures, the scene that it is made of, and the captions that stay true under it."""
 
+    scene: Callable[[Scene], Scene]
     picture: Callable[[Image.Image], Image.Image]
     captions: Callable[[Scene], dict[str, str]]
 
 
-LOOKS = {"plain": Look(lambda picture: picture, captions.captions), "pencil": Look(pencil, pencil_captions)}
+def _on_white(what: Scene) -> Scene:
+    return replace(what, background=Background("white"))
+
+
+LOOKS = {
+    "plain": Look(lambda what: what, lambda picture: picture, captions.captions),
+    "pencil": Look(_on_white, pencil, pencil_captions),
+}
 
 
 def write_folder(
@@ -71,7 +80,7 @@ def write_folder(
     for index in range(count):
         what = held_out.training_scene(seed, index, pairs=pairs)
         name = f"{seed:04d}-{index:06d}"
-        LOOKS[look].picture(scenes.render(what)).save(out / f"{name}.png")
+        LOOKS[look].picture(scenes.render(LOOKS[look].scene(what))).save(out / f"{name}.png")
         texts = LOOKS[look].captions(what)
         (out / f"{name}.txt").write_text("\n".join(texts.values()) + "\n", encoding="utf-8")
         rows.append(json.dumps({"file_name": f"{name}.png", "captions": texts}))

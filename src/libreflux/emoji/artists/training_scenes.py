@@ -18,6 +18,7 @@ from libreflux.emoji.artists import held_out
 from libreflux.emoji.artists.scenes import KINDS, Background, Scene, scene
 from libreflux.emoji.artists.subjects import all_subjects
 from libreflux.emoji.compose import COLOURS
+from libreflux.errors import DataError
 from libreflux.files import atomic_write_bytes
 
 FILE = Path(__file__).parent / "training-scenes.npz"
@@ -97,6 +98,12 @@ def write(sets: list[TrainingScenes], file: Path = FILE) -> Path:
 
 @cache
 def read(file: Path = FILE) -> TrainingScenes:
-    """The shipped index, or another."""
+    """The index of the family's training, or another.
+
+    Raises:
+        DataError: no such file.
+    """
+    if not file.is_file():
+        raise DataError("no index of training scenes", where=file, hint="python -m libreflux.emoji.artists.build index")
     with np.load(file, allow_pickle=False) as kept:
         return TrainingScenes(*(kept[name] for name in _COLUMNS))

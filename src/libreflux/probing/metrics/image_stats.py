@@ -76,7 +76,8 @@ def _look(latents: Tensor, vae: AutoencoderKL, judge: Judge | None) -> Look:
 def accuracies(look: Look, judge: Judge, prompts: Sequence[ParsedPrompt]) -> dict[str, np.ndarray]:
     """Whether each of N pictures shows what it was asked for: by question, and "all" of them; [N] of 1, 0 or NaN.
 
-    NaN is a prompt that does not name one of the question's answers; for "all", one that names none of any.
+    NaN is a prompt that does not name one of the question's answers; for "all", one that names nothing, or something
+    that the judge does not know.
     """
     assert look.verdict is not None
     found = {}
@@ -88,7 +89,8 @@ def accuracies(look: Look, judge: Judge, prompts: Sequence[ParsedPrompt]) -> dic
     every = np.array([*found.values()]).reshape(len(found), len(prompts))
     asked = np.isfinite(every)
     right_of_asked = np.where(asked, every, 1.0).prod(axis=0)
-    return {ALL: np.where(asked.any(axis=0), right_of_asked, np.nan), **found}
+    counted = asked.any(axis=0) & (asked.sum(axis=0) == [len(one.named) for one in prompts])
+    return {ALL: np.where(counted, right_of_asked, np.nan), **found}
 
 
 def log_probability(look: Look, judge: Judge, question: str, names: Sequence[str]) -> np.ndarray:

@@ -41,7 +41,7 @@ def _guidance(results: Sequence[Result], labels: Sequence[str]) -> Iterator[str]
     )
     yield _sentence(
         "Right pictures.",
-        f"Share whose subject and background are what the prompt asked for, at guidance {scale:g}:",
+        f"Share in which the judge finds all that the prompt names, at guidance {scale:g}:",
         labels,
         [_told(one.find("accuracy", guidance=scale, what="all")) for one in results],
         percent,

@@ -179,4 +179,4 @@ def first_above(by_scale: Mapping[float, Statistic], limit: float) -> Statistic:
     return statistic
 
 
-SECTION = Section("guidance", 1, plan, measure, drawn=True)
+SECTION = Section("guidance", 2, plan, measure, drawn=True)

@@ -73,4 +73,4 @@ def feature_distance(a: Look, b: Look) -> np.ndarray:
     return found
 
 
-SECTION = Section("steps", 1, plan, measure)
+SECTION = Section("steps", 2, plan, measure)

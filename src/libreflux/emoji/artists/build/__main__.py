@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.stage in ("libre", "all"):
         say(students.libre(args.work))
     if args.stage in ("index", "all"):
-        say(students.write_index())
+        say(students.write_index(count))
     return 0
 
 

@@ -155,7 +155,7 @@ def batch_at(step: int, seed: int, texts: list[dict[str, str]], batch: int) -> t
 def _layouts(work: Path, count: int) -> Tensor:
     """[count, questions, tokens] int16, of every training scene; made once."""
     file = work / "layouts.safetensors"
-    if not file.exists():
+    if not file.exists() or len(load_file(file)["layouts"]) < count:
         made = np.stack([layout.labels(held_out.training_scene(SCENE_SEED, index)) for index in range(count)])
         atomic_save_safetensors({"layouts": torch.from_numpy(made)}, file, {})
     return load_file(file)["layouts"][:count]

@@ -64,12 +64,12 @@ def shows_only(what: scenes.Scene, names: set[str] | None) -> bool:
     return names is None or {figure.subject.name for figure in what.figures} <= names
 
 
-def write_index() -> Path:
-    """The index of all that the family's models were trained on, in the package."""
+def write_index(count: int = SCENES) -> Path:
+    """The index of all that the family's models were trained on, in the package: of so many scenes for the base."""
     names = set(seen_subjects())
     return training_scenes.write(
         [
-            training_scenes.listed(SCENE_SEED, SCENES),
+            training_scenes.listed(SCENE_SEED, count),
             training_scenes.listed(TEACH_SEED, TAUGHT),
             training_scenes.listed(FREEING_SEED, FREEING_PICTURES, lambda what: shows_only(what, names)),
         ]
