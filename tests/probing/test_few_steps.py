@@ -80,6 +80,10 @@ def test_a_judge_that_cannot_read_the_new_pictures_is_told(ends: Ends) -> None:
     assert blind.ceiling is not None
     assert blind.ceiling.value == pytest.approx(3 / COUNT)
     assert blind.is_blind
+    more = [ParsedPrompt(one.text, {**one.named, "size": "small"}) for one in PROMPTS]
+    asked_more = dataclasses.replace(ends, captions=more)
+    assert asked_more.ceiling is not None
+    assert asked_more.ceiling.value == 1.0  # no prompt names a size
 
 
 def test_the_broken_model_has_kept_nothing_and_the_new_pictures_are_learnt(ends: Ends) -> None:

@@ -64,6 +64,25 @@ def test_what_python_measures_is_what_the_command_measures(
     assert alone.in_order == [found.result]
 
 
+def test_a_result_whose_accuracy_was_counted_otherwise_is_told(
+    tiny_model_dir: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    measure_less(monkeypatch)
+    numbers: dict[str, Any] = {"quick": True, "pictures": 2, "prompts": 2, "guidance": [1], "steps": [1]}
+    former = libreflux.probe(str(tiny_model_dir), data=str(pictures), out=str(tmp_path / "former"), **numbers)
+    tree = json.loads(former.file.read_text("utf-8"))
+    tree["measures"].append(tree["measures"][0] | {"name": "accuracy", "at": {"guidance": 4.0, "what": "both"}})
+    former.file.write_text(json.dumps(tree), "utf-8")
+    libreflux.probe(
+        str(tiny_model_dir), against=str(former.folder), data=str(pictures), out=str(tmp_path / "now"), **numbers
+    )
+    assert "former is of an older libreflux: probe it again" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "words", "text"),
     [

@@ -102,9 +102,12 @@ class Ends:
     def ceiling(self) -> Measure | None:
         """In which share of the new pictures the judge finds what their captions name; None where they name nothing.
 
-        A judge that cannot read the new look takes every picture that has it for a broken one.
+        A judge that cannot read the new look takes every picture that has it for a broken one. Only what the prompts
+        name too is asked: more would be found more seldom in any look.
         """
-        found = _right(self.new, self.judge, self.captions) if self.captions else None
+        also = {question for one in self.prompts for question in one.named}
+        captions = [ParsedPrompt(one.text, {q: a for q, a in one.named.items() if q in also}) for one in self.captions]
+        found = _right(self.new, self.judge, captions) if captions else None
         if found is None:
             return None
         return _measure("accuracy", "new pictures", share(found), len(self.new), self, name=CEILING, over="pictures")

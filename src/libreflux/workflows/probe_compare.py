@@ -10,7 +10,7 @@ from typing import Any
 from libreflux.errors import DataError, LibrefluxError
 from libreflux.files import atomic_write_json
 from libreflux.model.locate import locate
-from libreflux.printing import get_logger
+from libreflux.printing import get_logger, printable
 from libreflux.probing.freedom import FreedomRow, check_comparable, freedom
 from libreflux.probing.no_training import LEAST, NoTraining, no_training
 from libreflux.probing.results import FILE, Result, read_result
@@ -125,6 +125,8 @@ def _given(name: str) -> Result | None:
     for picture in found.pictures:
         if not (file := folder / picture.file).is_file():
             raise DataError("a picture of this result is missing", where=file, hint="copy the whole folder")
+    if any(row.at.get("what") == "both" for row in found.measures):
+        logger.warning("%s is of an older libreflux: probe it again to have its accuracy compared", printable(name))
     return found
 
 
