@@ -250,10 +250,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     names, captions, pixels = read_pictures(args.data, args.pictures, args.side)
     choosing, measuring = halves_by_caption(captions, args.seed)
     args.decided = [*told_of(captions, pixels), *(judge_digest(one) for one in (args.judge, args.features))]
-    few = max(1, args.steps // 7)
+    fewer = max(1, args.steps // 7)
     spoilt = [
         Drawer("noise", args.base, args.steps, args.guidance, args.noise),
-        Drawer("few steps", args.base, few, args.guidance),
+        Drawer("few steps", args.base, fewer, args.guidance),
     ]
     choice, digest = choose(args, choosing, spoilt, names)
     if args.choose:

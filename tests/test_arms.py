@@ -10,8 +10,10 @@ import torch
 from benchmarks import features, finetune
 from benchmarks.freedom import COLUMNS, MAIN, Found, arms_of, csv_rows, parsed, table
 
+from libreflux import plainjson
 from libreflux.emoji import compose
 from libreflux.probing.metrics.bootstrap import mean, measured
+from libreflux.probing.metrics.telling import Telling
 from libreflux.probing.results import Result
 
 
@@ -95,6 +97,24 @@ def test_features_that_nobody_trained_are_functions_of_the_picture() -> None:
         assert len(found) == 3, name
         assert torch.isfinite(found).all(), name
         assert torch.equal(found, features.plain_features()[name](pixels)), name
+
+
+def test_the_choice_is_written_before_the_other_half_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def compared(_args: object, rows: np.ndarray, *_others: object) -> list[Telling]:
+        seen.append(tuple(rows))
+        assert (tmp_path / "choice.json").is_file() == (len(seen) == 2)
+        return []
+
+    monkeypatch.setattr(features, "compared", compared)
+    data = compose.write_folder(tmp_path / "pictures", 8, 1)
+    features.main(["--work", str(tmp_path), "--quick", "--data", str(data)])
+    assert not set(seen[0]) & set(seen[1])
+    assert plainjson.parse((tmp_path / "measured.json").read_text("utf-8"))["chosen"] is None
+    assert f"Of {len(seen[1])} pictures: intervals of fewer than 30 are too narrow." in capsys.readouterr().out
 
 
 def test_the_halves_that_choose_and_measure_share_no_caption(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ what the base knows: its slope at sigma 0.9 is 0.99 unmoved, 0.98 so, and 0.96 w
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from PIL import Image
@@ -18,7 +17,7 @@ from libreflux.emoji import compose
 from libreflux.emoji.build.base import scenes
 from libreflux.emoji.build.judge import split
 from libreflux.emoji.compose import COLOURS, Scene
-from libreflux.files import staged_dir
+from libreflux.emoji.folders import write_captioned
 
 SHIFT = 2  # pixels at most, 1 at least; every subject keeps 2 or more to its edges
 JUDGE = Path(compose.__file__).parent / "weights" / "judge.safetensors"
@@ -52,18 +51,9 @@ def moved(what: Scene, index: int) -> Image.Image:
 
 
 def write_held_out(folder: Path, count: int) -> Path:
-    """Writes `count` held-out pictures with their short captions, an ordinary captioned folder; a whole one is kept."""
-    listing = folder / "metadata.jsonl"
-    if listing.is_file() and len(listing.read_text(encoding="utf-8").splitlines()) == count:
-        return folder
-    with staged_dir(folder) as staging:
-        rows = []
-        for index, what in enumerate(held_out_scenes(count)):
-            name = f"{index:04d}.png"
-            moved(what, index).save(staging / name)
-            rows.append(json.dumps({"file_name": name, "text": compose.short_caption(what)}))
-        (staging / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return folder
+    """Writes `count` held-out pictures with their short captions, see `write_captioned`."""
+    chosen = held_out_scenes(count)
+    return write_captioned(folder, [*map(compose.short_caption, chosen)], lambda number: moved(chosen[number], number))
 
 
 def prompts(count: int) -> list[str]:

@@ -27,8 +27,6 @@ from libreflux.probing.shares import YES_OR_NO, Share, exactly, ordered, share_o
 from libreflux.probing.subjects import ParsedPrompt
 from libreflux.probing.units import Over
 
-FORMULA = 1
-"""Raised when the same pictures come to give other shares."""
 SPLITS = 4
 """Ways in which the new pictures are cut into halves; a distance is the mean over them."""
 LEAST_PICTURES, LEAST_PROMPTS = 4, 2

@@ -12,6 +12,7 @@ from PIL import Image
 from libreflux.emoji.artists import captions, folder, held_out, scenes
 from libreflux.emoji.artists.scenes import Background
 from libreflux.emoji.artists.subjects import LOOKS
+from libreflux.emoji.compose import pencil
 
 
 def test_a_folder_holds_training_scenes_with_their_captions(tmp_path: Path) -> None:
@@ -47,7 +48,7 @@ def test_nothing_of_the_background_is_left_in_pencil(tmp_path: Path) -> None:
         what = held_out.training_scene(1, index)
         kinds.add(what.background.kind)
         white = replace(what, background=Background("white"))
-        assert (np.asarray(Image.open(file)) == np.asarray(folder.pencil(scenes.render(white)))).all()
+        assert (np.asarray(Image.open(file)) == np.asarray(pencil(scenes.render(white)))).all()
     assert "halves" in kinds
 
 

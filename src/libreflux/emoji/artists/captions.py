@@ -81,9 +81,9 @@ def ground(background: Background) -> str:
     return f"on half {background.first}, half {background.second}"
 
 
-def where(figure: Figure) -> str:
+def where(place: str) -> str:
     """As "at the top left", "in the centre"."""
-    return "in the centre" if figure.place == "centre" else f"at the {figure.place}"
+    return "in the centre" if place == "centre" else f"at the {place}"
 
 
 def phrase(what: Scene, told: Told) -> str:
@@ -93,7 +93,7 @@ def phrase(what: Scene, told: Told) -> str:
         told_of_each = Told(look=told.look)
         words = f"{thing(first, told_of_each)} {what.relation} {thing(what.figures[1], told_of_each)}"
     else:
-        words = thing(first, told) + (f" {where(first)}" if told.place else "")
+        words = thing(first, told) + (f" {where(first.place)}" if told.place else "")
     if not told.background:
         return words
     comma = "," if what.relation is not None or told.place else ""
@@ -136,7 +136,7 @@ def long(what: Scene) -> str:
 
 
 def _extent(figure: Figure, rng: np.random.Generator) -> str:
-    place = "in the centre of the picture" if figure.place == "centre" else f"at the {figure.place} of the picture"
+    place = f"{where(figure.place)} of the picture"
     room = {
         "small": "with much empty space around",
         "medium": "with some space around",

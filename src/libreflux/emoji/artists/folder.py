@@ -7,24 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image
 
 from libreflux.emoji.artists import captions, held_out, scenes
 from libreflux.emoji.artists.captions import Told
 from libreflux.emoji.artists.scenes import PAIRS, Background, Scene
-from libreflux.emoji.compose import COLOURS
-
-
-def pencil(picture: Image.Image) -> Image.Image:
-    """Dark pencil outlines on white paper: a picture divided by its own blurred self leaves the edges."""
-    grey = ImageOps.grayscale(picture)
-    blurred = ImageOps.invert(grey).filter(ImageFilter.GaussianBlur(picture.width / 64))
-    base, veil = np.asarray(grey, np.float32), np.asarray(blurred, np.float32)
-    dodged = np.minimum(255.0, base * 255.0 / np.maximum(255.0 - veil, 1.0))
-    ink = np.clip((255.0 - dodged) / 255.0 * 3.0, 0.0, 1.0)[..., None]
-    paper, lead = np.array(COLOURS["white"], np.float64), np.array([48.0, 44.0, 52.0])
-    return Image.fromarray((paper * (1 - ink) + lead * ink).round().astype(np.uint8))
+from libreflux.emoji.compose import pencil
 
 
 def pencil_captions(what: Scene) -> dict[str, str]:

@@ -6,7 +6,6 @@ Every scene is of one kind; `training_scene` draws only those of none, `held_out
 from __future__ import annotations
 
 import itertools
-import json
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -17,7 +16,7 @@ from libreflux.emoji.artists.captions import Told
 from libreflux.emoji.artists.scenes import CELLS, PAIRS, SIZES, Background, Figure, Scene, render, scene
 from libreflux.emoji.artists.subjects import subjects, unseen_subjects
 from libreflux.emoji.compose import COLOURS
-from libreflux.files import staged_dir
+from libreflux.emoji.folders import write_captioned
 
 Kind = Literal["subject", "look", "place"]
 KINDS: tuple[Kind, ...] = ("subject", "look", "place")
@@ -106,18 +105,10 @@ def measured_scenes(count: int) -> list[Scene]:
 
 
 def write_held_out(folder: Path, count: int) -> Path:
-    """Writes `count` held-out pictures with captions that tell some facts, a captioned folder; a whole one is kept."""
-    listing = folder / "metadata.jsonl"
-    if listing.is_file() and len(listing.read_text(encoding="utf-8").splitlines()) == count:
-        return folder
-    with staged_dir(folder) as staging:
-        rows = []
-        for index, what in enumerate(measured_scenes(count)):
-            name = f"{index:04d}.png"
-            render(what).save(staging / name)
-            rows.append(json.dumps({"file_name": name, "text": captions.phrase(what, captions.told_by(what, "short"))}))
-        (staging / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return folder
+    """Writes `count` held-out pictures with captions that tell some facts, see `write_captioned`."""
+    measured = measured_scenes(count)
+    texts = [captions.phrase(what, captions.told_by(what, "short")) for what in measured]
+    return write_captioned(folder, texts, lambda number: render(measured[number]))
 
 
 def prompts(count: int) -> list[str]:

@@ -41,7 +41,7 @@ def questions() -> dict[str, tuple[str, ...]]:
         COLOUR: tuple(COLOURS),
         "look": LOOKS,
         "size": SIZES,
-        "place": tuple(f"at the {place}" if place != "centre" else "in the centre" for place in PLACES),
+        "place": tuple(map(captions.where, PLACES)),
         "background": GROUNDS,
     }
 
@@ -53,7 +53,7 @@ def answers(figure: Figure, background: Background) -> dict[str, str]:
         **({COLOUR: background.first} if background.kind == "plain" else {}),
         "look": figure.look,
         "size": figure.size,
-        "place": captions.where(figure),
+        "place": captions.where(figure.place),
         "background": captions.ground(background),
     }
 
