@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from libreflux.errors import RunError
 from libreflux.files import atomic_save_safetensors
 from libreflux.model.stream import save_live, stream_safetensors
-from libreflux.training.trace import LiveBytes
+from libreflux.training.live_bytes import LiveBytes
 
 
 def test_streamed_safetensors_are_what_the_library_reads(tmp_path: Path) -> None:

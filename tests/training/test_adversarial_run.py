@@ -25,6 +25,7 @@ from libreflux.training import checkpoint, estimate, trace
 from libreflux.training.adversary import Adversary, renoise_sigmas
 from libreflux.training.estimate import estimate_recipe
 from libreflux.training.interrupt import Interrupted
+from libreflux.training.live_bytes import LiveBytes
 from libreflux.training.loop import fit
 from libreflux.training.step import Training
 from model.bases import adapted, based
@@ -299,7 +300,7 @@ def test_the_estimate_counts_heads_and_the_teachers_passes(recipe_tree: Tree, tm
 def test_the_trace_of_a_pass_is_the_real_one() -> None:
     real, meta, spec = based("fp32"), based("fp32"), AdversarialSpec(width=8)
     adapter, adversary = adapted(real), Adversary(spec, real, 0, "cpu")
-    with trace.attention_in_tiles(), trace.LiveBytes() as live:
+    with trace.attention_in_tiles(), LiveBytes() as live:
         adversary.learn(real, adapter, *pictures(), torch.ones(2))
     adapted(meta)
     meta.to("meta")

@@ -22,13 +22,14 @@ from libreflux.model.text import TextConditioning
 from libreflux.recipe import Recipe
 from libreflux.sample.output import decoded
 from libreflux.training import estimate, phases, trace
+from libreflux.training.live_bytes import LiveBytes
 from libreflux.training.objective import NoisedBatch, flow_matching_loss
 from tiny import tiny_transformer, tiny_vae
 
 
 def test_live_bytes_follow_storages_from_birth_to_death() -> None:
     x = torch.empty(1000)
-    with trace.LiveBytes() as live:
+    with LiveBytes() as live:
         y = x + 1
         assert (live.live, live.peak) == (4000, 4000)
         z = y.view(10, 100)[2:]  # a view owns nothing
@@ -44,7 +45,7 @@ def test_live_bytes_follow_storages_from_birth_to_death() -> None:
 def test_what_autograd_saves_is_counted() -> None:
     layer = nn.Linear(64, 64, bias=False)
     x = torch.randn(8, 64)
-    with trace.LiveBytes() as live:
+    with LiveBytes() as live:
         y = layer(x).exp().sum()  # exp keeps its result
         assert live.live == 8 * 64 * 4 + 4
         y.backward()
@@ -60,7 +61,7 @@ def test_the_trace_on_meta_is_the_real_step() -> None:
     real, meta = adapted(tiny_transformer()), adapted(tiny_transformer().to("meta"))
     text = TextConditioning([torch.randn(9, 24) for _ in range(3)], torch.randn(3, 16))
     latents = torch.randn(3, 16, 8, 6)
-    with trace.attention_in_tiles(), trace.LiveBytes() as live:
+    with trace.attention_in_tiles(), LiveBytes() as live:
         flow_matching_loss(real, NoisedBatch(latents, latents, torch.rand(3), text)).sum().backward()
     traced = trace.trace_pass(meta, 3, (8, 6), 9)
     assert abs(traced - live.peak) < 0.01 * live.peak
@@ -141,7 +142,7 @@ def test_the_parts_of_training_add_up_to_its_row() -> None:
 
 
 def alive(work: Callable[[], object]) -> int:
-    with torch.no_grad(), trace.attention_in_tiles(), trace.LiveBytes() as live:
+    with torch.no_grad(), trace.attention_in_tiles(), LiveBytes() as live:
         work()
     return live.peak
 

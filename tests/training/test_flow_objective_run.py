@@ -23,6 +23,7 @@ from libreflux.recipe import Recipe, load_recipe
 from libreflux.training import estimate, flow_objective, trace
 from libreflux.training.callbacks import Callbacks
 from libreflux.training.flow_objective import Roles
+from libreflux.training.live_bytes import LiveBytes
 from libreflux.training.loop import fit, open_for_training
 from libreflux.training.objective import NoisedBatch, keyed_noise
 from libreflux.training.ranks import Ranks
@@ -133,7 +134,7 @@ def test_the_trace_of_a_pass_is_the_real_one(with_beside: bool) -> None:
     real, meta = based("fp32"), based("fp32")
     adapter, beside = both_on(real) if with_beside else (adapted(real), None)
     roles = Roles([False] * 4, [True] * 4, [True] * 4)
-    with trace.attention_in_tiles(), trace.LiveBytes() as live:
+    with trace.attention_in_tiles(), LiveBytes() as live:
         given: Any = {"keys": BOTH, "roles": roles, "empty": empty_prompt(), "beside": beside}
         flow_objective.learn(real, adapter, noised(), WEIGHTS, **given)
     _ = both_on(meta) if with_beside else adapted(meta)

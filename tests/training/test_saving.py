@@ -20,10 +20,10 @@ from libreflux.model.stream import save_live
 from libreflux.recipe import Recipe
 from libreflux.training import checkpoint, saving
 from libreflux.training.callbacks import Callbacks
+from libreflux.training.live_bytes import LiveBytes
 from libreflux.training.loop import open_for_training
 from libreflux.training.optimizer8 import AdamW8bit
 from libreflux.training.ranks import Ranks
-from libreflux.training.trace import LiveBytes
 
 
 def test_neither_device_nor_host_holds_a_second_copy_while_saving(

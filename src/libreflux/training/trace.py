@@ -7,62 +7,20 @@ mask, an int8 base or checkpointing keeps for backward is found, not assumed.
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from libreflux.model import latents as latent_space
 from libreflux.model.fused_attention import fuse_attention
 from libreflux.model.text import TOKENS_PER_PASS, TextConditioning
+from libreflux.training.live_bytes import LiveBytes
 from libreflux.training.objective import NoisedBatch, flow_matching_loss
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations inside the context create, while they are alive.
-
-    Attributes:
-        live: now.
-        peak: the most so far.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        for leaf in tree_leaves((args, kwargs)):  # what was there before is not ours to count
-            if isinstance(leaf, Tensor):
-                self._known.add(leaf.untyped_storage()._cdata)
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._count(leaf)
-        return out
-
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._freed, key, size)
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
 
 
 def size_in_bytes(tensors: Iterable[Tensor]) -> int:
