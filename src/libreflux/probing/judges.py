@@ -20,6 +20,7 @@ from libreflux.places import did_you_mean
 SCHEMA = "2"
 JUDGED_SIDE = 128  # pixels
 WIDTHS = (32, 64, 128, 192, 256)
+PLACED_WIDTH = 64
 FIRST_WIDTHS = (32, 48, 96, 160, 192)  # of schema 1, which asks for a subject and a colour, both of pooled features
 SUBJECT, COLOUR = "subject", "colour"
 """The questions that negative prompts are made from; all others are only asked."""
@@ -43,7 +44,8 @@ class Judge(nn.Module):
 
     Args:
         questions: question → its answers. A prompt that says an answer as whole words asks the question.
-        placed: the questions that depend on where things are: their heads see features pooled to 4 × 4, not to one.
+        placed: the questions that depend on where things are: their heads see features pooled to 4 × 4, not to one, in
+            `PLACED_WIDTH` channels.
         widths: channels after each halving of the side.
 
     Attributes:
@@ -66,9 +68,10 @@ class Judge(nn.Module):
         self.placed, self.widths, self.side = frozenset(placed), tuple(widths), JUDGED_SIDE
         inputs = (3, *self.widths[:-1])
         self.body = nn.Sequential(*[_Stage(a, b) for a, b in zip(inputs, self.widths, strict=True)])
+        self.narrow = nn.Conv2d(self.widths[-1], PLACED_WIDTH, 1) if self.placed else nn.Identity()
         self.heads = nn.ModuleDict(
             {
-                question: nn.Linear(self.widths[-1] * (16 if question in self.placed else 1), len(answers))
+                question: nn.Linear(16 * PLACED_WIDTH if question in self.placed else self.widths[-1], len(answers))
                 for question, answers in self.questions.items()
             }
         )
@@ -92,7 +95,7 @@ class Judge(nn.Module):
     def forward(self, pixels: Tensor) -> Verdict:
         """Judges pixels [B, 3, H, W] in [-1, 1]."""
         seen = self.body(pixels)
-        pooled, placed = seen.mean(dim=(2, 3)), F.adaptive_avg_pool2d(seen, 4).flatten(1)
+        pooled, placed = seen.mean(dim=(2, 3)), self.narrow(F.adaptive_avg_pool2d(seen, 4)).flatten(1)
         answers = {
             question: head(placed if question in self.placed else pooled) for question, head in self.heads.items()
         }

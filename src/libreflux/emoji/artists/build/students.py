@@ -45,7 +45,13 @@ _COMMON: dict[str, Any] = {
     "save": {"every": 100, "keep": 2},
     "seed": 0,
 }
-_FULL_RANK = {"kind": "lokr", "init": "ones", "targets": [{"layers": "**", "factor": 1}]}
+TAUGHT_LAYERS = ("transformer_blocks.**", "single_transformer_blocks.**", "norm_out.*", "proj_out")
+"""What differs in the student; what reads the noise level, the latents and the text it shares with its teacher."""
+_FULL_RANK = {
+    "kind": "lokr",
+    "init": "ones",
+    "targets": [{"layers": layers, "factor": 1} for layers in TAUGHT_LAYERS],
+}
 
 
 def _precision() -> str:
