@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,23 @@ def test_a_stopped_stage_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     resumed = train(tmp_path / "parts.safetensors", 6)
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_loss_in_parts_trains_as_their_sum(tmp_path: Path) -> None:
+    def train(file: Path, parts: bool) -> tuple[nn.Module, str]:
+        file.parent.mkdir()
+        net, stage = _stage(file)
+
+        def losses(step: int) -> list[torch.Tensor]:
+            x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+            return [(net(some) - some).square().mean() / 2 for some in x.chunk(2)]
+
+        for _ in stage.run(20, losses if parts else lambda step: sum(losses(step), torch.zeros(())), cosine):
+            pass
+        return net, stage.file.with_suffix(".jsonl").read_text()
+
+    whole, told = train(tmp_path / "whole" / "a.safetensors", False)
+    apart, told_apart = train(tmp_path / "apart" / "a.safetensors", True)
+    for a, b in zip(whole.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    assert json.loads(told)["loss"] == pytest.approx(json.loads(told_apart)["loss"], rel=1e-4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -94,17 +94,25 @@ class Stage:
         atomic_save_safetensors(tensors, self.file, {"step": str(self.step), "seconds": f"{self.seconds:.1f}"})
 
     def run(
-        self, steps: int, loss: Callable[[int], torch.Tensor], shape: Callable[[int, int], float], *, every: int = 200
+        self,
+        steps: int,
+        loss: Callable[[int], torch.Tensor | Iterable[torch.Tensor]],
+        shape: Callable[[int, int], float],
+        *,
+        every: int = 200,
     ) -> Iterator[int]:
-        """Train to `steps`, yielding after each save; the loss is a function of the step number alone."""
+        """Train to `steps`, yielding after each save.
+
+        Args:
+            loss: of a step, by its number alone; in parts that add up to it, where not all are to be held at a time.
+        """
         log = self.file.with_suffix(".jsonl")
         began, counted = time.perf_counter(), 0
         total = torch.zeros(())
         while self.step < steps:
             for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
                 optimizer.param_groups[0]["lr"] = rate * shape(self.step, steps)
-            value = loss(self.step)
-            value.backward()
+            value = _backward(loss(self.step))
             torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), 1.0)
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -112,7 +120,7 @@ class Stage:
             decay = min(self.decay, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
             # Added where it was computed: to read it each step would make the host wait for a card.
-            total, counted = value.detach() + total.to(value.device), counted + 1
+            total, counted = value + total.to(value.device), counted + 1
             self.step += 1
             now = time.perf_counter()
             self.seconds, began = self.seconds + now - began, now
@@ -137,3 +145,12 @@ class Stage:
         """Put the averaged values into the modules (for saving a model, after training)."""
         for name, parameter in self.parameters.items():
             parameter.data.copy_(self.average[name])
+
+
+def _backward(loss: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
+    parts = (loss,) if isinstance(loss, torch.Tensor) else loss
+    total = torch.zeros(())
+    for part in parts:
+        part.backward()
+        total = part.detach() + total.to(part.device)
+    return total

@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)  # moments that fade would slow a CPU down
     from libreflux.emoji.artists.build import base, judge, students
 
     if args.stage == "sheet":
