@@ -200,6 +200,23 @@ def test_other_weights_are_told(run: Callable, tiny_model_dir: Path, drawn: Path
     assert (before != after).any()
 
 
+def test_a_picture_of_a_former_family_is_refused_and_draws_with_its_own_model(
+    run: Callable, tiny_model_dir: Path, drawn: Path, tmp_path: Path
+) -> None:
+    former = tmp_path / "former.png"
+    with Image.open(drawn) as image:
+        save_png(image, former, dataclasses.replace(read_record(drawn), model="emoji-libre"))
+    refused = run("generate", "--remake", former, "--out", tmp_path / "r.png")
+    assert refused.code == 2
+    told = read_record(drawn).hashes["transformer"][:10]
+    assert f"was drawn by a former emoji-libre, {told}, that this version does not have; hint: " in refused.err
+    assert len(refused.err.splitlines()) == 1
+    assert not (tmp_path / "r.png").exists()
+    again = run("generate", "--remake", former, "--model", tiny_model_dir, "--out", tmp_path / "r.png")
+    assert again.code == 0
+    assert "bit for bit" in again.err
+
+
 def test_adapters_are_asked_for_and_keep_their_weight(
     run: Callable, tiny_model_dir: Path, trained: Path, tmp_path: Path
 ) -> None:

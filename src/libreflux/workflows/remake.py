@@ -14,7 +14,8 @@ from PIL import Image
 
 from libreflux.errors import DataError, OptionError, OptionHint, RecipeError
 from libreflux.model.compile_choice import Compile
-from libreflux.model.locate import told_model
+from libreflux.model.locate import EMOJI, told_model
+from libreflux.model.opening import open_model
 from libreflux.places import file_place
 from libreflux.printing import counted, quoted_path
 from libreflux.sample.checks import check_values, first_steps_argument
@@ -121,6 +122,7 @@ def remake_with(options: RemakeOptions) -> RemakeResult:
     refuse_compiled(record.nag, options.compile)
     asked: Compile = ("on" if record.compile else "off") if options.compile == "auto" else options.compile
     first = _first(record, options.first_steps_from, picture)
+    _check_family(record, picture, str(named), first)
     source = open_for_drawing(named, adapters, options.device, *memory, asked, options.on_notice, first)
     try:
         check_max_tokens(source.facts, record.max_tokens, f"{picture}: max_tokens")
@@ -141,6 +143,16 @@ def remake_with(options: RemakeOptions) -> RemakeResult:
         if options.on_picture is not None:
             options.on_picture(target)
     return RemakeResult(image, now, target, tuple(changed), *_compared(picture, image, changed))
+
+
+def _check_family(record: GenerationRecord, picture: Path, named: str, first: str | None) -> None:
+    """Raises DataError for a picture by a model of the emoji family that was another one then."""
+    by = {"transformer": named, "first_transformer": first}
+    for part, model in by.items():
+        then = record.hashes.get(part)
+        if model in EMOJI and then is not None and then != open_model(model).hash:
+            what = f"was drawn by a former {model}, {then[:10]}, that this version does not have"
+            raise DataError(what, where=picture, hint="draw its prompt anew, or install the version that it names")
 
 
 def _first(record: GenerationRecord, given: str | None, picture: Path) -> str | None:
