@@ -73,6 +73,13 @@ def test_parts_not_opened_are_copied(tiny_model_dir: Path, tmp_path: Path) -> No
     opened(out)
 
 
+def test_no_saved_file_says_where_a_part_was_read_from(tiny_model_dir: Path, tmp_path: Path) -> None:
+    out = opened(tiny_model_dir).save(tmp_path / "out")
+    told = [file.name for file in out.rglob("*.json") if str(tiny_model_dir) in file.read_text("utf-8")]
+    assert not told
+    assert open_model(out).load_vae().config["_name_or_path"] == out / "vae"  # errors name it
+
+
 def test_saving_is_all_or_nothing(tiny_model_dir: Path, tmp_path: Path) -> None:
     model = open_model(tiny_model_dir)
     live = LiveParts(transformer=model.load_transformer())

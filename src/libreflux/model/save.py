@@ -20,7 +20,7 @@ from libreflux.model.int8 import int8_layers
 from libreflux.model.int8_files import write_all_checksums, write_int8
 from libreflux.model.load import quiet
 from libreflux.model.locate import PARTS, part_folder
-from libreflux.model.parts import copy_part
+from libreflux.model.parts import copy_part, json_object
 from libreflux.model.source import TEXT_PARTS, ModelSource
 from libreflux.model.streamed import StreamedTransformer
 from libreflux.model.text import TextEncoders
@@ -86,6 +86,7 @@ def save_model(
                 write_int8(staging / part, json.loads(parts[part].to_json_string()), parts[part].state_dict().items())
             elif part in parts:
                 parts[part].save_pretrained(staging / part)
+                _forget_its_place(staging / part / "config.json")
             elif source is not None and (stored := part_folder(source.fetch(part), part)).is_dir():
                 copy_part(stored, staging / part)
             else:
@@ -98,6 +99,13 @@ def save_model(
         if _is_int8(live.transformer):
             write_all_checksums(staging)
     return Path(out)
+
+
+def _forget_its_place(config: Path) -> None:
+    """diffusers writes where on this machine a part was read from."""
+    if config.is_file():
+        kept = {key: value for key, value in json_object(config).items() if key != "_name_or_path"}
+        atomic_write_json(config, kept)
 
 
 def _is_int8(transformer: FluxTransformer2DModel | StreamedTransformer | None) -> bool:
