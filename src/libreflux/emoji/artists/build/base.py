@@ -45,7 +45,7 @@ from libreflux.sample.metadata import save_png
 
 SCENES, SCENE_SEED = 24_000, 3
 CHUNK = 4_000
-STEPS, BATCH = 4_000, 48
+STEPS, BATCH = 6_000, 48
 SMALL_BATCH, SMALL_UNTIL = 24, 600  # at first half a batch teaches as much a step
 AT_A_TIME = {"cpu": 12, "cuda": BATCH}
 """Pictures of a pass, of like captions: on a CPU what a few of them need stays in its cache, and padding is saved."""
