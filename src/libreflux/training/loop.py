@@ -17,7 +17,7 @@ from libreflux.data.held_out import HeldOut
 from libreflux.data.prepare import prepare_cache, prepare_recipe
 from libreflux.errors import ModelError, RunError
 from libreflux.model import attention, numerics
-from libreflux.model.device import make_current, pick_device
+from libreflux.model.device import make_current, multiplies_bf16, pick_device
 from libreflux.model.offload import BlockOffload, blocks_of, spread, waiting_names
 from libreflux.model.opening import open_model
 from libreflux.model.source import ModelSource
@@ -48,6 +48,10 @@ from libreflux.training.run_state import RunState
 from libreflux.training.step import Training
 
 log = get_logger(__name__)
+
+WITHOUT_BF16 = (
+    "this CPU has no instructions for bf16: where memory allows `base: fp32`, a step may take less than half the time"
+)
 
 
 def fit(recipe: Recipe, callbacks: Callbacks | None = None, *, fork: bool = False) -> Path:
@@ -127,6 +131,8 @@ def _train(training: Training, callbacks: Callbacks, newest: Checkpoint | None) 
     callbacks.on_start(training.started())
     if training.adversary is not None and training.held_out is not None and recipe.held_out.every:
         callbacks.on_notice(adversary.ON_HELD_OUT)
+    if recipe.base != "fp32" and not multiplies_bf16(training.device):
+        callbacks.on_notice(WITHOUT_BF16)
     saved = newest
     with StopRequest() as stop, opened as metrics:
         if training.held_out is not None and run_state.measure_due(recipe, first):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from libreflux import plainjson
 from libreflux.errors import OptionHint, RunError
@@ -36,7 +36,7 @@ RECIPE = """\
 # What `libreflux demo` trained; change anything and run it again under another `out`.
 schema: 1
 model: {model}
-base: int8
+base: {base}
 data:
   - path: {data}
     captions: {{short: 0.7, long: 0.3}}
@@ -137,8 +137,9 @@ def demo_with(options: DemoOptions) -> DemoResult:
     data, run, recipe_file = out / "pictures", out / "run", out / "recipe.yaml"
     if recipe_file.exists() and not recipe_file.read_text("utf-8", "replace").startswith(RECIPE.partition("\n")[0]):
         raise RunError("is not a demo's recipe", where=recipe_file, hint=OptionHint("name another folder with `out`"))
+    base = _base()
     places = {"data": scalar(str(data)), "out": scalar(str(run))}
-    text = RECIPE.format(model=MODEL, steps=options.steps, warmup=min(20, options.steps // 10), **places)
+    text = RECIPE.format(model=MODEL, base=base, steps=options.steps, warmup=min(20, options.steps // 10), **places)
     recipe = read_recipe(text, str(recipe_file))
     check_recipe(run, recipe)
     atomic_write_text(recipe_file, text)
@@ -148,7 +149,7 @@ def demo_with(options: DemoOptions) -> DemoResult:
     with _timed(seconds, "composing the pictures"):
         _write_pictures(data, options)
 
-    tell(f"2/3 setting {MODEL} free: a LoKr adapter over its int8 weights, {counted(options.steps, 'step')}")
+    tell(f"2/3 setting {MODEL} free: a LoKr adapter over its {base} weights, {counted(options.steps, 'step')}")
     with _timed(seconds, "preparing and training"):
         training = train_with(TrainOptions(recipe, events=options.events))
     if training.adapter is None:
@@ -161,6 +162,18 @@ def demo_with(options: DemoOptions) -> DemoResult:
     return DemoResult(training=training, page=page, freedom=freedom, seconds=seconds)
 
 
+def _base() -> Literal["int8", "fp32"]:
+    """int8, as large models are trained; fp32 on a CPU that has no instructions for bf16, which int8 goes with."""
+    from libreflux.model.device import multiplies_bf16, pick_device
+
+    return "int8" if multiplies_bf16(pick_device()) else "fp32"
+
+
+def _dtype() -> Literal["stored", "fp32"]:
+    """Of the weights that are measured."""
+    return "stored" if _base() == "int8" else "fp32"
+
+
 def _measure(adapter: Path, out: Path, progress: Progress) -> tuple[list[Result], list[FreedomRow]]:
     """Before, after, and what is aimed at; and how far it has come."""
     from libreflux.workflows.probe import probe
@@ -171,6 +184,7 @@ def _measure(adapter: Path, out: Path, progress: Progress) -> tuple[list[Result]
         against=MODEL,
         controls=False,
         quick=True,
+        dtype=_dtype(),
         out=out,
         progress=progress,
         pictures=MEASURED.pictures,
@@ -210,8 +224,8 @@ def by_hand(out: Path, pictures: int) -> list[str]:
     hand = out / "by-hand"
     data, run = hand / "pictures", hand / "run"
     scales, counts = (",".join(f"{value:g}" for value in values) for values in (MEASURED.guidance, MEASURED.steps))
-    measured = ["--pictures", MEASURED.pictures, "--prompts", MEASURED.prompts]
-    measured += ["--guidance", scales, "--steps", counts]
+    measured: list[object] = ["--pictures", MEASURED.pictures, "--prompts", MEASURED.prompts]
+    measured += ["--guidance", scales, "--steps", counts, *([] if _dtype() == "stored" else ["--dtype", _dtype()])]
     drawn = ["--guidance", 4, "--seed", SEED, "--out", hand / "one.png"]
     words: list[list[object]] = [
         ["demo-data", data, "--count", pictures, "--seed", SEED],

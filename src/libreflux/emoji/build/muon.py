@@ -30,11 +30,6 @@ def orthogonalise(matrices: Tensor, steps: int = 4) -> Tensor:
     return x.mT if tall else x
 
 
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether a card, or a CPU with instructions for bf16, does the work."""
-    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised; kernels of convolutions count as [out, in·h·w].
 

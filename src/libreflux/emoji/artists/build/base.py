@@ -27,13 +27,13 @@ from libreflux.emoji.artists import held_out, scenes
 from libreflux.emoji.artists.build import layout, reading
 from libreflux.emoji.artists.subjects import all_subjects
 from libreflux.emoji.build.base import EDGE, condition, encoders, make_transformer, replaced
-from libreflux.emoji.build.muon import multiplies_bf16
 from libreflux.emoji.build.stage import Stage, trapezoid
 from libreflux.emoji.build.tokenizers import build_clip_tokenizer, build_t5_tokenizer
 from libreflux.files import atomic_save_safetensors, atomic_write_text
 from libreflux.flow import path as flow_path
 from libreflux.flow.sigmas import Beta, Uniform, stratified
 from libreflux.model import latents as latents_room
+from libreflux.model.device import multiplies_bf16
 from libreflux.model.facts import Facts
 from libreflux.model.opening import open_model
 from libreflux.model.save import LiveParts, save_model
