@@ -39,15 +39,15 @@ WORK ?= out/emoji
 emoji: install
 	$(BIN)/python -m libreflux.emoji.build all --work $(WORK)
 
-# Two processes, each with the tests of whole files: torch's threads of one wait most of the time.
-TWO := -n 2 --dist loadfile --no-loadscope-reorder
+# Three processes for two cores, each with the tests of whole files: some wait for processes that they stopped.
+TOGETHER := -n 3 --dist loadfile --no-loadscope-reorder
 
 test: install
-	$(BIN)/python -m pytest $(TWO)
+	$(BIN)/python -m pytest $(TOGETHER)
 
 # Of the tests' own processes; those that they start are not counted.
 coverage: install
-	$(BIN)/python -m pytest $(TWO) --cov --cov-report=
+	$(BIN)/python -m pytest $(TOGETHER) --cov --cov-report=
 	@echo "lines run: $$($(BIN)/coverage report --format=total) %"
 
 LOWEST := .venv-lowest
@@ -56,7 +56,7 @@ LOWEST := .venv-lowest
 test-lowest: install
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	VIRTUAL_ENV=$(CURDIR)/$(LOWEST) $(BIN)/uv pip install --resolution lowest-direct -e '.[dev,plots]'
-	$(LOWEST)/bin/python -m pytest $(TWO)
+	$(LOWEST)/bin/python -m pytest $(TOGETHER)
 
 # A machine with a card often has a Python whose torch was built for it: PY=python3 make test-gpu
 test-gpu: $(if $(PY),,install)
