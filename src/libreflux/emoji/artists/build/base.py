@@ -47,6 +47,7 @@ SCENES, SCENE_SEED = 24_000, 3
 CHUNK = 4_000
 STEPS, BATCH = 6_000, 48
 SMALL_BATCH, SMALL_UNTIL = 24, 600  # at first half a batch teaches as much a step
+SHAPES_UNTIL = 4_000
 AT_A_TIME = {"cpu": 12, "cuda": BATCH}
 """Pictures of a pass, of like captions: on a CPU what a few of them need stays in its cache, and padding is saved."""
 LAYOUT_SHARE = 0.05  # of the layout's cross-entropy in the loss
@@ -193,9 +194,10 @@ def train(
         rows, captions = batch_at(step, seed, texts, size)
         x0 = packed[rows].float()
         noise = torch.randn(x0.shape, generator=seeding.generator(seed, "noise", step)).to(where)
-        # Noisier than the recipe's Beta(2, 2): shapes are decided there, and are slow to be learnt. One step in eight
-        # keeps the rare ends trained.
-        law = Uniform() if step % 8 == 7 else Beta(alpha=4.0, beta=1.2)
+        # Noisier than the recipe's Beta(2, 2): shapes are decided there, and are slow to be learnt. Some steps keep the
+        # rare ends trained, more of them once there are shapes to be finished.
+        every = 8 if step < SHAPES_UNTIL else 3
+        law = Uniform() if step % every == every - 1 else Beta(alpha=4.0, beta=1.2)
         sigma = stratified(law, size, seeding.generator(seed, "sigma", step)).to(where)
         by_length = sorted(range(size), key=lambda row: len(captions[row]))
         for start in range(0, size, AT_A_TIME[where.type]):
