@@ -210,11 +210,34 @@ def test_a_picture_of_a_former_family_is_refused_and_draws_with_its_own_model(
     assert refused.code == 2
     told = read_record(drawn).hashes["transformer"][:10]
     assert f"was drawn by a former emoji-libre, {told}, that this version does not have; hint: " in refused.err
+    assert "or give a copy by --model" in refused.err
     assert len(refused.err.splitlines()) == 1
     assert not (tmp_path / "r.png").exists()
     again = run("generate", "--remake", former, "--model", tiny_model_dir, "--out", tmp_path / "r.png")
     assert again.code == 0
     assert "bit for bit" in again.err
+
+
+def test_a_picture_of_a_former_family_in_its_first_steps_is_refused(
+    run: Callable, tiny_model_dir: Path, drawn: Path, tmp_path: Path
+) -> None:
+    former, record = tmp_path / "former.png", read_record(drawn)
+    hashes = {**record.hashes, "first_transformer": "0" * 64}
+    with Image.open(drawn) as image:
+        by = dataclasses.replace(record, hashes=hashes, first_steps_from="emoji-base:1", first_steps_guidance=1.0)
+        save_png(image, former, by)
+    refused = run("generate", "--remake", former, "--out", tmp_path / "r.png")
+    assert refused.code == 2
+    assert "was drawn by a former emoji-base, 0000000000, " in refused.err
+    assert "or give a copy by --first-steps-from" in refused.err
+
+
+def test_another_models_picture_may_be_drawn_by_a_model_of_the_family(
+    run: Callable, drawn: Path, tmp_path: Path
+) -> None:
+    again = run("generate", "--remake", drawn, "--model", "emoji-schnell", "--out", tmp_path / "r.png")
+    assert again.code == 0, again.err
+    assert "the transformer's hash was " in again.err
 
 
 def test_adapters_are_asked_for_and_keep_their_weight(

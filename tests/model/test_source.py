@@ -74,6 +74,12 @@ def test_parts_not_opened_are_copied(tiny_model_dir: Path, tmp_path: Path) -> No
 
 
 def test_no_saved_file_says_where_a_part_was_read_from(tiny_model_dir: Path, tmp_path: Path) -> None:
+    earlier = Path(shutil.copytree(tiny_model_dir, tmp_path / "earlier"))
+    config = earlier / "vae" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_name_or_path": f"{tiny_model_dir}/vae"}))
+    source = open_model(earlier)
+    copied = save_model(tmp_path / "copied", source.facts, LiveParts(transformer=source.load_transformer()), source)
+    assert "_name_or_path" not in json.loads((copied / "vae" / "config.json").read_text())
     out = opened(tiny_model_dir).save(tmp_path / "out")
     told = [file.name for file in out.rglob("*.json") if str(tiny_model_dir) in file.read_text("utf-8")]
     assert not told

@@ -34,6 +34,8 @@ def test_a_judge_is_read_back_and_judges_alike(judge: Judge, tmp_path: Path) -> 
     pixels = torch.rand(5, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     rounded = judge.bfloat16().float()
     torch.testing.assert_close(again(pixels).features, rounded(pixels).features)
+    for question, logits in rounded(pixels).answers.items():
+        torch.testing.assert_close(again(pixels).answers[question], logits)
     wanted = [{"subject": name, "colour": colour} for name in ("fox", "hot dog") for colour in ("red", "blue")]
     found, seen = score(again, pixels, [*wanted, {}], batch=2), again(pixels)
     told = [again.subjects[best] for best in seen.answers["subject"].argmax(1)]

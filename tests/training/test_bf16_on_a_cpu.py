@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from libreflux.errors import RunError
 from libreflux.model import device
 from libreflux.recipe import Recipe
 from libreflux.training import loop
 from libreflux.training.callbacks import Callbacks
-from libreflux.workflows import demo
+from libreflux.workflows import demo, probe
 from training.recorded import Tree
 
 
@@ -31,9 +34,25 @@ def test_a_run_in_bf16_says_what_would_be_faster(
 
 @pytest.mark.parametrize("instructions", [False, True])
 def test_the_demo_trains_and_measures_in_what_the_processor_multiplies(
-    monkeypatch: pytest.MonkeyPatch, instructions: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instructions: bool
 ) -> None:
-    monkeypatch.setattr(device, "multiplies_bf16", lambda device: instructions)
-    assert (demo._base(), demo._dtype()) == (("int8", "stored") if instructions else ("fp32", "fp32"))
-    commands = "\n".join(demo.by_hand(Path("out"), 32))
-    assert ("--dtype fp32" in commands) is not instructions
+    asked: list[tuple[str, str]] = []
+
+    def trained(options: Any) -> Any:
+        asked.append(("base", options.recipe.base))
+        return SimpleNamespace(adapter=tmp_path / "adapter.safetensors")
+
+    def measured(*_: Any, dtype: str, **__: Any) -> Any:
+        asked.append(("dtype", dtype))
+        raise RunError("enough", where="test")
+
+    monkeypatch.setattr(demo, "train_with", trained)
+    monkeypatch.setattr(probe, "probe", measured)
+    for now in (instructions, not instructions):  # a demo that was begun elsewhere goes on as it was
+        monkeypatch.setattr(device, "multiplies_bf16", lambda device, now=now: now)
+        with pytest.raises(RunError, match="enough"):
+            demo.demo(tmp_path / "demo", steps=2, pictures=32)
+    assert asked == 2 * [("base", "int8" if instructions else "fp32"), ("dtype", "stored" if instructions else "fp32")]
+    for dtype in ("stored", "fp32"):
+        commands = "\n".join(demo.by_hand(Path("out"), 32, dtype))
+        assert ("--dtype fp32" in commands) == (dtype == "fp32")

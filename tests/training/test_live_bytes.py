@@ -10,8 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from libreflux.training.live_bytes import LiveBytes
+
+
+def _in_fp64(work: Callable[[], Tensor]) -> Tensor:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        return work()
+    finally:
+        torch.set_default_dtype(before)
+
 
 CASES: dict[str, Callable[[Tensor, Tensor], object]] = {
     "views share their storage": lambda a, b: [a.view(-1), a.t().contiguous(), a.unsafe_chunk(2), a[1:], a.flatten()],
@@ -24,19 +35,23 @@ CASES: dict[str, Callable[[Tensor, Tensor], object]] = {
     "broadcast": lambda a, b: [a.expand(3, *a.shape), a.expand(3, *a.shape) + b],
     "other dtypes": lambda a, b: [a.to(torch.bfloat16), a.to(torch.float64), a.to(torch.float32)],
     "transposed": lambda a, b: [a.t() + b.t(), a + b, a.t() @ b],
+    "in place, of another shape": lambda a, b: [a.clone().unsqueeze_(0) + 1, a.clone().t_() + 1, a[0] @ b.t()],
+    "onto another device": lambda a, b: torch.zeros_like(a, device="cpu"),
+    "another default": lambda a, b: [a.long() * 1.0, _in_fp64(lambda: a.long() * 1.0)],
     "backward": lambda a, b: [(a.detach().requires_grad_() @ b.t()).square().sum().backward() for _ in range(2)],
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_like_operations_are_counted_as_if_they_ran(case: str) -> None:
-    def counted(device: str) -> list[int]:
+    def counted(device: str) -> list[object]:
         a, b = torch.ones(4, 6, device=device), torch.ones(4, 6, device=device)
-        found = []
+        found: list[object] = []
         with LiveBytes() as live:
             for _ in range(3):
                 kept = CASES[case](a, b)
                 found += [live.live, live.peak]
+                found += [(one.shape, one.dtype) for one in tree_leaves(kept) if isinstance(one, Tensor)]
                 del kept
             found.append(live.live)
         return found

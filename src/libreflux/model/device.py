@@ -102,9 +102,11 @@ def pick_dtype(name: torch.dtype | str | None, where: str = "dtype") -> torch.dt
 
 
 def multiplies_bf16(device: torch.device | str) -> bool:
-    """Whether a card, or a CPU with instructions for bf16, does the work; else fp32 is two to three times as fast."""
-    kind = torch.device(device).type
-    return kind != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    """Whether a card, or a CPU with instructions for bf16, does the work; else torch widens it, and fp32 is faster."""
+    if torch.device(device).type != "cpu":
+        return True
+    told: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # of ARM; not in older torch
+    return bool(told.get("bf16")) or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def release(device: torch.device | str) -> None:

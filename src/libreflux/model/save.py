@@ -89,6 +89,7 @@ def save_model(
                 _forget_its_place(staging / part / "config.json")
             elif source is not None and (stored := part_folder(source.fetch(part), part)).is_dir():
                 copy_part(stored, staging / part)
+                _forget_its_place(staging / part / "config.json")
             else:
                 raise ModelError(f"has no {part} to save", where=name, hint="pass all its parts")
         index = {**_INDEX, "_diffusers_version": diffusers.__version__}
@@ -104,8 +105,9 @@ def save_model(
 def _forget_its_place(config: Path) -> None:
     """diffusers writes where on this machine a part was read from."""
     if config.is_file():
-        kept = {key: value for key, value in json_object(config).items() if key != "_name_or_path"}
-        atomic_write_json(config, kept)
+        told = json_object(config)
+        if told.pop("_name_or_path", None) is not None:
+            atomic_write_json(config, told)
 
 
 def _is_int8(transformer: FluxTransformer2DModel | StreamedTransformer | None) -> bool:

@@ -44,9 +44,9 @@ class Judge(nn.Module):
 
     Args:
         questions: question → its answers. A prompt that says an answer as whole words asks the question.
-        placed: the questions that depend on where things are: their heads see features pooled to 4 × 4, not to one, in
-            `PLACED_WIDTH` channels.
+        placed: the questions that depend on where things are: their heads see features pooled to 4 × 4, not to one.
         widths: channels after each halving of the side.
+        placed_width: channels of these placed features.
 
     Attributes:
         side: of the pictures it is shown, pixels.
@@ -60,18 +60,20 @@ class Judge(nn.Module):
         questions: Mapping[str, Sequence[str]],
         placed: Collection[str] = (),
         widths: Sequence[int] = WIDTHS,
+        placed_width: int = PLACED_WIDTH,
     ) -> None:
         super().__init__()
         if refused := [question for question in questions if question == "all" or not _is_a_name(question)]:
             raise ModelError(f"{refused[0]!r} cannot be a question", hint="choose another word, without a dot")
         self.questions = {question: tuple(answers) for question, answers in questions.items()}
         self.placed, self.widths, self.side = frozenset(placed), tuple(widths), JUDGED_SIDE
+        self.placed_width = placed_width
         inputs = (3, *self.widths[:-1])
         self.body = nn.Sequential(*[_Stage(a, b) for a, b in zip(inputs, self.widths, strict=True)])
-        self.narrow = nn.Conv2d(self.widths[-1], PLACED_WIDTH, 1) if self.placed else nn.Identity()
+        self.narrow = nn.Conv2d(self.widths[-1], placed_width, 1) if self.placed else nn.Identity()
         self.heads = nn.ModuleDict(
             {
-                question: nn.Linear(16 * PLACED_WIDTH if question in self.placed else self.widths[-1], len(answers))
+                question: nn.Linear(16 * placed_width if question in self.placed else self.widths[-1], len(answers))
                 for question, answers in self.questions.items()
             }
         )
@@ -103,8 +105,9 @@ class Judge(nn.Module):
 
     def save(self, path: Path) -> None:
         """Writes weights in bf16, and the questions with their answers, into one safetensors file."""
-        told = {"questions": self.questions, "placed": sorted(self.placed), "widths": self.widths}
-        metadata = {"schema": SCHEMA, **{name: json.dumps(value) for name, value in told.items()}}
+        told = {"questions": self.questions, "placed": sorted(self.placed)}
+        sizes = {"widths": self.widths, "placed_width": self.placed_width}
+        metadata = {"schema": SCHEMA, **{name: json.dumps(value) for name, value in {**told, **sizes}.items()}}
         atomic_save_safetensors({k: v.bfloat16() for k, v in self.state_dict().items()}, path, metadata)
 
 
@@ -143,7 +146,7 @@ def load_judge(path: Path) -> Judge:
             )
             tensors = {_second(name): tensor for name, tensor in tensors.items()}
         elif meta["schema"] == SCHEMA:
-            told = (plainjson.parse(meta[name]) for name in ("questions", "placed", "widths"))
+            told = (plainjson.parse(meta[name]) for name in ("questions", "placed", "widths", "placed_width"))
             judge = Judge(*told)
         else:
             raise ModelError(f"judge schema {meta['schema']} is not {SCHEMA}", where=path, hint="update libreflux")

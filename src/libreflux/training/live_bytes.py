@@ -84,11 +84,16 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 def _signature(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor]) -> Hashable | None:
     """What decides the shapes of a result; None where the operation has to run, such as one on numbers."""
-    if not given or not isinstance(func, torch._ops.OpOverload):
+    if not given or not isinstance(func, torch._ops.OpOverload) or torch.Tag.inplace_view in func.tags:
         return None
     if any(one.device.type != "meta" or one.layout != torch.strided or one.is_complex() for one in given):
         return None
-    signature = (func, _known_by(args), tuple((name, _known_by(value)) for name, value in kwargs.items()))
+    signature = (
+        func,
+        torch.get_default_dtype(),
+        _known_by(args),
+        tuple((name, _known_by(value)) for name, value in kwargs.items()),
+    )
     try:
         hash(signature)
     except TypeError:
@@ -107,7 +112,9 @@ def _known_by(value: Any) -> Any:
 def _fresh(out: Any, given: Sequence[Tensor]) -> list[_Shape] | None:
     """The shapes of results that each fill a storage of their own; None where one is a view, or no tensor."""
     results = list(out) if isinstance(out, tuple) else [out]
-    if not results or not all(isinstance(one, Tensor) for one in results):
+    if not results or not all(type(one) is Tensor and one.layout == torch.strided for one in results):
+        return None
+    if any(one.device.type != "meta" for one in results):
         return None
     storages = {one.untyped_storage()._cdata for one in (*results, *given)}
     if len(storages) < len(results) + len({one.untyped_storage()._cdata for one in given}):

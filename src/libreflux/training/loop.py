@@ -49,9 +49,7 @@ from libreflux.training.step import Training
 
 log = get_logger(__name__)
 
-WITHOUT_BF16 = (
-    "this CPU has no instructions for bf16: where memory allows `base: fp32`, a step may take less than half the time"
-)
+WITHOUT_BF16 = "this CPU has no instructions for bf16: where memory allows it, `base: fp32` may be much faster"
 
 
 def fit(recipe: Recipe, callbacks: Callbacks | None = None, *, fork: bool = False) -> Path:
@@ -131,7 +129,7 @@ def _train(training: Training, callbacks: Callbacks, newest: Checkpoint | None) 
     callbacks.on_start(training.started())
     if training.adversary is not None and training.held_out is not None and recipe.held_out.every:
         callbacks.on_notice(adversary.ON_HELD_OUT)
-    if recipe.base != "fp32" and not multiplies_bf16(training.device):
+    if recipe.base in ("bf16", "int8") and not multiplies_bf16(training.device):
         callbacks.on_notice(WITHOUT_BF16)
     saved = newest
     with StopRequest() as stop, opened as metrics:

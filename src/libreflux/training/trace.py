@@ -1,6 +1,6 @@
 """What is alive at the peak of a pass, found without numbers: the pass runs on torch's meta device.
 
-There every operation happens and nothing is computed. What is alive is counted storage by storage: what an adapter, a
+There operations find shapes and compute nothing. What is alive is counted storage by storage: what an adapter, a
 mask, an int8 base or checkpointing keeps for backward is found, not assumed.
 """
 
@@ -107,7 +107,7 @@ def trace_pass(
 
 @contextlib.contextmanager
 def _one_of_like_blocks(transformer: FluxTransformer2DModel) -> Iterator[None]:
-    """Without gradient a block leaves its result alone, so one of several like blocks has the peak of all: 5 s less."""
+    """Without gradient a block leaves its result alone, so one of several like blocks has the peak of all."""
     whole = {name: getattr(transformer, name) for name in ("transformer_blocks", "single_transformer_blocks")}
     try:
         for name, blocks in whole.items():

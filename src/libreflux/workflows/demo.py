@@ -137,7 +137,8 @@ def demo_with(options: DemoOptions) -> DemoResult:
     data, run, recipe_file = out / "pictures", out / "run", out / "recipe.yaml"
     if recipe_file.exists() and not recipe_file.read_text("utf-8", "replace").startswith(RECIPE.partition("\n")[0]):
         raise RunError("is not a demo's recipe", where=recipe_file, hint=OptionHint("name another folder with `out`"))
-    base = _base()
+    base = read_recipe(recipe_file.read_text("utf-8"), str(recipe_file)).base if recipe_file.exists() else _base()
+    dtype = "fp32" if base == "fp32" else "stored"
     places = {"data": scalar(str(data)), "out": scalar(str(run))}
     text = RECIPE.format(model=MODEL, base=base, steps=options.steps, warmup=min(20, options.steps // 10), **places)
     recipe = read_recipe(text, str(recipe_file))
@@ -157,8 +158,8 @@ def demo_with(options: DemoOptions) -> DemoResult:
 
     tell("3/3 measuring it: before, after, and the model that was distilled")
     with _timed(seconds, "measuring and drawing"):
-        results, freedom = _measure(training.adapter, out / "probe", options.progress)
-    page = _page(out, results, freedom, seconds, options.pictures, text)
+        results, freedom = _measure(training.adapter, out / "probe", dtype, options.progress)
+    page = _page(out, results, freedom, seconds, by_hand(out, options.pictures, dtype), options.pictures, text)
     return DemoResult(training=training, page=page, freedom=freedom, seconds=seconds)
 
 
@@ -169,12 +170,7 @@ def _base() -> Literal["int8", "fp32"]:
     return "int8" if multiplies_bf16(pick_device()) else "fp32"
 
 
-def _dtype() -> Literal["stored", "fp32"]:
-    """Of the weights that are measured."""
-    return "stored" if _base() == "int8" else "fp32"
-
-
-def _measure(adapter: Path, out: Path, progress: Progress) -> tuple[list[Result], list[FreedomRow]]:
+def _measure(adapter: Path, out: Path, dtype: str, progress: Progress) -> tuple[list[Result], list[FreedomRow]]:
     """Before, after, and what is aimed at; and how far it has come."""
     from libreflux.workflows.probe import probe
 
@@ -184,7 +180,7 @@ def _measure(adapter: Path, out: Path, progress: Progress) -> tuple[list[Result]
         against=MODEL,
         controls=False,
         quick=True,
-        dtype=_dtype(),
+        dtype=dtype,
         out=out,
         progress=progress,
         pictures=MEASURED.pictures,
@@ -200,6 +196,7 @@ def _page(
     results: Sequence[Result],
     freedom: Sequence[FreedomRow],
     seconds: dict[str, float],
+    commands: list[str],
     pictures: int,
     recipe: str,
 ) -> Path:
@@ -214,18 +211,18 @@ def _page(
         seconds=seconds,
         recipe=recipe,
         losses=[told["loss"] for told in steps if told["loss"] is not None],  # null: a step that was skipped
-        commands=by_hand(out, pictures),
+        commands=commands,
     )
     return write(out, found)
 
 
-def by_hand(out: Path, pictures: int) -> list[str]:
-    """Commands that do the demo again, into a folder of their own."""
+def by_hand(out: Path, pictures: int, dtype: str) -> list[str]:
+    """Commands that do the demo again, into a folder of their own, measured with weights of this dtype."""
     hand = out / "by-hand"
     data, run = hand / "pictures", hand / "run"
     scales, counts = (",".join(f"{value:g}" for value in values) for values in (MEASURED.guidance, MEASURED.steps))
     measured: list[object] = ["--pictures", MEASURED.pictures, "--prompts", MEASURED.prompts]
-    measured += ["--guidance", scales, "--steps", counts, *([] if _dtype() == "stored" else ["--dtype", _dtype()])]
+    measured += ["--guidance", scales, "--steps", counts, *([] if dtype == "stored" else ["--dtype", dtype])]
     drawn = ["--guidance", 4, "--seed", SEED, "--out", hand / "one.png"]
     words: list[list[object]] = [
         ["demo-data", data, "--count", pictures, "--seed", SEED],

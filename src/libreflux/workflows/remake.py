@@ -147,12 +147,13 @@ def remake_with(options: RemakeOptions) -> RemakeResult:
 
 def _check_family(record: GenerationRecord, picture: Path, named: str, first: str | None) -> None:
     """Raises DataError for a picture by a model of the emoji family that was another one then."""
-    by = {"transformer": named, "first_transformer": first}
-    for part, model in by.items():
+    of_first = None if record.first_steps_from is None else first_steps_argument(record.first_steps_from)[0]
+    for part, was, now in (("transformer", record.model, named), ("first_transformer", of_first, first)):
         then = record.hashes.get(part)
-        if model in EMOJI and then is not None and then != open_model(model).hash:
-            what = f"was drawn by a former {model}, {then[:10]}, that this version does not have"
-            raise DataError(what, where=picture, hint="draw its prompt anew, or install the version that it names")
+        if was == now and now in EMOJI and then is not None and then != open_model(now).hash:
+            option = "model" if part == "transformer" else "first_steps_from"
+            what = f"was drawn by a former {now}, {then[:10]}, that this version does not have"
+            raise DataError(what, where=picture, hint=OptionHint(f"draw its prompt anew, or give a copy by `{option}`"))
 
 
 def _first(record: GenerationRecord, given: str | None, picture: Path) -> str | None:

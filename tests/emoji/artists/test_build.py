@@ -9,12 +9,14 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from PIL import Image, ImageOps
+from safetensors.torch import load_file
 
 from libreflux.emoji.artists import captions, held_out, scenes
 from libreflux.emoji.artists.build import base, layout, pictures, reading, students
 from libreflux.emoji.artists.subjects import LOOKS, SIDE, all_subjects, drawing, unseen_subjects
 from libreflux.errors import DataError
 from libreflux.files import atomic_save_safetensors
+from libreflux.flow.sigmas import Uniform
 
 COUNT = 8
 LAST = 1_000_000
@@ -88,6 +90,35 @@ def test_a_base_that_is_gone_on_with_has_the_same_bits(work: Path, monkeypatch: 
     gone_on = (work / "base.safetensors").read_bytes()
     assert gone_on[-LAST:] == whole[-LAST:]  # without the header, which tells seconds
     assert len(whole) > LAST
+
+
+def test_parts_of_a_step_are_its_pictures(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "make_transformer", tiny_transformer)
+    monkeypatch.setattr(base, "READ_BEHIND", 0)
+    monkeypatch.setattr(base, "LAYOUT_SHARE", 0.0)  # of its tokens not all are asked
+    monkeypatch.setattr(reading, "BATCH", 4)
+    monkeypatch.setattr(reading, "train", partial(reading.train, steps=1))
+
+    def trained(at_a_time: int) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr(base, "AT_A_TIME", {"cpu": at_a_time})
+        base.train(work, steps=1, count=COUNT, batch=4)
+        found = load_file(work / "base.safetensors")
+        (work / "base.safetensors").unlink()
+        return {name: tensor for name, tensor in found.items() if name.startswith("exp_avg/transformer")}
+
+    whole, apart = trained(4), trained(1)
+    assert any(bool(tensor.any()) for tensor in whole.values())
+    for name, tensor in whole.items():
+        torch.testing.assert_close(apart[name], tensor, rtol=1e-3, atol=1e-6)
+
+
+def test_long_captions_have_every_noise_level_as_often_as_others() -> None:
+    for start, share in ((0, 1 / 8), (base.SHAPES_UNTIL, 1 / 3)):
+        steps = range(start, start + base.SHAPES_UNTIL)
+        flat = [isinstance(base.law_of(step, 0), Uniform) for step in steps]
+        of_long = [flat[i] for i, step in enumerate(steps) if step % base.LONG_EVERY == base.LONG_EVERY - 1]
+        assert np.mean(flat) == pytest.approx(share, abs=0.03)
+        assert np.mean(of_long) == pytest.approx(share, abs=0.08)
 
 
 def test_the_layout_is_where_the_drawing_is() -> None:

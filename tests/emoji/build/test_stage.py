@@ -27,15 +27,16 @@ def test_orthogonalised_matrices_keep_their_directions_and_lose_their_scales(sha
     assert off.abs().max() < 0.05
 
 
-def test_muon_follows_torchs() -> None:
-    start = torch.randn(24, 64, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("shape", [(24, 64), (64, 24), (32, 32)])
+def test_muon_follows_torchs(shape: tuple[int, int]) -> None:
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     own = Muon([ours], lr=1e-2)
     reference = torch.optim.Muon(
         [theirs], lr=1e-2, weight_decay=0.0, momentum=0.95, ns_steps=4, adjust_lr_fn="match_rms_adamw"
     )
     for step in range(5):
-        gradient = torch.randn(24, 64, generator=torch.Generator().manual_seed(10 + step))
+        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(10 + step))
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()
         own.step()
         reference.step()

@@ -148,9 +148,8 @@ class Stage:
 
 
 def _backward(loss: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
-    parts = (loss,) if isinstance(loss, torch.Tensor) else loss
-    total = torch.zeros(())
-    for part in parts:
+    told = []
+    for part in (loss,) if isinstance(loss, torch.Tensor) else loss:
         part.backward()
-        total = part.detach() + total.to(part.device)
-    return total
+        told.append(part.detach())
+    return torch.stack(told).sum()

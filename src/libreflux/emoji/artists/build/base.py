@@ -156,6 +156,15 @@ def batch_at(step: int, seed: int, texts: list[dict[str, str]], batch: int) -> t
     return rows, [texts[row][kind] if kind else "" for row, kind in zip(rows, kinds, strict=True)]
 
 
+def law_of(step: int, seed: int) -> Beta | Uniform:
+    """Of a step's noise levels: noisier than the recipe's Beta(2, 2), since shapes are decided there.
+
+    Some steps, by chance, keep the rare ends trained, and more of them once there are shapes to be finished.
+    """
+    all_levels = seeding.rng(seed, "artists-law", step).random() < (1 / 8 if step < SHAPES_UNTIL else 1 / 3)
+    return Uniform() if all_levels else Beta(alpha=4.0, beta=1.2)
+
+
 def _layouts(work: Path, count: int) -> Tensor:
     """[count, questions, tokens] int16, of every training scene; made once."""
     file = work / "layouts.safetensors"
@@ -194,11 +203,7 @@ def train(
         rows, captions = batch_at(step, seed, texts, size)
         x0 = packed[rows].float()
         noise = torch.randn(x0.shape, generator=seeding.generator(seed, "noise", step)).to(where)
-        # Noisier than the recipe's Beta(2, 2): shapes are decided there, and are slow to be learnt. Some steps keep the
-        # rare ends trained, more of them once there are shapes to be finished.
-        every = 8 if step < SHAPES_UNTIL else 3
-        law = Uniform() if step % every == every - 1 else Beta(alpha=4.0, beta=1.2)
-        sigma = stratified(law, size, seeding.generator(seed, "sigma", step)).to(where)
+        sigma = stratified(law_of(step, seed), size, seeding.generator(seed, "sigma", step)).to(where)
         by_length = sorted(range(size), key=lambda row: len(captions[row]))
         for start in range(0, size, AT_A_TIME[where.type]):
             some = by_length[start : start + AT_A_TIME[where.type]]
@@ -208,6 +213,7 @@ def train(
                 noised = flow_path.interpolate(x0[some], noise[some], sigma[some])
                 output = velocity(transformer, noised, sigma[some], conditioning, ids)
             pictures = F.mse_loss(output.float(), flow_path.velocity_target(x0[some], noise[some]))
+            # Of what parts tell of the layout the mean of means is taken: not all their tokens are asked.
             of_layout = head.loss(hidden.pop().float(), layouts[[rows[row] for row in some]])
             yield (pictures + LAYOUT_SHARE * of_layout) * (len(some) / size)
 
