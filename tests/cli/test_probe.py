@@ -41,9 +41,7 @@ def test_all_seven_measures_are_there_with_intervals_and_pictures(done: Path) ->
     assert names >= {"distance", "step_gap", "straightness", "diversity", "padding", "padding_batch", "negative"}
     assert {one.at["what"] for one in result.measures if one.name == "negative"} == {"velocity", "colour", "subject"}
     assert all(len(one.replicates) == 200 for one in result.measures)
-    further = [one.value for one in result.measures if one.name == "padding" and one.at["padding"] == "drop"]
-    assert further
-    assert max(further) < 2e-6  # T5 may round otherwise in a wider batch
+    assert all(one.value == 0 for one in result.measures if one.name == "padding" and one.at["padding"] == "drop")
     assert {one.purpose for one in result.pictures} == {"guidance", "steps", "seeds", "negative"}
     assert all((done / one.file).is_file() for one in result.pictures)
     assert result.settings["rungs"] == [0.25, 0.5]

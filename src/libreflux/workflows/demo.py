@@ -135,9 +135,10 @@ def demo_with(options: DemoOptions) -> DemoResult:
     out, tell = Path(options.out), options.on_part or (lambda line: None)
     folder_place(out, "run", "probe")
     data, run, recipe_file = out / "pictures", out / "run", out / "recipe.yaml"
-    if recipe_file.exists() and not recipe_file.read_text("utf-8", "replace").startswith(RECIPE.partition("\n")[0]):
+    begun = recipe_file.read_text("utf-8", "replace") if recipe_file.exists() else None
+    if begun is not None and not begun.startswith(RECIPE.partition("\n")[0]):
         raise RunError("is not a demo's recipe", where=recipe_file, hint=OptionHint("name another folder with `out`"))
-    base = read_recipe(recipe_file.read_text("utf-8"), str(recipe_file)).base if recipe_file.exists() else _base()
+    base = _base() if begun is None else read_recipe(begun, str(recipe_file)).base  # a begun demo goes on as it was
     dtype = "fp32" if base == "fp32" else "stored"
     places = {"data": scalar(str(data)), "out": scalar(str(run))}
     text = RECIPE.format(model=MODEL, base=base, steps=options.steps, warmup=min(20, options.steps // 10), **places)
